@@ -1,0 +1,77 @@
+"""Encoded rows: what a fitted pipeline makes of a table of log rows, in the order of a `Layout`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.features.layout import Layout
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Any number of ids a row. values: (sum of lengths,) int64; lengths: (N,) int32."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The given rows, in the given order."""
+        lengths = self.lengths[rows]
+        starts = (np.cumsum(self.lengths) - self.lengths)[rows]
+        ends = np.cumsum(lengths)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return Ragged(self.values[np.repeat(starts, lengths) + within], lengths)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N encoded rows.
+
+    ids: name -> (N,) int64 for one id a row, `Ragged` for any number; dense: (N, D) float32, columns as in
+    `layout.dense`.
+    """
+
+    ids: dict[str, np.ndarray | Ragged]
+    dense: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    def take(self, rows: np.ndarray) -> Encoded:
+        """The given rows, in the given order."""
+        ids = {name: each.take(rows) if isinstance(each, Ragged) else each[rows] for name, each in self.ids.items()}
+        return Encoded(ids, self.dense[rows])
+
+    def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:
+        """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32)."""
+        columns: dict[str, pa.Array] = {}
+        for each in layout.ids:
+            value = self.ids[each.name]
+            if isinstance(value, Ragged):
+                offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
+                values = pa.array(value.values.astype(np.int32))
+                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values)
+            else:
+                columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
+        for index, dense in enumerate(layout.dense):
+            columns[f"dense.{dense.name}"] = pa.array(np.ascontiguousarray(self.dense[:, index]))
+        return columns
+
+    @staticmethod
+    def from_arrow(table: pa.Table, layout: Layout) -> Encoded:
+        """Reads the columns that `to_arrow` made."""
+        ids: dict[str, np.ndarray | Ragged] = {}
+        for each in layout.ids:
+            column = table.column(f"id.{each.name}").combine_chunks()
+            if each.many:
+                lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
+                ids[each.name] = Ragged(column.flatten().to_numpy().astype(np.int64), lengths)
+            else:
+                ids[each.name] = column.to_numpy().astype(np.int64)
+        dense = np.empty((table.num_rows, len(layout.dense)), np.float32)
+        for index, each_dense in enumerate(layout.dense):
+            dense[:, index] = table.column(f"dense.{each_dense.name}").to_numpy()
+        return Encoded(ids, dense)

@@ -1,0 +1,96 @@
+"""The shape of encoded rows: which id inputs, dense inputs, tables and tasks there are, in one fixed order.
+
+Features write rows in this layout, batches carry them, the model is built from it. It is saved as JSON beside encoded
+rows and inside a served model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table: `rows` x `dim` float32."""
+
+    name: str
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class IdInput:
+    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros."""
+
+    name: str
+    table: str
+    many: bool = False
+    placement: bool = False
+
+
+@dataclass(frozen=True)
+class DenseInput:
+    """One float32 number a row."""
+
+    name: str
+    placement: bool = False
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.Task`."""
+
+    name: str
+    kind: str
+    objective: str
+    loss_weight: float = 1.0
+    score_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Inputs and outputs of a model. The order of the tuples is the order of every tensor made from them."""
+
+    tables: tuple[Table, ...]
+    ids: tuple[IdInput, ...]
+    dense: tuple[DenseInput, ...]
+    tasks: tuple[TaskOutput, ...]
+
+    def table(self, name: str) -> Table:
+        """The table of that name."""
+        return next(table for table in self.tables if table.name == name)
+
+    def id_names(self, placement: bool) -> list[str]:
+        """Names of the id inputs that describe placement, or of all others."""
+        return [each.name for each in self.ids if each.placement == placement]
+
+    def dense_names(self, placement: bool) -> list[str]:
+        """Names of the dense inputs that describe placement, or of all others."""
+        return [each.name for each in self.dense if each.placement == placement]
+
+    def width(self, placement: bool) -> int:
+        """Number of model inputs: the embeddings' widths plus the dense inputs."""
+        embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
+        return embedded + len(self.dense_names(placement))
+
+    def to_json(self) -> str:
+        """JSON that `from_json` reads back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Layout:
+        """The layout that `to_json` wrote."""
+        tree = json.loads(text)
+        return Layout(
+            tables=tuple(Table(**each) for each in tree["tables"]),
+            ids=tuple(IdInput(**each) for each in tree["ids"]),
+            dense=tuple(DenseInput(**each) for each in tree["dense"]),
+            tasks=tuple(TaskOutput(**each) for each in tree["tasks"]),
+        )
+
+    @staticmethod
+    def read(folder: Path) -> Layout:
+        """The layout saved in a folder of encoded rows or of a model."""
+        return Layout.from_json((folder / "layout.json").read_text(encoding="utf-8"))

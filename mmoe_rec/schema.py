@@ -1,0 +1,290 @@
+"""What the columns of an interaction log mean: roles, tasks, observed-rules and features.
+
+These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They hold declarations only;
+`mmoe_rec.features` turns them into model inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Role = Literal["user", "candidate", "context", "placement"]
+Scalar = bool | int | float | str
+
+
+class Section(BaseModel):
+    """A strict, immutable part of the settings: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Section):
+    """The columns that give a row its place in the log."""
+
+    user: str = Field(description="column with the user's id (integer or string)")
+    candidate: str = Field(description="column with the candidate's id (integer or string)")
+    time: str = Field(description="column with the request's time (a timestamp, or integers with `time_unit`)")
+    request: str | None = Field(
+        None, description="column with the request's id; without one, a user's rows of one instant form a request"
+    )
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"
+    )
+    sampling_rate: str | None = Field(
+        None, description="column with the probability at which the row was kept when the log was sampled (0 to 1]"
+    )
+
+
+class Roles(Section):
+    """Which columns describe what. Every column that a feature reads belongs to one role."""
+
+    user: tuple[str, ...] = Field((), description="columns that describe the user")
+    candidate: tuple[str, ...] = Field((), description="columns that describe the candidate")
+    context: tuple[str, ...] = Field((), description="columns that describe the request's circumstances")
+    placement: tuple[str, ...] = Field(
+        (), description="columns that describe where a candidate was shown; used in training, absent in serving"
+    )
+
+
+class ObservedWhen(Section):
+    """A row's label counts only where another column has a given value."""
+
+    column: str = Field(description="column to look at")
+    equals: Scalar = Field(description="value at which the label is known")
+
+
+class Task(Section):
+    """One predicted behaviour. A null label is always unobserved."""
+
+    label: str = Field(description="column with the label; null means unobserved")
+    kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
+    objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
+    observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
+    matures_after_days: float = Field(
+        0.0, ge=0, description="days after the request until the label is final; until then it is unobserved"
+    )
+    loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
+    score_weight: float = Field(
+        1.0, ge=0, description="weight in the score exp(sum of weight x log probability); 0 leaves the task out"
+    )
+
+
+class _Embedded(Section):
+    dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
+
+
+class _Vocabulary(_Embedded):
+    column: str = Field(description="column that the feature reads")
+    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
+    max_size: int | None = Field(None, ge=1, description="keep only this many most frequent ids")
+    oov_buckets: int = Field(16, ge=1, description="hashed buckets that unknown ids share")
+    table: str | None = Field(
+        None, description="name of another id feature whose vocabulary and embedding table this one shares"
+    )
+
+
+class IdFeature(_Vocabulary):
+    """One id a row, embedded."""
+
+    kind: Literal["id"]
+
+
+class IdsFeature(_Vocabulary):
+    """A list of ids a row, embedded and averaged."""
+
+    kind: Literal["ids"]
+    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
+
+
+class NumericFeature(_Embedded):
+    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
+
+    kind: Literal["numeric"]
+    column: str = Field(description="column that the feature reads")
+    transform: Literal["standard", "log", "buckets"] = Field(
+        "standard",
+        description="standard: (x - mean) / deviation; log: the same after sign(x) log(1 + |x|); "
+        "buckets: an embedding for each quantile bucket",
+    )
+    buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
+
+
+class VectorFeature(Section):
+    """A list of `size` numbers a row (say, a text embedding), standardised; a missing vector is all zeros."""
+
+    kind: Literal["vector"]
+    column: str = Field(description="column with lists of `size` numbers")
+    size: int = Field(ge=1, description="length of every list")
+
+
+class TimeFeature(_Embedded):
+    """Hour and weekday as embeddings, age in days as a number."""
+
+    kind: Literal["time"]
+    column: str | None = Field(None, description="timestamp column; null is the request's time")
+    parts: tuple[Literal["hour", "weekday", "age"], ...] = Field(
+        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
+    )
+    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
+    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
+
+    @model_validator(mode="after")
+    def _age_needs_column(self) -> TimeFeature:
+        if "age" in self.parts and self.column is None:
+            raise ValueError("part 'age' needs a `column`: the request's own time has no age")
+        return self
+
+
+class CrossFeature(_Embedded):
+    """The hashed combination of two or more columns, embedded."""
+
+    kind: Literal["cross"]
+    columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
+    buckets: int = Field(10_000, ge=2, description="hashed rows of the embedding table")
+
+
+class HistoryFeature(Section):
+    """The user's last engaged candidates before the request, point in time, embedded and averaged."""
+
+    kind: Literal["history"]
+    task: str = Field(description="task whose label says that the user engaged")
+    of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
+    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
+    at_least: float = Field(1.0, description="label from which on a row counts as engaged")
+
+
+class CounterFeature(Section):
+    """Trailing statistics of a task's label over all earlier rows with the same key, point in time."""
+
+    kind: Literal["counter"]
+    task: str = Field(description="task whose label is counted")
+    by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
+    outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
+        ("positives", "rate", "recency"),
+        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label; "
+        "recency: log(1 + days since the last row with a positive label became known), missing if never",
+    )
+    window_days: tuple[float | None, ...] = Field(
+        (None,), min_length=1, description="trailing windows; null is all of the past"
+    )
+    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+
+
+Feature = Annotated[
+    IdFeature
+    | IdsFeature
+    | NumericFeature
+    | VectorFeature
+    | TimeFeature
+    | CrossFeature
+    | HistoryFeature
+    | CounterFeature,
+    Field(discriminator="kind"),
+]
+
+
+class Schema(Section):
+    """The meaning of a log: everything that features need to know of the settings, checked for consistency."""
+
+    columns: Columns
+    roles: Roles = Roles()
+    tasks: dict[str, Task] = Field(min_length=1)
+    features: dict[str, Feature] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        self._check_roles()
+        for name in (*self.tasks, *self.features):
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
+        labels = {task.label for task in self.tasks.values()}
+        for name, feature in self.features.items():
+            if leaked := labels.intersection(read_columns(feature)):
+                raise ValueError(f"feature '{name}' reads column '{leaked.pop()}', which is a label")
+            if isinstance(feature, HistoryFeature | CounterFeature) and feature.task not in self.tasks:
+                raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
+            if isinstance(feature, HistoryFeature):
+                self._check_shared(name, "of", feature.of)
+            if isinstance(feature, IdFeature | IdsFeature) and feature.table is not None:
+                self._check_shared(name, "table", feature.table)
+            self.role_of(name)
+        return self
+
+    def _check_roles(self) -> None:
+        seen = {self.columns.user: "user", self.columns.candidate: "candidate", self.columns.time: "context"}
+        for role, names in self.roles:
+            for column in names:
+                if seen.setdefault(column, role) != role:
+                    raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}")
+
+    def _check_shared(self, name: str, key: str, target: str) -> None:
+        owner = self.features.get(target)
+        if not isinstance(owner, IdFeature | IdsFeature) or owner.table is not None:
+            raise ValueError(f"feature '{name}': {key} '{target}' is not an id feature with a table of its own")
+
+    @property
+    def column_roles(self) -> dict[str, Role]:
+        """Role of every column that may be read as an input."""
+        roles: dict[str, Role] = {
+            self.columns.user: "user",
+            self.columns.candidate: "candidate",
+            self.columns.time: "context",
+        }
+        for role, names in self.roles:
+            roles.update(dict.fromkeys(names, role))
+        return roles
+
+    def role_of(self, name: str) -> Role:
+        """Role of a feature: what its columns describe together. Raises ValueError for a column without a role."""
+        feature = self.features[name]
+        if isinstance(feature, HistoryFeature):
+            return "user"
+        roles = set()
+        for column in read_columns(feature):
+            if column not in self.column_roles:
+                raise ValueError(f"feature '{name}' reads column '{column}', which is listed under no role in `roles`")
+            roles.add(self.column_roles[column])
+        if "placement" in roles and (len(roles) > 1 or isinstance(feature, CounterFeature)):
+            raise ValueError(f"feature '{name}' mixes placement with other columns, but placement is absent in serving")
+        for role in ("placement", "candidate", "context"):
+            if role in roles:
+                return role
+        return "user" if roles else "context"
+
+    def table_of(self, name: str) -> str:
+        """Name of the id feature that owns the vocabulary and the embedding table of an id-like feature."""
+        feature = self.features[name]
+        if isinstance(feature, HistoryFeature):
+            return feature.of
+        if isinstance(feature, IdFeature | IdsFeature):
+            return feature.table or name
+        return name
+
+    def input_columns(self) -> dict[str, Role]:
+        """Columns that the features read, with their role; what a request may give."""
+        read = {column for feature in self.features.values() for column in read_columns(feature)}
+        read |= {self.columns.user, self.columns.candidate, self.columns.time}
+        return {column: role for column, role in self.column_roles.items() if column in read}
+
+    def label_columns(self) -> set[str]:
+        """Columns that the tasks read: labels and what their observed-rules look at."""
+        rules = {task.observed_when.column for task in self.tasks.values() if task.observed_when}
+        return rules | {task.label for task in self.tasks.values()}
+
+    def log_columns(self) -> list[str]:
+        """Every column that is read from the log, in a fixed order."""
+        placed = {self.columns.request, self.columns.sampling_rate} - {None}
+        return sorted(set(self.input_columns()) | self.label_columns() | {str(name) for name in placed})
+
+
+def read_columns(feature: Feature) -> tuple[str, ...]:
+    """Columns of a row that a feature reads directly. A history reads the user's id, which every row has."""
+    if isinstance(feature, CrossFeature):
+        return feature.columns
+    if isinstance(feature, CounterFeature):
+        return feature.by
+    if isinstance(feature, HistoryFeature) or feature.column is None:
+        return ()
+    return (feature.column,)
