@@ -42,6 +42,12 @@ class Split(Section):
             raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
         return self
 
+    def windows(self) -> dict[str, tuple[int | None, int | None]]:
+        """Request times [start, end) of each split in microseconds since 1970 UTC."""
+        edges = [self.train_start, self.train_end, self.validation_end, self.test_end]
+        start, train, validation, test = (None if t is None else round(t.timestamp() * 1e6) for t in edges)
+        return {"train": (start, train), "validation": (train, validation), "test": (validation, test)}
+
 
 class Data(Section):
     """Where the log is and where what is built from it goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,19 @@ class Ragged:
     values: np.ndarray
     lengths: np.ndarray
 
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(N + 1,) int64: the values of row i are `values[offsets[i] : offsets[i + 1]]`."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Rows start to stop (exclusive, at most N), as views."""
+        return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
+
     def take(self, rows: np.ndarray) -> Ragged:
         """The given rows, in the given order."""
         lengths = self.lengths[rows]
-        starts = (np.cumsum(self.lengths) - self.lengths)[rows]
+        starts = self.offsets[rows]
         ends = np.cumsum(lengths)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         return Ragged(self.values[np.repeat(starts, lengths) + within], lengths)
@@ -39,6 +49,14 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.dense)
+
+    def slice(self, start: int, stop: int) -> Encoded:
+        """Rows start to stop (exclusive, at most N), as views."""
+        ids = {
+            name: each.slice(start, stop) if isinstance(each, Ragged) else each[start:stop]
+            for name, each in self.ids.items()
+        }
+        return Encoded(ids, self.dense[start:stop])
 
     def take(self, rows: np.ndarray) -> Encoded:
         """The given rows, in the given order."""

@@ -1,0 +1,131 @@
+"""Files and folders that appear whole or not at all: a killed job leaves either the old or the new.
+
+Both contexts yield a hidden temporary path beside the target, where a rename suffices. What was written there is
+flushed to disk and renamed over the target when the block ends without an exception; otherwise it is removed and the
+target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the target, which nothing reads and anyone
+may delete.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmoe_rec.errors import UserError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write one file to; it replaces `path` when the block succeeds.
+
+    Args:
+        path: the target; missing parent folders are created, a symbolic link is followed.
+
+    Raises:
+        UserError: `path` is a folder, or its parent cannot be created.
+    """
+    target = _real(path)
+    if target.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written there: remove it or name another place")
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder to fill; it replaces `path`, with all it held, when the block succeeds.
+
+    Args:
+        path: the target; missing parent folders are created, a symbolic link is followed.
+
+    Raises:
+        UserError: `path` is a file, or no folder can be created there.
+    """
+    target = _real(path)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
+    temporary = _temporary(target)
+    _make_folder(temporary)
+    try:
+        yield temporary
+        _flush_tree(temporary)
+        _put_folder(temporary, target)
+        _flush(target.parent)
+    finally:
+        # After an exchange the temporary name holds the old folder.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _real(path: str | Path) -> Path:
+    target = Path(os.path.realpath(path))
+    _make_folder(target.parent)
+    return target
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be made a folder: {error.strerror}") from error
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _put_folder(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    if _exchange(temporary, target):
+        return
+    # The file system has no atomic exchange: a kill between the two renames leaves the old folder under a hidden name.
+    aside = _temporary(target)
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot (Linux's renameat2 is not POSIX)."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def _flush_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush(Path(parent, name))
+        _flush(Path(parent))
+
+
+def _flush(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

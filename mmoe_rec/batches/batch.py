@@ -1,0 +1,158 @@
+"""A batch of encoded rows as tensors.
+
+Ids are key-major, as in torchrec's KeyedJaggedTensor: first the whole batch of input 0, then that of input 1. Serving
+and single-process use carry them in `KeyedIds`, which needs torch alone; training over sharded tables in a
+KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.layout import Layout
+
+
+@dataclass(frozen=True)
+class KeyedIds:
+    """Any number of ids for each of F inputs and B rows.
+
+    keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major.
+    """
+
+    keys: tuple[str, ...]
+    values: Tensor
+    lengths: Tensor
+    _index: dict[str, int] = field(init=False, repr=False, compare=False)
+    _ends: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Frozen: derived fields are set once, here, so that each column is a slice.
+        object.__setattr__(self, "_index", {key: index for index, key in enumerate(self.keys)})
+        starts_at_zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
+        object.__setattr__(self, "_ends", torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)]))
+
+    @property
+    def rows(self) -> int:
+        """Number of rows B."""
+        return len(self.lengths) // len(self.keys) if self.keys else 0
+
+    def column(self, name: str) -> tuple[Tensor, Tensor]:
+        """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them. KeyError: no such input."""
+        first = self._index[name] * self.rows
+        ends = self._ends[first : first + self.rows + 1]
+        return self.values[int(ends[0]) : int(ends[-1])], ends - ends[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyedIds:
+        """The same ids on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> KeyedIds:
+        """The same ids in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Marks the tensors as used by a CUDA stream."""
+        for tensor in (self.values, self.lengths, self._ends):
+            tensor.record_stream(stream)
+
+    def _map(self, change: Any) -> KeyedIds:
+        return KeyedIds(self.keys, change(self.values), change(self.lengths))
+
+
+@dataclass
+class Batch:
+    """B rows of a `Layout`.
+
+    ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
+    `layout.dense`; labels: (B, T) float32, 0 where unobserved; observed: (B, T) bool; position: rows of the epoch that
+    are consumed once this batch is done.
+    """
+
+    ids: Any
+    dense: Tensor
+    labels: Tensor
+    observed: Tensor
+    position: int = 0
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        device = torch.device(device)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+        return self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Marks the tensors as used by a CUDA stream, so that their memory is not reused before it is done."""
+        for part in (self.ids, self.dense, self.labels, self.observed):
+            part.record_stream(stream)
+
+    def _map(self, change: Any) -> Batch:
+        parts = {name: change(getattr(self, name)) for name in ("ids", "dense", "labels", "observed")}
+        return replace(self, **parts)
+
+
+def make_batch(
+    encoded: Encoded, layout: Layout, labels: np.ndarray | None = None, position: int = 0, *, torchrec: bool
+) -> Batch:
+    """Encoded rows and their labels as a batch.
+
+    labels: (B, T) float32 with NaN where unobserved; None leaves every label unobserved. torchrec: give ids as a
+    KeyedJaggedTensor. Raises ValueError when inputs, labels and layout do not fit each other.
+    """
+    rows = len(encoded)
+    values, lengths, totals = _key_major([_input(encoded, each.name) for each in layout.ids], rows)
+    dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
+    if labels is None:
+        observed = torch.zeros(rows, len(layout.tasks), dtype=torch.bool)
+        known = torch.zeros(rows, len(layout.tasks))
+    else:
+        given = _float_tensor(labels, (rows, len(layout.tasks)), "labels")
+        observed = ~given.isnan()
+        known = given.masked_fill(~observed, 0.0)
+    keys = [each.name for each in layout.ids]
+    if not torchrec:
+        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position)
+
+    from torchrec import KeyedJaggedTensor
+
+    # The totals are known on the host; without them torchrec would read them back from the device.
+    ids = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=rows, length_per_key=totals)
+    return Batch(ids, dense, known, observed, position)
+
+
+def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
+    if name not in encoded.ids:
+        raise ValueError(f"id input '{name}' of the layout is missing; encoded are {', '.join(encoded.ids) or 'none'}")
+    return encoded.ids[name]
+
+
+def _float_tensor(values: np.ndarray, shape: tuple[int, int], what: str) -> Tensor:
+    if values.shape != shape:
+        raise ValueError(f"{what}: expected shape {shape} (rows x columns of the layout), found {values.shape}")
+    # Copies only what is not contiguous, not float32, or read-only (as arrays from Arrow are).
+    return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+
+
+def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tensor, Tensor, list[int]]:
+    """values (sum of lengths,) int64, lengths (F * B,) int32, and the number of values of each input."""
+    flat = [each.values if isinstance(each, Ragged) else each for each in columns]
+    totals = [len(each) for each in flat]
+    lengths = np.ones(len(columns) * rows, np.int32)
+    for index, each in enumerate(columns):
+        if isinstance(each, Ragged):
+            lengths[index * rows : (index + 1) * rows] = each.lengths
+        assert int(lengths[index * rows : (index + 1) * rows].sum()) == totals[index], "ids do not fit their lengths"
+    values = np.concatenate(flat).astype(np.int64, copy=False) if flat else np.empty(0, np.int64)
+    return torch.from_numpy(values), torch.from_numpy(lengths), totals

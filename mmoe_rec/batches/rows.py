@@ -1,0 +1,193 @@
+"""A folder of encoded Parquet rows: which row groups there are, and reading them into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.layout import Layout
+
+ADVICE = "run python -m pipelines.features again"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N encoded rows with their labels. labels: (N, T) float32 in the order of `layout.tasks`, NaN is unobserved."""
+
+    encoded: Encoded
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def slice(self, start: int, stop: int) -> Rows:
+        """Rows start to stop (exclusive, at most N), as views."""
+        return Rows(self.encoded.slice(start, stop), self.labels[start:stop])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rows]) -> Rows:
+        """The rows of all parts (at least one), in order, as copies."""
+        ids = {name: _join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
+        dense = np.concatenate([part.encoded.dense for part in parts])
+        return Rows(Encoded(ids, dense), np.concatenate([part.labels for part in parts]))
+
+
+def _join(parts: list[np.ndarray | Ragged]) -> np.ndarray | Ragged:
+    ragged = [part for part in parts if isinstance(part, Ragged)]
+    if not ragged:
+        return np.concatenate([np.asarray(part) for part in parts])
+    values = np.concatenate([part.values for part in ragged])
+    return Ragged(values, np.concatenate([part.lengths for part in ragged]))
+
+
+class EncodedRows:
+    """The encoded rows of a folder, files in order of their names.
+
+    `rows`: number of rows; `groups`: (file index, row group index) of every row group that has rows, in file order;
+    `group_rows`: (len(groups),) int64, the rows of each. Only the files' footers are read here. Raises UserError for a
+    missing folder, no rows, a file that cannot be read, or one without a column of the layout.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.layout = layout
+        self._files = _parquet_files(folder)
+        self._metadata = [_footer(file) for file in self._files]
+        types = _column_types(layout)
+        self._columns = list(types)
+        for file, metadata in zip(self._files, self._metadata, strict=True):
+            schema = metadata.schema.to_arrow_schema()
+            _require(file, schema, self._columns)
+            _check_types(file, schema, types)
+        counts = dict(_group_counts(self._metadata))
+        self.groups = list(counts)
+        self.group_rows = np.array(list(counts.values()), np.int64)
+        self.rows = int(self.group_rows.sum())
+        if not self.rows:
+            raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
+
+    def read_row_groups(self, groups: Sequence[tuple[int, int]], take: np.ndarray | None = None) -> Rows:
+        """The rows of the given (file index, row group index) pairs (at least one), in the given order.
+
+        take: (n,) int64, which of these rows to return, in which order; None returns all. Row groups of one file that
+        follow each other are read together. Raises UserError for a file that cannot be read.
+        """
+        table = self._table(groups)
+        if take is not None:
+            # Much faster than to permute the arrays: the columns are narrower here and one at a time fits a cache.
+            places = pa.array(take)
+            table = pa.table({name: table.column(name).combine_chunks().take(places) for name in table.column_names})
+        return self._convert(table)
+
+    def stream(self, batch_size: int, columns: Sequence[str] = ()) -> Iterator[tuple[Rows, pa.Table]]:
+        """All rows in file order, `batch_size` at a time (the last ones fewer), with the columns asked for beside them.
+
+        Raises UserError for a file that cannot be read or lacks one of the columns.
+        """
+        for file, metadata in zip(self._files, self._metadata, strict=True):
+            _require(file, metadata.schema.to_arrow_schema(), columns)
+        wanted = list(dict.fromkeys([*self._columns, *columns]))
+        for table in _rebatch(self._tables(batch_size, wanted), batch_size):
+            yield self._convert(table), table.select(list(columns))
+
+    def _table(self, groups: Sequence[tuple[int, int]]) -> pa.Table:
+        tables = []
+        for file, run in groupby(groups, key=lambda group: group[0]):
+            with _naming(self._files[file]), self._open(file) as parquet:
+                tables.append(parquet.read_row_groups([group for _, group in run], columns=self._columns))
+            self._forbid_nulls(tables[-1], self._files[file])
+        return pa.concat_tables(tables)
+
+    def _tables(self, batch_size: int, columns: list[str]) -> Iterator[pa.Table]:
+        for index, file in enumerate(self._files):
+            with _naming(file), self._open(index) as parquet:
+                for batch in parquet.iter_batches(batch_size, columns=columns):
+                    table = pa.Table.from_batches([batch])
+                    self._forbid_nulls(table, file)
+                    yield table
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self._files[file], metadata=self._metadata[file])
+
+    def _forbid_nulls(self, table: pa.Table, file: Path) -> None:
+        for name in self._columns:
+            if table.column(name).null_count and not name.startswith("label."):
+                raise UserError(f"'{file}' has nulls in the column '{name}', which must have none; {ADVICE}")
+
+    def _convert(self, table: pa.Table) -> Rows:
+        labels = np.empty((table.num_rows, len(self.layout.tasks)), np.float32)
+        for index, task in enumerate(self.layout.tasks):
+            labels[:, index] = table.column(f"label.{task.name}").to_numpy()
+        return Rows(Encoded.from_arrow(table, self.layout), labels)
+
+
+def _column_types(layout: Layout) -> dict[str, pa.DataType]:
+    """The columns that a model reads, with their types."""
+    types = {f"id.{each.name}": pa.list_(pa.int32()) if each.many else pa.int32() for each in layout.ids}
+    numbers = [f"dense.{each.name}" for each in layout.dense] + [f"label.{task.name}" for task in layout.tasks]
+    return types | dict.fromkeys(numbers, pa.float32())
+
+
+def _require(file: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in schema.names]
+    if missing:
+        raise UserError(f"'{file}' lacks the column '{missing[0]}'; {ADVICE}")
+
+
+def _check_types(file: Path, schema: pa.Schema, types: dict[str, pa.DataType]) -> None:
+    for name, expected in types.items():
+        found = schema.field(name).type
+        if found != expected:
+            raise UserError(f"'{file}' has the column '{name}' as {found}, expected {expected}; {ADVICE}")
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{folder}' of encoded rows; {ADVICE}")
+    files = sorted(folder.glob("*.parquet"), key=lambda file: file.name)
+    if not files:
+        raise UserError(f"the folder '{folder}' holds no .parquet file of encoded rows; {ADVICE}")
+    return files
+
+
+def _footer(file: Path) -> pq.FileMetaData:
+    with _naming(file):
+        return pq.read_metadata(file)
+
+
+def _group_counts(files: list[pq.FileMetaData]) -> Iterator[tuple[tuple[int, int], int]]:
+    """((file index, row group index), number of rows) of the row groups that are not empty."""
+    for file, metadata in enumerate(files):
+        for group in range(metadata.num_row_groups):
+            if count := metadata.row_group(group).num_rows:
+                yield (file, group), count
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors of Arrow and of the file system as a UserError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise UserError(f"'{file}' cannot be read, it may be truncated or corrupt: {reason}; {ADVICE}") from error
+
+
+def _rebatch(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Tables of exactly `size` rows, the last one fewer."""
+    waiting: pa.Table | None = None
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        while waiting.num_rows >= size:
+            yield waiting.slice(0, size)
+            waiting = waiting.slice(size)
+    if waiting is not None and waiting.num_rows:
+        yield waiting

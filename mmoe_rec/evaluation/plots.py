@@ -1,0 +1,181 @@
+"""Figures of an evaluation, as `matplotlib.figure.Figure`: save with `figure.savefig`, or log to MLflow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+_INK, _MUTED, _GRID, _LINE = "#1b1f24", "#6b7280", "#e5e7eb", "#1f5fa8"
+_LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
+
+
+def calibration_figure(summary: Mapping[str, Any], task: str) -> Figure:
+    """Observed rate against mean prediction in equal-mass bins, and below it their ratio, with 95% intervals.
+
+    Args:
+        summary: of `summary.summarise`.
+        task: a binary task with observed labels.
+
+    Raises:
+        ValueError: the task is not in the summary, is not binary, or has no observed label.
+    """
+    if task not in summary["tasks"]:
+        raise ValueError(f"There is no task {task!r} to draw: expected one of {sorted(summary['tasks'])}.")
+    group = summary["tasks"][task]
+    bins = group.get("calibration_bins")
+    if not bins:
+        raise ValueError(f"Task {task!r} has no calibration: expected a binary task with observed labels.")
+    predicted, observed, low, high = _bin_arrays(bins)
+
+    figure = _figure(5.6, 6.6)
+    axes, ratio_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    _style(axes)
+    _style(ratio_axes)
+    _draw_reliability(axes, predicted, observed, low, high)
+    _draw_points(ratio_axes, predicted, observed / predicted, low / predicted, high / predicted)
+    ratio_axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ratio_axes.set_ylabel("observed /\npredicted")
+    ratio_axes.set_xlabel("mean predicted probability")
+    figure.suptitle(
+        f"{task}: predicted against observed", x=0.03, ha="left", fontsize=13, fontweight="bold", color=_INK
+    )
+    axes.set_title(_calibration_caption(group), loc="left", fontsize=9, color=_MUTED, pad=8)
+    return figure
+
+
+def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
+    """How much each task draws on each expert, as a heat map with a number in every cell.
+
+    Args:
+        mean_gate_weights: task -> (E,) mean gate weight of each expert, in [0, 1]. Tasks may differ in E (task-specific
+            experts come last); NaN marks an expert the task's gate does not see, drawn as an empty cell.
+
+    Raises:
+        ValueError: there is no task.
+    """
+    if not mean_gate_weights:
+        raise ValueError("There are no gate weights to draw: expected at least one task.")
+    rows = [np.asarray(weights, dtype=np.float64) for weights in mean_gate_weights.values()]
+    weights = np.full((len(rows), max(len(row) for row in rows)), np.nan)
+    for index, row in enumerate(rows):
+        weights[index, : len(row)] = row
+
+    tasks, experts = weights.shape
+    figure = _figure(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
+    axes = figure.subplots()
+    top = float(np.nanmax(weights)) if np.isfinite(weights).any() else 1.0
+    image = axes.imshow(np.ma.masked_invalid(weights), cmap="Blues", vmin=0, vmax=top or 1.0, aspect="auto")
+    for task, expert in np.argwhere(np.isfinite(weights)):
+        value = weights[task, expert]
+        color = "white" if value > 0.6 * top else _INK
+        axes.text(expert, task, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
+    _style_cells(axes, list(mean_gate_weights), experts)
+    axes.set_title("Mean gate weight", loc="left", fontsize=13, fontweight="bold", color=_INK, pad=10)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8, colors=_MUTED)
+    return figure
+
+
+def _bin_arrays(bins: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean prediction, observed rate, and the ends of its interval (NaN where there is none), (bins,) each."""
+    names = ("mean_predicted", "observed_rate", "low", "high")
+    columns = np.array([[row[name] for name in names] for row in bins], dtype=np.float64).T
+    return columns[0], columns[1], columns[2], columns[3]
+
+
+def _draw_reliability(
+    axes: Axes, predicted: np.ndarray, observed: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> None:
+    is_log = bool(predicted.min() > 0 and predicted.max() > _LOG_SPAN * predicted.min())
+    x_limits = _limits(predicted, is_log)
+    y_limits = _limits(np.concatenate([predicted, observed, low, high]), is_log)
+    for axis, limits, name in ((axes.xaxis, x_limits, "x"), (axes.yaxis, y_limits, "y")):
+        axes.set(**{f"{name}scale": "log" if is_log else "linear", f"{name}lim": limits})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.plot(x_limits, x_limits, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect", zorder=1)
+    shown = (observed > 0) | (not is_log)
+    _draw_points(axes, predicted[shown], observed[shown], low[shown], high[shown], "equal-mass bins, 95% interval")
+    if not shown.all():
+        floor = np.full(int((~shown).sum()), y_limits[0])
+        hollow: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 5,
+            "markerfacecolor": "white",
+            "color": _LINE,
+            "linestyle": "none",
+        }
+        axes.plot(predicted[~shown], floor, **hollow, clip_on=False, label="no positive row")
+    axes.set_ylabel("observed rate")
+    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def _limits(values: np.ndarray, is_log: bool) -> tuple[float, float]:
+    """Ends of an axis that shows all values; on a logarithmic one, all positive values."""
+    finite = values[np.isfinite(values) & ((values > 0) | (not is_log))]
+    smallest, largest = float(finite.min()), float(finite.max())
+    if is_log:
+        return smallest / 1.3, largest * 1.3
+    margin = 0.06 * (largest - smallest) or 0.05
+    return smallest - margin, largest + margin
+
+
+def _draw_points(
+    axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, label: str | None = None
+) -> None:
+    reach = np.nan_to_num(np.maximum([y - low, high - y], 0.0))
+    style: dict[str, Any] = {
+        "color": _LINE,
+        "marker": "o",
+        "markersize": 5,
+        "linewidth": 1.4,
+        "elinewidth": 1.2,
+        "capsize": 2.5,
+    }
+    axes.errorbar(x, y, yerr=reach, **style, label=label, zorder=3)
+
+
+def _calibration_caption(group: Mapping[str, Any]) -> str:
+    parts = [f"{group['rows']:,} rows, {group['positives']:,} positive"]
+    ratio = group["calibration"]
+    if ratio["value"] is not None:
+        interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
+        parts.append(f"predicted / observed {ratio['value']:.3f}{interval}")
+    parts.append(f"expected calibration error {group['ece']:.2g}")
+    return "\n".join(parts)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED, which="both")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_GRID)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+
+
+def _style_cells(axes: Axes, tasks: list[str], experts: int) -> None:
+    axes.set_xticks(range(experts), [str(expert) for expert in range(experts)])
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlabel("expert", color=_INK)
+    axes.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(tasks) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_INK)
+    axes.set_facecolor("#f3f4f6")
+    for spine in axes.spines.values():
+        spine.set_visible(False)

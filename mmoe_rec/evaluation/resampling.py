@@ -1,0 +1,47 @@
+"""The bootstrap over users: what the metrics would have been had other users come (Efron and Tibshirani, 1993).
+
+Rows of one user are alike, so intervals that resample rows are too narrow; whole users are drawn instead, with
+replacement, as many as there are.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+Values = dict[tuple[str, str], np.ndarray]
+"""(task or `score`, metric) -> (R,) float64"""
+
+_ENTRIES_AT_A_TIME = 2_000_000
+_DEFINED_SHARE = 0.95
+
+
+def user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Chunks (users, R) float64 of how often each user is drawn: `resamples` columns, each summing to `users`."""
+    generator = np.random.default_rng(seed)
+    at_a_time = int(np.clip(_ENTRIES_AT_A_TIME // users, 1, 128))
+    for start in range(0, resamples, at_a_time):
+        columns = min(at_a_time, resamples - start)
+        drawn = generator.integers(users, size=(columns, users)) + users * np.arange(columns)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=columns * users).reshape(columns, users)
+        yield np.ascontiguousarray(counts.T, dtype=np.float64)
+
+
+def replicate(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int) -> Values:
+    """The values of `at(counts)` in every resample, (resamples,) each."""
+    chunks = [at(counts) for counts in user_counts(users, resamples, seed)]
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def with_interval(value: float, replicates: np.ndarray, users: int) -> dict[str, float | None]:
+    """A metric with its 95% percentile interval: `value`, `low`, `high`; None where undefined.
+
+    There is no interval with a single user, nor when the metric is undefined in more than 5% of the resamples: the rest
+    would not be a fair sample. Resamples in which it is undefined are otherwise left out.
+    """
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    defined = replicates[np.isfinite(replicates)]
+    if users < 2 or len(defined) < _DEFINED_SHARE * len(replicates):
+        return {"value": float(value), "low": None, "high": None}
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return {"value": float(value), "low": float(low), "high": float(high)}

@@ -1,0 +1,146 @@
+"""Reading an interaction log: Parquet files, checked against the schema before the first row is used."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.columns import canonical, canonical_type, column_uses
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.schema import Schema
+
+ROWS_AT_A_TIME = 131_072
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """One Parquet file of a log."""
+
+    path: Path
+    rows: int
+    bytes: int
+
+
+class Log:
+    """The files of an interaction log. Opening it reads every file's footer and checks columns and types."""
+
+    def __init__(self, source: str, schema: Schema) -> None:
+        self.source = source
+        self.schema = schema
+        self.files = _check_files(find_files(source), schema)
+        if not any(file.rows for file in self.files):
+            raise UserError(f"the log '{source}' has no rows")
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    def digest(self) -> str:
+        """A fingerprint of file names, sizes and row counts."""
+        text = "\n".join(f"{file.path.name} {file.bytes} {file.rows}" for file in self.files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def stream(self) -> Iterator[LogRows]:
+        """Batches of rows in canonical types, file by file; the values that features rely on are checked."""
+        for file in self.files:
+            for table in _read(file.path, self.schema):
+                rows = LogRows(table, self.schema)
+                _check_values(rows, file.path)
+                yield rows
+
+
+def find_files(source: str) -> list[Path]:
+    """Parquet files of a folder (also nested), a glob or a single path, in the order of their names."""
+    path = Path(source)
+    if path.is_dir():
+        found = [file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_"))]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
+    if not found:
+        what = "holds no *.parquet file" if path.is_dir() else "does not exist"
+        raise UserError(f"the log '{source}' {what}; set `data.log` to a folder, file or glob of Parquet files")
+    return sorted(found)
+
+
+def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
+    uses = column_uses(schema)
+    first_seen: dict[str, tuple[pa.DataType, Path]] = {}
+    files = []
+    for path in paths:
+        parquet = _open(path)
+        arrow = parquet.schema_arrow
+        for column, use in uses.items():
+            if column not in arrow.names:
+                raise UserError(f"'{path}' has no column '{column}'; it has {', '.join(sorted(arrow.names))}")
+            try:
+                kind = canonical_type(column, use, arrow.field(column).type, schema.columns.time_unit)
+            except UserError as error:
+                raise UserError(f"'{path}': {error}") from None
+            if pa.types.is_null(kind):
+                continue
+            known, where = first_seen.setdefault(column, (kind, path))
+            if known != kind:
+                raise UserError(f"column '{column}' changes its type: {known} in '{where}', {kind} in '{path}'")
+        files.append(LogFile(path, parquet.metadata.num_rows, path.stat().st_size))
+        parquet.close()
+    return files
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise UserError(f"'{path}' is not a readable Parquet file: {_first_line(error)}") from None
+
+
+def _read(path: Path, schema: Schema) -> Iterator[pa.Table]:
+    uses = column_uses(schema)
+    parquet = _open(path)
+    try:
+        for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=list(uses)):
+            raw = pa.table(batch)
+            yield pa.table({c: canonical(c, use, raw.column(c), schema.columns.time_unit) for c, use in uses.items()})
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"'{path}' is damaged: {_first_line(error)}; write the file again") from None
+    finally:
+        parquet.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _check_values(rows: LogRows, path: Path) -> None:
+    columns = rows.schema.columns
+    for column in filter(None, (columns.user, columns.candidate, columns.time, columns.request)):
+        nulls = rows.column(column).null_count
+        if nulls:
+            raise UserError(f"'{path}': column '{column}' is null in {nulls} rows; every row needs one")
+    for name, task in rows.schema.tasks.items():
+        labels = rows.numbers(task.label)
+        if task.kind == "binary":
+            wrong = labels[~np.isnan(labels) & (labels != 0) & (labels != 1)]
+            if len(wrong):
+                raise UserError(
+                    f"'{path}': label column '{task.label}' of binary task '{name}' holds {wrong[0]:g} "
+                    f"({len(wrong)} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
+                )
+
+
+def format_time(microseconds: int) -> str:
+    """A time as ISO 8601 in UTC, for messages."""
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,71 @@
+"""Statistics of numbers that do not depend on the order of rows: a histogram of values rounded to 13 significant bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_DROPPED_BITS = np.int64(40)
+
+
+class NumberHistogram:
+    """Counts of values rounded to a relative precision of 2^-13; a mergeable partial fit.
+
+    Rounding bounds the number of distinct values, so memory does not grow with the log, and counts are integers, so
+    any order of rows and any partition give the same mean, deviation and quantiles.
+    """
+
+    def __init__(self) -> None:
+        self.values = np.empty(0)
+        self.counts = np.empty(0, np.int64)
+        self.missing = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Counts (N,) float64 values; NaN and infinities count as missing."""
+        finite = values[np.isfinite(values)]
+        self.missing += len(values) - len(finite)
+        rounded, counts = np.unique(_round(finite), return_counts=True)
+        self._merge(rounded, counts)
+
+    def _merge(self, values: np.ndarray, counts: np.ndarray) -> None:
+        merged, inverse = np.unique(np.concatenate([self.values, values]), return_inverse=True)
+        self.counts = np.bincount(inverse, np.concatenate([self.counts, counts]), len(merged)).astype(np.int64)
+        self.values = merged
+
+    def standardiser(self) -> Standardiser:
+        """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal."""
+        total = self.counts.sum()
+        if total == 0:
+            return Standardiser(0.0, 1.0, self.missing > 0)
+        mean = float((self.values * self.counts).sum() / total)
+        deviation = float(np.sqrt((np.square(self.values - mean) * self.counts).sum() / total))
+        return Standardiser(mean, deviation if deviation > 1e-12 * max(1.0, abs(mean)) else 1.0, self.missing > 0)
+
+    def quantiles(self, buckets: int) -> np.ndarray:
+        """Sorted distinct inner edges, at most `buckets` - 1, that cut the values into parts of equal mass."""
+        if not len(self.values):
+            return np.empty(0)
+        share = np.cumsum(self.counts) / self.counts.sum()
+        positions = np.searchsorted(share, np.arange(1, buckets) / buckets)
+        return np.unique(self.values[np.minimum(positions, len(self.values) - 1)])
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    bits = values.astype(np.float64).view(np.int64)
+    half = np.int64(1) << (_DROPPED_BITS - np.int64(1))
+    return (((bits + half) >> _DROPPED_BITS) << _DROPPED_BITS).view(np.float64) + 0.0
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """(x - mean) / deviation, clipped to +-10; `has_missing` says whether training rows had missing values."""
+
+    mean: float
+    deviation: float
+    has_missing: bool
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """(N,) float32; missing values become 0, the mean."""
+        scaled = np.clip((values - self.mean) / self.deviation, -10.0, 10.0)
+        return np.where(np.isfinite(values), scaled, 0.0).astype(np.float32)

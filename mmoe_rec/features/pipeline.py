@@ -1,0 +1,192 @@
+"""`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
+
+State is plain data: `pipeline.json` and one Parquet file for each table that an encoder has learnt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.counter import CounterEncoder
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoder import Encoder, Inputs, State
+from mmoe_rec.features.history import HistoryEncoder
+from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.schema import (
+    CounterFeature,
+    CrossFeature,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    NumericFeature,
+    Schema,
+    TimeFeature,
+    VectorFeature,
+)
+
+FORMAT = 1
+
+
+class FeaturePipeline:
+    """Encoders of all features, in the order of the settings."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self.owners = {
+            name: VocabularyOwner(name, feature)
+            for name, feature in schema.features.items()
+            if isinstance(feature, IdFeature | IdsFeature) and feature.table is None
+        }
+        self.encoders = {name: self._encoder(name) for name in schema.features}
+
+    def _encoder(self, name: str) -> Encoder:
+        feature, tasks = self.schema.features[name], self.schema.tasks
+        match feature:
+            case IdsFeature():
+                return IdsEncoder(name, feature, self.owners[self.schema.table_of(name)])
+            case IdFeature():
+                return IdEncoder(name, feature, self.owners[self.schema.table_of(name)])
+            case NumericFeature():
+                return NumericEncoder(name, feature)
+            case VectorFeature():
+                return VectorEncoder(name, feature)
+            case TimeFeature():
+                return TimeEncoder(name, feature)
+            case CrossFeature():
+                return CrossEncoder(name, feature)
+            case HistoryFeature():
+                return HistoryEncoder(name, feature, tasks[feature.task], self.owners[feature.of])
+            case CounterFeature():
+                return CounterEncoder(name, feature, tasks[feature.task])
+
+    @staticmethod
+    def fit(
+        schema: Schema,
+        stream: Callable[[], Iterable[LogRows]],
+        training: tuple[int | None, int],
+    ) -> FeaturePipeline:
+        """Fits all features to a log.
+
+        Statistics (vocabularies, means, quantiles, overall rates) come from rows requested in `training`, [start, end)
+        in microseconds. Counters and histories remember the whole log, and look only at what was known before a row.
+
+        Args:
+            stream: gives all rows of the log, each time it is called.
+
+        Raises:
+            UserError: no row lies in the training time.
+        """
+        pipeline = FeaturePipeline(schema)
+        total = 0
+        for rows in stream():
+            mask = in_window(rows.times(), training)
+            total += int(mask.sum())
+            for encoder in pipeline.encoders.values():
+                encoder.learn(rows, mask)
+        if total == 0:
+            raise UserError("no row of the log lies in the training time; see `split.train_start` and `split.train_end`")
+        # Owners of vocabularies first: others share them, and histories are encoded with them.
+        for encoder in sorted(pipeline.encoders.values(), key=lambda each: isinstance(each, HistoryEncoder)):
+            encoder.finish()
+        if any(isinstance(encoder, CounterEncoder) for encoder in pipeline.encoders.values()):
+            for rows in stream():
+                inside = rows.filter(in_window(rows.times(), training))
+                for encoder in pipeline.encoders.values():
+                    encoder.learn_numbers(inside)
+        for encoder in pipeline.encoders.values():
+            encoder.finish_numbers()
+        return pipeline
+
+    @property
+    def layout(self) -> Layout:
+        """The inputs that `encode` gives and the tasks that the model predicts."""
+        tables: list[Table] = []
+        ids: list[IdInput] = []
+        dense: list[DenseInput] = []
+        for name, encoder in self.encoders.items():
+            placement = self.schema.role_of(name) == "placement"
+            outline = encoder.outline()
+            tables += outline.tables
+            ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
+            dense += [DenseInput(each, placement) for each in outline.dense]
+        tasks = [
+            TaskOutput(name, task.kind, task.objective, task.loss_weight, task.score_weight)
+            for name, task in self.schema.tasks.items()
+        ]
+        return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
+
+    def encode(self, rows: LogRows) -> Encoded:
+        """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
+        ids, dense = {}, {}
+        for name, encoder in self.encoders.items():
+            inputs = encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows))
+            ids.update(inputs.ids)
+            dense.update(inputs.dense)
+        layout = self.layout
+        matrix = np.empty((len(rows), len(layout.dense)), np.float32)
+        for index, each in enumerate(layout.dense):
+            matrix[:, index] = dense[each.name]
+        return Encoded({each.name: ids[each.name] for each in layout.ids}, matrix)
+
+    def _has_columns(self, name: str, rows: LogRows) -> bool:
+        if self.schema.role_of(name) != "placement":
+            return True
+        feature = self.schema.features[name]
+        columns = feature.columns if isinstance(feature, CrossFeature) else (getattr(feature, "column", None),)
+        return all(column is None or rows.has(column) for column in columns)
+
+    def save(self, folder: Path, latest_at: int | None = None) -> None:
+        """Writes the state into an existing folder; with `latest_at`, only what requests from then on can ask for."""
+        values = {}
+        for name, encoder in self.encoders.items():
+            state = encoder.state() if latest_at is None else encoder.latest(latest_at)
+            values[name] = {"values": state.values, "tables": sorted(state.tables)}
+            for key, table in state.tables.items():
+                pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
+        text = {"format": FORMAT, "schema": self.schema.model_dump(mode="json"), "encoders": values}
+        (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> FeaturePipeline:
+        """Reads a saved state. Raises UserError for a folder that holds none, or one of another format."""
+        try:
+            text = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"'{folder}' holds no feature state (pipeline.json)") from None
+        if text.get("format") != FORMAT:
+            raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
+        pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
+        for name, saved in text["encoders"].items():
+            tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}
+            pipeline.encoders[name].restore(State(saved["values"], tables))
+        return pipeline
+
+
+def in_window(times: np.ndarray, window: tuple[int | None, int | None]) -> np.ndarray:
+    """(N,) bool: start <= time < end, either open."""
+    start, end = window
+    inside = np.ones(len(times), bool)
+    if start is not None:
+        inside &= times >= start
+    if end is not None:
+        inside &= times < end
+    return inside
+
+
+def _absent(encoder: Encoder, rows: int) -> Inputs:
+    outline = encoder.outline()
+    ids: Iterator[tuple[str, np.ndarray | Ragged]] = (
+        (name, Ragged(np.empty(0, np.int64), np.zeros(rows, np.int32)) if many else np.zeros(rows, np.int64))
+        for name, _, many in outline.ids
+    )
+    return Inputs(dict(ids), {name: np.zeros(rows, np.float32) for name in outline.dense})

@@ -1,0 +1,97 @@
+"""Rows of a log, or of a request, in canonical types, with what features ask for again and again kept at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.hashing import combine, hash_column
+from mmoe_rec.schema import Schema, Task
+
+MICROSECONDS_PER_DAY = 86_400_000_000
+
+
+class LogRows:
+    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`)."""
+
+    def __init__(self, table: pa.Table, schema: Schema) -> None:
+        self.table = table
+        self.schema = schema
+        self._hashes: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def filter(self, mask: np.ndarray) -> LogRows:
+        """The rows where `mask` (N,) bool is true."""
+        return self if mask.all() else LogRows(self.table.filter(pa.array(mask)), self.schema)
+
+    def has(self, name: str) -> bool:
+        """Whether the rows have this column."""
+        return name in self.table.column_names
+
+    def column(self, name: str) -> pa.Array:
+        """A column as one array."""
+        return self.table.column(name).combine_chunks()
+
+    def numbers(self, name: str) -> np.ndarray:
+        """(N,) float64 of a column of numbers, NaN where null."""
+        column = self.column(name)
+        if pt.is_null(column.type):
+            return np.full(len(column), np.nan)
+        if pt.is_string(column.type):
+            raise UserError(f"column '{name}' must hold numbers, found strings")
+        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+
+    def hashes(self, names: Sequence[str]) -> np.ndarray:
+        """(N,) uint64 hash of one column or of the combination of several."""
+        for name in names:
+            if name not in self._hashes:
+                self._hashes[name] = hash_column(self.column(name))
+        return combine([self._hashes[name] for name in names])
+
+    def times(self, name: str | None = None) -> np.ndarray:
+        """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; the least int64 is null."""
+        column = self.column(name or self.schema.columns.time)
+        if pt.is_null(column.type):
+            return np.full(len(column), np.iinfo(np.int64).min)
+        return column.cast(pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
+
+    def requests(self) -> pa.Array:
+        """The request's id, (N,) int64 or string; without a request column, a hash of user and time."""
+        if self.schema.columns.request is not None:
+            return self.column(self.schema.columns.request)
+        hashed = self.hashes([self.schema.columns.user])
+        return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
+
+    def labels(self, task: Task, known_by: int) -> np.ndarray:
+        """(N,) float64 labels, NaN where unobserved: null, ruled out, or not yet matured at `known_by` (microseconds)."""
+        labels = self.numbers(task.label)
+        observed = self.times() + maturity(task) <= known_by
+        if task.observed_when is not None:
+            rule = task.observed_when
+            observed &= _equals(self.column(rule.column), rule.equals)
+        return np.where(observed, labels, np.nan)
+
+
+def maturity(task: Task) -> int:
+    """Microseconds from a request until the task's label is final."""
+    return round(task.matures_after_days * MICROSECONDS_PER_DAY)
+
+
+def _equals(column: pa.Array, value: bool | int | float | str) -> np.ndarray:
+    if pt.is_null(column.type):
+        return np.zeros(len(column), bool)
+    wanted: object = value
+    if pt.is_string(column.type):
+        wanted = str(value)
+    elif isinstance(value, str):
+        raise UserError(f"an `observed_when` compares a column of numbers with the string '{value}'")
+    elif isinstance(value, bool):
+        wanted = int(value)
+    return pc.fill_null(pc.equal(column, pa.scalar(wanted)), False).to_numpy(zero_copy_only=False)

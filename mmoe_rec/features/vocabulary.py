@@ -1,0 +1,97 @@
+"""Vocabularies: ids of a column -> rows of an embedding table.
+
+Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets that unknown ids share, known ids follow. So a
+vocabulary can grow at its end without moving any row.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.hashing import hash_column
+
+
+class IdCounts:
+    """How often each id occurs; a mergeable partial fit."""
+
+    def __init__(self) -> None:
+        self._parts: list[pa.Table] = []
+
+    def add(self, values: pa.Array) -> None:
+        """Counts the non-null values of an int64 or string array."""
+        values = values.drop_null()
+        if len(values):
+            counted = values.value_counts()
+            self._parts.append(pa.table({"id": counted.field("values"), "count": counted.field("counts")}))
+        if len(self._parts) > 64:
+            self._parts = [self._summed()]
+
+    def _summed(self) -> pa.Table:
+        summed = pa.concat_tables(self._parts).group_by("id").aggregate([("count", "sum")])
+        return summed.rename_columns({"count_sum": "count"})
+
+    def vocabulary(self, min_count: int, max_size: int | None, oov_buckets: int) -> Vocabulary:
+        """The most frequent ids; ties are ordered by id, so the result does not depend on the order of rows."""
+        if not self._parts:
+            return Vocabulary(pa.array([], pa.int64()), oov_buckets)
+        counted = self._summed()
+        counted = counted.filter(pc.greater_equal(counted["count"], min_count))
+        counted = counted.sort_by([("count", "descending"), ("id", "ascending")])
+        return Vocabulary(counted["id"].combine_chunks()[:max_size], oov_buckets)
+
+
+class Vocabulary:
+    """Known ids, an int64 or string array in the order of their rows, and the number of hashed buckets."""
+
+    def __init__(self, known: pa.Array, oov_buckets: int) -> None:
+        self.known = known
+        self.oov_buckets = oov_buckets
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return 1 + self.oov_buckets + len(self.known)
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        return _as_index(self.known)
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """(N,) int64 table rows of an int64 or string array. Raises UserError for ids of the other type."""
+        if pt.is_null(values.type):
+            return np.zeros(len(values), np.int64)
+        if len(self.known) and values.type != self.known.type:
+            raise UserError(f"ids of type {values.type} given where the model was trained on {self.known.type}")
+        if pt.is_string(values.type):
+            encoded = values.dictionary_encode()
+            rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
+            return rows[encoded.indices.fill_null(-1).to_numpy()]
+        rows = self._encode_known_or_hashed(values.fill_null(0))
+        if values.null_count:
+            rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
+        return rows
+
+    def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
+        found = self._index.get_indexer(_as_index(values)) if len(self.known) else np.full(len(values), -1)
+        rows = found.astype(np.int64) + 1 + self.oov_buckets
+        unknown = found < 0
+        if unknown.any():
+            hashes = hash_column(values.filter(pa.array(unknown)))
+            rows[unknown] = 1 + (hashes % np.uint64(self.oov_buckets)).astype(np.int64)
+        return rows
+
+    def is_unknown(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) bool: rows that are hashed buckets of unknown ids."""
+        return (rows >= 1) & (rows <= self.oov_buckets)
+
+
+def _as_index(values: pa.Array) -> pd.Index:
+    array = values.to_numpy(zero_copy_only=False)
+    return pd.Index(array.astype(object) if pt.is_string(values.type) else array)

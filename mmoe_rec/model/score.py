@@ -1,0 +1,44 @@
+"""From logits to predictions and to the one ranking score.
+
+The score multiplies weighted predictions (Zhao et al., RecSys 2019): exp(sum over tasks of weight x log prediction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# The smallest regression value that enters a product: zero or less would make the score 0 whatever the other tasks say.
+SMALLEST_VALUE = 1e-6
+
+
+def predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
+    """(B, T) logits -> (B, T) predictions: a probability for a binary task, the value itself for a regression."""
+    return torch.where(_is_binary(logits, kinds), logits.sigmoid(), logits)
+
+
+def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
+    """(B, T) logits -> (B, T) log predictions.
+
+    Binary: log sigmoid, exact for any logit. Regression: the log of the value, or of SMALLEST_VALUE if that is larger.
+    """
+    regression = logits.clamp(min=SMALLEST_VALUE).log()
+    return torch.where(_is_binary(logits, kinds), functional.logsigmoid(logits), regression)
+
+
+def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -> Tensor:
+    """(B, T) logits -> (B,) log score: sum over tasks of weight x log prediction.
+
+    Rank by the log score: its exponential, the score, may be too small for float32 where the log is not.
+    """
+    weights = torch.tensor(list(score_weights), dtype=logits.dtype, device=logits.device)
+    return log_predictions(logits, kinds) @ weights
+
+
+def _is_binary(logits: Tensor, kinds: Sequence[str]) -> Tensor:
+    if len(kinds) != logits.shape[-1]:
+        raise ValueError(f"expected one logit for each of {len(kinds)} tasks, found {logits.shape[-1]}")
+    return torch.tensor([kind == "binary" for kind in kinds], device=logits.device)

@@ -1,0 +1,100 @@
+"""Embedding tables in two forms with equal weights, names and outputs.
+
+`PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
+`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
+an input (no id gives zeros), and answer by input name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.features.layout import IdInput, Layout, Table
+
+# New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
+INITIAL_DEVIATION = 0.01
+# Rows that share a generator. A rank fills any range of rows by drawing only the blocks that the range touches.
+BLOCK_ROWS = 65_536
+
+
+def used_tables(layout: Layout) -> list[Table]:
+    """The tables that an id input looks up, in layout order."""
+    used = {each.table for each in layout.ids}
+    return [table for table in layout.tables if table.name in used]
+
+
+def initial_rows(table: Table, seed: int, first: int, last: int) -> Tensor:
+    """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
+
+    A function of seed, table name and row alone, so that any sharding over any number of ranks starts equal.
+    """
+    weights = torch.empty(last - first, table.dim)
+    for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
+        begin, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table.rows)
+        key = hashlib.blake2b(f"{seed}/{table.name}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        drawn = torch.empty(end - begin, table.dim).normal_(0.0, INITIAL_DEVIATION, generator=generator)
+        low, high = max(first, begin), min(last, end)
+        weights[low - first : high - first] = drawn[low - begin : high - begin]
+    return weights
+
+
+class PlainTables(nn.Module):
+    """One `torch.nn.EmbeddingBag` per table. The counterpart of torchrec's EmbeddingBagCollection."""
+
+    def __init__(self, tables: tuple[Table, ...], ids: tuple[IdInput, ...], seed: int = 0) -> None:
+        super().__init__()
+        self.embedding_bags = nn.ModuleDict()
+        used = {each.table for each in ids}
+        for table in tables:
+            if table.name in used:
+                weight = initial_rows(table, seed, 0, table.rows)
+                self.embedding_bags[table.name] = nn.EmbeddingBag(
+                    table.rows, table.dim, mode="mean", include_last_offset=True, _weight=weight
+                )
+        self.table_of = {each.name: each.table for each in ids}
+
+    def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
+        """Mean embedding of every input: name -> (B, dim) float32."""
+        return {name: self.embedding_bags[table](*ids.column(name)) for name, table in self.table_of.items()}
+
+
+def plain_tables(layout: Layout, seed: int = 0) -> PlainTables:
+    """The tables of a layout on this process alone."""
+    return PlainTables(layout.tables, layout.ids, seed)
+
+
+def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.Module:
+    """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
+
+    Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
+    KeyedJaggedTensor and gives a KeyedTensor; read it by name, since its order follows the sharding plan.
+    """
+    tables = used_tables(layout)
+    if not tables:
+        return PlainTables((), ())
+
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.rows,
+            embedding_dim=table.dim,
+            feature_names=[each.name for each in layout.ids if each.table == table.name],
+            pooling=PoolingType.MEAN,
+            init_fn=_zeros,
+        )
+        for table in tables
+    ]
+    collection: nn.Module = EmbeddingBagCollection(tables=configs, device=torch.device(device))
+    return collection
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    # A random initialisation by torchrec would draw from the global generator, differently on each rank.
+    return nn.init.zeros_(weight)

@@ -1,0 +1,237 @@
+"""Sharded training: the process group, the sharding plan, and the way back to a plain model.
+
+One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.tables import initial_rows, used_tables
+
+# Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
+NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
+RESERVED_SHARE = 0.2  # of the machine's or card's memory, for all but tables and their activations
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A model spread over the ranks.
+
+    model: torchrec's DistributedModelParallel, called with a `Batch`; table_optimizer: its fused row-wise Adagrad,
+    which updates the tables within the backward pass and takes its learning rate from `param_groups` at `step()`;
+    plan: one line per table, saying how and where it is stored.
+    """
+
+    model: Any
+    table_optimizer: Any
+    plan: str
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is not a table: what a dense optimizer steps."""
+        named = self.model.module.named_parameters()
+        return {name: parameter for name, parameter in named if not name.startswith("tables.")}
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins torchrun's ranks, or forms a group of one without torchrun. gloo on CPU, nccl on CUDA; left at the end."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with _silenced():
+            yield
+    finally:
+        # Without this a rank can abort at exit.
+        dist.destroy_process_group()
+
+
+def shard(
+    model: nn.Module,
+    layout: Layout,
+    device: torch.device,
+    *,
+    batch_size: int,
+    table_learning_rate: float,
+    seed: int = 0,
+) -> Sharded:
+    """Spreads a model with `torchrec_tables` over the ranks of the current process group.
+
+    batch_size: rows a rank and step. Tables start from `initial_rows(table, seed, ...)` whatever the plan. A layout
+    without tables gives plain data parallelism. Raises ValueError when the tables do not fit into memory.
+    """
+    from torch.distributed.optim import _apply_optimizer_in_backward
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.types import ShardingPlan
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.streamable import Pipelineable
+
+    from mmoe_rec.batches.batch import Batch
+
+    Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
+    sharders: list[Any] = []
+    plan = ShardingPlan({})
+    if used_tables(layout):
+        tables = model.get_submodule("tables")
+        _apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": table_learning_rate})
+        sharders = _sharders()
+        plan = _plan(model, layout, device, batch_size, sharders)
+    with warnings.catch_warnings():
+        # An argument that torchrec hands to torch, deprecated there.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    _fill_tables(parallel, layout, seed)
+    return Sharded(parallel, parallel.fused_optimizer, _plan_text(plan))
+
+
+def _sharders() -> list[Any]:
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+    return [EmbeddingBagCollectionSharder()]
+
+
+def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: int, sharders: list[Any]) -> Any:
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import (
+        KernelConfig,
+        ParameterConstraints,
+        PlannerError,
+        TopologyFactory,
+        TrainerConfig,
+    )
+    from torchrec.distributed.types import ShardingType
+
+    # Data parallel is left out (its optimizer state has other keys, so a table could not be resharded) and so is
+    # column-wise (row-wise Adagrad would keep a state per shard of a row).
+    types = [ShardingType.TABLE_WISE]
+    if device.type == "cuda":
+        types += [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE]
+    allowed = [each.value for each in types]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    card, host = _memory(device)
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=dist.get_world_size(), local_world_size=local, hbm_cap_bytes=card, ddr_cap_bytes=host // local
+        ),
+        kernel_config=KernelConfig(compute_device=device.type),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+        constraints={table.name: ParameterConstraints(sharding_types=allowed) for table in used_tables(layout)},
+        debug=False,
+    )
+    try:
+        return planner.collective_plan(model, sharders, dist.group.WORLD)
+    except PlannerError as error:
+        size = sum(table.rows * table.dim * 4 for table in used_tables(layout)) / 2**30
+        raise ValueError(
+            f"the embedding tables ({size:.1f} GiB) do not fit into the memory of {dist.get_world_size()} rank(s); "
+            "use more ranks, smaller `dim`, or a `max_size` for the largest id features"
+        ) from error
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a rank's card, and of the machine's main memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return card, host
+
+
+def _plan_text(plan: Any) -> str:
+    lines = []
+    for module in plan.plan.values():
+        for table, parameter in module.items():
+            shards = getattr(parameter.sharding_spec, "shards", None) or []
+            places = ", ".join(f"rank {each.placement.rank()}: {each.shard_sizes[0]} rows" for each in shards)
+            lines.append(f"{table}: {parameter.sharding_type} ({places})")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def _fill_tables(parallel: Any, layout: Layout, seed: int) -> None:
+    state = parallel.state_dict()
+    for table in used_tables(layout):
+        for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
+            weights.copy_(initial_rows(table, seed, first, first + len(weights)))
+
+
+def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
+    """First row and tensor of each part of a sharded table that this rank holds; the tensor is the storage itself."""
+    for part in weights.local_shards():
+        yield part.metadata.shard_offsets[0], part.tensor
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
+    """Writes the sharded state of all ranks into a folder, which appears complete or not at all.
+
+    state: such as {"model": dmp.state_dict(), "optim": optimizer.state_dict()}. A collective call. An existing
+    folder is replaced.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=partial)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_plain(model: nn.Module, folder: Path) -> None:
+    """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
+
+    model: a `RankingModel` over `PlainTables`. Raises ValueError when the folder holds no checkpoint.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"'{folder}' holds no complete checkpoint")
+    state = {"model": model.state_dict()}
+    with warnings.catch_warnings():
+        # That is what is meant here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    model.load_state_dict(state["model"])

@@ -1,0 +1,339 @@
+"""python -m pipelines.ingest_movielens --source ml-1m --out data/movielens
+
+Turn a folder in the format of MovieLens-1M (ratings.dat, users.dat, movies.dat) into an interaction log,
+`OUT/log/YYYY-MM.parquet`, one file for each month of requests.
+
+MovieLens records ratings, not what was shown. A request is therefore one session: consecutive ratings of one user, each
+less than 30 minutes after the one before; its time is that of the first. All movies rated in the session are kept, with
+a few sampled others for each. The labels:
+
+rated  the user rated the movie in this session (engagement).
+liked  the rating was 4 or 5 (satisfaction); null where the movie was not rated.
+
+The sampled others are drawn from the movies that somebody had rated by the end of the session, less those that the user
+had rated by then. Both conditions look at the past only: a movie that is first rated later, by anyone, cannot be drawn,
+and a movie that this user rates later can be. `sampling_rate` is the number drawn over the number they were drawn from.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError, exit_with_message
+from pipelines.sampled_log import (
+    REQUEST_TIME,
+    IntArray,
+    non_negative,
+    print_summary,
+    progress_bar,
+    sample_others,
+    write_log_file,
+)
+
+SESSION_GAP_S = 30 * 60
+LIKED_FROM = 4
+
+LOG = pa.schema(
+    [
+        pa.field("request_id", pa.int64()),
+        pa.field("request_time", REQUEST_TIME),
+        pa.field("user_id", pa.int64()),
+        pa.field("movie_id", pa.int64()),
+        pa.field("gender", pa.string()),
+        pa.field("age", pa.int64()),
+        pa.field("occupation", pa.int64()),
+        pa.field("zip_code", pa.string()),
+        pa.field("title_year", pa.int64()),
+        pa.field("genres", pa.list_(pa.string())),
+        pa.field("rated", pa.int8()),
+        pa.field("liked", pa.int8()),
+        pa.field("sampling_rate", pa.float64()),
+    ]
+)
+"""The columns of the log, in order; data/README.md describes them."""
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """All ratings, sorted by user, time and movie; four arrays of length N.
+
+    Attributes:
+        user, movie: ids as published.
+        rating: 1 to 5.
+        moment: seconds since 1970 in UTC.
+    """
+
+    user: IntArray
+    movie: IntArray
+    rating: IntArray
+    moment: IntArray
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The requests, sorted by user and time; four arrays of length S that point into `Ratings`.
+
+    Attributes:
+        start, end: the session's ratings are rows start .. end - 1.
+        user_start: the first rating of the session's user.
+        request_id: 0 .. S - 1 by time of the first rating, then user.
+    """
+
+    start: IntArray
+    end: IntArray
+    user_start: IntArray
+    request_id: IntArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of the log, sorted by request time, request and movie; four arrays of length R.
+
+    Attributes:
+        session: the row's session, a position in `Sessions`.
+        movie: the candidate's id.
+        rating: 1 to 5, or 0 where the movie was not rated.
+        sampling_rate: 1 where the movie was rated.
+    """
+
+    session: IntArray
+    movie: IntArray
+    rating: IntArray
+    sampling_rate: npt.NDArray[np.float64]
+
+    def part(self, begin: int, end: int) -> "Rows":
+        """Rows begin .. end - 1."""
+        where = slice(begin, end)
+        return Rows(self.session[where], self.movie[where], self.rating[where], self.sampling_rate[where])
+
+
+# Reading
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
+def _stars(text: str) -> int:
+    if text not in ("1", "2", "3", "4", "5"):
+        raise ValueError(text)
+    return int(text)
+
+
+Layout = Mapping[str, Callable[[str], Any]]
+RATINGS: Layout = {"UserID": _whole, "MovieID": _whole, "Rating": _stars, "Timestamp": _whole}
+USERS: Layout = {"UserID": _whole, "Gender": str, "Age": _whole, "Occupation": _whole, "Zip-code": str}
+MOVIES: Layout = {"MovieID": _whole, "Title": str, "Genres": str}
+
+
+def read_lines(path: Path, layout: Layout) -> Iterator[tuple[Any, ...]]:
+    """Yield the fields of each line, converted.
+
+    Raises:
+        UserError: the file is missing, or a line does not follow the layout; names the file and the line number.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the source folder must hold ratings.dat, users.dat and movies.dat")
+    with path.open(encoding="latin-1") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.rstrip("\n")
+            try:
+                yield tuple(read(text) for read, text in zip(layout.values(), line.split("::"), strict=True))
+            except ValueError:
+                raise UserError(f"{path}, line {number}: expected {'::'.join(layout)}, found {line!r}") from None
+
+
+def read_ratings(path: Path) -> Ratings:
+    """Read ratings.dat.
+
+    Raises:
+        UserError: as `read_lines`, or a user rated a movie twice, or there is no rating.
+    """
+    table = np.array(list(read_lines(path, RATINGS)), dtype=np.int64).reshape(-1, len(RATINGS))
+    if len(table) == 0:
+        raise UserError(f"{path} is empty, expected lines of {'::'.join(RATINGS)}")
+    _, first = np.unique(table[:, :2], axis=0, return_index=True)
+    if len(first) < len(table):
+        line = int(np.setdiff1d(np.arange(len(table)), first)[0])
+        user, movie = table[line, :2]
+        raise UserError(f"{path}, line {line + 1}: user {user} rates movie {movie} a second time, expected once")
+    user, movie, rating, moment = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
+    return Ratings(user, movie, rating, moment)
+
+
+def read_users(path: Path) -> pa.Table:
+    """Read users.dat: user_id, gender, age and occupation (codes, as published), zip_code."""
+    names = ["user_id", "gender", "age", "occupation", "zip_code"]
+    return _keyed_table(path, USERS, names, list(read_lines(path, USERS)))
+
+
+def read_movies(path: Path) -> pa.Table:
+    """Read movies.dat: movie_id, title_year (null where the title does not end in a year), genres."""
+    rows = [(movie, _title_year(title), genres.split("|")) for movie, title, genres in read_lines(path, MOVIES)]
+    return _keyed_table(path, MOVIES, ["movie_id", "title_year", "genres"], rows)
+
+
+def _keyed_table(path: Path, layout: Layout, names: list[str], rows: list[tuple[Any, ...]]) -> pa.Table:
+    key = next(iter(layout))
+    seen: set[int] = set()
+    for number, row in enumerate(rows, start=1):
+        if row[0] in seen:
+            raise UserError(f"{path}, line {number}: {key} {row[0]} occurs a second time, expected once")
+        seen.add(row[0])
+    schema = pa.schema([LOG.field(name) for name in names])
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=schema)
+
+
+def _title_year(title: str) -> int | None:
+    found = re.search(r"\((\d{4})\)\s*$", title)
+    return int(found.group(1)) if found else None
+
+
+# Requests
+
+
+def find_sessions(ratings: Ratings) -> Sessions:
+    """Cut each user's ratings where 30 minutes or more pass between two of them."""
+    new_user = np.append(True, ratings.user[1:] != ratings.user[:-1])
+    pause = np.append(True, np.diff(ratings.moment) >= SESSION_GAP_S)
+    start = np.flatnonzero(new_user | pause)
+    user_starts = np.flatnonzero(new_user)
+    user_start = user_starts[np.searchsorted(user_starts, start, side="right") - 1]
+    request_id = np.empty(len(start), dtype=np.int64)
+    request_id[np.lexsort((ratings.user[start], ratings.moment[start]))] = np.arange(len(start))
+    return Sessions(start, np.append(start[1:], len(ratings.user)), user_start, request_id)
+
+
+def draw_rows(ratings: Ratings, sessions: Sessions, negatives_per_rated: int, seed: int) -> Rows:
+    """Put sampled others beside the rated movies of every session."""
+    catalogue, first_seen = _by_first_rating(ratings)
+    order = np.argsort(catalogue)
+    place = order[np.searchsorted(catalogue, ratings.movie, sorter=order)]
+    session_at, movies, stars, rates = [], [], [], []
+    with progress_bar() as progress:
+        for index in progress.track(range(len(sessions.start)), description="drawing candidates"):
+            start, end = sessions.start[index], sessions.end[index]
+            known = int(np.searchsorted(first_seen, ratings.moment[end - 1], side="right"))
+            taken = np.sort(place[sessions.user_start[index] : end])
+            rated = end - start
+            entropy = (seed, int(ratings.user[start]), int(ratings.moment[start]))
+            sampled = sample_others(known, taken, negatives_per_rated * int(rated), entropy)
+            rate = len(sampled) / (known - len(taken)) if len(sampled) else 1.0
+            session_at.append(np.full(rated + len(sampled), index))
+            movies.append(np.concatenate([ratings.movie[start:end], catalogue[sampled]]))
+            stars.append(np.concatenate([ratings.rating[start:end], np.zeros(len(sampled), dtype=np.int64)]))
+            rates.append(np.concatenate([np.ones(rated), np.full(len(sampled), rate)]))
+    session, movie = np.concatenate(session_at), np.concatenate(movies)
+    # Request ids ascend with time, so that they alone give the order of the log.
+    by_time = np.lexsort((movie, sessions.request_id[session]))
+    return Rows(session[by_time], movie[by_time], np.concatenate(stars)[by_time], np.concatenate(rates)[by_time])
+
+
+def _by_first_rating(ratings: Ratings) -> tuple[IntArray, IntArray]:
+    """(M,) rated movies and (M,) the seconds of their first rating, sorted by that moment, then movie."""
+    order = np.lexsort((ratings.moment, ratings.movie))
+    movie, first = np.unique(ratings.movie[order], return_index=True)
+    moment = ratings.moment[order][first]
+    by_moment = np.lexsort((movie, moment))
+    return movie[by_moment], moment[by_moment]
+
+
+def assemble(rows: Rows, ratings: Ratings, sessions: Sessions, users: pa.Table, movies: pa.Table) -> pa.Table:
+    """Build the log's columns: the rows, their sessions, and what is known of their users and movies."""
+    session, rating = rows.session, rows.rating
+    first = sessions.start[session]
+    user_id, movie_id = pa.array(ratings.user[first]), pa.array(rows.movie)
+    user = users.take(pc.index_in(user_id, value_set=users["user_id"]))
+    movie = movies.take(pc.index_in(movie_id, value_set=movies["movie_id"]))
+    columns = {name: user[name] for name in user.column_names} | {name: movie[name] for name in movie.column_names}
+    columns |= {
+        "request_id": pa.array(sessions.request_id[session]),
+        "request_time": pa.array(ratings.moment[first] * 1_000_000).cast(REQUEST_TIME),
+        "rated": pa.array((rating > 0).astype(np.int8)),
+        "liked": pa.array((rating >= LIKED_FROM).astype(np.int8), mask=rating == 0),
+        "sampling_rate": pa.array(rows.sampling_rate),
+    }
+    return pa.table([columns[field.name] for field in LOG], schema=LOG)
+
+
+# The job
+
+
+def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict[str, int]:
+    """Write the log to `out`/log, replacing one that is there.
+
+    Args:
+        source: folder of ratings.dat, users.dat and movies.dat.
+        negatives_per_rated: sampled movies for each rated one.
+        seed: with the user and the time of the session, decides which movies are sampled.
+
+    Returns:
+        What the log holds, by name.
+
+    Raises:
+        UserError: a source file is missing or wrong.
+    """
+    users, movies = read_users(source / "users.dat"), read_movies(source / "movies.dat")
+    ratings = read_ratings(source / "ratings.dat")
+    _require_known("user", ratings.user, users["user_id"], source / "users.dat")
+    _require_known("movie", ratings.movie, movies["movie_id"], source / "movies.dat")
+    sessions = find_sessions(ratings)
+    with atomic_folder(out / "log") as folder:
+        rows = draw_rows(ratings, sessions, negatives_per_rated, seed)
+        month = ratings.moment[sessions.start[rows.session]].astype("datetime64[s]").astype("datetime64[M]")
+        months, begins = np.unique(month, return_index=True)
+        for name, begin, end in zip(months, begins, np.append(begins[1:], len(month)), strict=True):
+            table = assemble(rows.part(begin, end), ratings, sessions, users, movies)
+            write_log_file(table, folder / f"{name}.parquet")
+    return {
+        "rows": len(rows.movie),
+        "requests": len(sessions.start),
+        "rated": len(ratings.movie),
+        "liked": int((ratings.rating >= LIKED_FROM).sum()),
+    }
+
+
+def _require_known(what: str, ids: IntArray, known: pa.ChunkedArray, path: Path) -> None:
+    missing = np.setdiff1d(ids, known.to_numpy())
+    if len(missing):
+        raise UserError(f"{path} does not describe {what} {missing[0]}, found in ratings.dat")
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.ingest_movielens",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder that holds ratings.dat, users.dat and movies.dat")
+    add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
+    add("--negatives-per-rated", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=non_negative, default=17, help="seed of the sampled movies (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+@exit_with_message()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line."""
+    options = _arguments(arguments)
+    started = time.perf_counter()
+    counts = ingest(options.source, options.out, options.negatives_per_rated, options.seed)
+    values: dict[str, int | float] = {**counts, "seconds": time.perf_counter() - started}
+    print_summary("MovieLens", values, log=options.out / "log")
+
+
+if __name__ == "__main__":
+    main()

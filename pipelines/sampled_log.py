@@ -1,0 +1,79 @@
+"""What the ingest commands share: drawing negatives, writing a log file, the progress bar, the closing table."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+IntArray = npt.NDArray[np.int64]
+
+ROW_GROUP_ROWS = 65_536
+REQUEST_TIME = pa.timestamp("us", tz="UTC")
+
+
+def sample_others(count: int, taken: IntArray, wanted: int, entropy: Sequence[int]) -> IntArray:
+    """Draw positions uniformly and without replacement from 0 .. count - 1, less those taken.
+
+    Args:
+        count: number of candidates.
+        taken: (T,) distinct positions, ascending.
+        wanted: how many to draw; all that are free, if there are fewer.
+        entropy: non-negative integers that alone decide the draw, so that neither the order of requests nor which of
+            them are read changes it.
+
+    Returns:
+        (min(wanted, count - T),) positions, in no particular order.
+    """
+    free = count - len(taken)
+    drawn = min(wanted, free)
+    if drawn == 0:
+        return np.empty(0, dtype=np.int64)
+    ranks = np.random.default_rng(list(entropy)).choice(free, drawn, replace=False, shuffle=False)
+    # taken[i] - i free positions lie before taken[i]: a rank moves up by the number of taken positions it passes.
+    return ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
+
+
+def write_log_file(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file of the log: zstd, row groups of at most 65,536 rows."""
+    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+
+
+def non_negative(text: str) -> int:
+    """Read a command-line integer of at least zero."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
+    return int(text)
+
+
+def progress_bar() -> "Progress":
+    """A progress bar on stderr with the time that remains."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def print_summary(title: str, values: Mapping[str, int | float], log: Path, next_command: str | None = None) -> None:
+    """Print a table of counts and seconds (floats), then where the log is and what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+    # Plain lines, which a narrow terminal wraps without breaking a copied path or command.
+    print(f"log:  {log}")
+    if next_command:
+        print(f"next: {next_command}")

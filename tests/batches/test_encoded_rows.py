@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.batches.rows import EncodedRows, Rows
+from mmoe_rec.errors import UserError
+from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
+
+
+def test_groups_are_those_that_have_rows_in_file_order(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[3, 0, 2], [], [4]])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    assert rows.rows == 9
+    assert [file for file, _ in rows.groups] == [0, 0, 2]
+    assert rows.group_rows.tolist() == [3, 2, 4]
+
+
+def test_row_groups_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[3, 2], [4]])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    read = rows.read_row_groups([(1, 0), (0, 1), (0, 0)])
+    assert numbers(read).tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
+    assert_values(read)
+
+
+def test_take_chooses_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[3, 2], [4]])
+    read = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 1), (1, 0)], np.array([5, 0, 0, 3]))
+    assert numbers(read).tolist() == [8, 3, 3, 6]
+    assert_values(read)
+    assert len(EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)], np.array([], np.int64))) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 23, 100])
+def test_stream_gives_all_rows_in_file_order(tmp_path: Path, batch_size: int) -> None:
+    total = write(tmp_path / "rows", [[5, 0, 4], [], [0], [9, 5]])
+    parts = list(EncodedRows(tmp_path / "rows", LAYOUT).stream(batch_size, ["user", "id.item"]))
+    assert [len(rows) for rows, _ in parts[:-1]] == [batch_size] * ((total - 1) // batch_size)
+    assert np.concatenate([numbers(rows) for rows, _ in parts]).tolist() == list(range(total))
+    for rows, extra in parts:
+        assert_values(rows)
+        assert extra.column_names == ["user", "id.item"]
+        assert extra.column("user").to_pylist() == [f"user {row}" for row in numbers(rows)]
+
+
+def test_slices_and_their_concatenation(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[12]])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
+    assert_values(rows.slice(3, 9))
+    assert_values(rows.slice(3, 9).slice(2, 4))
+    joined = Rows.concatenate([rows.slice(9, 12), rows.slice(4, 4), rows.slice(0, 2)])
+    assert numbers(joined).tolist() == [9, 10, 11, 0, 1]
+    assert_values(joined)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder '.*nowhere'.*pipelines\.features"):
+        EncodedRows(tmp_path / "nowhere", LAYOUT)
+
+
+def test_folder_without_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.parquet file"):
+        EncodedRows(tmp_path, LAYOUT)
+
+
+def test_files_without_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[0], []])
+    with pytest.raises(UserError, match="hold no rows"):
+        EncodedRows(tmp_path / "rows", LAYOUT)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[5], [5]])
+    file = tmp_path / "rows" / "001.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"001\.parquet' cannot be read.*pipelines\.features again"):
+        EncodedRows(tmp_path / "rows", LAYOUT)
+
+
+def test_corrupt_pages(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[5], [500]])
+    file = tmp_path / "rows" / "001.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:2000] = b"\xff" * 1996
+    file.write_bytes(content)
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
+        rows.read_row_groups(rows.groups)
+    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
+        list(rows.stream(100))
+
+
+@pytest.mark.parametrize("column", ["id.item", "dense.age", "label.stars"])
+def test_missing_column(tmp_path: Path, column: str) -> None:
+    pq.write_table(table(range(5)).drop_columns([column]), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=rf"0\.parquet' lacks the column '{column}'"):
+        EncodedRows(tmp_path, LAYOUT)
+
+
+def test_missing_extra_column(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[5]])
+    with pytest.raises(UserError, match="lacks the column 'request'"):
+        next(EncodedRows(tmp_path / "rows", LAYOUT).stream(2, ["request"]))
+
+
+def test_wrong_type(tmp_path: Path) -> None:
+    rows = table(range(5))
+    index = rows.column_names.index("id.history")
+    pq.write_table(rows.set_column(index, "id.history", rows.column("id.item")), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=r"'id\.history' as int32, expected list"):
+        EncodedRows(tmp_path, LAYOUT)
+
+
+def test_null_input(tmp_path: Path) -> None:
+    rows = table(range(5))
+    nulls = pa.array([1, None, 2, 3, 4], pa.int32())
+    pq.write_table(rows.set_column(rows.column_names.index("id.item"), "id.item", nulls), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=r"0\.parquet' has nulls in the column 'id\.item'"):
+        EncodedRows(tmp_path, LAYOUT).read_row_groups([(0, 0)])

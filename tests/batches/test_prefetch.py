@@ -1,0 +1,118 @@
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mmoe_rec.batches.prefetch import Prefetch
+from tests.batches.threads import prefetch_threads
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds, or after 5 seconds."""
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+class Counter:
+    """Counts up without end; knows how many items it made and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.closed = False
+
+    def items(self) -> Iterator[int]:
+        try:
+            while True:
+                self.made += 1
+                yield self.made
+        finally:
+            self.closed = True
+
+
+def test_items_in_order_then_no_thread() -> None:
+    assert list(Prefetch(iter(range(1000)), depth=3)) == list(range(1000))
+    assert list(Prefetch(iter([]))) == []
+    assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_makes_no_more_than_depth_items_ahead(depth: int) -> None:
+    counter = Counter()
+    for item in Prefetch(counter.items(), depth):
+        wait_until(lambda item=item: counter.made == item + depth)
+        time.sleep(0.005)
+        assert counter.made == item + depth
+        if item == 5:
+            break
+
+
+def test_early_end_of_the_loop_ends_the_thread_and_the_source() -> None:
+    counter = Counter()
+    for item in Prefetch(counter.items()):
+        if item == 3:
+            break
+    assert counter.closed
+    assert not prefetch_threads()
+
+
+def test_close_ends_the_thread_and_the_source() -> None:
+    counter = Counter()
+    items = iter(Prefetch(counter.items()))
+    next(items)
+    assert prefetch_threads()
+    items.close()
+    assert counter.closed
+    assert not prefetch_threads()
+
+
+def test_error_in_the_loop_ends_the_thread() -> None:
+    counter = Counter()
+
+    def consume() -> None:
+        for _ in Prefetch(counter.items()):
+            raise ValueError("consumer")
+
+    with pytest.raises(ValueError, match="consumer"):
+        consume()
+    assert not prefetch_threads()
+
+
+def test_error_of_the_source_comes_after_its_items() -> None:
+    def source() -> Iterator[int]:
+        yield from (1, 2)
+        raise KeyError("source")
+
+    items = iter(Prefetch(source()))
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(KeyError, match="source"):
+        next(items)
+    assert not prefetch_threads()
+
+
+def test_no_thread_before_the_first_item() -> None:
+    counter = Counter()
+    iter(Prefetch(counter.items()))
+    assert counter.made == 0
+    assert not prefetch_threads()
+
+
+def test_waited_is_the_time_without_items() -> None:
+    def slow() -> Iterator[int]:
+        for item in range(3):
+            time.sleep(0.03)
+            yield item
+
+    waiting = Prefetch(slow())
+    assert list(waiting) == [0, 1, 2]
+    assert waiting.waited > 0.08
+
+    counter = Counter()
+    ready = Prefetch(counter.items(), depth=3)
+    items = iter(ready)
+    next(items)
+    wait_until(lambda: counter.made == 4)
+    before = ready.waited
+    next(items)
+    assert ready.waited - before < 0.02
+    items.close()

@@ -1,0 +1,164 @@
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.batches.reader import TrainingReader
+from mmoe_rec.batches.rows import EncodedRows, Rows
+from mmoe_rec.errors import UserError
+from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write
+from tests.batches.threads import prefetch_threads
+
+FILES = [[13, 0, 8], [1], [], [20, 5, 9, 2], [0], [17]]
+TOTAL = 75
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedRows:
+    folder = tmp_path_factory.mktemp("encoded") / "rows"
+    assert write(folder, FILES) == TOTAL
+    return EncodedRows(folder, LAYOUT)
+
+
+def readers(rows: EncodedRows, world_size: int, **changes: int) -> list[TrainingReader]:
+    options = {"batch_size": 12, "shuffle_window": 30, "seed": 5, **changes}
+    return [TrainingReader(rows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+
+
+def global_batches(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Rows], int]]:
+    for parts in zip(*(rank.epoch(epoch, position) for rank in ranks), strict=True):
+        assert len({after for _, after in parts}) == 1
+        yield [part for part, _ in parts], parts[0][1]
+
+
+def order(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> list[int]:
+    return [row for parts, _ in global_batches(ranks, epoch, position) for part in parts for row in real(part)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("batch_size", [2, 4, 12, 36, 37, 74, 75, 76, 200])
+@pytest.mark.parametrize("shuffle_window", [1, 30, 1000])
+def test_every_row_once_in_equal_batches(
+    rows: EncodedRows, world_size: int, batch_size: int, shuffle_window: int
+) -> None:
+    ranks = readers(rows, world_size, batch_size=batch_size, shuffle_window=shuffle_window)
+    batches = list(global_batches(ranks))
+    assert len(batches) == ranks[0].batches_per_epoch == math.ceil(TOTAL / batch_size)
+    assert {len(part) for parts, _ in batches for part in parts} == {math.ceil(batch_size / world_size)}
+    assert sorted(row for parts, _ in batches for part in parts for row in real(part)) == list(range(TOTAL))
+    assert [position for _, position in batches] == [min(TOTAL, batch_size * (i + 1)) for i in range(len(batches))]
+    for parts, _ in batches:
+        counts = [len(real(part)) for part in parts]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_order_does_not_depend_on_the_world_size(rows: EncodedRows) -> None:
+    alone = [real(parts[0]) for parts, _ in global_batches(readers(rows, 1))]
+    for world_size in (2, 3, 5):
+        together = [
+            [row for part in parts for row in real(part)] for parts, _ in global_batches(readers(rows, world_size))
+        ]
+        assert together == alone
+
+
+def test_values_follow_their_rows_and_copies_follow_their_originals(rows: EncodedRows) -> None:
+    for parts, _ in global_batches(readers(rows, 5)):
+        for part in parts:
+            assert_values(part)
+        together = Rows.concatenate(parts)
+        copies = np.isnan(together.labels[:, 0])
+        assert not copies[0]
+        before = np.roll(numbers(together), 1)
+        np.testing.assert_array_equal(numbers(together)[copies], before[copies])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 50),
+    position=st.integers(0, TOTAL),
+    world_size=st.integers(1, 4),
+    batch_size=st.integers(2, 90),
+    shuffle_window=st.integers(1, 90),
+)
+def test_resume_gives_exactly_the_rest(
+    rows: EncodedRows, *, seed: int, epoch: int, position: int, world_size: int, batch_size: int, shuffle_window: int
+) -> None:
+    options = {"seed": seed, "shuffle_window": shuffle_window}
+    whole = order(readers(rows, 1, batch_size=7, **options), epoch)
+    assert sorted(whole) == list(range(TOTAL))
+    assert order(readers(rows, world_size, batch_size=batch_size, **options), epoch, position) == whole[position:]
+
+
+def test_resume_repeats_batches_bit_for_bit(rows: EncodedRows) -> None:
+    batches = list(global_batches(readers(rows, 2)))
+    _, position = batches[2]
+    resumed = list(global_batches(readers(rows, 2), position=position))
+    assert len(resumed) == len(batches) - 3
+    for (parts, after), (again, after_again) in zip(batches[3:], resumed, strict=True):
+        assert after == after_again
+        for part, other in zip(parts, again, strict=True):
+            np.testing.assert_array_equal(numbers(part), numbers(other))
+            np.testing.assert_array_equal(part.labels, other.labels)
+
+
+def test_epochs_and_seeds_differ_and_repeat(rows: EncodedRows) -> None:
+    orders = [order(readers(rows, 1, seed=seed), epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(each) for each in orders}) == 4
+    assert order(readers(rows, 1, seed=1), 1) == orders[-1]
+
+
+def test_windows_are_bounded_and_hold_every_row_group_once(rows: EncodedRows) -> None:
+    reader = readers(rows, 1)[0]
+    sizes = dict(zip(rows.groups, rows.group_rows.tolist(), strict=True))
+    windows = list(reader.windows(3))
+    assert sorted(group for window in windows for group in window.groups) == rows.groups
+    assert windows[0].start == 0
+    assert windows[-1].stop == TOTAL
+    for window, following in pairwise(windows):
+        assert window.stop == following.start
+    for window in windows:
+        assert window.stop - window.start == sum(sizes[group] for group in window.groups) <= 30
+
+
+def test_a_row_group_larger_than_the_window_is_a_window(rows: EncodedRows) -> None:
+    windows = list(readers(rows, 1, shuffle_window=3)[0].windows(0))
+    assert all(len(window.groups) == 1 for window in windows if window.stop - window.start > 3)
+
+
+def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[50] * 4, [50] * 4])
+    read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200))
+    neighbours = np.mean(np.diff(read) == 1)
+    assert neighbours < 0.05
+    # Each window of 200 rows mixes four row groups: no stretch of 50 rows is of one.
+    assert all(len({row // 50 for row in read[i : i + 50]}) == 4 for i in range(0, 400, 50))
+
+
+def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
+    reader = readers(rows, 1)[0]
+    assert list(reader.epoch(0, TOTAL)) == []
+    for position in (-1, TOTAL + 1):
+        with pytest.raises(UserError, match=f"resume at row {position} of an epoch of {TOTAL} rows"):
+            next(iter(reader.epoch(0, position)))
+
+
+def test_a_stopped_epoch_leaves_no_thread(rows: EncodedRows) -> None:
+    batches = readers(rows, 1)[0].epoch(0)
+    next(batches)
+    batches.close()
+    assert not prefetch_threads()
+
+
+def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[50], [50]])
+    reader = readers(EncodedRows(tmp_path / "rows", LAYOUT), 1)[0]
+    (tmp_path / "rows" / "001.parquet").unlink()
+    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
+        list(reader.epoch(0))
+    assert not prefetch_threads()

@@ -1,0 +1,288 @@
+"""Summaries against scikit-learn and naive loops; intervals against a closed form and their coverage."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import BOUGHT, Log, simulate
+from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
+
+from mmoe_rec.evaluation.resampling import user_counts, with_interval
+from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure
+from mmoe_rec.evaluation.summary import compare, flatten, summarise
+
+
+def value(log: Log, task: str, metric: str) -> float:
+    return summarise(log.measure(), resamples=1)["tasks"][task][metric]["value"]
+
+
+def naive_gauc(log: Log, task: str, groups: np.ndarray) -> float:
+    rows, label, prediction = log.observed(task)
+    total, weight = 0.0, 0
+    for group in np.unique(groups):
+        mine = groups[rows] == group
+        if len(np.unique(label[mine])) == 2:
+            total += mine.sum() * roc_auc_score(label[mine], prediction[mine])
+            weight += mine.sum()
+    return total / weight
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("task", ["bought", "liked"])
+def test_binary_metrics_are_those_of_scikit_learn(log: Log, task: str, dtype: type) -> None:
+    log = replace(log, predictions={name: values.astype(dtype) for name, values in log.predictions.items()})
+    _, label, prediction = log.observed(task)
+    rate = label.mean()
+    entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
+    expected = log_loss(label, prediction.astype(np.float64))
+    assert value(log, task, "logloss") == pytest.approx(expected, rel=1e-9)
+    assert value(log, task, "normalised_entropy") == pytest.approx(expected / entropy, rel=1e-9)
+    assert value(log, task, "calibration") == pytest.approx(prediction.astype(float).sum() / label.sum(), rel=1e-9)
+    assert value(log, task, "auc") == pytest.approx(roc_auc_score(label, prediction), abs=2e-5)
+    assert value(log, task, "gauc_user") == pytest.approx(naive_gauc(log, task, log.users), abs=2e-4)
+    assert value(log, task, "gauc_request") == pytest.approx(naive_gauc(log, task, log.requests), abs=1e-12)
+
+
+def test_auc_is_exact_when_predictions_lie_in_bins_of_their_own(tied_log: Log) -> None:
+    _, label, prediction = tied_log.observed("bought")
+    assert value(tied_log, "bought", "auc") == pytest.approx(roc_auc_score(label, prediction), abs=1e-12)
+    assert value(tied_log, "bought", "gauc_user") == pytest.approx(
+        naive_gauc(tied_log, "bought", tied_log.users), abs=1e-12
+    )
+
+
+def test_auc_is_off_by_at_most_half_the_pairs_that_share_a_bin() -> None:
+    """Predictions packed into a few bins, the worst case for the histogram."""
+    log = simulate(seed=3)
+    logit = -3 + 5 / BINS_PER_LOGIT * log.predictions["bought"]
+    log = replace(log, predictions=log.predictions | {"bought": 1 / (1 + np.exp(-logit))})
+    _, label, prediction = log.observed("bought")
+    bins = np.floor(np.log(prediction / (1 - prediction)) * BINS_PER_LOGIT)
+    shared = sum((label[bins == b] == 1).sum() * (label[bins == b] == 0).sum() for b in np.unique(bins))
+    bound = 0.5 * shared / (label.sum() * (1 - label).sum())
+    error = abs(value(log, "bought", "auc") - roc_auc_score(label, prediction))
+    assert 0 < error <= bound
+
+
+def test_certain_predictions_are_clipped_as_in_scikit_learn() -> None:
+    for dtype in (np.float32, np.float64):
+        prediction = np.array([0.0, 1.0, 0.3, 1.0], dtype=dtype)
+        label = np.array([1.0, 0.0, 1.0, 1.0])
+        sums = measure((BOUGHT,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": prediction}, {"bought": label}, prediction)
+        found = summarise(sums, resamples=1)["tasks"]["bought"]
+        assert found["logloss"]["value"] == pytest.approx(log_loss(label, prediction), rel=1e-6)
+        assert found["auc"]["value"] == pytest.approx(roc_auc_score(label, prediction))
+
+
+def test_regression_metrics_are_those_of_scikit_learn(log: Log) -> None:
+    _, label, prediction = log.observed("spent")
+    assert value(log, "spent", "rmse") == pytest.approx(root_mean_squared_error(label, prediction))
+    assert value(log, "spent", "mae") == pytest.approx(mean_absolute_error(label, prediction))
+    assert value(log, "spent", "r2") == pytest.approx(r2_score(label, prediction))
+
+
+def test_weights_enter_logloss_calibration_and_errors_but_no_ranking(log: Log) -> None:
+    weight = np.random.default_rng(5).uniform(0.5, 30, size=len(log.score))
+    weighted = replace(log, weight=weight)
+    rows, label, prediction = log.observed("liked")
+    w = weight[rows]
+    assert value(weighted, "liked", "logloss") == pytest.approx(log_loss(label, prediction, sample_weight=w))
+    assert value(weighted, "liked", "calibration") == pytest.approx((w @ prediction) / (w @ label))
+    rows, label, prediction = log.observed("spent")
+    assert value(weighted, "spent", "r2") == pytest.approx(r2_score(label, prediction, sample_weight=weight[rows]))
+    for metric in ("auc", "gauc_user", "gauc_request"):
+        assert value(weighted, "liked", metric) == value(log, "liked", metric)
+    score, plain = (summarise(each.measure(), resamples=1)["score"] for each in (weighted, log))
+    assert score == plain
+
+
+def test_groups_left_out_are_counted(log: Log) -> None:
+    rows, label, _ = log.observed("liked")
+    found = summarise(log.measure(), resamples=1)["tasks"]["liked"]
+    for name, groups in (("single_class_users", log.users[rows]), ("single_class_requests", log.requests[rows])):
+        single = [group for group in np.unique(groups) if len(np.unique(label[groups == group])) == 1]
+        share = np.isin(groups, single).mean()
+        assert found[name] == {"count": len(single), "share_of_rows": pytest.approx(share)}
+
+
+def test_requests_without_a_relevant_row_are_left_out_and_counted(log: Log) -> None:
+    relevant = (
+        np.nan_to_num(log.labels["bought"]) + np.nan_to_num(log.labels["liked"]) + np.nan_to_num(log.labels["spent"])
+    )
+    naive = []
+    for request in np.unique(log.requests):
+        rows = np.flatnonzero(log.requests == request)
+        ranked = relevant[rows[np.argsort(-log.score[rows])]] > 0
+        if ranked.any():
+            naive.append(1 / (np.argmax(ranked) + 1))
+    score = summarise(log.measure(), resamples=1)["score"]
+    assert score["mrr"]["value"] == pytest.approx(np.mean(naive))
+    assert score["requests_without_relevant_row"] == len(np.unique(log.requests)) - len(naive) > 0
+
+
+def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
+    _, label, prediction = log.observed("bought")
+    found = summarise(log.measure(), resamples=50)["tasks"]["bought"]
+    bins = found["calibration_bins"]
+    assert len(bins) == 10
+    assert sum(row["rows"] for row in bins) == len(label)
+    assert max(row["rows"] for row in bins) - min(row["rows"] for row in bins) < 0.02 * len(label)
+    order = np.argsort(prediction)
+    start = 0
+    for row in bins:
+        mine = order[start : start + row["rows"]]
+        start += row["rows"]
+        assert row["mean_predicted"] == pytest.approx(prediction[mine].mean(), abs=1e-5)
+        assert row["observed_rate"] == pytest.approx(label[mine].mean(), abs=0.01)
+        assert row["low"] <= row["observed_rate"] <= row["high"]
+    error = sum(row["rows"] * abs(row["mean_predicted"] - row["observed_rate"]) for row in bins) / len(label)
+    assert found["ece"] == pytest.approx(error)
+
+
+def test_one_prediction_for_all_is_one_calibration_bin(log: Log) -> None:
+    log = replace(log, predictions=log.predictions | {"bought": np.full(len(log.score), 0.25)})
+    found = summarise(log.measure(), resamples=10)["tasks"]["bought"]
+    assert [row["rows"] for row in found["calibration_bins"]] == [len(log.score)]
+    assert found["ece"] == pytest.approx(abs(0.25 - log.labels["bought"].mean()))
+    assert found["auc"]["value"] == found["gauc_user"]["value"] == found["gauc_request"]["value"] == 0.5
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_task_with_one_class_has_a_note_instead_of_an_auc(log: Log, label: float) -> None:
+    log = replace(log, labels=log.labels | {"bought": np.full(len(log.score), label)})
+    summary = summarise(log.measure(), resamples=20)
+    found = summary["tasks"]["bought"]
+    for metric in ("auc", "gauc_user", "gauc_request", "normalised_entropy"):
+        assert found[metric] == {"value": None, "low": None, "high": None}
+    assert found["logloss"]["value"] > 0
+    assert (found["calibration"]["value"] is None) == (label == 0)
+    assert f"labels are {label:.0f}" in found["note"]
+    assert found["single_class_requests"]["share_of_rows"] == 1
+    assert summary["tasks"]["liked"]["auc"]["value"] is not None
+
+
+def test_a_task_without_an_observed_label_has_a_note(log: Log) -> None:
+    nothing = np.full(len(log.score), np.nan)
+    summary = summarise(replace(log, labels=dict.fromkeys(log.labels, nothing)).measure(), resamples=20)
+    json.dumps(summary, allow_nan=False)
+    for task, metric in (("bought", "auc"), ("liked", "logloss"), ("spent", "rmse")):
+        assert summary["tasks"][task]["rows"] == 0
+        assert summary["tasks"][task][metric]["value"] is None
+        assert "No row has an observed label" in summary["tasks"][task]["note"]
+    assert summary["tasks"]["bought"]["calibration_bins"] == []
+    assert "No request has a relevant row" in summary["score"]["note"]
+
+
+def test_a_single_user_has_values_but_no_intervals() -> None:
+    summary = summarise(simulate(seed=2, users=1, requests=30).measure(), resamples=20)
+    assert "one user" in summary["note"]
+    for group in (*summary["tasks"].values(), summary["score"]):
+        for entry in group.values():
+            if isinstance(entry, dict) and "low" in entry:
+                assert entry["value"] is not None
+                assert entry["low"] is None
+                assert entry["high"] is None
+
+
+def test_constant_labels_of_a_regression_have_no_r2(log: Log) -> None:
+    constant = np.full(len(log.score), 1e6 / 3)
+    log = replace(log, labels=log.labels | {"spent": constant})
+    found = summarise(log.measure(), resamples=20)["tasks"]["spent"]
+    assert found["r2"]["value"] is None
+    assert found["mae"]["value"] == pytest.approx(np.abs(log.predictions["spent"] - constant).mean())
+
+
+def test_every_draw_is_of_as_many_users_as_there_are() -> None:
+    counts = np.concatenate(list(user_counts(50, 300, seed=1)), axis=1)
+    assert counts.shape == (50, 300)
+    np.testing.assert_array_equal(counts.sum(axis=0), 50)
+    assert counts.mean(axis=1) == pytest.approx(np.ones(50), abs=0.3)
+    assert counts.var() == pytest.approx(1 - 1 / 50, rel=0.05)
+
+
+def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log) -> None:
+    """A user drawn twice counts as two users: the AUC of the rows taken as often as their user was drawn."""
+    from mmoe_rec.evaluation.metrics import metrics_of
+
+    sums = log.measure()
+    counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
+    found = metrics_of(sums)["bought"].at(counts)
+    drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
+    for draw in range(3):
+        times = np.array([drawn[user][draw] for user in log.users])
+        label, prediction = log.labels["bought"], log.predictions["bought"]
+        assert found["auc"][draw] == pytest.approx(roc_auc_score(label, prediction, sample_weight=times), abs=2e-5)
+        assert found["logloss"][draw] == pytest.approx(log_loss(label, prediction, sample_weight=times))
+
+
+def test_the_interval_of_a_mean_is_its_closed_form() -> None:
+    """One row a user: the bootstrap distribution of the mean absolute error is normal with deviation s / sqrt(n)."""
+    generator = np.random.default_rng(0)
+    error = generator.gamma(2.0, size=2000)
+    ids = np.arange(2000)
+    task = TaskSpec("spent", "regression")
+    sums = measure((task,), ids, ids, {"spent": np.zeros(2000)}, {"spent": error}, np.zeros(2000))
+    found = summarise(sums, resamples=4000)["tasks"]["spent"]["mae"]
+    deviation = error.std() / np.sqrt(2000)
+    assert found["low"] == pytest.approx(error.mean() - 1.96 * deviation, abs=0.15 * deviation)
+    assert found["high"] == pytest.approx(error.mean() + 1.96 * deviation, abs=0.15 * deviation)
+
+
+def test_intervals_cover_the_truth_although_rows_of_a_user_are_alike() -> None:
+    """95% intervals of the mean over 200 populations; resampling rows instead of users would cover about 60%."""
+    generator = np.random.default_rng(11)
+    task = TaskSpec("spent", "regression")
+    users = np.repeat(np.arange(80), 10)
+    covered = 0
+    for seed in range(200):
+        label = 5 + generator.normal(size=80)[users] + generator.normal(size=800)  # mean absolute value 5, user effect
+        sums = measure((task,), users, users, {"spent": np.zeros(800)}, {"spent": label}, np.zeros(800))
+        found = summarise(sums, resamples=300, seed=seed)["tasks"]["spent"]["mae"]
+        covered += found["low"] <= 5 <= found["high"]
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_the_same_seed_gives_the_same_intervals(log: Log) -> None:
+    sums = log.measure()
+    assert summarise(sums, resamples=30, seed=1) == summarise(sums, resamples=30, seed=1)
+    one, two = (summarise(sums, resamples=30, seed=seed)["tasks"]["bought"]["auc"] for seed in (1, 2))
+    assert one["low"] != two["low"]
+    assert one["value"] == two["value"]
+
+
+def test_no_interval_when_a_metric_is_often_undefined() -> None:
+    mostly_undefined = np.where(np.arange(100) < 10, np.nan, 1.0)
+    assert with_interval(1.0, mostly_undefined, users=5) == {"value": 1.0, "low": None, "high": None}
+    rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
+    assert with_interval(1.0, rarely_undefined, users=5) == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_paired_differences_are_narrower_than_the_intervals_of_either(log: Log) -> None:
+    other = replace(log, predictions=log.predictions | {"bought": np.clip(log.predictions["bought"] * 1.1, 0, 1)})
+    a, b = log.measure(), other.measure()
+    difference = compare(a, b, resamples=200)["bought"]["logloss"]
+    alone = summarise(a, resamples=200)["tasks"]["bought"]["logloss"]
+    expected = value(log, "bought", "logloss") - value(other, "bought", "logloss")
+    assert difference["value"] == pytest.approx(expected)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert difference["high"] - difference["low"] < 0.5 * (alone["high"] - alone["low"])
+    assert compare(a, a, resamples=20)["score"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    with pytest.raises(ValueError, match="measured on the same rows"):
+        compare(a, log.take(np.flatnonzero(log.users > 0)).measure(), resamples=20)
+
+
+def test_flat_names_suit_mlflow(log: Log) -> None:
+    summary = summarise(log.measure(), resamples=20)
+    flat = flatten(summary)
+    assert flat["bought.auc"] == summary["tasks"]["bought"]["auc"]["value"]
+    assert flat["bought.auc.low"] == summary["tasks"]["bought"]["auc"]["low"]
+    assert flat["score.ndcg_at_10"] == summary["score"]["ndcg_at_10"]["value"]
+    assert flat["bought.ece"] == summary["tasks"]["bought"]["ece"]
+    assert {"rows", "users", "requests", "spent.rmse.high", "liked.single_class_users.share_of_rows"} <= flat.keys()
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.") for name in flat)
+    assert all(type(number) is float for number in flat.values())
+    one_class = replace(log, labels=log.labels | {"bought": np.zeros(len(log.score))})
+    assert "bought.auc" not in flatten(summarise(one_class.measure(), resamples=5))
+    with pytest.raises(ValueError, match="at least 1"):
+        summarise(log.measure(), resamples=0)

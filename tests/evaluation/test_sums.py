@@ -1,0 +1,186 @@
+"""Sums: any partition merges to the same, saved is loaded, bad input is named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import BOUGHT, SPENT, Log, simulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure, merge_all
+
+
+def assert_same(found: EvaluationSums, expected: EvaluationSums) -> None:
+    """Keys and counts equal, floating-point sums equal up to rounding."""
+    assert found.tasks == expected.tasks
+    assert found.tables.keys() == expected.tables.keys()
+    for name, table in expected.tables.items():
+        assert found.tables[name].schema == table.schema
+        assert found.tables[name].num_rows == table.num_rows
+        for column in table.column_names:
+            left, right = found.tables[name][column], table[column]
+            if pa.types.is_floating(table.schema.field(column).type):
+                np.testing.assert_allclose(left.to_numpy(), right.to_numpy(), rtol=1e-12, atol=1e-14)
+            else:
+                assert left.equals(right), f"{name}.{column}"
+
+
+@given(seed=st.integers(0, 2**32 - 1), parts=st.integers(1, 9), text_users=st.booleans(), weighted=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_partition_in_any_order_merges_to_the_same(seed: int, parts: int, text_users: bool, weighted: bool) -> None:
+    generator = np.random.default_rng(seed)
+    log = simulate(seed, users=7, requests=40, decimals=generator.choice([None, 1]))
+    if text_users:
+        log = replace(log, users=np.array([f"user {user}" for user in log.users]))
+    if weighted:
+        log = replace(log, weight=generator.uniform(0.5, 20, size=len(log.score)))
+    part_of_request = generator.integers(parts, size=40)[log.requests // 1_000_003]
+    pieces = [log.take(generator.permutation(np.flatnonzero(part_of_request == part))) for part in range(parts)]
+    sums = [piece.measure() for piece in pieces if len(piece.score)]
+    generator.shuffle(sums)  # type: ignore[arg-type]
+    expected = log.measure()
+    assert_same(merge_all(sums), expected)
+    assert_same(sums[0].merge(*sums[1:]), expected)
+
+
+def test_tables_hold_what_naive_loops_count(log: Log) -> None:
+    sums = log.measure()
+    by_user = {row["user"]: row for row in sums.tables["liked.users"].to_pylist()}
+    ranking = {row["user"]: row for row in sums.tables["ranking"].to_pylist()}
+    for user in np.unique(log.users):
+        mine = log.users == user
+        known = mine & ~np.isnan(log.labels["liked"])
+        assert ranking[user]["rows"] == mine.sum()
+        assert ranking[user]["requests"] == len(np.unique(log.requests[mine]))
+        assert by_user[user]["rows"] == known.sum()
+        assert by_user[user]["positives"] == log.labels["liked"][known].sum()
+        assert by_user[user]["requests"] == len(np.unique(log.requests[known]))
+        single = [len(set(log.labels["liked"][known & (log.requests == r)])) < 2 for r in set(log.requests[known])]
+        assert by_user[user]["single_class_requests"] == sum(single)
+    assert list(by_user) == sorted(by_user)
+
+
+def test_relevance_is_the_weighted_sum_of_labels() -> None:
+    """Task weights 1 and 0.1: a row bought beats a row with 5 spent; a negative or unobserved label counts as 0."""
+    sums = measure(
+        (BOUGHT, SPENT),
+        users=[1, 1, 1, 1],
+        requests=[1, 1, 1, 1],
+        predictions={"bought": np.full(4, 0.5), "spent": np.zeros(4)},
+        labels={"bought": [1, 0, np.nan, 0], "spent": [0, 5, -7, np.nan]},
+        score=[1, 2, 4, 3],
+    )
+    dcg = 1 / np.log2(5) + 0.5 / np.log2(4)
+    row = sums.tables["ranking"].to_pylist()[0]
+    assert row["ndcg_at_5"] == pytest.approx(dcg / (1 + 0.5 / np.log2(3)))
+    assert row["reciprocal_rank"] == pytest.approx(1 / 3)
+
+
+def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:
+    labels = {name: pa.array(values, from_pandas=True) for name, values in log.labels.items()}
+    labels["bought"] = pa.array(log.labels["bought"] == 1)
+    found = measure(
+        log.tasks,
+        pa.chunked_array([log.users[:100], log.users[100:]]),
+        pa.array(log.requests).dictionary_encode(),
+        {name: pa.array(values) for name, values in log.predictions.items()},
+        labels,
+        pa.array(log.score),
+    )
+    assert_same(found, log.measure())
+
+
+def test_save_and_load(log: Log, tied_log: Log, tmp_path: Path) -> None:
+    tied_log.measure().save(tmp_path / "sums")
+    log.measure().save(tmp_path / "sums")
+    assert EvaluationSums.load(tmp_path / "sums") == log.measure()
+    assert len(list((tmp_path / "sums").iterdir())) == 1 + len(log.measure().tables), "stale files were left behind"
+
+
+def test_a_save_cut_short_leaves_the_old_sums(log: Log, tied_log: Log, tmp_path: Path, monkeypatch) -> None:
+    tied_log.measure().save(tmp_path)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.measure().save(tmp_path)
+    assert EvaluationSums.load(tmp_path) == tied_log.measure()
+
+
+def test_load_says_what_is_wrong(log: Log, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="sums.json does not exist"):
+        EvaluationSums.load(tmp_path)
+    log.measure().save(tmp_path)
+    manifest = json.loads((tmp_path / "sums.json").read_text())
+    (tmp_path / "sums.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        EvaluationSums.load(tmp_path)
+
+
+def test_merge_refuses_other_tasks_and_other_users(log: Log) -> None:
+    sums = log.measure()
+    other = replace(log, tasks=(replace(BOUGHT, weight=2.0), *log.tasks[1:])).measure()
+    with pytest.raises(ValueError, match="different tasks"):
+        sums.merge(other)
+    with pytest.raises(ValueError, match="int64 users with sums of string users"):
+        sums.merge(replace(log, users=log.users.astype(str)).measure())
+    with pytest.raises(ValueError, match="no sums to merge"):
+        merge_all([])
+
+
+def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
+    changed = values.copy()
+    changed[row] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda log: log.take(np.array([], dtype=int)), "no row to evaluate"),
+        (lambda log: replace(log, tasks=()), "one or more tasks"),
+        (lambda log: replace(log, tasks=(BOUGHT, BOUGHT)), "distinct names"),
+        (lambda log: replace(log, score=_with(log.score, 3, np.nan)), "score has 1 bad values, the first at row 3"),
+        (lambda log: replace(log, score=log.score[1:]), "score has shape"),
+        (lambda log: replace(log, users=log.users.astype(float)), "'users' has type double"),
+        (
+            lambda log: replace(log, users=np.where(log.users == log.users[2], None, log.users)),
+            "'users' has .* missing",
+        ),
+        (lambda log: replace(log, requests=np.zeros_like(log.requests)), "Request 0 has rows of more than one user"),
+        (lambda log: replace(log, predictions={}), "Task 'bought' has no predictions"),
+        (lambda log: replace(log, labels={"bought": log.labels["bought"]}), "Task 'liked' has no labels"),
+        (
+            lambda log: replace(log, predictions=log.predictions | {"liked": _with(log.predictions["liked"], 5, 1.5)}),
+            r"predictions\['liked'\] has 1 bad values, the first at row 5: 1.5; expected a probability",
+        ),
+        (
+            lambda log: replace(log, labels=log.labels | {"bought": _with(log.labels["bought"], 7, 2.0)}),
+            r"labels\['bought'\] .* row 7: 2.0; expected 0, 1 or NaN",
+        ),
+        (lambda log: replace(log, weight=np.zeros(len(log.score))), "weight has .* expected a positive number"),
+    ],
+)
+def test_bad_input_is_named(log: Log, change, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        change(log).measure()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a@b", "binary"), "cannot be used in metric names"),
+        (("score", "binary"), "cannot be used"),
+        (("bought", "ordinal"), "kind 'ordinal'"),
+        (("bought", "binary", float("nan")), "weight nan"),
+    ],
+)
+def test_bad_tasks_are_named(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskSpec(*arguments)
