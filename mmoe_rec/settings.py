@@ -113,7 +113,7 @@ class Training(Section):
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the learning rates rise")
     clip_gradient: float = Field(1.0, gt=0, description="largest norm of the dense part's gradient")
-    shuffle_window: int = Field(1_000_000, ge=1, description="rows that are shuffled together; bounds memory")
+    shuffle_window: int = Field(262_144, ge=1, description="rows that are shuffled together; bounds memory")
     validations_per_epoch: int = Field(2, ge=1, description="times an epoch that the validation rows are scored")
     patience: int = Field(4, ge=1, description="validations without a better result until training stops")
     select_by: Literal["auc", "loss"] = Field(

@@ -24,11 +24,11 @@ def calibration_figure(summary: Mapping[str, Any], task: str) -> Figure:
         ValueError: the task is not in the summary, is not binary, or has no observed label.
     """
     if task not in summary["tasks"]:
-        raise ValueError(f"There is no task {task!r} to draw: expected one of {sorted(summary['tasks'])}.")
+        raise ValueError(f"there is no task {task!r} to draw; expected one of {sorted(summary['tasks'])}")
     group = summary["tasks"][task]
     bins = group.get("calibration_bins")
     if not bins:
-        raise ValueError(f"Task {task!r} has no calibration: expected a binary task with observed labels.")
+        raise ValueError(f"task {task!r} has no calibration; expected a binary task with observed labels")
     predicted, observed, low, high = _bin_arrays(bins)
 
     figure = _figure(5.6, 6.6)
@@ -58,7 +58,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
         ValueError: there is no task.
     """
     if not mean_gate_weights:
-        raise ValueError("There are no gate weights to draw: expected at least one task.")
+        raise ValueError("there are no gate weights to draw; expected at least one task")
     rows = [np.asarray(weights, dtype=np.float64) for weights in mean_gate_weights.values()]
     weights = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for index, row in enumerate(rows):

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmoe_rec.errors import UserError
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -27,13 +29,13 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking"):
             raise ValueError(
-                f"Task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
-                "and neither 'score' nor 'ranking'."
+                f"task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
+                "and neither 'score' nor 'ranking'"
             )
         if self.kind not in ("binary", "regression"):
-            raise ValueError(f"Task {self.name!r} has kind {self.kind!r}: expected 'binary' or 'regression'.")
+            raise ValueError(f"task {self.name!r} has kind {self.kind!r}; expected 'binary' or 'regression'")
         if not np.isfinite(self.weight):
-            raise ValueError(f"Task {self.name!r} has weight {self.weight}: expected a finite number.")
+            raise ValueError(f"task {self.name!r} has weight {self.weight}; expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,18 @@ def check_rows(
     """Check the arguments of `sums.measure` and index users and requests.
 
     Raises:
-        ValueError: no task or no row, a column of another length, a missing user, request, prediction or score, a
+        UserError: no row, a missing user, request, prediction or score, ids that are neither integers nor strings, a
             request with rows of two users, a probability outside [0, 1], a binary label other than 0 and 1, an infinite
             label, or a weight that is not a positive number. The message names the column and the first such row.
+        ValueError: tasks without distinct names, a task without predictions or labels, a column of another length.
     """
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"Expected one or more tasks with distinct names, found {names}.")
+        raise ValueError(f"expected one or more tasks with distinct names, found {names}")
     distinct_users, user = _index("users", users)
     rows = len(user)
     if rows == 0:
-        raise ValueError("There is no row to evaluate: expected at least one.")
+        raise UserError("there is no row to evaluate; expected at least one")
     distinct_requests, request = _index("requests", requests)
     _same_length("requests", request, rows)
     return Rows(
@@ -110,10 +113,10 @@ def _index(name: str, ids: Any) -> tuple[pa.Array, np.ndarray]:
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         array = array.cast(pa.string())
     elif len(array) > 0:
-        raise ValueError(f"Column {name!r} has type {array.type}: expected integers or strings.")
+        raise UserError(f"column {name!r} has type {array.type}; expected integers or strings")
     if array.null_count:
         row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise ValueError(f"Column {name!r} has {array.null_count} missing values, the first at row {row}.")
+        raise UserError(f"column {name!r} has {array.null_count} missing values, the first at row {row}")
     encoded = array.dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)
 
@@ -124,9 +127,9 @@ def _user_of_each_request(user: np.ndarray, request: np.ndarray, distinct_reques
     strangers = np.flatnonzero(request_user[request] != user)
     if len(strangers):
         row = int(strangers[0])
-        raise ValueError(
-            f"Request {distinct_requests[int(request[row])].as_py()!r} has rows of more than one user, row {row} among "
-            "them: a request is one list shown to one user, so give each list its own request id."
+        raise UserError(
+            f"request {distinct_requests[int(request[row])].as_py()!r} has rows of more than one user, row {row} among "
+            "them: a request is one list shown to one user, so give each list its own request id"
         )
     return request_user
 
@@ -134,7 +137,7 @@ def _user_of_each_request(user: np.ndarray, request: np.ndarray, distinct_reques
 def _predictions(task: TaskSpec, predictions: Mapping[str, Any], rows: int) -> np.ndarray:
     name = f"predictions[{task.name!r}]"
     if task.name not in predictions:
-        raise ValueError(f"Task {task.name!r} has no predictions: found {sorted(predictions)}.")
+        raise ValueError(f"task {task.name!r} has no predictions; found {sorted(predictions)}")
     values = _floats(name, predictions[task.name], rows)
     if task.kind == "binary":
         return _checked(name, values, lambda x: (x >= 0) & (x <= 1), "a probability")
@@ -144,7 +147,7 @@ def _predictions(task: TaskSpec, predictions: Mapping[str, Any], rows: int) -> n
 def _labels(task: TaskSpec, labels: Mapping[str, Any], rows: int) -> np.ndarray:
     name = f"labels[{task.name!r}]"
     if task.name not in labels:
-        raise ValueError(f"Task {task.name!r} has no labels: found {sorted(labels)}.")
+        raise ValueError(f"task {task.name!r} has no labels; found {sorted(labels)}")
     values = _floats(name, labels[task.name], rows).astype(np.float64)
     if task.kind == "binary":
         return _checked(name, values, lambda x: (x == 0) | (x == 1) | np.isnan(x), "0, 1 or NaN (unobserved)")
@@ -171,14 +174,14 @@ def _floats(name: str, values: Any, rows: int) -> np.ndarray:
 
 def _same_length(name: str, array: np.ndarray, rows: int) -> None:
     if array.shape != (rows,):
-        raise ValueError(f"Column {name} has shape {array.shape}: expected ({rows},), one value for each user's row.")
+        raise ValueError(f"column {name} has shape {array.shape}; expected ({rows},), as many as users")
 
 
 def _checked(name: str, values: np.ndarray, is_valid: Any, expected: str) -> np.ndarray:
     invalid = np.flatnonzero(~is_valid(values))
     if len(invalid):
         row = int(invalid[0])
-        raise ValueError(
-            f"Column {name} has {len(invalid)} bad values, the first at row {row}: {values[row]}; expected {expected}."
+        raise UserError(
+            f"column {name} has {len(invalid)} bad values, the first at row {row}: {values[row]}; expected {expected}"
         )
     return values

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_bins, expected_calibration_error
 from mmoe_rec.evaluation.metrics import BinaryMetrics, Metrics, metrics_of
 from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
@@ -75,14 +76,14 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
         Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have.
 
     Raises:
-        ValueError: a and b were not measured on equally many rows of the same users.
+        UserError: a and b were not measured on equally many rows of the same users.
     """
     _check_resamples(resamples)
     columns = ["user", "rows", "requests"]
     if not a.tables["ranking"].select(columns).equals(b.tables["ranking"].select(columns)):
-        raise ValueError(
-            f"The sums to compare hold different rows ({_size(a)} and {_size(b)}, by user): a paired comparison needs "
-            "both models measured on the same rows."
+        raise UserError(
+            f"the sums to compare hold different rows ({_size(a)} and {_size(b)}, by user): a paired comparison needs "
+            "both models measured on the same rows"
         )
     metrics_a, metrics_b = metrics_of(a), metrics_of(b)
     users = len(a.tables["ranking"])
@@ -178,4 +179,4 @@ def _size(sums: EvaluationSums) -> str:
 
 def _check_resamples(resamples: int) -> None:
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}: expected at least 1.")
+        raise ValueError(f"resamples is {resamples}; expected at least 1")

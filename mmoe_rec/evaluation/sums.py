@@ -12,17 +12,17 @@ rows and AUC by user come from the histogram, where two rows of one bin count as
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, ndcg, reciprocal_rank
 from mmoe_rec.evaluation.rows import Rows, TaskSpec, check_rows
 
@@ -64,55 +64,49 @@ class EvaluationSums:
         """The sums over the rows of all.
 
         Raises:
-            ValueError: the tasks or the type of the user ids differ.
+            UserError: the tasks or the type of the user ids differ.
         """
         user_type = self.tables["ranking"].schema.field("user").type
         for other in others:
             if other.tasks != self.tasks:
-                raise ValueError(f"Cannot merge sums of different tasks: {self.tasks} and {other.tasks}.")
+                raise UserError(f"cannot merge sums of different tasks: {self.tasks} and {other.tasks}")
             other_type = other.tables["ranking"].schema.field("user").type
             if other_type != user_type:
-                raise ValueError(f"Cannot merge sums of {user_type} users with sums of {other_type} users.")
+                raise UserError(f"cannot merge sums of {user_type} users with sums of {other_type} users")
         parts = (self, *others)
         stacked = {name: pa.concat_tables([part.tables[name] for part in parts]) for name in self.tables}
         return EvaluationSums(self.tasks, {name: _sum_by_key(table) for name, table in stacked.items()})
 
     def save(self, folder: str | Path) -> None:
-        """Write Parquet files, then `sums.json`, which names them: a killed job leaves the old sums or the new."""
+        """Write `sums.json` and one Parquet file a table to a folder of their own, replacing sums saved there before.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        version = uuid4().hex[:8]
-        files = {name: f"{name}.{version}.parquet" for name in self.tables}
-        for name, file in files.items():
-            with open(folder / file, "wb") as sink:
-                pq.write_table(self.tables[name], sink)
-                _flush(sink)
-        manifest = {"format": _FORMAT, "tasks": [asdict(task) for task in self.tasks], "files": files}
-        with open(folder / f"{_MANIFEST}.{version}", "w") as sink:
-            json.dump(manifest, sink, indent=2)
-            _flush(sink)
-        os.replace(folder / f"{_MANIFEST}.{version}", folder / _MANIFEST)
-        for name in self.tables:
-            for stale in folder.glob(f"{name}.????????.parquet"):
-                if stale.name != files[name]:
-                    stale.unlink()
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
+            raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
+        manifest = {"format": _FORMAT, "tasks": [asdict(task) for task in self.tasks], "tables": list(self.tables)}
+        with atomic_folder(folder) as temporary:
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+            for name, table in self.tables.items():
+                pq.write_table(table, temporary / f"{name}.parquet")
 
     @staticmethod
     def load(folder: str | Path) -> "EvaluationSums":
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: there are no sums in the folder.
-            ValueError: they were written in a format this version does not read.
+            UserError: there are no sums in the folder, or in a format this version does not read.
         """
         path = Path(folder) / _MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: expected a folder written by EvaluationSums.save.")
+            raise UserError(f"'{path}' does not exist; expected a folder that an evaluation saved its sums to")
         manifest = json.loads(path.read_text())
         if manifest.get("format") != _FORMAT:
-            raise ValueError(f"{path} has format {manifest.get('format')!r}: this version reads format {_FORMAT}.")
+            raise UserError(f"'{path}' has format {manifest.get('format')!r}; this version reads format {_FORMAT}")
         tasks = tuple(TaskSpec(**task) for task in manifest["tasks"])
-        tables = {name: pq.read_table(path.parent / file) for name, file in manifest["files"].items()}
+        tables = {name: pq.read_table(path.parent / f"{name}.parquet") for name in manifest["tables"]}
         return EvaluationSums(tasks, tables)
 
 
@@ -120,7 +114,7 @@ def merge_all(parts: Iterable[EvaluationSums]) -> EvaluationSums:
     """Merge a stream of sums, holding few of them at a time and copying each row a logarithmic number of times.
 
     Raises:
-        ValueError: the stream is empty, or see `EvaluationSums.merge`.
+        UserError: the stream is empty, or see `EvaluationSums.merge`.
     """
     pending: list[tuple[int, EvaluationSums]] = []  # (parts inside, sums), fewer and fewer, as in a binary counter
     for part in parts:
@@ -130,7 +124,7 @@ def merge_all(parts: Iterable[EvaluationSums]) -> EvaluationSums:
             size, part = size + earlier_size, earlier.merge(part)
         pending.append((size, part))
     if not pending:
-        raise ValueError("There are no sums to merge: expected at least one part.")
+        raise UserError("there are no sums to merge; expected at least one part")
     first, *rest = (sums for _, sums in pending)
     return first.merge(*rest)
 
@@ -161,7 +155,7 @@ def measure(
             the calibration and the regression errors. AUC, GAUC, NDCG and MRR rank rows and never use them.
 
     Raises:
-        ValueError: see `rows.check_rows`.
+        UserError, ValueError: see `rows.check_rows`.
     """
     rows = check_rows(tasks, users, requests, predictions, labels, score, weight)
     tables = {"ranking": _ranking_table(tasks, rows)}
@@ -275,8 +269,3 @@ def _sum_by_key(table: pa.Table) -> pa.Table:
     grouped = table.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in sums])
     grouped = grouped.select([*keys, *(f"{name}_sum" for name in sums)]).rename_columns([*keys, *sums])
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()
-
-
-def _flush(sink: Any) -> None:
-    sink.flush()
-    os.fsync(sink.fileno())

@@ -48,19 +48,25 @@ class CounterEncoder(Encoder):
         self.events = KnownEvents(key, known, floor)
         self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
-        """Collects labelled rows of the whole log; each becomes visible only when its label is known."""
+    def learn(self, rows: LogRows) -> None:
+        """Sums the training rows' labels for the overall mean."""
+        labels = rows.labels(self.task, _FOREVER)
+        self._label_sum += float(np.nansum(labels))
+        self._label_rows += int((~np.isnan(labels)).sum())
+
+    def finish(self) -> None:
+        """Makes the overall mean."""
+        self.prior = self._label_sum / max(self._label_rows, 1)
+
+    def remember(self, rows: LogRows) -> None:
+        """Collects labelled rows; each becomes visible only when its label is known."""
         labels = rows.labels(self.task, _FOREVER)
         observed = np.flatnonzero(~np.isnan(labels))
         known = known_at(rows.times()[observed], maturity(self.task))
         self._parts.add(rows.hashes(self.feature.by)[observed], known, labels[observed])
-        in_training = labels[training & ~np.isnan(labels)]
-        self._label_sum += float(in_training.sum())
-        self._label_rows += len(in_training)
 
-    def finish(self) -> None:
+    def finish_memory(self) -> None:
         """Running totals per key, one event for each moment at which a key's totals change."""
-        self.prior = self._label_sum / max(self._label_rows, 1)
         key, known, label = self._parts.sorted()
         self._parts = EventParts()
         if not len(key):

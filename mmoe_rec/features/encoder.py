@@ -42,11 +42,17 @@ class Outline:
 class Encoder:
     """A feature that is fitted to a log and then encodes rows of any origin. What a kind has no use for does nothing."""
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
-        """First pass over the whole log; `training` (N,) bool marks the rows that statistics may be taken from."""
+    def learn(self, rows: LogRows) -> None:
+        """First pass, over training rows: vocabularies, means, quantiles."""
 
     def finish(self) -> None:
-        """Called once after the first pass, owners of shared tables first."""
+        """Called once after the first pass."""
+
+    def remember(self, rows: LogRows) -> None:
+        """First pass, over the whole log: events that later requests may ask for."""
+
+    def finish_memory(self) -> None:
+        """Called once after the whole log was remembered, when every vocabulary is complete."""
 
     def learn_numbers(self, rows: LogRows) -> None:
         """Second pass, over training rows, for statistics of inputs that the first pass makes possible."""

@@ -26,14 +26,14 @@ class HistoryEncoder(Encoder):
     def _set(self, events: KnownEvents, items: np.ndarray) -> None:
         self.events, self.items = events, items
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def remember(self, rows: LogRows) -> None:
         """Collects engaged rows of the whole log; each becomes visible only when its label is known."""
         engaged = np.flatnonzero(rows.labels(self.task, _NEVER) >= self.feature.at_least)
         users = rows.hashes([rows.schema.columns.user])[engaged]
         items = rows.column(self.owner.feature.column).take(pa.array(engaged))
         self._raw.append((users, known_at(rows.times()[engaged], maturity(self.task)), items))
 
-    def finish(self) -> None:
+    def finish_memory(self) -> None:
         """Orders the events; the owner's vocabulary is complete by now."""
         parts = EventParts()
         for users, known, items in self._raw:

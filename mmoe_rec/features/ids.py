@@ -58,10 +58,10 @@ class IdEncoder(Encoder):
         self.name, self.feature, self.owner = name, feature, owner
         self._owns = owner.name == name
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def learn(self, rows: LogRows) -> None:
         """Counts the training rows' ids."""
         if self._owns:
-            self.owner.counts.add(rows.column(self.feature.column).filter(pa.array(training)))
+            self.owner.counts.add(rows.column(self.feature.column))
 
     def finish(self) -> None:
         """Makes the vocabulary."""
@@ -95,10 +95,10 @@ class IdsEncoder(IdEncoder):
     def __init__(self, name: str, feature: IdsFeature, owner: VocabularyOwner) -> None:
         super().__init__(name, feature, owner)  # type: ignore[arg-type]
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def learn(self, rows: LogRows) -> None:
         """Counts the elements of the training rows' lists."""
         if self._owns:
-            values, _ = ragged(rows.column(self.feature.column).filter(pa.array(training)), self.feature.max_length)
+            values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)
             self.owner.counts.add(values)
 
     def outline(self) -> Outline:

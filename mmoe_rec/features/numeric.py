@@ -53,9 +53,9 @@ class NumericEncoder(Encoder):
         values = rows.numbers(self.feature.column)
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def learn(self, rows: LogRows) -> None:
         """Counts the training rows' values."""
-        self.number.histogram.add(self._values(rows)[training])
+        self.number.histogram.add(self._values(rows))
 
     def finish(self) -> None:
         """Makes mean and deviation, or the buckets' edges."""
@@ -111,9 +111,9 @@ class VectorEncoder(Encoder):
         matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         return matrix
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def learn(self, rows: LogRows) -> None:
         """Counts the training rows' elements."""
-        self.number.histogram.add(self._matrix(rows)[training].ravel())
+        self.number.histogram.add(self._matrix(rows).ravel())
 
     def finish(self) -> None:
         """Makes mean and deviation."""
@@ -154,10 +154,10 @@ class TimeEncoder(Encoder):
         days = np.where(times == np.iinfo(np.int64).min, np.nan, days)
         return np.sign(days) * np.log1p(np.abs(days))
 
-    def learn(self, rows: LogRows, training: np.ndarray) -> None:
+    def learn(self, rows: LogRows) -> None:
         """Counts the training rows' ages."""
         if "age" in self.feature.parts:
-            self.age.histogram.add(self._age(rows)[training])
+            self.age.histogram.add(self._age(rows))
 
     def finish(self) -> None:
         """Makes mean and deviation of the age."""

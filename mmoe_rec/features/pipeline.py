@@ -87,25 +87,39 @@ class FeaturePipeline:
             UserError: no row lies in the training time.
         """
         pipeline = FeaturePipeline(schema)
+        encoders = pipeline.encoders.values()
         total = 0
         for rows in stream():
-            mask = in_window(rows.times(), training)
-            total += int(mask.sum())
-            for encoder in pipeline.encoders.values():
-                encoder.learn(rows, mask)
+            inside = rows.filter(in_window(rows.times(), training))
+            total += len(inside)
+            for encoder in encoders:
+                encoder.learn(inside)
+                encoder.remember(rows)
         if total == 0:
             raise UserError("no row of the log lies in the training time; see `split.train_start` and `split.train_end`")
-        # Owners of vocabularies first: others share them, and histories are encoded with them.
-        for encoder in sorted(pipeline.encoders.values(), key=lambda each: isinstance(each, HistoryEncoder)):
+        for encoder in encoders:
             encoder.finish()
-        if any(isinstance(encoder, CounterEncoder) for encoder in pipeline.encoders.values()):
+        for encoder in encoders:
+            encoder.finish_memory()
+        if any(isinstance(encoder, CounterEncoder) for encoder in encoders):
             for rows in stream():
                 inside = rows.filter(in_window(rows.times(), training))
-                for encoder in pipeline.encoders.values():
+                for encoder in encoders:
                     encoder.learn_numbers(inside)
-        for encoder in pipeline.encoders.values():
+        for encoder in encoders:
             encoder.finish_numbers()
         return pipeline
+
+    def remember(self, stream: Iterable[LogRows]) -> None:
+        """Replaces what counters and histories remember by another log; vocabularies and statistics stay.
+
+        So a trained model's features are computed for a log that it was not fitted to.
+        """
+        for rows in stream:
+            for encoder in self.encoders.values():
+                encoder.remember(rows)
+        for encoder in self.encoders.values():
+            encoder.finish_memory()
 
     @property
     def layout(self) -> Layout:

@@ -9,8 +9,8 @@ from conftest import BOUGHT, Log, simulate
 from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
 
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
-from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure
 from mmoe_rec.evaluation.summary import compare, flatten, summarise
+from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure
 
 
 def value(log: Log, task: str, metric: str) -> float:
