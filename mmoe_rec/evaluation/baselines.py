@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
+from mmoe_rec.errors import UserError
+
 _CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
 
 
@@ -26,18 +28,17 @@ class PopularityBaseline:
             smoothing: how many rows of the overall mean are added to each candidate, at least 0.
 
         Raises:
-            ValueError: lengths differ, no label is observed, or `smoothing` is negative.
+            UserError: no label is observed.
+            ValueError: lengths differ, or `smoothing` is negative.
         """
         labels = np.asarray(labels_train, dtype=np.float64)
         if len(labels) != len(candidates_train):
-            raise ValueError(
-                f"There are {len(candidates_train)} candidates and {len(labels)} labels: expected as many."
-            )
+            raise ValueError(f"found {len(labels)} labels for {len(candidates_train)} candidates; expected as many")
         if smoothing < 0:
-            raise ValueError(f"smoothing is {smoothing}: expected 0 or more rows.")
+            raise ValueError(f"smoothing is {smoothing}; expected 0 or more rows")
         observed = ~np.isnan(labels)
         if not observed.any():
-            raise ValueError("No training row has an observed label: expected at least one.")
+            raise UserError("no training row has an observed label; expected at least one")
         self.overall = float(labels[observed].mean())
         table = pa.table({"candidate": _plain(candidates_train).filter(pa.array(observed)), "label": labels[observed]})
         counted = table.group_by("candidate", use_threads=False).aggregate([("label", "sum"), ("label", "count")])
@@ -76,6 +77,7 @@ def gradient_boosting(
     x_train: np.ndarray,
     y_train: np.ndarray,
     categorical: np.ndarray,
+    *,
     kind: Literal["binary", "regression"] = "binary",
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     iterations: int = 150,
@@ -96,14 +98,14 @@ def gradient_boosting(
         seed: of scikit-learn's random choices.
 
     Raises:
-        ValueError: no label is observed, or a binary task has one class only.
+        UserError: no label is observed, or a binary task has one class only.
     """
     observed = ~np.isnan(y_train)
     classes = np.unique(y_train[observed])
     if len(classes) == 0:
-        raise ValueError("No training row has an observed label: expected at least one.")
+        raise UserError("no training row has an observed label; expected at least one")
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
-        raise ValueError(f"The observed training labels are {classes[:5].tolist()}: expected both 0 and 1.")
+        raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     columns = np.flatnonzero(categorical)
     categories = {int(column): _frequent(x_train[observed, column]) for column in columns}
     estimator = HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor

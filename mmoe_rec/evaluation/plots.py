@@ -101,7 +101,9 @@ def _draw_reliability(
         axis.set_minor_formatter(NullFormatter())
     axes.plot(x_limits, x_limits, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect", zorder=1)
     shown = (observed > 0) | (not is_log)
-    _draw_points(axes, predicted[shown], observed[shown], low[shown], high[shown], "equal-mass bins, 95% interval")
+    _draw_points(
+        axes, predicted[shown], observed[shown], low[shown], high[shown], label="equal-mass bins, 95% interval"
+    )
     if not shown.all():
         floor = np.full(int((~shown).sum()), y_limits[0])
         hollow: dict[str, Any] = {
@@ -127,7 +129,7 @@ def _limits(values: np.ndarray, is_log: bool) -> tuple[float, float]:
 
 
 def _draw_points(
-    axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, label: str | None = None
+    axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, *, label: str | None = None
 ) -> None:
     reach = np.nan_to_num(np.maximum([y - low, high - y], 0.0))
     style: dict[str, Any] = {

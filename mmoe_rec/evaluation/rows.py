@@ -69,6 +69,7 @@ def check_rows(
     requests: Any,
     predictions: Mapping[str, Any],
     labels: Mapping[str, Any],
+    *,
     score: Any,
     weight: Any = None,
 ) -> Rows:

@@ -118,11 +118,11 @@ def merge_all(parts: Iterable[EvaluationSums]) -> EvaluationSums:
     """
     pending: list[tuple[int, EvaluationSums]] = []  # (parts inside, sums), fewer and fewer, as in a binary counter
     for part in parts:
-        size = 1
+        size, sums = 1, part
         while pending and pending[-1][0] <= size:
             earlier_size, earlier = pending.pop()
-            size, part = size + earlier_size, earlier.merge(part)
-        pending.append((size, part))
+            size, sums = size + earlier_size, earlier.merge(sums)
+        pending.append((size, sums))
     if not pending:
         raise UserError("there are no sums to merge; expected at least one part")
     first, *rest = (sums for _, sums in pending)
@@ -135,6 +135,7 @@ def measure(
     requests: Any,
     predictions: Mapping[str, Any],
     labels: Mapping[str, Any],
+    *,
     score: Any,
     weight: Any = None,
 ) -> EvaluationSums:
@@ -157,7 +158,7 @@ def measure(
     Raises:
         UserError, ValueError: see `rows.check_rows`.
     """
-    rows = check_rows(tasks, users, requests, predictions, labels, score, weight)
+    rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight)
     tables = {"ranking": _ranking_table(tasks, rows)}
     for task in tasks:
         tables[f"{task.name}.users"] = _user_table(task, rows)

@@ -48,9 +48,9 @@ class CounterEncoder(Encoder):
         self.events = KnownEvents(key, known, floor)
         self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Sums the training rows' labels for the overall mean."""
-        labels = rows.labels(self.task, _FOREVER)
+        labels = rows.labels(self.task, known_by)
         self._label_sum += float(np.nansum(labels))
         self._label_rows += int((~np.isnan(labels)).sum())
 

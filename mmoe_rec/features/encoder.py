@@ -42,8 +42,8 @@ class Outline:
 class Encoder:
     """A feature that is fitted to a log and then encodes rows of any origin. What a kind has no use for does nothing."""
 
-    def learn(self, rows: LogRows) -> None:
-        """First pass, over training rows: vocabularies, means, quantiles."""
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """First pass, over training rows: vocabularies, means, quantiles. Later labels than `known_by` don't count."""
 
     def finish(self) -> None:
         """Called once after the first pass."""

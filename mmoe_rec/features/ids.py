@@ -58,7 +58,7 @@ class IdEncoder(Encoder):
         self.name, self.feature, self.owner = name, feature, owner
         self._owns = owner.name == name
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' ids."""
         if self._owns:
             self.owner.counts.add(rows.column(self.feature.column))
@@ -95,7 +95,7 @@ class IdsEncoder(IdEncoder):
     def __init__(self, name: str, feature: IdsFeature, owner: VocabularyOwner) -> None:
         super().__init__(name, feature, owner)  # type: ignore[arg-type]
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the elements of the training rows' lists."""
         if self._owns:
             values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)

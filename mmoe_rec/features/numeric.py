@@ -53,7 +53,7 @@ class NumericEncoder(Encoder):
         values = rows.numbers(self.feature.column)
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' values."""
         self.number.histogram.add(self._values(rows))
 
@@ -111,7 +111,7 @@ class VectorEncoder(Encoder):
         matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         return matrix
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' elements."""
         self.number.histogram.add(self._matrix(rows).ravel())
 
@@ -154,7 +154,7 @@ class TimeEncoder(Encoder):
         days = np.where(times == np.iinfo(np.int64).min, np.nan, days)
         return np.sign(days) * np.log1p(np.abs(days))
 
-    def learn(self, rows: LogRows) -> None:
+    def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' ages."""
         if "age" in self.feature.parts:
             self.age.histogram.add(self._age(rows))

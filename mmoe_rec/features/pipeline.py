@@ -93,7 +93,7 @@ class FeaturePipeline:
             inside = rows.filter(in_window(rows.times(), training))
             total += len(inside)
             for encoder in encoders:
-                encoder.learn(inside)
+                encoder.learn(inside, known_by=training[1])
                 encoder.remember(rows)
         if total == 0:
             raise UserError("no row of the log lies in the training time; see `split.train_start` and `split.train_end`")

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
 
 
@@ -22,9 +23,9 @@ def test_popularity_takes_arrow_strings() -> None:
 
 
 def test_popularity_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="no training row has an observed label|No training row"):
+    with pytest.raises(UserError, match="no training row has an observed label"):
         PopularityBaseline([1, 2], [np.nan, np.nan])
-    with pytest.raises(ValueError, match="2 candidates and 1 labels"):
+    with pytest.raises(ValueError, match="1 labels for 2 candidates"):
         PopularityBaseline([1, 2], [1.0])
     with pytest.raises(ValueError, match="smoothing is -1"):
         PopularityBaseline([1, 2], [1.0, 0.0], smoothing=-1)
@@ -85,7 +86,7 @@ def test_trees_predict_values_of_a_regression() -> None:
 
 def test_trees_say_what_is_wrong() -> None:
     x = np.zeros((3, 1))
-    with pytest.raises(ValueError, match="No training row"):
+    with pytest.raises(UserError, match="no training row"):
         gradient_boosting(x, np.full(3, np.nan), np.array([False]))
-    with pytest.raises(ValueError, match="expected both 0 and 1"):
+    with pytest.raises(UserError, match="expected both 0 and 1"):
         gradient_boosting(x, np.array([1, 1, np.nan]), np.array([False]))

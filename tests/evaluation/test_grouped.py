@@ -1,6 +1,6 @@
 """Per-group metrics against scikit-learn one group at a time, and against averages over all orders of tied rows."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_ties_count_as_the_mean_over_their_orders(rows: list[tuple[int, bool]]) 
         return
     reciprocal_ranks, dcgs = [], []
     for order in permutations(range(len(rows))):
-        if all(score[a] >= score[b] for a, b in zip(order, order[1:], strict=False)):
+        if all(score[a] >= score[b] for a, b in pairwise(order)):
             ranked = gain[list(order)]
             reciprocal_ranks.append(1 / (np.flatnonzero(ranked)[0] + 1))
             dcgs.append(sum(g / np.log2(i + 2) for i, g in enumerate(ranked[:3])))

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import BOUGHT, Log, simulate
+from simulated_log import BOUGHT, Log, simulate
 from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
 
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.summary import compare, flatten, summarise
 from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure
@@ -69,7 +71,9 @@ def test_certain_predictions_are_clipped_as_in_scikit_learn() -> None:
     for dtype in (np.float32, np.float64):
         prediction = np.array([0.0, 1.0, 0.3, 1.0], dtype=dtype)
         label = np.array([1.0, 0.0, 1.0, 1.0])
-        sums = measure((BOUGHT,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": prediction}, {"bought": label}, prediction)
+        sums = measure(
+            (BOUGHT,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": prediction}, {"bought": label}, score=prediction
+        )
         found = summarise(sums, resamples=1)["tasks"]["bought"]
         assert found["logloss"]["value"] == pytest.approx(log_loss(label, prediction), rel=1e-6)
         assert found["auc"]["value"] == pytest.approx(roc_auc_score(label, prediction))
@@ -203,8 +207,6 @@ def test_every_draw_is_of_as_many_users_as_there_are() -> None:
 
 def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log) -> None:
     """A user drawn twice counts as two users: the AUC of the rows taken as often as their user was drawn."""
-    from mmoe_rec.evaluation.metrics import metrics_of
-
     sums = log.measure()
     counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
     found = metrics_of(sums)["bought"].at(counts)
@@ -222,7 +224,7 @@ def test_the_interval_of_a_mean_is_its_closed_form() -> None:
     error = generator.gamma(2.0, size=2000)
     ids = np.arange(2000)
     task = TaskSpec("spent", "regression")
-    sums = measure((task,), ids, ids, {"spent": np.zeros(2000)}, {"spent": error}, np.zeros(2000))
+    sums = measure((task,), ids, ids, {"spent": np.zeros(2000)}, {"spent": error}, score=np.zeros(2000))
     found = summarise(sums, resamples=4000)["tasks"]["spent"]["mae"]
     deviation = error.std() / np.sqrt(2000)
     assert found["low"] == pytest.approx(error.mean() - 1.96 * deviation, abs=0.15 * deviation)
@@ -237,7 +239,7 @@ def test_intervals_cover_the_truth_although_rows_of_a_user_are_alike() -> None:
     covered = 0
     for seed in range(200):
         label = 5 + generator.normal(size=80)[users] + generator.normal(size=800)  # mean absolute value 5, user effect
-        sums = measure((task,), users, users, {"spent": np.zeros(800)}, {"spent": label}, np.zeros(800))
+        sums = measure((task,), users, users, {"spent": np.zeros(800)}, {"spent": label}, score=np.zeros(800))
         found = summarise(sums, resamples=300, seed=seed)["tasks"]["spent"]["mae"]
         covered += found["low"] <= 5 <= found["high"]
     assert 0.90 <= covered / 200 <= 0.99
@@ -268,7 +270,7 @@ def test_paired_differences_are_narrower_than_the_intervals_of_either(log: Log) 
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert difference["high"] - difference["low"] < 0.5 * (alone["high"] - alone["low"])
     assert compare(a, a, resamples=20)["score"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    with pytest.raises(ValueError, match="measured on the same rows"):
+    with pytest.raises(UserError, match="measured on the same rows"):
         compare(a, log.take(np.flatnonzero(log.users > 0)).measure(), resamples=20)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import BOUGHT, SPENT, Log, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_log import BOUGHT, SPENT, Log, simulate
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure, merge_all
 
 
@@ -89,48 +90,57 @@ def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:
         pa.array(log.requests).dictionary_encode(),
         {name: pa.array(values) for name, values in log.predictions.items()},
         labels,
-        pa.array(log.score),
+        score=pa.array(log.score),
     )
     assert_same(found, log.measure())
 
 
 def test_save_and_load(log: Log, tied_log: Log, tmp_path: Path) -> None:
-    tied_log.measure().save(tmp_path / "sums")
-    log.measure().save(tmp_path / "sums")
-    assert EvaluationSums.load(tmp_path / "sums") == log.measure()
-    assert len(list((tmp_path / "sums").iterdir())) == 1 + len(log.measure().tables), "stale files were left behind"
+    for each in (tied_log, log):
+        each.measure().save(tmp_path / "sums")
+        assert EvaluationSums.load(tmp_path / "sums") == each.measure()
+    named = replace(log, users=log.users.astype(str)).measure()
+    named.save(tmp_path / "named")
+    assert EvaluationSums.load(tmp_path / "named") == named
 
 
 def test_a_save_cut_short_leaves_the_old_sums(log: Log, tied_log: Log, tmp_path: Path, monkeypatch) -> None:
-    tied_log.measure().save(tmp_path)
+    tied_log.measure().save(tmp_path / "sums")
 
-    def killed(*_: object, **__: object) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmoe_rec.evaluation.sums.os.replace", killed)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.pq.write_table", killed)
     with pytest.raises(KeyboardInterrupt):
+        log.measure().save(tmp_path / "sums")
+    assert EvaluationSums.load(tmp_path / "sums") == tied_log.measure()
+
+
+def test_saving_never_replaces_files_that_are_not_sums(log: Log, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
         log.measure().save(tmp_path)
-    assert EvaluationSums.load(tmp_path) == tied_log.measure()
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def test_load_says_what_is_wrong(log: Log, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="sums.json does not exist"):
+    with pytest.raises(UserError, match=r"sums\.json' does not exist"):
         EvaluationSums.load(tmp_path)
-    log.measure().save(tmp_path)
-    manifest = json.loads((tmp_path / "sums.json").read_text())
-    (tmp_path / "sums.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
-        EvaluationSums.load(tmp_path)
+    log.measure().save(tmp_path / "sums")
+    manifest = tmp_path / "sums" / "sums.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        EvaluationSums.load(tmp_path / "sums")
 
 
 def test_merge_refuses_other_tasks_and_other_users(log: Log) -> None:
     sums = log.measure()
     other = replace(log, tasks=(replace(BOUGHT, weight=2.0), *log.tasks[1:])).measure()
-    with pytest.raises(ValueError, match="different tasks"):
+    with pytest.raises(UserError, match="different tasks"):
         sums.merge(other)
-    with pytest.raises(ValueError, match="int64 users with sums of string users"):
+    with pytest.raises(UserError, match="int64 users with sums of string users"):
         sums.merge(replace(log, users=log.users.astype(str)).measure())
-    with pytest.raises(ValueError, match="no sums to merge"):
+    with pytest.raises(UserError, match="no sums to merge"):
         merge_all([])
 
 
@@ -153,9 +163,9 @@ def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
             lambda log: replace(log, users=np.where(log.users == log.users[2], None, log.users)),
             "'users' has .* missing",
         ),
-        (lambda log: replace(log, requests=np.zeros_like(log.requests)), "Request 0 has rows of more than one user"),
-        (lambda log: replace(log, predictions={}), "Task 'bought' has no predictions"),
-        (lambda log: replace(log, labels={"bought": log.labels["bought"]}), "Task 'liked' has no labels"),
+        (lambda log: replace(log, requests=np.zeros_like(log.requests)), "request 0 has rows of more than one user"),
+        (lambda log: replace(log, predictions={}), "task 'bought' has no predictions"),
+        (lambda log: replace(log, labels={"bought": log.labels["bought"]}), "task 'liked' has no labels"),
         (
             lambda log: replace(log, predictions=log.predictions | {"liked": _with(log.predictions["liked"], 5, 1.5)}),
             r"predictions\['liked'\] has 1 bad values, the first at row 5: 1.5; expected a probability",
@@ -168,7 +178,7 @@ def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
     ],
 )
 def test_bad_input_is_named(log: Log, change, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((UserError, ValueError), match=message):
         change(log).measure()
 
 
