@@ -19,7 +19,7 @@ from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyedIds:
     """Any number of ids for each of F inputs and B rows.
 
@@ -29,8 +29,8 @@ class KeyedIds:
     keys: tuple[str, ...]
     values: Tensor
     lengths: Tensor
-    _index: dict[str, int] = field(init=False, repr=False, compare=False)
-    _ends: Tensor = field(init=False, repr=False, compare=False)
+    _index: dict[str, int] = field(init=False, repr=False)
+    _ends: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Frozen: derived fields are set once, here, so that each column is a slice.
@@ -66,7 +66,7 @@ class KeyedIds:
         return KeyedIds(self.keys, change(self.values), change(self.lengths))
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """B rows of a `Layout`.
 

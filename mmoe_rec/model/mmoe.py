@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.experts import Experts
 from mmoe_rec.model.gates import SoftGates
@@ -75,7 +76,8 @@ class RankingModel(nn.Module):
     """Logits of all tasks for a batch of rows; for a regression task the logit is the prediction.
 
     tables: `PlainTables` (ids as `KeyedIds`) or torchrec's collection (ids as KeyedJaggedTensor); the rest of the model
-    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`.
+    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`. Raises UserError for a layout without
+    inputs besides placement.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class RankingModel(nn.Module):
     ) -> None:
         super().__init__()
         if layout.width(placement=False) == 0:
-            raise ValueError("the layout has no inputs besides placement; a model needs at least one feature")
+            raise UserError("no feature describes user, candidate or context: a model needs at least one such input")
         self.tables = tables
         self.dense_columns: Tensor
         self.placement_columns: Tensor

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.tables import initial_rows, used_tables
 
@@ -76,7 +77,7 @@ def shard(
     """Spreads a model with `torchrec_tables` over the ranks of the current process group.
 
     batch_size: rows a rank and step. Tables start from `initial_rows(table, seed, ...)` whatever the plan. A layout
-    without tables gives plain data parallelism. Raises ValueError when the tables do not fit into memory.
+    without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory.
     """
     from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -145,7 +146,7 @@ def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: in
         return planner.collective_plan(model, sharders, dist.group.WORLD)
     except PlannerError as error:
         size = sum(table.rows * table.dim * 4 for table in used_tables(layout)) / 2**30
-        raise ValueError(
+        raise UserError(
             f"the embedding tables ({size:.1f} GiB) do not fit into the memory of {dist.get_world_size()} rank(s); "
             "use more ranks, smaller `dim`, or a `max_size` for the largest id features"
         ) from error
@@ -203,32 +204,23 @@ def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    partial = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(state, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) if dist.get_rank() == 0 else contextlib.nullcontext() as partial:
+        place = [partial]
+        dist.broadcast_object_list(place, src=0)
+        dcp.save(state, checkpoint_id=place[0])
+        dist.barrier()
     dist.barrier()
 
 
 def load_plain(model: nn.Module, folder: Path) -> None:
     """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
 
-    model: a `RankingModel` over `PlainTables`. Raises ValueError when the folder holds no checkpoint.
+    model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
     """
     import torch.distributed.checkpoint as dcp
 
     if not (folder / ".metadata").is_file():
-        raise ValueError(f"'{folder}' holds no complete checkpoint")
+        raise UserError(f"'{folder}' holds no complete checkpoint")
     state = {"model": model.state_dict()}
     with warnings.catch_warnings():
         # That is what is meant here.

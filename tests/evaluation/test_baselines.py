@@ -31,7 +31,7 @@ def test_popularity_says_what_is_wrong() -> None:
         PopularityBaseline([1, 2], [1.0, 0.0], smoothing=-1)
 
 
-def tree_rows(seed: int, rows: int = 6000) -> tuple[np.ndarray, np.ndarray]:
+def tree_rows(seed: int, rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     """A number with gaps, and an id from 600 values whose parity matters; large and negative ids."""
     generator = np.random.default_rng(seed)
     number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows))
@@ -44,9 +44,9 @@ def tree_rows(seed: int, rows: int = 6000) -> tuple[np.ndarray, np.ndarray]:
 def test_trees_learn_from_numbers_and_categories() -> None:
     x, y = tree_rows(seed=0)
     x_test, y_test = tree_rows(seed=1)
-    fitted = gradient_boosting(x, y, np.array([False, True]), iterations=50)
-    assert roc_auc_score(y_test, fitted.predict(x_test)) > 0.83
-    again = gradient_boosting(x, y, np.array([False, True]), iterations=50)
+    fitted = gradient_boosting(x, y, np.array([False, True]), iterations=15)
+    assert roc_auc_score(y_test, fitted.predict(x_test)) > 0.8
+    again = gradient_boosting(x, y, np.array([False, True]), iterations=15)
     np.testing.assert_array_equal(fitted.predict(x_test), again.predict(x_test))
 
 
@@ -68,8 +68,8 @@ def test_trees_use_observed_rows_only_and_stop_early() -> None:
     unobserved = np.random.default_rng(0).random(len(y)) < 0.5
     masked = np.where(unobserved, np.nan, y)
     categorical = np.array([False, True])
-    left = gradient_boosting(x, masked, categorical, iterations=20).predict(x)
-    right = gradient_boosting(x[~unobserved], y[~unobserved], categorical, iterations=20).predict(x)
+    left = gradient_boosting(x, masked, categorical, iterations=8).predict(x)
+    right = gradient_boosting(x[~unobserved], y[~unobserved], categorical, iterations=8).predict(x)
     np.testing.assert_array_equal(left, right)
     x_valid, y_valid = tree_rows(seed=3)
     y_valid[::3] = np.nan
@@ -80,7 +80,7 @@ def test_trees_use_observed_rows_only_and_stop_early() -> None:
 def test_trees_predict_values_of_a_regression() -> None:
     x, _ = tree_rows(seed=4)
     y = 3 + 2 * np.nan_to_num(x[:, 0])
-    fitted = gradient_boosting(x, y, np.array([False, True]), kind="regression")
+    fitted = gradient_boosting(x, y, np.array([False, True]), kind="regression", iterations=30, learning_rate=0.3)
     assert np.abs(fitted.predict(x) - y).mean() < 0.2
 
 

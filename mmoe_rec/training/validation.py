@@ -1,0 +1,93 @@
+"""Validation during training: sums that every rank adds to, so that no rank ever holds all predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmoe_rec.batches.batch import Batch
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.training.losses import row_losses
+
+# Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
+BINS_PER_UNIT = 256
+LARGEST_LOGIT = 32
+BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Result of one validation: mean loss per task, AUC per binary task with both classes, mean gate weights (T, E)."""
+
+    loss: dict[str, float]
+    auc: dict[str, float]
+    gates: Tensor
+
+    def objective(self, select_by: str, layout: Layout) -> float:
+        """What the best model has the most of: mean AUC, or minus the weighted loss."""
+        if select_by == "auc" and self.auc:
+            return sum(self.auc.values()) / len(self.auc)
+        return -sum(task.loss_weight * self.loss[task.name] for task in layout.tasks if task.name in self.loss)
+
+    def flat(self) -> dict[str, float]:
+        """Metrics by name, for tracking."""
+        losses = {f"validation.{task}.logloss": value for task, value in self.loss.items()}
+        return losses | {f"validation.{task}.auc": value for task, value in self.auc.items()}
+
+
+@torch.no_grad()
+def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device) -> Validation:
+    """Scores this rank's batches without placement and adds up over all ranks. A collective call."""
+    kinds = [task.kind for task in layout.tasks]
+    counts = torch.zeros(len(kinds), 2, BINS, dtype=torch.float64)
+    loss = torch.zeros(len(kinds), 2, dtype=torch.float64)
+    gates: Tensor | None = None
+    rows = torch.zeros((), dtype=torch.float64)
+    model.eval()
+    for each in batches:
+        batch = each.to(device)
+        logits, weights = model.forward_with_gates(batch)
+        weighed = batch.observed.any(1).double()
+        gate_sum = (weights.double() * weighed[:, None, None]).sum(0).cpu()
+        gates = gate_sum if gates is None else gates + gate_sum
+        rows += weighed.sum().cpu()
+        losses = row_losses(logits, batch.labels, kinds) * batch.observed
+        loss[:, 0] += losses.double().sum(0).cpu()
+        loss[:, 1] += batch.observed.sum(0).double().cpu()
+        _count(counts, logits.cpu(), batch.labels.cpu(), batch.observed.cpu())
+    model.train()
+    assert gates is not None, "a validation split is never empty"
+    for total in (counts, loss, gates, rows):
+        _add_up(total, device)
+    means = {task.name: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(layout.tasks) if loss[t, 1] > 0}
+    areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
+    return Validation(means, {name: area for name, area in areas.items() if area is not None}, gates / rows)
+
+
+def _count(counts: Tensor, logits: Tensor, labels: Tensor, observed: Tensor) -> None:
+    bins = ((logits.double() + LARGEST_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
+    for task in range(len(counts)):
+        known = observed[:, task]
+        for label in (0, 1):
+            chosen = bins[known & (labels[:, task] == label), task]
+            counts[task, label] += torch.bincount(chosen, minlength=BINS)
+
+
+def auc(negatives: Tensor, positives: Tensor) -> float | None:
+    """Area under the ROC curve of two (BINS,) histograms, ties counting one half; None with one class only."""
+    total = negatives.sum() * positives.sum()
+    if total == 0:
+        return None
+    below = negatives.cumsum(0) - negatives
+    return float(((below + 0.5 * negatives) * positives).sum() / total)
+
+
+def _add_up(total: Tensor, device: torch.device) -> None:
+    summed = total.to(device)
+    dist.all_reduce(summed)
+    total.copy_(summed.cpu())

@@ -1,0 +1,56 @@
+"""A small layout with all kinds of inputs, and random rows in it, for tests of batches, model and training."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.model.mmoe import RankingModel
+
+LAYOUT = Layout(
+    # Widths and sizes differ so that a sharding plan moves the tables out of layout order.
+    tables=(Table("t0", 40, 4), Table("t1", 90, 8), Table("t2", 60, 16), Table("t3", 200, 8), Table("t4", 30, 4)),
+    ids=(
+        IdInput("user", "t0"),
+        IdInput("tags", "t1", many=True),
+        IdInput("item", "t2"),
+        IdInput("history", "t2", many=True),
+        IdInput("city", "t3"),
+        IdInput("slot", "t4", placement=True),
+    ),
+    dense=(DenseInput("age"), DenseInput("position", placement=True), DenseInput("price")),
+    tasks=(
+        TaskOutput("click", "binary", "engagement", 1.0, 1.0),
+        TaskOutput("like", "binary", "satisfaction", 2.0, 0.5),
+        TaskOutput("rating", "regression", "satisfaction", 0.5, 2.0),
+    ),
+)
+KINDS = [task.kind for task in LAYOUT.tasks]
+
+
+def random_rows(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Encoded, np.ndarray]:
+    """Rows of a layout, and labels (rows, T) of which about a third are unobserved (NaN)."""
+    random = np.random.default_rng(seed)
+    ids: dict[str, np.ndarray | Ragged] = {}
+    for each in layout.ids:
+        size = layout.table(each.table).rows
+        if each.many:
+            lengths = random.integers(0, 5, rows).astype(np.int32)
+            ids[each.name] = Ragged(random.integers(0, size, lengths.sum()), lengths)
+        else:
+            ids[each.name] = random.integers(0, size, rows)
+    dense = random.normal(size=(rows, len(layout.dense))).astype(np.float32)
+    labels = random.integers(0, 2, (rows, len(layout.tasks))).astype(np.float32)
+    labels[random.random(labels.shape) < 1 / 3] = np.nan
+    return Encoded(ids, dense), labels
+
+
+def small_model(tables: nn.Module, layout: Layout = LAYOUT, **changes: object) -> RankingModel:
+    """A model of a few units, with dense weights that are the same on every call."""
+    sizes = {"bottom_units": (12,), "expert_count": 3, "expert_units": (8, 6), "tower_units": (5,)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return RankingModel(tables, layout, **{**sizes, "placement_units": (4,), **changes})  # type: ignore[arg-type]

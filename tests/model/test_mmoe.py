@@ -1,0 +1,195 @@
+"""The ranking model against a naive reference in NumPy: one row, one expert and one task at a time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import plain_tables, torchrec_tables
+from mmoe_rec.settings import Model
+from tests.model.examples import LAYOUT, random_rows, small_model
+
+Weights = dict[str, np.ndarray]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def reference_inputs(weights: Weights, encoded: Encoded, layout: Layout, row: int, placement: bool) -> np.ndarray:
+    parts = []
+    for each in layout.ids:
+        if each.placement == placement:
+            table = weights[f"tables.embedding_bags.{each.table}.weight"]
+            ids = encoded.ids[each.name]
+            found = ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
+            parts.append(sum((table[index] for index in found), np.zeros(table.shape[1])) / max(len(found), 1))
+    parts += [encoded.dense[row, [index]] for index, each in enumerate(layout.dense) if each.placement == placement]
+    return np.concatenate(parts)
+
+
+def reference_layers(weights: Weights, prefix: str, x: np.ndarray, group: int) -> np.ndarray:
+    """Stacked layers of one group, each followed by SiLU."""
+    layer = 0
+    while f"{prefix}.{layer}.weight" in weights:
+        x = weights[f"{prefix}.{layer}.weight"][group] @ x + weights[f"{prefix}.{layer}.bias"][group]
+        last_of_tower = prefix.endswith("towers.layers") and f"{prefix}.{layer + 1}.weight" not in weights
+        x = x if last_of_tower else silu(x)
+        layer += 1
+    return x
+
+
+def reference_logits(model: RankingModel, encoded: Encoded, layout: Layout, placement: bool) -> np.ndarray:
+    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    logits = np.zeros((len(encoded), len(layout.tasks)))
+    for row in range(len(encoded)):
+        hidden = reference_inputs(weights, encoded, layout, row, placement=False)
+        hidden = silu(weights["mixture.bottom.0.weight"] @ hidden + weights["mixture.bottom.0.bias"])
+        count = len(weights["mixture.experts.layers.0.weight"])
+        experts = [reference_layers(weights, "mixture.experts.layers", hidden, expert) for expert in range(count)]
+        all_gates = weights["mixture.gates.linear.weight"] @ hidden + weights["mixture.gates.linear.bias"]
+        for task in range(len(layout.tasks)):
+            gate = np.exp(all_gates[task * count : (task + 1) * count])
+            gate /= gate.sum()
+            mixed = sum(gate[expert] * experts[expert] for expert in range(count))
+            logits[row, task] = reference_layers(weights, "mixture.towers.layers", mixed, task)[0]
+        if placement:
+            x = reference_inputs(weights, encoded, layout, row, placement=True)
+            x = silu(weights["mixture.placement.layers.0.weight"] @ x + weights["mixture.placement.layers.0.bias"])
+            logits[row] += weights["mixture.placement.logits.weight"] @ x + weights["mixture.placement.logits.bias"]
+    return logits
+
+
+def plain_batch(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Encoded, Batch]:
+    encoded, labels = random_rows(rows, seed, layout)
+    return encoded, make_batch(encoded, layout, labels, torchrec=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"expert_units": (7,), "tower_units": ()}, {"expert_units": (8, 7, 6), "tower_units": (5, 4)}]
+)
+def test_equals_the_naive_reference(training: bool, changes: dict[str, Any]) -> None:
+    model = small_model(plain_tables(LAYOUT), **changes).train(training)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far from the small first weights, where every mistake shows
+    encoded, batch = plain_batch(9)
+    logits = model(batch)
+    assert logits.dtype == torch.float32
+    expected = reference_logits(model, encoded, LAYOUT, placement=training)
+    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_placement_counts_in_training_alone_unless_asked_for() -> None:
+    model = small_model(plain_tables(LAYOUT))
+    encoded, batch = plain_batch(8)
+    changed_dense = encoded.dense.copy()
+    changed_dense[:, 1] += 1.0
+    slot = encoded.ids["slot"]
+    assert not isinstance(slot, Ragged)
+    changed = Encoded({**encoded.ids, "slot": (slot + 1) % 30}, changed_dense)
+    other = make_batch(changed, LAYOUT, torchrec=False)
+    assert not torch.equal(model(batch), model(other))
+    assert torch.equal(model(batch, use_placement=False), model(other, use_placement=False))
+    trained = model(batch)
+    model.eval()
+    assert torch.equal(model(batch), model(other))
+    torch.testing.assert_close(model(batch, use_placement=True), trained)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((), (), LAYOUT.dense, LAYOUT.tasks),
+        Layout(LAYOUT.tables, LAYOUT.ids, (), LAYOUT.tasks),
+        Layout(LAYOUT.tables, LAYOUT.ids[:-1], LAYOUT.dense[:1], LAYOUT.tasks[:1]),
+    ],
+    ids=["no ids", "no dense", "no placement, one task"],
+)
+def test_parts_may_be_missing(layout: Layout) -> None:
+    model = small_model(plain_tables(layout), layout)
+    assert (model.mixture.placement is None) == (layout.width(placement=True) == 0)
+    encoded, batch = plain_batch(6, 1, layout)
+    logits = model.eval()(batch)
+    np.testing.assert_allclose(
+        logits.detach().numpy(), reference_logits(model, encoded, layout, placement=False), atol=1e-5
+    )
+    torchrec = small_model(torchrec_tables(layout, "cpu"), layout).eval()
+    torchrec.load_state_dict(model.state_dict())
+    torch.testing.assert_close(torchrec(make_batch(encoded, layout, torchrec=True)), logits, atol=1e-6, rtol=0)
+
+
+def test_placement_alone_is_refused() -> None:
+    with pytest.raises(UserError, match="no feature describes user, candidate or context"):
+        small_model(plain_tables(LAYOUT), Layout((), (), LAYOUT.dense[1:2], LAYOUT.tasks))
+
+
+def test_bf16_autocast_stays_near_fp32() -> None:
+    model = small_model(plain_tables(LAYOUT))
+    _, batch = plain_batch(64)
+    exact = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(batch)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0.02)
+    rounded.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_build_model_follows_settings_and_seed() -> None:
+    settings = Model.model_validate({"bottom": {"units": [10]}, "experts": {"count": 5, "units": [6, 4]}})
+    torch.manual_seed(1)
+    first = build_model(LAYOUT, settings, plain_tables(LAYOUT, 3), seed=3)
+    torch.manual_seed(2)
+    untouched = torch.rand(1)
+    torch.manual_seed(2)
+    again = build_model(LAYOUT, settings, plain_tables(LAYOUT, 3), seed=3)
+    assert torch.equal(torch.rand(1), untouched)
+    other = build_model(LAYOUT, settings, plain_tables(LAYOUT, 4), seed=4)
+    assert first.state_dict()["mixture.experts.layers.1.weight"].shape == (5, 4, 6)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+        assert not torch.equal(tensor, other.state_dict()[name])
+
+
+def test_gate_weights_are_those_of_the_forward_pass() -> None:
+    model = small_model(plain_tables(LAYOUT)).eval()
+    _, batch = plain_batch(7)
+    logits, gates = model.forward_with_gates(batch)
+    assert gates.shape == (7, 3, 3)
+    assert torch.equal(model.gate_weights(batch), gates)
+    assert torch.equal(model(batch), logits)
+
+
+def test_the_forward_pass_down_to_its_parts_can_be_traced() -> None:
+    """As torchrec's CUDA pipeline does to find the tables' input, which must come straight from the batch."""
+
+    class PartsTracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: torch.nn.Module, module_qualified_name: str) -> bool:
+            return not isinstance(module, RankingModel)
+
+    graph = PartsTracer().trace(small_model(plain_tables(LAYOUT)))
+    (tables,) = (node for node in graph.nodes if node.target == "tables")
+    assert tables.args[0].target is getattr
+    assert tables.args[0].args[1] == "ids"
+
+
+def test_model_is_importable_without_the_training_stack() -> None:
+    code = (
+        "import sys, mmoe_rec.batches.batch, mmoe_rec.model.mmoe, mmoe_rec.model.score, mmoe_rec.model.tables;"
+        "print(sorted({'torchrec', 'fbgemm_gpu', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

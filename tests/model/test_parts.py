@@ -1,0 +1,104 @@
+"""Experts, gates, towers and the score, each on its own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from mmoe_rec.model.experts import Experts
+from mmoe_rec.model.gates import SoftGates, keep_some
+from mmoe_rec.model.score import SMALLEST_VALUE, fuse, predictions
+from mmoe_rec.model.stacked import StackedLinear
+from mmoe_rec.model.towers import PlacementTower
+
+
+def test_stacked_layers_equal_separate_ones() -> None:
+    layer = StackedLinear(4, 6, 5)
+    inputs = [torch.randn(7, 6) for _ in range(4)]
+    for group, output in enumerate(layer(inputs)):
+        torch.testing.assert_close(output, functional.linear(inputs[group], layer.weight[group], layer.bias[group]))
+    torch.testing.assert_close(layer.shared(inputs[0]), torch.cat(layer([inputs[0]] * 4), dim=1))
+
+
+def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    experts = Experts(4, 200, (150, 100))
+    for layer, inputs in zip(experts.layers, (200, 150), strict=True):
+        weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[operator]
+        assert np.abs(np.corrcoef(weight) - np.eye(4)).max() < 0.05
+        # nn.Linear draws from U(-1 / sqrt(inputs), 1 / sqrt(inputs)); a stacked fan-in would be smaller.
+        assert np.abs(weight).max() == pytest.approx(1 / math.sqrt(inputs), rel=0.01)
+        np.testing.assert_allclose(weight.std(1), 1 / math.sqrt(3 * inputs), rtol=0.05)
+
+
+def test_gates_sum_to_one() -> None:
+    gates = SoftGates(5, 3, 4)
+    weights = gates(torch.randn(20, 5))
+    assert weights.shape == (20, 3, 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(20, 3))
+
+
+def test_gate_dropout_renormalises_the_kept_experts() -> None:
+    torch.manual_seed(0)
+    gates = SoftGates(5, 2, 4, dropout=0.3)
+    hidden = torch.randn(5000, 5)
+    dropped = gates(hidden)
+    full = gates.eval()(hidden)
+    torch.testing.assert_close(dropped.sum(-1), torch.ones(5000, 2))
+    kept = dropped > 0
+    torch.testing.assert_close(dropped, full * kept / (full * kept).sum(-1, keepdim=True))
+    # All four are dropped with probability 0.0081 and then all kept.
+    assert kept.float().mean().item() == pytest.approx(0.7 + 0.3**4, abs=0.01)
+    assert torch.equal(gates(hidden), full)
+
+
+def test_a_gate_never_loses_all_its_experts() -> None:
+    keep = torch.tensor([[False, False, False], [False, True, False]])
+    assert keep_some(keep).tolist() == [[True, True, True], [False, True, False]]
+    gates = SoftGates(5, 2, 2, dropout=0.99)
+    hidden = torch.randn(500, 5, requires_grad=True)
+    weights = gates(hidden)
+    assert weights.isfinite().all()
+    weights.square().sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_placement_dropout_hides_whole_rows() -> None:
+    torch.manual_seed(0)
+    tower = PlacementTower(3, 2, (4,), dropout=0.25)
+    placement = torch.randn(4000, 3)
+    logits = tower(placement)
+    hidden = logits == 0
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    assert hidden[:, 0].float().mean().item() == pytest.approx(0.25, abs=0.03)
+    full = tower.eval()(placement)
+    torch.testing.assert_close(logits, torch.where(hidden, 0.0, full))
+
+
+def test_score_is_the_weighted_product_of_predictions() -> None:
+    logits = torch.randn(30, 3, dtype=torch.float64)
+    kinds, weights = ["binary", "regression", "binary"], [1.0, 0.5, 2.0]
+    given = predictions(logits, kinds).numpy()
+    score = np.ones(30)
+    for task, kind in enumerate(kinds):
+        value = 1 / (1 + np.exp(-logits[:, task].numpy())) if kind == "binary" else logits[:, task].numpy()
+        np.testing.assert_allclose(given[:, task], value)
+        score *= np.maximum(value, SMALLEST_VALUE) ** weights[task]
+    np.testing.assert_allclose(fuse(logits, kinds, weights).exp().numpy(), score)
+
+
+def test_log_score_is_finite_for_extreme_logits() -> None:
+    logits = torch.tensor([[-500.0, -3.0], [500.0, 0.0]])
+    log_score = fuse(logits, ["binary", "regression"], [1.0, 1.0])
+    tiny = math.log(SMALLEST_VALUE)
+    np.testing.assert_allclose(log_score.numpy(), [-500.0 + tiny, tiny], rtol=1e-6)
+
+
+def test_a_wrong_number_of_tasks_is_refused() -> None:
+    with pytest.raises(ValueError, match="each of 2 tasks, found 3"):
+        predictions(torch.zeros(4, 3), ["binary", "binary"])

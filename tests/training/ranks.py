@@ -1,0 +1,69 @@
+"""What each rank of `test_sharding` does. A module of its own so that spawned processes can import it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.model.tables import torchrec_tables
+from mmoe_rec.training.losses import masked_loss
+from mmoe_rec.training.sharding import process_group, save_checkpoint, shard
+from tests.model.examples import KINDS, LAYOUT, random_rows, small_model
+
+ROWS = 64
+SEED = 3
+CPU = torch.device("cpu")
+
+
+def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
+    """As torchrun would start it: the environment names the rank."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    train_one_step(folder)
+
+
+def train_one_step(folder: Path) -> None:
+    """Shards the model, scores this rank's rows, takes one step, and saves everything to compare."""
+    with process_group(CPU):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        share = ROWS // world
+        sharded = shard(
+            small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=share, table_learning_rate=0.05, seed=SEED
+        )
+        encoded, labels = random_rows(ROWS)
+        mine = torch.arange(rank * share, (rank + 1) * share).numpy()
+        batch = make_batch(encoded.take(mine), LAYOUT, labels[mine], torchrec=True)
+        sharded.model.eval()
+        with torch.no_grad():
+            logits = sharded.model(batch)
+            order = list(sharded.model.module.tables(batch.ids).keys())
+        save_checkpoint({"model": sharded.model.state_dict()}, folder / "before")
+
+        dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
+        sharded.model.train()
+        counts = batch.observed.sum(0)
+        dist.all_reduce(counts)
+        loss, _ = masked_loss(
+            sharded.model(batch),
+            batch.labels,
+            batch.observed,
+            kinds=KINDS,
+            loss_weights=[task.loss_weight for task in LAYOUT.tasks],
+            global_counts=counts,
+            world_size=world,
+        )
+        loss.backward()
+        dense.step()
+        sharded.table_optimizer.step()
+        save_checkpoint({"model": sharded.model.state_dict()}, folder / "after")
+        torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")

@@ -1,0 +1,92 @@
+"""The masked loss against a loop over single labels, finite differences and the definition of its normaliser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mmoe_rec.training.losses import masked_loss
+
+KINDS = ["binary", "regression", "binary"]
+WEIGHTS = [1.0, 0.5, 2.0]
+
+
+def random_labels(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 2, (rows, 3), generator=generator).double()
+    labels[:, 1] *= 4.5
+    observed = torch.rand(rows, 3, generator=generator) < 0.6
+    return logits, labels * observed, observed
+
+
+def naive_sums(logits: torch.Tensor, labels: torch.Tensor, observed: torch.Tensor) -> list[float]:
+    sums = [0.0, 0.0, 0.0]
+    for row in range(len(logits)):
+        for task in range(3):
+            if observed[row, task]:
+                logit, label = logits[row, task].item(), labels[row, task].item()
+                if KINDS[task] == "regression":
+                    sums[task] += (logit - label) ** 2
+                else:
+                    probability = 1 / (1 + math.exp(-logit))
+                    sums[task] -= label * math.log(probability) + (1 - label) * math.log(1 - probability)
+    return sums
+
+
+def test_equals_a_loop_over_the_observed_labels() -> None:
+    logits, labels, observed = random_labels(40)
+    counts = observed.sum(0) + torch.tensor([3, 0, 7])
+    total, sums = masked_loss(
+        logits, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=counts, world_size=4
+    )
+    expected = naive_sums(logits, labels, observed)
+    assert sums.tolist() == pytest.approx(expected)
+    weighted = zip(WEIGHTS, expected, counts.tolist(), strict=True)
+    assert total.item() == pytest.approx(4 * sum(weight * value / count for weight, value, count in weighted))
+
+
+def test_gradient_equals_finite_differences() -> None:
+    logits, labels, observed = random_labels(6)
+    counts = observed.sum(0)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return masked_loss(x, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=counts)[0]
+
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(total, (logits,))
+    total(logits).backward()
+    assert logits.grad is not None
+    assert not logits.grad[~observed].any()
+
+
+def test_a_task_without_observed_rows_adds_exactly_zero() -> None:
+    logits, labels, observed = random_labels(10)
+    observed[:, 1] = False
+    logits.requires_grad_()
+    total, sums = masked_loss(
+        logits, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=observed.sum(0)
+    )
+    total.backward()
+    assert sums[1] == 0
+    assert total.isfinite()
+    assert logits.grad is not None
+    assert not logits.grad[:, 1].any()
+    assert logits.grad[:, [0, 2]].any()
+    nothing, _ = masked_loss(
+        logits, labels, observed & False, kinds=KINDS, loss_weights=WEIGHTS, global_counts=torch.zeros(3)
+    )
+    assert nothing == 0
+
+
+def test_the_mean_over_ranks_is_the_global_loss() -> None:
+    logits, labels, observed = random_labels(30)
+    counts = observed.sum(0)
+    options: dict[str, Any] = {"kinds": KINDS, "loss_weights": WEIGHTS, "global_counts": counts}
+    whole, _ = masked_loss(logits, labels, observed, **options)
+    ranks = [slice(0, 5), slice(5, 30)]
+    parts = [masked_loss(logits[r], labels[r], observed[r], **options, world_size=2)[0] for r in ranks]
+    assert (sum(parts) / 2).item() == pytest.approx(whole.item())  # type: ignore[union-attr]
