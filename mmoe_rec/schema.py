@@ -6,18 +6,22 @@ These models are the `columns`, `roles`, `tasks` and `features` sections of a se
 
 from __future__ import annotations
 
+import types
+from collections.abc import Sequence
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Role = Literal["user", "candidate", "context", "placement"]
 Scalar = bool | int | float | str
+Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
 class Section(BaseModel):
     """A strict, immutable part of the settings: an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Section):
@@ -63,7 +67,7 @@ class Task(Section):
     objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     matures_after_days: float = Field(
-        0.0, ge=0, description="days after the request until the label is final; until then it is unobserved"
+        0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
     )
     loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
     score_weight: float = Field(
@@ -130,6 +134,20 @@ class TimeFeature(_Embedded):
     timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
     dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
 
+    @field_validator("parts")
+    @classmethod
+    def _each_once(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(parts)
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (KeyError, OSError, ValueError):
+            raise ValueError("must be a time zone such as UTC or Europe/Berlin") from None
+        return timezone
+
     @model_validator(mode="after")
     def _age_needs_column(self) -> TimeFeature:
         if "age" in self.parts and self.column is None:
@@ -143,6 +161,11 @@ class CrossFeature(_Embedded):
     kind: Literal["cross"]
     columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
     buckets: int = Field(10_000, ge=2, description="hashed rows of the embedding table")
+
+    @field_validator("columns")
+    @classmethod
+    def _each_once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(columns)
 
 
 class HistoryFeature(Section):
@@ -166,10 +189,22 @@ class CounterFeature(Section):
         description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label; "
         "recency: log(1 + days since the last row with a positive label became known), missing if never",
     )
-    window_days: tuple[float | None, ...] = Field(
+    window_days: tuple[Days | None, ...] = Field(
         (None,), min_length=1, description="trailing windows; null is all of the past"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+
+    @field_validator("by", "outputs", "window_days")
+    @classmethod
+    def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
+        return _distinct(values)
+
+
+def _distinct(values: tuple) -> tuple:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")
+    return values
 
 
 Feature = Annotated[
@@ -195,34 +230,63 @@ class Schema(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
+        self._check_columns()
         self._check_roles()
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
-        labels = {task.label for task in self.tasks.values()}
         for name, feature in self.features.items():
-            if leaked := labels.intersection(read_columns(feature)):
-                raise ValueError(f"feature '{name}' reads column '{leaked.pop()}', which is a label")
+            self._check_leaks(name, read_columns(feature))
+        for name, feature in self.features.items():
             if isinstance(feature, HistoryFeature | CounterFeature) and feature.task not in self.tasks:
                 raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
             if isinstance(feature, HistoryFeature):
-                self._check_shared(name, "of", feature.of)
+                owners = self._owners(IdFeature)
+                self._check_shared(name, "of", feature.of, [each for each in owners if self.role_of(each) == "candidate"])
             if isinstance(feature, IdFeature | IdsFeature) and feature.table is not None:
-                self._check_shared(name, "table", feature.table)
+                self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
             self.role_of(name)
         return self
+
+    def _check_columns(self) -> None:
+        purposes: dict[str, str] = {}
+        for purpose in ("user", "candidate", "time", "request", "sampling_rate"):
+            column = getattr(self.columns, purpose)
+            if column is not None and (other := purposes.setdefault(column, purpose)) != purpose:
+                raise ValueError(f"columns.{other} and columns.{purpose} both name column '{column}'")
+        for name, task in self.tasks.items():
+            if task.label in purposes:
+                raise ValueError(f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own")
+
+    def _check_leaks(self, name: str, read: Sequence[str]) -> None:
+        labels = {task.label: task_name for task_name, task in self.tasks.items()}
+        for column in read:
+            if column in labels:
+                raise ValueError(
+                    f"feature '{name}' reads column '{column}', which is the label of task '{labels[column]}'; "
+                    "past labels are read through features of kind counter or history"
+                )
+            if column == self.columns.sampling_rate:
+                raise ValueError(f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away")
 
     def _check_roles(self) -> None:
         seen = {self.columns.user: "user", self.columns.candidate: "candidate", self.columns.time: "context"}
         for role, names in self.roles:
             for column in names:
                 if seen.setdefault(column, role) != role:
-                    raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}")
+                    raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}; leave it in one")
 
-    def _check_shared(self, name: str, key: str, target: str) -> None:
-        owner = self.features.get(target)
-        if not isinstance(owner, IdFeature | IdsFeature) or owner.table is not None:
-            raise ValueError(f"feature '{name}': {key} '{target}' is not an id feature with a table of its own")
+    def _owners(self, kinds: type | types.UnionType) -> list[str]:
+        features = self.features.items()
+        return [name for name, each in features if isinstance(each, kinds) and getattr(each, "table", None) is None]
+
+    def _check_shared(self, name: str, key: str, target: str, possible: list[str]) -> None:
+        if target not in possible:
+            what = "an id feature of the candidate" if key == "of" else "an id feature"
+            raise ValueError(
+                f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
+                f"such features are: {', '.join(possible) or 'none, add one'}"
+            )
 
     @property
     def column_roles(self) -> dict[str, Role]:
@@ -244,10 +308,16 @@ class Schema(Section):
         roles = set()
         for column in read_columns(feature):
             if column not in self.column_roles:
-                raise ValueError(f"feature '{name}' reads column '{column}', which is listed under no role in `roles`")
+                raise ValueError(
+                    f"feature '{name}' reads column '{column}', which has no role; list it under roles.user, "
+                    "roles.candidate, roles.context or roles.placement"
+                )
             roles.add(self.column_roles[column])
         if "placement" in roles and (len(roles) > 1 or isinstance(feature, CounterFeature)):
-            raise ValueError(f"feature '{name}' mixes placement with other columns, but placement is absent in serving")
+            raise ValueError(
+                f"feature '{name}' reads placement together with other columns or past labels, but placement is absent in "
+                "serving; a feature of placement may read placement columns only"
+            )
         for role in ("placement", "candidate", "context"):
             if role in roles:
                 return role

@@ -6,13 +6,15 @@ unknown or ill-typed key is a `UserError` that names it and the nearest valid ke
 
 from __future__ import annotations
 
+import builtins
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -20,6 +22,8 @@ from pydantic.fields import FieldInfo
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.schema import Columns, Feature, Roles, Schema, Section, Task
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Split(Section):
@@ -59,7 +63,7 @@ class Data(Section):
 class Bottom(Section):
     """The shared hidden layer under the experts and gates."""
 
-    units: tuple[int, ...] = Field((256,), min_length=1, description="widths of the shared bottom's layers")
+    units: tuple[Width, ...] = Field((256,), min_length=1, description="widths of the shared bottom's layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer of the bottom")
 
 
@@ -67,7 +71,7 @@ class Experts(Section):
     """The shared experts."""
 
     count: int = Field(8, ge=1, le=1024, description="number of experts")
-    units: tuple[int, ...] = Field((128, 64), min_length=1, description="widths of an expert's layers")
+    units: tuple[Width, ...] = Field((128, 64), min_length=1, description="widths of an expert's layers")
 
 
 class Gates(Section):
@@ -81,13 +85,13 @@ class Gates(Section):
 class Towers(Section):
     """One tower per task, on the gated sum of the experts."""
 
-    units: tuple[int, ...] = Field((32,), description="widths of a tower's hidden layers")
+    units: tuple[Width, ...] = Field((32,), description="widths of a tower's hidden layers")
 
 
 class Placement(Section):
     """The shallow tower that absorbs placement bias in training and is absent in serving."""
 
-    units: tuple[int, ...] = Field((16,), description="widths of the placement tower's hidden layers")
+    units: tuple[Width, ...] = Field((16,), description="widths of the placement tower's hidden layers")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of training rows whose placement is hidden")
 
 
@@ -187,11 +191,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"settings file '{path}' does not exist; start from configs/template.yaml")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"settings file '{path}' {what}; start from configs/template.yaml")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"settings file '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings file '{path}' is not valid YAML: {_yaml_problem(error)}") from None
+    except OSError as error:
+        raise UserError(f"settings file '{path}' cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
     for key, value in parse_overrides(overrides):
@@ -202,6 +209,26 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError("; ".join(explain(error, tree, str(path)))) from None
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is written twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
     """`--a.b value` and `--a.b=value` as (["a", "b"], value read as YAML)."""
     rest = list(arguments)
@@ -210,47 +237,135 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
         if not argument.startswith("--"):
             raise UserError(f"'{argument}' is not a setting; write --section.key value")
         key, equals, text = argument[2:].partition("=")
+        if not all(key.split(".")):
+            raise UserError(f"'{argument}' is not a setting; write --section.key value")
         if not equals:
             if not rest:
                 raise UserError(f"'--{key}' needs a value")
             text = rest.pop(0)
         try:
-            yield key.split("."), yaml.safe_load(text)
+            yield key.split("."), yaml.load(text, _StrictLoader)
         except yaml.YAMLError:
             raise UserError(f"the value '{text}' of '--{key}' is not valid YAML") from None
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for depth, key in enumerate(keys[:-1], start=1):
-        tree = tree.setdefault(key, {})
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
         if not isinstance(tree, dict):
             raise UserError(f"'--{'.'.join(keys)}' goes below '{'.'.join(keys[:depth])}', which is a single value")
     tree[keys[-1]] = value
 
 
 def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:
-    """One sentence per problem: where it is, what was found, and the nearest valid key for an unknown one."""
+    """One sentence per problem: where it is, what was expected and found, and the nearest valid key for an unknown one."""
+    told = set()
     for problem in error.errors():
+        if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
+            continue  # It is long enough, but for an entry that has a sentence of its own.
         # A tagged union puts the tag into the location, where the user's file has no such key.
         location = [str(part) for part in _user_location(problem["loc"], tree)]
-        name = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            keys = valid_keys(location[:-1], tree)
-            near = difflib.get_close_matches(location[-1], keys, n=1, cutoff=0.0)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            valid = f" (valid here: {', '.join(keys)})" if keys else ""
-            yield f"{where}: unknown key '{name}'{hint}{valid}"
-        elif problem["type"] == "missing":
-            yield f"{where}: key '{name}' is missing"
-        elif problem["type"] == "union_tag_not_found":
-            yield f"{where}: '{name}' needs a kind: {', '.join(_feature_kinds())}"
+        sentence = _sentence(problem["type"], location, problem, tree)
+        # A union reports each of its members.
+        if sentence not in told:
+            told.add(sentence)
+            yield f"{where}: {sentence}"
+
+
+def _sentence(kind: str, location: list[str], problem: Any, tree: Any) -> str:
+    name, found = ".".join(location), _found(problem["input"])
+    context = problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        keys = valid_keys(location[:-1], tree)
+        return f"unknown key '{name}'{_nearest(location[-1], keys)}" + (f" (valid here: {', '.join(keys)})" if keys else "")
+    if kind == "missing":
+        return f"key '{name}' is missing ({_meaning(location, tree)})"
+    if location[-1:] == ["[key]"]:
+        return f"'{'.'.join(location[:-2])}' has the key {location[-2]}, which is not text; put it in quotes"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = list(_feature_kinds())
+        if kind == "union_tag_not_found":
+            return f"'{name}' needs a kind: {', '.join(kinds)}"
+        return f"'{name}.kind' must be one of {', '.join(kinds)}, found '{context['tag']}'{_nearest(context['tag'], kinds)}"
+    if kind == "literal_error":
+        values = [str(value) for value in _literals(location, tree)] or [context["expected"]]
+        return f"'{name}' must be one of {', '.join(values)}{found}{_nearest(str(problem['input']), values)}"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        keys = valid_keys(location, tree)
+        expected = f"keys ({', '.join(keys)})" if keys else "keys such as `kind`"
+        return f"'{name}' must hold {'a section for each name' if name in ('tasks', 'features') else expected}{found}"
+    if location[-2:-1] == ["equals"]:
+        return f"'{name.rpartition('.')[0]}' must be a number, text, true or false{found}"
+    if kind in _EXPECTED:
+        return f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"'{name}' {message}{found}" if message.startswith(("must", "lists")) else _with_name(name, message + found)
+
+
+def _with_name(name: str, message: str) -> str:
+    return f"'{name}': {message}" if name else message
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text, in quotes where it looks like a number or a date",
+    "tuple_type": "a list, such as [a, b]",
+    "list_type": "a list, such as [a, b]",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "greater than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "longer: at least {min_length} needed",
+    "datetime_type": "a time such as 2024-01-31 or 2024-01-31T18:00:00",
+    "datetime_parsing": "a time such as 2024-01-31 or 2024-01-31T18:00:00",
+    "datetime_from_date_parsing": "a time such as 2024-01-31 or 2024-01-31T18:00:00",
+}
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return ", found nothing (null)"
+    return f", found {value!r}" if isinstance(value, str | int | float | list | tuple) and len(repr(value)) < 80 else ""
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _meaning(location: Sequence[str], tree: Any) -> str:
+    field = _field(location, tree)
+    if field is None or field.description is None:
+        return f"it holds {', '.join(valid_keys(location, tree)) or 'a value'}"
+    return field.description
+
+
+def _field(location: Sequence[str], tree: Any) -> FieldInfo | None:
+    model = _model_at(location[:-1], tree)
+    return model.model_fields.get(location[-1]) if model is not None else None
+
+
+def _literals(location: Sequence[str], tree: Any) -> Iterator[Any]:
+    names = list(location)
+    while names and names[-1].isdigit():
+        names.pop()
+    field = _field(names, tree)
+    waiting = [field.annotation] if field is not None else []
+    while waiting:
+        annotation = waiting.pop(0)
+        if typing.get_origin(annotation) is Literal:
+            yield from typing.get_args(annotation)
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            found = f", found {problem['input']!r}" if isinstance(problem["input"], Scalar) else ""
-            yield f"{where}: '{name}': {message}{found}" if name else f"{where}: {message}"
-
-
-Scalar = (str, int, float, bool, type(None))
+            waiting += typing.get_args(annotation)
 
 
 def _user_location(location: tuple[int | str, ...], tree: Any) -> Iterator[int | str]:
@@ -268,6 +383,11 @@ def _user_location(location: tuple[int | str, ...], tree: Any) -> Iterator[int |
 
 def valid_keys(location: Sequence[str], tree: Any) -> list[str]:
     """Keys that are valid at a place of the settings."""
+    model = _model_at(location, tree)
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_at(location: Sequence[str], tree: Any) -> type[BaseModel] | None:
     model: Any = Settings
     for part in location:
         tree = tree.get(part) if isinstance(tree, dict) else None
@@ -278,8 +398,10 @@ def valid_keys(location: Sequence[str], tree: Any) -> list[str]:
             if typing.get_origin(model) is typing.Annotated:
                 kind = tree.get("kind") if isinstance(tree, dict) else None
                 model = _feature_kinds().get(str(kind))
+        else:
+            model = None
         model = _without_none(model)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
 def _without_none(annotation: Any) -> Any:
@@ -317,9 +439,26 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    kind = str(field.annotation) if not isinstance(field.annotation, type) else field.annotation.__name__
-    kind = kind.replace("typing.", "").replace("NoneType", "null").replace("None", "null").replace("datetime.", "")
+    kind = _words(field.annotation)
     if field.is_required():
         return f"<{kind}> (required)"
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    return f"<{kind}> (default {'null' if default is None else default})"
+    return f"<{kind}> (default {json.dumps(default)})"
+
+
+def _words(annotation: Any) -> str:
+    """A type as a user would say it."""
+    simple = {int: "whole number", float: "number", str: "text", bool: "true or false", datetime: "time"}
+    if annotation in simple:
+        return simple[annotation]
+    if annotation is type(None):
+        return "null"
+    parts = typing.get_args(annotation)
+    match typing.get_origin(annotation):
+        case typing.Literal:
+            return " | ".join(map(str, parts))
+        case typing.Annotated:
+            return _words(parts[0])
+        case builtins.tuple:
+            return f"list of {_words(parts[0])}"
+    return " | ".join(map(_words, parts))

@@ -87,15 +87,24 @@ def prepare(log_source: str, schema: Schema, windows: dict[str, Window], work: P
     log = Log(log_source, schema)
     prepared = Prepared(work / "features")
     fingerprint = _fingerprint(log, schema, windows)
-    if (prepared.folder / "manifest.json").is_file() and prepared.manifest.get("fingerprint") == fingerprint:
+    if _built_from(prepared.folder / "manifest.json") == fingerprint:
         return prepared
     with atomic_folder(prepared.folder) as folder:
         _build(log, schema, windows, folder, fingerprint)
     return prepared
 
 
+def _built_from(manifest: Path) -> str | None:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _fingerprint(log: Log, schema: Schema, windows: dict[str, Window]) -> str:
-    text = json.dumps([FORMAT, log.digest(), schema.model_dump(mode="json"), windows], sort_keys=True)
+    # A file that is written again with other values may keep its size and row count.
+    written = [file.path.stat().st_mtime_ns for file in log.files]
+    text = json.dumps([FORMAT, log.digest(), written, schema.model_dump(mode="json"), windows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -109,13 +118,12 @@ def _build(log: Log, schema: Schema, windows: dict[str, Window], folder: Path, f
             if what == "reading the log":
                 overview.add(rows)
             yield rows
+        if what == "reading the log":
+            overview.check_splits(log.source)
 
     start, end = windows["train"]
     assert end is not None
-    try:
-        pipeline = FeaturePipeline.fit(schema, stream, (start, end))
-    finally:
-        overview.check_splits(log.source)
+    pipeline = FeaturePipeline.fit(schema, stream, (start, end))
     for name in ("pipeline", "serving"):
         (folder / name).mkdir()
     pipeline.save(folder / "pipeline")
@@ -163,7 +171,8 @@ class _Overview:
             if rows == 0 and self.first <= self.last:
                 raise UserError(
                     f"the {name} split is empty: the log '{source}' has requests from {format_time(self.first)} to "
-                    f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` inside"
+                    f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` inside "
+                    "(and `columns.time_unit`, if these times are wrong)"
                 )
 
 
@@ -233,11 +242,18 @@ def _check_classes(schema: Schema, counts: SplitCounts) -> None:
     for name, task in schema.tasks.items():
         observed, positive = counts.observed[name], counts.label_sum[name]
         if observed == 0:
-            late = f", or none matured ({task.matures_after_days:g} days)" if task.matures_after_days else ""
-            raise UserError(f"task '{name}' has no observed label in training: column '{task.label}' is null there{late}")
+            reasons = [f"column '{task.label}' is null in all training rows"]
+            if task.observed_when is not None:
+                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.matures_after_days:
+                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request")
+            raise UserError(
+                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
+                "give it labels, train on a longer time, or remove the task"
+            )
         if task.kind == "binary" and positive in (0, observed):
             raise UserError(
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
-                f"are {positive / observed:g}"
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
             )
 

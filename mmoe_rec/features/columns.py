@@ -22,12 +22,15 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.schema import (
     CounterFeature,
     CrossFeature,
+    Feature,
+    HistoryFeature,
     IdFeature,
     IdsFeature,
     NumericFeature,
     Schema,
     TimeFeature,
     VectorFeature,
+    read_columns,
 )
 
 Use = Literal["key", "keys", "number", "vector", "time", "any"]
@@ -42,52 +45,66 @@ _EXPECTED: dict[Use, str] = {
     "any": "integers, numbers or strings",
 }
 
+_HINTS = {
+    ("key", "double"): " (pandas makes integers with missing values so: cast to Int64 before writing)",
+    ("key", "binary"): " (write it as a string)",
+    ("number", "string"): " (a feature of kind id reads strings)",
+    ("time", "string"): " (parse it, say with pandas.to_datetime, before writing)",
+}
+
 
 def column_uses(schema: Schema) -> dict[str, Use]:
     """What each column that a log must have is read as. A key may also be read as a number; it stays a key.
 
     Raises UserError where two readers of a column contradict each other.
     """
-    uses: dict[str, set[Use]] = defaultdict(set)
-    for column in (schema.columns.user, schema.columns.candidate, schema.columns.request):
-        if column is not None:
-            uses[column].add("key")
-    uses[schema.columns.time].add("time")
-    if schema.columns.sampling_rate is not None:
-        uses[schema.columns.sampling_rate].add("number")
-    for task in schema.tasks.values():
-        uses[task.label].add("number")
+    uses: dict[str, dict[Use, str]] = defaultdict(dict)
+
+    def reads(reader: str, use: Use, *columns: str | None) -> None:
+        for column in columns:
+            if column is not None:
+                uses[column].setdefault(use, reader)
+
+    names = schema.columns
+    reads("columns.user, candidate and request", "key", names.user, names.candidate, names.request)
+    reads("columns.time", "time", names.time)
+    reads("columns.sampling_rate", "number", names.sampling_rate)
+    for name, task in schema.tasks.items():
+        reads(f"task '{name}'", "number", task.label)
         if task.observed_when is not None:
-            uses[task.observed_when.column].add("any")
-    for feature in schema.features.values():
-        match feature:
-            case IdFeature():
-                uses[feature.column].add("key")
-            case IdsFeature():
-                uses[feature.column].add("keys")
-            case NumericFeature():
-                uses[feature.column].add("number")
-            case VectorFeature():
-                uses[feature.column].add("vector")
-            case TimeFeature() if feature.column is not None:
-                uses[feature.column].add("time")
-            case CrossFeature():
-                for column in feature.columns:
-                    uses[column].add("key")
-            case CounterFeature():
-                for column in feature.by:
-                    uses[column].add("key")
+            reads(f"task '{name}'", "any", task.observed_when.column)
+    for name, feature in schema.features.items():
+        use = _use_of(feature)
+        if use is not None:
+            reads(f"feature '{name}'", use, *read_columns(feature))
     return {column: _one_use(column, found) for column, found in uses.items()}
 
 
-def _one_use(column: str, found: set[Use]) -> Use:
+def _use_of(feature: Feature) -> Use | None:
+    match feature:
+        case IdFeature() | CrossFeature() | CounterFeature():
+            return "key"
+        case IdsFeature():
+            return "keys"
+        case NumericFeature():
+            return "number"
+        case VectorFeature():
+            return "vector"
+        case TimeFeature():
+            return "time"
+        case HistoryFeature():
+            return None
+
+
+def _one_use(column: str, found: dict[Use, str]) -> Use:
     if len(found) > 1:
-        found = found - {"any"}
-    if found == {"key", "number"}:
+        found = {use: reader for use, reader in found.items() if use != "any"}
+    if set(found) == {"key", "number"}:
         return "key"
     if len(found) > 1:
+        readings = " and as ".join(f"{_EXPECTED[use]} by {reader}" for use, reader in found.items())
         raise UserError(
-            f"column '{column}' is read in two ways that contradict each other: {' and '.join(sorted(found))}"
+            f"column '{column}' is read as {readings}; it can be one of them: change a feature, or add a column to the log"
         )
     return next(iter(found))
 
@@ -115,7 +132,8 @@ def canonical_type(column: str, use: Use, found: pa.DataType, time_unit: str | N
             return pa.list_(canonical_type(column, "key", kind.value_type))
         if use == "vector" and (pt.is_floating(kind.value_type) or pt.is_integer(kind.value_type)):
             return pa.list_(pa.float32())
-    raise UserError(f"column '{column}' must hold {_EXPECTED[use]}, found {found}")
+    hint = _HINTS.get((use, str(kind)), "")
+    raise UserError(f"column '{column}' must hold {_EXPECTED[use]}, found {found}{hint}")
 
 
 def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None) -> pa.Array:
@@ -124,6 +142,8 @@ def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | N
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
     target = canonical_type(column, use, array.type, time_unit)
+    if pt.is_null(target):
+        return pa.nulls(len(array))
     try:
         if target == UTC_MICROSECONDS and pt.is_integer(array.type):
             array = array.cast(pa.int64()).cast(pa.timestamp(time_unit or "us", tz="UTC"))
@@ -131,5 +151,5 @@ def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | N
             # Truncation to microseconds is no loss that a log means.
             return pc.cast(array, target, safe=False)
         return array if array.type == target else array.cast(target)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import Encoder, Inputs, Outline, State
 from mmoe_rec.features.events import EventParts, KnownEvents, known_at
-from mmoe_rec.features.numbers import Standardiser
+from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.numeric import DenseNumber
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.schema import CounterFeature, Task
@@ -25,9 +26,10 @@ class CounterEncoder(Encoder):
         self.name, self.feature, self.task = name, feature, task
         self.prior = 0.0
         self._label_sum, self._label_rows = 0.0, 0
+        self._label_values = NumberHistogram()
         self._parts = EventParts()
         self.numbers = {each: DenseNumber(each) for each in self._raw_names()}
-        self._set_events(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
+        self._set_events(*_no_events())
 
     def _raw_names(self) -> list[str]:
         names = []
@@ -51,12 +53,19 @@ class CounterEncoder(Encoder):
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Sums the training rows' labels for the overall mean."""
         labels = rows.labels(self.task, known_by)
+        if self.task.kind == "regression":
+            # Sums of fractions would depend on the order of rows.
+            self._label_values.add(labels)
+            return
         self._label_sum += float(np.nansum(labels))
         self._label_rows += int((~np.isnan(labels)).sum())
 
     def finish(self) -> None:
         """Makes the overall mean."""
-        self.prior = self._label_sum / max(self._label_rows, 1)
+        if self.task.kind == "regression":
+            self.prior = self._label_values.standardiser().mean
+        else:
+            self.prior = self._label_sum / max(self._label_rows, 1)
 
     def remember(self, rows: LogRows) -> None:
         """Collects labelled rows; each becomes visible only when its label is known."""
@@ -70,6 +79,7 @@ class CounterEncoder(Encoder):
         key, known, label = self._parts.sorted()
         self._parts = EventParts()
         if not len(key):
+            self._set_events(*_no_events())
             return
         rows = _running(key, np.ones(len(key)))
         label_sum = _running(key, label)
@@ -163,11 +173,20 @@ class CounterEncoder(Encoder):
         since = moment - round(max(windows, default=0.0) * MICROSECONDS_PER_DAY)
         state = self.state()
         table = state.tables["events"].filter(pa.array(self.events.needed_since(since)))
-        return State({**state.values, "floor": moment}, {"events": table})
+        return State({**state.values, "floor": self.events.later_floor(moment)}, {"events": table})
+
+
+def _no_events() -> tuple[np.ndarray, ...]:
+    counts = np.empty(0, np.int64)
+    return np.empty(0, np.uint64), counts, counts, np.empty(0), counts
 
 
 def _running(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(E,) sum of `values` so far within each run of equal keys."""
+    """(E,) sum of `values` so far within each run of equal keys, which no other run's values influence."""
+    if not (values == np.rint(values)).all():
+        # Fractions are rounded as they are added, so each run has to be summed by itself.
+        runs = np.cumsum(np.append(False, key[1:] != key[:-1]))
+        return pd.Series(values).groupby(runs).cumsum().to_numpy()
     total = np.cumsum(values)
     starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
     before = np.repeat(total[starts] - values[starts], np.diff(np.append(starts, len(key))))

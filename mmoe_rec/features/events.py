@@ -45,6 +45,10 @@ class KnownEvents:
         """(N,) int64 moments that can be answered: `times`, but no earlier than `floor`."""
         return times if self.floor is None else np.maximum(times, self.floor)
 
+    def later_floor(self, moment: int) -> int:
+        """The floor of these events when they are compacted as of `moment`."""
+        return moment if self.floor is None else max(moment, self.floor)
+
     def last(self, groups: np.ndarray, times: np.ndarray) -> np.ndarray:
         """(N,) int64 index of the last event of each group known at `times` (N,), -1 where there is none."""
         moment = np.searchsorted(self.moments, times, side="right") - 1

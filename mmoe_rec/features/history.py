@@ -72,9 +72,10 @@ class HistoryEncoder(Encoder):
 
     def latest(self, moment: int) -> State:
         """The events that requests at `moment` or later can ask for."""
-        end_of_group = self.events.starts[1:]
-        from_end = np.repeat(end_of_group, np.diff(self.events.starts)) - np.arange(len(self.events))
-        table = self.state().tables["events"].filter(
-            pa.array((from_end <= self.feature.length) | (self.events.known > moment))
-        )
-        return State({"floor": moment}, {"events": table})
+        groups = np.arange(len(self.events.keys))
+        last = self.events.last(groups, np.full(len(groups), moment))
+        # Later events keep those before them in reach until they become known themselves.
+        first = np.maximum(self.events.group_starts(groups), last - self.feature.length + 1)
+        needed = np.arange(len(self.events)) >= np.repeat(first, np.diff(self.events.starts))
+        table = self.state().tables["events"].filter(pa.array(needed))
+        return State({"floor": self.events.later_floor(moment)}, {"events": table})

@@ -6,7 +6,6 @@ import glob
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def find_files(source: str) -> list[Path]:
     """Parquet files of a folder (also nested), a glob or a single path, in the order of their names."""
     path = Path(source)
     if path.is_dir():
-        found = [file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_"))]
+        found = [file for file in path.rglob("*.parquet") if not _is_hidden(file.relative_to(path))]
     elif path.is_file():
         found = [path]
     else:
@@ -72,6 +71,11 @@ def find_files(source: str) -> list[Path]:
         what = "holds no *.parquet file" if path.is_dir() else "does not exist"
         raise UserError(f"the log '{source}' {what}; set `data.log` to a folder, file or glob of Parquet files")
     return sorted(found)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file is one that writers leave behind: `_temporary/...`, `.log.1a2b.tmp/...`; not Hive's `__`."""
+    return path.name.startswith((".", "_")) or any(part.startswith(".") or part == "_temporary" for part in path.parts)
 
 
 def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
@@ -84,6 +88,8 @@ def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
         for column, use in uses.items():
             if column not in arrow.names:
                 raise UserError(f"'{path}' has no column '{column}'; it has {', '.join(sorted(arrow.names))}")
+            if arrow.names.count(column) > 1:
+                raise UserError(f"'{path}' has {arrow.names.count(column)} columns called '{column}'; rename all but one")
             try:
                 kind = canonical_type(column, use, arrow.field(column).type, schema.columns.time_unit)
             except UserError as error:
@@ -92,7 +98,10 @@ def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
                 continue
             known, where = first_seen.setdefault(column, (kind, path))
             if known != kind:
-                raise UserError(f"column '{column}' changes its type: {known} in '{where}', {kind} in '{path}'")
+                raise UserError(
+                    f"column '{column}' changes its type: {known} in '{where}', {kind} in '{path}'; "
+                    "write all files with one type"
+                )
         files.append(LogFile(path, parquet.metadata.num_rows, path.stat().st_size))
         parquet.close()
     return files
@@ -102,7 +111,9 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        raise UserError(f"'{path}' is not a readable Parquet file: {_first_line(error)}") from None
+        raise UserError(
+            f"'{path}' is not a readable Parquet file: {_first_line(error)}; write it again, or move it out of the log"
+        ) from None
 
 
 def _read(path: Path, schema: Schema) -> Iterator[pa.Table]:
@@ -130,8 +141,18 @@ def _check_values(rows: LogRows, path: Path) -> None:
         nulls = rows.column(column).null_count
         if nulls:
             raise UserError(f"'{path}': column '{column}' is null in {nulls} rows; every row needs one")
+    if columns.sampling_rate is not None:
+        rates = rows.numbers(columns.sampling_rate)
+        wrong = rates[~((rates > 0) & (rates <= 1))]
+        if len(wrong):
+            raise UserError(
+                f"'{path}': column '{columns.sampling_rate}' holds {'null' if np.isnan(wrong[0]) else f'{wrong[0]:g}'} "
+                f"({len(wrong)} rows are not above 0 and at most 1); fix the data or remove columns.sampling_rate"
+            )
     for name, task in rows.schema.tasks.items():
         labels = rows.numbers(task.label)
+        if np.isinf(labels).any() and task.kind == "regression":
+            raise UserError(f"'{path}': label column '{task.label}' of task '{name}' holds an infinite value; make it null")
         if task.kind == "binary":
             wrong = labels[~np.isnan(labels) & (labels != 0) & (labels != 1)]
             if len(wrong):
@@ -143,4 +164,4 @@ def _check_values(rows: LogRows, path: Path) -> None:
 
 def format_time(microseconds: int) -> str:
     """A time as ISO 8601 in UTC, for messages."""
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
+    return f"{np.datetime64(microseconds // 1_000_000, 's')}+00:00"

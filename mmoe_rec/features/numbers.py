@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _DROPPED_BITS = np.int64(40)
+_LARGEST = 1e150  # its square is still finite
 
 
 class NumberHistogram:
@@ -22,10 +23,10 @@ class NumberHistogram:
         self.missing = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Counts (N,) float64 values; NaN and infinities count as missing."""
+        """Counts (N,) float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
         finite = values[np.isfinite(values)]
         self.missing += len(values) - len(finite)
-        rounded, counts = np.unique(_round(finite), return_counts=True)
+        rounded, counts = np.unique(_round(np.clip(finite, -_LARGEST, _LARGEST)), return_counts=True)
         self._merge(rounded, counts)
 
     def _merge(self, values: np.ndarray, counts: np.ndarray) -> None:
@@ -40,7 +41,7 @@ class NumberHistogram:
             return Standardiser(0.0, 1.0, self.missing > 0)
         mean = float((self.values * self.counts).sum() / total)
         deviation = float(np.sqrt((np.square(self.values - mean) * self.counts).sum() / total))
-        return Standardiser(mean, deviation if deviation > 1e-12 * max(1.0, abs(mean)) else 1.0, self.missing > 0)
+        return Standardiser(mean, deviation if deviation > 1e-12 * np.abs(self.values).max() else 1.0, self.missing > 0)
 
     def quantiles(self, buckets: int) -> np.ndarray:
         """Sorted distinct inner edges, at most `buckets` - 1, that cut the values into parts of equal mass."""

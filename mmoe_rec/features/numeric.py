@@ -177,7 +177,7 @@ class TimeEncoder(Encoder):
         missing = times == np.iinfo(np.int64).min
         local = pd.DatetimeIndex(pa.array(np.where(missing, 0, times), pa.timestamp("us")).to_numpy())
         local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
-        parts = {"hour": lambda: local.hour, "weekday": lambda: local.weekday}
+        parts = {"hour": lambda: local.hour, "weekday": lambda: local.day_of_week}
         ids = {
             f"{self.name}_{part}": np.where(missing, 0, 1 + read().to_numpy().astype(np.int64))
             for part, read in parts.items()

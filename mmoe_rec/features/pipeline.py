@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.columns import column_uses
 from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.encoder import Encoder, Inputs, State
@@ -48,6 +49,21 @@ class FeaturePipeline:
             if isinstance(feature, IdFeature | IdsFeature) and feature.table is None
         }
         self.encoders = {name: self._encoder(name) for name in schema.features}
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""
+        givers: dict[str, str] = {}
+        uses = column_uses(self.schema)
+        for name, encoder in self.encoders.items():
+            outline = encoder.outline()
+            computed = isinstance(encoder, HistoryEncoder | CounterEncoder)
+            inputs = [each for each, _, _ in outline.ids] + [*outline.dense, *(f"{each}_missing" for each in outline.dense)]
+            for each in inputs:
+                if (other := givers.setdefault(each, name)) != name:
+                    raise UserError(f"features '{other}' and '{name}' both give an input '{each}'; rename one of them")
+                if computed and each in uses:
+                    raise UserError(f"feature '{name}' gives an input '{each}', which is also a column; rename the feature")
 
     def _encoder(self, name: str) -> Encoder:
         feature, tasks = self.schema.features[name], self.schema.tasks
@@ -181,7 +197,11 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
         for name, saved in text["encoders"].items():
-            tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}
+            try:
+                tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
             pipeline.encoders[name].restore(State(saved["values"], tables))
         return pipeline
 

@@ -75,7 +75,7 @@ class LogRows:
         observed = self.times() + maturity(task) <= known_by
         if task.observed_when is not None:
             rule = task.observed_when
-            observed &= _equals(self.column(rule.column), rule.equals)
+            observed &= _equals(self.column(rule.column), rule.column, rule.equals)
         return np.where(observed, labels, np.nan)
 
 
@@ -84,14 +84,17 @@ def maturity(task: Task) -> int:
     return round(task.matures_after_days * MICROSECONDS_PER_DAY)
 
 
-def _equals(column: pa.Array, value: bool | int | float | str) -> np.ndarray:
+def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
     if pt.is_null(column.type):
         return np.zeros(len(column), bool)
     wanted: object = value
     if pt.is_string(column.type):
         wanted = str(value)
     elif isinstance(value, str):
-        raise UserError(f"an `observed_when` compares a column of numbers with the string '{value}'")
+        raise UserError(
+            f"an `observed_when` compares column '{name}', which holds numbers, with the string '{value}'; "
+            "write `equals` without quotes"
+        )
     elif isinstance(value, bool):
         wanted = int(value)
     return pc.fill_null(pc.equal(column, pa.scalar(wanted)), False).to_numpy(zero_copy_only=False)

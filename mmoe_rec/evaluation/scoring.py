@@ -1,0 +1,80 @@
+"""Scores encoded rows with a model and measures them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.progress import bar
+
+COLUMNS = ("user", "request", "candidate")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N scored rows, together because a request's rows may lie anywhere in a log.
+
+    users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score: (N,) log
+    score; gates: (T, E) mean gate weights.
+    """
+
+    layout: Layout
+    users: pa.Array
+    requests: pa.Array
+    candidates: pa.Array
+    predictions: np.ndarray
+    labels: np.ndarray
+    score: np.ndarray
+    gates: np.ndarray
+
+    def measure(self) -> EvaluationSums:
+        """Sums of all metrics."""
+        names = [task.name for task in self.layout.tasks]
+        specs = [TaskSpec(task.name, task.kind, task.score_weight) for task in self.layout.tasks]  # type: ignore[arg-type]
+        return measure(
+            specs,
+            self.users,
+            self.requests,
+            dict(zip(names, self.predictions.T, strict=True)),
+            dict(zip(names, self.labels.T, strict=True)),
+            score=self.score,
+        )
+
+    def with_predictions(self, values: np.ndarray) -> Scored:
+        """The same rows with another model's predictions (N, T), fused by the same weights."""
+        weights = np.array([task.score_weight for task in self.layout.tasks])
+        score = np.log(np.clip(values, 1e-12, None)) @ weights
+        return replace(self, predictions=values, score=score)
+
+
+@torch.inference_mode()
+def score_rows(model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int) -> Scored:
+    """Scores all rows without placement, in fp32, under a progress bar."""
+    model.eval()
+    kinds = [task.kind for task in layout.tasks]
+    weights = [task.score_weight for task in layout.tasks]
+    parts: list[tuple[np.ndarray, ...]] = []
+    tables: list[pa.Table] = []
+    gates: torch.Tensor | float = 0.0
+    with bar() as progress:
+        task = progress.add_task("scoring", total=rows.rows)
+        for part, table in rows.stream(batch_size, COLUMNS):
+            logits, gate_weights = model.forward_with_gates(make_batch(part.encoded, layout, torchrec=False))
+            parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
+            gates = gates + gate_weights.double().sum(0)
+            tables.append(table)
+            progress.advance(task, len(part))
+    predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
+    ids = pa.concat_tables(tables)
+    users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
+    assert isinstance(gates, torch.Tensor), "encoded rows are never empty"
+    return Scored(layout, users, requests, candidates, predicted, labels, score, (gates / len(score)).numpy())

@@ -1,0 +1,149 @@
+"""The artifact folder: all that is needed to score, as plain data.
+
+    <folder>/
+        model.json             format, name, model section, tasks, limits, origin of the features, time of the tables
+        layout.json            order of the model's inputs and outputs
+        weights.safetensors    float32 weights by name
+        settings.yaml          the resolved settings that the model was trained with
+        example_request.json   a request that can be sent as it is
+        features/              what encoders have learnt, what counters and histories remember, latest values
+
+The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.serving.example import example_request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmoe_rec.settings import Model, Serving
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ServedTask:
+    """A task as the score needs it; see `mmoe_rec.schema.Task`."""
+
+    name: str
+    kind: str
+    objective: str
+    score_weight: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `model.json` says.
+
+    model: the settings' `model` section as JSON values; features: fingerprint of the features that the model was trained
+    on; tables_as_of: ISO time of the last logged request that counters, histories and latest values know.
+    """
+
+    name: str
+    model: dict[str, Any]
+    tasks: tuple[ServedTask, ...]
+    max_candidates: int
+    features: str
+    tables_as_of: str
+
+    @staticmethod
+    def read(folder: Path) -> Card:
+        """Raises UserError for a folder without a model, or with one of another format."""
+        try:
+            tree = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"'{folder}' holds no model (model.json)") from None
+        if tree.pop("format", None) != FORMAT:
+            raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
+        tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
+        return Card(tasks=tasks, **tree)
+
+
+def write_artifact(
+    folder: Path,
+    *,
+    name: str,
+    model: Model,
+    layout: Layout,
+    state_dict: Mapping[str, Tensor],
+    prepared: Path,
+    settings_yaml: str,
+    serving: Serving,
+) -> None:
+    """Writes an artifact folder; an existing one is replaced.
+
+    Args:
+        model: the settings' `model` section.
+        state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        prepared: the features folder that the model was trained on, `<work>/features`.
+
+    Raises:
+        UserError: there are no prepared features, or a weight is not a finite number.
+    """
+    card = Card(
+        name=name,
+        model=model.model_dump(mode="json"),
+        tasks=tuple(ServedTask(t.name, t.kind, t.objective, t.score_weight) for t in layout.tasks),
+        max_candidates=serving.max_candidates,
+        features=_manifest(prepared)["fingerprint"],
+        tables_as_of=_tables_as_of(prepared),
+    )
+    with atomic_folder(folder) as target:
+        _write_weights(target / "weights.safetensors", state_dict)
+        shutil.copytree(prepared / "serving", target / "features")
+        (target / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+        (target / "settings.yaml").write_text(settings_yaml, encoding="utf-8")
+        _write_json(target / "model.json", {"format": FORMAT, **asdict(card)})
+        _write_json(target / "example_request.json", example_request(target / "features", card.tables_as_of))
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    weights = {}
+    for name, weight in state_dict.items():
+        # A copy of its own: safetensors refuses tensors that share memory.
+        weights[name] = weight.detach().cpu().float().contiguous().clone()
+        if not weights[name].isfinite().all():
+            raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
+    save_file(weights, path)
+
+
+def _manifest(prepared: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"'{prepared}' holds no prepared features (manifest.json)") from None
+    return manifest
+
+
+def _tables_as_of(prepared: Path) -> str:
+    """Time of the log's last request. A floor is one microsecond later, and exact where the manifest has seconds."""
+    state = json.loads((prepared / "serving" / "pipeline.json").read_text(encoding="utf-8"))
+    floors = [each["values"]["floor"] for each in state["encoders"].values() if each["values"].get("floor") is not None]
+    if not floors:
+        return str(_manifest(prepared)["last_request"])
+    return iso_time(max(floors) - 1)
+
+
+def iso_time(microseconds: int) -> str:
+    """Microseconds since 1970 UTC as ISO 8601."""
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest).isoformat()

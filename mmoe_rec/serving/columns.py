@@ -1,0 +1,109 @@
+"""The columns that a request may give: in which part, read as what, of which type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.features.columns import UTC_MICROSECONDS, Use, column_uses
+from mmoe_rec.features.counter import CounterEncoder
+from mmoe_rec.features.ids import VocabularyOwner
+from mmoe_rec.features.latest import LatestValues
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.schema import HistoryFeature, IdFeature, IdsFeature, Role
+from mmoe_rec.serving.errors import RequestError
+
+PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
+
+
+@dataclass(frozen=True)
+class RequestColumn:
+    """A column of a request. expected: its type in the log, None where any that `use` allows will do."""
+
+    name: str
+    role: Role
+    use: Use
+    expected: pa.DataType | None
+    longest: int | None = None
+
+
+class RequestColumns:
+    """Every column that a request may give.
+
+    Besides the log's columns these are precomputed values, which win over what the model's tables say: counters under
+    the names of their outputs (such as `user_product_positives`), histories under the feature's name, oldest first.
+    """
+
+    def __init__(self, pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues) -> None:
+        schema = pipeline.schema
+        self.schema = schema
+        types = dict(_known_types(pipeline, users, candidates))
+        uses = column_uses(schema)
+        log = {
+            name: RequestColumn(name, role, uses[name], types.get(name))
+            for name, role in schema.input_columns().items()
+            if role != "placement"
+        }
+        self.log_columns = list(log)
+        self._columns = {**{each.name: each for each in _precomputed(pipeline)}, **log}
+        unread = {name: role for name, role in schema.column_roles.items() if name not in schema.input_columns()}
+        self._unread = {name: role for name, role in unread.items() if role != "placement"}
+        self._placement = {name for name, role in schema.column_roles.items() if role == "placement"}
+
+    def of_part(self, role: Role, names: Iterable[str]) -> list[RequestColumn]:
+        """The columns of these names. Columns that the settings list under the role but no feature reads are left out.
+
+        Raises RequestError for an unknown name, a placement, or a column that belongs to another part.
+        """
+        return [self._columns[name] for name in names if not self._is_unread(role, name)]
+
+    def _is_unread(self, role: Role, name: str) -> bool:
+        if name in self._placement:
+            raise RequestError(
+                f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
+            )
+        actual = self._columns[name].role if name in self._columns else self._unread.get(name)
+        if actual is None:
+            valid = [*(each.name for each in self._columns.values() if each.role == role)]
+            near = difflib.get_close_matches(name, [*self._columns, *self._unread], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid)})"
+            raise RequestError(f"'{PARTS[role]}' has an unknown column '{name}'{hint}")
+        if actual != role:
+            raise RequestError(
+                f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
+            )
+        return name in self._unread
+
+
+def _precomputed(pipeline: FeaturePipeline) -> Iterator[RequestColumn]:
+    for name, encoder in pipeline.encoders.items():
+        feature, role = pipeline.schema.features[name], pipeline.schema.role_of(name)
+        if isinstance(encoder, CounterEncoder):
+            for output in encoder.numbers:
+                yield RequestColumn(output, role, "number", pa.float64())
+        elif isinstance(feature, HistoryFeature):
+            known = _vocabulary_type(pipeline.owners[feature.of])
+            yield RequestColumn(name, role, "keys", None if known is None else pa.list_(known), feature.length)
+
+
+def _known_types(
+    pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues
+) -> Iterator[tuple[str, pa.DataType]]:
+    # Later ones win: the log's own columns tell more than a vocabulary.
+    for name, feature in pipeline.schema.features.items():
+        if isinstance(feature, IdFeature | IdsFeature):
+            known = _vocabulary_type(pipeline.owners[pipeline.schema.table_of(name)])
+            if known is not None:
+                yield feature.column, pa.list_(known) if isinstance(feature, IdsFeature) else known
+    for latest in (users, candidates):
+        for field in latest.table.schema:
+            if not pt.is_null(field.type) and field.type != UTC_MICROSECONDS:
+                yield field.name, field.type
+
+
+def _vocabulary_type(owner: VocabularyOwner) -> pa.DataType | None:
+    return owner.vocabulary.known.type if len(owner.vocabulary.known) else None

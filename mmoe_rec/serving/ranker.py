@@ -1,0 +1,175 @@
+"""`Ranker`: an artifact folder -> ranked candidates. It needs torch alone: no torchrec, torch.distributed or mlflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.score import log_predictions, predictions
+from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.serving.artifact import Card, iso_time
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.request import RequestReader, request_time
+from mmoe_rec.serving.weights import fused_weights
+from mmoe_rec.settings import Model
+
+ROWS_AT_A_TIME = 16_384
+_LARGEST = float(np.log(np.finfo(np.float64).max))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates, best first. Equal scores keep the request's order.
+
+    candidates: ids; scores: exp(sum of weight x log prediction); predictions: task -> values; order: positions of the
+    candidates in the request; request_time and tables_as_of: ISO times of the request and of the last logged request
+    that the model's tables know.
+    """
+
+    candidates: list[int] | list[str]
+    scores: list[float]
+    predictions: dict[str, list[float]]
+    order: list[int]
+    request_time: str
+    tables_as_of: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ranking as JSON values."""
+        return asdict(self)
+
+
+class Ranker:
+    """A loaded model with its features."""
+
+    def __init__(self, card: Card, layout: Layout, model: RankingModel, pipeline: FeaturePipeline, features: Path):
+        self.card = card
+        self.layout = layout
+        self.model = model.eval()
+        self.pipeline = pipeline
+        self.reader = RequestReader(pipeline, features, card.max_candidates)
+        self.kinds = [task.kind for task in card.tasks]
+
+    @staticmethod
+    def load(folder: str | Path) -> Ranker:
+        """Reads an artifact folder. Raises UserError for one that is incomplete or of another format."""
+        folder = Path(folder)
+        card = Card.read(folder)
+        layout = Layout.read(folder)
+        pipeline = FeaturePipeline.load(folder / "features")
+        if pipeline.layout != layout:
+            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
+        model = _load_model(layout, Model.model_validate(card.model), folder / "weights.safetensors")
+        ranker = Ranker(card, layout, model, pipeline, folder / "features")
+        # Builds the indexes that encoders make at their first use, so that no request waits for them.
+        ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
+        return ranker
+
+    def rank(
+        self,
+        user: Mapping[str, Any],
+        context: Mapping[str, Any],
+        candidates: Mapping[str, Any],
+        task_weights: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
+    ) -> Ranking:
+        """Ranks the candidates of one request.
+
+        Args:
+            user: column -> value; the user's id is required.
+            context: column -> value; the request's time is now unless given.
+            candidates: column -> list of N values; the candidates' ids are required.
+            task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
+            top_k: give only this many best candidates.
+
+        Raises:
+            RequestError: naming the column or option that the caller has to change.
+        """
+        weights = fused_weights(self.card.tasks, task_weights)
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise RequestError(f"top_k must be an integer of at least 1, found {top_k!r}")
+        rows = self.reader.rows(user, context, candidates)
+        try:
+            values, log_scores = self.score(rows, weights)
+        except RequestError:
+            raise
+        except UserError as error:
+            raise RequestError(str(error)) from None
+        order = np.argsort(-log_scores, kind="stable")[:top_k]
+        ids = rows.column(self.pipeline.schema.columns.candidate)
+        best = values[order].astype(np.float64)
+        return Ranking(
+            candidates=ids.take(pa.array(order)).to_pylist(),
+            scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
+            predictions={task.name: best[:, index].tolist() for index, task in enumerate(self.card.tasks)},
+            order=order.tolist(),
+            request_time=iso_time(request_time(rows)),
+            tables_as_of=self.card.tables_as_of,
+        )
+
+    def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions (N, T) float32 and log scores (N,) float64 of rows in canonical types (see `features.columns`).
+
+        Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
+        ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
+        """
+        if isinstance(rows, pa.Table):
+            rows = LogRows(rows, self.pipeline.schema)
+        if weights is None:
+            weights = fused_weights(self.card.tasks, None)
+        parts = [self._logits(rows, start) for start in range(0, len(rows), ROWS_AT_A_TIME)]
+        logits = torch.cat(parts) if parts else torch.empty(0, len(self.kinds))
+        values = predictions(logits, self.kinds).numpy()
+        log_scores = log_predictions(logits.double(), self.kinds).numpy() @ weights
+        if not (np.isfinite(values).all() and np.isfinite(log_scores).all()):
+            # NaN would make the reply invalid JSON, and a ranking by it means nothing.
+            raise RuntimeError(f"model '{self.card.name}' gives predictions that are not finite numbers")
+        return values, log_scores
+
+    def _logits(self, rows: LogRows, start: int) -> Tensor:
+        """Logits (n, T) float32 of at most ROWS_AT_A_TIME rows."""
+        if len(rows) > ROWS_AT_A_TIME:
+            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
+        batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
+        with torch.inference_mode():
+            logits: Tensor = self.model(batch)
+        return logits
+
+
+def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{path}' can't be read: {error}") from None
+    # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
+    stubs = tuple(replace(table, rows=1) for table in layout.tables)
+    tables = PlainTables(stubs, layout.ids)
+    for table in layout.tables:
+        if table.name in tables.embedding_bags:
+            weight = weights.pop(f"tables.embedding_bags.{table.name}.weight", None)
+            if weight is None or weight.shape != (table.rows, table.dim):
+                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
+            bag = nn.EmbeddingBag.from_pretrained(weight, mode="mean", include_last_offset=True)
+            tables.embedding_bags[table.name] = bag
+    model = build_model(layout, section, tables)
+    try:
+        model.mixture.load_state_dict({name.removeprefix("mixture."): each for name, each in weights.items()})
+    except RuntimeError as error:
+        raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
+    return model

@@ -1,0 +1,155 @@
+"""JSON values of one column of a request as a canonical Arrow array, or a sentence that says why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.columns import UTC_MICROSECONDS, Use, canonical
+from mmoe_rec.serving.errors import RequestError
+
+_INT64 = range(-(2**63), 2**63)
+_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
+# Times beyond have no hour and weekday in every time zone database.
+_YEARS = (1700, 2200)
+_NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
+
+_WANTED: dict[str, str] = {
+    "int64": "integers",
+    "string": "strings",
+    "list<int64>": "lists of integers",
+    "list<string>": "lists of strings",
+}
+_WANTED_USE: dict[Use, str] = {
+    "key": "integers or strings",
+    "keys": "lists of integers or lists of strings",
+    "number": "numbers",
+    "vector": "lists of numbers",
+    "time": "times (ISO 8601 strings or integers)",
+    "any": "integers, numbers or strings",
+}
+
+
+def to_arrow(
+    column: str, values: Sequence[Any], use: Use, expected: pa.DataType | None = None, time_unit: str | None = None
+) -> pa.Array:
+    """(N,) values in the canonical type; all nulls stay of type null.
+
+    Args:
+        expected: the column's type in the log, where it is known.
+        time_unit: unit of integers in a time column; null is microseconds.
+
+    Raises:
+        RequestError: naming the column, what was expected and what was found.
+    """
+    if use == "time":
+        return _times(column, values, time_unit)
+    try:
+        array = pa.array(values)
+        if use == "number" and pt.is_integer(array.type):
+            array = array.cast(pa.float64(), safe=False)
+        array = canonical(column, use, array)
+    except (*_NOT_ARROW, UserError):
+        raise _mismatch(column, values, _wanted(use, expected)) from None
+    _check_finite(column, array)
+    if expected is not None and not pt.is_null(array.type) and _element(array.type) != _element(expected):
+        raise _mismatch(column, values, _wanted(use, expected))
+    return array
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pt.is_list(kind) else kind
+
+
+def _wanted(use: Use, expected: pa.DataType | None) -> str:
+    if expected is not None:
+        name = f"list<{expected.value_type}>" if pt.is_list(expected) else str(expected)
+        if name in _WANTED:
+            return f"{_WANTED[name]}, as in the log"
+    return _WANTED_USE[use]
+
+
+def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
+    for value in _leaves(values):
+        if isinstance(value, int) and value not in _INT64:
+            return RequestError(f"column '{column}' holds {value}, which does not fit into 64 bits")
+        if isinstance(value, str) and not value.isascii() and _is_broken(value):
+            return RequestError(f"column '{column}' holds a string that is not valid Unicode")
+    found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
+    return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}{_hint(wanted, found)}")
+
+
+def _hint(wanted: str, found: list[str]) -> str:
+    if wanted.startswith("integers,") and found == ["strings"]:
+        return ': give 12, not "12"'
+    if wanted.startswith("strings,") and found == ["integers"]:
+        return ': give "12", not 12'
+    return ""
+
+
+def _leaves(values: Sequence[Any]) -> list[Any]:
+    return [leaf for value in values for leaf in (value if isinstance(value, list) else (value,))]
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true/false", int: "integers", float: "numbers with a fraction", str: "strings", dict: "objects"}
+    if isinstance(value, list):
+        inner = dict.fromkeys(_kind(each) for each in value if each is not None)
+        return f"lists of {' and '.join(inner)}" if inner else "lists"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or infinity"
+    return names.get(type(value), type(value).__name__)
+
+
+def _check_finite(column: str, array: pa.Array) -> None:
+    numbers = array.flatten() if pt.is_list(array.type) else array
+    if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
+        raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
+
+
+def _times(column: str, values: Sequence[Any], unit: str | None) -> pa.Array:
+    return pa.array([None if value is None else microseconds(column, value, unit) for value in values], UTC_MICROSECONDS)
+
+
+def microseconds(column: str, value: Any, unit: str | None = None) -> int:
+    """Microseconds since 1970 UTC of an ISO 8601 string (UTC unless it has an offset) or of an integer in `unit`.
+
+    Raises RequestError for anything else, and for years outside 1700 to 2200.
+    """
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            raise RequestError(f"column '{column}' holds {value[:60]!r}, which is not an ISO 8601 time") from None
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        inside = _YEARS[0] <= moment.year < _YEARS[1]
+        result = _microseconds_of(moment) if inside else 0
+    elif isinstance(value, int) and not isinstance(value, bool):
+        result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit or "us"]
+        low, high = (_microseconds_of(datetime(year, 1, 1, tzinfo=UTC)) for year in _YEARS)
+        inside = low <= result < high
+    else:
+        raise RequestError(f"column '{column}' must hold {_WANTED_USE['time']}; found {_kind(value)}")
+    if not inside:
+        raise RequestError(f"column '{column}' holds {value!r}, a time outside the years {_YEARS[0]} to {_YEARS[1]}")
+    return result
+
+
+def _microseconds_of(moment: datetime) -> int:
+    passed = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return (passed.days * 86_400 + passed.seconds) * 1_000_000 + passed.microseconds

@@ -1,0 +1,29 @@
+"""What the commands share: reading `--config C` with overrides, and a `--help` that documents every setting."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from mmoe_rec.settings import Settings, describe, load_settings
+
+
+def read_command(
+    doc: str, argv: Sequence[str] | None = None, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[argparse.Namespace, Settings]:
+    """Parses `--config C`, the command's own arguments and overrides such as `--model.experts.count 16`.
+
+    doc: the command's docstring, shown by `--help` above all settings. Raises UserError for a wrong setting.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog="settings (in the YAML file, or as overrides):\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="C", help="settings file, such as configs/template.yaml")
+    if add_arguments is not None:
+        add_arguments(parser)
+    arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    return arguments, load_settings(arguments.config, overrides)

@@ -1,0 +1,148 @@
+"""Small random interaction logs, and the shortest way from one to a fitted pipeline."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.features.columns import UTC_MICROSECONDS, canonical, column_uses
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.schema import Schema
+
+DAY = 86_400_000_000
+START = 1_700_000_000_000_000
+LATE_DAYS = 2.5
+
+BASE: dict[str, Any] = {
+    "columns": {"user": "user", "candidate": "item", "time": "time"},
+    "roles": {"user": ["age"], "candidate": ["brand", "price", "tags"], "context": ["born"], "placement": ["slot"]},
+    "tasks": {
+        "click": {"label": "click", "objective": "engagement"},
+        "liked": {
+            "label": "liked",
+            "objective": "satisfaction",
+            "observed_when": {"column": "click", "equals": 1},
+            "matures_after_days": LATE_DAYS,
+        },
+        "spent": {"label": "spent", "kind": "regression", "objective": "engagement"},
+    },
+}
+
+ALL_KINDS: dict[str, Any] = {
+    "item": {"kind": "id", "column": "item", "min_count": 3, "oov_buckets": 4},
+    "brand": {"kind": "id", "column": "brand", "min_count": 1, "oov_buckets": 2},
+    "tags": {"kind": "ids", "column": "tags", "min_count": 1, "max_length": 2},
+    "price": {"kind": "numeric", "column": "price"},
+    "price_log": {"kind": "numeric", "column": "price", "transform": "log"},
+    "price_bucket": {"kind": "numeric", "column": "price", "transform": "buckets", "buckets": 5},
+    "when": {"kind": "time", "timezone": "Europe/Berlin"},
+    "born": {"kind": "time", "column": "born", "parts": ["age", "weekday"]},
+    "user_brand": {"kind": "cross", "columns": ["user", "brand"], "buckets": 50},
+    "slot": {"kind": "id", "column": "slot", "min_count": 1},
+    "clicked": {"kind": "history", "task": "click", "of": "item", "length": 3},
+    "liked_items": {"kind": "history", "task": "liked", "of": "item", "length": 2},
+    "item_click": {
+        "kind": "counter",
+        "task": "click",
+        "by": ["item"],
+        "outputs": ["positives", "rows", "rate", "recency"],
+        "window_days": [None, 1, 3.5],
+    },
+    "user_brand_liked": {
+        "kind": "counter",
+        "task": "liked",
+        "by": ["user", "brand"],
+        "outputs": ["positives", "rows", "rate", "recency"],
+        "window_days": [None, 2],
+    },
+    "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["positives", "rate"]},
+}
+
+
+def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
+    """A schema over the columns of `random_log`; `sections` replace those of `BASE`."""
+    return Schema.model_validate({**BASE, **sections, "features": features})
+
+
+def random_log(seed: int, rows: int = 300, strings: bool = False, days: float = 10.0) -> pa.Table:
+    """A log of few users and items over `days`, sorted by time, with ties in time and nulls wherever they may be."""
+    rng = np.random.default_rng(seed)
+    # Few distinct times, some exactly the late label's maturity apart, so that boundaries are met.
+    grid = np.concatenate([rng.uniform(0, days, rows // 4), np.arange(0, days, LATE_DAYS), np.arange(0, days, 1.0)])
+    times = START + np.sort((rng.choice(grid, rows) * DAY).astype(np.int64))
+    users = rng.choice(np.array([-(2**63), -7, 0, 5, 2**62]), rows)
+    items = rng.integers(-4, 8, rows) * 10**17
+    as_id = (lambda values: pa.array([f"id {value}" for value in values])) if strings else pa.array
+    click = rng.integers(0, 2, rows).astype(np.float64)
+    return pa.table(
+        {
+            "user": as_id(users),
+            "item": as_id(items),
+            "time": pa.array(times).cast(UTC_MICROSECONDS),
+            "click": pa.array(click, mask=rng.random(rows) < 0.1),
+            "liked": pa.array(rng.integers(0, 2, rows), mask=rng.random(rows) < 0.5),
+            "spent": pa.array(rng.normal(size=rows), mask=rng.random(rows) < 0.2),
+            "age": pa.array(rng.integers(0, 3, rows)),
+            "brand": pa.array(rng.choice(["a", "b", "ç"], rows), mask=rng.random(rows) < 0.2),
+            "price": pa.array(np.exp(rng.normal(size=rows)), mask=rng.random(rows) < 0.1),
+            "tags": pa.array([[["x", "y", None, "z"][i] for i in rng.integers(0, 4, n)] for n in rng.integers(0, 4, rows)]),
+            "born": pa.array(times - rng.integers(0, DAY * 900, rows), mask=rng.random(rows) < 0.1).cast(UTC_MICROSECONDS),
+            "slot": pa.array(rng.integers(0, 3, rows)),
+        }
+    )
+
+
+def log_rows(table: pa.Table, schema: Schema) -> LogRows:
+    """The table's rows in canonical types."""
+    uses = column_uses(schema)
+    unit = schema.columns.time_unit
+    return LogRows(pa.table({name: canonical(name, use, table[name], unit) for name, use in uses.items()}), schema)
+
+
+def stream_of(tables: Iterable[pa.Table], schema: Schema) -> list[LogRows]:
+    """One batch a table."""
+    return [log_rows(table, schema) for table in tables]
+
+
+def fit(table: pa.Table, schema: Schema, until: int, since: int | None = None, cuts: tuple[int, ...] = ()) -> FeaturePipeline:
+    """A pipeline fitted to a log that is cut into batches at the rows `cuts`."""
+    edges = [0, *cuts, table.num_rows]
+    batches = stream_of([table.slice(a, b - a) for a, b in zip(edges, edges[1:], strict=False)], schema)
+    return FeaturePipeline.fit(schema, lambda: batches, (since, until))
+
+
+def times_of(table: pa.Table) -> np.ndarray:
+    """(N,) int64 microseconds."""
+    return table["time"].cast(pa.int64()).to_numpy()
+
+
+def assert_same(one: Encoded, other: Encoded) -> None:
+    """Both are equal to the last bit."""
+    assert one.ids.keys() == other.ids.keys()
+    for name, value in one.ids.items():
+        twin = other.ids[name]
+        if isinstance(value, Ragged):
+            assert isinstance(twin, Ragged)
+            np.testing.assert_array_equal(value.lengths, twin.lengths, err_msg=name)
+            np.testing.assert_array_equal(value.values, twin.values, err_msg=name)
+        else:
+            np.testing.assert_array_equal(value, twin, err_msg=name)
+    np.testing.assert_array_equal(one.dense.view(np.uint32), other.dense.view(np.uint32))
+
+
+def write_log(folder: Path, *tables: pa.Table) -> Path:
+    """One Parquet file a table: 0.parquet, 1.parquet, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, table in enumerate(tables):
+        pq.write_table(table, folder / f"{index}.parquet")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Content of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

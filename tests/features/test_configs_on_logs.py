@@ -1,0 +1,101 @@
+"""Configs against a log with the columns and types that they are written for."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_logs import DAY, write_log
+
+from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.settings import load_settings
+from pipelines.ingest_movielens import LOG as MOVIELENS
+
+ROWS = 3000
+
+
+def _times(rng: np.random.Generator, first: datetime, days: float) -> pa.Array:
+    start = int(first.replace(tzinfo=UTC).timestamp() * 1e6)
+    return pa.array(start + np.sort((rng.uniform(0, days, ROWS) * DAY).astype(np.int64)), pa.timestamp("us", tz="UTC"))
+
+
+def _prepare(config: str, table: pa.Table, tmp_path: Path) -> Prepared:
+    settings = load_settings(config)
+    log = write_log(tmp_path / "log", table)
+    prepared = prepare(str(log), settings.schema_, settings.split.windows(), tmp_path / "work")
+    for split in ("train", "validation", "test"):
+        encoded = pq.read_table(prepared.split(split))
+        dense = np.stack([encoded[f"dense.{each.name}"].to_numpy() for each in prepared.layout.dense])
+        assert np.isfinite(dense).all()
+        for each in prepared.layout.ids:
+            ids = encoded[f"id.{each.name}"].combine_chunks()
+            ids = (ids.flatten() if each.many else ids).to_numpy()
+            assert ((ids >= 0) & (ids < prepared.layout.table(each.table).rows)).all(), each.name
+    return prepared
+
+
+def test_movielens(tmp_path):
+    rng = np.random.default_rng(0)
+    rated = rng.integers(0, 2, ROWS)
+    genres = ["Action", "Drama", "Film-Noir"]
+    columns = {
+        "request_id": np.arange(ROWS) // 5,
+        "request_time": _times(rng, datetime(2000, 4, 25), 250),
+        "user_id": rng.integers(1, 40, ROWS),
+        "movie_id": rng.integers(1, 60, ROWS),
+        "gender": rng.choice(["F", "M"], ROWS),
+        "age": rng.choice([1, 18, 25], ROWS),
+        "occupation": rng.integers(0, 21, ROWS),
+        "zip_code": rng.choice(["48067", "V3N4P"], ROWS),
+        "title_year": pa.array(rng.integers(1919, 2001, ROWS), mask=rng.random(ROWS) < 0.05),
+        "genres": [genres[: rng.integers(1, 4)] for _ in range(ROWS)],
+        "rated": rated,
+        "liked": pa.array(rng.integers(0, 2, ROWS), mask=rated == 0),
+        "sampling_rate": np.where(rated == 1, 1.0, 0.05),
+    }
+    table = pa.table({name: pa.array(values).cast(MOVIELENS.field(name).type) for name, values in columns.items()})
+    prepared = _prepare("configs/movielens.yaml", table.select(MOVIELENS.names), tmp_path)
+    assert {each.name for each in prepared.layout.ids} >= {"movie", "genres", "last_rated", "last_liked"}
+    # The last label of training is known three hours before its end.
+    counts = prepared.manifest["splits"]["train"]
+    end = load_settings("configs/movielens.yaml").split.windows()["train"][1]
+    times = columns["request_time"].cast(pa.int64()).to_numpy()
+    assert counts["rows"] == (times < end).sum()
+    assert counts["observed"]["rated"] == (times + DAY // 8 <= end).sum()
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_the_template(tmp_path, strings):
+    rng = np.random.default_rng(0)
+    clicked, surveyed = rng.integers(0, 2, ROWS), rng.random(ROWS) < 0.2
+    viewers, videos = rng.integers(-(2**63), 2**63 - 1, 40)[rng.integers(0, 40, ROWS)], -rng.integers(1, 60, ROWS)
+    as_id = (lambda values: pa.array([f"id {value}" for value in values])) if strings else pa.array
+    times = _times(rng, datetime(2024, 3, 1), 90)
+    columns = {
+        "viewer": as_id(viewers),
+        "video": as_id(videos),
+        "shown_at": times,
+        "page_view": as_id(np.arange(ROWS) // 7),
+        "country": rng.choice(["DE", "FR"], ROWS),
+        "device": rng.choice(["phone", "tv"], ROWS),
+        "channel": rng.integers(0, 9, ROWS),
+        "tags": [["a", "b", "c"][: rng.integers(0, 4)] for _ in range(ROWS)],
+        "length_s": rng.lognormal(5, 1, ROWS),
+        "published_at": pa.array(times.cast(pa.int64()).to_numpy() - 9 * DAY, pa.timestamp("us", tz="UTC")),
+        "title_embedding": list(rng.normal(size=(ROWS, 64))),
+        "position": rng.integers(0, 20, ROWS),
+        "kept": np.where(clicked == 1, 1.0, 0.1),
+        "clicked": clicked.astype(bool),
+        "watch_minutes": pa.array(rng.exponential(size=ROWS), mask=clicked == 0),
+        "surveyed": surveyed,
+        "stars_good": pa.array(rng.integers(0, 2, ROWS), mask=~surveyed),
+        "still_subscribed": rng.integers(0, 2, ROWS),
+    }
+    prepared = _prepare("configs/template.yaml", pa.table(columns), tmp_path)
+    assert [task.name for task in prepared.layout.tasks] == ["click", "watch", "liked", "stayed"]
+    observed = prepared.manifest["splits"]["train"]["observed"]
+    train = times.cast(pa.int64()).to_numpy() < load_settings("configs/template.yaml").split.windows()["train"][1]
+    assert observed["liked"] == (surveyed & train).sum()
+    assert 0 < observed["stayed"] < observed["click"] == train.sum()

@@ -1,0 +1,344 @@
+"""Each kind of feature against a naive reference, on one column that a test makes up."""
+
+import math
+from collections import Counter
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_logs import DAY, START, fit, log_rows, random_log, schema_of
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.hashing import combine, hash_column
+from mmoe_rec.features.ids import ragged
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.schema import Schema
+
+ROLES = {"user": [], "candidate": ["x", "y"], "context": [], "placement": []}
+
+
+def _table(**columns: pa.Array) -> pa.Table:
+    table = random_log(0, len(next(iter(columns.values()))))
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return table
+
+
+def _fitted(feature: dict, **columns: pa.Array) -> tuple[FeaturePipeline, Schema, Encoded]:
+    schema = schema_of({"f": feature}, roles=ROLES)
+    table = _table(**columns)
+    pipeline = fit(table, schema, START + 100 * DAY)
+    return pipeline, schema, pipeline.encode(log_rows(table, schema))
+
+
+def _encode(pipeline: FeaturePipeline, schema: Schema, **columns: pa.Array) -> Encoded:
+    return pipeline.encode(log_rows(_table(**columns), schema))
+
+
+# Hashes
+
+
+def test_hashes_never_change():
+    """A change here sends every trained model's unknown ids and crosses to other rows of its tables."""
+    assert hash_column(pa.array([0, 1, -1, 2**63 - 1, -(2**63), None])).tolist() == [
+        0xE220A8397B1DCDAF,  # the first output of splitmix64 seeded with 0, as published
+        0x910A2DEC89025CC1,
+        0xE4D971771B652C20,
+        0x2A67D7552E039EA7,
+        0x481EC0A212A9F3DB,
+        0x9AE16A3B2F90404F,
+    ]
+    assert hash_column(pa.array(["", "a", "ç", "id -7", None, "x" * 100])).tolist() == [
+        0x186DA64456263A46,
+        0xC1999A454057BFD0,
+        0xF8A83EDA75054E69,
+        0xE4ED56EC14154297,
+        0x9AE16A3B2F90404F,
+        0x640835BC0E0ACBFB,
+    ]
+    one, other = hash_column(pa.array([1, 2])), hash_column(pa.array(["a", None]))
+    assert combine([one, other]).tolist() == [0xBA9E1996D19BF03A, 0x21243F14C3FEC376]
+    assert combine([other, one]).tolist() == [0xE2CE56FFCC215E4C, 0x1DDFF565B386B380]
+    assert combine([one, other, one]).tolist() == [0x63EAC519AA5980EC, 0xF9F28B5D6AB6CBD4]
+
+
+def test_a_hash_depends_on_the_value_alone():
+    texts = pa.array(["b", "a", None, "b"])
+    assert hash_column(texts)[[0, 1, 2]].tolist() == hash_column(texts.take(pa.array([3, 1, 2]))).tolist()
+    assert hash_column(pa.array([], pa.string())).tolist() == []
+    missing = [hash_column(pa.array([None], kind))[0] for kind in (pa.string(), pa.int64(), pa.null())]
+    assert len(set(missing)) == 1
+
+
+# id and ids
+
+
+def _naive_rows(training: list, values: list, min_count: int, max_size: int | None, oov: int) -> list[int | None]:
+    """Table row of each value; None stands for one of the hashed buckets."""
+    counts = Counter(value for value in training if value is not None)
+    kept = sorted((value for value, count in counts.items() if count >= min_count), key=lambda v: (-counts[v], v))
+    rows = {value: 1 + oov + index for index, value in enumerate(kept[:max_size])}
+    return [0 if value is None else rows.get(value) for value in values]
+
+
+_INTEGERS = st.sampled_from([-(2**63), -5, 0, 1, 2, 3, 2**63 - 1])
+_TEXTS = st.sampled_from(["", "a", "b", "B", "ç", "0", "-1"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    values=st.one_of(
+        st.tuples(st.just(pa.int64()), st.lists(st.none() | _INTEGERS, min_size=1, max_size=40)),
+        st.tuples(st.just(pa.string()), st.lists(st.none() | _TEXTS, min_size=1, max_size=40)),
+    ),
+    min_count=st.integers(1, 4),
+    max_size=st.none() | st.integers(1, 4),
+    oov=st.integers(1, 5),
+)
+def test_ids_get_rows_by_frequency_then_value(values, min_count, max_size, oov):
+    kind, ids = values
+    feature = {"kind": "id", "column": "x", "min_count": min_count, "max_size": max_size, "oov_buckets": oov}
+    pipeline, _, encoded = _fitted(feature, x=pa.array(ids, kind))
+    expected = _naive_rows(ids, ids, min_count, max_size, oov)
+    for value, row, wanted in zip(ids, encoded.ids["f"].tolist(), expected, strict=True):
+        if wanted is None:
+            assert row == 1 + int(hash_column(pa.array([value], kind))[0] % np.uint64(oov))
+        else:
+            assert row == wanted
+    known = len({row for row in expected if row is not None and row > 0})
+    assert pipeline.layout.table("f").rows == 1 + oov + known
+
+
+def test_unknown_ids_keep_their_bucket():
+    feature = {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 1000}
+    pipeline, schema, _ = _fitted(feature, x=pa.array([1, 2]))
+    assert _encode(pipeline, schema, x=pa.array([3, -3, 2**60])).ids["f"].tolist() == [54, 534, 664]
+    pipeline, schema, _ = _fitted(feature, x=pa.array(["a"]))
+    assert _encode(pipeline, schema, x=pa.array(["b", "", "ç"])).ids["f"].tolist() == [976, 775, 2]
+
+
+def test_ids_of_the_other_type_are_refused():
+    pipeline, schema, _ = _fitted({"kind": "id", "column": "x"}, x=pa.array([1, 1]))
+    with pytest.raises(UserError, match=r"feature 'f' \(column 'x'\): ids of type string given .* trained on int64"):
+        _encode(pipeline, schema, x=pa.array(["1"]))
+
+
+def test_a_column_without_any_value_gives_the_missing_row():
+    pipeline, schema, encoded = _fitted({"kind": "id", "column": "x", "oov_buckets": 3}, x=pa.nulls(4))
+    assert encoded.ids["f"].tolist() == [0, 0, 0, 0]
+    assert pipeline.layout.table("f").rows == 4
+    later = _encode(pipeline, schema, x=pa.array(["new", None])).ids["f"].tolist()
+    assert 1 <= later[0] <= 3
+    assert later[1] == 0
+
+
+def test_a_shared_table_takes_the_owners_rows():
+    schema = schema_of(
+        {
+            "owner": {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 2, "dim": 3},
+            "guest": {"kind": "id", "column": "y", "table": "owner"},
+            "guests": {"kind": "ids", "column": "z", "table": "owner"},
+        },
+        roles={**ROLES, "candidate": ["x", "y", "z"]},
+    )
+    columns = {"x": pa.array([5, 6]), "y": pa.array([6, 5]), "z": pa.array([[6, 5], None])}
+    pipeline = fit(_table(**columns), schema, START + 100 * DAY)
+    encoded = _encode(pipeline, schema, **columns)
+    assert encoded.ids["owner"].tolist() == [3, 4]
+    assert encoded.ids["guest"].tolist() == [4, 3]
+    assert encoded.ids["guests"].values.tolist() == [4, 3]
+    assert [(table.name, table.rows, table.dim) for table in pipeline.layout.tables] == [("owner", 5, 3)]
+
+
+_LISTS = st.lists(st.none() | st.lists(st.none() | _INTEGERS, max_size=6), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lists=_LISTS, max_length=st.integers(1, 4), offset=st.integers(0, 3))
+def test_lists_of_ids_equal_a_naive_loop(lists, max_length, offset):
+    values, lengths = ragged(pa.array(lists, pa.list_(pa.int64())).slice(offset), max_length)
+    expected = [[each for each in one or [] if each is not None][:max_length] for one in lists[offset:]]
+    assert lengths.tolist() == [len(one) for one in expected]
+    assert values.to_pylist() == [each for one in expected for each in one]
+
+
+@settings(max_examples=20, deadline=None)
+@given(lists=_LISTS, max_length=st.integers(1, 4))
+def test_lists_count_the_elements_that_they_keep(lists, max_length):
+    feature = {"kind": "ids", "column": "x", "min_count": 2, "max_length": max_length, "oov_buckets": 1}
+    _, _, encoded = _fitted(feature, x=pa.array(lists, pa.list_(pa.int64())))
+    kept = [each for one in lists for each in [each for each in one or [] if each is not None][:max_length]]
+    expected = [1 if row is None else row for row in _naive_rows(kept, kept, 2, None, 1)]
+    assert encoded.ids["f"].values.tolist() == expected
+
+
+def test_a_column_of_nothing_but_null_lists_is_empty():
+    for column in (pa.nulls(3), pa.array([None, [], [None]], pa.list_(pa.null())), pa.array([None, [], [None]], pa.list_(pa.string()))):
+        _, _, encoded = _fitted({"kind": "ids", "column": "x"}, x=column)
+        assert encoded.ids["f"].lengths.tolist() == [0, 0, 0]
+
+
+# numeric
+
+
+_NUMBERS = st.lists(
+    st.one_of(st.none(), st.floats(-1e6, 1e6).map(lambda value: round(value, 6)), st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan])),
+    min_size=1,
+    max_size=50,
+)
+
+
+def _finite(values: list) -> np.ndarray:
+    return np.array([value for value in values if value is not None and math.isfinite(value)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=_NUMBERS, transform=st.sampled_from(["standard", "log"]))
+def test_numbers_are_standardised(values, transform):
+    pipeline, _, encoded = _fitted({"kind": "numeric", "column": "x", "transform": transform}, x=pa.array(values, pa.float64()))
+    missing = [value is None or not math.isfinite(value) for value in values]
+    numbers = np.array([0.0 if out else value for value, out in zip(values, missing, strict=True)])
+    if transform == "log":
+        numbers = np.sign(numbers) * np.log(1 + np.abs(numbers))
+    used = numbers[~np.array(missing)]
+    mean, deviation = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
+    # Each value is rounded to 2^-13 of itself, so the statistics are off by no more than that of the largest.
+    slack = np.abs(used).max(initial=0.0) * 2**-12
+    found = pipeline.encoders["f"].number.standardiser
+    assert found.mean == pytest.approx(mean, abs=slack + 1e-300)
+    if deviation > 8 * slack:
+        assert found.deviation == pytest.approx(deviation, abs=slack)
+    expected = np.where(missing, 0.0, np.clip((numbers - found.mean) / found.deviation, -10, 10))
+    np.testing.assert_allclose(encoded.dense[:, 0], expected, rtol=1e-5, atol=1e-6)
+    assert encoded.dense.shape[1] == (2 if any(missing) else 1)
+    if any(missing):
+        assert [each.name for each in pipeline.layout.dense] == ["f", "f_missing"]
+        assert encoded.dense[:, 1].tolist() == [float(out) for out in missing]
+
+
+def test_a_constant_column_is_zero_and_a_missing_one_is_marked():
+    pipeline, schema, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.array([7.0, 7.0]))
+    assert encoded.dense.tolist() == [[0.0], [0.0]]
+    assert _encode(pipeline, schema, x=pa.array([7.5, None])).dense.tolist() == [[0.5], [0.0]]
+    _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.nulls(2))
+    assert encoded.dense.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def test_a_missing_value_that_training_never_had_is_the_mean():
+    pipeline, schema, _ = _fitted({"kind": "numeric", "column": "x"}, x=pa.array([1.0, 3.0]))
+    assert _encode(pipeline, schema, x=pa.array([None, math.inf, 4.0, 1e9])).dense[:, 0].tolist() == [0.0, 0.0, 2.0, 10.0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=_NUMBERS, buckets=st.integers(2, 9))
+def test_buckets_count_the_edges_below(values, buckets):
+    feature = {"kind": "numeric", "column": "x", "transform": "buckets", "buckets": buckets}
+    pipeline, schema, encoded = _fitted(feature, x=pa.array(values, pa.float64()))
+    edges = pipeline.encoders["f"].edges
+    assert (np.diff(edges) > 0).all()
+    assert len(edges) <= buckets - 1
+    for value, row in zip(values, encoded.ids["f"].tolist(), strict=True):
+        out = value is None or not math.isfinite(value)
+        assert row == (0 if out else 1 + sum(1 for edge in edges if edge < value))
+    rows = pipeline.layout.table("f").rows
+    extreme = _encode(pipeline, schema, x=pa.array([-1e300, 1e300])).ids["f"].tolist()
+    assert extreme == [1, rows - 1]
+
+
+def test_buckets_hold_equal_shares():
+    values = np.random.default_rng(0).lognormal(size=4000)
+    feature = {"kind": "numeric", "column": "x", "transform": "buckets", "buckets": 8}
+    _, _, encoded = _fitted(feature, x=pa.array(values))
+    assert np.bincount(encoded.ids["f"], minlength=9)[1:].tolist() == pytest.approx([500] * 8, abs=5)
+
+
+# vector
+
+
+def test_vectors_share_one_mean_and_deviation():
+    values = [[1.0, 2.0], None, [3.0, None]]
+    for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 2)):
+        pipeline, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.array(values, kind))
+        deviation = np.std([1.0, 2.0, 3.0])
+        expected = [[-1 / deviation, 0], [0, 0], [1 / deviation, 0]]
+        np.testing.assert_allclose(encoded.dense, expected, rtol=1e-6)
+        assert [each.name for each in pipeline.layout.dense] == ["f_0", "f_1"]
+    _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.nulls(2))
+    assert encoded.dense.tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_vector_of_another_size_is_refused():
+    with pytest.raises(UserError, match="feature 'f': column 'x' holds a list of 3 numbers, but `size` is 2"):
+        _fitted({"kind": "vector", "column": "x", "size": 2}, x=pa.array([[1.0, 2.0], [1.0, 2.0, 3.0]]))
+
+
+# time
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    moments=st.lists(st.none() | st.integers(-(10**15), 4 * 10**15), min_size=1, max_size=20),
+    zone=st.sampled_from(["UTC", "Europe/Berlin", "America/St_Johns", "Asia/Kathmandu", "Pacific/Apia"]),
+)
+def test_hour_and_weekday_are_those_of_the_zone(moments, zone):
+    feature = {"kind": "time", "column": "x", "timezone": zone, "parts": ["weekday", "hour"]}
+    pipeline, _, encoded = _fitted(feature, x=pa.array(moments, pa.timestamp("us", tz="UTC")))
+    for index, moment in enumerate(moments):
+        hour, weekday = encoded.ids["f_hour"][index], encoded.ids["f_weekday"][index]
+        if moment is None:
+            assert (hour, weekday) == (0, 0)
+        else:
+            local = datetime.fromtimestamp(moment // 10**6, UTC).astimezone(ZoneInfo(zone))
+            assert (hour, weekday) == (1 + local.hour, 1 + local.weekday())
+    assert {table.name: table.rows for table in pipeline.layout.tables} == {"f_weekday": 8, "f_hour": 25}
+
+
+def test_the_clock_goes_back_in_autumn():
+    times = [datetime(2023, 10, 29, hour, 30, tzinfo=UTC) for hour in (0, 1, 2)]
+    feature = {"kind": "time", "column": "x", "timezone": "Europe/Berlin", "parts": ["hour"]}
+    _, _, encoded = _fitted(feature, x=pa.array(times, pa.timestamp("us", tz="UTC")))
+    assert (encoded.ids["f_hour"] - 1).tolist() == [2, 2, 3]
+
+
+def test_age_is_the_logarithm_of_days_until_the_request():
+    schema = schema_of({"f": {"kind": "time", "column": "born", "parts": ["age"]}})
+    table = random_log(0, 50)
+    pipeline = fit(table, schema, START + 100 * DAY)
+    encoded = pipeline.encode(log_rows(table, schema))
+    ages = []
+    for row in table.to_pylist():
+        days = None if row["born"] is None else (row["time"] - row["born"]).total_seconds() / 86_400
+        ages.append(np.nan if days is None else math.copysign(math.log(1 + abs(days)), days))
+    found = pipeline.encoders["f"].age.standardiser
+    expected = np.nan_to_num((np.array(ages) - found.mean) / found.deviation)
+    np.testing.assert_allclose(encoded.dense[:, 0], np.clip(expected, -10, 10), rtol=1e-4, atol=1e-5)
+    assert encoded.dense[:, 1].tolist() == np.isnan(ages).tolist()
+    assert found.mean == pytest.approx(np.nanmean(ages), rel=2**-12)
+
+
+# cross
+
+
+def test_crosses_are_ordered_and_stable():
+    columns = {"x": pa.array([1, -1, None, 2]), "y": pa.array(["a", "b", "a", None])}
+    rows = {}
+    for order in (("x", "y"), ("y", "x")):
+        feature = {"kind": "cross", "columns": list(order), "buckets": 1000}
+        pipeline, _, encoded = _fitted(feature, **columns)
+        rows[order] = encoded.ids["f"].tolist()
+        assert pipeline.layout.table("f").rows == 1000
+    assert rows[("x", "y")] == [266, 200, 69, 614]
+    assert rows[("y", "x")] == [780, 155, 832, 888]
+
+
+def test_crosses_fill_their_buckets_evenly():
+    values = [pa.array([first for first in range(100) for _ in range(100)]), pa.array(list(range(100)) * 100)]
+    _, _, encoded = _fitted({"kind": "cross", "columns": ["x", "y"], "buckets": 50}, x=values[0], y=values[1])
+    counts = np.bincount(encoded.ids["f"], minlength=50)
+    # Chi-square with 49 degrees of freedom: 85.4 is its 99.9th percentile.
+    assert ((counts - 200) ** 2 / 200).sum() < 85.4

@@ -1,0 +1,160 @@
+"""Saved state: the same for any order of rows, the same after a round trip, and enough for what it is for."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_logs import ALL_KINDS, DAY, START, assert_same, files_of, fit, log_rows, random_log, schema_of, stream_of, times_of
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+
+SCHEMA = schema_of(ALL_KINDS)
+UNTIL = START + 6 * DAY
+
+
+def _saved(pipeline: FeaturePipeline, folder, latest_at=None) -> dict[str, bytes]:
+    folder.mkdir()
+    pipeline.save(folder, latest_at)
+    return files_of(folder)
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_a_round_trip_keeps_every_bit(tmp_path, strings):
+    table = random_log(1, strings=strings)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    first = _saved(pipeline, tmp_path / "a")
+    loaded = FeaturePipeline.load(tmp_path / "a")
+    assert loaded.schema == SCHEMA
+    assert loaded.layout == pipeline.layout
+    assert_same(loaded.encode(log_rows(table, SCHEMA)), pipeline.encode(log_rows(table, SCHEMA)))
+    assert _saved(loaded, tmp_path / "b") == first
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), strings=st.booleans(), data=st.data())
+def test_no_order_of_rows_or_files_changes_the_state(tmp_path_factory, seed, strings, data):
+    table = random_log(seed, rows=60, strings=strings)
+    cuts = data.draw(st.lists(st.integers(0, 60), max_size=5).map(sorted))
+    shuffled = table.take(pa.array(np.random.default_rng(data.draw(st.integers(0, 99))).permutation(60)))
+    folder = tmp_path_factory.mktemp("state")
+    one = _saved(fit(table, SCHEMA, UNTIL), folder / "one")
+    other = _saved(fit(shuffled, SCHEMA, UNTIL, cuts=tuple(cuts)), folder / "other")
+    assert one == other
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), days=st.floats(0, 14), strings=st.booleans())
+def test_the_latest_state_answers_later_requests_as_the_full_state_does(tmp_path_factory, seed, days, strings):
+    table = random_log(seed, rows=80, strings=strings)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    moment = START + round(days * DAY)
+    folder = tmp_path_factory.mktemp("latest")
+    full, latest = _saved(pipeline, folder / "full"), _saved(pipeline, folder / "latest", moment)
+    loaded = FeaturePipeline.load(folder / "latest")
+    # Every known time of the log, and the end of every window, is a moment at which an answer may change.
+    later = [moment, moment + 1, moment + DAY, moment + round(2.5 * DAY), moment + 30 * DAY]
+    later += [time for time in times_of(table) if time >= moment]
+    for now in later[:40]:
+        rows = log_rows(_at(table, now), SCHEMA)
+        assert_same(loaded.encode(rows), pipeline.encode(rows))
+    events = [name for name in full if name.endswith("events.parquet")]
+    assert sum(len(latest[name]) for name in events) <= sum(len(full[name]) for name in events)
+
+
+def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
+    table = random_log(0, rows=300)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    _saved(pipeline, tmp_path / "latest", START + 11 * DAY)
+    loaded = FeaturePipeline.load(tmp_path / "latest")
+    users = len(set(table["user"].to_pylist()))
+    assert len(loaded.encoders["clicked"].events) <= users * 3
+    assert len(loaded.encoders["brand_spent"].events) <= 4
+    assert len(pipeline.encoders["clicked"].events) > users * 3
+
+
+def test_an_earlier_request_is_answered_as_of_the_compaction(tmp_path):
+    table = random_log(0, rows=100)
+    moment = START + 11 * DAY
+    pipeline = fit(table, SCHEMA, UNTIL)
+    _saved(pipeline, tmp_path / "latest", moment)
+    loaded = FeaturePipeline.load(tmp_path / "latest")
+    early, then = (log_rows(_at(table, time), SCHEMA) for time in (START, moment))
+    for name in ("clicked", "liked_items"):
+        assert loaded.encode(early).ids[name].values.tolist() == loaded.encode(then).ids[name].values.tolist()
+    counters = [i for i, each in enumerate(loaded.layout.dense) if each.name.startswith(("item_click", "user_brand_liked"))]
+    np.testing.assert_array_equal(loaded.encode(early).dense[:, counters], loaded.encode(then).dense[:, counters])
+
+
+def test_compacting_a_compacted_state_never_moves_it_back(tmp_path):
+    table = random_log(0, rows=100)
+    _saved(fit(table, SCHEMA, UNTIL), tmp_path / "one", START + 11 * DAY)
+    first = FeaturePipeline.load(tmp_path / "one")
+    _saved(first, tmp_path / "two", START)
+    second = FeaturePipeline.load(tmp_path / "two")
+    for now in (START, START + 20 * DAY):
+        rows = log_rows(_at(table, now), SCHEMA)
+        assert_same(second.encode(rows), first.encode(rows))
+
+
+def test_remembering_a_log_without_events_forgets_the_old_one():
+    table = random_log(0)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    pipeline.remember(stream_of([table.slice(0, 0)], SCHEMA))
+    encoded = pipeline.encode(log_rows(table, SCHEMA))
+    assert encoded.ids["clicked"].lengths.sum() == 0
+    assert (pipeline.encoders["item_click"].raw(log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
+
+
+def test_remembering_the_same_log_changes_nothing(tmp_path):
+    table = random_log(0)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    before = _saved(pipeline, tmp_path / "a")
+    pipeline.remember(stream_of([table.slice(0, 100), table.slice(100)], SCHEMA))
+    assert _saved(pipeline, tmp_path / "b") == before
+
+
+def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
+    with pytest.raises(UserError, match=r"holds no feature state \(pipeline.json\)"):
+        FeaturePipeline.load(tmp_path)
+    fit(random_log(0), SCHEMA, UNTIL).save(tmp_path)
+    (tmp_path / "item.vocabulary.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is damaged, prepare it again"):
+        FeaturePipeline.load(tmp_path)
+    text = json.loads((tmp_path / "pipeline.json").read_text())
+    (tmp_path / "pipeline.json").write_text(json.dumps({**text, "format": 99}))
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        FeaturePipeline.load(tmp_path)
+
+
+def test_placement_may_be_absent():
+    table = random_log(0)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    rows = log_rows(table, SCHEMA)
+    without = pipeline.encode(type(rows)(rows.table.drop_columns(["slot"]), SCHEMA))
+    assert (without.ids["slot"] == 0).all()
+    assert (pipeline.encode(rows).ids["slot"] > 0).all()
+    np.testing.assert_array_equal(without.dense, pipeline.encode(rows).dense)
+
+
+def test_a_request_may_bring_its_own_history_and_statistics():
+    table = random_log(0)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    rows = log_rows(table.slice(0, 2), SCHEMA)
+    known = pipeline.encoders["item"].owner.vocabulary.known[:4].to_pylist()
+    given = rows.table.append_column("clicked", pa.array([known, None], pa.list_(pa.int64())))
+    given = given.append_column("item_click_rows", pa.array([pipeline.encoders["item_click"].numbers["item_click_rows"].standardiser.mean] * 2))
+    encoded = pipeline.encode(type(rows)(given, SCHEMA))
+    history = encoded.ids["clicked"]
+    assert history.lengths.tolist() == [3, 0]
+    assert history.values.tolist() == [5, 6, 7]
+    index = [each.name for each in pipeline.layout.dense].index("item_click_rows")
+    assert encoded.dense[:, index].tolist() == [0.0, 0.0]
+
+
+def _at(table: pa.Table, moment: int) -> pa.Table:
+    column = pa.array([moment] * table.num_rows).cast(table["time"].type)
+    return table.set_column(table.column_names.index("time"), "time", column)

@@ -1,0 +1,87 @@
+"""Imports run one way: schema -> features -> batches -> model -> training, and schema..model -> serving, evaluation."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path("mmoe_rec")
+LEAVES = {"errors", "atomic", "progress", "devices", "settings", "schema"}
+MAY_IMPORT = {
+    "errors": set(),
+    "atomic": {"errors"},
+    "progress": set(),
+    "devices": {"errors", "settings"},
+    "schema": {"errors"},
+    "settings": {"errors", "schema"},
+    "features": LEAVES,
+    "batches": LEAVES | {"features"},
+    "model": LEAVES | {"features", "batches"},
+    "training": LEAVES | {"features", "batches", "model", "tracking"},
+    "serving": LEAVES | {"features", "batches", "model"},
+    "evaluation": LEAVES | {"features", "batches", "model"},
+}
+"""Stage -> other stages. A stage that is not listed, such as `tracking`, is held to the absence of cycles only."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import; write the full name"
+            found |= {f"{node.module}.{each.name}" for each in node.names}
+    return found
+
+
+def _stage(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
+
+
+def _stage_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _graph() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        stages = {stage for stage in map(_stage, _imports(path)) if stage is not None}
+        graph.setdefault(_stage_of(path), set()).update(stages - {_stage_of(path)})
+    return graph
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_imports_earlier_stages_only(path):
+    stage = _stage_of(path)
+    for module in _imports(path):
+        other = _stage(module)
+        if other not in (None, stage) and stage in MAY_IMPORT:
+            assert other in MAY_IMPORT[stage], f"{path} imports {module}, but {stage} comes before {other}"
+        assert not module.startswith(("pipelines", "tests")), f"{path} imports {module}"
+        if other == "tracking":
+            assert stage == "training", f"{path} imports {module}; only pipelines and training track"
+        if module.split(".")[0] == "mlflow":
+            assert stage in ("tracking", "serving"), f"{path} imports {module}; see mmoe_rec/tracking.py"
+        if module.split(".")[0] == "torchrec":
+            assert stage != "serving", f"{path} imports {module}; serving runs without torchrec"
+
+
+def test_stages_have_no_cycle():
+    graph = _graph()
+    assert graph["features"] >= {"schema", "errors"}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {stage for stage in graph if stage not in done and graph[stage] <= done | {"__init__"}}
+        assert ready, f"a cycle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def test_the_test_sees_imports_within_functions(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from mmoe_rec.training import losses\n    import mmoe_rec.model.mmoe\n")
+    assert {_stage(module) for module in _imports(file)} == {"training", "model"}

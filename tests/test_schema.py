@@ -1,0 +1,171 @@
+import pytest
+from pydantic import ValidationError
+
+from mmoe_rec.schema import Schema
+
+TREE = {
+    "columns": {"user": "u", "candidate": "c", "time": "t", "request": "r", "sampling_rate": "s"},
+    "roles": {"user": ["age"], "candidate": ["brand", "tags"], "context": ["store"], "placement": ["slot", "page"]},
+    "tasks": {
+        "click": {"label": "clicked", "objective": "engagement"},
+        "liked": {
+            "label": "stars",
+            "objective": "satisfaction",
+            "observed_when": {"column": "answered", "equals": True},
+        },
+    },
+    "features": {"item": {"kind": "id", "column": "c"}},
+}
+
+
+def _schema(*features: tuple[str, dict], **sections) -> Schema:
+    return Schema.model_validate({**TREE, **sections, "features": {**TREE["features"], **dict(features)}})
+
+
+def _refuses(message: str, *features: tuple[str, dict], **sections) -> None:
+    with pytest.raises(ValidationError) as caught:
+        _schema(*features, **sections)
+    assert message in str(caught.value)
+
+
+def _feature(kind: str, **keys) -> tuple[str, dict]:
+    return "f", {"kind": kind, **keys}
+
+
+# Roles
+
+
+@pytest.mark.parametrize(
+    ("feature", "role"),
+    [
+        (_feature("id", column="u"), "user"),
+        (_feature("id", column="age"), "user"),
+        (_feature("id", column="brand"), "candidate"),
+        (_feature("id", column="store"), "context"),
+        (_feature("id", column="slot"), "placement"),
+        (_feature("cross", columns=["u", "store"]), "context"),
+        (_feature("cross", columns=["u", "brand"]), "candidate"),
+        (_feature("cross", columns=["store", "brand"]), "candidate"),
+        (_feature("cross", columns=["slot", "page"]), "placement"),
+        (_feature("time"), "context"),
+        (_feature("history", task="click", of="item"), "user"),
+        (_feature("counter", task="click", by=["u"]), "user"),
+        (_feature("counter", task="click", by=["u", "c"]), "candidate"),
+    ],
+)
+def test_a_feature_describes_what_its_columns_describe_together(feature, role):
+    assert _schema(feature).role_of("f") == role
+
+
+def test_a_column_with_two_roles():
+    roles = {"user": ["age"], "context": ["age"]}
+    _refuses("column 'age' has two roles, user and context; leave it in one", roles=roles)
+    _refuses("column 'c' has two roles, candidate and user", roles={"user": ["c"]})
+    _schema(roles={"user": ["u", "u"]})
+
+
+def test_a_column_without_a_role():
+    _refuses("feature 'f' reads column 'colour', which has no role; list it under roles.user", _feature("id", column="colour"))
+
+
+@pytest.mark.parametrize("other", ["c", "u", "store"])
+def test_placement_mixed_with_anything_else(other):
+    message = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
+    _refuses(message, _feature("cross", columns=["slot", other]))
+    _refuses(message, _feature("counter", task="click", by=["slot", other]))
+
+
+def test_placement_in_a_counter():
+    _refuses("feature 'f' reads placement together with", _feature("counter", task="click", by=["slot"]))
+
+
+def test_one_column_for_two_purposes():
+    for purpose in ("candidate", "time", "request", "sampling_rate"):
+        message = f"columns.user and columns.{purpose} both name column 'u'"
+        _refuses(message, columns={**TREE["columns"], purpose: "u"})
+    tasks = {"click": {"label": "c", "objective": "engagement"}}
+    _refuses("the label of task 'click' is column 'c', the candidate's own", tasks=tasks)
+
+
+# Leaks
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [_feature("id", column="stars"), _feature("cross", columns=["u", "stars"]), _feature("counter", task="click", by=["stars"])],
+)
+def test_a_label_as_an_input(feature):
+    message = "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
+    _refuses(message, feature)
+    _refuses(message, feature, roles={**TREE["roles"], "context": ["store", "stars"]})
+
+
+def test_the_sampling_rate_as_an_input():
+    _refuses("feature 'f' reads column 's', the sampling rate, which gives labels away", _feature("numeric", column="s"))
+
+
+# References
+
+
+def test_a_task_that_is_not_there():
+    for feature in (_feature("counter", task="buy", by=["u"]), _feature("history", task="buy", of="item")):
+        _refuses("feature 'f' names task 'buy'; tasks are click, liked", feature)
+
+
+@pytest.mark.parametrize("of", ["none", "number", "guest", "tags", "user"])
+def test_a_history_of_what_is_no_id_feature_of_the_candidate(of):
+    others = (
+        ("number", {"kind": "numeric", "column": "brand"}),
+        ("guest", {"kind": "id", "column": "brand", "table": "item"}),
+        ("tags", {"kind": "ids", "column": "tags"}),
+        ("user", {"kind": "id", "column": "u"}),
+    )
+    message = f"feature 'f': of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
+    _refuses(message, _feature("history", task="click", of=of), *others)
+
+
+def test_a_table_that_is_not_there_or_not_ones_own():
+    _refuses("feature 'f': table 'none' is not an id feature", _feature("id", column="brand", table="none"))
+    _refuses("feature 'f': table 'f' is not an id feature", _feature("id", column="brand", table="f"))
+    chain = ("g", {"kind": "id", "column": "brand", "table": "f"})
+    _refuses("feature 'g': table 'f' is not an id feature", _feature("id", column="brand", table="item"), chain)
+    schema = _schema(_feature("ids", column="tags", table="item"), ("h", {"kind": "history", "task": "click", "of": "item"}))
+    assert [schema.table_of(name) for name in ("item", "f", "h")] == ["item", "item", "item"]
+
+
+def test_names_are_words():
+    for name in ("a-b", "a b", "", "a/b", "_", "é.x"):
+        _refuses("may hold letters, digits and underscores only", (name, {"kind": "id", "column": "c"}))
+    _schema(("Größe_2", {"kind": "id", "column": "c"}))
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        (_feature("time", parts=["age"]), "part 'age' needs a `column`"),
+        (_feature("time", parts=["hour", "hour"]), "lists hour twice"),
+        (_feature("time", timezone="Mars/Olympus"), "must be a time zone such as UTC or Europe/Berlin"),
+        (_feature("time", timezone="../etc"), "must be a time zone such as UTC or Europe/Berlin"),
+        (_feature("cross", columns=["u", "u"]), "lists u twice"),
+        (_feature("counter", task="click", by=["u"], outputs=["rate", "rate"]), "lists rate twice"),
+        (_feature("counter", task="click", by=["u"], window_days=[None, None]), "lists null twice"),
+        (_feature("counter", task="click", by=["u"], window_days=[-1]), "greater than 0"),
+        (_feature("counter", task="click", by=["u"], smoothing=float("inf")), "finite"),
+    ],
+)
+def test_feature_values_that_make_no_sense(feature, message):
+    _refuses(message, feature)
+
+
+# What is read
+
+
+def test_columns_that_are_read():
+    schema = _schema(
+        _feature("counter", task="liked", by=["u", "brand"]),
+        ("when", {"kind": "time"}),
+        ("slot", {"kind": "id", "column": "slot"}),
+    )
+    assert schema.input_columns() == {"u": "user", "c": "candidate", "t": "context", "brand": "candidate", "slot": "placement"}
+    assert schema.label_columns() == {"clicked", "stars", "answered"}
+    assert schema.log_columns() == ["answered", "brand", "c", "clicked", "r", "s", "slot", "stars", "t", "u"]

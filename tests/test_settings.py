@@ -1,0 +1,374 @@
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.schema import CounterFeature, Section
+from mmoe_rec.settings import Settings, describe, load_settings, parse_overrides
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+SMALL = {
+    "name": "small",
+    "data": {"log": "log", "work": "work"},
+    "columns": {"user": "u", "candidate": "c", "time": "t", "sampling_rate": "s"},
+    "roles": {"candidate": ["brand"], "context": ["store"], "placement": ["slot"]},
+    "tasks": {
+        "click": {"label": "click", "objective": "engagement"},
+        "liked": {
+            "label": "liked",
+            "objective": "satisfaction",
+            "observed_when": {"column": "click", "equals": 1},
+        },
+    },
+    "features": {
+        "item": {"kind": "id", "column": "c"},
+        "user": {"kind": "id", "column": "u"},
+        "user_brand": {"kind": "counter", "task": "click", "by": ["u", "brand"]},
+        "last": {"kind": "history", "task": "click", "of": "item"},
+    },
+    "split": {"train_end": "2024-01-05", "validation_end": "2024-01-06"},
+}
+
+
+def _tree(**changes) -> dict:
+    """The small settings with changes such as `model__experts={"count": 2}`; None drops a key."""
+    tree = yaml.safe_load(yaml.safe_dump(SMALL))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = tree
+        for key in parents:
+            place = place.setdefault(key, {})
+        if value is _DROPPED:
+            del place[last]
+        else:
+            place[last] = value
+    return tree
+
+
+_DROPPED = object()
+
+
+def _load(tmp_path, *overrides: str, **changes) -> Settings:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(_tree(**changes), sort_keys=False))
+    return load_settings(path, overrides)
+
+
+def _message(tmp_path, *overrides: str, **changes) -> str:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, *overrides, **changes)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/small.yaml: ")
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert "Input should" not in message
+    return message.removeprefix(f"{tmp_path}/small.yaml: ")
+
+
+# Loading
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_survives_a_round_trip(path, tmp_path):
+    settings = load_settings(path)
+    (tmp_path / "again.yaml").write_text(settings.to_yaml())
+    assert load_settings(tmp_path / "again.yaml") == settings
+
+
+def test_defaults_and_names():
+    settings = Settings.model_validate(SMALL)
+    assert settings.model.experts.count == 8
+    assert settings.registered_model == "small"
+    assert Settings.model_validate({**SMALL, "tracking": {"registered_model": "other"}}).registered_model == "other"
+    assert settings.schema_.tasks == settings.tasks
+
+
+def test_settings_do_not_change():
+    settings = Settings.model_validate(SMALL)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.name = "other"
+
+
+def test_split_times_are_utc_unless_they_say_else(tmp_path):
+    split = {"train_start": "2024-01-01", "train_end": "2024-01-02T00:00:00-05:00", "validation_end": "2024-01-03T12:00:00Z"}
+    assert _load(tmp_path, split=split).split.windows() == {
+        "train": (1_704_067_200_000_000, 1_704_171_600_000_000),
+        "validation": (1_704_171_600_000_000, 1_704_283_200_000_000),
+        "test": (1_704_283_200_000_000, None),
+    }
+
+
+# Overrides
+
+
+def test_overrides_set_any_key(tmp_path):
+    settings = _load(
+        tmp_path,
+        "--model.experts.count",
+        "16",
+        "--model.experts.units=[8, 4]",
+        "--training.learning_rate",
+        "1e-3",
+        "--tracking.experiment",
+        "null",
+        "--features.item.dim=32",
+        "--tasks.click.loss_weight",
+        "0.5",
+        "--split.test_end",
+        "2024-02-01",
+        "--data.log",
+        "a=b.parquet",
+    )
+    assert settings.model.experts.count == 16
+    assert settings.model.experts.units == (8, 4)
+    assert settings.training.learning_rate == 1e-3
+    assert settings.tracking.experiment is None
+    assert settings.features["item"].dim == 32
+    assert settings.tasks["click"].loss_weight == 0.5
+    assert settings.split.test_end is not None
+    assert settings.data.log == "a=b.parquet"
+
+
+def test_the_last_override_wins_and_a_negative_value_is_a_value(tmp_path):
+    assert _load(tmp_path, "--training.seed", "1", "--training.seed=2").training.seed == 2
+    assert list(parse_overrides(["--a.b", "-1", "--c=-2.5"])) == [(["a", "b"], -1), (["c"], -2.5)]
+    assert "'training.seed' must be at least 0, found -1" in _message(tmp_path, "--training.seed", "-1")
+
+
+def test_an_override_reaches_into_an_empty_section(tmp_path):
+    assert _load(tmp_path, "--model.experts.count", "3", model=None).model.experts.count == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.experts.count", "16"], "'model.experts.count' is not a setting; write --section.key value"),
+        (["--model.experts.count"], "'--model.experts.count' needs a value"),
+        (["--", "5"], "'--' is not a setting"),
+        (["--a..b", "5"], "'--a..b' is not a setting"),
+        (["--model.experts.units", "[1"], "the value '[1' of '--model.experts.units' is not valid YAML"),
+        (["--name.x", "1"], "'--name.x' goes below 'name', which is a single value"),
+    ],
+)
+def test_a_bad_override(tmp_path, arguments, message):
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, *arguments)
+    assert message in str(caught.value)
+
+
+# Unknown, missing and ill-typed keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
+        ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, work)"),
+        ({"model__experts__cuont": 3}, "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)"),
+        ({"features__item__mincount": 3}, "unknown key 'features.item.mincount'; did you mean 'min_count'? (valid here: dim, "),
+        ({"features__last__len": 3}, "unknown key 'features.last.len'; did you mean 'length'? (valid here: kind, task, of, "),
+        ({"tasks__click__lable": "x"}, "unknown key 'tasks.click.lable'; did you mean 'label'?"),
+        ({"tasks__liked__observed_when__equal": 1}, "unknown key 'tasks.liked.observed_when.equal'; did you mean 'equals'?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
+    assert message in _message(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": _DROPPED}, "key 'split' is missing (it holds train_start, train_end, validation_end, test_end)"),
+        ({"columns__user": _DROPPED}, "key 'columns.user' is missing (column with the user's id (integer or string))"),
+        ({"tasks__click__label": _DROPPED}, "key 'tasks.click.label' is missing (column with the label; null"),
+        ({"features__last__of": _DROPPED}, "key 'features.last.of' is missing (name of the candidate's id feature"),
+        ({"features__item__kind": _DROPPED}, "'features.item' needs a kind: id, ids, numeric, vector, time, cross, history, "),
+        ({"features": {}}, "'features' must be longer: at least 1 needed"),
+    ],
+)
+def test_a_missing_key(tmp_path, changes, message):
+    assert message in _message(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__experts__count": "many"}, "'model.experts.count' must be a whole number, found 'many'"),
+        ({"model__experts__count": 1.5}, "'model.experts.count' must be a whole number, found 1.5"),
+        ({"model__experts__count": 0}, "'model.experts.count' must be at least 1, found 0"),
+        ({"model__experts__count": 5000}, "'model.experts.count' must be at most 1024, found 5000"),
+        ({"model__experts__units": 64}, "'model.experts.units' must be a list, such as [a, b], found 64"),
+        ({"model__experts__units": [64, 0]}, "'model.experts.units.1' must be at least 1, found 0"),
+        ({"model__experts__units": []}, "'model.experts.units' must be longer: at least 1 needed"),
+        ({"model": 5}, "'model' must hold keys (bottom, experts, gates, towers, placement), found 5"),
+        ({"model": None}, "'model' must hold keys (bottom, experts, gates, towers, placement), found nothing (null)"),
+        ({"tasks": ["click"]}, "'tasks' must hold a section for each name, found ['click']"),
+        ({"features__item": "id"}, "'features.item' must hold keys such as `kind`, found 'id'"),
+        ({"features": {1: {"kind": "id", "column": "c"}}}, "'features' has the key 1, which is not text; put it in quotes"),
+        ({"name": 5}, "'name' must be text, in quotes where it looks like a number or a date, found 5"),
+        ({"training__device": "gpu"}, "'training.device' must be one of auto, cpu, cuda, found 'gpu'; did you mean 'cpu'?"),
+        ({"columns__time_unit": "sec"}, "'columns.time_unit' must be one of s, ms, us, ns, found 'sec'"),
+        ({"training__learning_rate": float("nan")}, "'training.learning_rate' must be a finite number, found nan"),
+        ({"training__learning_rate": 0}, "'training.learning_rate' must be greater than 0"),
+        ({"model__bottom__dropout": 1}, "'model.bottom.dropout' must be less than 1"),
+        ({"split__train_end": "yesterday"}, "'split.train_end' must be a time such as 2024-01-31 or 2024-01-31T18:00:00, found"),
+        ({"roles__user": "country"}, "'roles.user' must be a list, such as [a, b], found 'country'"),
+        (
+            {"features__item__kind": "idd"},
+            "'features.item.kind' must be one of id, ids, numeric, vector, time, cross, history, counter, found 'idd'; "
+            "did you mean 'id'?",
+        ),
+        (
+            {"features__user_brand__outputs": ["rates"]},
+            "'features.user_brand.outputs.0' must be one of positives, rows, rate, recency, found 'rates'; did you mean 'rate'?",
+        ),
+        ({"features__user_brand__window_days": [0]}, "'features.user_brand.window_days.0' must be greater than 0"),
+        ({"features__user_brand__window_days": ["week"]}, "'features.user_brand.window_days.0' must be a number, found 'week'"),
+        ({"features__user_brand__window_days": [7, 7]}, "'features.user_brand.window_days' lists 7.0 twice"),
+        (
+            {"tasks__liked__observed_when__equals": [1]},
+            "'tasks.liked.observed_when.equals' must be a number, text, true or false, found [1]",
+        ),
+    ],
+)
+def test_an_ill_typed_value_says_what_is_expected_and_found(tmp_path, changes, message):
+    found = _message(tmp_path, **changes)
+    assert message in found
+    assert "; " not in found.replace("; did you mean", "").replace("; put it", ""), "one mistake, one sentence"
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    message = _message(tmp_path, modle={}, name=5, tasks__click__kind="binry")
+    assert "'modle'" in message
+    assert "'name'" in message
+    assert "did you mean 'binary'" in message
+
+
+def test_split_times_must_follow_each_other(tmp_path):
+    message = _message(tmp_path, "--split.train_end", "2024-03-01")
+    assert message == "'split': train_start, train_end, validation_end and test_end must follow each other in time"
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2", "is not valid YAML: line 2, column 2: expected ',' or ']'"),
+        ("a:\n\tb: 2", "is not valid YAML: line 2, column 1: found character"),
+        ("name: a\nname: b\n", "is not valid YAML: line 2, column 1: key 'name' is written twice"),
+        ("data: {log: a, log: b}\n", "is not valid YAML: line 1, column 16: key 'log' is written twice"),
+        ("", "must hold keys such as name, data, columns, tasks, features, split"),
+        ("- a\n- b", "must hold keys such as name"),
+    ],
+)
+def test_a_file_that_is_no_settings_file(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="settings file '.*x.yaml'") as caught:
+        load_settings(tmp_path / "x.yaml")
+    assert message in str(caught.value)
+
+
+def test_yaml_merge_keys_work(tmp_path):
+    text = yaml.safe_dump(SMALL)
+    text = text.replace("  item:\n    column: c\n    kind: id\n", "  item: &id {column: c, kind: id}\n")
+    text = text.replace("  user:\n    column: u\n    kind: id\n", "  user: {<<: *id, column: u}\n")
+    (tmp_path / "x.yaml").write_text(text)
+    assert load_settings(tmp_path / "x.yaml") == Settings.model_validate(SMALL)
+
+
+def test_a_missing_file_a_folder_and_another_encoding(tmp_path):
+    with pytest.raises(UserError, match="does not exist; start from configs/template.yaml"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="is a folder; start from configs/template.yaml"):
+        load_settings(tmp_path)
+    (tmp_path / "x.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_settings(tmp_path / "x.yaml")
+
+
+# Documentation
+
+
+def _models(model: type[BaseModel], seen: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """A settings model and all that its fields hold."""
+    if model not in seen:
+        seen.append(model)
+        for field in model.model_fields.values():
+            waiting = [field.annotation]
+            while waiting:
+                annotation = waiting.pop()
+                if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                    _models(annotation, seen)
+                waiting += typing.get_args(annotation)
+    return seen
+
+
+def test_every_setting_is_documented():
+    models = _models(Settings, [])
+    assert CounterFeature in models
+    text = describe()
+    for model in models:
+        assert issubclass(model, Section)
+        assert model.__doc__
+        assert model is Settings or model.__doc__.strip() in text
+        for name, field in model.model_fields.items():
+            held = [each for each in models if each in (field.annotation, *typing.get_args(field.annotation))]
+            if not held and name not in ("tasks", "features") and (name != "kind" or not field.is_required()):
+                assert field.description, (model, name)
+                assert field.description in text, (model, name)
+    assert "--model.experts.count  <whole number> (default 8)" in text
+    assert "--columns.time_unit  <s | ms | us | ns | null> (default null)" in text
+    assert "--features.NAME.window_days  <list of number | null> (default [null])" in text
+
+
+def test_the_template_mentions_every_key():
+    tree = yaml.safe_load(Path("configs/template.yaml").read_text())
+
+    def keys(value) -> set[str]:
+        if isinstance(value, dict):
+            return set(value).union(*map(keys, value.values()))
+        return set()
+
+    used = {kind: set() for kind in ("id", "ids", "numeric", "vector", "time", "cross", "history", "counter")}
+    for feature in tree["features"].values():
+        used[feature["kind"]] |= set(feature)
+    for model in _models(Settings, []):
+        if "kind" in model.model_fields and model.model_fields["kind"].is_required():
+            (kind,) = typing.get_args(model.model_fields["kind"].annotation)
+            # `ids` takes the keys of `id`, as the template says.
+            shared = used["id"] if kind == "ids" else set()
+            assert set(model.model_fields) - used[kind] - shared == set(), kind
+        else:
+            assert set(model.model_fields) - keys(tree) == set(), model
+    assert {task.get("kind") for task in tree["tasks"].values()} >= {"binary", "regression"}
+
+
+def test_the_templates_defaults_are_the_defaults():
+    """Sections that may be left out stand in the template with their defaults."""
+    template = load_settings("configs/template.yaml")
+    for section in ("model", "training", "evaluation", "serving", "tracking"):
+        assert getattr(template, section) == type(getattr(template, section))(), section
+
+
+# Speed
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from mmoe_rec.settings import describe, load_settings; describe();"
+        "load_settings('configs/template.yaml');"
+        "print(*(n for n in ('torch','torchrec','mlflow','pyarrow','pandas','numpy','ray','sklearn','matplotlib')"
+        " if n in sys.modules))"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2
+    assert done.stdout.strip() == ""
