@@ -1,6 +1,6 @@
 """What the columns of an interaction log mean: roles, tasks, observed-rules and features.
 
-These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They hold declarations only;
+These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
 `mmoe_rec.features` turns them into model inputs.
 """
 
@@ -242,7 +242,9 @@ class Schema(Section):
                 raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
             if isinstance(feature, HistoryFeature):
                 owners = self._owners(IdFeature)
-                self._check_shared(name, "of", feature.of, [each for each in owners if self.role_of(each) == "candidate"])
+                self._check_shared(
+                    name, "of", feature.of, [each for each in owners if self.role_of(each) == "candidate"]
+                )
             if isinstance(feature, IdFeature | IdsFeature) and feature.table is not None:
                 self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
             self.role_of(name)
@@ -256,7 +258,9 @@ class Schema(Section):
                 raise ValueError(f"columns.{other} and columns.{purpose} both name column '{column}'")
         for name, task in self.tasks.items():
             if task.label in purposes:
-                raise ValueError(f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own")
+                raise ValueError(
+                    f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own"
+                )
 
     def _check_leaks(self, name: str, read: Sequence[str]) -> None:
         labels = {task.label: task_name for task_name, task in self.tasks.items()}
@@ -267,7 +271,9 @@ class Schema(Section):
                     "past labels are read through features of kind counter or history"
                 )
             if column == self.columns.sampling_rate:
-                raise ValueError(f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away")
+                raise ValueError(
+                    f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away"
+                )
 
     def _check_roles(self) -> None:
         seen = {self.columns.user: "user", self.columns.candidate: "candidate", self.columns.time: "context"}
@@ -315,8 +321,8 @@ class Schema(Section):
             roles.add(self.column_roles[column])
         if "placement" in roles and (len(roles) > 1 or isinstance(feature, CounterFeature)):
             raise ValueError(
-                f"feature '{name}' reads placement together with other columns or past labels, but placement is absent in "
-                "serving; a feature of placement may read placement columns only"
+                f"feature '{name}' reads placement together with other columns or past labels, but placement is "
+                "absent in serving; a feature of placement may read placement columns only"
             )
         for role in ("placement", "candidate", "context"):
             if role in roles:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import difflib
+import itertools
 import json
 import types
 import typing
@@ -42,7 +43,7 @@ class Split(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Split:
         times = [t for t in (self.train_start, self.train_end, self.validation_end, self.test_end) if t is not None]
-        if any(a >= b for a, b in zip(times, times[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(times)):
             raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
         return self
 
@@ -65,6 +66,11 @@ class Bottom(Section):
 
     units: tuple[Width, ...] = Field((256,), min_length=1, description="widths of the shared bottom's layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer of the bottom")
+    piecewise: bool = Field(
+        True, description="encode each number piecewise-linearly between quantiles, so that the model can bend there"
+    )
+    cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 feature crosses on the inputs; 0 leaves them out")
+    cross_rank: int = Field(32, ge=1, description="rank of a cross layer's weights")
 
 
 class Experts(Section):
@@ -144,7 +150,9 @@ class Tracking(Section):
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking and registry address")
     experiment: str | None = Field(None, description="MLflow experiment; null takes the settings' `name`")
-    registered_model: str | None = Field(None, description="name in the model registry; null takes the settings' `name`")
+    registered_model: str | None = Field(
+        None, description="name in the model registry; null takes the settings' `name`"
+    )
     alias: str = Field("champion", description="alias that a newly registered model gets")
 
 
@@ -260,7 +268,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:
-    """One sentence per problem: where it is, what was expected and found, and the nearest valid key for an unknown one."""
+    """One sentence per problem: where it is, what was expected, what was found, the nearest valid key."""
     told = set()
     for problem in error.errors():
         if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
@@ -275,37 +283,36 @@ def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:
 
 
 def _sentence(kind: str, location: list[str], problem: Any, tree: Any) -> str:
-    name, found = ".".join(location), _found(problem["input"])
-    context = problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        keys = valid_keys(location[:-1], tree)
-        return f"unknown key '{name}'{_nearest(location[-1], keys)}" + (f" (valid here: {', '.join(keys)})" if keys else "")
-    if kind == "missing":
-        return f"key '{name}' is missing ({_meaning(location, tree)})"
+    name, found, context = ".".join(location), _found(problem["input"]), problem.get("ctx", {})
     if location[-1:] == ["[key]"]:
         return f"'{'.'.join(location[:-2])}' has the key {location[-2]}, which is not text; put it in quotes"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        kinds = list(_feature_kinds())
-        if kind == "union_tag_not_found":
-            return f"'{name}' needs a kind: {', '.join(kinds)}"
-        return f"'{name}.kind' must be one of {', '.join(kinds)}, found '{context['tag']}'{_nearest(context['tag'], kinds)}"
-    if kind == "literal_error":
-        values = [str(value) for value in _literals(location, tree)] or [context["expected"]]
-        return f"'{name}' must be one of {', '.join(values)}{found}{_nearest(str(problem['input']), values)}"
-    if kind in ("dict_type", "model_type", "model_attributes_type"):
-        keys = valid_keys(location, tree)
-        expected = f"keys ({', '.join(keys)})" if keys else "keys such as `kind`"
-        return f"'{name}' must hold {'a section for each name' if name in ('tasks', 'features') else expected}{found}"
     if location[-2:-1] == ["equals"]:
         return f"'{name.rpartition('.')[0]}' must be a number, text, true or false{found}"
-    if kind in _EXPECTED:
-        return f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"'{name}' {message}{found}" if message.startswith(("must", "lists")) else _with_name(name, message + found)
-
-
-def _with_name(name: str, message: str) -> str:
-    return f"'{name}': {message}" if name else message
+    match kind:
+        case "extra_forbidden":
+            keys = valid_keys(location[:-1], tree)
+            text = f"unknown key '{name}'{_nearest(location[-1], keys)} (valid here: {', '.join(keys)})"
+        case "missing":
+            text = f"key '{name}' is missing ({_meaning(location, tree)})"
+        case "union_tag_not_found":
+            text = f"'{name}' needs a kind: {', '.join(_feature_kinds())}"
+        case "union_tag_invalid":
+            kinds, tag = list(_feature_kinds()), context["tag"]
+            text = f"'{name}.kind' must be one of {', '.join(kinds)}, found '{tag}'{_nearest(tag, kinds)}"
+        case "literal_error":
+            values = [str(value) for value in _literals(location, tree)]
+            text = f"'{name}' must be one of {', '.join(values)}{found}{_nearest(str(problem['input']), values)}"
+        case "dict_type":
+            text = f"'{name}' must hold a section for each name{found}"
+        case "model_type" | "model_attributes_type":
+            text = f"'{name}' must hold keys ({', '.join(valid_keys(location, tree)) or 'kind and others'}){found}"
+        case _ if kind in _EXPECTED:
+            text = f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}"
+        case _:
+            message = problem["msg"].removeprefix("Value error, ")
+            joint = " " if message.startswith(("must", "lists")) else ": "
+            text = f"'{name}'{joint}{message}{found}" if name else message
+    return text
 
 
 _EXPECTED = {

@@ -65,12 +65,17 @@ def test_a_column_with_two_roles():
 
 
 def test_a_column_without_a_role():
-    _refuses("feature 'f' reads column 'colour', which has no role; list it under roles.user", _feature("id", column="colour"))
+    _refuses(
+        "feature 'f' reads column 'colour', which has no role; list it under roles.user",
+        _feature("id", column="colour"),
+    )
 
 
 @pytest.mark.parametrize("other", ["c", "u", "store"])
 def test_placement_mixed_with_anything_else(other):
-    message = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
+    message = (
+        "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
+    )
     _refuses(message, _feature("cross", columns=["slot", other]))
     _refuses(message, _feature("counter", task="click", by=["slot", other]))
 
@@ -92,16 +97,24 @@ def test_one_column_for_two_purposes():
 
 @pytest.mark.parametrize(
     "feature",
-    [_feature("id", column="stars"), _feature("cross", columns=["u", "stars"]), _feature("counter", task="click", by=["stars"])],
+    [
+        _feature("id", column="stars"),
+        _feature("cross", columns=["u", "stars"]),
+        _feature("counter", task="click", by=["stars"]),
+    ],
 )
 def test_a_label_as_an_input(feature):
-    message = "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
+    message = (
+        "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
+    )
     _refuses(message, feature)
     _refuses(message, feature, roles={**TREE["roles"], "context": ["store", "stars"]})
 
 
 def test_the_sampling_rate_as_an_input():
-    _refuses("feature 'f' reads column 's', the sampling rate, which gives labels away", _feature("numeric", column="s"))
+    _refuses(
+        "feature 'f' reads column 's', the sampling rate, which gives labels away", _feature("numeric", column="s")
+    )
 
 
 # References
@@ -120,7 +133,9 @@ def test_a_history_of_what_is_no_id_feature_of_the_candidate(of):
         ("tags", {"kind": "ids", "column": "tags"}),
         ("user", {"kind": "id", "column": "u"}),
     )
-    message = f"feature 'f': of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
+    message = (
+        f"feature 'f': of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
+    )
     _refuses(message, _feature("history", task="click", of=of), *others)
 
 
@@ -129,7 +144,9 @@ def test_a_table_that_is_not_there_or_not_ones_own():
     _refuses("feature 'f': table 'f' is not an id feature", _feature("id", column="brand", table="f"))
     chain = ("g", {"kind": "id", "column": "brand", "table": "f"})
     _refuses("feature 'g': table 'f' is not an id feature", _feature("id", column="brand", table="item"), chain)
-    schema = _schema(_feature("ids", column="tags", table="item"), ("h", {"kind": "history", "task": "click", "of": "item"}))
+    schema = _schema(
+        _feature("ids", column="tags", table="item"), ("h", {"kind": "history", "task": "click", "of": "item"})
+    )
     assert [schema.table_of(name) for name in ("item", "f", "h")] == ["item", "item", "item"]
 
 
@@ -166,6 +183,12 @@ def test_columns_that_are_read():
         ("when", {"kind": "time"}),
         ("slot", {"kind": "id", "column": "slot"}),
     )
-    assert schema.input_columns() == {"u": "user", "c": "candidate", "t": "context", "brand": "candidate", "slot": "placement"}
+    assert schema.input_columns() == {
+        "u": "user",
+        "c": "candidate",
+        "t": "context",
+        "brand": "candidate",
+        "slot": "placement",
+    }
     assert schema.label_columns() == {"clicked", "stars", "answered"}
     assert schema.log_columns() == ["answered", "brand", "c", "clicked", "r", "s", "slot", "stars", "t", "u"]

@@ -96,7 +96,11 @@ def test_settings_do_not_change():
 
 
 def test_split_times_are_utc_unless_they_say_else(tmp_path):
-    split = {"train_start": "2024-01-01", "train_end": "2024-01-02T00:00:00-05:00", "validation_end": "2024-01-03T12:00:00Z"}
+    split = {
+        "train_start": "2024-01-01",
+        "train_end": "2024-01-02T00:00:00-05:00",
+        "validation_end": "2024-01-03T12:00:00Z",
+    }
     assert _load(tmp_path, split=split).split.windows() == {
         "train": (1_704_067_200_000_000, 1_704_171_600_000_000),
         "validation": (1_704_171_600_000_000, 1_704_283_200_000_000),
@@ -170,11 +174,23 @@ def test_a_bad_override(tmp_path, arguments, message):
     [
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
         ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, work)"),
-        ({"model__experts__cuont": 3}, "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)"),
-        ({"features__item__mincount": 3}, "unknown key 'features.item.mincount'; did you mean 'min_count'? (valid here: dim, "),
-        ({"features__last__len": 3}, "unknown key 'features.last.len'; did you mean 'length'? (valid here: kind, task, of, "),
+        (
+            {"model__experts__cuont": 3},
+            "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)",
+        ),
+        (
+            {"features__item__mincount": 3},
+            "unknown key 'features.item.mincount'; did you mean 'min_count'? (valid here: dim, ",
+        ),
+        (
+            {"features__last__len": 3},
+            "unknown key 'features.last.len'; did you mean 'length'? (valid here: kind, task, of, ",
+        ),
         ({"tasks__click__lable": "x"}, "unknown key 'tasks.click.lable'; did you mean 'label'?"),
-        ({"tasks__liked__observed_when__equal": 1}, "unknown key 'tasks.liked.observed_when.equal'; did you mean 'equals'?"),
+        (
+            {"tasks__liked__observed_when__equal": 1},
+            "unknown key 'tasks.liked.observed_when.equal'; did you mean 'equals'?",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
@@ -188,7 +204,10 @@ def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
         ({"columns__user": _DROPPED}, "key 'columns.user' is missing (column with the user's id (integer or string))"),
         ({"tasks__click__label": _DROPPED}, "key 'tasks.click.label' is missing (column with the label; null"),
         ({"features__last__of": _DROPPED}, "key 'features.last.of' is missing (name of the candidate's id feature"),
-        ({"features__item__kind": _DROPPED}, "'features.item' needs a kind: id, ids, numeric, vector, time, cross, history, "),
+        (
+            {"features__item__kind": _DROPPED},
+            "'features.item' needs a kind: id, ids, numeric, vector, time, cross, history, ",
+        ),
         ({"features": {}}, "'features' must be longer: at least 1 needed"),
     ],
 )
@@ -209,15 +228,24 @@ def test_a_missing_key(tmp_path, changes, message):
         ({"model": 5}, "'model' must hold keys (bottom, experts, gates, towers, placement), found 5"),
         ({"model": None}, "'model' must hold keys (bottom, experts, gates, towers, placement), found nothing (null)"),
         ({"tasks": ["click"]}, "'tasks' must hold a section for each name, found ['click']"),
-        ({"features__item": "id"}, "'features.item' must hold keys such as `kind`, found 'id'"),
-        ({"features": {1: {"kind": "id", "column": "c"}}}, "'features' has the key 1, which is not text; put it in quotes"),
+        ({"features__item": "id"}, "'features.item' must hold keys (kind and others), found 'id'"),
+        (
+            {"features": {1: {"kind": "id", "column": "c"}}},
+            "'features' has the key 1, which is not text; put it in quotes",
+        ),
         ({"name": 5}, "'name' must be text, in quotes where it looks like a number or a date, found 5"),
-        ({"training__device": "gpu"}, "'training.device' must be one of auto, cpu, cuda, found 'gpu'; did you mean 'cpu'?"),
+        (
+            {"training__device": "gpu"},
+            "'training.device' must be one of auto, cpu, cuda, found 'gpu'; did you mean 'cpu'?",
+        ),
         ({"columns__time_unit": "sec"}, "'columns.time_unit' must be one of s, ms, us, ns, found 'sec'"),
         ({"training__learning_rate": float("nan")}, "'training.learning_rate' must be a finite number, found nan"),
         ({"training__learning_rate": 0}, "'training.learning_rate' must be greater than 0"),
         ({"model__bottom__dropout": 1}, "'model.bottom.dropout' must be less than 1"),
-        ({"split__train_end": "yesterday"}, "'split.train_end' must be a time such as 2024-01-31 or 2024-01-31T18:00:00, found"),
+        (
+            {"split__train_end": "yesterday"},
+            "'split.train_end' must be a time such as 2024-01-31 or 2024-01-31T18:00:00, found",
+        ),
         ({"roles__user": "country"}, "'roles.user' must be a list, such as [a, b], found 'country'"),
         (
             {"features__item__kind": "idd"},
@@ -226,10 +254,14 @@ def test_a_missing_key(tmp_path, changes, message):
         ),
         (
             {"features__user_brand__outputs": ["rates"]},
-            "'features.user_brand.outputs.0' must be one of positives, rows, rate, recency, found 'rates'; did you mean 'rate'?",
+            "'features.user_brand.outputs.0' must be one of positives, rows, rate, recency, found 'rates'; "
+            "did you mean 'rate'?",
         ),
         ({"features__user_brand__window_days": [0]}, "'features.user_brand.window_days.0' must be greater than 0"),
-        ({"features__user_brand__window_days": ["week"]}, "'features.user_brand.window_days.0' must be a number, found 'week'"),
+        (
+            {"features__user_brand__window_days": ["week"]},
+            "'features.user_brand.window_days.0' must be a number, found 'week'",
+        ),
         ({"features__user_brand__window_days": [7, 7]}, "'features.user_brand.window_days' lists 7.0 twice"),
         (
             {"tasks__liked__observed_when__equals": [1]},
@@ -271,7 +303,7 @@ def test_split_times_must_follow_each_other(tmp_path):
 )
 def test_a_file_that_is_no_settings_file(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(UserError, match="settings file '.*x.yaml'") as caught:
+    with pytest.raises(UserError, match=r"settings file '.*x\.yaml'") as caught:
         load_settings(tmp_path / "x.yaml")
     assert message in str(caught.value)
 
@@ -285,9 +317,9 @@ def test_yaml_merge_keys_work(tmp_path):
 
 
 def test_a_missing_file_a_folder_and_another_encoding(tmp_path):
-    with pytest.raises(UserError, match="does not exist; start from configs/template.yaml"):
+    with pytest.raises(UserError, match=r"does not exist; start from configs/template\.yaml"):
         load_settings(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="is a folder; start from configs/template.yaml"):
+    with pytest.raises(UserError, match=r"is a folder; start from configs/template\.yaml"):
         load_settings(tmp_path)
     (tmp_path / "x.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(UserError, match="is not valid YAML"):
@@ -321,7 +353,8 @@ def test_every_setting_is_documented():
         assert model is Settings or model.__doc__.strip() in text
         for name, field in model.model_fields.items():
             held = [each for each in models if each in (field.annotation, *typing.get_args(field.annotation))]
-            if not held and name not in ("tasks", "features") and (name != "kind" or not field.is_required()):
+            names_kind = name == "kind" and field.is_required()
+            if not held and name not in ("tasks", "features") and not names_kind:
                 assert field.description, (model, name)
                 assert field.description in text, (model, name)
     assert "--model.experts.count  <whole number> (default 8)" in text

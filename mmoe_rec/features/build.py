@@ -1,9 +1,9 @@
-"""From a log to encoded rows: fits the features, encodes each split, and keeps both until something they rest on changes.
+"""From a log to encoded rows: fits the features, encodes each split, keeps both until what they rest on changes.
 
     <work>/features/
         manifest.json          fingerprint, log digest, times, rows and labels of each split
         pipeline/              state of the features, the whole past
-        serving/               the same, only what requests after the log's end can ask for, + latest user and candidate values
+        serving/               what requests after the log's end can ask for, + latest values of users and candidates
         encoded/layout.json    order of the model's inputs
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -171,8 +171,8 @@ class _Overview:
             if rows == 0 and self.first <= self.last:
                 raise UserError(
                     f"the {name} split is empty: the log '{source}' has requests from {format_time(self.first)} to "
-                    f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` inside "
-                    "(and `columns.time_unit`, if these times are wrong)"
+                    f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                    "inside (and `columns.time_unit`, if these times are wrong)"
                 )
 
 
@@ -197,10 +197,8 @@ def _encode(
     return counts
 
 
-def encoded_table(
-    pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]
-) -> pa.Table:
-    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, candidate, time, rate."""
+def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
+    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
     columns = pipeline.encode(rows).to_arrow(layout)
     for task, values in labels.items():
         columns[f"label.{task}"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
@@ -246,7 +244,9 @@ def _check_classes(schema: Schema, counts: SplitCounts) -> None:
             if task.observed_when is not None:
                 reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
             if task.matures_after_days:
-                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request")
+                reasons.append(
+                    f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
+                )
             raise UserError(
                 f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
                 "give it labels, train on a longer time, or remove the task"
@@ -256,4 +256,3 @@ def _check_classes(schema: Schema, counts: SplitCounts) -> None:
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
                 f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
             )
-

@@ -104,7 +104,7 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
     if len(found) > 1:
         readings = " and as ".join(f"{_EXPECTED[use]} by {reader}" for use, reader in found.items())
         raise UserError(
-            f"column '{column}' is read as {readings}; it can be one of them: change a feature, or add a column to the log"
+            f"column '{column}' is read as {readings}; it can be one: change a feature, or add a column to the log"
         )
     return next(iter(found))
 

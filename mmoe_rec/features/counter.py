@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -29,7 +30,7 @@ class CounterEncoder(Encoder):
         self._label_values = NumberHistogram()
         self._parts = EventParts()
         self.numbers = {each: DenseNumber(each) for each in self._raw_names()}
-        self._set_events(*_no_events())
+        self._forget()
 
     def _raw_names(self) -> list[str]:
         names = []
@@ -38,17 +39,13 @@ class CounterEncoder(Encoder):
             names += [f"{self.name}_{output}{suffix}" for output in self.feature.outputs if output != "recency"]
         return names + ([f"{self.name}_recency"] if "recency" in self.feature.outputs else [])
 
-    def _set_events(
-        self,
-        key: np.ndarray,
-        known: np.ndarray,
-        rows: np.ndarray,
-        label_sum: np.ndarray,
-        last_positive: np.ndarray,
-        floor: int | None = None,
-    ) -> None:
-        self.events = KnownEvents(key, known, floor)
-        self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
+    def _set_events(self, events: KnownEvents, totals: Sequence[np.ndarray]) -> None:
+        self.events = events
+        self.rows, self.label_sum, self.last_positive = totals
+
+    def _forget(self) -> None:
+        none = np.empty(0, np.int64)
+        self._set_events(KnownEvents(np.empty(0, np.uint64), none), (none, np.empty(0), none))
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Sums the training rows' labels for the overall mean."""
@@ -79,14 +76,15 @@ class CounterEncoder(Encoder):
         key, known, label = self._parts.sorted()
         self._parts = EventParts()
         if not len(key):
-            self._set_events(*_no_events())
+            self._forget()
             return
         rows = _running(key, np.ones(len(key)))
-        label_sum = _running(key, label)
+        label_sum = (_running_fractions if self.task.kind == "regression" else _running)(key, label)
         last_positive = _running_last(key, np.where(label > 0, known, _NEVER))
         end_of_moment = np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True)
-        kept = (each[end_of_moment] for each in (key, known, rows.astype(np.int64), label_sum, last_positive))
-        self._set_events(*kept)
+        totals = (rows.astype(np.int64), label_sum, last_positive)
+        events = KnownEvents(key[end_of_moment], known[end_of_moment])
+        self._set_events(events, [each[end_of_moment] for each in totals])
 
     def learn_numbers(self, rows: LogRows) -> None:
         """Counts the training rows' statistics, so that they can be standardised."""
@@ -116,7 +114,9 @@ class CounterEncoder(Encoder):
                 "rate": (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing),
             }
             suffix = "" if window is None else f"_{window:g}d".replace(".", "p")
-            result |= {f"{self.name}_{key}{suffix}": statistics[key] for key in self.feature.outputs if key in statistics}
+            result |= {
+                f"{self.name}_{key}{suffix}": statistics[key] for key in self.feature.outputs if key in statistics
+            }
         if "recency" in self.feature.outputs:
             result[f"{self.name}_recency"] = self._recency(last, now)
         return {name: rows.numbers(name) if rows.has(name) else values for name, values in result.items()}
@@ -136,7 +136,7 @@ class CounterEncoder(Encoder):
 
     def outline(self) -> Outline:
         """Dense inputs only."""
-        return Outline(dense=tuple(name for number in self.numbers.values() for name in number.names()))
+        return Outline(dense=tuple(each for number in self.numbers.values() for each in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
         """The standardised statistics."""
@@ -164,8 +164,11 @@ class CounterEncoder(Encoder):
         self.prior = state.values["prior"]
         for name, values in state.values["numbers"].items():
             self.numbers[name].standardiser = Standardiser(**values)
-        columns = [state.tables["events"][name].to_numpy() for name in state.tables["events"].column_names]
-        self._set_events(*columns, floor=state.values["floor"])
+        table = state.tables["events"]
+        key, known, *totals = (
+            table[name].to_numpy() for name in ("key", "known", "rows", "label_sum", "last_positive")
+        )
+        self._set_events(KnownEvents(key, known, state.values["floor"]), totals)
 
     def latest(self, moment: int) -> State:
         """The totals that requests at `moment` or later can ask for."""
@@ -176,21 +179,18 @@ class CounterEncoder(Encoder):
         return State({**state.values, "floor": self.events.later_floor(moment)}, {"events": table})
 
 
-def _no_events() -> tuple[np.ndarray, ...]:
-    counts = np.empty(0, np.int64)
-    return np.empty(0, np.uint64), counts, counts, np.empty(0), counts
-
-
 def _running(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(E,) sum of `values` so far within each run of equal keys, which no other run's values influence."""
-    if not (values == np.rint(values)).all():
-        # Fractions are rounded as they are added, so each run has to be summed by itself.
-        runs = np.cumsum(np.append(False, key[1:] != key[:-1]))
-        return pd.Series(values).groupby(runs).cumsum().to_numpy()
+    """(E,) sum of whole `values` so far within each run of equal keys."""
     total = np.cumsum(values)
     starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
     before = np.repeat(total[starts] - values[starts], np.diff(np.append(starts, len(key))))
     return total - before
+
+
+def _running_fractions(key: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The same of any `values`: fractions are rounded as they are added, so each run is summed by itself."""
+    runs = np.cumsum(np.append(False, key[1:] != key[:-1]))
+    return pd.Series(values).groupby(runs).cumsum().to_numpy()
 
 
 def _running_last(key: np.ndarray, moments: np.ndarray) -> np.ndarray:

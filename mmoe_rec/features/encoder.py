@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.rows import LogRows
 
 
@@ -32,15 +32,16 @@ class State:
 
 @dataclass(frozen=True)
 class Outline:
-    """Names of an encoder's inputs: its own embedding table if it has one, (name, table, many) of its id inputs."""
+    """Names of an encoder's inputs: its own embedding table if it has one, (name, table, many) of its id inputs,
+    and its dense inputs."""
 
     tables: tuple[Table, ...] = ()
     ids: tuple[tuple[str, str, bool], ...] = ()
-    dense: tuple[str, ...] = ()
+    dense: tuple[DenseInput, ...] = ()
 
 
 class Encoder:
-    """A feature that is fitted to a log and then encodes rows of any origin. What a kind has no use for does nothing."""
+    """A feature that is fitted to a log and then encodes rows of any origin. What a kind does not need does nothing."""
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """First pass, over training rows: vocabularies, means, quantiles. Later labels than `known_by` don't count."""

@@ -8,6 +8,7 @@ sees rows of strictly earlier requests whose label had matured, never itself and
 from __future__ import annotations
 
 import numpy as np
+
 _TIME_BITS = np.int64(32)
 
 
@@ -26,7 +27,7 @@ class KnownEvents:
         self.keys = key[changes]
         self.starts = np.append(changes, len(key)).astype(np.int64)
         self.moments = np.unique(known)
-        assert len(self.keys) < 2**31 and len(self.moments) < 2**31
+        assert max(len(self.keys), len(self.moments)) < 2**31
         group = np.repeat(np.arange(len(self.keys)), np.diff(self.starts))
         # One sortable number for (key, time), so that a single searchsorted answers all rows at once.
         self._position = (group << _TIME_BITS) | np.searchsorted(self.moments, known)

@@ -32,10 +32,11 @@ class IdInput:
 
 @dataclass(frozen=True)
 class DenseInput:
-    """One float32 number a row."""
+    """One float32 number a row. edges: rising quantiles of its training values, at which a model may bend."""
 
     name: str
     placement: bool = False
+    edges: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Layout:
         return Layout(
             tables=tuple(Table(**each) for each in tree["tables"]),
             ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(**each) for each in tree["dense"]),
+            dense=tuple(DenseInput(each["name"], each["placement"], tuple(each["edges"])) for each in tree["dense"]),
             tasks=tuple(TaskOutput(**each) for each in tree["tasks"]),
         )
 

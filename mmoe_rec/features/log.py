@@ -89,7 +89,9 @@ def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
             if column not in arrow.names:
                 raise UserError(f"'{path}' has no column '{column}'; it has {', '.join(sorted(arrow.names))}")
             if arrow.names.count(column) > 1:
-                raise UserError(f"'{path}' has {arrow.names.count(column)} columns called '{column}'; rename all but one")
+                raise UserError(
+                    f"'{path}' has {arrow.names.count(column)} columns called '{column}'; rename all but one"
+                )
             try:
                 kind = canonical_type(column, use, arrow.field(column).type, schema.columns.time_unit)
             except UserError as error:
@@ -151,8 +153,10 @@ def _check_values(rows: LogRows, path: Path) -> None:
             )
     for name, task in rows.schema.tasks.items():
         labels = rows.numbers(task.label)
-        if np.isinf(labels).any() and task.kind == "regression":
-            raise UserError(f"'{path}': label column '{task.label}' of task '{name}' holds an infinite value; make it null")
+        if task.kind == "regression" and np.isinf(labels).any():
+            raise UserError(
+                f"'{path}': label column '{task.label}' of task '{name}' holds an infinite value; make it null"
+            )
         if task.kind == "binary":
             wrong = labels[~np.isnan(labels) & (labels != 0) & (labels != 1)]
             if len(wrong):

@@ -1,4 +1,4 @@
-"""Statistics of numbers that do not depend on the order of rows: a histogram of values rounded to 13 significant bits."""
+"""Statistics of numbers that do not depend on the order of rows: a histogram of values rounded to 13 bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _DROPPED_BITS = np.int64(40)
+CLIP = 10.0
+EDGES = 17
 _LARGEST = 1e150  # its square is still finite
 
 
@@ -26,8 +28,8 @@ class NumberHistogram:
         """Counts (N,) float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
         finite = values[np.isfinite(values)]
         self.missing += len(values) - len(finite)
-        rounded, counts = np.unique(_round(np.clip(finite, -_LARGEST, _LARGEST)), return_counts=True)
-        self._merge(rounded, counts)
+        rounded, counts = np.unique(_round(finite), return_counts=True)
+        self._merge(np.clip(rounded, -_LARGEST, _LARGEST), counts)
 
     def _merge(self, values: np.ndarray, counts: np.ndarray) -> None:
         merged, inverse = np.unique(np.concatenate([self.values, values]), return_inverse=True)
@@ -38,10 +40,22 @@ class NumberHistogram:
         """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal."""
         total = self.counts.sum()
         if total == 0:
-            return Standardiser(0.0, 1.0, self.missing > 0)
+            return Standardiser(0.0, 1.0, self.missing > 0, ())
         mean = float((self.values * self.counts).sum() / total)
         deviation = float(np.sqrt((np.square(self.values - mean) * self.counts).sum() / total))
-        return Standardiser(mean, deviation if deviation > 1e-12 * np.abs(self.values).max() else 1.0, self.missing > 0)
+        if deviation <= 1e-12 * np.abs(self.values).max():
+            return Standardiser(mean, 1.0, self.missing > 0, ())
+        scaled = np.clip((self._spread_quantiles(EDGES) - mean) / deviation, -CLIP, CLIP)
+        return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32)).tolist()))
+
+    def _spread_quantiles(self, count: int) -> np.ndarray:
+        """Least, largest and `count` - 2 quantiles by the square root of each value's count.
+
+        The root keeps edges for rare values where most rows share one value, as counters do at zero.
+        """
+        share = np.cumsum(np.sqrt(self.counts))
+        positions = np.searchsorted(share, np.linspace(0.0, 1.0, count) * share[-1])
+        return self.values[np.minimum(positions, len(self.values) - 1)]
 
     def quantiles(self, buckets: int) -> np.ndarray:
         """Sorted distinct inner edges, at most `buckets` - 1, that cut the values into parts of equal mass."""
@@ -60,13 +74,18 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Standardiser:
-    """(x - mean) / deviation, clipped to +-10; `has_missing` says whether training rows had missing values."""
+    """(x - mean) / deviation, clipped to +-10.
+
+    has_missing: whether training rows had missing values; edges: rising quantiles of the standardised values, for
+    piecewise-linear encoding.
+    """
 
     mean: float
     deviation: float
     has_missing: bool
+    edges: tuple[float, ...] = ()
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(N,) float32; missing values become 0, the mean."""
-        scaled = np.clip((values - self.mean) / self.deviation, -10.0, 10.0)
+        scaled = np.clip((values - self.mean) / self.deviation, -CLIP, CLIP)
         return np.where(np.isfinite(values), scaled, 0.0).astype(np.float32)

@@ -11,7 +11,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Encoder, Inputs, Outline, State
-from mmoe_rec.features.layout import Table
+from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.schema import NumericFeature, TimeFeature, VectorFeature
@@ -29,9 +29,10 @@ class DenseNumber:
         """Turns the histogram into mean and deviation."""
         self.standardiser = self.histogram.standardiser()
 
-    def names(self) -> tuple[str, ...]:
-        """Names of the dense inputs."""
-        return (self.name, f"{self.name}_missing") if self.standardiser.has_missing else (self.name,)
+    def inputs(self) -> tuple[DenseInput, ...]:
+        """The dense inputs."""
+        number = DenseInput(self.name, edges=tuple(self.standardiser.edges))
+        return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
 
     def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """Dense inputs of (N,) float64 values."""
@@ -66,7 +67,7 @@ class NumericEncoder(Encoder):
     def outline(self) -> Outline:
         """One dense input (and its indicator), or one id input: row 0 is missing, the buckets follow."""
         if self.feature.transform != "buckets":
-            return Outline(dense=self.number.names())
+            return Outline(dense=self.number.inputs())
         table = Table(self.name, len(self.edges) + 2, self.feature.dim)
         return Outline((table,), ((self.name, self.name, False),))
 
@@ -80,12 +81,12 @@ class NumericEncoder(Encoder):
 
     def state(self) -> State:
         """Mean, deviation, whether values were missing, the buckets' edges."""
-        return State({**asdict(self.number.standardiser), "edges": self.edges.tolist()})
+        return State({**asdict(self.number.standardiser), "bucket_edges": self.edges.tolist()})
 
     def restore(self, state: State) -> None:
         """Takes saved statistics."""
         values = dict(state.values)
-        self.edges = np.array(values.pop("edges"), np.float64)
+        self.edges = np.array(values.pop("bucket_edges"), np.float64)
         self.number.standardiser = Standardiser(**values)
 
 
@@ -121,7 +122,7 @@ class VectorEncoder(Encoder):
 
     def outline(self) -> Outline:
         """`size` dense inputs."""
-        return Outline(dense=tuple(f"{self.name}_{index}" for index in range(self.feature.size)))
+        return Outline(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
         """The standardised elements; all zeros for a missing vector."""
@@ -169,7 +170,7 @@ class TimeEncoder(Encoder):
         parts = [part for part in self.feature.parts if part in sizes]
         tables = tuple(Table(f"{self.name}_{part}", sizes[part], self.feature.dim) for part in parts)
         ids = tuple((table.name, table.name, False) for table in tables)
-        return Outline(tables, ids, self.age.names() if "age" in self.feature.parts else ())
+        return Outline(tables, ids, self.age.inputs() if "age" in self.feature.parts else ())
 
     def encode(self, rows: LogRows) -> Inputs:
         """Hour and weekday in the time zone; log(1 + days) of age."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 1
+FORMAT = 2
 
 
 class FeaturePipeline:
@@ -58,12 +59,15 @@ class FeaturePipeline:
         for name, encoder in self.encoders.items():
             outline = encoder.outline()
             computed = isinstance(encoder, HistoryEncoder | CounterEncoder)
-            inputs = [each for each, _, _ in outline.ids] + [*outline.dense, *(f"{each}_missing" for each in outline.dense)]
+            dense = [each.name for each in outline.dense]
+            inputs = [each for each, _, _ in outline.ids] + dense + [f"{each}_missing" for each in dense]
             for each in inputs:
                 if (other := givers.setdefault(each, name)) != name:
                     raise UserError(f"features '{other}' and '{name}' both give an input '{each}'; rename one of them")
                 if computed and each in uses:
-                    raise UserError(f"feature '{name}' gives an input '{each}', which is also a column; rename the feature")
+                    raise UserError(
+                        f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
+                    )
 
     def _encoder(self, name: str) -> Encoder:
         feature, tasks = self.schema.features[name], self.schema.tasks
@@ -112,7 +116,9 @@ class FeaturePipeline:
                 encoder.learn(inside, known_by=training[1])
                 encoder.remember(rows)
         if total == 0:
-            raise UserError("no row of the log lies in the training time; see `split.train_start` and `split.train_end`")
+            raise UserError(
+                "no row of the log lies in the training time; see `split.train_start` and `split.train_end`"
+            )
         for encoder in encoders:
             encoder.finish()
         for encoder in encoders:
@@ -148,7 +154,7 @@ class FeaturePipeline:
             outline = encoder.outline()
             tables += outline.tables
             ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
-            dense += [DenseInput(each, placement) for each in outline.dense]
+            dense += [replace(each, placement=placement) for each in outline.dense]
         tasks = [
             TaskOutput(name, task.kind, task.objective, task.loss_weight, task.score_weight)
             for name, task in self.schema.tasks.items()
@@ -223,4 +229,4 @@ def _absent(encoder: Encoder, rows: int) -> Inputs:
         (name, Ragged(np.empty(0, np.int64), np.zeros(rows, np.int32)) if many else np.zeros(rows, np.int64))
         for name, _, many in outline.ids
     )
-    return Inputs(dict(ids), {name: np.zeros(rows, np.float32) for name in outline.dense})
+    return Inputs(dict(ids), {each.name: np.zeros(rows, np.float32) for each in outline.dense})

@@ -56,7 +56,7 @@ class LogRows:
         return combine([self._hashes[name] for name in names])
 
     def times(self, name: str | None = None) -> np.ndarray:
-        """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; the least int64 is null."""
+        """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; null: least int64."""
         column = self.column(name or self.schema.columns.time)
         if pt.is_null(column.type):
             return np.full(len(column), np.iinfo(np.int64).min)
@@ -70,7 +70,7 @@ class LogRows:
         return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
-        """(N,) float64 labels, NaN where unobserved: null, ruled out, or not yet matured at `known_by` (microseconds)."""
+        """(N,) float64 labels, NaN where unobserved: null, ruled out, or not matured at `known_by` (microseconds)."""
         labels = self.numbers(task.label)
         observed = self.times() + maturity(task) <= known_by
         if task.observed_when is not None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.bottom import Bottom
 from mmoe_rec.model.experts import Experts
 from mmoe_rec.model.gates import SoftGates
-from mmoe_rec.model.towers import PlacementTower, Towers, mlp
+from mmoe_rec.model.towers import PlacementTower, Towers
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import Model
@@ -33,11 +34,14 @@ class Mixture(nn.Module):
     def __init__(
         self,
         inputs: int,
+        edges: Sequence[Sequence[float]],
         placement_inputs: int,
         tasks: int,
         *,
         bottom_units: Sequence[int],
         bottom_dropout: float,
+        cross_layers: int,
+        cross_rank: int,
         expert_count: int,
         expert_units: Sequence[int],
         gate_dropout: float,
@@ -46,10 +50,9 @@ class Mixture(nn.Module):
         placement_dropout: float,
     ) -> None:
         super().__init__()
-        hidden = bottom_units[-1] if bottom_units else inputs
-        self.bottom = mlp(inputs, bottom_units, bottom_dropout)
-        self.experts = Experts(expert_count, hidden, expert_units)
-        self.gates = SoftGates(hidden, tasks, expert_count, gate_dropout)
+        self.bottom = Bottom(inputs, edges, bottom_units, bottom_dropout, cross_layers, cross_rank)
+        self.experts = Experts(expert_count, self.bottom.outputs, expert_units)
+        self.gates = SoftGates(self.bottom.outputs, tasks, expert_count, gate_dropout)
         self.towers = Towers(tasks, expert_units[-1], tower_units)
         self.placement = (
             PlacementTower(placement_inputs, tasks, placement_units, placement_dropout) if placement_inputs else None
@@ -87,6 +90,9 @@ class RankingModel(nn.Module):
         *,
         bottom_units: Sequence[int] = (256,),
         bottom_dropout: float = 0.0,
+        piecewise: bool = False,
+        cross_layers: int = 0,
+        cross_rank: int = 32,
         expert_count: int = 8,
         expert_units: Sequence[int] = (128, 64),
         gate_dropout: float = 0.0,
@@ -104,12 +110,16 @@ class RankingModel(nn.Module):
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
             self.register_buffer(name, torch.tensor(columns, dtype=torch.int64), persistent=False)
+        dense = [each for each in layout.dense if not each.placement]
         self.mixture = Mixture(
             layout.width(placement=False),
+            [each.edges if piecewise else () for each in dense],
             layout.width(placement=True),
             len(layout.tasks),
             bottom_units=bottom_units,
             bottom_dropout=bottom_dropout,
+            cross_layers=cross_layers,
+            cross_rank=cross_rank,
             expert_count=expert_count,
             expert_units=expert_units,
             gate_dropout=gate_dropout,
@@ -155,6 +165,9 @@ def build_model(layout: Layout, model: Model, tables: nn.Module, seed: int = 0) 
             layout,
             bottom_units=model.bottom.units,
             bottom_dropout=model.bottom.dropout,
+            piecewise=model.bottom.piecewise,
+            cross_layers=model.bottom.cross_layers,
+            cross_rank=model.bottom.cross_rank,
             expert_count=model.experts.count,
             expert_units=model.experts.units,
             gate_dropout=model.gates.dropout,

@@ -1,6 +1,7 @@
 """Small random interaction logs, and the shortest way from one to a fitted pipeline."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,12 @@ def random_log(seed: int, rows: int = 300, strings: bool = False, days: float = 
             "age": pa.array(rng.integers(0, 3, rows)),
             "brand": pa.array(rng.choice(["a", "b", "ç"], rows), mask=rng.random(rows) < 0.2),
             "price": pa.array(np.exp(rng.normal(size=rows)), mask=rng.random(rows) < 0.1),
-            "tags": pa.array([[["x", "y", None, "z"][i] for i in rng.integers(0, 4, n)] for n in rng.integers(0, 4, rows)]),
-            "born": pa.array(times - rng.integers(0, DAY * 900, rows), mask=rng.random(rows) < 0.1).cast(UTC_MICROSECONDS),
+            "tags": pa.array(
+                [[["x", "y", None, "z"][i] for i in rng.integers(0, 4, n)] for n in rng.integers(0, 4, rows)]
+            ),
+            "born": pa.array(times - rng.integers(0, DAY * 900, rows), mask=rng.random(rows) < 0.1).cast(
+                UTC_MICROSECONDS
+            ),
             "slot": pa.array(rng.integers(0, 3, rows)),
         }
     )
@@ -109,10 +114,12 @@ def stream_of(tables: Iterable[pa.Table], schema: Schema) -> list[LogRows]:
     return [log_rows(table, schema) for table in tables]
 
 
-def fit(table: pa.Table, schema: Schema, until: int, since: int | None = None, cuts: tuple[int, ...] = ()) -> FeaturePipeline:
+def fit(
+    table: pa.Table, schema: Schema, until: int, since: int | None = None, cuts: tuple[int, ...] = ()
+) -> FeaturePipeline:
     """A pipeline fitted to a log that is cut into batches at the rows `cuts`."""
     edges = [0, *cuts, table.num_rows]
-    batches = stream_of([table.slice(a, b - a) for a, b in zip(edges, edges[1:], strict=False)], schema)
+    batches = stream_of([table.slice(a, b - a) for a, b in pairwise(edges)], schema)
     return FeaturePipeline.fit(schema, lambda: batches, (since, until))
 
 

@@ -35,7 +35,7 @@ def _refuses(message: str, log: Path | str, tmp_path: Path, schema: Schema = SCH
         _prepare(log, tmp_path, schema, windows)
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
-    left = [path for path in (tmp_path / "work").rglob("*")] if (tmp_path / "work").exists() else []
+    left = list((tmp_path / "work").rglob("*")) if (tmp_path / "work").exists() else []
     assert left == []
 
 
@@ -128,7 +128,7 @@ def test_a_column_that_is_there_twice(tmp_path):
 def test_a_column_that_changes_its_type(tmp_path):
     first, second = _parts()
     log = write_log(tmp_path / "log", first, _replace(second, "item", second["item"].cast(pa.string())))
-    message = r"column 'item' changes its type: int64 in '.*0.parquet', string in '.*1.parquet'; write all files with one type"
+    message = r"column 'item' changes its type: int64 in '.*0.parquet', string in '.*1.parquet'; write all files"
     _refuses(message, log, tmp_path)
 
 
@@ -142,14 +142,26 @@ def test_integers_of_different_widths_are_one_type(tmp_path):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("item", pa.array(np.zeros(300)), r"column 'item' must hold integers or strings, found double \(pandas makes .*Int64"),
-        ("user", pa.array([b"a"] * 300), r"column 'user' must hold integers or strings, found binary \(write it as a string\)"),
+        (
+            "item",
+            pa.array(np.zeros(300)),
+            r"column 'item' must hold integers or strings, found double \(pandas makes .*Int64",
+        ),
+        (
+            "user",
+            pa.array([b"a"] * 300),
+            r"column 'user' must hold integers or strings, found binary \(write it as a string\)",
+        ),
         ("user", pa.array([2**64 - 1] * 300, pa.uint64()), r"column 'user' cannot be read as int64"),
         ("price", pa.array(["1"] * 300), r"column 'price' must hold numbers, found string"),
         ("click", pa.array(["yes"] * 300), r"column 'click' must hold numbers, found string"),
         ("tags", pa.array(["x"] * 300), r"column 'tags' must hold lists of integers or lists of strings, found string"),
         ("time", pa.array(["2020"] * 300), r"column 'time' must hold timestamps .*, found string \(parse it"),
-        ("time", pa.array([1] * 300), r"column 'time' must hold timestamps \(or integers, with `columns.time_unit` set\), found int64"),
+        (
+            "time",
+            pa.array([1] * 300),
+            r"column 'time' must hold timestamps \(or integers, with `columns.time_unit` set\)",
+        ),
         ("born", pa.array([0.5] * 300), r"column 'born' must hold timestamps .*, found double"),
     ],
 )
@@ -199,7 +211,9 @@ def test_a_label_that_is_neither_0_nor_1(tmp_path):
     values[5] = 3.0
     log = write_log(tmp_path / "log", _replace(first, "click", pa.array(values)), second)
     # The first file alone would also leave the later splits empty; the label is what is wrong.
-    message = r"0.parquet': label column 'click' of binary task 'click' holds 3 \(1 rows are neither 0 nor 1\); fix .* regression"
+    message = (
+        r"0.parquet': label column 'click' of binary task 'click' holds 3 \(1 rows are neither .*; fix .* regression"
+    )
     _refuses(message, log, tmp_path)
 
 
@@ -212,7 +226,9 @@ def test_an_infinite_label(tmp_path):
 def test_a_task_of_one_class(tmp_path, label):
     log = write_log(tmp_path / "log", _replace(TABLE, "click", pa.array([label] * 300)))
     schema = schema_of({"item": ALL_KINDS["item"]}, tasks={"click": {"label": "click", "objective": "engagement"}})
-    message = rf"task 'click' has one class in training: all \d+ observed labels in column 'click' are {label}; .*remove it"
+    message = (
+        rf"task 'click' has one class in training: all \d+ observed labels in column 'click' are {label}; .*remove it"
+    )
     _refuses(message, log, tmp_path, schema)
 
 
@@ -233,7 +249,9 @@ def test_a_task_whose_rule_never_holds(tmp_path):
 def test_a_rule_that_compares_numbers_with_text(tmp_path):
     task = {"label": "liked", "objective": "engagement", "observed_when": {"column": "age", "equals": "1"}}
     schema = schema_of({"item": ALL_KINDS["item"]}, tasks={"liked": task})
-    message = "`observed_when` compares column 'age', which holds numbers, with the string '1'; write `equals` without quotes"
+    message = (
+        "`observed_when` compares column 'age', which holds numbers, with the string '1'; write `equals` without quotes"
+    )
     _refuses(message, write_log(tmp_path / "log", TABLE), tmp_path, schema)
 
 
@@ -266,14 +284,19 @@ def test_an_empty_split_names_the_logs_times(tmp_path, split):
     far = START + 1000 * DAY
     windows = {**WINDOWS, split: (far, far + DAY)}
     first, last = (format_time(int(TABLE["time"].cast(pa.int64())[i].as_py())) for i in (0, -1))
-    message = f"the {split} split is empty: .* requests from {re.escape(first)} to {re.escape(last)}; set `split.train_end`"
+    message = (
+        f"the {split} split is empty: .* requests from {re.escape(first)} to {re.escape(last)}; set `split.train_end`"
+    )
     _refuses(message, write_log(tmp_path / "log", TABLE), tmp_path, windows=windows)
 
 
 def test_times_in_the_wrong_unit_point_to_the_unit(tmp_path):
     milliseconds = pa.array(TABLE["time"].cast(pa.int64()).to_numpy() // 1000)
     log = write_log(tmp_path / "log", _replace(TABLE, "time", milliseconds))
-    for unit, message in (("s", r"requests from \d{5}-.*columns.time_unit"), ("us", "requests from 1970-.*columns.time_unit")):
+    for unit, message in (
+        ("s", r"requests from \d{5}-.*columns.time_unit"),
+        ("us", "requests from 1970-.*columns.time_unit"),
+    ):
         _refuses(message, log, tmp_path, schema_of(ALL_KINDS, columns={**_COLUMNS, "time_unit": unit}))
 
 
@@ -370,7 +393,7 @@ def test_a_failed_build_leaves_the_old_one(tmp_path):
     log = write_log(tmp_path / "log", *_parts())
     before = _prepare(log, tmp_path).manifest
     (log / "1.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="1.parquet"):
+    with pytest.raises(UserError, match=r"1\.parquet"):
         _prepare(log, tmp_path)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["features"]
     assert Prepared(tmp_path / "work" / "features").manifest == before
@@ -399,5 +422,8 @@ def test_splits_hold_their_rows_and_labels(tmp_path):
         assert counts["observed"]["liked"] == sum(label is not None for label in liked)
         assert counts["label_sum"]["liked"] == sum(label or 0 for label in liked)
         # Without a request column, a user's rows of one instant form a request.
-        requests = [(request, row["user"], time) for request, (row, time) in zip(table["request"].to_pylist(), inside, strict=True)]
+        requests = [
+            (request, row["user"], time)
+            for request, (row, time) in zip(table["request"].to_pylist(), inside, strict=True)
+        ]
         assert len({request for request, _, _ in requests}) == len(set(requests)) == len({key[1:] for key in requests})

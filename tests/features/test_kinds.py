@@ -17,6 +17,7 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.ids import ragged
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import IdCounts
 from mmoe_rec.schema import Schema
 
 ROLES = {"user": [], "candidate": ["x", "y"], "context": [], "placement": []}
@@ -114,6 +115,20 @@ def test_ids_get_rows_by_frequency_then_value(values, min_count, max_size, oov):
     assert pipeline.layout.table("f").rows == 1 + oov + known
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+def test_counts_add_up_over_many_batches(kind):
+    batches = [pa.array([index % 3, index % 5 + 10, None]).cast(kind) for index in range(200)]
+    counts = IdCounts()
+    for batch in batches:
+        counts.add(batch)
+    ids = [each for batch in batches for each in batch.to_pylist()]
+    vocabulary = counts.vocabulary(41, None, 7)
+    rows = vocabulary.encode(pa.array(ids, kind)).tolist()
+    expected = _naive_rows(ids, ids, 41, None, 7)
+    assert vocabulary.rows == 1 + 7 + 3
+    assert [row if row == 0 or row > 7 else None for row in rows] == expected
+
+
 def test_unknown_ids_keep_their_bucket():
     feature = {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 1000}
     pipeline, schema, _ = _fitted(feature, x=pa.array([1, 2]))
@@ -178,7 +193,11 @@ def test_lists_count_the_elements_that_they_keep(lists, max_length):
 
 
 def test_a_column_of_nothing_but_null_lists_is_empty():
-    for column in (pa.nulls(3), pa.array([None, [], [None]], pa.list_(pa.null())), pa.array([None, [], [None]], pa.list_(pa.string()))):
+    for column in (
+        pa.nulls(3),
+        pa.array([None, [], [None]], pa.list_(pa.null())),
+        pa.array([None, [], [None]], pa.list_(pa.string())),
+    ):
         _, _, encoded = _fitted({"kind": "ids", "column": "x"}, x=column)
         assert encoded.ids["f"].lengths.tolist() == [0, 0, 0]
 
@@ -187,7 +206,11 @@ def test_a_column_of_nothing_but_null_lists_is_empty():
 
 
 _NUMBERS = st.lists(
-    st.one_of(st.none(), st.floats(-1e6, 1e6).map(lambda value: round(value, 6)), st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan])),
+    st.one_of(
+        st.none(),
+        st.floats(-1e6, 1e6).map(lambda value: round(value, 6)),
+        st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan]),
+    ),
     min_size=1,
     max_size=50,
 )
@@ -200,7 +223,9 @@ def _finite(values: list) -> np.ndarray:
 @settings(max_examples=40, deadline=None)
 @given(values=_NUMBERS, transform=st.sampled_from(["standard", "log"]))
 def test_numbers_are_standardised(values, transform):
-    pipeline, _, encoded = _fitted({"kind": "numeric", "column": "x", "transform": transform}, x=pa.array(values, pa.float64()))
+    pipeline, _, encoded = _fitted(
+        {"kind": "numeric", "column": "x", "transform": transform}, x=pa.array(values, pa.float64())
+    )
     missing = [value is None or not math.isfinite(value) for value in values]
     numbers = np.array([0.0 if out else value for value, out in zip(values, missing, strict=True)])
     if transform == "log":
@@ -231,7 +256,12 @@ def test_a_constant_column_is_zero_and_a_missing_one_is_marked():
 
 def test_a_missing_value_that_training_never_had_is_the_mean():
     pipeline, schema, _ = _fitted({"kind": "numeric", "column": "x"}, x=pa.array([1.0, 3.0]))
-    assert _encode(pipeline, schema, x=pa.array([None, math.inf, 4.0, 1e9])).dense[:, 0].tolist() == [0.0, 0.0, 2.0, 10.0]
+    assert _encode(pipeline, schema, x=pa.array([None, math.inf, 4.0, 1e9])).dense[:, 0].tolist() == [
+        0.0,
+        0.0,
+        2.0,
+        10.0,
+    ]
 
 
 @settings(max_examples=40, deadline=None)

@@ -57,6 +57,24 @@ def test_rounding_is_relative_and_bounds_the_number_of_values():
     assert sorted(_histogram(exact).values) == sorted(exact)
 
 
+def test_a_value_is_rounded_to_the_nearest():
+    values = np.random.default_rng(0).lognormal(sigma=20, size=2000) * np.random.default_rng(1).choice([-1, 1], 2000)
+    for value in values:
+        assert abs(_histogram(np.array([value])).values[0] - value) <= abs(value) * 2.0**-13
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.floats(-1e9, 1e9).map(lambda value: round(value, 6)), min_size=2, max_size=200))
+def test_edges_rise_from_the_least_to_the_largest_standardised_value(values):
+    found = _histogram(np.array(values)).standardiser()
+    edges = np.array(found.edges)
+    assert (np.diff(edges) > 0).all()
+    if len(set(values)) > 1 and len(edges):
+        scaled = np.clip((np.array(values) - found.mean) / found.deviation, -10, 10)
+        slack = np.abs(values).max() / found.deviation * PRECISION + 1e-5
+        assert edges[[0, -1]] == pytest.approx([scaled.min(), scaled.max()], abs=slack)
+
+
 def test_values_beyond_reach_do_not_break_the_statistics():
     found = _histogram(np.array([np.finfo(np.float64).max, 1.0, np.nan])).standardiser()
     assert np.isfinite([found.mean, found.deviation]).all()

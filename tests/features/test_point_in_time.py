@@ -5,7 +5,19 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import ALL_KINDS, DAY, LATE_DAYS, START, assert_same, fit, log_rows, random_log, schema_of, stream_of, times_of
+from small_logs import (
+    ALL_KINDS,
+    DAY,
+    LATE_DAYS,
+    START,
+    assert_same,
+    fit,
+    log_rows,
+    random_log,
+    schema_of,
+    stream_of,
+    times_of,
+)
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY
@@ -27,7 +39,9 @@ def _with(table: pa.Table, name: str, where: np.ndarray, values: pa.Array) -> pa
 def _corrupt(table: pa.Table, moment: int, rng: np.random.Generator) -> pa.Table:
     """The log with every row at or after `moment` changed, some dropped, some added; earlier rows as they were."""
     past, future = (table.filter(pa.array(mask)) for mask in (times_of(table) < moment, times_of(table) >= moment))
-    future = future.take(pa.array(rng.integers(0, max(future.num_rows, 1), rng.integers(0, future.num_rows + 5))[: 10**6]))
+    future = future.take(
+        pa.array(rng.integers(0, max(future.num_rows, 1), rng.integers(0, future.num_rows + 5))[: 10**6])
+    )
     everyone = np.ones(future.num_rows, bool)
     for name in ("user", "item", "brand", "click", "liked", "spent"):
         replacement = table[name].combine_chunks().take(pa.array(rng.integers(0, table.num_rows, future.num_rows)))
@@ -57,7 +71,9 @@ def test_late_labels_have_no_influence_before_they_mature(seed):
     times = times_of(table)
     for moment in rng.choice(times, 8):
         unknown = times + LATE > moment
-        lies = _with(table, "liked", unknown, pa.array(rng.integers(0, 2, table.num_rows), mask=rng.random(table.num_rows) < 0.3))
+        lies = _with(
+            table, "liked", unknown, pa.array(rng.integers(0, 2, table.num_rows), mask=rng.random(table.num_rows) < 0.3)
+        )
         now = log_rows(table.filter(pa.array(times == moment)), SCHEMA)
         assert_same(_remembering(table, lies).encode(now), truth.encode(now))
 
@@ -98,15 +114,19 @@ def _counter(task: str, windows: list[float | None]) -> dict:
 
 
 def _at(table: pa.Table, moment: int) -> pa.Table:
-    return _with(table, "time", np.ones(table.num_rows, bool), pa.array([moment] * table.num_rows).cast(table["time"].type))
+    return _with(
+        table, "time", np.ones(table.num_rows, bool), pa.array([moment] * table.num_rows).cast(table["time"].type)
+    )
 
 
 def _raw(pipeline, table: pa.Table, schema) -> dict[str, np.ndarray]:
     return pipeline.encoders["n"].raw(log_rows(table, schema))
 
 
-def _naive(table: pa.Table, task: str, by: list[str], window: float | None, late: int, prior: float, smoothing: float):
+def _naive(table: pa.Table, feature: dict, prior: float) -> dict[str, np.ndarray]:
     """Positives, rows, rate and recency of every row, from the definition: a loop over all pairs of rows."""
+    task, by, (window,), smoothing = (feature[key] for key in ("task", "by", "window_days", "smoothing"))
+    late = LATE if task == "liked" else 0
     rows = table.to_pylist()
     times = [int(time) for time in times_of(table)]
     result: dict[str, list[float]] = {"positives": [], "rows": [], "rate": [], "recency": []}
@@ -132,41 +152,62 @@ def _naive(table: pa.Table, task: str, by: list[str], window: float | None, late
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 60),
-    strings=st.booleans(),
+    log=st.builds(random_log, st.integers(0, 10**6), st.integers(1, 60), st.booleans()),
     task=st.sampled_from(["click", "liked", "spent"]),
     by=st.sampled_from([["item"], ["user", "brand"], ["brand", "age"]]),
     window=st.sampled_from([None, 1.0, LATE_DAYS, 0.3]),
 )
-def test_counters_equal_a_naive_loop(seed, rows, strings, task, by, window):
+def test_counters_equal_a_naive_loop(log, task, by, window):
     outputs = ["positives", "rows", "rate", "recency"]
     feature = {"kind": "counter", "task": task, "by": by, "window_days": [window], "outputs": outputs, "smoothing": 3.0}
     schema = schema_of({"n": feature})
-    table = random_log(seed, rows, strings)
-    pipeline = fit(table, schema, START + 100 * DAY)
-    found = _raw(pipeline, table, schema)
-    late = LATE if task == "liked" else 0
-    expected = _naive(table, task, by, window, late, pipeline.encoders["n"].prior, 3.0)
+    pipeline = fit(log, schema, START + 100 * DAY)
+    found = _raw(pipeline, log, schema)
+    expected = _naive(log, feature, pipeline.encoders["n"].prior)
     suffix = "" if window is None else f"_{window:g}d".replace(".", "p")
     for output, values in expected.items():
         name = f"n_{output}" if output == "recency" else f"n_{output}{suffix}"
         np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize("large", [0.0, 1e17])
+def test_other_keys_leave_no_trace_in_sums_of_fractions(large):
+    feature = {"kind": "counter", "task": "spent", "by": ["item"], "outputs": ["positives", "rate"]}
+    schema = schema_of({"n": feature})
+    table = random_log(0, rows=60)
+    items = np.arange(60) % 20
+    spent = np.where(items < 10, 0.1 * np.arange(60), large)
+    everyone = np.ones(60, bool)
+    table = _with(_with(table, "item", everyone, pa.array(items)), "spent", everyone, pa.array(spent))
+    table = _with(table, "time", everyone, pa.array(START + np.arange(60)).cast(table["time"].type))
+    found = _raw(fit(table, schema, START + 100 * DAY), table, schema)["n_positives"]
+    for index in np.flatnonzero(items < 10):
+        earlier = spent[:index][items[:index] == items[index]]
+        assert found[index] == np.log1p(earlier.sum())
+
+
+def test_the_overall_mean_of_fractions_is_that_of_the_training_rows_in_any_order():
+    schema = schema_of({"n": {"kind": "counter", "task": "spent", "by": ["item"]}})
+    table = random_log(5)
+    spent = [row["spent"] for row, time in zip(table.to_pylist(), times_of(table), strict=True) if time < UNTIL]
+    known = np.array([value for value in spent if value is not None])
+    mean = fit(table, schema, UNTIL).encoders["n"].prior
+    assert mean == pytest.approx(known.mean(), abs=np.abs(known).max() * 2**-12)
+    for seed in range(20):
+        shuffled = table.take(pa.array(np.random.default_rng(seed).permutation(300)))
+        assert fit(shuffled, schema, UNTIL, cuts=(100, 200)).encoders["n"].prior == mean
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 80),
-    strings=st.booleans(),
+    table=st.builds(random_log, st.integers(0, 10**6), st.integers(1, 80), st.booleans()),
     task=st.sampled_from(["click", "liked"]),
     length=st.integers(1, 6),
 )
-def test_histories_equal_a_naive_loop(seed, rows, strings, task, length):
+def test_histories_equal_a_naive_loop(table, task, length):
     schema = schema_of(
         {"item": ALL_KINDS["item"], "h": {"kind": "history", "task": task, "of": "item", "length": length}}
     )
-    table = random_log(seed, rows, strings)
     encoded = fit(table, schema, START + 100 * DAY).encode(log_rows(table, schema))
     items, history = encoded.ids["item"], encoded.ids["h"]
     late = LATE if task == "liked" else 1
@@ -224,7 +265,9 @@ def test_statistics_come_from_training_rows_alone(seed, tmp_path):
         assert mine.values == theirs.values, name
         for key in set(mine.tables) - {"events"}:
             assert mine.tables[key].equals(theirs.tables[key]), name
-    assert any(not one.encoders[n].state().tables["events"].equals(other.encoders[n].state().tables["events"]) for n in _LOGGED)
+    assert any(
+        not one.encoders[n].state().tables["events"].equals(other.encoders[n].state().tables["events"]) for n in _LOGGED
+    )
 
 
 _LOGGED = [name for name, feature in ALL_KINDS.items() if feature["kind"] in ("history", "counter")]
@@ -238,5 +281,7 @@ def test_labels_that_mature_after_training_do_not_enter_the_overall_mean():
     mean = fit(table, schema, UNTIL).encoders["n"].prior
     assert 0 < mean < 1
     assert fit(lies, schema, UNTIL).encoders["n"].prior == mean
-    rows = [row for row, time in zip(table.to_pylist(), times, strict=True) if time + LATE <= UNTIL and row["click"] == 1]
+    rows = [
+        row for row, time in zip(table.to_pylist(), times, strict=True) if time + LATE <= UNTIL and row["click"] == 1
+    ]
     assert mean == pytest.approx(np.mean([row["liked"] for row in rows if row["liked"] is not None]))

@@ -7,10 +7,22 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import ALL_KINDS, DAY, START, assert_same, files_of, fit, log_rows, random_log, schema_of, stream_of, times_of
+from small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    fit,
+    log_rows,
+    random_log,
+    schema_of,
+    stream_of,
+    times_of,
+)
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY
@@ -85,7 +97,9 @@ def test_an_earlier_request_is_answered_as_of_the_compaction(tmp_path):
     early, then = (log_rows(_at(table, time), SCHEMA) for time in (START, moment))
     for name in ("clicked", "liked_items"):
         assert loaded.encode(early).ids[name].values.tolist() == loaded.encode(then).ids[name].values.tolist()
-    counters = [i for i, each in enumerate(loaded.layout.dense) if each.name.startswith(("item_click", "user_brand_liked"))]
+    counters = [
+        i for i, each in enumerate(loaded.layout.dense) if each.name.startswith(("item_click", "user_brand_liked"))
+    ]
     np.testing.assert_array_equal(loaded.encode(early).dense[:, counters], loaded.encode(then).dense[:, counters])
 
 
@@ -126,7 +140,7 @@ def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
         FeaturePipeline.load(tmp_path)
     text = json.loads((tmp_path / "pipeline.json").read_text())
     (tmp_path / "pipeline.json").write_text(json.dumps({**text, "format": 99}))
-    with pytest.raises(UserError, match="format 99, this version reads 1"):
+    with pytest.raises(UserError, match=f"format 99, this version reads {FORMAT}"):
         FeaturePipeline.load(tmp_path)
 
 
@@ -146,7 +160,9 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     rows = log_rows(table.slice(0, 2), SCHEMA)
     known = pipeline.encoders["item"].owner.vocabulary.known[:4].to_pylist()
     given = rows.table.append_column("clicked", pa.array([known, None], pa.list_(pa.int64())))
-    given = given.append_column("item_click_rows", pa.array([pipeline.encoders["item_click"].numbers["item_click_rows"].standardiser.mean] * 2))
+    given = given.append_column(
+        "item_click_rows", pa.array([pipeline.encoders["item_click"].numbers["item_click_rows"].standardiser.mean] * 2)
+    )
     encoded = pipeline.encode(type(rows)(given, SCHEMA))
     history = encoded.ids["clicked"]
     assert history.lengths.tolist() == [3, 0]

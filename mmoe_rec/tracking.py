@@ -1,0 +1,275 @@
+"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow.
+
+With a SQLite address, such as `sqlite:///mlflow.db`, everything lies beside the database file: runs, metrics and the
+registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would be
+`mlruns/` in whatever folder the command was started from). Another address is a server's, which has its own place.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from mmoe_rec.errors import UserError
+
+# What they say at INFO (and, for the last three, at WARNING) is about MLflow's insides; a user cannot act on it.
+QUIET_LOGGERS = {
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.WARNING,
+    "mlflow.tracking.fluent": logging.WARNING,
+    "mlflow.tracking._model_registry.client": logging.WARNING,
+    "mlflow.store.model_registry.abstract_store": logging.WARNING,
+    "mlflow.pyfunc": logging.ERROR,
+    "mlflow.models": logging.ERROR,
+    "mlflow.types": logging.ERROR,
+}
+# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm.
+SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
+# The parts of this package that scoring imports.
+SERVED_CODE = ("__init__.py", "errors.py", "schema.py", "settings.py", "atomic.py", "features", "batches", "model", "serving")
+_AT_ONCE = 100  # parameters that MLflow takes in one call
+
+
+class Run:
+    """A run that is being recorded; without MLflow (`mlflow` None) every call does nothing."""
+
+    def __init__(self, run_id: str | None, mlflow: Any = None) -> None:
+        self.run_id = run_id
+        self._mlflow = mlflow
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings as flat names and values. In a resumed run, values that have changed go to the tag `resumed.NAME`."""
+        if not self._mlflow:
+            return
+        known = self._mlflow.get_run(self.run_id).data.params
+        new = {name: str(value) for name, value in params.items() if name not in known}
+        names = list(new)
+        for start in range(0, len(names), _AT_ONCE):
+            self._mlflow.log_params({name: new[name] for name in names[start : start + _AT_ONCE]})
+        for name, value in params.items():
+            if name in known and known[name] != str(value):
+                self._mlflow.set_tag(f"resumed.{name}", str(value))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step."""
+        if self._mlflow:
+            self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def log_text(self, text: str, name: str) -> None:
+        """A text file."""
+        if self._mlflow:
+            self._mlflow.log_text(text, name)
+
+    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
+        """A JSON or YAML file, by the name's ending."""
+        if self._mlflow:
+            self._mlflow.log_dict(dict(values), name)
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """A matplotlib figure."""
+        if self._mlflow:
+            self._mlflow.log_figure(figure, name)
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """A file."""
+        if self._mlflow:
+            self._mlflow.log_artifact(str(path), folder)
+
+    def log_artifacts(self, path: str | Path, folder: str | None = None) -> None:
+        """All files of a folder."""
+        if self._mlflow:
+            self._mlflow.log_artifacts(str(path), folder)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Names and values that describe the run."""
+        if self._mlflow:
+            self._mlflow.set_tags(dict(tags))
+
+
+@contextmanager
+def open_run(
+    uri: str, experiment: str, *, run_name: str | None = None, run_id: str | None = None, active: bool = True
+) -> Iterator[Run]:
+    """Records a run, or goes on with run `run_id`; it ends as finished, or as failed after an exception.
+
+    active: False, on every rank but the first, gives a run that records nothing.
+
+    Raises:
+        UserError: the address can't be used, the experiment was deleted, or there is no such run.
+    """
+    if not active:
+        yield Run(run_id)
+        return
+    mlflow = _connect(uri)
+    with _calling(uri):
+        experiment_id = _experiment(mlflow, uri, experiment)
+        started = (
+            mlflow.start_run(run_id=run_id)
+            if run_id is not None
+            else mlflow.start_run(experiment_id=experiment_id, run_name=run_name)
+        )
+    with _quiet(), started:
+        yield Run(started.info.run_id, mlflow)
+
+
+def register(run: Run, artifact_folder: Path, name: str, alias: str, example: Mapping[str, Any]) -> int:
+    """Logs an artifact folder as the run's model, registers it and points the alias at it; gives the new version.
+
+    Args:
+        example: a request for the documentation, arguments of `Ranker.rank`. Logging runs it once.
+
+    Raises:
+        UserError: the run records nothing, or the registry refuses name or alias.
+    """
+    mlflow = run._mlflow
+    if mlflow is None:
+        raise UserError("a model can be registered from a recorded run only")
+    from mlflow.models import set_signature
+
+    with _calling(mlflow.get_tracking_uri()), tempfile.TemporaryDirectory() as scratch:
+        code = _served_code(Path(scratch) / "mmoe_rec")
+        logged = mlflow.pyfunc.log_model(
+            name="ranking_model",
+            python_model=str(code / "serving" / "mlflow_model.py"),
+            artifacts={"model": str(artifact_folder)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES],
+            input_example=([dict(example)], _example_params()),
+        )
+        set_signature(logged.model_uri, _with_params(logged.signature, artifact_folder))
+        registered = mlflow.register_model(logged.model_uri, name)
+        mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
+    return int(registered.version)
+
+
+def local_model(address: str, uri: str) -> Path:
+    """The artifact folder at an address: a folder's path, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/...`.
+
+    Raises UserError for a folder without a model, or an address that the registry at `uri` does not know.
+    """
+    if not address.startswith(("models:/", "runs:/")):
+        if not Path(address, "model.json").is_file():
+            raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
+        return Path(address)
+    store = sqlite_file(uri)
+    if store is not None and not store.is_file():
+        raise UserError(f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri")
+    mlflow = _connect(uri)
+    with _calling(uri, address):
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+    found = sorted(folder.glob("model.json")) or sorted(folder.glob("artifacts/*/model.json"))
+    if not found:
+        raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
+    return found[0].parent
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite address; None for any other address."""
+    parsed = urlparse(uri)
+    # As in SQLAlchemy: three slashes are followed by a relative path, four by an absolute one.
+    return Path(parsed.path[1:]) if parsed.scheme == "sqlite" else None
+
+
+def _connect(uri: str) -> Any:
+    """The mlflow module, set to an address."""
+    store = sqlite_file(uri)
+    if store is not None:
+        try:
+            store.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"folder '{store.parent}' of the MLflow store can't be made: {error.strerror}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own imports
+        import mlflow
+        import mlflow.pyfunc
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow
+
+
+def _experiment(mlflow: Any, uri: str, name: str) -> str:
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        store = sqlite_file(uri)
+        place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
+        created: str = mlflow.create_experiment(name, artifact_location=place)
+        return created
+    if found.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name")
+    existing: str = found.experiment_id
+    return existing
+
+
+def _served_code(target: Path) -> Path:
+    package = Path(__file__).parent
+    target.mkdir(parents=True)
+    for name in SERVED_CODE:
+        source = package / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+def _example_params() -> dict[str, Any]:
+    return {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}
+
+
+def _with_params(signature: Any, artifact_folder: Path) -> Any:
+    """The signature with optional `task_weights` and `top_k`.
+
+    MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
+
+    from mmoe_rec.serving.artifact import Card
+
+    tasks = Card.read(artifact_folder).tasks
+    names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
+    # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
+    weights = Object([Property(name, AnyType(), required=False) for name in names])
+    params = ParamSchema([ParamSpec("task_weights", weights, {}), ParamSpec("top_k", DataType.long, None)])
+    changed = ModelSignature(signature.inputs, signature.outputs, params)
+    changed._is_signature_from_type_hint = True  # else the server would parse requests as data frames
+    return changed
+
+
+@contextmanager
+def _calling(uri: str, address: str | None = None) -> Iterator[None]:
+    """Quiet MLflow; what it raises becomes a UserError."""
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _quiet():
+            yield
+    except MlflowException as error:
+        what = f"'{address}' can't be loaded from MLflow at '{uri}'" if address else f"MLflow at '{uri}' refuses"
+        raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
+    except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        raise UserError(f"MLflow at '{uri}' can't be used: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
+    for name, level in QUIET_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"mlflow\..*")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
