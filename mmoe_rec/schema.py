@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -73,6 +73,10 @@ class Task(Section):
     score_weight: float = Field(
         1.0, ge=0, description="weight in the score exp(sum of weight x log probability); 0 leaves the task out"
     )
+
+
+# A row of an event log, as a task: its label is always 1 and known at once.
+EVENT = Task(label="(event)", kind="binary", objective="engagement")
 
 
 class _Embedded(Section):
@@ -168,21 +172,41 @@ class CrossFeature(_Embedded):
         return _distinct(columns)
 
 
-class HistoryFeature(Section):
+class EventLog(Section):
+    """A further log of what happened, shown by this system or not, such as all purchases or page views.
+
+    Counters and histories may read it. Its key columns have the names and types that they have in the interaction log.
+    A row is an event that is known from its time on.
+    """
+
+    path: str = Field(description="a folder of Parquet files, one file, or a glob")
+    time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
+
+
+class _Remembering(Section):
+    task: str | None = Field(None, description="task whose labels in the interaction log are read")
+    events: str | None = Field(None, description="name of a further log under `data.events` whose rows are read instead")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.task is None) == (self.events is None):
+            raise ValueError("give either `task`, to read the log's labels, or `events`, to read a further log")
+        return self
+
+
+class HistoryFeature(_Remembering):
     """The user's last engaged candidates before the request, point in time, embedded and averaged."""
 
     kind: Literal["history"]
-    task: str = Field(description="task whose label says that the user engaged")
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
     length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
     at_least: float = Field(1.0, description="label from which on a row counts as engaged")
 
 
-class CounterFeature(Section):
-    """Trailing statistics of a task's label over all earlier rows with the same key, point in time."""
+class CounterFeature(_Remembering):
+    """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
 
     kind: Literal["counter"]
-    task: str = Field(description="task whose label is counted")
     by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
     outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
         ("positives", "rate", "recency"),
@@ -193,6 +217,12 @@ class CounterFeature(Section):
         (None,), min_length=1, description="trailing windows; null is all of the past"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+
+    @model_validator(mode="after")
+    def _rate_has_labels(self) -> Self:
+        if self.events is not None and "rate" in self.outputs:
+            raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
+        return self
 
     @field_validator("by", "outputs", "window_days")
     @classmethod
@@ -227,6 +257,7 @@ class Schema(Section):
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)
     features: dict[str, Feature] = Field(min_length=1)
+    events: dict[str, EventLog] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -238,8 +269,8 @@ class Schema(Section):
         for name, feature in self.features.items():
             self._check_leaks(name, read_columns(feature))
         for name, feature in self.features.items():
-            if isinstance(feature, HistoryFeature | CounterFeature) and feature.task not in self.tasks:
-                raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
+            if isinstance(feature, HistoryFeature | CounterFeature):
+                self._check_source(name, feature)
             if isinstance(feature, HistoryFeature):
                 owners = self._owners(IdFeature)
                 self._check_shared(
@@ -249,6 +280,17 @@ class Schema(Section):
                 self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
             self.role_of(name)
         return self
+
+    def _check_source(self, name: str, feature: HistoryFeature | CounterFeature) -> None:
+        if feature.task is not None and feature.task not in self.tasks:
+            raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
+        if feature.events is not None and feature.events not in self.events:
+            known = ", ".join(self.events) or "none, add it"
+            raise ValueError(f"feature '{name}' names events '{feature.events}'; logs under data.events are: {known}")
+
+    def source_task(self, feature: HistoryFeature | CounterFeature) -> Task:
+        """The task whose labels a feature remembers; every row of an event log counts as one of `EVENT`."""
+        return EVENT if feature.task is None else self.tasks[feature.task]
 
     def _check_columns(self) -> None:
         purposes: dict[str, str] = {}

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.schema import Columns, Feature, Roles, Schema, Section, Task
+from mmoe_rec.schema import Columns, EventLog, Feature, Roles, Schema, Section, Task
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -58,6 +58,9 @@ class Data(Section):
     """Where the log is and where what is built from it goes."""
 
     log: str = Field(description="interaction log: a folder of Parquet files, one file, or a glob")
+    events: dict[str, EventLog] = Field(
+        default_factory=dict, description="name -> a further log of events, which counters and histories may read"
+    )
     work: str = Field(description="folder for encoded features, checkpoints and models")
 
 
@@ -180,7 +183,13 @@ class Settings(Section):
     @property
     def schema_(self) -> Schema:
         """The part that says what the log means."""
-        return Schema(columns=self.columns, roles=self.roles, tasks=self.tasks, features=self.features)
+        return Schema(
+            columns=self.columns,
+            roles=self.roles,
+            tasks=self.tasks,
+            features=self.features,
+            events=self.data.events,
+        )
 
     @property
     def registered_model(self) -> str:
@@ -437,6 +446,9 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         elif name == "tasks":
             yield f"\ntasks.NAME: {(Task.__doc__ or '').strip()}"
             yield from _describe(Task, "tasks.NAME.")
+        elif name == "events" and model is Data:
+            yield f"\ndata.events.NAME: {(EventLog.__doc__ or '').strip()}"
+            yield from _describe(EventLog, "data.events.NAME.")
         elif name == "features":
             for kind, section in _feature_kinds().items():
                 yield f"\nfeatures.NAME (kind: {kind}): {(section.__doc__ or '').strip()}"

@@ -7,12 +7,14 @@ registry in the file itself, files of runs and models in `mlartifacts/` in the s
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,31 @@ from urllib.parse import urlparse
 
 from mmoe_rec.errors import UserError
 
-# What they say at INFO (and, for the last three, at WARNING) is about MLflow's insides; a user cannot act on it.
+# What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
+# files); a user cannot act on it.
 QUIET_LOGGERS = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.WARNING,
     "mlflow.tracking.fluent": logging.WARNING,
-    "mlflow.tracking._model_registry.client": logging.WARNING,
-    "mlflow.store.model_registry.abstract_store": logging.WARNING,
     "mlflow.pyfunc": logging.ERROR,
     "mlflow.models": logging.ERROR,
     "mlflow.types": logging.ERROR,
+    "mlflow.utils.environment": logging.ERROR,
 }
 # The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm.
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
 # The parts of this package that scoring imports.
-SERVED_CODE = ("__init__.py", "errors.py", "schema.py", "settings.py", "atomic.py", "features", "batches", "model", "serving")
+SERVED_CODE = (
+    "__init__.py",
+    "errors.py",
+    "schema.py",
+    "settings.py",
+    "atomic.py",
+    "features",
+    "batches",
+    "model",
+    "serving",
+)
 _AT_ONCE = 100  # parameters that MLflow takes in one call
 
 
@@ -46,9 +58,13 @@ class Run:
         self._mlflow = mlflow
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Settings as flat names and values. In a resumed run, values that have changed go to the tag `resumed.NAME`."""
+        """Settings, nested ones under names such as `model.experts.count`.
+
+        In a resumed run, values that have changed go to the tag `resumed.NAME`: MLflow keeps the first ones.
+        """
         if not self._mlflow:
             return
+        params = dict(_flat(params))
         known = self._mlflow.get_run(self.run_id).data.params
         new = {name: str(value) for name, value in params.items() if name not in known}
         names = list(new)
@@ -94,6 +110,14 @@ class Run:
             self._mlflow.set_tags(dict(tags))
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 @contextmanager
 def open_run(
     uri: str, experiment: str, *, run_name: str | None = None, run_id: str | None = None, active: bool = True
@@ -116,25 +140,30 @@ def open_run(
             if run_id is not None
             else mlflow.start_run(experiment_id=experiment_id, run_name=run_name)
         )
-    with _quiet(), started:
+    with started:
         yield Run(started.info.run_id, mlflow)
 
 
-def register(run: Run, artifact_folder: Path, name: str, alias: str, example: Mapping[str, Any]) -> int:
+def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
     """Logs an artifact folder as the run's model, registers it and points the alias at it; gives the new version.
 
-    Args:
-        example: a request for the documentation, arguments of `Ranker.rank`. Logging runs it once.
-
     Raises:
-        UserError: the run records nothing, or the registry refuses name or alias.
+        UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
     """
     mlflow = run._mlflow
     if mlflow is None:
         raise UserError("a model can be registered from a recorded run only")
     from mlflow.models import set_signature
 
-    with _calling(mlflow.get_tracking_uri()), tempfile.TemporaryDirectory() as scratch:
+    from mmoe_rec.serving.ranker import Ranker
+
+    # MLflow runs the example too, but registers a model that fails at it.
+    Ranker.load(artifact_folder)
+    example = json.loads((artifact_folder / "example_request.json").read_text(encoding="utf-8"))
+
+    # Progress bars of local copies and "Successfully registered" come from no logger.
+    uri, unread = mlflow.get_tracking_uri(), io.StringIO()
+    with _calling(uri), redirect_stderr(unread), tempfile.TemporaryDirectory() as scratch:
         code = _served_code(Path(scratch) / "mmoe_rec")
         logged = mlflow.pyfunc.log_model(
             name="ranking_model",
@@ -142,12 +171,12 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str, example: Ma
             artifacts={"model": str(artifact_folder)},
             code_paths=[str(code)],
             pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES],
-            input_example=([dict(example)], _example_params()),
+            input_example=([example], _example_params()),
         )
         set_signature(logged.model_uri, _with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(logged.model_uri, name)
         mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
-    return int(registered.version)
+    return str(registered.version)
 
 
 def local_model(address: str, uri: str) -> Path:
@@ -161,7 +190,9 @@ def local_model(address: str, uri: str) -> Path:
         return Path(address)
     store = sqlite_file(uri)
     if store is not None and not store.is_file():
-        raise UserError(f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri")
+        raise UserError(
+            f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
+        )
     mlflow = _connect(uri)
     with _calling(uri, address):
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
@@ -204,7 +235,9 @@ def _experiment(mlflow: Any, uri: str, name: str) -> str:
         created: str = mlflow.create_experiment(name, artifact_location=place)
         return created
     if found.lifecycle_stage != "active":
-        raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name")
+        raise UserError(
+            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
+        )
     existing: str = found.experiment_id
     return existing
 
@@ -233,9 +266,9 @@ def _with_params(signature: Any, artifact_folder: Path) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
 
-    from mmoe_rec.serving.artifact import Card
+    from mmoe_rec.serving.artifact import read_artifact
 
-    tasks = Card.read(artifact_folder).tasks
+    tasks = read_artifact(artifact_folder).tasks
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
     # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
     weights = Object([Property(name, AnyType(), required=False) for name in names])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -142,8 +143,9 @@ def label_rebought(purchases: pa.Table, end_us: int) -> pa.Array:
     """
     household, product = to_numpy(purchases["household_id"]), to_numpy(purchases["product_id"])
     moment = to_numpy(purchases["request_time"].cast(pa.int64()))
-    local = pc.local_timestamp(purchases["request_time"].cast(pa.timestamp("us", tz=DATA_TIME_ZONE)))
-    day = to_numpy(local.cast(pa.date32(), safe=False).cast(pa.int32()))
+    # pandas knows time zones from the package tzdata; Arrow needs the system's, which a bare machine may lack.
+    local = pd.DatetimeIndex(moment.view("datetime64[us]"), tz="UTC").tz_convert(DATA_TIME_ZONE).tz_localize(None)
+    day = local.to_numpy().astype("datetime64[D]").astype(np.int64)
 
     order = np.lexsort((moment, product, household))
     household, product, moment, day = household[order], product[order], moment[order], day[order]

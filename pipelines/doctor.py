@@ -103,7 +103,7 @@ def check_python(version: tuple[int, int, int]) -> Check:
     found = ".".join(map(str, version))
     if (3, 11) <= version[:2] <= (3, 12):
         return Check("Python", "ok", found)
-    fix = f"uv run --python 3.11 --extra cpu python -m pipelines.doctor   (Python 3.11 or 3.12 is needed, not {found})"
+    fix = "uv run --python 3.11 --extra cpu python -m pipelines.doctor  # Python 3.11 or 3.12"
     return Check("Python", "fail", found, fix)
 
 
@@ -137,7 +137,7 @@ def check_trio(versions: Mapping[str, str], installer: Installer) -> Check:
         found = ", ".join(f"{name} {versions[name]}" for name in names)
         return Check("torch trio", "ok", found)
     parts = [problem or f"{name} {versions[name]}" for name, problem in zip(names, problems, strict=True)]
-    fix = installer.install(["torch", "torchrec", BUILDS[installer.build]]) + "   (the three releases go together)"
+    fix = installer.install(["torch", "torchrec", BUILDS[installer.build]]) + "  # the three releases go together"
     return Check("torch trio", "fail", ", ".join(parts), fix)
 
 
@@ -153,9 +153,9 @@ def check_fbgemm_build(versions: Mapping[str, str], has_driver: bool, cards: int
         found = f"CUDA build, but this machine has no NVIDIA driver ({DRIVER})"
         return Check("fbgemm build", "fail", found, installer.reinstall_fbgemm())
     if cpu and cards:
-        found = f"CPU build, on a machine with {cards} CUDA device{'s' if cards > 1 else ''}: tables cannot train on them"
-        fix = installer.reinstall_fbgemm() + "   (or train with --training.device cpu)"
-        return Check("fbgemm build", "warn", found, fix)
+        found = f"CPU build, but torch sees {cards} CUDA device{'s' if cards > 1 else ''}: tables cannot train there"
+        fix = installer.reinstall_fbgemm() + "  # or train with --training.device cpu"
+        return Check("fbgemm build", "fail", found, fix)
     return Check("fbgemm build", "ok", "CUDA build" if cuda else "CPU build")
 
 
@@ -171,8 +171,10 @@ def check_tables(probe: Probe, installer: Installer) -> Check:
         fix = f"apt-get install -y {SYSTEM_LIBRARIES[missing]}"
     elif "SIGILL" in error:
         fix = "this processor lacks instructions of the wheels (AVX2 on x86-64): use another machine"
-    elif "seconds" in error:
-        fix = "python -m pipelines.doctor   (once more: a first import from a slow disk takes long)"
+    elif error.startswith("no answer"):
+        fix = "python -m pipelines.doctor  # once more: a first import from a slow disk takes long"
+    elif "fbgemm" in probe.stage:
+        fix = installer.reinstall_fbgemm()
     elif installer.uv:
         names = ("torch", "torchrec", BUILDS[installer.build])
         fix = " ".join(["uv sync --extra", installer.build, *(f"--reinstall-package {name}" for name in names)])
@@ -199,26 +201,28 @@ def check_packages(versions: Mapping[str, str], installer: Installer) -> list[Ch
     return checks
 
 
-def check_uvicorn(on_path: str | None, beside: str | None, installer: Installer) -> Check:
-    """`mlflow models serve` starts `uvicorn` by name; `beside` is the one in the folder of this Python."""
-    if beside is None:
+def check_uvicorn(on_path: str | None, installed: str | None, installer: Installer) -> Check:
+    """`mlflow models serve` starts the first `uvicorn` on PATH; `installed` is the one of this environment."""
+    if installed is None:
         found = f"{on_path} belongs to another environment" if on_path else "not found"
-        fix = "uv sync --reinstall-package uvicorn --extra " + installer.build
-        return Check("uvicorn", "fail", found, fix if installer.uv else "pip install --force-reinstall uvicorn")
-    if on_path is None or Path(on_path).resolve() != Path(beside).resolve():
-        found = f"{beside} is not the one on PATH ({on_path or 'none'}): `mlflow models serve` would not find it"
-        return Check("uvicorn", "warn", found, f"export PATH={shlex.quote(str(Path(beside).parent))}:$PATH")
-    return Check("uvicorn", "ok", beside)
+        fix = "pip install --force-reinstall uvicorn"
+        if installer.uv:
+            fix = f"uv sync --extra {installer.build} --reinstall-package uvicorn"
+        return Check("uvicorn", "fail", found, fix)
+    if on_path is None or Path(on_path).resolve() != Path(installed).resolve():
+        found = f"{installed} is not the one on PATH ({on_path or 'none'}): `mlflow models serve` would not find it"
+        return Check("uvicorn", "warn", found, f"export PATH={shlex.quote(str(Path(installed).parent))}:$PATH")
+    return Check("uvicorn", "ok", installed)
 
 
 def check_cpu(cores: int, threads: str | None) -> Check:
     """Cores, and how many of them OpenMP takes for each process."""
     found = f"{cores} core{'s' if cores > 1 else ''}, OMP_NUM_THREADS {threads or 'unset'}"
     if threads is None:
-        note = "; under torchrun set it to cores / processes, which takes 1 otherwise" if cores > 1 else ""
+        note = " (torchrun then takes 1: set it to cores / processes)" if cores > 1 else ""
         return Check("CPU", "ok", found + note)
     if not threads.isdecimal() or not 1 <= int(threads) <= cores:
-        return Check("CPU", "warn", found, f"export OMP_NUM_THREADS={cores}   (divided by the processes of torchrun)")
+        return Check("CPU", "warn", found, f"export OMP_NUM_THREADS={cores}  # under torchrun: cores / processes")
     if int(threads) == 1 < cores:
         return Check("CPU", "warn", f"{found}: a single process uses one core", "unset OMP_NUM_THREADS")
     return Check("CPU", "ok", found)
@@ -232,7 +236,7 @@ def check_cuda(probe: Probe, has_driver: bool) -> Check:
     if has_driver:
         found = "an NVIDIA driver is here, but torch sees no device"
         release = f"CUDA {probe.torch_cuda}" if probe.torch_cuda else "no CUDA (a CPU build)"
-        fix = f"nvidia-smi   (torch is built for {release}: the driver has to support it; see CUDA_VISIBLE_DEVICES)"
+        fix = f"nvidia-smi  # torch is built for {release}, which the driver has to support; see CUDA_VISIBLE_DEVICES"
         return Check("CUDA devices", "warn", found, fix)
     return Check("CUDA devices", "ok", "none: models train on the CPU")
 
@@ -285,6 +289,16 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def installed_script(package: str) -> str | None:
+    """Path of the command that an installed package of the same name brings."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = [Path(str(file.locate())) for file in files if file.name == package and file.parent.name == "bin"]
+    return next((str(path.resolve()) for path in paths if path.exists()), None)
 
 
 def made_by_uv(prefix: Path) -> bool:
@@ -376,30 +390,28 @@ def run_checks() -> list[Check]:
         return [*checks, Check("packages", "fail", found, installer.install_all())]
 
     versions = installed_versions(required)
-    found = run_probe()
-    beside = Path(sys.executable).with_name("uvicorn")
+    probed = run_probe()
     return [
         *checks,
         check_system_files((name for name in SYSTEM_LIBRARIES if not _loads(name)), _has_time_zones()),
         check_trio(versions, installer),
-        check_fbgemm_build(versions, has_driver, len(found.cards), installer),
-        check_tables(found, installer),
+        check_fbgemm_build(versions, has_driver, len(probed.cards), installer),
+        check_tables(probed, installer),
         *check_packages(versions, installer),
-        check_uvicorn(shutil.which("uvicorn"), str(beside) if beside.exists() else None, installer),
+        check_uvicorn(shutil.which("uvicorn"), installed_script("uvicorn"), installer),
         check_cpu(len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")),
-        check_cuda(found, has_driver),
-        check_bf16(found),
+        check_cuda(probed, has_driver),
+        check_bf16(probed),
         check_memory(*_memory()),
         check_disk(shutil.disk_usage(Path.cwd()).free, str(Path.cwd())),
     ]
 
 
 def show(checks: Sequence[Check]) -> None:
-    """Prints the table, then each problem with what to type."""
+    """Prints the table, then each problem with what to type, on lines that are not broken, for copying."""
     if find_spec("rich") is None:
         for check in checks:
             print(f"{check.status:4}  {check.name}: {check.found}")
-        echo = print
     else:
         from rich.console import Console
         from rich.table import Table
@@ -409,17 +421,12 @@ def show(checks: Sequence[Check]) -> None:
         for check in checks:
             style = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
             table.add_row(Text(check.status, style), check.name, Text(check.found))
-        console = Console()
-        console.print(table)
-
-        def echo(line: str) -> None:  # soft_wrap: a command to copy must not be broken
-            console.print(Text(line), soft_wrap=True)
-
+        Console().print(table)
     wrong = [check for check in checks if check.status != "ok"]
     for check in wrong:
-        echo(f"\n{check.status}: {check.name}. Type or do:\n    {check.fix}")
+        print(f"\n{check.status}: {check.name}. What to type or do:\n    {check.fix}")
     failed = sum(check.status == "fail" for check in checks)
-    echo(f"\n{failed} to fix, {len(wrong) - failed} to know." if wrong else "\nAll is well.")
+    print(f"\n{failed} to fix, {len(wrong) - failed} to know." if wrong else "\nAll is well.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

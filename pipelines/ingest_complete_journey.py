@@ -1,6 +1,8 @@
 """python -m pipelines.ingest_complete_journey --out data/complete_journey
 
-Turn the Complete Journey grocery data into an interaction log, `OUT/log/week-01.parquet` ... `week-53.parquet`.
+Turn the Complete Journey grocery data into an interaction log, `OUT/log/week-01.parquet` ... `week-53.parquet`, and a
+log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: three of four purchases are of products
+that were not on promotion, and what a household bought before says much of what it buys next.
 
 A request is one basket; its candidates are the products on promotion in that store in that week. All bought candidates
 are kept, with a few sampled others for each; `sampling_rate` says at which rate, so that the full list can be weighted
@@ -72,6 +74,16 @@ LOG = pa.schema(
     ]
 )
 """The columns of the log, in order; data/README.md describes them."""
+
+PURCHASES = pa.schema(
+    [
+        pa.field("request_time", REQUEST_TIME),
+        pa.field("household_id", pa.int64()),
+        pa.field("store_id", pa.int64()),
+        *[field for field in PRODUCTS if field.name != "package_size"],
+    ]
+)
+"""The columns of the purchases, in order."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,7 @@ def _assemble(
 
 
 def ingest(source: Path, out: Path, selection: Selection) -> Counts:
-    """Write the log to `out`/log, replacing one that is there.
+    """Write the log to `out`/log and all purchases to `out`/purchases, replacing what is there.
 
     Args:
         source: folder of the package's Parquet files.
@@ -236,7 +248,8 @@ def ingest(source: Path, out: Path, selection: Selection) -> Counts:
     demographics = read_keyed(source / "demographics.parquet", DEMOGRAPHICS)
     transactions = read_table(source / "transactions.parquet", TRANSACTIONS)
     # Labels come from all purchases: a slice of the log holds the same rows as the whole.
-    purchases = select_purchases(find_purchases(transactions), selection)
+    every = find_purchases(transactions)
+    purchases = select_purchases(every, selection)
     del transactions
     counts = Counts(baskets=pc.count_distinct(purchases["request_id"]).as_py())
     with progress_bar() as progress, atomic_folder(out / "log") as folder:
@@ -250,7 +263,20 @@ def ingest(source: Path, out: Path, selection: Selection) -> Counts:
                 counts.add(table)
         if counts.rows == 0:
             raise UserError("no basket of the selected weeks and households holds a promoted product: select more")
+        write_purchases(every, purchases, products, out / "purchases")
     return counts
+
+
+def write_purchases(every: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
+    """Write what the selected households bought in any week, promoted or not, one row a basket and product."""
+    households = pc.unique(selected["household_id"].combine_chunks())
+    bought = every.filter(pc.is_in(every["household_id"], value_set=households))
+    product = products.take(pc.index_in(bought["product_id"], value_set=products["product_id"]))
+    table = pa.table({f.name: (bought if f.name in bought.column_names else product)[f.name] for f in PURCHASES})
+    with atomic_folder(folder) as temporary:
+        for week in pc.unique(bought["week"]).to_pylist():
+            of_week = table.filter(pc.equal(bought["week"], week))
+            write_log_file(of_week, temporary / f"week-{week:02d}.parquet")
 
 
 def _week_range(text: str) -> tuple[int, int]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, encode_splits, prepare
-from mmoe_rec.features.log import Log
+from mmoe_rec.features.build import Prepared, event_streams, prepare
+from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.splits import encode_splits
 from mmoe_rec.settings import Settings
 
 

@@ -14,44 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.log import Log, format_time
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, in_window
+from mmoe_rec.features.log import EventRows, Log, format_time
+from mmoe_rec.features.pipeline import FORMAT, EventStreams, FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.splits import SplitCounts, Window, encode_splits
 from mmoe_rec.progress import over_rows
 from mmoe_rec.schema import Schema
 
-SPLITS = ("train", "validation", "test")
-ROWS_PER_GROUP = 32_768
-Window = tuple[int | None, int | None]
-
-
-@dataclass
-class SplitCounts:
-    """Rows of a split, and per task the observed labels and their sum."""
-
-    rows: int = 0
-    observed: dict[str, int] = field(default_factory=dict)
-    label_sum: dict[str, float] = field(default_factory=dict)
-
-    def add(self, labels: dict[str, np.ndarray], rows: int) -> None:
-        """Counts a batch."""
-        self.rows += rows
-        for task, values in labels.items():
-            known = values[~np.isnan(values)]
-            self.observed[task] = self.observed.get(task, 0) + len(known)
-            self.label_sum[task] = self.label_sum.get(task, 0.0) + float(known.sum())
 
 
 @dataclass(frozen=True)
@@ -86,11 +66,12 @@ def prepare(log_source: str, schema: Schema, windows: dict[str, Window], work: P
     """
     log = Log(log_source, schema)
     prepared = Prepared(work / "features")
-    fingerprint = _fingerprint(log, schema, windows)
+    events = [EventRows(name, log) for name in schema.events]
+    fingerprint = _fingerprint(log, events, windows)
     if _built_from(prepared.folder / "manifest.json") == fingerprint:
         return prepared
     with atomic_folder(prepared.folder) as folder:
-        _build(log, schema, windows, folder, fingerprint)
+        _build(log, events, windows, folder, fingerprint)
     return prepared
 
 
@@ -101,14 +82,18 @@ def _built_from(manifest: Path) -> str | None:
         return None
 
 
-def _fingerprint(log: Log, schema: Schema, windows: dict[str, Window]) -> str:
+def _fingerprint(log: Log, events: Sequence[EventRows], windows: dict[str, Window]) -> str:
+    files = [log.files, *(each.files for each in events)]
     # A file that is written again with other values may keep its size and row count.
-    written = [file.path.stat().st_mtime_ns for file in log.files]
-    text = json.dumps([FORMAT, log.digest(), written, schema.model_dump(mode="json"), windows], sort_keys=True)
+    written = [[(file.path.name, file.bytes, file.path.stat().st_mtime_ns) for file in each] for each in files]
+    text = json.dumps([FORMAT, written, log.schema.model_dump(mode="json"), windows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _build(log: Log, schema: Schema, windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
+def _build(
+    log: Log, events: Sequence[EventRows], windows: dict[str, Window], folder: Path, fingerprint: str
+) -> None:
+    schema = log.schema
     overview = _Overview(schema, windows)
     passes = iter(("reading the log", "fitting counters"))
 
@@ -123,14 +108,16 @@ def _build(log: Log, schema: Schema, windows: dict[str, Window], folder: Path, f
 
     start, end = windows["train"]
     assert end is not None
-    pipeline = FeaturePipeline.fit(schema, stream, (start, end))
+    pipeline = FeaturePipeline.fit(schema, stream, (start, end), event_streams(events))
     for name in ("pipeline", "serving"):
         (folder / name).mkdir()
     pipeline.save(folder / "pipeline")
     pipeline.save(folder / "serving", latest_at=overview.last + 1)
     for name, parts in (("user", overview.users), ("candidate", overview.candidates)):
         pq.write_table(parts.finish().table, folder / "serving" / f"latest.{name}.parquet", compression="zstd")
-    counts = _encode(log, pipeline, windows, folder / "encoded", overview.last)
+    # Training may use only labels that had matured when training ended; judging waits until the log's end.
+    known_by = {"train": end, "validation": overview.last, "test": overview.last}
+    counts = encode_splits(log, pipeline, windows, folder / "encoded", known_by)
     _check_classes(schema, counts["train"])
     manifest = {
         "fingerprint": fingerprint,
@@ -138,11 +125,21 @@ def _build(log: Log, schema: Schema, windows: dict[str, Window], folder: Path, f
         "digest": log.digest(),
         "files": len(log.files),
         "rows": log.rows,
+        "events": {each.name: {"files": len(each.files), "rows": each.rows} for each in events},
         "first_request": format_time(overview.first),
         "last_request": format_time(overview.last),
         "splits": {name: asdict(each) for name, each in counts.items()},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def event_streams(events: Sequence[EventRows]) -> EventStreams:
+    """The events' rows under a progress bar, as the pipeline reads them."""
+
+    def stream(each: EventRows) -> Callable[[], Iterator[LogRows]]:
+        return lambda: over_rows(each.stream(), each.rows, f"reading events '{each.name}'")
+
+    return {each.name: stream(each) for each in events}
 
 
 class _Overview:
@@ -174,66 +171,6 @@ class _Overview:
                     f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
                     "inside (and `columns.time_unit`, if these times are wrong)"
                 )
-
-
-def _encode(
-    log: Log, pipeline: FeaturePipeline, windows: dict[str, Window], folder: Path, log_end: int
-) -> dict[str, SplitCounts]:
-    schema, layout = pipeline.schema, pipeline.layout
-    # Training may use only labels that had matured when training ended; judging waits until the log's end.
-    known_by = {"train": windows["train"][1] or log_end, "validation": log_end, "test": log_end}
-    counts = {name: SplitCounts() for name in SPLITS}
-    writers = {name: SplitWriter(folder / name) for name in SPLITS}
-    for rows in over_rows(log.stream(), log.rows, "encoding"):
-        for name in SPLITS:
-            inside = rows.filter(in_window(rows.times(), windows[name]))
-            if len(inside):
-                labels = {task: inside.labels(rule, known_by[name]) for task, rule in schema.tasks.items()}
-                counts[name].add(labels, len(inside))
-                writers[name].write(encoded_table(pipeline, layout, inside, labels))
-    for writer in writers.values():
-        writer.close()
-    (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
-    return counts
-
-
-def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
-    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
-    columns = pipeline.encode(rows).to_arrow(layout)
-    for task, values in labels.items():
-        columns[f"label.{task}"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
-    names = rows.schema.columns
-    columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
-    columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
-    rate = np.ones(len(rows)) if names.sampling_rate is None else rows.numbers(names.sampling_rate)
-    columns["sampling_rate"] = pa.array(rate.astype(np.float32))
-    return pa.table(columns)
-
-
-class SplitWriter:
-    """Writes a split as Parquet files of bounded size."""
-
-    def __init__(self, folder: Path, rows_per_file: int = 4_000_000) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.rows_per_file = folder, rows_per_file
-        self._parts, self._rows = 0, 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, table: pa.Table) -> None:
-        """Appends rows."""
-        if self._writer is None or self._rows >= self.rows_per_file:
-            self.close()
-            path = self.folder / f"part-{self._parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
-            self._parts, self._rows = self._parts + 1, 0
-        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-        self._rows += table.num_rows
-
-    def close(self) -> None:
-        """Finishes the last file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _check_classes(schema: Schema, counts: SplitCounts) -> None:

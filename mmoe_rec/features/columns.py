@@ -80,6 +80,19 @@ def column_uses(schema: Schema) -> dict[str, Use]:
     return {column: _one_use(column, found) for column, found in uses.items()}
 
 
+def event_uses(schema: Schema, events: str) -> dict[str, Use]:
+    """What each column that a log of events must have is read as; the time column goes by its name in that log."""
+    uses: dict[str, Use] = {schema.events[events].time: "time"}
+    for feature in schema.features.values():
+        if isinstance(feature, CounterFeature) and feature.events == events:
+            uses |= dict.fromkeys(feature.by, "key")
+        if isinstance(feature, HistoryFeature) and feature.events == events:
+            item = schema.features[feature.of]
+            assert isinstance(item, IdFeature)
+            uses |= {schema.columns.user: "key", item.column: "key"}
+    return uses
+
+
 def _use_of(feature: Feature) -> Use | None:
     match feature:
         case IdFeature() | CrossFeature() | CounterFeature():

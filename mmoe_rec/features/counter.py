@@ -24,6 +24,7 @@ class CounterEncoder(Encoder):
     """Statistics over all earlier rows with the same key whose label was known at the request."""
 
     def __init__(self, name: str, feature: CounterFeature, task: Task) -> None:
+        self.source = feature.events
         self.name, self.feature, self.task = name, feature, task
         self.prior = 0.0
         self._label_sum, self._label_rows = 0.0, 0
@@ -49,6 +50,8 @@ class CounterEncoder(Encoder):
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Sums the training rows' labels for the overall mean."""
+        if self.source is not None:
+            return
         labels = rows.labels(self.task, known_by)
         if self.task.kind == "regression":
             # Sums of fractions would depend on the order of rows.

@@ -41,7 +41,12 @@ class Outline:
 
 
 class Encoder:
-    """A feature that is fitted to a log and then encodes rows of any origin. What a kind does not need does nothing."""
+    """A feature that is fitted to a log and then encodes rows of any origin; what a kind has no use for does nothing.
+
+    source: name of the log of events that the feature remembers, None for the interaction log itself.
+    """
+
+    source: str | None = None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """First pass, over training rows: vocabularies, means, quantiles. Later labels than `known_by` don't count."""
@@ -50,7 +55,7 @@ class Encoder:
         """Called once after the first pass."""
 
     def remember(self, rows: LogRows) -> None:
-        """First pass, over the whole log: events that later requests may ask for."""
+        """First pass, over the whole log that the feature remembers: events that later requests may ask for."""
 
     def finish_memory(self) -> None:
         """Called once after the whole log was remembered, when every vocabulary is complete."""

@@ -19,6 +19,7 @@ class HistoryEncoder(Encoder):
     """Table rows of the last `length` candidates that the user engaged with, oldest first."""
 
     def __init__(self, name: str, feature: HistoryFeature, task: Task, owner: VocabularyOwner) -> None:
+        self.source = feature.events
         self.name, self.feature, self.task, self.owner = name, feature, task, owner
         self._raw: list[tuple[np.ndarray, np.ndarray, pa.Array]] = []
         self._set(KnownEvents(np.empty(0, np.uint64), np.empty(0, np.int64)), np.empty(0, np.int64))

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import canonical, canonical_type, column_uses
+from mmoe_rec.features.columns import Use, canonical, canonical_type, column_uses, event_uses
 from mmoe_rec.features.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import EVENT, Schema
 
 ROWS_AT_A_TIME = 131_072
 
@@ -35,7 +35,8 @@ class Log:
     def __init__(self, source: str, schema: Schema) -> None:
         self.source = source
         self.schema = schema
-        self.files = _check_files(find_files(source), schema)
+        self.uses = column_uses(schema)
+        self.files, self.types = _check_files(find_files(source), self.uses, schema.columns.time_unit)
         if not any(file.rows for file in self.files):
             raise UserError(f"the log '{source}' has no rows")
 
@@ -52,13 +53,46 @@ class Log:
     def stream(self) -> Iterator[LogRows]:
         """Batches of rows in canonical types, file by file; the values that features rely on are checked."""
         for file in self.files:
-            for table in _read(file.path, self.schema):
+            for table in _read(file.path, self.uses, self.schema.columns.time_unit):
                 rows = LogRows(table, self.schema)
                 _check_values(rows, file.path)
                 yield rows
 
 
-def find_files(source: str) -> list[Path]:
+class EventRows:
+    """The files of a further log of events, see `mmoe_rec.schema.EventLog`. Key columns must have the log's types."""
+
+    def __init__(self, name: str, log: Log) -> None:
+        self.name, self.schema = name, log.schema
+        self.time = self.schema.events[name].time
+        self.uses = event_uses(self.schema, name)
+        paths = find_files(self.schema.events[name].path, f"data.events.{name}.path")
+        self.files, types = _check_files(paths, self.uses, self.schema.columns.time_unit)
+        for column, kind in types.items():
+            if column in log.types and log.types[column] != kind and column != self.time:
+                raise UserError(
+                    f"column '{column}' is {kind} in events '{name}' but {log.types[column]} in the log '{log.source}'; "
+                    "write both with one type"
+                )
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    def stream(self) -> Iterator[LogRows]:
+        """Batches of events, as rows of the task `EVENT` at the time of each event."""
+        for file in self.files:
+            for table in _read(file.path, self.uses, self.schema.columns.time_unit):
+                if nulls := table.column(self.time).null_count:
+                    raise UserError(f"'{file.path}': column '{self.time}' is null in {nulls} rows; every event needs a time")
+                keys = {column: table.column(column) for column in self.uses if column != self.time}
+                label = pa.array(np.ones(table.num_rows))
+                named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}
+                yield LogRows(pa.table(named), self.schema)
+
+
+def find_files(source: str, setting: str = "data.log") -> list[Path]:
     """Parquet files of a folder (also nested), a glob or a single path, in the order of their names."""
     path = Path(source)
     if path.is_dir():
@@ -69,7 +103,7 @@ def find_files(source: str) -> list[Path]:
         found = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
     if not found:
         what = "holds no *.parquet file" if path.is_dir() else "does not exist"
-        raise UserError(f"the log '{source}' {what}; set `data.log` to a folder, file or glob of Parquet files")
+        raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
     return sorted(found)
 
 
@@ -78,8 +112,10 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "_")) or any(part.startswith(".") or part == "_temporary" for part in path.parts)
 
 
-def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
-    uses = column_uses(schema)
+def _check_files(
+    paths: list[Path], uses: dict[str, Use], time_unit: str | None
+) -> tuple[list[LogFile], dict[str, pa.DataType]]:
+    """The files, and each column's canonical type (none for a column that is null everywhere)."""
     first_seen: dict[str, tuple[pa.DataType, Path]] = {}
     files = []
     for path in paths:
@@ -93,7 +129,7 @@ def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
                     f"'{path}' has {arrow.names.count(column)} columns called '{column}'; rename all but one"
                 )
             try:
-                kind = canonical_type(column, use, arrow.field(column).type, schema.columns.time_unit)
+                kind = canonical_type(column, use, arrow.field(column).type, time_unit)
             except UserError as error:
                 raise UserError(f"'{path}': {error}") from None
             if pa.types.is_null(kind):
@@ -106,7 +142,7 @@ def _check_files(paths: list[Path], schema: Schema) -> list[LogFile]:
                 )
         files.append(LogFile(path, parquet.metadata.num_rows, path.stat().st_size))
         parquet.close()
-    return files
+    return files, {column: kind for column, (kind, _) in first_seen.items()}
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -118,13 +154,12 @@ def _open(path: Path) -> pq.ParquetFile:
         ) from None
 
 
-def _read(path: Path, schema: Schema) -> Iterator[pa.Table]:
-    uses = column_uses(schema)
+def _read(path: Path, uses: dict[str, Use], time_unit: str | None) -> Iterator[pa.Table]:
     parquet = _open(path)
     try:
         for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=list(uses)):
             raw = pa.table(batch)
-            yield pa.table({c: canonical(c, use, raw.column(c), schema.columns.time_unit) for c, use in uses.items()})
+            yield pa.table({c: canonical(c, use, raw.column(c), time_unit) for c, use in uses.items()})
     except UserError as error:
         raise UserError(f"'{path}': {error}") from None
     except (pa.ArrowException, OSError) as error:

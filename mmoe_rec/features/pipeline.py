@@ -6,7 +6,7 @@ State is plain data: `pipeline.json` and one Parquet file for each table that an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,9 @@ from mmoe_rec.schema import (
 )
 
 FORMAT = 2
+
+
+EventStreams = Mapping[str, Callable[[], Iterable[LogRows]]]
 
 
 class FeaturePipeline:
@@ -70,7 +73,7 @@ class FeaturePipeline:
                     )
 
     def _encoder(self, name: str) -> Encoder:
-        feature, tasks = self.schema.features[name], self.schema.tasks
+        feature = self.schema.features[name]
         match feature:
             case IdsFeature():
                 return IdsEncoder(name, feature, self.owners[self.schema.table_of(name)])
@@ -85,15 +88,16 @@ class FeaturePipeline:
             case CrossFeature():
                 return CrossEncoder(name, feature)
             case HistoryFeature():
-                return HistoryEncoder(name, feature, tasks[feature.task], self.owners[feature.of])
+                return HistoryEncoder(name, feature, self.schema.source_task(feature), self.owners[feature.of])
             case CounterFeature():
-                return CounterEncoder(name, feature, tasks[feature.task])
+                return CounterEncoder(name, feature, self.schema.source_task(feature))
 
     @staticmethod
     def fit(
         schema: Schema,
         stream: Callable[[], Iterable[LogRows]],
         training: tuple[int | None, int],
+        events: EventStreams | None = None,
     ) -> FeaturePipeline:
         """Fits all features to a log.
 
@@ -102,6 +106,7 @@ class FeaturePipeline:
 
         Args:
             stream: gives all rows of the log, each time it is called.
+            events: name -> gives all rows of a further log of events.
 
         Raises:
             UserError: no row lies in the training time.
@@ -114,15 +119,14 @@ class FeaturePipeline:
             total += len(inside)
             for encoder in encoders:
                 encoder.learn(inside, known_by=training[1])
-                encoder.remember(rows)
+            pipeline._remember(rows, None)
         if total == 0:
             raise UserError(
                 "no row of the log lies in the training time; see `split.train_start` and `split.train_end`"
             )
         for encoder in encoders:
             encoder.finish()
-        for encoder in encoders:
-            encoder.finish_memory()
+        pipeline._finish_memory(events or {})
         if any(isinstance(encoder, CounterEncoder) for encoder in encoders):
             for rows in stream():
                 inside = rows.filter(in_window(rows.times(), training))
@@ -132,14 +136,24 @@ class FeaturePipeline:
             encoder.finish_numbers()
         return pipeline
 
-    def remember(self, stream: Iterable[LogRows]) -> None:
-        """Replaces what counters and histories remember by another log; vocabularies and statistics stay.
+    def remember(self, stream: Iterable[LogRows], events: EventStreams | None = None) -> None:
+        """Replaces what counters and histories remember by other logs; vocabularies and statistics stay.
 
         So a trained model's features are computed for a log that it was not fitted to.
         """
         for rows in stream:
-            for encoder in self.encoders.values():
+            self._remember(rows, None)
+        self._finish_memory(events or {})
+
+    def _remember(self, rows: LogRows, source: str | None) -> None:
+        for encoder in self.encoders.values():
+            if encoder.source == source:
                 encoder.remember(rows)
+
+    def _finish_memory(self, events: EventStreams) -> None:
+        for source, stream in events.items():
+            for rows in stream():
+                self._remember(rows, source)
         for encoder in self.encoders.values():
             encoder.finish_memory()
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.serving.example import example_request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmoe_rec.settings import Model, Serving
+    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.settings import Settings
 
 FORMAT = 1
 
@@ -45,69 +45,58 @@ class ServedTask:
 
 
 @dataclass(frozen=True)
-class Card:
+class Artifact:
     """What `model.json` says.
 
-    model: the settings' `model` section as JSON values; features: fingerprint of the features that the model was trained
-    on; tables_as_of: ISO time of the last logged request that counters, histories and latest values know.
+    model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
+    tables_as_of: ISO time of the last logged request that counters, histories and latest values know.
     """
 
     name: str
     model: dict[str, Any]
     tasks: tuple[ServedTask, ...]
     max_candidates: int
-    features: str
+    fingerprint: str
     tables_as_of: str
 
-    @staticmethod
-    def read(folder: Path) -> Card:
-        """Raises UserError for a folder without a model, or with one of another format."""
-        try:
-            tree = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"'{folder}' holds no model (model.json)") from None
-        if tree.pop("format", None) != FORMAT:
-            raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
-        tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
-        return Card(tasks=tasks, **tree)
 
-
-def write_artifact(
-    folder: Path,
-    *,
-    name: str,
-    model: Model,
-    layout: Layout,
-    state_dict: Mapping[str, Tensor],
-    prepared: Path,
-    settings_yaml: str,
-    serving: Serving,
-) -> None:
+def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, state_dict: Mapping[str, Tensor]) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
     Args:
-        model: the settings' `model` section.
+        prepared: the features that the model was trained on.
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
-        prepared: the features folder that the model was trained on, `<work>/features`.
 
     Raises:
-        UserError: there are no prepared features, or a weight is not a finite number.
+        UserError: a weight is not a finite number.
     """
-    card = Card(
-        name=name,
-        model=model.model_dump(mode="json"),
-        tasks=tuple(ServedTask(t.name, t.kind, t.objective, t.score_weight) for t in layout.tasks),
-        max_candidates=serving.max_candidates,
-        features=_manifest(prepared)["fingerprint"],
+    about = Artifact(
+        name=settings.name,
+        model=settings.model.model_dump(mode="json"),
+        tasks=tuple(ServedTask(t.name, t.kind, t.objective, t.score_weight) for t in prepared.layout.tasks),
+        max_candidates=settings.serving.max_candidates,
+        fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=_tables_as_of(prepared),
     )
     with atomic_folder(folder) as target:
         _write_weights(target / "weights.safetensors", state_dict)
-        shutil.copytree(prepared / "serving", target / "features")
-        (target / "layout.json").write_text(layout.to_json(), encoding="utf-8")
-        (target / "settings.yaml").write_text(settings_yaml, encoding="utf-8")
-        _write_json(target / "model.json", {"format": FORMAT, **asdict(card)})
-        _write_json(target / "example_request.json", example_request(target / "features", card.tables_as_of))
+        shutil.copytree(prepared.folder / "serving", target / "features")
+        (target / "layout.json").write_text(prepared.layout.to_json(), encoding="utf-8")
+        (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
+        _write_json(target / "example_request.json", example_request(target / "features", about.tables_as_of))
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """What an artifact folder says about itself. Raises UserError where there is no model, or one of another format."""
+    try:
+        tree = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"'{folder}' holds no model (model.json)") from None
+    if tree.pop("format", None) != FORMAT:
+        raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
+    tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
+    return Artifact(tasks=tasks, **tree)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -126,21 +115,11 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     save_file(weights, path)
 
 
-def _manifest(prepared: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"'{prepared}' holds no prepared features (manifest.json)") from None
-    return manifest
-
-
-def _tables_as_of(prepared: Path) -> str:
-    """Time of the log's last request. A floor is one microsecond later, and exact where the manifest has seconds."""
-    state = json.loads((prepared / "serving" / "pipeline.json").read_text(encoding="utf-8"))
-    floors = [each["values"]["floor"] for each in state["encoders"].values() if each["values"].get("floor") is not None]
-    if not floors:
-        return str(_manifest(prepared)["last_request"])
-    return iso_time(max(floors) - 1)
+def _tables_as_of(prepared: Prepared) -> str:
+    """Time of the log's last request: one microsecond before the floors, and to the second where there are none."""
+    state = json.loads((prepared.folder / "serving" / "pipeline.json").read_text(encoding="utf-8"))
+    floors = [floor for each in state["encoders"].values() if (floor := each["values"].get("floor")) is not None]
+    return iso_time(max(floors) - 1) if floors else str(prepared.manifest["last_request"])
 
 
 def iso_time(microseconds: int) -> str:

@@ -8,18 +8,20 @@ element's own win. MLflow drops unknown keys of `params` before the model sees t
 from __future__ import annotations
 
 import json
-from typing import Any
+import logging
+from typing import Annotated, Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
 
 from mmoe_rec.serving.envelope import Envelope, explain_envelope
 from mmoe_rec.serving.errors import RequestError
 
 ARTIFACT = "model"
+Value = bool | int | float | str | None
 
 
 class BadRequest(MlflowException):
@@ -35,15 +37,24 @@ class BadRequest(MlflowException):
 
 
 class RankingRequest(BaseModel):
-    """What MLflow documents and lets through; `Envelope` checks it, with errors that don't repeat the input."""
+    """What MLflow documents and lets through unchecked: `Envelope` gives errors that don't repeat the whole input."""
 
     model_config = ConfigDict(extra="allow")
 
-    user: Any = None
-    context: Any = None
-    candidates: Any = None
-    task_weights: Any = None
-    top_k: Any = None
+    user: Annotated[dict[str, Value], SkipValidation] = {}
+    context: Annotated[dict[str, Value], SkipValidation] = {}
+    candidates: Annotated[dict[str, list[Value]], SkipValidation] = {}
+    task_weights: Annotated[dict[str, float] | None, SkipValidation] = None
+    top_k: Annotated[int | None, SkipValidation] = None
+
+    def given(self) -> dict[str, Any]:
+        """The keys of the request, known or not."""
+        values = {**self.__dict__, **(self.model_extra or {})}
+        return {name: values[name] for name in self.model_fields_set}
+
+
+# MLflow warns that it leaves it to the model to tell numbers from strings, which is meant so.
+logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 
 
 class RankingPythonModel(PythonModel):
@@ -72,7 +83,7 @@ class RankingPythonModel(PythonModel):
 
     def _rank(self, request: RankingRequest, params: dict[str, Any]) -> dict[str, Any]:
         try:
-            envelope = Envelope.model_validate(request.model_dump(exclude_unset=True))
+            envelope = Envelope.model_validate(request.given())
         except ValidationError as error:
             raise RequestError(explain_envelope(error)) from None
         weights = params.get("task_weights") if envelope.task_weights is None else envelope.task_weights

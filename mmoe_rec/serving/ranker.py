@@ -21,7 +21,7 @@ from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Card, iso_time
+from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.request import RequestReader, request_time
 from mmoe_rec.serving.weights import fused_weights
@@ -55,25 +55,25 @@ class Ranking:
 class Ranker:
     """A loaded model with its features."""
 
-    def __init__(self, card: Card, layout: Layout, model: RankingModel, pipeline: FeaturePipeline, features: Path):
-        self.card = card
+    def __init__(self, about: Artifact, layout: Layout, model: RankingModel, pipeline: FeaturePipeline, features: Path):
+        self.about = about
         self.layout = layout
         self.model = model.eval()
         self.pipeline = pipeline
-        self.reader = RequestReader(pipeline, features, card.max_candidates)
-        self.kinds = [task.kind for task in card.tasks]
+        self.reader = RequestReader(pipeline, features, about.max_candidates)
+        self.kinds = [task.kind for task in about.tasks]
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
         """Reads an artifact folder. Raises UserError for one that is incomplete or of another format."""
         folder = Path(folder)
-        card = Card.read(folder)
+        about = read_artifact(folder)
         layout = Layout.read(folder)
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != layout:
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = _load_model(layout, Model.model_validate(card.model), folder / "weights.safetensors")
-        ranker = Ranker(card, layout, model, pipeline, folder / "features")
+        model = _load_model(layout, Model.model_validate(about.model), folder / "weights.safetensors")
+        ranker = Ranker(about, layout, model, pipeline, folder / "features")
         # Builds the indexes that encoders make at their first use, so that no request waits for them.
         ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
         return ranker
@@ -98,7 +98,7 @@ class Ranker:
         Raises:
             RequestError: naming the column or option that the caller has to change.
         """
-        weights = fused_weights(self.card.tasks, task_weights)
+        weights = fused_weights(self.about.tasks, task_weights)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise RequestError(f"top_k must be an integer of at least 1, found {top_k!r}")
         rows = self.reader.rows(user, context, candidates)
@@ -114,10 +114,10 @@ class Ranker:
         return Ranking(
             candidates=ids.take(pa.array(order)).to_pylist(),
             scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={task.name: best[:, index].tolist() for index, task in enumerate(self.card.tasks)},
+            predictions={task.name: best[:, index].tolist() for index, task in enumerate(self.about.tasks)},
             order=order.tolist(),
             request_time=iso_time(request_time(rows)),
-            tables_as_of=self.card.tables_as_of,
+            tables_as_of=self.about.tables_as_of,
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -129,14 +129,14 @@ class Ranker:
         if isinstance(rows, pa.Table):
             rows = LogRows(rows, self.pipeline.schema)
         if weights is None:
-            weights = fused_weights(self.card.tasks, None)
+            weights = fused_weights(self.about.tasks, None)
         parts = [self._logits(rows, start) for start in range(0, len(rows), ROWS_AT_A_TIME)]
         logits = torch.cat(parts) if parts else torch.empty(0, len(self.kinds))
         values = predictions(logits, self.kinds).numpy()
         log_scores = log_predictions(logits.double(), self.kinds).numpy() @ weights
         if not (np.isfinite(values).all() and np.isfinite(log_scores).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
-            raise RuntimeError(f"model '{self.card.name}' gives predictions that are not finite numbers")
+            raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
         return values, log_scores
 
     def _logits(self, rows: LogRows, start: int) -> Tensor:

@@ -123,7 +123,9 @@ def _check_finite(column: str, array: pa.Array) -> None:
 
 
 def _times(column: str, values: Sequence[Any], unit: str | None) -> pa.Array:
-    return pa.array([None if value is None else microseconds(column, value, unit) for value in values], UTC_MICROSECONDS)
+    return pa.array(
+        [None if value is None else microseconds(column, value, unit) for value in values], UTC_MICROSECONDS
+    )
 
 
 def microseconds(column: str, value: Any, unit: str | None = None) -> int:

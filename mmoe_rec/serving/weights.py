@@ -28,7 +28,7 @@ def fused_weights(tasks: Sequence[ServedTask], given: Mapping[str, Any] | None) 
     if given is None:
         return np.array([task.score_weight for task in tasks])
     if not isinstance(given, Mapping):
-        raise RequestError("task_weights must be an object of numbers, such as {\"engagement\": 1.0}")
+        raise RequestError('task_weights must be an object of numbers, such as {"engagement": 1.0}')
     names = {task.name for task in tasks}
     objectives = {task.objective for task in tasks} - names
     for name, weight in given.items():
