@@ -185,7 +185,9 @@ class EventLog(Section):
 
 class _Remembering(Section):
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
-    events: str | None = Field(None, description="name of a further log under `data.events` whose rows are read instead")
+    events: str | None = Field(
+        None, description="name of a further log under `data.events` whose rows are read instead"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -1,8 +1,8 @@
 """Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow.
 
 With a SQLite address, such as `sqlite:///mlflow.db`, everything lies beside the database file: runs, metrics and the
-registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would be
-`mlruns/` in whatever folder the command was started from). Another address is a server's, which has its own place.
+registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would
+be `mlruns/` in whatever folder the command was started from). Another address is a server's, which has its own place.
 """
 
 from __future__ import annotations

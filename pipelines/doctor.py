@@ -173,7 +173,7 @@ def check_tables(probe: Probe, installer: Installer) -> Check:
         fix = "this processor lacks instructions of the wheels (AVX2 on x86-64): use another machine"
     elif error.startswith("no answer"):
         fix = "python -m pipelines.doctor  # once more: a first import from a slow disk takes long"
-    elif "fbgemm" in probe.stage:
+    elif "fbgemm" in probe.stage + error:
         fix = installer.reinstall_fbgemm()
     elif installer.uv:
         names = ("torch", "torchrec", BUILDS[installer.build])
@@ -387,7 +387,8 @@ def run_checks() -> list[Check]:
     installer = Installer(made_by_uv(Path(sys.prefix)), "cuda" if with_cuda else "cpu", required)
     if find_spec("packaging") is None or find_spec("rich") is None:
         found = f"{sys.executable} lacks the project's packages"
-        return [*checks, Check("packages", "fail", found, installer.install_all())]
+        again = f"uv run --extra {installer.build} python -m pipelines.doctor"
+        return [*checks, Check("packages", "fail", found, again if installer.uv else installer.install_all())]
 
     versions = installed_versions(required)
     probed = run_probe()
@@ -414,17 +415,18 @@ def show(checks: Sequence[Check]) -> None:
             print(f"{check.status:4}  {check.name}: {check.found}")
     else:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table("", "check", "found", box=None, pad_edge=False)
+        table = Table("", "check", Column("found", overflow="fold"), box=None, pad_edge=False)
         for check in checks:
             style = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
             table.add_row(Text(check.status, style), check.name, Text(check.found))
         Console().print(table)
     wrong = [check for check in checks if check.status != "ok"]
-    for check in wrong:
-        print(f"\n{check.status}: {check.name}. What to type or do:\n    {check.fix}")
+    for fix in dict.fromkeys(check.fix for check in wrong):
+        names = ", ".join(check.name for check in wrong if check.fix == fix)
+        print(f"\n{names}: what to type or do\n    {fix}")
     failed = sum(check.status == "fail" for check in checks)
     print(f"\n{failed} to fix, {len(wrong) - failed} to know." if wrong else "\nAll is well.")
 
@@ -464,8 +466,14 @@ def _loads(library: str) -> bool:
 
 
 def _has_time_zones() -> bool:
-    """Whether Arrow finds a time zone: it reads the system's files, not Python's tzdata package."""
-    return any(Path(folder, "UTC").exists() for folder in ("/usr/share/zoneinfo", "/usr/share/lib/zoneinfo"))
+    """Whether pandas finds a time zone, in the system's files or in the tzdata package."""
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    try:
+        ZoneInfo("America/New_York")
+    except ZoneInfoNotFoundError:
+        return False
+    return True
 
 
 def _memory() -> tuple[int, int]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mmoe_rec import tracking
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, event_streams, prepare
 from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.splits import encode_splits
 from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.sums import EvaluationSums
+    from mmoe_rec.training.loop import TrainingResult
+    from mmoe_rec.training.validation import Validation
 
 
 def prepare_features(settings: Settings) -> Prepared:
@@ -22,19 +31,20 @@ def prepare_features(settings: Settings) -> Prepared:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the model's artifact folder and, if it was registered, its version."""
+    """A finished training: the artifact folder and the address in the registry."""
 
     artifact: Path
-    result: Any
-    version: str | None = None
-    run_id: str | None = None
+    address: str
+    best: Validation
+    best_step: int
+    rows_per_s: float
+    waiting: float
 
 
 def train_model(settings: Settings) -> Trained | None:
-    """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than 0."""
+    """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first."""
     import torch.distributed as dist
 
-    from mmoe_rec import tracking
     from mmoe_rec.devices import pick_device
     from mmoe_rec.training.loop import train
     from mmoe_rec.training.sharding import process_group
@@ -43,63 +53,112 @@ def train_model(settings: Settings) -> Trained | None:
     device = pick_device(settings.training.device)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        prepared = prepare_features(settings)
+        prepare_features(settings)
     with process_group(device):
-        # Other ranks wait here until the first has built the features.
+        # The other ranks wait here until the first has built the features.
         dist.barrier()
         prepared = Prepared(work / "features")
-        with tracking.open_run(settings.tracking.uri, settings.tracking.experiment or settings.name, active=first) as run:
+        experiment = settings.tracking.experiment or settings.name
+        with tracking.open_run(settings.tracking.uri, experiment, active=first) as run:
             _log_start(run, settings, prepared)
             result = train(prepared, settings.model, settings.training, device, work / "checkpoint", run.log_metrics)
             dist.barrier()
-            if not first:
-                return None
-            return _finish(run, settings, prepared, result, work)
+            return _finish(run, settings, prepared, result) if first else None
 
 
-def _log_start(run: Any, settings: Settings, prepared: Prepared) -> None:
-    run.log_params(settings.model_dump(mode="json", include={"model", "training", "split"}))
+def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> None:
+    sections = {"model", "training", "split", "data", "evaluation", "serving"}
+    run.log_params(settings.model_dump(mode="json", include=sections))
     run.log_text(settings.to_yaml(), "settings.yaml")
     run.log_dict(prepared.manifest, "data.json")
-    run.log_text((prepared.folder / "pipeline" / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
     run.log_text(prepared.layout.to_json(), "features/layout.json")
+    run.log_text((prepared.folder / "pipeline" / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 
 
-def _finish(run: Any, settings: Settings, prepared: Prepared, result: Any, work: Path) -> Trained:
-    from mmoe_rec import tracking
+def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
     from mmoe_rec.evaluation.plots import gate_weights_figure
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
     from mmoe_rec.training.sharding import load_plain
 
+    work, layout, best = Path(settings.data.work), prepared.layout, result.best
+    assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
-    layout = prepared.layout
-    gates = {task.name: result.best.gates[index].numpy() for index, task in enumerate(layout.tasks)}
+    gates = {task.name: best.gates[index].numpy() for index, task in enumerate(layout.tasks)}
     run.log_figure(gate_weights_figure(gates), "plots/gate_weights.png")
-    run.log_metrics({f"best.{name}": value for name, value in result.best.flat().items()}, result.best_step)
+    run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
+    run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
     load_plain(model, work / "checkpoint")
-    artifact = work / "model"
-    write_artifact(artifact, settings=settings, prepared=prepared, state_dict=model.state_dict())
-    version = tracking.register(run, artifact, settings.registered_model, settings.tracking.alias)
-    return Trained(artifact, result, version, run.run_id)
+    write_artifact(work / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
+    tracking.register(run, work / "model", settings.registered_model, settings.tracking.alias)
+    address = f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    return Trained(work / "model", address, best, result.best_step, result.rows_per_s, result.waiting)
 
 
-def test_rows(settings: Settings, artifact: Path) -> Path:
-    """Folder of encoded test rows for a model: those at hand if the model's features made them, or freshly encoded."""
-    from mmoe_rec.serving.artifact import read_artifact
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation: the scored test rows, their sums, and the summary of metrics."""
 
-    about = read_artifact(artifact)
-    prepared = prepare_features(settings)
-    if prepared.manifest["fingerprint"] == about.fingerprint:
+    scored: Scored
+    sums: EvaluationSums
+    summary: dict[str, Any]
+
+
+def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
+    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.evaluation.summary import summarise
+    from mmoe_rec.serving.ranker import Ranker
+
+    artifact = tracking.local_model(address, settings.tracking.uri)
+    ranker = Ranker.load(artifact)
+    rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size)
+    sums = scored.measure()
+    summary = summarise(sums, settings.evaluation.resamples)
+    evaluated = Evaluated(scored, sums, summary)
+    sums.save(out / "sums")
+    with atomic_file(out / "metrics.json") as file:
+        file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    _log_evaluation(settings, address, evaluated, out)
+    return evaluated
+
+
+def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
+    """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
+    window = settings.split.windows()["test"]
+    prepared = Prepared(Path(settings.data.work) / "features")
+    if fingerprint == prepare_features(settings).manifest["fingerprint"]:
         return prepared.split("test")
     pipeline = FeaturePipeline.load(artifact / "features")
     if set(pipeline.schema.tasks) != set(settings.tasks):
         raise UserError(
-            f"the model predicts {', '.join(pipeline.schema.tasks)}, but the settings' tasks are {', '.join(settings.tasks)}"
+            f"the model predicts {', '.join(pipeline.schema.tasks)}; the settings have {', '.join(settings.tasks)}"
         )
     log = Log(settings.data.log, pipeline.schema)
+    pipeline.remember(log.stream(), event_streams([EventRows(name, log) for name in pipeline.schema.events]))
     folder = Path(settings.data.work) / "evaluation" / "encoded"
-    encode_splits(log, pipeline, {"test": settings.split.windows()["test"]}, folder)
+    encode_splits(log, pipeline, {"test": window}, folder, {"test": log.last_time()})
     return folder / "test"
+
+
+def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:
+    from mmoe_rec.evaluation.plots import calibration_figure, gate_weights_figure
+    from mmoe_rec.evaluation.summary import flatten
+
+    layout = evaluated.scored.layout
+    run_id = tracking.run_of(address, settings.tracking.uri)
+    experiment = settings.tracking.experiment or settings.name
+    with tracking.open_run(settings.tracking.uri, experiment, run_name="evaluation", run_id=run_id) as run:
+        run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
+        run.log_artifact(out / "metrics.json", "evaluation")
+        for index, task in enumerate(layout.tasks):
+            if task.kind == "binary":
+                figure = calibration_figure(evaluated.summary, task.name)
+                figure.savefig(out / f"calibration_{task.name}.png")
+                run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
+        gates = {task.name: evaluated.scored.gates[index] for index, task in enumerate(layout.tasks)}
+        run.log_figure(gate_weights_figure(gates), "evaluation/gate_weights.png")

@@ -120,6 +120,17 @@ def test_the_sampling_rate_as_an_input():
 # References
 
 
+def test_a_counter_or_history_has_one_source():
+    for keys in ({}, {"task": "click", "events": "buys"}):
+        _refuses("give either `task`, to read the log's labels, or `events`", _feature("counter", by=["u"], **keys))
+        _refuses("give either `task`, to read the log's labels, or `events`", _feature("history", of="item", **keys))
+    buys = _feature("counter", events="buys", by=["u"], outputs=["rows"])
+    _refuses("feature 'f' names events 'buys'; logs under data.events are: none, add it", buys)
+    events = {"views": {"path": "p", "time": "t"}}
+    _refuses("feature 'f' names events 'buys'; logs under data.events are: views", buys, events=events)
+    _refuses("events have no rate", _feature("counter", events="views", by=["u"]), events=events)
+
+
 def test_a_task_that_is_not_there():
     for feature in (_feature("counter", task="buy", by=["u"]), _feature("history", task="buy", of="item")):
         _refuses("feature 'f' names task 'buy'; tasks are click, liked", feature)

@@ -173,7 +173,7 @@ def test_a_bad_override(tmp_path, arguments, message):
     ("changes", "message"),
     [
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
-        ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, work)"),
+        ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work)"),
         (
             {"model__experts__cuont": 3},
             "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)",
@@ -184,7 +184,7 @@ def test_a_bad_override(tmp_path, arguments, message):
         ),
         (
             {"features__last__len": 3},
-            "unknown key 'features.last.len'; did you mean 'length'? (valid here: kind, task, of, ",
+            "unknown key 'features.last.len'; did you mean 'length'? (valid here: task, events, kind, of, ",
         ),
         ({"tasks__click__lable": "x"}, "unknown key 'tasks.click.lable'; did you mean 'label'?"),
         (
@@ -207,6 +207,10 @@ def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
         (
             {"features__item__kind": _DROPPED},
             "'features.item' needs a kind: id, ids, numeric, vector, time, cross, history, ",
+        ),
+        (
+            {"features__last__task": _DROPPED},
+            "'features.last': give either `task`, to read the log's labels, or `events`, ",
         ),
         ({"features": {}}, "'features' must be longer: at least 1 needed"),
     ],
@@ -354,7 +358,7 @@ def test_every_setting_is_documented():
         for name, field in model.model_fields.items():
             held = [each for each in models if each in (field.annotation, *typing.get_args(field.annotation))]
             names_kind = name == "kind" and field.is_required()
-            if not held and name not in ("tasks", "features") and not names_kind:
+            if not held and name not in ("tasks", "features", "events") and not names_kind:
                 assert field.description, (model, name)
                 assert field.description in text, (model, name)
     assert "--model.experts.count  <whole number> (default 8)" in text

@@ -33,7 +33,6 @@ from mmoe_rec.progress import over_rows
 from mmoe_rec.schema import Schema
 
 
-
 @dataclass(frozen=True)
 class Prepared:
     """A folder of fitted features and encoded rows."""
@@ -90,9 +89,7 @@ def _fingerprint(log: Log, events: Sequence[EventRows], windows: dict[str, Windo
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _build(
-    log: Log, events: Sequence[EventRows], windows: dict[str, Window], folder: Path, fingerprint: str
-) -> None:
+def _build(log: Log, events: Sequence[EventRows], windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
     schema = log.schema
     overview = _Overview(schema, windows)
     passes = iter(("reading the log", "fitting counters"))

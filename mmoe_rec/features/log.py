@@ -45,6 +45,12 @@ class Log:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
 
+    def last_time(self) -> int:
+        """Time of the last request, microseconds since 1970 UTC."""
+        time = self.schema.columns.time
+        tables = (t for f in self.files for t in _read(f.path, {time: "time"}, self.schema.columns.time_unit))
+        return max(int(LogRows(table, self.schema).times().max()) for table in tables if table.num_rows)
+
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
         text = "\n".join(f"{file.path.name} {file.bytes} {file.rows}" for file in self.files)
@@ -71,7 +77,7 @@ class EventRows:
         for column, kind in types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(
-                    f"column '{column}' is {kind} in events '{name}' but {log.types[column]} in the log '{log.source}'; "
+                    f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
 
@@ -85,7 +91,9 @@ class EventRows:
         for file in self.files:
             for table in _read(file.path, self.uses, self.schema.columns.time_unit):
                 if nulls := table.column(self.time).null_count:
-                    raise UserError(f"'{file.path}': column '{self.time}' is null in {nulls} rows; every event needs a time")
+                    raise UserError(
+                        f"'{file.path}': column '{self.time}' is null in {nulls} rows; every event needs a time"
+                    )
                 keys = {column: table.column(column) for column in self.uses if column != self.time}
                 label = pa.array(np.ones(table.num_rows))
                 named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}

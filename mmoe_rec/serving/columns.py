@@ -49,7 +49,8 @@ class RequestColumns:
             if role != "placement"
         }
         self.log_columns = list(log)
-        self._columns = {**{each.name: each for each in _precomputed(pipeline)}, **log}
+        # A log's own column comes first: that is what a feature would read.
+        self._columns = log | {each.name: each for each in _precomputed(pipeline) if each.name not in log}
         unread = {name: role for name, role in schema.column_roles.items() if name not in schema.input_columns()}
         self._unread = {name: role for name, role in unread.items() if role != "placement"}
         self._placement = {name for name, role in schema.column_roles.items() if role == "placement"}

@@ -22,6 +22,7 @@ from mmoe_rec.serving.errors import RequestError
 
 ARTIFACT = "model"
 Value = bool | int | float | str | None
+Reply = dict[str, str | list[Value] | dict[str, list[float]]]
 
 
 class BadRequest(MlflowException):
@@ -68,7 +69,7 @@ class RankingPythonModel(PythonModel):
 
     def predict(
         self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Reply]:
         """One ranking a request, see `Ranking`. Raises BadRequest with the sentence for the caller."""
         several = len(model_input) > 1
         replies = []
@@ -81,7 +82,7 @@ class RankingPythonModel(PythonModel):
                 raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
         return replies
 
-    def _rank(self, request: RankingRequest, params: dict[str, Any]) -> dict[str, Any]:
+    def _rank(self, request: RankingRequest, params: dict[str, Any]) -> Reply:
         try:
             envelope = Envelope.model_validate(request.given())
         except ValidationError as error:

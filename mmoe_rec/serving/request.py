@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyarrow.types as pt
 
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.latest import LatestValues
@@ -19,7 +18,7 @@ from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.values import microseconds, to_arrow
+from mmoe_rec.serving.values import to_arrow
 
 
 class RequestReader:

@@ -21,8 +21,8 @@ def _times(rng: np.random.Generator, first: datetime, days: float) -> pa.Array:
     return pa.array(start + np.sort((rng.uniform(0, days, ROWS) * DAY).astype(np.int64)), pa.timestamp("us", tz="UTC"))
 
 
-def _prepare(config: str, table: pa.Table, tmp_path: Path) -> Prepared:
-    settings = load_settings(config)
+def _prepare(config: str, table: pa.Table, tmp_path: Path, *overrides: str) -> Prepared:
+    settings = load_settings(config, overrides)
     log = write_log(tmp_path / "log", table)
     prepared = prepare(str(log), settings.schema_, settings.split.windows(), tmp_path / "work")
     for split in ("train", "validation", "test"):
@@ -93,7 +93,10 @@ def test_the_template(tmp_path, strings):
         "stars_good": pa.array(rng.integers(0, 2, ROWS), mask=~surveyed),
         "still_subscribed": rng.integers(0, 2, ROWS),
     }
-    prepared = _prepare("configs/template.yaml", pa.table(columns), tmp_path)
+    table = pa.table(columns)
+    found = table.select(["viewer", "video", "shown_at"]).rename_columns(["viewer", "video", "searched_at"])
+    searches = write_log(tmp_path / "searches", found)
+    prepared = _prepare("configs/template.yaml", table, tmp_path, "--data.events.searches.path", str(searches))
     assert [task.name for task in prepared.layout.tasks] == ["click", "watch", "liked", "stayed"]
     observed = prepared.manifest["splits"]["train"]["observed"]
     train = times.cast(pa.int64()).to_numpy() < load_settings("configs/template.yaml").split.windows()["train"][1]

@@ -1,0 +1,79 @@
+"""A small log, its features, and an artifact with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.serving.artifact import write_artifact
+from mmoe_rec.settings import Settings
+from tests.features.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, write_log
+
+USER = 5
+ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
+CONTEXT = {"time": "2023-11-29T12:00:00+01:00", "born": "2022-01-02T03:04:05"}
+
+
+def small_settings(work: Path, **sections: Any) -> Settings:
+    """Settings of a random log, with every kind of feature."""
+    day = [np.datetime64(START + days * DAY, "us").item().isoformat() for days in (6, 8)]
+    return Settings.model_validate(
+        {
+            "name": "small",
+            "data": {"log": str(work / "log"), "work": str(work)},
+            **BASE,
+            "features": ALL_KINDS,
+            "split": {"train_end": day[0], "validation_end": day[1]},
+            "model": {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}},
+            "serving": {"max_candidates": 50},
+            **sections,
+        }
+    )
+
+
+class SmallModel:
+    """Settings, prepared features, model and artifact folder in `work`."""
+
+    def __init__(self, work: Path, strings: bool = False, **sections: Any) -> None:
+        self.settings = small_settings(work, **sections)
+        write_log(work / "log", random_log(1, rows=600, strings=strings))
+        schema = self.settings.schema_
+        self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work)
+        layout = self.prepared.layout
+        self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
+        for parameter in self.model.tables.parameters():
+            # Initial embeddings are so small that a wrong one would go unnoticed.
+            parameter.data.normal_(0.0, 0.5)
+        self.model.eval()
+        self.folder = work / "model"
+        write_artifact(self.folder, settings=self.settings, prepared=self.prepared, state_dict=self.model.state_dict())
+
+    def full_pipeline(self) -> FeaturePipeline:
+        """The features with the whole past, as batch jobs use them."""
+        return FeaturePipeline.load(self.prepared.folder / "pipeline")
+
+    def later_rows(self, rows: int = 20) -> tuple[pa.Table, LogRows]:
+        """Logged rows after the log's end, by one user at one time, as a log has them and in canonical types."""
+        table = random_log(7, rows=rows)
+        start = pa.array([START + 15 * DAY] * rows).cast(table["time"].type)
+        born = pa.array([START - 900 * DAY] * rows).cast(table["born"].type)
+        columns = {"user": pa.array([USER] * rows), "time": start, "born": born, "age": pa.array([2] * rows)}
+        for name, values in columns.items():
+            table = table.set_column(table.column_names.index(name), name, values)
+        return table, log_rows(table, self.settings.schema_)
+
+
+def as_request(table: pa.Table) -> dict[str, Any]:
+    """Logged rows of one request as JSON values, with all their attributes."""
+    first = table.slice(0, 1).to_pylist()[0]
+    return {
+        "user": {"user": first["user"], "age": first["age"]},
+        "context": {"time": first["time"].isoformat(), "born": first["born"].isoformat()},
+        "candidates": {name: table[name].to_pylist() for name in ("item", "brand", "price", "tags")},
+    }

@@ -1,0 +1,84 @@
+"""The artifact folder: what is in it, and what is said of a damaged one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.serving.artifact import read_artifact, write_artifact
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings import load_settings
+from tests.serving.small_model import SmallModel
+
+
+def test_holds_plain_data_only(small: SmallModel) -> None:
+    endings = {path.suffix for path in small.folder.rglob("*") if path.is_file()}
+    assert endings == {".json", ".yaml", ".safetensors", ".parquet"}
+
+
+def test_says_what_it_was_made_from(small: SmallModel) -> None:
+    about = read_artifact(small.folder)
+    assert about.name == "small"
+    assert about.fingerprint == small.prepared.manifest["fingerprint"]
+    assert about.max_candidates == 50
+    assert about.tables_as_of[:19] == small.prepared.manifest["last_request"][:19]
+    assert [(task.name, task.kind, task.objective) for task in about.tasks] == [
+        ("click", "binary", "engagement"),
+        ("liked", "binary", "satisfaction"),
+        ("spent", "regression", "engagement"),
+    ]
+    assert load_settings(small.folder / "settings.yaml") == small.settings
+
+
+def test_weights_survive(small: SmallModel, ranker: Ranker) -> None:
+    loaded = ranker.model.state_dict()
+    saved = small.model.state_dict()
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_example_can_be_sent(small: SmallModel, ranker: Ranker) -> None:
+    example = json.loads((small.folder / "example_request.json").read_text())
+    assert example["user"].keys() == {"user"}
+    assert example["candidates"].keys() == {"item"}
+    ranking = ranker.rank(**example)
+    assert ranking.request_time > ranking.tables_as_of
+
+
+def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> None:
+    state = dict(small.model.state_dict())
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], float("nan"))
+    with pytest.raises(UserError, match=f"weight '{name}' holds NaN"):
+        write_artifact(tmp_path / "m", settings=small.settings, prepared=small.prepared, state_dict=state)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.json").unlink(), "holds no model"),
+        (lambda folder: (folder / "model.json").write_text('{"format": 99}'), "another format"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b"\0" * 40), "can't be read"),
+        (lambda folder: shutil.rmtree(folder / "features"), "holds no feature state"),
+    ],
+)
+def test_damaged(small: SmallModel, tmp_path: Path, damage: object, message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small.folder, folder)
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        Ranker.load(folder)
+
+
+def test_other_model_settings_do_not_fit(small: SmallModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small.folder, folder)
+    tree = json.loads((folder / "model.json").read_text())
+    tree["model"]["experts"]["count"] = 4
+    (folder / "model.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="does not fit the model's settings"):
+        Ranker.load(folder)

@@ -1,0 +1,199 @@
+"""The model behind `mlflow models serve`: equal scores, readable refusals, no training library in the process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmoe_rec import tracking
+from mmoe_rec.serving.ranker import Ranker
+from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+
+START_WITHIN_S = 120
+
+
+@dataclass
+class Server:
+    """A running model server."""
+
+    port: int
+    process: subprocess.Popen
+    log: Path
+
+    def post(self, body: Any) -> tuple[int, Any]:
+        """Status and decoded body; `body` is JSON values, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def alive(self) -> bool:
+        """Whether it answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def server(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = Path(tmp_path_factory.mktemp("server"))
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with tracking.open_run(uri, "small") as run:
+        tracking.register(run, small.folder, "small", "champion")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    programs = Path(sys.executable).parent
+    command = [str(programs / "mlflow"), "models", "serve", "-m", "models:/small@champion"]
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--env-manager", "local", "--port", str(port)],
+            # MLflow looks for uvicorn on PATH.
+            env={**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    running = Server(port, process, log)
+    try:
+        end = time.monotonic() + START_WITHIN_S
+        while not running.alive():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield running
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def request_of(**changes: Any) -> dict[str, Any]:
+    """One request with keys replaced."""
+    return {"user": {"user": USER}, "context": CONTEXT, "candidates": {"item": ITEMS}, **changes}
+
+
+def test_logged_rows_score_as_offline(server: Server, small: SmallModel, ranker: Ranker) -> None:
+    table, rows = small.later_rows()
+    status, body = server.post({"inputs": [as_request(table)]})
+    assert status == 200
+    (reply,) = body["predictions"]
+    values, log_scores = ranker.score(rows)
+    np.testing.assert_allclose(reply["scores"], np.exp(log_scores)[reply["order"]], rtol=1e-5)
+    for index, task in enumerate(small.settings.tasks):
+        np.testing.assert_allclose(reply["predictions"][task], values[reply["order"], index], atol=1e-5)
+
+
+def test_params_for_all_and_options_of_one(server: Server, ranker: Ranker) -> None:
+    plain = request_of()
+    own = request_of(task_weights={"liked": 3}, top_k=1)
+    params = {"task_weights": {"engagement": 1, "satisfaction": 0.5}, "top_k": 2}
+    status, body = server.post({"inputs": [plain, own], "params": params})
+    assert status == 200
+    first, second = body["predictions"]
+    expected = ranker.rank(plain["user"], CONTEXT, plain["candidates"], params["task_weights"], 2)  # type: ignore[arg-type]
+    assert first["candidates"] == expected.candidates
+    np.testing.assert_allclose(first["scores"], expected.scores, rtol=1e-5)
+    assert first["tables_as_of"] == expected.tables_as_of
+    assert first["request_time"] == expected.request_time
+    assert second["candidates"] == ranker.rank(plain["user"], CONTEXT, plain["candidates"], {"liked": 3}, 1).candidates
+
+
+def test_no_params_give_every_candidate(server: Server) -> None:
+    for body in ({"inputs": [request_of()]}, {"inputs": [request_of()], "params": {"top_k": 3}}):
+        status, reply = server.post(body)
+        assert status == 200
+        assert len(reply["predictions"][0]["order"]) == (3 if "params" in body else len(ITEMS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"candidates": {"item": ITEMS, "prise": [1] * 5}}, "'candidates' has an unknown column 'prise'; did you mean"),
+        ({"candidates": {"item": ITEMS, "price": [1]}}, "'item' has 5 values, 'price' has 1"),
+        ({"candidates": {"item": ["1", "2"]}}, "column 'item' must hold integers, as in the log; found strings"),
+        ({"candidates": {"item": []}}, "'candidates' is empty"),
+        ({"candidates": {"item": list(range(100_000))}}, "has 100,000 candidates; this model takes at most 50"),
+        ({"candidates": {"item": ITEMS, "slot": [1] * 5}}, "placement, which is absent in serving"),
+        ({"candidates": [{"item": 1}]}, "'candidates' must be an object of lists"),
+        ({"candidates": {"item": 1}}, "column 'item' in 'candidates' must be a list"),
+        ({"candidates": {"item": ITEMS, "price": [float("nan")] * 5}}, "NaN"),
+        ({"user": 7}, "'user' must be an object"),
+        ({"context": None}, "'context' must be an object"),
+        ({"usr": {"user": 7}}, "a request has no key 'usr'; did you mean 'user'?"),
+        ({"task_weights": {"clik": 1}}, "'clik', which is no task or objective; did you mean 'click'?"),
+        ({"task_weights": 3}, "'task_weights' must be an object of numbers"),
+        ({"top_k": "2"}, "'top_k' must be an integer"),
+    ],
+)
+def test_refusals_are_one_sentence(server: Server, changes: dict[str, Any], sentence: str) -> None:
+    status, body = server.post({"inputs": [request_of(**changes)]})
+    assert status == 400
+    assert sentence in body["message"]
+    assert len(json.dumps(body)) < 400
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [({"task_weights": {"clik": 1}}, "clik"), ({"task_weights": {"click": -1}}, "click"), ({"top_k": 0}, "top_k")],
+)
+def test_refused_params(server: Server, params: dict[str, Any], name: str) -> None:
+    status, body = server.post({"inputs": [request_of()], "params": params})
+    assert status == 400
+    assert name in body["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"inputs": [', b"[]", b'{"user": {}}', b'{"inputs": 5}', b'{"inputs": [5]}', b'"x"', b"\xff\xfe"]
+)
+def test_malformed_bodies(server: Server, body: bytes) -> None:
+    status, reply = server.post(body)
+    assert status == 400
+    assert reply["message"]
+
+
+def test_which_of_several_requests_is_wrong(server: Server) -> None:
+    status, body = server.post({"inputs": [request_of(), request_of(user={})]})
+    assert status == 400
+    assert body["message"].startswith("inputs[1]: 'user' needs a column")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_holds_no_training_library(server: Server) -> None:
+    maps = [
+        path.read_text() for path in Path("/proc").glob("[0-9]*/maps") if _group_of(path.parent) == server.process.pid
+    ]
+    assert any("libtorch" in each for each in maps)
+    assert not any(name in each for each in maps for name in ("fbgemm_gpu", "torchrec"))
+
+
+def _group_of(process: Path) -> int | None:
+    try:
+        return os.getpgid(int(process.name))
+    except ProcessLookupError:
+        return None
+
+
+def test_still_alive_after_all_that(server: Server) -> None:
+    assert server.alive()
+    assert server.post({"inputs": [request_of()]})[0] == 200

@@ -1,0 +1,166 @@
+"""Runs, the registry, and what is said of addresses that lead nowhere."""
+
+from pathlib import Path
+
+import pytest
+
+from mmoe_rec import tracking
+from mmoe_rec.errors import UserError
+from tests.serving.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    return SmallModel(Path(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'deep' / 'mlflow.db'}"
+
+
+def folder_of(uri: str) -> Path:
+    store = tracking.sqlite_file(uri)
+    assert store is not None
+    return store.parent
+
+
+def test_records_a_run_beside_the_database(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    import matplotlib.pyplot as plt
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.txt").write_text("x")
+    with tracking.open_run(uri, "first", run_name="one") as run:
+        run.log_params({"model": {"experts": {"count": 4}}, **{f"p{i}": i for i in range(250)}})
+        run.log_metrics({"auc": 0.5}, step=1)
+        run.log_metrics({"auc": 0.75}, step=2)
+        run.log_text("hello", "notes/hello.txt")
+        run.log_dict({"a": 1}, "a.json")
+        run.log_figure(plt.figure(), "plots/empty.png")
+        run.log_artifact(tmp_path / "plan.txt")
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.txt"]
+    assert {path.name for path in folder_of(uri).iterdir()} >= {"mlflow.db", "mlartifacts"}
+    recorded = mlflow.get_run(run.run_id)
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.params["model.experts.count"] == "4"
+    assert len(recorded.data.params) == 251
+    assert recorded.data.metrics["auc"] == 0.75
+    names = {path.name for path in folder_of(uri).rglob("*") if path.is_file()}
+    assert names >= {"hello.txt", "a.json", "empty.png", "plan.txt"}
+
+
+def test_goes_on_with_a_run(uri: str) -> None:
+    import mlflow
+
+    with tracking.open_run(uri, "second") as run:
+        run.log_params({"epochs": 1})
+    with tracking.open_run(uri, "second", run_id=run.run_id) as again:
+        again.log_params({"epochs": 2, "seed": 3})
+    assert again.run_id == run.run_id
+    data = mlflow.get_run(run.run_id).data
+    assert data.params == {"epochs": "1", "seed": "3"}
+    assert data.tags["resumed.epochs"] == "2"
+
+
+def test_a_failed_run_says_so(uri: str) -> None:
+    import mlflow
+
+    with pytest.raises(RuntimeError, match="boom"), tracking.open_run(uri, "third") as run:
+        raise RuntimeError("boom")
+    assert mlflow.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_other_ranks_record_nothing(tmp_path: Path) -> None:
+    with tracking.open_run(f"sqlite:///{tmp_path / 'none.db'}", "x", active=False) as run:
+        run.log_params({"a": 1})
+        run.log_metrics({"a": 1.0}, 1)
+        run.log_text("a", "a.txt")
+        run.log_dict({}, "a.json")
+        run.log_figure(None, "a.png")
+        run.log_artifacts(tmp_path)
+        with pytest.raises(UserError, match="recorded run"):
+            tracking.register(run, tmp_path, "x", "champion")
+    assert not list(tmp_path.iterdir())
+
+
+def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
+    with tracking.open_run(uri, "models") as run:
+        versions = [tracking.register(run, small.folder, "small", "champion") for _ in range(2)]
+    assert capfd.readouterr() == ("", "")
+    assert versions == ["1", "2"]
+    folder = tracking.local_model("models:/small@champion", uri)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in small.folder.iterdir()}
+    assert tracking.local_model("models:/small/1", uri) != folder
+    model = folder.parents[1]
+    endings = {path.suffix for path in model.rglob("*") if path.is_file()}
+    assert not endings & {".pkl", ".pt", ".pth", ".pyc"}
+    needed = (model / "requirements.txt").read_text()
+    assert "torch==" in needed
+    assert "safetensors==" in needed
+    assert "torchrec" not in needed
+    assert "fbgemm" not in needed
+    assert not (model / "code" / "mmoe_rec" / "training").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
+    with tracking.open_run(uri, "models") as run, pytest.raises(UserError, match="holds no model"):
+        tracking.register(run, tmp_path, "broken", "champion")
+    with pytest.raises(UserError, match="broken"):
+        tracking.local_model("models:/broken@champion", uri)
+
+
+def test_local_model_takes_a_folder(small: SmallModel) -> None:
+    assert tracking.local_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded .*name=nobody not found"),
+        ("models:/nobody/3", "can't be loaded"),
+        ("runs:/0123/model", "id=0123 not found"),
+        ("models:/", "can't be loaded"),
+        (".", "holds no model"),
+        ("no/such/folder", "holds no model"),
+    ],
+)
+def test_unknown_addresses(uri: str, address: str, message: str) -> None:
+    with tracking.open_run(uri, "exists"):
+        pass
+    with pytest.raises(UserError, match=message):
+        tracking.local_model(address, uri)
+
+
+def test_looking_up_makes_no_store(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no MLflow store"):
+        tracking.local_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but long enough to look like one " * 10)
+    with (
+        pytest.raises(UserError, match=r"MLflow at 'sqlite:.*mlflow\.db'"),
+        tracking.open_run(f"sqlite:///{tmp_path / 'mlflow.db'}", "x"),
+    ):
+        pass
+
+
+def test_a_deleted_experiment(uri: str) -> None:
+    import mlflow
+
+    with tracking.open_run(uri, "gone"):
+        pass
+    mlflow.delete_experiment(mlflow.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(UserError, match="'gone' was deleted"), tracking.open_run(uri, "gone"):
+        pass
+
+
+def test_sqlite_addresses() -> None:
+    assert tracking.sqlite_file("sqlite:///mlflow.db") == Path("mlflow.db")
+    assert tracking.sqlite_file("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
+    assert tracking.sqlite_file("http://localhost:5000") is None
