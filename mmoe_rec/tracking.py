@@ -8,14 +8,11 @@ be `mlruns/` in whatever folder the command was started from). Another address i
 from __future__ import annotations
 
 import io
-import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -33,20 +30,6 @@ QUIET_LOGGERS = {
     "mlflow.types": logging.ERROR,
     "mlflow.utils.environment": logging.ERROR,
 }
-# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm.
-SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
-# The parts of this package that scoring imports.
-SERVED_CODE = (
-    "__init__.py",
-    "errors.py",
-    "schema.py",
-    "settings.py",
-    "atomic.py",
-    "features",
-    "batches",
-    "model",
-    "serving",
-)
 _AT_ONCE = 100  # parameters that MLflow takes in one call
 
 
@@ -155,25 +138,19 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
         raise UserError("a model can be registered from a recorded run only")
     from mlflow.models import set_signature
 
+    from mmoe_rec.serving import mlflow_package
     from mmoe_rec.serving.ranker import Ranker
 
     # MLflow runs the example too, but registers a model that fails at it.
     Ranker.load(artifact_folder)
-    example = json.loads((artifact_folder / "example_request.json").read_text(encoding="utf-8"))
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
     uri, unread = mlflow.get_tracking_uri(), io.StringIO()
     with _calling(uri), redirect_stderr(unread), tempfile.TemporaryDirectory() as scratch:
-        code = _served_code(Path(scratch) / "mmoe_rec")
         logged = mlflow.pyfunc.log_model(
-            name="ranking_model",
-            python_model=str(code / "serving" / "mlflow_model.py"),
-            artifacts={"model": str(artifact_folder)},
-            code_paths=[str(code)],
-            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES],
-            input_example=([example], _example_params()),
+            name="ranking_model", **mlflow_package.arguments(artifact_folder, Path(scratch))
         )
-        set_signature(logged.model_uri, _with_params(logged.signature, artifact_folder))
+        set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(logged.model_uri, name)
         mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
@@ -200,6 +177,22 @@ def local_model(address: str, uri: str) -> Path:
     if not found:
         raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
     return found[0].parent
+
+
+def run_of(address: str, uri: str) -> str | None:
+    """The run that made a registered model, None for any other address. Raises UserError for an unknown name or alias."""
+    if not address.startswith("models:/"):
+        return None
+    name, at, alias = address.removeprefix("models:/").partition("@")
+    mlflow = _connect(uri)
+    with _calling(uri, address):
+        client = mlflow.MlflowClient()
+        if at:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(*name.split("/", 1))
+    run_id: str | None = found.run_id
+    return run_id
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -240,42 +233,6 @@ def _experiment(mlflow: Any, uri: str, name: str) -> str:
         )
     existing: str = found.experiment_id
     return existing
-
-
-def _served_code(target: Path) -> Path:
-    package = Path(__file__).parent
-    target.mkdir(parents=True)
-    for name in SERVED_CODE:
-        source = package / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target / name)
-    return target
-
-
-def _example_params() -> dict[str, Any]:
-    return {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}
-
-
-def _with_params(signature: Any, artifact_folder: Path) -> Any:
-    """The signature with optional `task_weights` and `top_k`.
-
-    MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
-    """
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
-
-    from mmoe_rec.serving.artifact import read_artifact
-
-    tasks = read_artifact(artifact_folder).tasks
-    names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
-    # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
-    weights = Object([Property(name, AnyType(), required=False) for name in names])
-    params = ParamSchema([ParamSpec("task_weights", weights, {}), ParamSpec("top_k", DataType.long, None)])
-    changed = ModelSignature(signature.inputs, signature.outputs, params)
-    changed._is_signature_from_type_hint = True  # else the server would parse requests as data frames
-    return changed
 
 
 @contextmanager

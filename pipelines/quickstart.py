@@ -8,6 +8,7 @@ candidate list. `--fast` does it on a slice of the households, as a smoke test.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     from mmoe_rec.evaluation.table import results_table
-    from mmoe_rec.serving.ranker import Ranker
     from pipelines.baselines import evaluate_baselines
     from pipelines.steps import Trained, evaluate_model, train_model
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("4/5  two baselines on the same rows and features")
     baselines = evaluate_baselines(settings, evaluated.scored)
     console.rule("5/5  one candidate list")
-    request, ranking = _rank_example(Ranker.load(trained.artifact))
+    request, ranking = _rank_example(trained.artifact)
     console.print(f"household {request['user']}, {request['context']}")
     for position, (candidate, score) in enumerate(ranking, start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
@@ -86,8 +86,11 @@ def _ingest(out: Path, fast: bool) -> None:
     ingest(packaged_folder(), out, Selection(households=FAST_HOUSEHOLDS if fast else None))
 
 
-def _rank_example(ranker: Ranker) -> tuple[dict, list[tuple[object, float]]]:
-    request = ranker.example_request
+def _rank_example(artifact: Path) -> tuple[dict, list[tuple[object, float]]]:
+    from mmoe_rec.serving.ranker import Ranker
+
+    ranker = Ranker.load(artifact)
+    request = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
     ranking = ranker.rank(request["user"], request["context"], request["candidates"])
     return request, list(zip(ranking.candidates, ranking.scores, strict=True))
 

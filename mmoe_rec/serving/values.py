@@ -17,6 +17,7 @@ from mmoe_rec.serving.errors import RequestError
 
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_NUMBERS = {int, float, type(None)}
 # Times beyond have no hour and weekday in every time zone database.
 _YEARS = (1700, 2200)
 _NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
@@ -52,10 +53,10 @@ def to_arrow(
     if use == "time":
         return _times(column, values, time_unit)
     try:
-        array = pa.array(values)
-        if use == "number" and pt.is_integer(array.type):
-            array = array.cast(pa.float64(), safe=False)
-        array = canonical(column, use, array)
+        if use == "number" and {type(value) for value in values} <= _NUMBERS:
+            # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions.
+            values = [None if value is None else float(value) for value in values]
+        array = canonical(column, use, pa.array(values))
     except (*_NOT_ARROW, UserError):
         raise _mismatch(column, values, _wanted(use, expected)) from None
     _check_finite(column, array)
