@@ -180,17 +180,18 @@ def local_model(address: str, uri: str) -> Path:
 
 
 def run_of(address: str, uri: str) -> str | None:
-    """The run that made a registered model, None for any other address. Raises UserError for an unknown name or alias."""
+    """The run that made a registered model, None for any other address.
+
+    Raises UserError for an unknown name or alias.
+    """
     if not address.startswith("models:/"):
         return None
     name, at, alias = address.removeprefix("models:/").partition("@")
+    model, _, number = name.partition("/")
     mlflow = _connect(uri)
     with _calling(uri, address):
         client = mlflow.MlflowClient()
-        if at:
-            found = client.get_model_version_by_alias(name, alias)
-        else:
-            found = client.get_model_version(*name.split("/", 1))
+        found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(model, number)
     run_id: str | None = found.run_id
     return run_id
 

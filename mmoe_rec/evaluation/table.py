@@ -12,23 +12,25 @@ _SHOWN = (*_HIGHER_IS_BETTER[:3], *_LOWER_IS_BETTER[:2], *_ONE_IS_BEST, *_LOWER_
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
-    """One row a metric, one column a model, each value with its 95% interval; the best value of a row is bold.
+    """One row a metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
+
+    Values stand with half the width of their 95% interval; the exact ends, which need not lie evenly, are in the summary.
 
     Args:
         columns: name of the model -> its `summary.summarise`. A metric that a model lacks shows as a dash.
     """
-    table = Table(show_header=True, header_style="bold", caption="value and 95% interval, bootstrap over users")
-    table.add_column("task")
-    table.add_column("metric")
+    caption = "± half the 95% interval, bootstrap over users"
+    table = Table(show_header=True, header_style="bold", caption=caption)
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     sections = {name: None for summary in columns.values() for name in summary["tasks"]}
     for section in (*sections, "score"):
         groups = [_group(summary, section) for summary in columns.values()]
         shown = [metric for metric in _SHOWN if any(_value(group, metric) is not None for group in groups)]
+        table.add_row(Text(section, style="bold"))
         for metric in shown:
-            label = section if metric == shown[0] else ""
-            table.add_row(label, _label(metric), *_cells(metric, groups), end_section=metric == shown[-1])
+            table.add_row(f"  {_label(metric)}", *_cells(metric, groups), end_section=metric == shown[-1])
     return table
 
 
@@ -44,7 +46,7 @@ def _value(group: dict[str, Any], metric: str) -> float | None:
 
 def _label(metric: str) -> str:
     if metric in _ONE_IS_BEST:
-        return f"{metric} (1 is best)"
+        return f"{metric} → 1"
     return f"{metric} {'↓' if metric in _LOWER_IS_BETTER else '↑'}"
 
 
@@ -69,9 +71,9 @@ def _cell(entry: Any, is_best: bool) -> Text:
         return Text("-", style="dim")
     text = Text(_number(interval["value"]), style="bold" if is_best else "")
     if interval["low"] is not None:
-        text.append(f" [{_number(interval['low'])}, {_number(interval['high'])}]", style="not bold dim")
+        text.append(f" ±{_number((interval['high'] - interval['low']) / 2)}", style="not bold dim")
     return text
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"

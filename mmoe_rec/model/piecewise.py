@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,15 @@ class PiecewiseLinear(nn.Module):
 
     def __init__(self, edges: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        column, low, width = [], [], []
-        for index, each in enumerate(edges):
-            for a, b in zip(each, each[1:], strict=False):
-                column.append(index)
-                low.append(a)
-                width.append(b - a)
+        intervals = [(index, *ends) for index, each in enumerate(edges) for ends in pairwise(each)]
+        column, low, high = zip(*intervals, strict=True) if intervals else ((), (), ())
+        slope = 1.0 / (torch.tensor(high) - torch.tensor(low))
         self.column: Tensor
-        self.low: Tensor
-        self.width: Tensor
+        self.slope: Tensor
+        self.offset: Tensor
         self.register_buffer("column", torch.tensor(column, dtype=torch.int64), persistent=False)
-        self.register_buffer("low", torch.tensor(low), persistent=False)
-        self.register_buffer("width", torch.tensor(width), persistent=False)
+        self.register_buffer("slope", slope, persistent=False)
+        self.register_buffer("offset", -torch.tensor(low) * slope, persistent=False)
 
     @property
     def outputs(self) -> int:
@@ -36,6 +34,6 @@ class PiecewiseLinear(nn.Module):
         return len(self.column)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """(B, D) float32 -> (B, outputs) float32."""
-        parts = (numbers.index_select(1, self.column) - self.low) / self.width
-        return parts.clamp(0.0, 1.0)
+        """(B, D) float32 -> (B, outputs) float32. Numbers are data: no gradient flows back to them."""
+        parts = numbers.detach().index_select(1, self.column)
+        return torch.addcmul(self.offset, parts, self.slope).clamp_(0.0, 1.0)

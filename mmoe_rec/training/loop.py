@@ -194,7 +194,7 @@ def _optimizer(sharded: Sharded, settings: Training) -> Any:
     from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
     def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
     return CombinedOptimizer([sharded.table_optimizer, KeyedOptimizerWrapper(sharded.dense_parameters(), adamw)])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import doctor
-from pipelines.doctor import GIB, Check, Installer, Probe
+from pipelines import checks, doctor
+from pipelines.checks import GIB, Check, Installer, Probe
 
 REQUIRED = doctor.read_requirements(doctor.ROOT / "pyproject.toml")
 UV = Installer(uv=True, build="cpu", required=REQUIRED)
@@ -39,7 +39,7 @@ def test_requirements_name_both_builds_and_what_torchrec_needs_besides_them():
     [((3, 10, 13), "fail"), ((3, 11, 0), "ok"), ((3, 12, 9), "ok"), ((3, 13, 0), "fail"), ((4, 11, 0), "fail")],
 )
 def test_python_version(version, status):
-    check = doctor.check_python(version)
+    check = checks.check_python(version)
     assert check.status == status
     assert check.found == ".".join(map(str, version))
     assert check.fix.startswith("uv run --python 3.11 --extra cpu") == (status == "fail")
@@ -50,12 +50,12 @@ def test_python_version(version, status):
     [("Linux", "x86_64", "ok"), ("Linux", "aarch64", "ok"), ("Darwin", "arm64", "fail"), ("Windows", "AMD64", "fail")],
 )
 def test_platform(system, machine, status):
-    assert doctor.check_platform(system, machine).status == status
+    assert checks.check_platform(system, machine).status == status
 
 
 def test_missing_system_files_are_named_with_their_package():
-    assert doctor.check_system_files([], True).status == "ok"
-    assert outcome(doctor.check_system_files(["libstdc++.so.6"], False)) == (
+    assert checks.check_system_files([], True).status == "ok"
+    assert outcome(checks.check_system_files(["libstdc++.so.6"], False)) == (
         "fail",
         "missing: libstdc++.so.6, the time zone database",
         "apt-get install -y libstdc++6 tzdata",
@@ -64,18 +64,18 @@ def test_missing_system_files_are_named_with_their_package():
 
 def test_trio_that_goes_together():
     for versions in (RIGHT, CUDA, RIGHT | {"torch": "2.14.0+cpu"}):
-        check = doctor.check_trio(versions, UV)
+        check = checks.check_trio(versions, UV)
         assert check.status == "ok", check
         assert check.fix == ""
-    assert doctor.check_trio(RIGHT, UV).found == "torch 2.14.1, torchrec 1.9.2, fbgemm-gpu-cpu 1.9.0"
+    assert checks.check_trio(RIGHT, UV).found == "torch 2.14.1, torchrec 1.9.2, fbgemm-gpu-cpu 1.9.0"
 
 
 def test_mismatched_trio():
     versions = {"torch": "2.13.0", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.8.0"}
     found = "torch 2.13.0 (needs ==2.14.*), torchrec 1.9.2, fbgemm-gpu-cpu 1.8.0 (needs ==1.9.0)"
     note = "  # the three releases go together"
-    assert outcome(doctor.check_trio(versions, UV)) == ("fail", found, "uv sync --extra cpu" + note)
-    assert outcome(doctor.check_trio(versions, PIP)) == (
+    assert outcome(checks.check_trio(versions, UV)) == ("fail", found, "uv sync --extra cpu" + note)
+    assert outcome(checks.check_trio(versions, PIP)) == (
         "fail",
         found,
         "pip install 'torch==2.14.*' fbgemm-gpu-cpu==1.9.0 && pip install --no-deps torchrec==1.9.2" + note,
@@ -84,8 +84,8 @@ def test_mismatched_trio():
 
 def test_missing_part_of_the_trio_is_that_of_this_machine():
     without = {"torch": "2.14.1"}
-    assert doctor.check_trio(without, UV).found == "torch 2.14.1, torchrec is missing, fbgemm-gpu-cpu is missing"
-    check = doctor.check_trio(without, PIP_CUDA)
+    assert checks.check_trio(without, UV).found == "torch 2.14.1, torchrec is missing, fbgemm-gpu-cpu is missing"
+    check = checks.check_trio(without, PIP_CUDA)
     assert check.found == "torch 2.14.1, torchrec is missing, fbgemm-gpu is missing"
     assert "fbgemm-gpu==1.9.0" in check.fix
 
@@ -94,25 +94,25 @@ def test_both_fbgemm_builds():
     found = "fbgemm-gpu and fbgemm-gpu-cpu are both installed, into the same folder: one breaks the other"
     fix_uv = "uv sync --extra cpu --reinstall-package fbgemm-gpu-cpu"
     fix_pip = "pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && pip install fbgemm-gpu{}==1.9.0"
-    assert outcome(doctor.check_fbgemm_build(BOTH, False, 0, UV)) == ("fail", found, fix_uv)
-    assert outcome(doctor.check_fbgemm_build(BOTH, False, 0, PIP)) == ("fail", found, fix_pip.format("-cpu"))
-    assert outcome(doctor.check_fbgemm_build(BOTH, True, 1, PIP_CUDA)) == ("fail", found, fix_pip.format(""))
+    assert outcome(checks.check_fbgemm_build(BOTH, False, 0, UV)) == ("fail", found, fix_uv)
+    assert outcome(checks.check_fbgemm_build(BOTH, False, 0, PIP)) == ("fail", found, fix_pip.format("-cpu"))
+    assert outcome(checks.check_fbgemm_build(BOTH, True, 1, PIP_CUDA)) == ("fail", found, fix_pip.format(""))
 
 
 def test_fbgemm_build_that_does_not_suit_the_machine():
-    without_driver = doctor.check_fbgemm_build(CUDA, False, 0, UV)
+    without_driver = checks.check_fbgemm_build(CUDA, False, 0, UV)
     assert without_driver.status == "fail"
     assert "no NVIDIA driver (libnvidia-ml.so.1)" in without_driver.found
     assert without_driver.fix.startswith("uv sync --extra cpu")
 
-    cpu_on_a_card = doctor.check_fbgemm_build(RIGHT, True, 1, PIP_CUDA)
+    cpu_on_a_card = checks.check_fbgemm_build(RIGHT, True, 1, PIP_CUDA)
     assert cpu_on_a_card.status == "fail"
     assert cpu_on_a_card.found.startswith("CPU build, but torch sees 1 CUDA device:")
     assert "pip install fbgemm-gpu==1.9.0" in cpu_on_a_card.fix
 
-    assert doctor.check_fbgemm_build({}, False, 0, PIP).fix == "pip install fbgemm-gpu-cpu==1.9.0"
-    assert outcome(doctor.check_fbgemm_build(RIGHT, False, 0, UV)) == ("ok", "CPU build", "")
-    assert outcome(doctor.check_fbgemm_build(CUDA, True, 8, PIP_CUDA)) == ("ok", "CUDA build", "")
+    assert checks.check_fbgemm_build({}, False, 0, PIP).fix == "pip install fbgemm-gpu-cpu==1.9.0"
+    assert outcome(checks.check_fbgemm_build(RIGHT, False, 0, UV)) == ("ok", "CPU build", "")
+    assert outcome(checks.check_fbgemm_build(CUDA, True, 8, PIP_CUDA)) == ("ok", "CUDA build", "")
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_fbgemm_build_that_does_not_suit_the_machine():
     ],
 )
 def test_failed_lookup_names_the_stage_the_error_and_what_to_type(probe, fix):
-    check = doctor.check_tables(probe, UV)
+    check = checks.check_tables(probe, UV)
     assert check.status == "fail"
     assert check.found == f"could not {probe.stage}: {probe.error}"
     assert fix in check.fix
 
 
 def test_failed_lookup_under_pip():
-    assert doctor.check_tables(Probe("import torchrec", "AttributeError: x"), PIP).fix == (
+    assert checks.check_tables(Probe("import torchrec", "AttributeError: x"), PIP).fix == (
         "pip install --force-reinstall 'torch==2.14.*' fbgemm-gpu-cpu==1.9.0"
         " && pip install --force-reinstall --no-deps torchrec==1.9.2"
     )
@@ -161,25 +161,25 @@ def test_failed_lookup_under_pip():
 def test_packages_outside_their_ranges():
     versions = doctor.installed_versions(REQUIRED) | {"mlflow": "3.17.2", "pandas": "2.1.4"}
     del versions["pydantic"]
-    checks = {check.name: check for check in doctor.check_packages(versions, PIP)}
-    assert outcome(checks["mlflow"]) == ("ok", "3.17.2", "")
-    assert outcome(checks["pandas"]) == ("fail", "pandas 2.1.4 (needs <4,>=2.2)", "pip install 'pandas>=2.2,<4'")
-    assert outcome(checks["other packages"]) == ("fail", "pydantic is missing", "pip install 'pydantic>=2.11,<3'")
+    found = {check.name: check for check in checks.check_packages(versions, PIP)}
+    assert outcome(found["mlflow"]) == ("ok", "3.17.2", "")
+    assert outcome(found["pandas"]) == ("fail", "pandas 2.1.4 (needs <4,>=2.2)", "pip install 'pandas>=2.2,<4'")
+    assert outcome(found["other packages"]) == ("fail", "pydantic is missing", "pip install 'pydantic>=2.11,<3'")
 
 
 def test_uvicorn():
-    assert outcome(doctor.check_uvicorn("/env/bin/uvicorn", "/env/bin/uvicorn", UV)) == ("ok", "/env/bin/uvicorn", "")
-    assert outcome(doctor.check_uvicorn(None, None, UV)) == (
+    assert outcome(checks.check_uvicorn("/env/bin/uvicorn", "/env/bin/uvicorn", UV)) == ("ok", "/env/bin/uvicorn", "")
+    assert outcome(checks.check_uvicorn(None, None, UV)) == (
         "fail",
         "not found",
         "uv sync --extra cpu --reinstall-package uvicorn",
     )
-    assert outcome(doctor.check_uvicorn("/usr/bin/uvicorn", None, PIP)) == (
+    assert outcome(checks.check_uvicorn("/usr/bin/uvicorn", None, PIP)) == (
         "fail",
         "/usr/bin/uvicorn belongs to another environment",
         "pip install --force-reinstall uvicorn",
     )
-    not_on_path = doctor.check_uvicorn(None, "/my env/bin/uvicorn", UV)
+    not_on_path = checks.check_uvicorn(None, "/my env/bin/uvicorn", UV)
     assert not_on_path.status == "warn"
     assert "`mlflow models serve` would not find it" in not_on_path.found
     assert not_on_path.fix == "export PATH='/my env/bin':$PATH"
@@ -190,23 +190,23 @@ def test_uvicorn():
     [(8, None, "ok"), (8, "4", "ok"), (1, "1", "ok"), (8, "1", "warn"), (8, "16", "warn"), (8, "many", "warn")],
 )
 def test_threads(cores, threads, status):
-    assert doctor.check_cpu(cores, threads).status == status
+    assert checks.check_cpu(cores, threads).status == status
 
 
 def test_devices():
-    assert outcome(doctor.check_cuda(Probe(cards=CARDS), True)) == ("ok", "NVIDIA H100 80 GiB", "")
-    assert doctor.check_cuda(Probe(), False).found == "none: models train on the CPU"
-    unseen = doctor.check_cuda(Probe(torch_cuda="13.0"), True)
+    assert outcome(checks.check_cuda(Probe(cards=CARDS), True)) == ("ok", "NVIDIA H100 80 GiB", "")
+    assert checks.check_cuda(Probe(), False).found == "none: models train on the CPU"
+    unseen = checks.check_cuda(Probe(torch_cuda="13.0"), True)
     assert unseen.status == "warn"
     assert "built for CUDA 13.0" in unseen.fix
-    assert doctor.check_bf16(Probe(bf16={"cpu": False, "cuda": True})).found == "cpu: no, fp32 is used, cuda: fast"
-    assert doctor.check_bf16(Probe()).status == "warn"
+    assert checks.check_bf16(Probe(bf16={"cpu": False, "cuda": True})).found == "cpu: no, fp32 is used, cuda: fast"
+    assert checks.check_bf16(Probe()).status == "warn"
 
 
 def test_memory_and_disk():
-    assert outcome(doctor.check_memory(16 * GIB, 8 * GIB)) == ("ok", "8.0 GiB available of 16.0 GiB", "")
-    assert doctor.check_memory(16 * GIB, GIB).status == "warn"
-    assert [doctor.check_disk(free * GIB, "here").status for free in (0, 2, 50)] == ["fail", "warn", "ok"]
+    assert outcome(checks.check_memory(16 * GIB, 8 * GIB)) == ("ok", "8.0 GiB available of 16.0 GiB", "")
+    assert checks.check_memory(16 * GIB, GIB).status == "warn"
+    assert [checks.check_disk(free * GIB, "here").status for free in (0, 2, 50)] == ["fail", "warn", "ok"]
 
 
 def test_uv_environment_is_recognised(tmp_path, monkeypatch):
