@@ -54,19 +54,34 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is a file, or no folder can be created there.
     """
-    target = _real(path)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
-    temporary = _temporary(target)
-    _make_folder(temporary)
-    try:
+    with atomic_folders(path) as (temporary,):
         yield temporary
-        _flush_tree(temporary)
-        _put_folder(temporary, target)
-        _flush(target.parent)
+
+
+@contextmanager
+def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
+    """`atomic_folder` for folders that belong together: all are on disk before the first is renamed, in order.
+
+    What can go wrong in writing leaves all of the old ones; a kill between two renames leaves the first of the new.
+    """
+    targets = [_real(path) for path in paths]
+    for path, target in zip(paths, targets, strict=True):
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
+    temporaries = tuple(_temporary(target) for target in targets)
+    try:
+        for temporary in temporaries:
+            _make_folder(temporary)
+        yield temporaries
+        for temporary in temporaries:
+            _flush_tree(temporary)
+        for temporary, target in zip(temporaries, targets, strict=True):
+            _put_folder(temporary, target)
+            _flush(target.parent)
     finally:
-        # After an exchange the temporary name holds the old folder.
-        shutil.rmtree(temporary, ignore_errors=True)
+        # After an exchange a temporary name holds the old folder.
+        for temporary in temporaries:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _real(path: str | Path) -> Path:

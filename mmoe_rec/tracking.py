@@ -136,6 +136,7 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
     mlflow = run._mlflow
     if mlflow is None:
         raise UserError("a model can be registered from a recorded run only")
+    import torch
     from mlflow.models import set_signature
 
     from mmoe_rec.serving import mlflow_package
@@ -143,13 +144,14 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
 
     # MLflow runs the example too, but registers a model that fails at it.
     Ranker.load(artifact_folder)
+    threads = torch.get_num_threads()
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
     uri, unread = mlflow.get_tracking_uri(), io.StringIO()
     with _calling(uri), redirect_stderr(unread), tempfile.TemporaryDirectory() as scratch:
-        logged = mlflow.pyfunc.log_model(
-            name="ranking_model", **mlflow_package.arguments(artifact_folder, Path(scratch))
-        )
+        arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
+        logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
+        torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(logged.model_uri, name)
         mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)

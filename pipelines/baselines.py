@@ -62,7 +62,7 @@ def _matrix(rows: EncodedRows, layout: Layout) -> tuple[np.ndarray, np.ndarray, 
         end = start + len(part)
         x[start:end, : len(dense)] = part.encoded.dense[:, dense]
         for offset, name in enumerate(names, start=len(dense)):
-            x[start:end, offset] = part.encoded.ids[name]
+            x[start:end, offset] = np.asarray(part.encoded.ids[name])
         labels[start:end] = part.labels
         candidates.append(table.column("candidate"))
         start = end

@@ -14,7 +14,9 @@ from pipelines.command import read_command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder")
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder"
+    )
     parser.add_argument("--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation)")
 
 

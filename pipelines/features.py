@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"features: {prepared.folder}")
     for name, split in prepared.manifest["splits"].items():
         labels = ", ".join(
-            f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed" for task, observed in split["observed"].items()
+            f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed"
+            for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}")
 

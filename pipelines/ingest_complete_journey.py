@@ -1,8 +1,8 @@
 """python -m pipelines.ingest_complete_journey --out data/complete_journey
 
 Turn the Complete Journey grocery data into an interaction log, `OUT/log/week-01.parquet` ... `week-53.parquet`, and a
-log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: three of four purchases are of products
-that were not on promotion, and what a household bought before says much of what it buys next.
+log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: three of four purchases are of
+products that were not on promotion, and what a household bought before says much of what it buys next.
 
 A request is one basket; its candidates are the products on promotion in that store in that week. All bought candidates
 are kept, with a few sampled others for each; `sampling_rate` says at which rate, so that the full list can be weighted
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.atomic import atomic_folders
 from mmoe_rec.errors import UserError, exit_with_message
 from pipelines.complete_journey import (
     DEMOGRAPHICS,
@@ -80,7 +80,8 @@ PURCHASES = pa.schema(
         pa.field("request_time", REQUEST_TIME),
         pa.field("household_id", pa.int64()),
         pa.field("store_id", pa.int64()),
-        *[field for field in PRODUCTS if field.name != "package_size"],
+        pa.field("product_id", pa.int64()),
+        *[field for field in PRODUCTS if field.name not in ("product_id", "package_size")],
     ]
 )
 """The columns of the purchases, in order."""
@@ -252,7 +253,8 @@ def ingest(source: Path, out: Path, selection: Selection) -> Counts:
     purchases = select_purchases(every, selection)
     del transactions
     counts = Counts(baskets=pc.count_distinct(purchases["request_id"]).as_py())
-    with progress_bar() as progress, atomic_folder(out / "log") as folder:
+    # The log comes last: where there is one, its purchases are there too.
+    with progress_bar() as progress, atomic_folders(out / "purchases", out / "log") as (events, folder):
         promotions = stream_promotions(source / "promotions.parquet", purchases, progress)
         for week in progress.track(sorted(promotions), description="writing weeks"):
             of_week = purchases.filter(pc.equal(purchases["week"], week))
@@ -263,7 +265,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> Counts:
                 counts.add(table)
         if counts.rows == 0:
             raise UserError("no basket of the selected weeks and households holds a promoted product: select more")
-        write_purchases(every, purchases, products, out / "purchases")
+        write_purchases(every, purchases, products, events)
     return counts
 
 
@@ -273,10 +275,8 @@ def write_purchases(every: pa.Table, selected: pa.Table, products: pa.Table, fol
     bought = every.filter(pc.is_in(every["household_id"], value_set=households))
     product = products.take(pc.index_in(bought["product_id"], value_set=products["product_id"]))
     table = pa.table({f.name: (bought if f.name in bought.column_names else product)[f.name] for f in PURCHASES})
-    with atomic_folder(folder) as temporary:
-        for week in pc.unique(bought["week"]).to_pylist():
-            of_week = table.filter(pc.equal(bought["week"], week))
-            write_log_file(of_week, temporary / f"week-{week:02d}.parquet")
+    for week in pc.unique(bought["week"]).to_pylist():
+        write_log_file(table.filter(pc.equal(bought["week"], week)), folder / f"week-{week:02d}.parquet")
 
 
 def _week_range(text: str) -> tuple[int, int]:

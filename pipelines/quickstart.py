@@ -1,7 +1,7 @@
 """python -m pipelines.quickstart
 
-The whole way on real data: Complete Journey is turned into a log, features are fitted, a multi-gate mixture of experts is
-trained, registered in MLflow, evaluated on later weeks beside two baselines trained on the same rows, and ranks one
+The whole way on real data: Complete Journey is turned into a log, features are fitted, a multi-gate mixture of experts
+is trained, registered in MLflow, evaluated on later weeks beside two baselines trained on the same rows, and ranks one
 candidate list. `--fast` does it on a slice of the households, as a smoke test.
 """
 
@@ -36,7 +36,14 @@ def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) ->
     """The settings of the quickstart: those of Complete Journey, in another folder, smaller for a slice."""
     from mmoe_rec.settings import load_settings
 
-    paths = ["--data.log", f"{out}/log", "--data.events.purchases.path", f"{out}/purchases", "--data.work", f"{out}/work"]
+    paths = [
+        "--data.log",
+        f"{out}/log",
+        "--data.events.purchases.path",
+        f"{out}/purchases",
+        "--data.work",
+        f"{out}/work",
+    ]
     small = ["--training.batch_size", "1024", "--evaluation.resamples", "200", "--name", "complete_journey_fast"]
     return load_settings(CONFIG, [*paths, *(small if fast else []), *overrides])
 

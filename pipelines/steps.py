@@ -155,7 +155,7 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
     with tracking.open_run(settings.tracking.uri, experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
-        for index, task in enumerate(layout.tasks):
+        for task in layout.tasks:
             if task.kind == "binary":
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(out / f"calibration_{task.name}.png")

@@ -1,8 +1,8 @@
 """python -m pipelines.train --config configs/complete_journey.yaml
 torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml
 
-Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes it
-to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes
+it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
 """
 
 from __future__ import annotations

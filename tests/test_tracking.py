@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
@@ -88,10 +89,14 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
 
 
 def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
+    threads = torch.get_num_threads()
     with tracking.open_run(uri, "models") as run:
         versions = [tracking.register(run, small.folder, "small", "champion") for _ in range(2)]
     assert capfd.readouterr() == ("", "")
+    assert torch.get_num_threads() == threads
     assert versions == ["1", "2"]
+    assert tracking.run_of("models:/small@champion", uri) == tracking.run_of("models:/small/2", uri) == run.run_id
+    assert tracking.run_of(str(small.folder), uri) is None
     folder = tracking.local_model("models:/small@champion", uri)
     assert {path.name for path in folder.iterdir()} == {path.name for path in small.folder.iterdir()}
     assert tracking.local_model("models:/small/1", uri) != folder
@@ -133,6 +138,9 @@ def test_unknown_addresses(uri: str, address: str, message: str) -> None:
         pass
     with pytest.raises(UserError, match=message):
         tracking.local_model(address, uri)
+    if address.startswith("models:/"):
+        with pytest.raises(UserError, match="can't be loaded"):
+            tracking.run_of(address, uri)
 
 
 def test_looking_up_makes_no_store(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ COLUMNS = ("user", "request", "candidate")
 class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
-    users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score: (N,) log
-    score; gates: (T, E) mean gate weights.
+    users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
+    (N,) log score; gates: (T, E) mean gate weights.
     """
 
     layout: Layout

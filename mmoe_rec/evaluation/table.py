@@ -14,7 +14,7 @@ _SHOWN = (*_HIGHER_IS_BETTER[:3], *_LOWER_IS_BETTER[:2], *_ONE_IS_BEST, *_LOWER_
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     """One row a metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
 
-    Values stand with half the width of their 95% interval; the exact ends, which need not lie evenly, are in the summary.
+    Values stand with half the width of their 95% interval; the summary has the exact ends, which need not lie evenly.
 
     Args:
         columns: name of the model -> its `summary.summarise`. A metric that a model lacks shows as a dash.

@@ -122,7 +122,9 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
     return next(iter(found))
 
 
-def canonical_type(column: str, use: Use, found: pa.DataType, time_unit: str | None = None) -> pa.DataType:
+def canonical_type(  # noqa: PLR0911 - one line a case reads best
+    column: str, use: Use, found: pa.DataType, time_unit: str | None = None
+) -> pa.DataType:
     """The canonical type of a column. Raises UserError when values of type `found` can't be read that way."""
     kind = found.value_type if pt.is_dictionary(found) else found
     if pt.is_null(kind):

@@ -72,7 +72,7 @@ class FeaturePipeline:
                         f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
                     )
 
-    def _encoder(self, name: str) -> Encoder:
+    def _encoder(self, name: str) -> Encoder:  # noqa: PLR0911 - one line a kind reads best
         feature = self.schema.features[name]
         match feature:
             case IdsFeature():

@@ -48,8 +48,8 @@ def encode_splits(
     counts = {name: SplitCounts() for name in windows}
     writers = {name: SplitWriter(folder / name) for name in windows}
     for rows in over_rows(log.stream(), log.rows, "encoding"):
-        for name in windows:
-            inside = rows.filter(in_window(rows.times(), windows[name]))
+        for name, window in windows.items():
+            inside = rows.filter(in_window(rows.times(), window))
             if len(inside):
                 labels = {task: inside.labels(rule, known_by[name]) for task, rule in schema.tasks.items()}
                 counts[name].add(labels, len(inside))

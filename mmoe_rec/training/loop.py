@@ -85,7 +85,9 @@ class _Trainer:
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
         rank_rows = math.ceil(settings.batch_size / self.world_size)
-        model = build_model(self.layout, model_settings, torchrec_tables(self.layout, torch.device("meta")), settings.seed)
+        model = build_model(
+            self.layout, model_settings, torchrec_tables(self.layout, torch.device("meta")), settings.seed
+        )
         self.sharded: Sharded = shard(
             model,
             self.layout,

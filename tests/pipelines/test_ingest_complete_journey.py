@@ -4,7 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe_rec import atomic
 from mmoe_rec.errors import UserError
 from pipelines import ingest_complete_journey
-from pipelines.ingest_complete_journey import LOG, Selection, ingest, main
+from pipelines.ingest_complete_journey import LOG, PURCHASES, Selection, ingest, main
 from pipelines.sampled_log import ROW_GROUP_ROWS, sample_others
 
 EVERYTHING = Selection()
@@ -288,19 +289,65 @@ def test_rows_depend_neither_on_the_slice_nor_on_the_order_of_the_source(tmp_pat
     assert not other_seed["product_id"].equals(whole["product_id"])
 
 
+# Purchases
+
+
+def test_purchases_are_those_of_the_selected_households_in_all_weeks_promoted_or_not(tmp_path):
+    later = REQUEST + timedelta(days=7)
+    transactions = [
+        purchase(1, 101, 60, REQUEST + timedelta(minutes=3)),
+        purchase(1, 101, 11, REQUEST),
+        purchase(1, 101, 11, REQUEST),
+        purchase(1, 101, 12, REQUEST, quantity=0),
+        purchase(1, 101, 13, REQUEST, sales_value=0.0),
+        purchase(1, 102, 777, later, week=2, store=2),
+        purchase(2, 103, 11, REQUEST),
+    ]
+    source = write_source(tmp_path / "source", transactions, [promotion(11)])
+    ingest(source, tmp_path / "out", Selection(last_week=1, households=1))
+    table = pq.read_table(tmp_path / "out" / "purchases")
+    assert table.schema.equals(PURCHASES)
+    known = {"department": "GROCERY", "brand": "National", "product_type": "type"}
+    unknown = {"manufacturer_id": None, "department": None, "brand": None, "product_type": None}
+    here = {"household_id": 1, "store_id": 1, "request_time": REQUEST.replace(tzinfo=UTC)}
+    assert table.to_pylist() == [
+        here | known | {"product_id": 11, "manufacturer_id": 110, "product_category": "category 11"},
+        here | known | {"product_id": 60, "manufacturer_id": 600, "product_category": None},
+        {"household_id": 1, "store_id": 2, "request_time": later.replace(tzinfo=UTC), "product_id": 777}
+        | unknown
+        | {"product_category": None},
+    ]
+    assert [path.name for path in sorted((tmp_path / "out" / "purchases").iterdir())] == [
+        "week-01.parquet",
+        "week-02.parquet",
+    ]
+    assert set(ingested(source, Selection(last_week=1, households=1))["week"].to_pylist()) == {1}
+
+
+def test_every_bought_row_of_the_log_is_a_purchase_at_the_same_time(tmp_path):
+    source = a_busy_source(tmp_path)
+    log = ingested(source)
+    names = ["household_id", "product_id", "store_id", "request_time"]
+    bought = {tuple(row.values()) for row in log.filter(pc.equal(log["bought"], 1)).select(names).to_pylist()}
+    rows = [tuple(row.values()) for row in pq.read_table(source / "out" / "purchases").select(names).to_pylist()]
+    assert bought < set(rows)
+    assert len(rows) == len(set(rows))
+
+
 # The job
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_a_job_that_dies_half_way_leaves_nothing_new(tmp_path, monkeypatch, old):
+@pytest.mark.parametrize("dies_in", ["log", "purchases"])
+def test_a_job_that_dies_half_way_leaves_nothing_new(tmp_path, monkeypatch, old, dies_in):
     source, out = a_busy_source(tmp_path / "source"), tmp_path / "out"
     if old:
-        ingest(source, out, Selection(seed=1))
+        ingest(source, out, Selection(seed=1, households=2))
     before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
     write = ingest_complete_journey.write_log_file
 
     def die_at_week_2(table: pa.Table, path: Path) -> None:
-        if "week-02" in path.name:
+        if dies_in in path.parent.name and path.name == "week-02.parquet":
             raise KeyboardInterrupt
         write(table, path)
 
@@ -308,7 +355,26 @@ def test_a_job_that_dies_half_way_leaves_nothing_new(tmp_path, monkeypatch, old)
     with pytest.raises(KeyboardInterrupt):
         ingest(source, out, Selection())
     assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
-    assert [path.name for path in out.iterdir()] == (["log"] if old else [])
+    assert sorted(path.name for path in out.iterdir()) == (["log", "purchases"] if old else [])
+
+
+@pytest.mark.parametrize("folder", ["log", "purchases"])
+def test_neither_folder_is_replaced_before_both_are_on_disk(tmp_path, monkeypatch, folder):
+    source, out = a_busy_source(tmp_path / "source"), tmp_path / "out"
+    ingest(source, out, Selection(seed=1, households=2))
+    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    flush = atomic._flush_tree
+
+    def disk_full(path: Path) -> None:
+        if folder in path.name:
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(atomic, "_flush_tree", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        ingest(source, out, Selection())
+    assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
+    assert sorted(path.name for path in out.iterdir()) == ["log", "purchases"]
 
 
 def test_a_new_log_replaces_the_old_one(tmp_path):

@@ -1,27 +1,26 @@
-"""What the columns of an interaction log mean: roles, tasks, observed-rules and features.
-
-These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
-`mmoe_rec.features` turns them into model inputs.
-"""
+"""Columns, roles, tasks and observed-rules of an interaction log, and how they and the features fit together."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
-from zoneinfo import ZoneInfo
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
+
+from mmoe_rec.schema.features import (
+    CounterFeature,
+    EventLog,
+    Feature,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    read_columns,
+)
+from mmoe_rec.schema.section import Section
 
 Role = Literal["user", "candidate", "context", "placement"]
 Scalar = bool | int | float | str
-Days = Annotated[float, Field(gt=0, le=36_500)]
-
-
-class Section(BaseModel):
-    """A strict, immutable part of the settings: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Section):
@@ -79,179 +78,6 @@ class Task(Section):
 EVENT = Task(label="(event)", kind="binary", objective="engagement")
 
 
-class _Embedded(Section):
-    dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
-
-
-class _Vocabulary(_Embedded):
-    column: str = Field(description="column that the feature reads")
-    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, description="hashed buckets that unknown ids share")
-    table: str | None = Field(
-        None, description="name of another id feature whose vocabulary and embedding table this one shares"
-    )
-
-
-class IdFeature(_Vocabulary):
-    """One id a row, embedded."""
-
-    kind: Literal["id"]
-
-
-class IdsFeature(_Vocabulary):
-    """A list of ids a row, embedded and averaged."""
-
-    kind: Literal["ids"]
-    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
-
-
-class NumericFeature(_Embedded):
-    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
-
-    kind: Literal["numeric"]
-    column: str = Field(description="column that the feature reads")
-    transform: Literal["standard", "log", "buckets"] = Field(
-        "standard",
-        description="standard: (x - mean) / deviation; log: the same after sign(x) log(1 + |x|); "
-        "buckets: an embedding for each quantile bucket",
-    )
-    buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
-
-
-class VectorFeature(Section):
-    """A list of `size` numbers a row (say, a text embedding), standardised; a missing vector is all zeros."""
-
-    kind: Literal["vector"]
-    column: str = Field(description="column with lists of `size` numbers")
-    size: int = Field(ge=1, description="length of every list")
-
-
-class TimeFeature(_Embedded):
-    """Hour and weekday as embeddings, age in days as a number."""
-
-    kind: Literal["time"]
-    column: str | None = Field(None, description="timestamp column; null is the request's time")
-    parts: tuple[Literal["hour", "weekday", "age"], ...] = Field(
-        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
-    )
-    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
-    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
-
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(parts)
-
-    @field_validator("timezone")
-    @classmethod
-    def _known_zone(cls, timezone: str) -> str:
-        try:
-            ZoneInfo(timezone)
-        except (KeyError, OSError, ValueError):
-            raise ValueError("must be a time zone such as UTC or Europe/Berlin") from None
-        return timezone
-
-    @model_validator(mode="after")
-    def _age_needs_column(self) -> TimeFeature:
-        if "age" in self.parts and self.column is None:
-            raise ValueError("part 'age' needs a `column`: the request's own time has no age")
-        return self
-
-
-class CrossFeature(_Embedded):
-    """The hashed combination of two or more columns, embedded."""
-
-    kind: Literal["cross"]
-    columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
-    buckets: int = Field(10_000, ge=2, description="hashed rows of the embedding table")
-
-    @field_validator("columns")
-    @classmethod
-    def _each_once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(columns)
-
-
-class EventLog(Section):
-    """A further log of what happened, shown by this system or not, such as all purchases or page views.
-
-    Counters and histories may read it. Its key columns have the names and types that they have in the interaction log.
-    A row is an event that is known from its time on.
-    """
-
-    path: str = Field(description="a folder of Parquet files, one file, or a glob")
-    time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
-
-
-class _Remembering(Section):
-    task: str | None = Field(None, description="task whose labels in the interaction log are read")
-    events: str | None = Field(
-        None, description="name of a further log under `data.events` whose rows are read instead"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.task is None) == (self.events is None):
-            raise ValueError("give either `task`, to read the log's labels, or `events`, to read a further log")
-        return self
-
-
-class HistoryFeature(_Remembering):
-    """The user's last engaged candidates before the request, point in time, embedded and averaged."""
-
-    kind: Literal["history"]
-    of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
-    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
-    at_least: float = Field(1.0, description="label from which on a row counts as engaged")
-
-
-class CounterFeature(_Remembering):
-    """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
-
-    kind: Literal["counter"]
-    by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
-    outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
-        ("positives", "rate", "recency"),
-        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label; "
-        "recency: log(1 + days since the last row with a positive label became known), missing if never",
-    )
-    window_days: tuple[Days | None, ...] = Field(
-        (None,), min_length=1, description="trailing windows; null is all of the past"
-    )
-    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
-
-    @model_validator(mode="after")
-    def _rate_has_labels(self) -> Self:
-        if self.events is not None and "rate" in self.outputs:
-            raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
-        return self
-
-    @field_validator("by", "outputs", "window_days")
-    @classmethod
-    def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
-        return _distinct(values)
-
-
-def _distinct(values: tuple) -> tuple:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")
-    return values
-
-
-Feature = Annotated[
-    IdFeature
-    | IdsFeature
-    | NumericFeature
-    | VectorFeature
-    | TimeFeature
-    | CrossFeature
-    | HistoryFeature
-    | CounterFeature,
-    Field(discriminator="kind"),
-]
-
-
 class Schema(Section):
     """The meaning of a log: everything that features need to know of the settings, checked for consistency."""
 
@@ -259,7 +85,7 @@ class Schema(Section):
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)
     features: dict[str, Feature] = Field(min_length=1)
-    events: dict[str, EventLog] = {}
+    events: dict[str, EventLog] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -397,14 +223,3 @@ class Schema(Section):
         """Every column that is read from the log, in a fixed order."""
         placed = {self.columns.request, self.columns.sampling_rate} - {None}
         return sorted(set(self.input_columns()) | self.label_columns() | {str(name) for name in placed})
-
-
-def read_columns(feature: Feature) -> tuple[str, ...]:
-    """Columns of a row that a feature reads directly. A history reads the user's id, which every row has."""
-    if isinstance(feature, CrossFeature):
-        return feature.columns
-    if isinstance(feature, CounterFeature):
-        return feature.by
-    if isinstance(feature, HistoryFeature) or feature.column is None:
-        return ()
-    return (feature.column,)

@@ -1,0 +1,44 @@
+"""What the columns of an interaction log mean: roles, tasks, observed-rules and features.
+
+These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
+`mmoe_rec.features` turns them into model inputs.
+"""
+
+from mmoe_rec.schema.features import (
+    CounterFeature,
+    CrossFeature,
+    EventLog,
+    Feature,
+    HistoryFeature,
+    IdFeature,
+    IdsFeature,
+    NumericFeature,
+    TimeFeature,
+    VectorFeature,
+    read_columns,
+)
+from mmoe_rec.schema.log import EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task
+from mmoe_rec.schema.section import Section
+
+__all__ = [
+    "EVENT",
+    "Columns",
+    "CounterFeature",
+    "CrossFeature",
+    "EventLog",
+    "Feature",
+    "HistoryFeature",
+    "IdFeature",
+    "IdsFeature",
+    "NumericFeature",
+    "ObservedWhen",
+    "Role",
+    "Roles",
+    "Scalar",
+    "Schema",
+    "Section",
+    "Task",
+    "TimeFeature",
+    "VectorFeature",
+    "read_columns",
+]

@@ -1,0 +1,188 @@
+"""The sections of a settings file, each key with its type, default and meaning."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from mmoe_rec.schema import Columns, EventLog, Feature, Roles, Schema, Section, Task
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class Split(Section):
+    """Training rows lie before `train_end`, validation rows before `validation_end`, test rows before `test_end`."""
+
+    train_start: datetime | None = Field(None, description="first request time to train on; null is the log's begin")
+    train_end: datetime = Field(description="end of training (exclusive), UTC unless an offset is given")
+    validation_end: datetime = Field(description="end of validation (exclusive)")
+    test_end: datetime | None = Field(None, description="end of test (exclusive); null is the log's end")
+
+    @field_validator("*")
+    @classmethod
+    def _utc(cls, value: datetime | None) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Split:
+        times = [t for t in (self.train_start, self.train_end, self.validation_end, self.test_end) if t is not None]
+        if any(a >= b for a, b in itertools.pairwise(times)):
+            raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
+        return self
+
+    def windows(self) -> dict[str, tuple[int | None, int | None]]:
+        """Request times [start, end) of each split in microseconds since 1970 UTC."""
+        edges = [self.train_start, self.train_end, self.validation_end, self.test_end]
+        start, train, validation, test = (None if t is None else round(t.timestamp() * 1e6) for t in edges)
+        return {"train": (start, train), "validation": (train, validation), "test": (validation, test)}
+
+
+class Data(Section):
+    """Where the log is and where what is built from it goes."""
+
+    log: str = Field(description="interaction log: a folder of Parquet files, one file, or a glob")
+    events: dict[str, EventLog] = Field(
+        default_factory=dict, description="name -> a further log of events, which counters and histories may read"
+    )
+    work: str = Field(description="folder for encoded features, checkpoints and models")
+
+
+class Bottom(Section):
+    """The shared hidden layer under the experts and gates."""
+
+    units: tuple[Width, ...] = Field((256,), min_length=1, description="widths of the shared bottom's layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer of the bottom")
+    piecewise: bool = Field(
+        True, description="encode each number piecewise-linearly between quantiles, so that the model can bend there"
+    )
+    cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 feature crosses on the inputs; 0 leaves them out")
+    cross_rank: int = Field(32, ge=1, description="rank of a cross layer's weights")
+
+
+class Experts(Section):
+    """The shared experts."""
+
+    count: int = Field(8, ge=1, le=1024, description="number of experts")
+    units: tuple[Width, ...] = Field((128, 64), min_length=1, description="widths of an expert's layers")
+
+
+class Gates(Section):
+    """One softmax gate per task."""
+
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of leaving an expert out of a gate in training, then renormalised"
+    )
+
+
+class Towers(Section):
+    """One tower per task, on the gated sum of the experts."""
+
+    units: tuple[Width, ...] = Field((32,), description="widths of a tower's hidden layers")
+
+
+class Placement(Section):
+    """The shallow tower that absorbs placement bias in training and is absent in serving."""
+
+    units: tuple[Width, ...] = Field((16,), description="widths of the placement tower's hidden layers")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of training rows whose placement is hidden")
+
+
+class Model(Section):
+    """Structure of the multi-gate mixture of experts."""
+
+    bottom: Bottom = Bottom()
+    experts: Experts = Experts()
+    gates: Gates = Gates()
+    towers: Towers = Towers()
+    placement: Placement = Placement()
+
+
+class Training(Section):
+    """How the model is trained."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto takes bf16 where the device has it")
+    epochs: int = Field(1, ge=1, description="passes over the training rows")
+    batch_size: int = Field(4096, ge=2, description="rows a step, over all ranks together")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
+    table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the learning rates rise")
+    clip_gradient: float = Field(1.0, gt=0, description="largest norm of the dense part's gradient")
+    shuffle_window: int = Field(262_144, ge=1, description="rows that are shuffled together; bounds memory")
+    validations_per_epoch: int = Field(2, ge=1, description="times an epoch that the validation rows are scored")
+    patience: int = Field(4, ge=1, description="validations without a better result until training stops")
+    select_by: Literal["auc", "loss"] = Field(
+        "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
+    )
+    seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
+
+
+class Evaluation(Section):
+    """How the trained model is judged."""
+
+    batch_size: int = Field(16_384, ge=1, description="rows scored at a time")
+    resamples: int = Field(1000, ge=20, description="bootstrap resamples over users for the 95% intervals")
+
+
+class Serving(Section):
+    """Limits of the served model."""
+
+    max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
+
+
+class Tracking(Section):
+    """Where MLflow keeps runs and models."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking and registry address")
+    experiment: str | None = Field(None, description="MLflow experiment; null takes the settings' `name`")
+    registered_model: str | None = Field(
+        None, description="name in the model registry; null takes the settings' `name`"
+    )
+    alias: str = Field("champion", description="alias that a newly registered model gets")
+
+
+class Settings(Section):
+    """All settings of one data set."""
+
+    name: str = Field(description="name of the data set: experiment and registered model are called so by default")
+    data: Data
+    columns: Columns
+    roles: Roles = Roles()
+    tasks: dict[str, Task] = Field(min_length=1, description="name -> task")
+    features: dict[str, Feature] = Field(min_length=1, description="name -> feature")
+    split: Split
+    model: Model = Model()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Settings:
+        _ = self.schema_
+        return self
+
+    @property
+    def schema_(self) -> Schema:
+        """The part that says what the log means."""
+        return Schema(
+            columns=self.columns,
+            roles=self.roles,
+            tasks=self.tasks,
+            features=self.features,
+            events=self.data.events,
+        )
+
+    @property
+    def registered_model(self) -> str:
+        """Name in the MLflow registry."""
+        return self.tracking.registered_model or self.name
+
+    def to_yaml(self) -> str:
+        """The resolved settings as YAML; `load_settings` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
