@@ -1,0 +1,169 @@
+"""Encoded rows from which a model can learn, for any layout, and the shortest way from them to a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.settings import Model, Training
+from mmoe_rec.training.loop import TrainingResult, train
+from mmoe_rec.training.sharding import load_plain, process_group
+from tests.model.examples import LAYOUT, random_rows
+
+CPU = torch.device("cpu")
+# A squared error grows with its label's scale, and so does its say in the layers that tasks share.
+REGRESSION_SCALE = 0.3
+ROWS = {"train": 12_000, "validation": 4_000}
+MODEL = Model.model_validate(
+    {
+        "bottom": {"units": [16], "cross_layers": 1, "cross_rank": 8},
+        "experts": {"count": 2, "units": [8]},
+        "towers": {"units": [4]},
+        "placement": {"units": [4], "dropout": 0.0},
+    }
+)
+TRAINING = Training.model_validate(
+    {
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": 60,
+        "learning_rate": 0.01,
+        "table_learning_rate": 0.1,
+        "shuffle_window": 2_000,
+        "validations_per_epoch": 1,
+    }
+)
+
+
+def five_tasks() -> tuple[TaskOutput, ...]:
+    """Four binary tasks and a regression."""
+    binary = [TaskOutput(f"task{i}", "binary", "engagement") for i in range(4)]
+    return (*binary, TaskOutput("rating", "regression", "satisfaction"))
+
+
+LAYOUTS = {
+    "everything": LAYOUT,
+    "five tasks": replace(LAYOUT, tasks=five_tasks()),
+    "one task": replace(LAYOUT, tasks=LAYOUT.tasks[:1]),
+    "one regression": replace(LAYOUT, tasks=LAYOUT.tasks[2:]),
+    "no placement": replace(
+        LAYOUT,
+        ids=tuple(each for each in LAYOUT.ids if not each.placement),
+        dense=tuple(each for each in LAYOUT.dense if not each.placement),
+    ),
+    "no ids": replace(LAYOUT, ids=(), tables=()),
+    "no dense": replace(LAYOUT, dense=()),
+}
+
+
+def learnable_rows(layout: Layout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
+    """Random inputs, of which each adds to each task's logit; a third of the labels (rows, T) is NaN."""
+    encoded, labels = random_rows(rows, seed, layout)
+    # The effects are the same for every seed of the rows.
+    effects = np.random.default_rng(1)
+    logits = np.zeros(labels.shape)
+    for each in layout.ids:
+        effect = effects.normal(0, _strength(each.placement), (layout.table(each.table).rows, len(layout.tasks)))
+        logits += _mean_effect(encoded.ids[each.name], effect)
+    for column, dense in zip(encoded.dense.T, layout.dense, strict=True):
+        signs = effects.choice([-1, 1], len(layout.tasks))
+        logits += column[:, None] * signs * _strength(dense.placement)
+    chance = np.random.default_rng(seed + 1_000)
+    for index, task in enumerate(layout.tasks):
+        noise = chance.normal(0, 0.3, rows) if task.kind == "regression" else chance.logistic(0, 0.5, rows)
+        value = logits[:, index] + noise
+        drawn = value * REGRESSION_SCALE if task.kind == "regression" else value > 0
+        labels[:, index] = np.where(np.isnan(labels[:, index]), np.nan, drawn)
+    return encoded, labels
+
+
+def _strength(placement: bool) -> float:
+    """Placement, which validation does not see, decides little."""
+    return 0.2 if placement else 1.0
+
+
+def _mean_effect(ids: np.ndarray | Ragged, effect: np.ndarray) -> np.ndarray:
+    if not isinstance(ids, Ragged):
+        return effect[ids]
+    total = np.zeros((len(ids.lengths), effect.shape[1]))
+    np.add.at(total, np.repeat(np.arange(len(ids.lengths)), ids.lengths), effect[ids.values])
+    return total / np.maximum(ids.lengths, 1)[:, None]
+
+
+def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
+    """The folder that `prepare` would make, with as much in it as training reads.
+
+    labels: split -> labels instead of the learnable ones.
+    """
+    for seed, (split, rows) in enumerate(ROWS.items()):
+        encoded, drawn = learnable_rows(layout, rows, seed)
+        values = (labels or {}).get(split, drawn)
+        columns = encoded.to_arrow(layout)
+        for index, task in enumerate(layout.tasks):
+            column = values[:, index]
+            columns[f"label.{task.name}"] = pa.array(column, pa.float32(), mask=np.isnan(column))
+        (folder / "encoded" / split).mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
+    (folder / "encoded" / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    return Prepared(folder)
+
+
+@dataclass
+class Trained:
+    """A training's result, its checkpoint, and what it logged: (step, metrics)."""
+
+    prepared: Prepared
+    result: TrainingResult
+    checkpoint: Path
+    logged: list[tuple[int, dict[str, float]]]
+    model_settings: Model
+
+    def model(self) -> RankingModel:
+        """The plain model of the checkpoint."""
+        return plain_model(self.prepared.layout, self.checkpoint, self.model_settings)
+
+
+def plain_model(layout: Layout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
+    """The plain model of a checkpoint."""
+    plain = build_model(layout, model, plain_tables(layout, seed=99), seed=99)
+    load_plain(plain, checkpoint)
+    return plain.eval()
+
+
+def trained(
+    prepared: Prepared, checkpoint: Path, model: Model = MODEL, device: torch.device = CPU, **changes: object
+) -> Trained:
+    """Trains on one rank; `changes` replace those of `TRAINING`."""
+    logged: list[tuple[int, dict[str, float]]] = []
+    with process_group(device):
+        result = train(
+            prepared,
+            model,
+            TRAINING.model_copy(update=changes),
+            device,
+            checkpoint,
+            lambda metrics, step: logged.append((step, metrics)),
+        )
+    return Trained(prepared, result, checkpoint, logged, model)
+
+
+def scores(model: RankingModel, prepared: Prepared, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels (N, T) of a split's rows in file order, without placement."""
+    layout = prepared.layout
+    parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))
+    with torch.inference_mode():
+        logits = [model(make_batch(rows.encoded, layout, torchrec=False)).numpy() for rows, _ in parts]
+    return np.concatenate(logits), np.concatenate([rows.labels for rows, _ in parts])

@@ -1,0 +1,292 @@
+"""The training loop on rows that can be learnt from, judged by scikit-learn on the plain model that it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
+
+from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.settings import Model
+from mmoe_rec.training import loop
+from mmoe_rec.training.loop import _Trainer, learning_rate_share
+from mmoe_rec.training.sharding import process_group, save_checkpoint
+from mmoe_rec.training.validation import Validation
+from tests.model.examples import LAYOUT
+from tests.training.learnable import (
+    CPU,
+    LAYOUTS,
+    MODEL,
+    ROWS,
+    TRAINING,
+    Trained,
+    learnable_rows,
+    plain_model,
+    scores,
+    trained,
+    write_prepared,
+)
+
+STEPS = ROWS["train"] // TRAINING.batch_size
+DROPS = Model.model_validate(
+    MODEL.model_dump() | {"gates": {"dropout": 0.2}, "placement": {"units": [4], "dropout": 0.3}}
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+@contextmanager
+def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[_Trainer]:
+    """A trainer whose steps a test takes itself."""
+    with process_group(CPU):
+        yield _Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
+
+
+def weights(one: _Trainer, folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> copy of every weight, tables included."""
+    save_checkpoint({"model": one.sharded.model.state_dict()}, folder)
+    return {name: each.clone() for name, each in plain_model(one.layout, folder).state_dict().items()}
+
+
+# Learning rates
+
+
+def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
+    shares = [learning_rate_share(step, 110, 10 / 110) for step in range(110)]
+    np.testing.assert_allclose(shares[:10], np.arange(1, 11) / 11)
+    assert shares[10] == 1.0
+    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * done / 100)) / 2 for done in range(100)]
+    np.testing.assert_allclose(shares[10:], expected)
+    assert learning_rate_share(60, 110, 10 / 110) == pytest.approx(0.01 + 0.99 / 2)
+    assert 0.01 <= shares[-1] < 0.012
+    assert learning_rate_share(110, 110, 10 / 110) == pytest.approx(0.01)
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert learning_rate_share(0, 50, 0.0) == 1.0
+    assert [learning_rate_share(0, 1, share) for share in (0.0, 0.5)] == [1.0, 0.5]
+
+
+def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp_path: Path) -> None:
+    """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
+    with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
+        before = first = weights(one, tmp_path / "now")
+        for step, batch in enumerate(one._batches(one.reader, 0)):
+            one._step(batch)
+            one.result.steps += 1
+            after = weights(one, tmp_path / "now")
+            updates = []
+            for name in (name for name in after if name.startswith("tables.")):
+                fresh = (before[name] == first[name]).all(1) & (after[name] != before[name]).any(1)
+                updates.append((after[name] - before[name])[fresh].square().mean(1).sqrt())
+            rate = TRAINING.table_learning_rate * learning_rate_share(step, STEPS, 0.5)
+            update = torch.cat(updates)
+            assert len(update) > 0
+            assert float(update.median()) == pytest.approx(rate, rel=1e-3)
+            before = after
+            if step == 2:
+                break
+        assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
+
+
+def test_at_a_rate_of_zero_nothing_moves(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = [0.0]
+    monkeypatch.setattr(loop, "learning_rate_share", lambda *_: rate[0])
+    with trainer(prepared, tmp_path / "best") as one:
+        first = weights(one, tmp_path / "now")
+        batches = one._batches(one.reader, 0)
+        for _ in range(3):
+            one._step(next(batches))
+        still = weights(one, tmp_path / "now")
+        assert all(torch.equal(still[name], weight) for name, weight in first.items())
+        rate[0] = 1.0
+        one._step(next(batches))
+        moved = weights(one, tmp_path / "now")
+        assert all(not torch.equal(moved[name], weight) for name, weight in first.items())
+        batches.close()  # type: ignore[attr-defined]
+
+
+# What a step sees
+
+
+def test_rows_without_labels_have_no_influence(prepared: Prepared, tmp_path: Path) -> None:
+    """The reader fills the last batch of an epoch with such copies."""
+    encoded, labels = learnable_rows(LAYOUT, 80, seed=7)
+    labels[50:] = np.nan
+    whole = make_batch(encoded, LAYOUT, labels, torchrec=True)
+    encoded.dense[50:] = 1e3
+    garbage = make_batch(encoded, LAYOUT, labels, torchrec=True)
+    alone = make_batch(encoded.take(np.arange(50)), LAYOUT, labels[:50], torchrec=True)
+
+    def after(batch: Batch, name: str) -> dict[str, torch.Tensor]:
+        with trainer(prepared, tmp_path / "best") as one:
+            one._step(batch)
+            return weights(one, tmp_path / name)
+
+    expected = after(alone, "alone")
+    for name, batch in (("whole", whole), ("garbage", garbage)):
+        for key, weight in after(batch, name).items():
+            torch.testing.assert_close(weight, expected[key], atol=1e-6, rtol=0, msg=f"{name}: {key}")
+
+
+def test_a_task_that_is_never_observed_leaves_its_tower_alone(tmp_path: Path) -> None:
+    labels = {}
+    for seed, (split, rows) in enumerate(ROWS.items()):
+        labels[split] = learnable_rows(LAYOUT, rows, seed)[1]
+        labels[split][:, 1] = np.nan
+    found = trained(write_prepared(tmp_path / "data", LAYOUT, labels), tmp_path / "best", weight_decay=0.0)
+    assert found.result.best is not None
+    assert set(found.result.best.loss) == {"click", "rating"}
+    assert found.result.best.auc["click"] > 0.8
+    with trainer(found.prepared, tmp_path / "other") as one:
+        first = weights(one, tmp_path / "first")
+    last = found.model().state_dict()
+    towers = [name for name in first if "towers" in name]
+    assert towers
+    for name in towers:
+        by_task = first[name] == last[name]
+        assert by_task[1].all(), name
+        assert not by_task[0].all(), name
+        assert not by_task[2].all(), name
+
+
+# What is left at the end
+
+
+def judge(found: Trained) -> dict[str, float]:
+    """Compares the validation's numbers with scikit-learn's on the plain model; task -> AUC, or R2 of a regression."""
+    logits, labels = scores(found.model(), found.prepared)
+    best = found.result.best
+    assert best is not None
+    quality = {}
+    for index, task in enumerate(found.prepared.layout.tasks):
+        known = ~np.isnan(labels[:, index])
+        predicted, label = logits[known, index].astype(np.float64), labels[known, index]
+        if task.kind == "regression":
+            assert best.loss[task.name] == pytest.approx(mean_squared_error(label, predicted), rel=1e-4)
+            quality[task.name] = 1 - best.loss[task.name] / float(label.var())
+        else:
+            assert best.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-4)
+            assert best.auc[task.name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
+            quality[task.name] = best.auc[task.name]
+    assert set(best.auc) == {task.name for task in found.prepared.layout.tasks if task.kind == "binary"}
+    return quality
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: Path) -> None:
+    layout: Layout = LAYOUTS[name]
+    found = trained(write_prepared(tmp_path / "data", layout), tmp_path / "best", epochs=2)
+    quality = judge(found)
+    least = {task.name: 0.05 if task.kind == "regression" else 0.75 for task in layout.tasks}
+    assert all(quality[task] > least[task] for task in least), quality
+    assert [step for step, _ in found.result.history] == [STEPS, 2 * STEPS]
+    assert found.result.steps == 2 * STEPS
+    assert 0 <= found.result.waiting <= 1
+    assert found.result.rows_per_s > 0
+    assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
+
+
+def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None:
+    precise = judge(trained(prepared, tmp_path / "fp32", DROPS))
+    coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16"))
+    assert precise["click"] > 0.75
+    assert coarse != precise
+    assert coarse == pytest.approx(precise, abs=0.02)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(prepared: Prepared, tmp_path: Path) -> None:
+    models = [trained(prepared, tmp_path / f"{i}", DROPS, seed=seed).model() for i, seed in enumerate((3, 3, 4))]
+    once, again, other = (model.state_dict() for model in models)
+    assert all(torch.equal(weight, again[name]) for name, weight in once.items())
+    assert all(not torch.equal(weight, other[name]) for name, weight in once.items())
+
+
+def test_metrics_are_logged_on_the_way(prepared: Prepared, tmp_path: Path) -> None:
+    found = trained(prepared, tmp_path / "best", epochs=2, validations_per_epoch=3)
+    train = [(step, metrics) for step, metrics in found.logged if "learning_rate" in metrics]
+    assert [step for step, _ in train] == list(range(25, 401, 25))
+    for step, metrics in train:
+        share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_share)
+        assert metrics["learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
+        assert 0 <= metrics["train.waiting_share"] <= 1
+        assert {f"train.{task.name}.logloss" for task in LAYOUT.tasks} <= set(metrics)
+    assert train[-1][1]["train.click.logloss"] < train[0][1]["train.click.logloss"]
+    validations = [(step, metrics) for step, metrics in found.logged if "learning_rate" not in metrics]
+    assert [step for step, _ in validations] == [67, 133, 200, 267, 333, 400]
+    assert all({"validation.click.auc", "validation.rating.logloss"} <= set(metrics) for _, metrics in validations)
+
+
+# The best model
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[float, float]]:
+    """(AUC, loss) that the validations find, one after the other; each also saves the weights of its moment."""
+    found: list[tuple[float, float]] = []
+    told = iter(range(100))
+
+    def validate(model: torch.nn.Module, *_: object) -> Validation:
+        number = next(told)
+        area, loss = found[number]
+        save_checkpoint({"model": model.state_dict()}, tmp_path / f"moment{number}")
+        losses = {task.name: loss for task in LAYOUT.tasks}
+        return Validation(losses, {"click": area, "like": area}, torch.zeros(len(LAYOUT.tasks), 2))
+
+    monkeypatch.setattr(loop, "validate", validate)
+    return found
+
+
+@pytest.mark.parametrize(("select_by", "best"), [("auc", 1), ("loss", 2)])
+def test_the_best_model_is_kept(
+    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]], select_by: str, best: int
+) -> None:
+    scripted += [(0.6, 0.9), (0.8, 0.8), (0.7, 0.3), (0.8, 0.7), (0.5, 0.9)]
+    found = trained(prepared, tmp_path / "best", validations_per_epoch=5, select_by=select_by)
+    assert found.result.best_step == (best + 1) * STEPS // 5
+    assert found.result.best is found.result.history[best][1]
+    assert not found.result.stopped_early
+    kept = found.model().state_dict()
+    for number in range(5):
+        moment = plain_model(LAYOUT, tmp_path / f"moment{number}").state_dict()
+        same = all(torch.equal(weight, moment[name]) for name, weight in kept.items())
+        assert same == (number == best)
+
+
+def test_training_stops_when_patience_has_run_out(
+    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]
+) -> None:
+    scripted += [(0.6, 0), (0.7, 0), (0.65, 0), (0.69, 0), (0.99, 0), (0.99, 0)]
+    found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
+    assert found.result.stopped_early
+    assert found.result.steps == 4 * STEPS // 2
+    assert found.result.best_step == 2 * STEPS // 2
+    assert len(found.result.history) == 4
+
+
+def test_patience_counts_from_the_best(
+    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]
+) -> None:
+    scripted += [(0.6, 0), (0.5, 0), (0.7, 0), (0.65, 0), (0.8, 0), (0.1, 0)]
+    found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
+    assert not found.result.stopped_early
+    assert found.result.steps == 3 * STEPS
+    assert found.result.best_step == 5 * STEPS // 2
+
+
+def test_more_validations_than_batches_validate_after_each(prepared: Prepared, tmp_path: Path) -> None:
+    found = trained(prepared, tmp_path / "best", batch_size=5_000, validations_per_epoch=9, patience=99)
+    assert [step for step, _ in found.result.history] == [1, 2, 3]

@@ -1,0 +1,146 @@
+"""Validation sums against scikit-learn on all predictions at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
+
+from mmoe_rec.batches.batch import Batch
+from mmoe_rec.training.sharding import process_group
+from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, Validation, auc, validate
+from tests.model.examples import LAYOUT
+from tests.training.learnable import CPU
+
+TASKS = len(LAYOUT.tasks)
+BINARY = ("click", "like")
+EXPERTS = 4
+
+
+class Told(torch.nn.Module):
+    """A model that takes its logits and gates from the batch's dense inputs."""
+
+    def forward_with_gates(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not self.training
+        logits, gates = batch.dense[:, :TASKS], batch.dense[:, TASKS:]
+        return logits, gates.reshape(-1, TASKS, EXPERTS)
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(CPU):
+        yield
+
+
+def validated(logits: np.ndarray, labels: np.ndarray, gates: np.ndarray, parts: int = 3) -> Validation:
+    """Validates (N, T) logits and labels (NaN is unobserved) and (N, T, E) gates, in batches."""
+    model = Told()
+    dense = np.concatenate([logits, gates.reshape(len(logits), -1)], axis=1).astype(np.float32)
+    batches = []
+    for rows in np.array_split(np.arange(len(logits)), parts):
+        known = ~np.isnan(labels[rows])
+        label = torch.from_numpy(np.where(known, labels[rows], 0).astype(np.float32))
+        batches.append(Batch(None, torch.from_numpy(dense[rows]), label, torch.from_numpy(known)))
+    for batch in batches:
+        batch.to = lambda device, batch=batch: batch  # type: ignore[method-assign, misc]
+    found = validate(model, batches, LAYOUT, CPU)  # type: ignore[arg-type]
+    assert model.training
+    return found
+
+
+def example(rows: int = 3_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random logits, labels that go along with them, and gates."""
+    random = np.random.default_rng(4)
+    logits = random.normal(0, 2, (rows, TASKS)).astype(np.float32)
+    labels = (logits + random.logistic(size=logits.shape) > 0).astype(np.float32)
+    labels[:, 2] = logits[:, 2] + random.normal(size=rows)
+    labels[random.random(labels.shape) < 0.4] = np.nan
+    return logits, labels, random.dirichlet(np.ones(EXPERTS), (rows, TASKS)).astype(np.float32)
+
+
+def test_equals_scikit_learn() -> None:
+    logits, labels, gates = example()
+    found = validated(logits, labels, gates)
+    for index, task in enumerate(LAYOUT.tasks):
+        known = ~np.isnan(labels[:, index])
+        predicted, label = logits[known, index].astype(np.float64), labels[known, index]
+        if task.kind == "regression":
+            assert found.loss[task.name] == pytest.approx(mean_squared_error(label, predicted), rel=1e-6)
+        else:
+            assert found.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-6)
+            # Exact up to ties within a bin of 1/256.
+            assert found.auc[task.name] == pytest.approx(roc_auc_score(label, predicted), abs=5e-5)
+            binned = np.floor(predicted * BINS_PER_UNIT)
+            assert found.auc[task.name] == pytest.approx(roc_auc_score(label, binned), abs=1e-12)
+    assert set(found.auc) == set(BINARY)
+
+
+def test_gates_are_averaged_over_rows_with_a_label() -> None:
+    logits, labels, gates = example(500)
+    labels[100:250] = np.nan
+    rows = ~np.isnan(labels).all(1)
+    np.testing.assert_allclose(validated(logits, labels, gates).gates, gates[rows].mean(0), rtol=1e-6)
+
+
+def test_rows_without_labels_change_nothing_and_neither_do_batches() -> None:
+    logits, labels, gates = example(400)
+    plain = validated(logits, labels, gates, parts=1)
+    more = [np.concatenate([each, each[:90]]) for each in (logits, labels, gates)]
+    more[1][400:] = np.nan
+    padded = validated(*more, parts=7)
+    assert padded.loss == pytest.approx(plain.loss, rel=1e-12)
+    assert padded.auc == plain.auc
+    torch.testing.assert_close(padded.gates, plain.gates)
+
+
+def test_one_class_gives_no_auc_but_a_loss() -> None:
+    logits, labels, gates = example(300)
+    labels[:, 0] = np.where(np.isnan(labels[:, 0]), np.nan, 0)
+    found = validated(logits, labels, gates)
+    assert set(found.auc) == {"like"}
+    assert set(found.loss) == {"click", "like", "rating"}
+    assert found.objective("auc", LAYOUT) == found.auc["like"]
+
+
+def test_a_task_without_labels_is_left_out() -> None:
+    logits, labels, gates = example(300)
+    labels[:, 1] = np.nan
+    found = validated(logits, labels, gates)
+    assert set(found.auc) == {"click"}
+    assert set(found.loss) == {"click", "rating"}
+    expected = LAYOUT.tasks[0].loss_weight * found.loss["click"] + LAYOUT.tasks[2].loss_weight * found.loss["rating"]
+    assert found.objective("loss", LAYOUT) == pytest.approx(-expected)
+
+
+def test_huge_logits_count_at_the_ends() -> None:
+    logits, labels, gates = example(200)
+    signs = np.where(np.isnan(labels), 0, 2 * (labels > 0) - 1)
+    assert validated(signs * 1e6, labels, gates).auc == {"click": 1.0, "like": 1.0}
+    assert validated(signs * -1e6, labels, gates).auc == {"click": 0.0, "like": 0.0}
+
+
+def test_without_any_binary_task_selection_is_by_loss() -> None:
+    found = Validation({"click": 0.5, "like": 0.25, "rating": 2.0}, {}, torch.zeros(1))
+    assert found.objective("auc", LAYOUT) == pytest.approx(-(0.5 + 2 * 0.25 + 0.5 * 2.0))
+
+
+def test_metrics_have_names() -> None:
+    flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, torch.zeros(1)).flat()
+    assert flat == {"validation.click.logloss": 0.5, "validation.rating.logloss": 2.0, "validation.click.auc": 0.75}
+
+
+@given(st.lists(st.tuples(st.integers(0, BINS - 1), st.booleans()), min_size=1, max_size=60))
+def test_auc_of_histograms(rows: list[tuple[int, bool]]) -> None:
+    negatives, positives = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
+    for place, label in rows:
+        (positives if label else negatives)[place] += 1
+    labels = [label for _, label in rows]
+    if len(set(labels)) == 1:
+        assert auc(negatives, positives) is None
+    else:
+        assert auc(negatives, positives) == pytest.approx(roc_auc_score(labels, [place for place, _ in rows]))
