@@ -14,7 +14,8 @@ def read_command(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parses `--config C`, the command's own arguments and overrides such as `--model.experts.count 16`.
 
-    doc: the command's docstring, shown by `--help` above all settings. Raises UserError for a wrong setting.
+    doc: the command's docstring, shown by `--help` above all settings. The parsed arguments hold the overrides, as they
+    were written, in `overrides`. Raises UserError for a wrong setting.
     """
     parser = argparse.ArgumentParser(
         description=doc,
@@ -26,4 +27,5 @@ def read_command(
     if add_arguments is not None:
         add_arguments(parser)
     arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    arguments.overrides = overrides
     return arguments, load_settings(arguments.config, overrides)

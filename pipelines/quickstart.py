@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import exit_with_message
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
         f"{trained.waiting:.1%} of it waiting for data"
     )
-    _next_commands(settings, trained.address)
+    _next_commands(settings, trained.address, request)
 
 
 def _ingest(out: Path, fast: bool) -> None:
@@ -102,8 +103,10 @@ def _rank_example(artifact: Path) -> tuple[dict, list[tuple[object, float]]]:
     return request, list(zip(ranking.candidates, ranking.scores, strict=True))
 
 
-def _next_commands(settings: Settings, address: str) -> None:
-    body = Path(settings.data.work) / "model" / "example_request.json"
+def _next_commands(settings: Settings, address: str, request: dict) -> None:
+    body = Path(settings.data.work) / "request.json"
+    with atomic_file(body) as file:
+        file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")
     print("\nnext:")
     print(f"  mlflow models serve -m {address} --env-manager local -p 5001")
     print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{body}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import atomic_file, atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, event_streams, prepare
+from mmoe_rec.features.build import Prepared, at_hand, event_streams, prepare
 from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.splits import encode_splits
+from mmoe_rec.features.splits import Window, encode_splits
+from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 def prepare_features(settings: Settings) -> Prepared:
     """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(settings.data.log, settings.schema_, settings.split.windows(), Path(settings.data.work))
+    return prepare(*_log_and_place(settings))
+
+
+def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path]:
+    return settings.data.log, settings.schema_, settings.split.windows(), Path(settings.data.work)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Trained:
 
 def train_model(settings: Settings) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first."""
+    # A wrong log is told of before torch is loaded.
+    at_hand(*_log_and_place(settings))
     import torch.distributed as dist
 
     from mmoe_rec.devices import pick_device
@@ -108,12 +115,13 @@ class Evaluated:
 
 def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
+    # A wrong address is told of before torch is loaded.
+    artifact = tracking.local_model(address, settings.tracking.uri)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.serving.ranker import Ranker
 
-    artifact = tracking.local_model(address, settings.tracking.uri)
     ranker = Ranker.load(artifact)
     rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
     scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size)
@@ -129,20 +137,28 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
 
 def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
     """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
-    window = settings.split.windows()["test"]
-    prepared = Prepared(Path(settings.data.work) / "features")
-    if fingerprint == prepare_features(settings).manifest["fingerprint"]:
+    prepared = at_hand(*_log_and_place(settings))
+    if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
         return prepared.split("test")
     pipeline = FeaturePipeline.load(artifact / "features")
     if set(pipeline.schema.tasks) != set(settings.tasks):
         raise UserError(
             f"the model predicts {', '.join(pipeline.schema.tasks)}; the settings have {', '.join(settings.tasks)}"
         )
-    log = Log(settings.data.log, pipeline.schema)
-    pipeline.remember(log.stream(), event_streams([EventRows(name, log) for name in pipeline.schema.events]))
-    folder = Path(settings.data.work) / "evaluation" / "encoded"
-    encode_splits(log, pipeline, {"test": window}, folder, {"test": log.last_time()})
-    return folder / "test"
+    # The logs are the settings': the model's may have lain elsewhere.
+    events = {name: settings.data.events.get(name, event) for name, event in pipeline.schema.events.items()}
+    log = Log(settings.data.log, pipeline.schema.model_copy(update={"events": events}))
+    pipeline.remember(log.stream(), event_streams([EventRows(name, log) for name in events]))
+    window = settings.split.windows()["test"]
+    encoded = Path(settings.data.work) / "evaluation" / "encoded"
+    with atomic_folder(encoded) as folder:
+        counts = encode_splits(log, pipeline, {"test": window}, folder, {"test": log.last_time()})
+        if counts["test"].rows == 0:
+            raise UserError(
+                f"the test split is empty: the log '{settings.data.log}' has no request between "
+                "split.validation_end and split.test_end"
+            )
+    return encoded / "test"
 
 
 def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:

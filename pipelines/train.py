@@ -7,6 +7,7 @@ it to `data.work`/model and registers it in MLflow. One process or many, CPU or 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from mmoe_rec.errors import exit_with_message
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"best validation, at step {trained.best_step}: {best}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     print(f"model: {trained.artifact}, registered as {trained.address}")
-    print(f"next: python -m pipelines.evaluate --config {arguments.config} --model {trained.address}")
+    options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
+    print(f"next: python -m pipelines.evaluate {options}")
 
 
 if __name__ == "__main__":

@@ -63,15 +63,23 @@ def prepare(log_source: str, schema: Schema, windows: dict[str, Window], work: P
     Raises:
         UserError: the log can't be read, a split is empty, or a binary task has one class in training.
     """
+    found = at_hand(log_source, schema, windows, work)
+    if found is not None:
+        return found
     log = Log(log_source, schema)
-    prepared = Prepared(work / "features")
     events = [EventRows(name, log) for name in schema.events]
-    fingerprint = _fingerprint(log, events, windows)
-    if _built_from(prepared.folder / "manifest.json") == fingerprint:
-        return prepared
+    prepared = Prepared(work / "features")
     with atomic_folder(prepared.folder) as folder:
-        _build(log, events, windows, folder, fingerprint)
+        _build(log, events, windows, folder, _fingerprint(log, events, windows))
     return prepared
+
+
+def at_hand(log_source: str, schema: Schema, windows: dict[str, Window], work: Path) -> Prepared | None:
+    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read."""
+    log = Log(log_source, schema)
+    fingerprint = _fingerprint(log, [EventRows(name, log) for name in schema.events], windows)
+    prepared = Prepared(work / "features")
+    return prepared if _built_from(prepared.folder / "manifest.json") == fingerprint else None
 
 
 def _built_from(manifest: Path) -> str | None:

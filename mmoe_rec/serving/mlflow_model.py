@@ -67,8 +67,9 @@ class RankingPythonModel(PythonModel):
 
         from mmoe_rec.serving.ranker import Ranker
 
-        # The server runs requests side by side. Where cores are busy, a request's own threads wait for each other:
-        # measured on two shared cores, 500 candidates took four times as long with two threads as with one.
+        # The server runs requests side by side, and threads of one request wait for each other where cores are busy.
+        # Two threads on two cores, 500 candidates: a tenth faster when idle, but with one core taken the 95th
+        # percentile was six times that of one thread. Very long lists on idle cores lose: a third at 10,000.
         torch.set_num_threads(1)
         self.ranker = Ranker.load(context.artifacts[ARTIFACT])
 
