@@ -50,7 +50,7 @@ class HistoryEncoder(Encoder):
     def encode(self, rows: LogRows) -> Inputs:
         """Any number of table rows a row. A column with the feature's name, lists of candidate ids, wins."""
         if rows.has(self.name):
-            values, lengths = ragged(rows.column(self.name), self.feature.length)
+            values, lengths = ragged(rows.column(self.name), self.feature.length, last=True)
             return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
         groups = self.events.groups(rows.hashes([rows.schema.columns.user]))
         last = self.events.last(groups, self.events.as_of(rows.times()))

@@ -112,8 +112,8 @@ class IdsEncoder(IdEncoder):
         return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
 
 
-def ragged(lists: pa.Array, max_length: int) -> tuple[pa.Array, np.ndarray]:
-    """Elements and (N,) int32 lengths of a list column: nulls left out, at most `max_length` first ones a row."""
+def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
+    """Elements and (N,) int32 lengths of a list column: nulls left out, at most `max_length` first (or last) a row."""
     if pt.is_null(lists.type):
         return pa.array([], pa.null()), np.zeros(len(lists), np.int32)
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
@@ -126,7 +126,10 @@ def ragged(lists: pa.Array, max_length: int) -> tuple[pa.Array, np.ndarray]:
     starts = np.cumsum(lengths) - lengths
     filled = lengths > 0
     first[filled] = before[starts[filled]]
-    keep &= before - first[row] < max_length
+    place = before - first[row]
+    if last:
+        place = np.bincount(row[keep], minlength=len(lengths))[row] - 1 - place
+    keep &= place < max_length
     return values.filter(pa.array(keep)), np.bincount(row[keep], minlength=len(lengths)).astype(np.int32)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 2
+FORMAT = 3
 
 
 EventStreams = Mapping[str, Callable[[], Iterable[LogRows]]]
@@ -53,6 +54,8 @@ class FeaturePipeline:
             if isinstance(feature, IdFeature | IdsFeature) and feature.table is None
         }
         self.encoders = {name: self._encoder(name) for name in schema.features}
+        # Column -> "int64" or "string", of the log's key columns: a request must give the same.
+        self.key_types: dict[str, str] = {}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -115,6 +118,7 @@ class FeaturePipeline:
         encoders = pipeline.encoders.values()
         total = 0
         for rows in stream():
+            pipeline._learn_types(rows)
             inside = rows.filter(in_window(rows.times(), training))
             total += len(inside)
             for encoder in encoders:
@@ -145,6 +149,11 @@ class FeaturePipeline:
             self._remember(rows, None)
         self._finish_memory(events or {})
 
+    def _learn_types(self, rows: LogRows) -> None:
+        for field in rows.table.schema:
+            if pa.types.is_int64(field.type) or pa.types.is_string(field.type):
+                self.key_types[field.name] = str(field.type)
+
     def _remember(self, rows: LogRows, source: str | None) -> None:
         for encoder in self.encoders.values():
             if encoder.source == source:
@@ -157,9 +166,9 @@ class FeaturePipeline:
         for encoder in self.encoders.values():
             encoder.finish_memory()
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
-        """The inputs that `encode` gives and the tasks that the model predicts."""
+        """The inputs that `encode` gives and the tasks that the model predicts; asked for once all is fitted."""
         tables: list[Table] = []
         ids: list[IdInput] = []
         dense: list[DenseInput] = []
@@ -189,11 +198,15 @@ class FeaturePipeline:
         return Encoded({each.name: ids[each.name] for each in layout.ids}, matrix)
 
     def _has_columns(self, name: str, rows: LogRows) -> bool:
-        if self.schema.role_of(name) != "placement":
+        if name not in self._placement:
             return True
         feature = self.schema.features[name]
         columns = feature.columns if isinstance(feature, CrossFeature) else (getattr(feature, "column", None),)
         return all(column is None or rows.has(column) for column in columns)
+
+    @cached_property
+    def _placement(self) -> frozenset[str]:
+        return frozenset(name for name in self.encoders if self.schema.role_of(name) == "placement")
 
     def save(self, folder: Path, latest_at: int | None = None) -> None:
         """Writes the state into an existing folder; with `latest_at`, only what requests from then on can ask for."""
@@ -203,7 +216,8 @@ class FeaturePipeline:
             values[name] = {"values": state.values, "tables": sorted(state.tables)}
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
-        text = {"format": FORMAT, "schema": self.schema.model_dump(mode="json"), "encoders": values}
+        schema = self.schema.model_dump(mode="json")
+        text = {"format": FORMAT, "schema": schema, "key_types": self.key_types, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -216,6 +230,7 @@ class FeaturePipeline:
         if text.get("format") != FORMAT:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
+        pipeline.key_types = text["key_types"]
         for name, saved in text["encoders"].items():
             try:
                 tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}

@@ -28,7 +28,6 @@ class RequestColumn:
     role: Role
     use: Use
     expected: pa.DataType | None
-    longest: int | None = None
 
 
 class RequestColumns:
@@ -88,13 +87,15 @@ def _precomputed(pipeline: FeaturePipeline) -> Iterator[RequestColumn]:
                 yield RequestColumn(output, role, "number", pa.float64())
         elif isinstance(feature, HistoryFeature):
             known = _vocabulary_type(pipeline.owners[feature.of])
-            yield RequestColumn(name, role, "keys", None if known is None else pa.list_(known), feature.length)
+            yield RequestColumn(name, role, "keys", None if known is None else pa.list_(known))
 
 
 def _known_types(
     pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues
 ) -> Iterator[tuple[str, pa.DataType]]:
     # Later ones win: the log's own columns tell more than a vocabulary.
+    for name, kind in pipeline.key_types.items():
+        yield name, pa.type_for_alias(kind)
     for name, feature in pipeline.schema.features.items():
         if isinstance(feature, IdFeature | IdsFeature):
             known = _vocabulary_type(pipeline.owners[pipeline.schema.table_of(name)])

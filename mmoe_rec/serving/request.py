@@ -94,9 +94,6 @@ class RequestReader:
         if column.name == self.schema.columns.time and value is None:
             value = time.time_ns() // 1_000
             return pa.array([value], UTC_MICROSECONDS)
-        if column.longest is not None and isinstance(value, list):
-            # A history is oldest first, and the model was trained on the last ones.
-            value = [each for each in value if each is not None][-column.longest :]
         return to_arrow(column.name, [value], column.use, column.expected, self.schema.columns.time_unit)
 
     def _require(self, one: dict[str, pa.Array], given: dict[str, pa.Array]) -> None:

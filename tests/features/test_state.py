@@ -166,7 +166,7 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     encoded = pipeline.encode(type(rows)(given, SCHEMA))
     history = encoded.ids["clicked"]
     assert history.lengths.tolist() == [3, 0]
-    assert history.values.tolist() == [5, 6, 7]
+    assert history.values.tolist() == [6, 7, 8]  # the last three of four, oldest first
     index = [each.name for each in pipeline.layout.dense].index("item_click_rows")
     assert encoded.dense[:, index].tolist() == [0.0, 0.0]
 
