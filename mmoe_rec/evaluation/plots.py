@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _INK, _MUTED, _GRID, _LINE = "#1b1f24", "#6b7280", "#e5e7eb", "#1f5fa8"
+_DECADES_WITH_STEPS = 3  # over more, labels at 2 and 5 would overlap
 _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
 
 
@@ -96,7 +97,9 @@ def _draw_reliability(
     y_limits = _limits(np.concatenate([predicted, observed, low, high]), is_log)
     for axis, limits, name in ((axes.xaxis, x_limits, "x"), (axes.yaxis, y_limits, "y")):
         axes.set(**{f"{name}scale": "log" if is_log else "linear", f"{name}lim": limits})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
+        decades = np.log10(limits[1] / limits[0]) if is_log else 0.0
+        subs = (1, 2, 5) if decades < _DECADES_WITH_STEPS else (1,)
+        axis.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.plot(x_limits, x_limits, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect", zorder=1)

@@ -77,6 +77,7 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
             "batch_size": 128,
             "learning_rate": 0.01,
             "table_learning_rate": 0.1,
+            "epochs": 2,
         },
         "evaluation": {"resamples": 50},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},

@@ -100,9 +100,7 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp
         assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
 
 
-def test_at_a_rate_of_zero_nothing_moves(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_a_rate_of_zero_nothing_moves(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = [0.0]
     monkeypatch.setattr(loop, "learning_rate_share", lambda *_: rate[0])
     with trainer(prepared, tmp_path / "best") as one:
@@ -277,9 +275,7 @@ def test_training_stops_when_patience_has_run_out(
     assert len(found.result.history) == 4
 
 
-def test_patience_counts_from_the_best(
-    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]
-) -> None:
+def test_patience_counts_from_the_best(prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]) -> None:
     scripted += [(0.6, 0), (0.5, 0), (0.7, 0), (0.65, 0), (0.8, 0), (0.1, 0)]
     found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
     assert not found.result.stopped_early
