@@ -108,9 +108,10 @@ def _next_commands(settings: Settings, address: str, request: dict) -> None:
     with atomic_file(body) as file:
         file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")
     print("\nnext:")
-    print(f"  mlflow models serve -m {address} --env-manager local -p 5001")
+    uri = settings.tracking.uri
+    print(f"  MLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001")
     print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{body}")
-    print("  mlflow ui --backend-store-uri sqlite:///mlflow.db")
+    print(f"  mlflow ui --backend-store-uri {uri}")
 
 
 if __name__ == "__main__":

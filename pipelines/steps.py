@@ -78,6 +78,7 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_params(settings.model_dump(mode="json", include=sections))
     run.log_text(settings.to_yaml(), "settings.yaml")
     run.log_dict(prepared.manifest, "data.json")
+    run.set_tags({"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]})
     run.log_text(prepared.layout.to_json(), "features/layout.json")
     run.log_text((prepared.folder / "pipeline" / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 

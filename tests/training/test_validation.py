@@ -118,7 +118,7 @@ def test_a_task_without_labels_is_left_out() -> None:
 
 
 def test_huge_logits_count_at_the_ends() -> None:
-    logits, labels, gates = example(200)
+    _, labels, gates = example(200)
     signs = np.where(np.isnan(labels), 0, 2 * (labels > 0) - 1)
     assert validated(signs * 1e6, labels, gates).auc == {"click": 1.0, "like": 1.0}
     assert validated(signs * -1e6, labels, gates).auc == {"click": 0.0, "like": 0.0}

