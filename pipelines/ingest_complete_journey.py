@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.atomic import atomic_folders
 from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.progress import bar
 from pipelines.complete_journey import (
     DEMOGRAPHICS,
     PRODUCTS,
@@ -50,7 +51,6 @@ from pipelines.sampled_log import (
     IntArray,
     non_negative,
     print_summary,
-    progress_bar,
     sample_others,
     write_log_file,
 )
@@ -254,7 +254,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> Counts:
     del transactions
     counts = Counts(baskets=pc.count_distinct(purchases["request_id"]).as_py())
     # The log comes last: where there is one, its purchases are there too.
-    with progress_bar() as progress, atomic_folders(out / "purchases", out / "log") as (events, folder):
+    with bar() as progress, atomic_folders(out / "purchases", out / "log") as (events, folder):
         promotions = stream_promotions(source / "promotions.parquet", purchases, progress)
         for week in progress.track(sorted(promotions), description="writing weeks"):
             of_week = purchases.filter(pc.equal(purchases["week"], week))

@@ -30,12 +30,12 @@ import pyarrow.compute as pc
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.progress import bar
 from pipelines.sampled_log import (
     REQUEST_TIME,
     IntArray,
     non_negative,
     print_summary,
-    progress_bar,
     sample_others,
     write_log_file,
 )
@@ -222,7 +222,7 @@ def draw_rows(ratings: Ratings, sessions: Sessions, negatives_per_rated: int, se
     order = np.argsort(catalogue)
     place = order[np.searchsorted(catalogue, ratings.movie, sorter=order)]
     session_at, movies, stars, rates = [], [], [], []
-    with progress_bar() as progress:
+    with bar() as progress:
         for index in progress.track(range(len(sessions.start)), description="drawing candidates"):
             start, end = sessions.start[index], sessions.end[index]
             known = int(np.searchsorted(first_seen, ratings.moment[end - 1], side="right"))

@@ -1,17 +1,13 @@
-"""What the ingest commands share: drawing negatives, writing a log file, the progress bar, the closing table."""
+"""What the ingest commands share: drawing negatives, writing a log file, the closing table."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 IntArray = npt.NDArray[np.int64]
 
@@ -51,15 +47,6 @@ def non_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
     return int(text)
-
-
-def progress_bar() -> "Progress":
-    """A progress bar on stderr with the time that remains."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def print_summary(title: str, values: Mapping[str, int | float], log: Path, next_command: str | None = None) -> None:

@@ -32,7 +32,9 @@ def test_table_shows_values_with_intervals_and_marks_the_best(log: Log) -> None:
 def test_three_models_fit_a_narrow_terminal(log: Log) -> None:
     summary = summarise(replace(log, tasks=log.tasks[:2]).measure(), 50)
     stream = io.StringIO()
-    Console(file=stream, width=80).print(results_table(dict.fromkeys(["MMoE", "gradient boosting", "popularity"], summary)))
+    Console(file=stream, width=80).print(
+        results_table(dict.fromkeys(["MMoE", "gradient boosting", "popularity"], summary))
+    )
     assert stream.getvalue().count(f"{summary['score']['mrr']['value']:.4f} ±") == 3
     assert "…" not in stream.getvalue()
 
@@ -40,7 +42,9 @@ def test_three_models_fit_a_narrow_terminal(log: Log) -> None:
 def test_table_shows_a_dash_for_what_a_model_lacks(log: Log) -> None:
     only_bought = replace(log, tasks=log.tasks[:1])
     table = results_table({"both": summarise(log.measure(), 5), "one": summarise(only_bought.measure(), 5)})
-    cells = {metric: cell.plain for metric, cell in zip(table.columns[0].cells, table.columns[2].cells, strict=True) if cell}
+    cells = {
+        metric: cell.plain for metric, cell in zip(table.columns[0].cells, table.columns[2].cells, strict=True) if cell
+    }
     assert cells["  rmse ↓"] == "-"
 
 

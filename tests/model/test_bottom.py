@@ -1,5 +1,7 @@
 """Crosses and piecewise-linear numbers against the papers' formulas written as loops."""
 
+from itertools import pairwise
+
 import torch
 
 from mmoe_rec.model.bottom import Bottom
@@ -19,7 +21,7 @@ def naive_cross(module: Crosses, row: torch.Tensor) -> torch.Tensor:
 def naive_parts(edges: list[tuple[float, ...]], row: torch.Tensor) -> list[float]:
     parts = []
     for value, each in zip(row.tolist(), edges, strict=True):
-        for low, high in zip(each, each[1:], strict=False):
+        for low, high in pairwise(each):
             parts.append(min(1.0, max(0.0, (value - low) / (high - low))))
     return parts
 
