@@ -29,7 +29,8 @@ from pipelines.checks import Installer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HOUSEHOLDS = "60"
+SHOP = "test_commands_of_the_shop"
+HOUSEHOLDS = "30"
 START_WITHIN_S = 120
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
@@ -44,17 +45,17 @@ EXERCISED_BY = {
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
     "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
     "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": "test_two_processes",
-    "mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5002": "test_mlflow_pages",
+    "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port 5002": "test_mlflow_pages",
     "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
     "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
     ),
-    "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": "test_commands_of_the_shop",
-    "cp configs/template.yaml configs/shop.yaml": "test_commands_of_the_shop",
-    "python -m pipelines.features --config configs/shop.yaml": "test_commands_of_the_shop",
-    "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": "test_commands_of_the_shop",
-    "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": "test_commands_of_the_shop",
+    "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
+    "cp configs/template.yaml configs/shop.yaml": SHOP,
+    "python -m pipelines.features --config configs/shop.yaml": SHOP,
+    "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": SHOP,
+    "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
 }
 
 # Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
@@ -305,7 +306,7 @@ def shop_log(rows: int = 6_000) -> pa.Table:
 
 
 def test_commands_of_the_shop(folder: Path) -> None:
-    look, copy, *lines = commands("test_commands_of_the_shop")
+    look, copy, *lines = commands(SHOP)
     (folder / "data" / "shop" / "log").mkdir(parents=True)
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
     assert "customer: string" in shell(look, folder)

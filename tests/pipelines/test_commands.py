@@ -138,9 +138,8 @@ def test_weights_of_one_and_two_processes_agree(world: World, two_ranks: World) 
     one, two = (load_file(each.artifact / "weights.safetensors") for each in (world, two_ranks))
     assert one.keys() == two.keys()
     for name, weight in one.items():
-        # Only the order of sums differs; hundreds of steps let that grow from 1e-7.
-        print("DIFF", name, float((two[name] - weight).abs().max()))
-        torch.testing.assert_close(two[name], weight, atol=2e-3, rtol=0, msg=f"{name} differs")
+        # Only the order of sums differs: 7e-7 at most was found.
+        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=0, msg=f"{name} differs")
     plan = tracking_text(two_ranks, "sharding_plan.txt")
     assert "rank 0" in plan
     assert "rank 1" in plan
@@ -154,7 +153,7 @@ def test_models_of_one_and_two_processes_give_the_same_outputs(world: World, two
     rows = next(Log(str(world.folder / "log"), load_settings(world.config).schema_).stream())
     for first, second in zip(one.score(rows), two.score(rows), strict=True):
         assert np.ptp(np.asarray(first)) > 0.3
-        np.testing.assert_allclose(second, first, atol=3e-3)
+        np.testing.assert_allclose(second, first, atol=5e-5)
 
 
 def test_torchrun_says_everything_once(two_ranks: World) -> None:
