@@ -44,7 +44,9 @@ EXERCISED_BY = {
     "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
     "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
-    "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": "test_two_processes",
+    "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": (
+        "pipelines/test_commands.py::test_torchrun_says_everything_once"
+    ),
     "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port 5002": "test_mlflow_pages",
     "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
     "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
@@ -223,11 +225,6 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
     assert {"auc", "ndcg_at_10"} < set(named)
     for name in [*named, *(name for name in metrics if name not in ("tasks", "score"))]:
         assert f"`{name}`" in README, name
-
-
-def test_two_processes(said: dict[str, str], folder: Path) -> None:
-    (command,) = commands("test_two_processes")
-    assert "registered as models:/complete_journey@champion" in shell(command, folder)
 
 
 def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:

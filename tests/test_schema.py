@@ -203,3 +203,8 @@ def test_columns_that_are_read():
     }
     assert schema.label_columns() == {"clicked", "stars", "answered"}
     assert schema.log_columns() == ["answered", "brand", "c", "clicked", "r", "s", "slot", "stars", "t", "u"]
+
+
+@pytest.mark.parametrize("name", ["score", "ranking"])
+def test_a_task_may_not_have_the_name_of_a_part_of_the_metrics(name):
+    _refuses(f"a task may not be called '{name}'", tasks={name: {"label": "y", "objective": "engagement"}})

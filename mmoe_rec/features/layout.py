@@ -41,13 +41,19 @@ class DenseInput:
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.Task`."""
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.Task`.
+
+    mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
+    decide how much a task counts, and predicts in the label's own unit.
+    """
 
     name: str
     kind: str
     objective: str
     loss_weight: float = 1.0
     score_weight: float = 1.0
+    mean: float = 0.0
+    deviation: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mmoe_rec.features.encoder import Encoder, Inputs, State
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import (
@@ -37,7 +38,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 3
+FORMAT = 4
 
 
 EventStreams = Mapping[str, Callable[[], Iterable[LogRows]]]
@@ -56,6 +57,8 @@ class FeaturePipeline:
         self.encoders = {name: self._encoder(name) for name in schema.features}
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
+        # Regression task -> mean and deviation of its training labels.
+        self.label_scales: dict[str, tuple[float, float]] = {}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -116,11 +119,15 @@ class FeaturePipeline:
         """
         pipeline = FeaturePipeline(schema)
         encoders = pipeline.encoders.values()
+        regressions = {name: task for name, task in schema.tasks.items() if task.kind == "regression"}
+        labels = {name: NumberHistogram() for name in regressions}
         total = 0
         for rows in stream():
             pipeline._learn_types(rows)
             inside = rows.filter(in_window(rows.times(), training))
             total += len(inside)
+            for name, task in regressions.items():
+                labels[name].add(inside.labels(task, known_by=training[1]))
             for encoder in encoders:
                 encoder.learn(inside, known_by=training[1])
             pipeline._remember(rows, None)
@@ -128,6 +135,9 @@ class FeaturePipeline:
             raise UserError(
                 "no row of the log lies in the training time; see `split.train_start` and `split.train_end`"
             )
+        for name, histogram in labels.items():
+            scale = histogram.standardiser()
+            pipeline.label_scales[name] = (scale.mean, scale.deviation)
         for encoder in encoders:
             encoder.finish()
         pipeline._finish_memory(events or {})
@@ -179,7 +189,9 @@ class FeaturePipeline:
             ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
             dense += [replace(each, placement=placement) for each in outline.dense]
         tasks = [
-            TaskOutput(name, task.kind, task.objective, task.loss_weight, task.score_weight)
+            TaskOutput(
+                name, task.kind, task.objective, task.loss_weight, task.score_weight, *self.label_scales.get(name, ())
+            )
             for name, task in self.schema.tasks.items()
         ]
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
@@ -217,7 +229,8 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        text = {"format": FORMAT, "schema": schema, "key_types": self.key_types, "encoders": values}
+        learnt = {"key_types": self.key_types, "label_scales": self.label_scales}
+        text = {"format": FORMAT, "schema": schema, **learnt, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -231,6 +244,7 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
         pipeline.key_types = text["key_types"]
+        pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         for name, saved in text["encoders"].items():
             try:
                 tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}

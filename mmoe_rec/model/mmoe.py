@@ -110,6 +110,10 @@ class RankingModel(nn.Module):
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
             self.register_buffer(name, torch.tensor(columns, dtype=torch.int64), persistent=False)
+        self.scale: Tensor
+        self.mean: Tensor
+        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks]), persistent=False)
+        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks]), persistent=False)
         dense = [each for each in layout.dense if not each.placement]
         self.mixture = Mixture(
             layout.width(placement=False),
@@ -140,8 +144,9 @@ class RankingModel(nn.Module):
         embeddings = self.tables(batch.ids)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
-        outputs = self.mixture(inputs, placement, use_placement)
-        return outputs[0], outputs[1]
+        logits, gates = self.mixture(inputs, placement, use_placement)
+        # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
+        return torch.addcmul(self.mean, logits, self.scale), gates
 
     def gate_weights(self, batch: Batch) -> Tensor:
         """Weights (B, T, E) float32 of each task's gate; their mean over rows is what is worth logging."""

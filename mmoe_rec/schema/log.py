@@ -78,6 +78,9 @@ class Task(Section):
 EVENT = Task(label="(event)", kind="binary", objective="engagement")
 
 
+_RESERVED = frozenset({"score", "ranking"})
+
+
 class Schema(Section):
     """The meaning of a log: everything that features need to know of the settings, checked for consistency."""
 
@@ -94,6 +97,8 @@ class Schema(Section):
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
+        for name in _RESERVED.intersection(self.tasks):
+            raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
         for name, feature in self.features.items():
             self._check_leaks(name, read_columns(feature))
         for name, feature in self.features.items():

@@ -154,8 +154,7 @@ class _Trainer:
             logits,
             batch.labels,
             batch.observed,
-            kinds=[task.kind for task in self.layout.tasks],
-            loss_weights=[task.loss_weight for task in self.layout.tasks],
+            tasks=self.layout.tasks,
             global_counts=counts,
             world_size=self.world_size,
         )
@@ -261,7 +260,7 @@ class _Meter:
 
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; losses are those of this rank's rows."""
-        means = {f"train.{name}.logloss": float(s / c) for name, s, c in self._tasks() if c > 0}
+        means = {f"train.{name}.loss": float(s / c) for name, s, c in self._tasks() if c > 0}
         losses = "  ".join(f"{name} {float(s / c):.4f}" for name, s, c in self._tasks() if c > 0)
         self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
         self._clear()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.training.losses import row_losses
@@ -22,7 +23,11 @@ BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
 
 @dataclass(frozen=True)
 class Validation:
-    """Result of one validation: mean loss per task, AUC per binary task with both classes, mean gate weights (T, E)."""
+    """Result of one validation.
+
+    loss: mean per task (nats, or squared deviations of a regression); auc: per binary task with both classes; gates:
+    (T, E) mean gate weights.
+    """
 
     loss: dict[str, float]
     auc: dict[str, float]
@@ -36,16 +41,16 @@ class Validation:
 
     def flat(self) -> dict[str, float]:
         """Metrics by name, for tracking."""
-        losses = {f"validation.{task}.logloss": value for task, value in self.loss.items()}
+        losses = {f"validation.{task}.loss": value for task, value in self.loss.items()}
         return losses | {f"validation.{task}.auc": value for task, value in self.auc.items()}
 
 
 @torch.no_grad()
 def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device) -> Validation:
     """Scores this rank's batches without placement and adds up over all ranks. A collective call."""
-    kinds = [task.kind for task in layout.tasks]
-    counts = torch.zeros(len(kinds), 2, BINS, dtype=torch.float64)
-    loss = torch.zeros(len(kinds), 2, dtype=torch.float64)
+    tasks = layout.tasks
+    counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
+    loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
     gates: Tensor | None = None
     rows = torch.zeros((), dtype=torch.float64)
     model.eval()
@@ -56,7 +61,7 @@ def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, devi
         gate_sum = (weights.double() * weighed[:, None, None]).sum(0).cpu()
         gates = gate_sum if gates is None else gates + gate_sum
         rows += weighed.sum().cpu()
-        losses = row_losses(logits, batch.labels, kinds) * batch.observed
+        losses = row_losses(logits, batch.labels, tasks) * batch.observed
         loss[:, 0] += losses.double().sum(0).cpu()
         loss[:, 1] += batch.observed.sum(0).double().cpu()
         _count(counts, logits.cpu(), batch.labels.cpu(), batch.observed.cpu())
@@ -64,6 +69,8 @@ def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, devi
     assert gates is not None, "a validation split is never empty"
     for total in (counts, loss, gates, rows):
         _add_up(total, device)
+    if rows == 0:
+        raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
     means = {task.name: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(layout.tasks) if loss[t, 1] > 0}
     areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
     return Validation(means, {name: area for name, area in areas.items() if area is not None}, gates / rows)

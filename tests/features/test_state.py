@@ -174,3 +174,17 @@ def test_a_request_may_bring_its_own_history_and_statistics():
 def _at(table: pa.Table, moment: int) -> pa.Table:
     column = pa.array([moment] * table.num_rows).cast(table["time"].type)
     return table.set_column(table.column_names.index("time"), "time", column)
+
+
+def test_the_scale_of_a_regressions_labels_comes_from_training_rows(tmp_path):
+    table = random_log(3)
+    pipeline = fit(table, SCHEMA, UNTIL)
+    times, spent = table["time"].cast(pa.int64()).to_numpy(), table["spent"].to_numpy()
+    training = spent[(times < UNTIL) & ~np.isnan(spent)]
+    task = next(each for each in pipeline.layout.tasks if each.name == "spent")
+    np.testing.assert_allclose([task.mean, task.deviation], [training.mean(), training.std()], rtol=2e-3)
+    later = np.where(times < UNTIL, spent, spent + 100.0)
+    changed = table.set_column(table.column_names.index("spent"), "spent", pa.array(later, mask=np.isnan(later)))
+    assert fit(changed, SCHEMA, UNTIL).layout.tasks == pipeline.layout.tasks
+    pipeline.save(tmp_path)
+    assert FeaturePipeline.load(tmp_path).layout == pipeline.layout

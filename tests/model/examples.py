@@ -21,11 +21,15 @@ LAYOUT = Layout(
         IdInput("city", "t3"),
         IdInput("slot", "t4", placement=True),
     ),
-    dense=(DenseInput("age"), DenseInput("position", placement=True), DenseInput("price")),
+    dense=(
+        DenseInput("age", edges=(-1.0, -0.2, 0.5, 2.0)),
+        DenseInput("position", placement=True),
+        DenseInput("price", edges=(-0.5, 1.0)),
+    ),
     tasks=(
         TaskOutput("click", "binary", "engagement", 1.0, 1.0),
         TaskOutput("like", "binary", "satisfaction", 2.0, 0.5),
-        TaskOutput("rating", "regression", "satisfaction", 0.5, 2.0),
+        TaskOutput("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, deviation=0.7),
     ),
 )
 KINDS = [task.kind for task in LAYOUT.tasks]

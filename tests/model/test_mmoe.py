@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,32 @@ def reference_layers(weights: Weights, prefix: str, x: np.ndarray, group: int) -
     return x
 
 
-def reference_logits(model: RankingModel, encoded: Encoded, layout: Layout, placement: bool) -> np.ndarray:
+def reference_bottom(weights: Weights, x: np.ndarray, layout: Layout, piecewise: bool) -> np.ndarray:
+    """Crosses, then each number's reach into the intervals between its edges, then one hidden layer."""
+    crossed, layer = x, 0
+    while f"mixture.bottom.crosses.up.{layer}.weight" in weights:
+        up, down = (weights[f"mixture.bottom.crosses.{each}.{layer}.weight"] for each in ("up", "down"))
+        crossed = x * (up @ down @ crossed + weights[f"mixture.bottom.crosses.up.{layer}.bias"]) + crossed
+        layer += 1
+    dense = [each for each in layout.dense if not each.placement]
+    parts = [
+        np.clip((value - low) / (high - low), 0, 1)
+        for value, each in zip(x[len(x) - len(dense) :], dense, strict=True)
+        for low, high in pairwise(each.edges if piecewise else ())
+    ]
+    hidden = np.concatenate([crossed, parts])
+    return silu(weights["mixture.bottom.layers.0.weight"] @ hidden + weights["mixture.bottom.layers.0.bias"])
+
+
+def reference_logits(
+    model: RankingModel, encoded: Encoded, layout: Layout, placement: bool, piecewise: bool = False
+) -> np.ndarray:
+    """Logits, and a regression's prediction in its own unit."""
     weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
     logits = np.zeros((len(encoded), len(layout.tasks)))
     for row in range(len(encoded)):
         hidden = reference_inputs(weights, encoded, layout, row, placement=False)
-        hidden = silu(weights["mixture.bottom.0.weight"] @ hidden + weights["mixture.bottom.0.bias"])
+        hidden = reference_bottom(weights, hidden, layout, piecewise)
         count = len(weights["mixture.experts.layers.0.weight"])
         experts = [reference_layers(weights, "mixture.experts.layers", hidden, expert) for expert in range(count)]
         all_gates = weights["mixture.gates.linear.weight"] @ hidden + weights["mixture.gates.linear.bias"]
@@ -67,7 +88,7 @@ def reference_logits(model: RankingModel, encoded: Encoded, layout: Layout, plac
             x = reference_inputs(weights, encoded, layout, row, placement=True)
             x = silu(weights["mixture.placement.layers.0.weight"] @ x + weights["mixture.placement.layers.0.bias"])
             logits[row] += weights["mixture.placement.logits.weight"] @ x + weights["mixture.placement.logits.bias"]
-    return logits
+    return logits * [task.deviation for task in layout.tasks] + [task.mean for task in layout.tasks]
 
 
 def plain_batch(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Encoded, Batch]:
@@ -77,7 +98,13 @@ def plain_batch(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Enco
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"expert_units": (7,), "tower_units": ()}, {"expert_units": (8, 7, 6), "tower_units": (5, 4)}]
+    "changes",
+    [
+        {},
+        {"expert_units": (7,), "tower_units": ()},
+        {"expert_units": (8, 7, 6), "tower_units": (5, 4)},
+        {"piecewise": True, "cross_layers": 2, "cross_rank": 3},
+    ],
 )
 def test_equals_the_naive_reference(training: bool, changes: dict[str, Any]) -> None:
     model = small_model(plain_tables(LAYOUT), **changes).train(training)
@@ -87,7 +114,8 @@ def test_equals_the_naive_reference(training: bool, changes: dict[str, Any]) -> 
     encoded, batch = plain_batch(9)
     logits = model(batch)
     assert logits.dtype == torch.float32
-    expected = reference_logits(model, encoded, LAYOUT, placement=training)
+    piecewise = changes.get("piecewise", False)
+    expected = reference_logits(model, encoded, LAYOUT, placement=training, piecewise=piecewise)
     np.testing.assert_allclose(logits.detach().numpy(), expected, atol=2e-5, rtol=2e-5)
 
 

@@ -24,8 +24,8 @@ from mmoe_rec.training.sharding import load_plain, process_group
 from tests.model.examples import LAYOUT, random_rows
 
 CPU = torch.device("cpu")
-# A squared error grows with its label's scale, and so does its say in the layers that tasks share.
-REGRESSION_SCALE = 0.3
+# In seconds, say. The unit of a regression's label must not decide how much the other tasks learn.
+REGRESSION_MEAN, REGRESSION_DEVIATION = 500.0, 300.0
 ROWS = {"train": 12_000, "validation": 4_000}
 MODEL = Model.model_validate(
     {
@@ -48,10 +48,15 @@ TRAINING = Training.model_validate(
 )
 
 
+def regression(name: str) -> TaskOutput:
+    """A regression whose label has a large unit."""
+    return TaskOutput(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
+
+
 def five_tasks() -> tuple[TaskOutput, ...]:
     """Four binary tasks and a regression."""
     binary = [TaskOutput(f"task{i}", "binary", "engagement") for i in range(4)]
-    return (*binary, TaskOutput("rating", "regression", "satisfaction"))
+    return (*binary, regression("rating"))
 
 
 LAYOUTS = {
@@ -85,7 +90,7 @@ def learnable_rows(layout: Layout, rows: int, seed: int) -> tuple[Encoded, np.nd
     for index, task in enumerate(layout.tasks):
         noise = chance.normal(0, 0.3, rows) if task.kind == "regression" else chance.logistic(0, 0.5, rows)
         value = logits[:, index] + noise
-        drawn = value * REGRESSION_SCALE if task.kind == "regression" else value > 0
+        drawn = task.mean + task.deviation * value / 1.5 if task.kind == "regression" else value > 0
         labels[:, index] = np.where(np.isnan(labels[:, index]), np.nan, drawn)
     return encoded, labels
 

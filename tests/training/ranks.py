@@ -12,7 +12,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import process_group, save_checkpoint, shard
-from tests.model.examples import KINDS, LAYOUT, random_rows, small_model
+from tests.model.examples import LAYOUT, random_rows, small_model
 
 ROWS = 64
 SEED = 3
@@ -57,8 +57,7 @@ def train_one_step(folder: Path) -> None:
             sharded.model(batch),
             batch.labels,
             batch.observed,
-            kinds=KINDS,
-            loss_weights=[task.loss_weight for task in LAYOUT.tasks],
+            tasks=LAYOUT.tasks,
             global_counts=counts,
             world_size=world,
         )

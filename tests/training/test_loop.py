@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_a_task_that_is_never_observed_leaves_its_tower_alone(tmp_path: Path) ->
     for seed, (split, rows) in enumerate(ROWS.items()):
         labels[split] = learnable_rows(LAYOUT, rows, seed)[1]
         labels[split][:, 1] = np.nan
-    found = trained(write_prepared(tmp_path / "data", LAYOUT, labels), tmp_path / "best", weight_decay=0.0)
+    found = trained(write_prepared(tmp_path / "data", LAYOUT, labels), tmp_path / "best", weight_decay=0.0, epochs=4)
     assert found.result.best is not None
     assert set(found.result.best.loss) == {"click", "rating"}
     assert found.result.best.auc["click"] > 0.8
@@ -174,8 +175,9 @@ def judge(found: Trained) -> dict[str, float]:
         known = ~np.isnan(labels[:, index])
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
         if task.kind == "regression":
-            assert best.loss[task.name] == pytest.approx(mean_squared_error(label, predicted), rel=1e-4)
-            quality[task.name] = 1 - best.loss[task.name] / float(label.var())
+            error = mean_squared_error(label, predicted)
+            assert best.loss[task.name] == pytest.approx(error / task.deviation**2, rel=1e-4)
+            quality[task.name] = 1 - error / float(label.var())
         else:
             assert best.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-4)
             assert best.auc[task.name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
@@ -187,20 +189,32 @@ def judge(found: Trained) -> dict[str, float]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: Path) -> None:
     layout: Layout = LAYOUTS[name]
-    found = trained(write_prepared(tmp_path / "data", layout), tmp_path / "best", epochs=2)
+    epochs = 4  # of tasks that have nothing in common, so that a small model takes its time
+    found = trained(write_prepared(tmp_path / "data", layout), tmp_path / "best", epochs=epochs)
     quality = judge(found)
     least = {task.name: 0.05 if task.kind == "regression" else 0.75 for task in layout.tasks}
     assert all(quality[task] > least[task] for task in least), quality
-    assert [step for step, _ in found.result.history] == [STEPS, 2 * STEPS]
-    assert found.result.steps == 2 * STEPS
+    assert [step for step, _ in found.result.history] == [STEPS * epoch for epoch in range(1, epochs + 1)]
+    assert found.result.steps == epochs * STEPS
     assert 0 <= found.result.waiting <= 1
     assert found.result.rows_per_s > 0
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
 
+def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path) -> None:
+    quality = []
+    for unit in (1.0, 1000.0):
+        *others, rating = LAYOUT.tasks
+        rating = replace(rating, mean=rating.mean * unit, deviation=rating.deviation * unit)
+        layout = replace(LAYOUT, tasks=(*others, rating))
+        folder = tmp_path / f"{unit:g}"
+        quality.append(judge(trained(write_prepared(folder / "data", layout), folder / "best")))
+    assert quality[1] == pytest.approx(quality[0], abs=0.01)
+
+
 def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None:
-    precise = judge(trained(prepared, tmp_path / "fp32", DROPS))
-    coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16"))
+    precise = judge(trained(prepared, tmp_path / "fp32", DROPS, epochs=4))
+    coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16", epochs=4))
     assert precise["click"] > 0.75
     assert coarse != precise
     assert coarse == pytest.approx(precise, abs=0.02)
@@ -221,11 +235,11 @@ def test_metrics_are_logged_on_the_way(prepared: Prepared, tmp_path: Path) -> No
         share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_share)
         assert metrics["learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
         assert 0 <= metrics["train.waiting_share"] <= 1
-        assert {f"train.{task.name}.logloss" for task in LAYOUT.tasks} <= set(metrics)
-    assert train[-1][1]["train.click.logloss"] < train[0][1]["train.click.logloss"]
+        assert {f"train.{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
+    assert train[-1][1]["train.click.loss"] < train[0][1]["train.click.loss"]
     validations = [(step, metrics) for step, metrics in found.logged if "learning_rate" not in metrics]
     assert [step for step, _ in validations] == [67, 133, 200, 267, 333, 400]
-    assert all({"validation.click.auc", "validation.rating.logloss"} <= set(metrics) for _, metrics in validations)
+    assert all({"validation.click.auc", "validation.rating.loss"} <= set(metrics) for _, metrics in validations)
 
 
 # The best model

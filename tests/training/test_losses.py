@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.training.losses import masked_loss
 
-KINDS = ["binary", "regression", "binary"]
-WEIGHTS = [1.0, 0.5, 2.0]
+TASKS = (
+    TaskOutput("clicked", "binary", "engagement"),
+    TaskOutput("watched", "regression", "engagement", loss_weight=0.5, mean=2.0, deviation=1.5),
+    TaskOutput("liked", "binary", "satisfaction", loss_weight=2.0),
+)
 
 
 def random_labels(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,8 +33,8 @@ def naive_sums(logits: torch.Tensor, labels: torch.Tensor, observed: torch.Tenso
         for task in range(3):
             if observed[row, task]:
                 logit, label = logits[row, task].item(), labels[row, task].item()
-                if KINDS[task] == "regression":
-                    sums[task] += (logit - label) ** 2
+                if TASKS[task].kind == "regression":
+                    sums[task] += ((logit - label) / TASKS[task].deviation) ** 2
                 else:
                     probability = 1 / (1 + math.exp(-logit))
                     sums[task] -= label * math.log(probability) + (1 - label) * math.log(1 - probability)
@@ -40,12 +44,10 @@ def naive_sums(logits: torch.Tensor, labels: torch.Tensor, observed: torch.Tenso
 def test_equals_a_loop_over_the_observed_labels() -> None:
     logits, labels, observed = random_labels(40)
     counts = observed.sum(0) + torch.tensor([3, 0, 7])
-    total, sums = masked_loss(
-        logits, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=counts, world_size=4
-    )
+    total, sums = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=counts, world_size=4)
     expected = naive_sums(logits, labels, observed)
     assert sums.tolist() == pytest.approx(expected)
-    weighted = zip(WEIGHTS, expected, counts.tolist(), strict=True)
+    weighted = zip([task.loss_weight for task in TASKS], expected, counts.tolist(), strict=True)
     assert total.item() == pytest.approx(4 * sum(weight * value / count for weight, value, count in weighted))
 
 
@@ -54,7 +56,7 @@ def test_gradient_equals_finite_differences() -> None:
     counts = observed.sum(0)
 
     def total(x: torch.Tensor) -> torch.Tensor:
-        return masked_loss(x, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=counts)[0]
+        return masked_loss(x, labels, observed, tasks=TASKS, global_counts=counts)[0]
 
     logits.requires_grad_()
     assert torch.autograd.gradcheck(total, (logits,))
@@ -67,25 +69,21 @@ def test_a_task_without_observed_rows_adds_exactly_zero() -> None:
     logits, labels, observed = random_labels(10)
     observed[:, 1] = False
     logits.requires_grad_()
-    total, sums = masked_loss(
-        logits, labels, observed, kinds=KINDS, loss_weights=WEIGHTS, global_counts=observed.sum(0)
-    )
+    total, sums = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=observed.sum(0))
     total.backward()
     assert sums[1] == 0
     assert total.isfinite()
     assert logits.grad is not None
     assert not logits.grad[:, 1].any()
     assert logits.grad[:, [0, 2]].any()
-    nothing, _ = masked_loss(
-        logits, labels, observed & False, kinds=KINDS, loss_weights=WEIGHTS, global_counts=torch.zeros(3)
-    )
+    nothing, _ = masked_loss(logits, labels, observed & False, tasks=TASKS, global_counts=torch.zeros(3))
     assert nothing == 0
 
 
 def test_the_mean_over_ranks_is_the_global_loss() -> None:
     logits, labels, observed = random_labels(30)
     counts = observed.sum(0)
-    options: dict[str, Any] = {"kinds": KINDS, "loss_weights": WEIGHTS, "global_counts": counts}
+    options: dict[str, Any] = {"tasks": TASKS, "global_counts": counts}
     whole, _ = masked_loss(logits, labels, observed, **options)
     ranks = [slice(0, 5), slice(5, 30)]
     parts = [masked_loss(logits[r], labels[r], observed[r], **options, world_size=2)[0] for r in ranks]

@@ -70,7 +70,9 @@ def test_equals_scikit_learn() -> None:
         known = ~np.isnan(labels[:, index])
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
         if task.kind == "regression":
-            assert found.loss[task.name] == pytest.approx(mean_squared_error(label, predicted), rel=1e-6)
+            assert found.loss[task.name] == pytest.approx(
+                mean_squared_error(label, predicted) / task.deviation**2, rel=1e-6
+            )
         else:
             assert found.loss[task.name] == pytest.approx(log_loss(label, 1 / (1 + np.exp(-predicted))), rel=1e-6)
             # Exact up to ties within a bin of 1/256.
@@ -131,7 +133,7 @@ def test_without_any_binary_task_selection_is_by_loss() -> None:
 
 def test_metrics_have_names() -> None:
     flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, torch.zeros(1)).flat()
-    assert flat == {"validation.click.logloss": 0.5, "validation.rating.logloss": 2.0, "validation.click.auc": 0.75}
+    assert flat == {"validation.click.loss": 0.5, "validation.rating.loss": 2.0, "validation.click.auc": 0.75}
 
 
 @given(st.lists(st.tuples(st.integers(0, BINS - 1), st.booleans()), min_size=1, max_size=60))
