@@ -6,13 +6,9 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +22,12 @@ import pytest
 from mmoe_rec.settings import load_settings
 from pipelines import doctor
 from pipelines.checks import Installer
+from tests.serving.running_server import free_port, running_program
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOP = "test_commands_of_the_shop"
 HOUSEHOLDS = "30"
-START_WITHIN_S = 120
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
@@ -157,34 +153,12 @@ def said(folder: Path) -> dict[str, str]:
 @contextmanager
 def running(command: str, port: str, page: str, folder: Path) -> Iterator[int]:
     """A server's command, at a free port instead of `port`, from when `page` answers until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
+    number = free_port()
     assert port in command
     words = shlex.split(command.replace(port, str(number)))
     log = folder / f"{words[1]}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            words, cwd=folder, env=environment(), stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        end = time.monotonic() + START_WITHIN_S
-        while not _answers(f"http://127.0.0.1:{number}{page}"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
+    with running_program(words, f"http://127.0.0.1:{number}{page}", log, cwd=folder, env=environment()):
         yield number
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
 
 
 def test_every_command_is_exercised() -> None:

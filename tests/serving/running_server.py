@@ -9,8 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,42 +38,53 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def alive(self) -> bool:
-        """Whether it answers."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
 
 @contextmanager
 def running_server(address: str, uri: str, folder: Path) -> Iterator[Server]:
     """Serves the model at an address of the registry at `uri`, from `folder`, until the block ends."""
+    port = free_port()
+    programs = Path(sys.executable).parent
+    words = [str(programs / "mlflow"), "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
+    # MLflow leaves the addresses that this process used in its environment, and looks for uvicorn on PATH.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    env = {**own, "MLFLOW_TRACKING_URI": uri, "PATH": f"{programs}{os.pathsep}{own['PATH']}"}
+    log = folder / "server.log"
+    with running_program(words, f"http://127.0.0.1:{port}/ping", log, cwd=folder, env=env) as process:
+        yield Server(port, process, log)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    programs = Path(sys.executable).parent
-    command = [str(programs / "mlflow"), "models", "serve", "-m", address]
-    log = folder / "server.log"
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running_program(
+    words: Sequence[str], page: str, log: Path, *, cwd: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that serves `page`, from when that answers until the block ends; what it prints goes to `log`."""
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--env-manager", "local", "--port", str(port)],
-            # MLflow looks for uvicorn on PATH.
-            env={**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    running = Server(port, process, log)
+        process = subprocess.Popen(words, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
         end = time.monotonic() + START_WITHIN_S
-        while not running.alive():
+        while not answers(page):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
-        yield running
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # It leads a session, so that all it started ends with it; it may have ended by itself.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def answers(page: str) -> bool:
+    """Whether a page is served."""
+    try:
+        with urllib.request.urlopen(page, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False

@@ -12,7 +12,7 @@ import pytest
 
 from mmoe_rec import tracking
 from mmoe_rec.serving.ranker import Ranker
-from tests.serving.running_server import Server, running_server
+from tests.serving.running_server import Server, answers, running_server
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 
@@ -133,5 +133,5 @@ def _group_of(process: Path) -> int | None:
 
 
 def test_still_alive_after_all_that(server: Server) -> None:
-    assert server.alive()
+    assert answers(f"http://127.0.0.1:{server.port}/ping")
     assert server.post({"inputs": [request_of()]})[0] == 200
