@@ -138,6 +138,8 @@ class _Trainer:
                 meter.next_epoch(ahead.waited)
                 if self.result.stopped_early:
                     break
+            if self.result.steps % STEPS_BETWEEN_LOGS:
+                self._log(meter)
         self.result.rows_per_s, self.result.waiting = meter.rows_per_s, meter.waiting
         return self.result
 
@@ -231,14 +233,15 @@ class _Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses = torch.zeros(len(self.names))
-        self.counts = torch.zeros(len(self.names))
+        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
+        self.losses: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
 
     def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor, waited: float) -> None:
         self.rows += rows * self.world_size
         self.waited_now = waited
-        self.losses += losses.cpu()
-        self.counts += counts.cpu()
+        self.losses = losses if self.losses is None else self.losses + losses
+        self.counts = counts if self.counts is None else self.counts + counts
 
     def next_epoch(self, waited: float) -> None:
         self.waited_before, self.waited_now = self.waited_before + waited, 0.0
@@ -260,11 +263,17 @@ class _Meter:
 
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; losses are those of this rank's rows."""
-        means = {f"train.{name}.loss": float(s / c) for name, s, c in self._tasks() if c > 0}
-        losses = "  ".join(f"{name} {float(s / c):.4f}" for name, s, c in self._tasks() if c > 0)
+        means = self._means()
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
         self._clear()
-        return means | {"train.rows_per_s": self.rows_per_s, "train.waiting_share": self.waiting}
+        return {f"train.{name}.loss": mean for name, mean in means.items()} | {
+            "train.rows_per_s": self.rows_per_s,
+            "train.waiting_share": self.waiting,
+        }
 
-    def _tasks(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-        return list(zip(self.names, self.losses, self.counts, strict=True))
+    def _means(self) -> dict[str, float]:
+        if self.losses is None or self.counts is None:
+            return {}
+        pairs = zip(self.names, self.losses.tolist(), self.counts.tolist(), strict=True)
+        return {name: total / count for name, total, count in pairs if count > 0}
