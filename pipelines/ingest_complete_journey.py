@@ -1,7 +1,7 @@
 """python -m pipelines.ingest_complete_journey --out data/complete_journey
 
 Turn the Complete Journey grocery data into an interaction log, `OUT/log/week-01.parquet` ... `week-53.parquet`, and a
-log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: three of four purchases are of
+log of events, all purchases of its households, `OUT/purchases/week-01.parquet` ...: 78% of the purchases are of
 products that were not on promotion, and what a household bought before says much of what it buys next.
 
 A request is one basket; its candidates are the products on promotion in that store in that week. All bought candidates
