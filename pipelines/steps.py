@@ -53,7 +53,7 @@ def train_model(settings: Settings) -> Trained | None:
     import torch.distributed as dist
 
     from mmoe_rec.devices import pick_device
-    from mmoe_rec.training.loop import train
+    from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.sharding import process_group
 
     work = Path(settings.data.work)
@@ -68,7 +68,8 @@ def train_model(settings: Settings) -> Trained | None:
         experiment = settings.tracking.experiment or settings.name
         with tracking.open_run(settings.tracking.uri, experiment, active=first) as run:
             _log_start(run, settings, prepared)
-            result = train(prepared, settings.model, settings.training, device, work / "checkpoint", run.log_metrics)
+            best = work / "checkpoint"
+            result = Trainer(prepared, settings.model, settings.training, device, best, run.log_metrics).run()
             dist.barrier()
             return _finish(run, settings, prepared, result) if first else None
 

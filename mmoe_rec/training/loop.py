@@ -1,7 +1,7 @@
 """The training loop: one path for a laptop's CPU and for many GPUs.
 
-Every rank runs `train` with the same arguments. Steps see the same global batches whatever the world size, tables are
-updated by fused row-wise Adagrad within the backward pass, the dense part by AdamW.
+Every rank runs a `Trainer` with the same arguments. Steps see the same global batches whatever the world size, tables
+are updated by fused row-wise Adagrad within the backward pass, the dense part by AdamW.
 """
 
 from __future__ import annotations
@@ -49,26 +49,15 @@ class TrainingResult:
     stopped_early: bool = False
 
 
-def train(
-    prepared: Prepared,
-    model_settings: Model,
-    settings: Training,
-    device: torch.device,
-    best_folder: Path,
-    log_metrics: LogMetrics,
-) -> TrainingResult:
-    """Trains, validates, and leaves the best model's checkpoint in `best_folder`. Needs a process group.
+class Trainer:
+    """Trains one model; `run` leaves the best one's checkpoint in `best_folder`. Needs a process group.
 
     log_metrics: called with metrics and the step; on rank 0 it may write them down.
 
     Raises:
-        ValueError: the tables do not fit into memory.
-        UserError: encoded rows can't be read.
+        UserError: the tables do not fit into memory, or encoded rows can't be read.
     """
-    return _Trainer(prepared, model_settings, settings, device, best_folder, log_metrics).run()
 
-
-class _Trainer:
     def __init__(
         self,
         prepared: Prepared,
@@ -118,6 +107,7 @@ class _Trainer:
             yield make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
 
     def run(self) -> TrainingResult:
+        """Trains until the last step, or until patience runs out. A collective call."""
         torch.manual_seed(self.settings.seed + self.rank)
         meter = _Meter(self.layout, self.world_size)
         shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()

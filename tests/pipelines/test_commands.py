@@ -386,7 +386,7 @@ def test_training_that_dies_keeps_the_old_model(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmoe_rec.training.loop._Trainer._log", die)
+    monkeypatch.setattr("mmoe_rec.training.loop.Trainer._log", die)
     own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     with pytest.raises(KeyboardInterrupt):
         train.main(["--config", str(world.config), *own])

@@ -19,7 +19,7 @@ from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
-from mmoe_rec.training.loop import TrainingResult, train
+from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.sharding import load_plain, process_group
 from tests.model.examples import LAYOUT, random_rows
 
@@ -154,14 +154,14 @@ def trained(
     """Trains on one rank; `changes` replace those of `TRAINING`."""
     logged: list[tuple[int, dict[str, float]]] = []
     with process_group(device):
-        result = train(
+        result = Trainer(
             prepared,
             model,
             TRAINING.model_copy(update=changes),
             device,
             checkpoint,
             lambda metrics, step: logged.append((step, metrics)),
-        )
+        ).run()
     return Trained(prepared, result, checkpoint, logged, model)
 
 

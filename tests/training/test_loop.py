@@ -18,7 +18,7 @@ from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.settings import Model
 from mmoe_rec.training import loop
-from mmoe_rec.training.loop import _Trainer, learning_rate_share
+from mmoe_rec.training.loop import Trainer, learning_rate_share
 from mmoe_rec.training.sharding import process_group, save_checkpoint
 from mmoe_rec.training.validation import Validation
 from tests.model.examples import LAYOUT
@@ -48,13 +48,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @contextmanager
-def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[_Trainer]:
+def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[Trainer]:
     """A trainer whose steps a test takes itself."""
     with process_group(CPU):
-        yield _Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
+        yield Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
 
 
-def weights(one: _Trainer, folder: Path) -> dict[str, torch.Tensor]:
+def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     """Name -> copy of every weight, tables included."""
     save_checkpoint({"model": one.sharded.model.state_dict()}, folder)
     return {name: each.clone() for name, each in plain_model(one.layout, folder).state_dict().items()}
