@@ -27,8 +27,7 @@ class CounterEncoder(Encoder):
         self.source = feature.events
         self.name, self.feature, self.task = name, feature, task
         self.prior = 0.0
-        self._label_sum, self._label_rows = 0.0, 0
-        self._label_values = NumberHistogram()
+        self._labels = NumberHistogram()
         self._parts = EventParts()
         self.numbers = {each: DenseNumber(each) for each in self._raw_names()}
         self._forget()
@@ -36,8 +35,9 @@ class CounterEncoder(Encoder):
     def _raw_names(self) -> list[str]:
         names = []
         for window in self.feature.window_days:
-            suffix = "" if window is None else f"_{window:g}d".replace(".", "p")
-            names += [f"{self.name}_{output}{suffix}" for output in self.feature.outputs if output != "recency"]
+            names += [
+                f"{self.name}_{output}{_suffix(window)}" for output in self.feature.outputs if output != "recency"
+            ]
         return names + ([f"{self.name}_recency"] if "recency" in self.feature.outputs else [])
 
     def _set_events(self, events: KnownEvents, totals: Sequence[np.ndarray]) -> None:
@@ -49,23 +49,13 @@ class CounterEncoder(Encoder):
         self._set_events(KnownEvents(np.empty(0, np.uint64), none), (none, np.empty(0), none))
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Sums the training rows' labels for the overall mean."""
-        if self.source is not None:
-            return
-        labels = rows.labels(self.task, known_by)
-        if self.task.kind == "regression":
-            # Sums of fractions would depend on the order of rows.
-            self._label_values.add(labels)
-            return
-        self._label_sum += float(np.nansum(labels))
-        self._label_rows += int((~np.isnan(labels)).sum())
+        """Counts the training rows' labels for the overall mean; a sum of fractions would depend on the rows' order."""
+        if self.source is None:
+            self._labels.add(rows.labels(self.task, known_by))
 
     def finish(self) -> None:
         """Makes the overall mean."""
-        if self.task.kind == "regression":
-            self.prior = self._label_values.standardiser().mean
-        else:
-            self.prior = self._label_sum / max(self._label_rows, 1)
+        self.prior = self._labels.standardiser().mean
 
     def remember(self, rows: LogRows) -> None:
         """Collects labelled rows; each becomes visible only when its label is known."""
@@ -116,10 +106,8 @@ class CounterEncoder(Encoder):
                 "rows": np.log1p(count),
                 "rate": (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing),
             }
-            suffix = "" if window is None else f"_{window:g}d".replace(".", "p")
-            result |= {
-                f"{self.name}_{key}{suffix}": statistics[key] for key in self.feature.outputs if key in statistics
-            }
+            shown = [output for output in self.feature.outputs if output in statistics]
+            result |= {f"{self.name}_{output}{_suffix(window)}": statistics[output] for output in shown}
         if "recency" in self.feature.outputs:
             result[f"{self.name}_recency"] = self._recency(last, now)
         return {name: rows.numbers(name) if rows.has(name) else values for name, values in result.items()}
@@ -180,6 +168,11 @@ class CounterEncoder(Encoder):
         state = self.state()
         table = state.tables["events"].filter(pa.array(self.events.needed_since(since)))
         return State({**state.values, "floor": self.events.later_floor(moment)}, {"events": table})
+
+
+def _suffix(window: float | None) -> str:
+    """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
+    return "" if window is None else f"_{window:g}d".replace(".", "p")
 
 
 def _running(key: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -87,10 +87,6 @@ class Vocabulary:
             rows[unknown] = 1 + (hashes % np.uint64(self.oov_buckets)).astype(np.int64)
         return rows
 
-    def is_unknown(self, rows: np.ndarray) -> np.ndarray:
-        """(N,) bool: rows that are hashed buckets of unknown ids."""
-        return (rows >= 1) & (rows <= self.oov_buckets)
-
 
 def _as_index(values: pa.Array) -> pd.Index:
     array = values.to_numpy(zero_copy_only=False)

@@ -218,13 +218,3 @@ class Schema(Section):
         read = {column for feature in self.features.values() for column in read_columns(feature)}
         read |= {self.columns.user, self.columns.candidate, self.columns.time}
         return {column: role for column, role in self.column_roles.items() if column in read}
-
-    def label_columns(self) -> set[str]:
-        """Columns that the tasks read: labels and what their observed-rules look at."""
-        rules = {task.observed_when.column for task in self.tasks.values() if task.observed_when}
-        return rules | {task.label for task in self.tasks.values()}
-
-    def log_columns(self) -> list[str]:
-        """Every column that is read from the log, in a fixed order."""
-        placed = {self.columns.request, self.columns.sampling_rate} - {None}
-        return sorted(set(self.input_columns()) | self.label_columns() | {str(name) for name in placed})
