@@ -2,11 +2,12 @@
 
 Both contexts yield a hidden temporary path beside the target, where a rename suffices. What was written there is
 flushed to disk and renamed over the target when the block ends without an exception; otherwise it is removed and the
-target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the target, which nothing reads and anyone
-may delete.
+target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the target, which nothing reads;
+`one_at_a_time` removes it.
 """
 
 import ctypes
+import fcntl
 import os
 import shutil
 import sys
@@ -82,6 +83,23 @@ def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
         # After an exchange a temporary name holds the old folder.
         for temporary in temporaries:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(path: str | Path) -> Iterator[None]:
+    """Lets one process at a time write the folder `path`, and removes what killed ones left beside it.
+
+    Others wait; the lock of a process that is killed is free at once.
+    """
+    target = _real(path)
+    parent = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        for left in target.parent.glob(f".{target.name}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(parent)
 
 
 def _real(path: str | Path) -> Path:

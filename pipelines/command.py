@@ -26,6 +26,10 @@ def read_command(
     parser.add_argument("--config", required=True, metavar="C", help="settings file, such as configs/template.yaml")
     if add_arguments is not None:
         add_arguments(parser)
+    parser.add_argument("--engine", metavar="E", help="short for --data.engine: local or ray")
+    parser.add_argument("--skip-bad-files", action="store_true", help="short for --data.skip_bad_files true")
     arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    overrides += ["--data.engine", arguments.engine] if arguments.engine else []
+    overrides += ["--data.skip_bad_files", "true"] if arguments.skip_bad_files else []
     arguments.overrides = overrides
     return arguments, load_settings(arguments.config, overrides)

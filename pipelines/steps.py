@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
-from mmoe_rec.atomic import atomic_file, atomic_folder
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand, event_streams, prepare
-from mmoe_rec.features.log import EventRows, Log
+from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
+from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.splits import Window, encode_splits
+from mmoe_rec.features.steps import BuildOptions, Logs
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 
@@ -30,8 +30,15 @@ def prepare_features(settings: Settings) -> Prepared:
     return prepare(*_log_and_place(settings))
 
 
-def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path]:
-    return settings.data.log, settings.schema_, settings.split.windows(), Path(settings.data.work)
+def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
+    data = settings.data
+    return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
+
+
+def build_options(settings: Settings) -> BuildOptions:
+    """How the settings want features to be built."""
+    names = [each.name for each in fields(BuildOptions)]
+    return BuildOptions(**{name: getattr(settings.data, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_dict(prepared.manifest, "data.json")
     run.set_tags({"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]})
     run.log_text(prepared.layout.to_json(), "features/layout.json")
-    run.log_text((prepared.folder / "pipeline" / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
+    run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 
 
 def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
@@ -142,24 +149,16 @@ def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
     prepared = at_hand(*_log_and_place(settings))
     if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
         return prepared.split("test")
-    pipeline = FeaturePipeline.load(artifact / "features")
+    pipeline = FeaturePipeline.load(artifact / "features", memories=False)
     if set(pipeline.schema.tasks) != set(settings.tasks):
         raise UserError(
             f"the model predicts {', '.join(pipeline.schema.tasks)}; the settings have {', '.join(settings.tasks)}"
         )
     # The logs are the settings': the model's may have lain elsewhere.
     events = {name: settings.data.events.get(name, event) for name, event in pipeline.schema.events.items()}
-    log = Log(settings.data.log, pipeline.schema.model_copy(update={"events": events}))
-    pipeline.remember(log.stream(), event_streams([EventRows(name, log) for name in events]))
-    window = settings.split.windows()["test"]
+    logs = Logs(settings.data.log, pipeline.schema.model_copy(update={"events": events}), build_options(settings))
     encoded = Path(settings.data.work) / "evaluation" / "encoded"
-    with atomic_folder(encoded) as folder:
-        counts = encode_splits(log, pipeline, {"test": window}, folder, {"test": log.last_time()})
-        if counts["test"].rows == 0:
-            raise UserError(
-                f"the test split is empty: the log '{settings.data.log}' has no request between "
-                "split.validation_end and split.test_end"
-            )
+    encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
     return encoded / "test"
 
 

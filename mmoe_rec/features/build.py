@@ -1,9 +1,9 @@
 """From a log to encoded rows: fits the features, encodes each split, keeps both until what they rest on changes.
 
     <work>/features/
-        manifest.json          fingerprint, log digest, times, rows and labels of each split
-        pipeline/              state of the features, the whole past
-        serving/               what requests after the log's end can ask for, + latest values of users and candidates
+        manifest.json          fingerprint, log digest, times, files left out, rows and labels of each split
+        serving/               fitted features, what requests after the log's end can ask for, latest attributes
+        counts/                what was counted to fit them, so that days can be added
         encoded/layout.json    order of the model's inputs
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.latest import LatestParts
+from mmoe_rec.features.checks import check_classes, check_splits
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.log import EventRows, Log, format_time
-from mmoe_rec.features.pipeline import FORMAT, EventStreams, FeaturePipeline, in_window
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.splits import SplitCounts, Window, encode_splits
-from mmoe_rec.progress import over_rows
+from mmoe_rec.features.learn import Learnt, Window
+from mmoe_rec.features.log import format_time
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.schema import Schema
 
 
@@ -49,12 +47,26 @@ class Prepared:
         """What was built from what."""
         return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
 
+    @property
+    def serving(self) -> Path:
+        """Folder of the fitted features, with what they remember and latest attributes."""
+        return self.folder / "serving"
+
     def split(self, name: str) -> Path:
         """Folder of a split's encoded rows."""
         return self.folder / "encoded" / name
 
+    def is_built_from(self, fingerprint: str) -> bool:
+        """Whether the folder is there and of this fingerprint."""
+        try:
+            return self.manifest["fingerprint"] == fingerprint
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
-def prepare(log_source: str, schema: Schema, windows: dict[str, Window], work: Path) -> Prepared:
+
+def prepare(
+    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
+) -> Prepared:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
     Args:
@@ -63,138 +75,114 @@ def prepare(log_source: str, schema: Schema, windows: dict[str, Window], work: P
     Raises:
         UserError: the log can't be read, a split is empty, or a binary task has one class in training.
     """
-    found = at_hand(log_source, schema, windows, work)
-    if found is not None:
-        return found
-    log = Log(log_source, schema)
-    events = [EventRows(name, log) for name in schema.events]
+    logs = Logs(log_source, schema, options)
+    fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
-    with atomic_folder(prepared.folder) as folder:
-        _build(log, events, windows, folder, _fingerprint(log, events, windows))
+    if not prepared.is_built_from(fingerprint):
+        with one_at_a_time(prepared.folder):
+            # Another process may have built them while this one waited.
+            if not prepared.is_built_from(fingerprint):
+                with atomic_folder(prepared.folder) as folder:
+                    _build(logs, windows, folder, fingerprint)
     return prepared
 
 
-def at_hand(log_source: str, schema: Schema, windows: dict[str, Window], work: Path) -> Prepared | None:
+def at_hand(
+    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
+) -> Prepared | None:
     """What `prepare` would give, where it is there already. Raises UserError if the log can't be read."""
-    log = Log(log_source, schema)
-    fingerprint = _fingerprint(log, [EventRows(name, log) for name in schema.events], windows)
     prepared = Prepared(work / "features")
-    return prepared if _built_from(prepared.folder / "manifest.json") == fingerprint else None
+    return prepared if prepared.is_built_from(fingerprint_of(Logs(log_source, schema, options), windows)) else None
 
 
-def _built_from(manifest: Path) -> str | None:
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
+    """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
+
+    state: folder of the fitted features. Counters and histories remember the log that is encoded.
+    """
+    with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
+        learnt = steps.learn(statistics=False)
+        memories = encoded / "scratch" / "compacted"
+        memories.mkdir(parents=True)
+        last = learnt.last[0]
+        steps.answer(FeaturePipeline.load(state, memories=False), memories, end=last + 1, training=None)
+        counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
+        for name in windows:
+            if counts[name].rows == 0:
+                raise UserError(
+                    f"the {name} split is empty: the log '{logs.log.source}' has no request between "
+                    "split.validation_end and split.test_end"
+                )
+    return counts
 
 
-def _fingerprint(log: Log, events: Sequence[EventRows], windows: dict[str, Window]) -> str:
-    files = [log.files, *(each.files for each in events)]
-    # A file that is written again with other values may keep its size and row count.
-    written = [[(file.path.name, file.bytes, file.path.stat().st_mtime_ns) for file in each] for each in files]
-    text = json.dumps([FORMAT, written, log.schema.model_dump(mode="json"), windows], sort_keys=True)
+def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
+    """Changes when a file of the logs is written again, even with the same size, and with schema or splits."""
+    found = [
+        [[(file.address, file.bytes, file.version) for file in each.files], [left.address for left in each.left_out]]
+        for each in logs.all
+    ]
+    text = json.dumps([FORMAT, found, logs.schema.model_dump(mode="json"), windows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _build(log: Log, events: Sequence[EventRows], windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
-    schema = log.schema
-    overview = _Overview(schema, windows)
-    passes = iter(("reading the log", "fitting counters"))
-
-    def stream() -> Iterator[LogRows]:
-        what = next(passes)
-        for rows in over_rows(log.stream(), log.rows, what):
-            if what == "reading the log":
-                overview.add(rows)
-            yield rows
-        if what == "reading the log":
-            overview.check_splits(log.source)
-
-    start, end = windows["train"]
+def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
+    _, end = windows["train"]
     assert end is not None
-    pipeline = FeaturePipeline.fit(schema, stream, (start, end), event_streams(events))
-    for name in ("pipeline", "serving"):
-        (folder / name).mkdir()
-    pipeline.save(folder / "pipeline")
-    pipeline.save(folder / "serving", latest_at=overview.last + 1)
-    for name, parts in (("user", overview.users), ("candidate", overview.candidates)):
-        pq.write_table(parts.finish().table, folder / "serving" / f"latest.{name}.parquet", compression="zstd")
-    # Training may use only labels that had matured when training ended; judging waits until the log's end.
-    known_by = {"train": end, "validation": overview.last, "test": overview.last}
-    counts = encode_splits(log, pipeline, windows, folder / "encoded", known_by)
-    _check_classes(schema, counts["train"])
-    manifest = {
-        "fingerprint": fingerprint,
-        "log": log.source,
-        "digest": log.digest(),
-        "files": len(log.files),
-        "rows": log.rows,
-        "events": {each.name: {"files": len(each.files), "rows": each.rows} for each in events},
-        "first_request": format_time(overview.first),
-        "last_request": format_time(overview.last),
-        "splits": {name: asdict(each) for name, each in counts.items()},
-    }
+    serving, counts = folder / "serving", folder / "counts"
+    for each in (serving, counts):
+        each.mkdir()
+    with Steps(logs, windows, folder / "scratch") as steps:
+        learnt = steps.learn(statistics=True)
+        logs = steps.logs
+        check_splits(learnt, windows, logs.log.source)
+        pipeline = FeaturePipeline(logs.schema)
+        pipeline.merge(learnt.counts, learnt.key_types)
+        pipeline.finish()
+        save_counts(pipeline, counts)
+        steps.answer(pipeline, serving, end=learnt.last[0] + 1, training=windows["train"])
+        pipeline.finish_answers()
+        pipeline.save(serving)
+        save_latest(learnt, serving)
+        # Training may use only labels that had matured when training ended; judging waits until the log's end.
+        known_by = {"train": end, "validation": learnt.last[0], "test": learnt.last[0]}
+        splits = steps.encode(serving, folder / "encoded", known_by)
+    check_classes(logs.schema, splits["train"])
+    manifest = {"fingerprint": fingerprint, **describe(logs, learnt, splits), "vocabularies": vocabularies(pipeline)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def event_streams(events: Sequence[EventRows]) -> EventStreams:
-    """The events' rows under a progress bar, as the pipeline reads them."""
-
-    def stream(each: EventRows) -> Callable[[], Iterator[LogRows]]:
-        return lambda: over_rows(each.stream(), each.rows, f"reading events '{each.name}'")
-
-    return {each.name: stream(each) for each in events}
+def save_counts(pipeline: FeaturePipeline, folder: Path) -> None:
+    """Writes what a pipeline was fitted from, one file each."""
+    for name, counts in pipeline.counts.items():
+        pq.write_table(counts.to_table(), folder / f"{name}.parquet", compression="zstd")
 
 
-class _Overview:
-    """First and last request, rows of each split, latest values of users and candidates."""
-
-    def __init__(self, schema: Schema, windows: dict[str, Window]) -> None:
-        roles = schema.input_columns()
-        self.windows = windows
-        self.first, self.last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-        self.rows = dict.fromkeys(windows, 0)
-        self.users = LatestParts(schema.columns.user, [c for c, role in roles.items() if role == "user"])
-        self.candidates = LatestParts(schema.columns.candidate, [c for c, role in roles.items() if role == "candidate"])
-
-    def add(self, rows: LogRows) -> None:
-        times = rows.times()
-        if not len(times):
-            return
-        self.first, self.last = min(self.first, int(times.min())), max(self.last, int(times.max()))
-        for name, window in self.windows.items():
-            self.rows[name] += int(in_window(times, window).sum())
-        self.users.add(rows)
-        self.candidates.add(rows)
-
-    def check_splits(self, source: str) -> None:
-        for name, rows in self.rows.items():
-            if rows == 0 and self.first <= self.last:
-                raise UserError(
-                    f"the {name} split is empty: the log '{source}' has requests from {format_time(self.first)} to "
-                    f"{format_time(self.last)}; set `split.train_end`, `split.validation_end` and `split.test_end` "
-                    "inside (and `columns.time_unit`, if these times are wrong)"
-                )
+def save_latest(learnt: Learnt, folder: Path) -> None:
+    """Writes the latest attributes of users and candidates."""
+    for name, parts in (("user", learnt.users), ("candidate", learnt.candidates)):
+        assert parts is not None
+        pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def _check_classes(schema: Schema, counts: SplitCounts) -> None:
-    for name, task in schema.tasks.items():
-        observed, positive = counts.observed[name], counts.label_sum[name]
-        if observed == 0:
-            reasons = [f"column '{task.label}' is null in all training rows"]
-            if task.observed_when is not None:
-                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
-            if task.matures_after_days:
-                reasons.append(
-                    f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
-                )
-            raise UserError(
-                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
-                "give it labels, train on a longer time, or remove the task"
-            )
-        if task.kind == "binary" and positive in (0, observed):
-            raise UserError(
-                f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
-                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
-            )
+def describe(logs: Logs, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict:
+    """What a manifest says of the logs and of what was encoded."""
+    return {
+        "log": logs.log.source,
+        "digest": logs.log.digest(),
+        "files": len(logs.log.files),
+        "rows": logs.log.rows,
+        "events": {each.name: {"files": len(each.files), "rows": each.rows} for each in logs.events},
+        "left_out": [{"file": left.address, "reason": left.reason} for each in logs.all for left in each.left_out],
+        "first_request": format_time(learnt.first[0]),
+        "last_request": format_time(learnt.last[0]),
+        "splits": {name: asdict(each) for name, each in splits.items()},
+    }
+
+
+def vocabularies(pipeline: FeaturePipeline) -> dict[str, dict[str, int]]:
+    """Of each vocabulary, the ids that training rows held and those that have a row of their own."""
+    return {
+        name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.known)}
+        for name, owner in pipeline.owners.items()
+    }

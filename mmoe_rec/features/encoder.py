@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.layout import DenseInput, Table
+from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.rows import LogRows
+
+MemoryKind = TypeVar("MemoryKind", bound=Memory)
+Answers = Mapping[str, np.ndarray | Ragged]
 
 
 @dataclass(frozen=True)
@@ -40,31 +45,29 @@ class Outline:
     dense: tuple[DenseInput, ...] = ()
 
 
+class Counts(Protocol):
+    """A partial fit. Partial fits of parts of a log, merged in any order, are the partial fit of the whole."""
+
+    def merge(self, other: Self) -> None:
+        """Adds what another one counted."""
+
+    def to_table(self) -> pa.Table:
+        """The counts as Arrow."""
+
+
 class Encoder:
     """A feature that is fitted to a log and then encodes rows of any origin; what a kind has no use for does nothing.
 
-    source: name of the log of events that the feature remembers, None for the interaction log itself.
+    counts: what it fits itself from, None where it shares another feature's vocabulary or learns nothing.
     """
 
-    source: str | None = None
+    counts: Any = None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """First pass, over training rows: vocabularies, means, quantiles. Later labels than `known_by` don't count."""
+        """Adds training rows to `counts`. Labels that become known later than `known_by` (microseconds) don't count."""
 
     def finish(self) -> None:
-        """Called once after the first pass."""
-
-    def remember(self, rows: LogRows) -> None:
-        """First pass, over the whole log that the feature remembers: events that later requests may ask for."""
-
-    def finish_memory(self) -> None:
-        """Called once after the whole log was remembered, when every vocabulary is complete."""
-
-    def learn_numbers(self, rows: LogRows) -> None:
-        """Second pass, over training rows, for statistics of inputs that the first pass makes possible."""
-
-    def finish_numbers(self) -> None:
-        """Called once after the second pass."""
+        """Makes vocabulary or statistics from `counts`."""
 
     def outline(self) -> Outline:
         """The inputs that `encode` gives."""
@@ -81,6 +84,54 @@ class Encoder:
     def restore(self, state: State) -> None:
         """Takes what another encoder of the same settings has learnt."""
 
-    def latest(self, moment: int) -> State:
-        """The part of the state that requests at `moment` (microseconds) or later can ask for."""
-        return self.state()
+
+class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
+    """A feature that looks up, for each row, what was known of earlier events before its request.
+
+    source: name of the log of events that it remembers, None for the interaction log itself; memory: the events,
+    where they are held in this process.
+    """
+
+    name: str
+    source: str | None
+    memory: MemoryKind
+
+    @abstractmethod
+    def events(self, rows: LogRows) -> pa.Table:
+        """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
+
+    @abstractmethod
+    def keys(self, rows: LogRows) -> np.ndarray:
+        """(N,) uint64 key of which each row asks."""
+
+    @abstractmethod
+    def extended(self, memory: MemoryKind, events: pa.Table) -> MemoryKind:
+        """A memory with further events, as `events` gives them."""
+
+    @abstractmethod
+    def compacted(self, memory: MemoryKind, moment: int) -> MemoryKind:
+        """What requests at `moment` (microseconds) or later can ask of a memory."""
+
+    @abstractmethod
+    def answers(self, memory: MemoryKind, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
+        """What was known of `keys` (N,) uint64 at `times` (N,) int64: name -> (N,) float64 or `Ragged`."""
+
+    @abstractmethod
+    def memory_from(self, table: pa.Table, floor: int | None) -> MemoryKind:
+        """The memory that `Memory.to_table` gave."""
+
+    @property
+    def answer_counts(self) -> dict[str, Any]:
+        """What statistics of answers are made from: answer -> counts."""
+        return {}
+
+    def learn_answers(self, answers: Answers) -> None:
+        """Adds the answers of training rows to `answer_counts`."""
+
+    def finish_answers(self) -> None:
+        """Makes statistics from `answer_counts`."""
+
+    def look_up(self, rows: LogRows) -> Answers:
+        """The rows' answers: those that came with them, else from the memory of this process."""
+        found = rows.answers.get(self.name)
+        return self.answers(self.memory, self.keys(rows), rows.times()) if found is None else found

@@ -57,6 +57,7 @@ class IdEncoder(Encoder):
     def __init__(self, name: str, feature: IdFeature, owner: VocabularyOwner) -> None:
         self.name, self.feature, self.owner = name, feature, owner
         self._owns = owner.name == name
+        self.counts = owner.counts if self._owns else None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' ids."""

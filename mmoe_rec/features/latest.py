@@ -2,42 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmoe_rec.features.hashing import hash_column
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.schema import Schema
 
 
 class LatestParts:
-    """Last row of each key, collected batch by batch; a mergeable partial fit."""
+    """Last row of each key, collected batch by batch; a partial fit that is merged in any order.
 
-    def __init__(self, key: str, columns: Sequence[str]) -> None:
-        self.key = key
-        self.columns = [key, *(column for column in columns if column != key)]
+    Of rows of one instant the one with the greatest values counts, column by column, so that the order does not.
+    """
+
+    def __init__(self, schema: Schema, role: Literal["user", "candidate"]) -> None:
+        self.key = schema.columns.user if role == "user" else schema.columns.candidate
+        attributes = [column for column, of in schema.input_columns().items() if of == role]
+        self.columns = [self.key, *(column for column in attributes if column != self.key)]
         self._table: pa.Table | None = None
-        self._times = np.empty(0, np.int64)
 
     def add(self, rows: LogRows) -> None:
-        """Takes the rows' values where they are later than those known; at equal times the later row wins."""
-        table = rows.table.select(self.columns)
-        times = rows.times()
+        """Takes the rows' values where they are later than those known."""
+        self._take(rows.table.select(self.columns).append_column(_TIME, pa.array(rows.times())))
+
+    def merge(self, other: LatestParts) -> None:
+        """Takes another one's values where they are later."""
+        if other._table is not None:
+            self._take(other._table)
+
+    def _take(self, table: pa.Table) -> None:
         if self._table is not None:
-            table = pa.concat_tables([self._table, table], promote_options="permissive").combine_chunks()
-            times = np.concatenate([self._times, times])
-        keys = hash_column(table.column(self.key).combine_chunks())
-        order = np.argsort(times, kind="stable")
-        last = order[~pd.Series(keys[order]).duplicated(keep="last").to_numpy()]
-        self._table, self._times = table.take(pa.array(last)), times[last]
+            table = pa.concat_tables([self._table, table], promote_options="permissive")
+        self._table = _latest(table.combine_chunks(), self.key)
 
     def finish(self) -> LatestValues:
         """The table of latest values, ordered by key."""
         assert self._table is not None
-        return LatestValues(self.key, self._table.sort_by(self.key).combine_chunks())
+        return LatestValues(self.key, self._table.drop_columns([_TIME]).sort_by(self.key).combine_chunks())
+
+
+_TIME = "(time)"
+
+
+def _latest(table: pa.Table, key: str) -> pa.Table:
+    table = _without_repeats(table, [_TIME, key])
+    times = table.column(_TIME).to_numpy()
+    keys, group = np.unique(hash_column(table.column(key).combine_chunks()), return_inverse=True)
+    last = np.full(len(keys), np.iinfo(np.int64).min)
+    np.maximum.at(last, group, times)
+    rows = np.flatnonzero(times == last[group])
+    if len(rows) > len(keys):
+        rows = rows[_order_by_values(table.take(pa.array(rows)))]
+    result = np.empty(len(keys), np.int64)
+    result[group[rows]] = rows  # of equal times the last, which is the greatest
+    return table.take(pa.array(result))
+
+
+def _without_repeats(table: pa.Table, first: list[str]) -> pa.Table:
+    """Leaves out rows that equal the row before in all columns: most rows of a request say the same of its user."""
+    same = np.ones(max(len(table) - 1, 0), bool)
+    for name in [*first, *(each for each in table.column_names if each not in first)]:
+        if not same.any():
+            return table
+        same &= _equals_row_before(table.column(name).combine_chunks())
+    return table.filter(pa.array(np.append(True, ~same))) if len(table) else table
+
+
+def _equals_row_before(column: pa.Array) -> np.ndarray:
+    if pa.types.is_null(column.type):
+        return np.ones(len(column) - 1, bool)
+    if pa.types.is_nested(column.type):  # which Arrow cannot compare
+        return np.zeros(len(column) - 1, bool)
+    equal = pc.fill_null(pc.equal(column[1:], column[:-1]), False)
+    both_null = pc.and_(column[1:].is_null(), column[:-1].is_null())
+    return pc.or_(equal, both_null).to_numpy(zero_copy_only=False)
+
+
+def _order_by_values(table: pa.Table) -> np.ndarray:
+    """(N,) int64 rising order of rows by all their columns."""
+    ranks = []
+    for name in table.column_names:
+        values = table.column(name).to_pandas()
+        if pa.types.is_nested(table.schema.field(name).type):
+            values = values.map(repr)
+        ranks.append(pd.factorize(values, sort=True)[0])
+    return np.lexsort(ranks[::-1])
 
 
 class LatestValues:

@@ -1,214 +1,338 @@
-"""Reading an interaction log: Parquet files, checked against the schema before the first row is used."""
+"""Reading an interaction log: Parquet files, checked against the schema before the first row is used.
+
+A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any part, in this process or another.
+"""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import Use, canonical, canonical_type, column_uses, event_uses
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.columns import Use, canonical, column_uses, event_uses
+from mmoe_rec.features.log_checks import (
+    BadFile,
+    LeftOut,
+    LogFile,
+    Partition,
+    ValueCheck,
+    Wrong,
+    check_files,
+    event_value_checks,
+    format_time,  # noqa: F401 - offered here with what it describes
+    log_value_checks,
+    open_parquet,
+)
+from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.files import FoundFile, find_files, first_line
 from mmoe_rec.schema import EVENT, Schema
 
 ROWS_AT_A_TIME = 131_072
+ROWS_PER_PART = 262_144
 
 
 @dataclass(frozen=True)
-class LogFile:
-    """One Parquet file of a log."""
+class Piece:
+    """Consecutive row groups of one file, their rows, and the columns that stand in the file's path."""
 
-    path: Path
+    address: str
+    groups: tuple[int, ...]
+    partition: Partition
     rows: int
-    bytes: int
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """Consecutive rows of a log; `start` is the number of the first."""
+
+    start: int
+    rows: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class LogReader:
+    """Reads parts of an interaction log; small and picklable.
+
+    now: microseconds since 1970 UTC; requests after it are an error.
+    """
+
+    schema: Schema
+    uses: dict[str, Use]
+    now: int
+
+    def read(self, part: LogPart) -> Iterator[LogRows]:
+        """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked.
+
+        Raises:
+            BadFile: a file is damaged, has changed, or holds values that can't be.
+            UserError: a remote place can't be reached.
+        """
+        for table in _tables(part, self.uses, self.schema, log_value_checks(self.schema, self.now)):
+            yield LogRows(table, self.schema)
+
+
+@dataclass(frozen=True)
+class EventReader:
+    """Reads parts of a log of events; small and picklable."""
+
+    name: str
+    schema: Schema
+    uses: dict[str, Use]
+    now: int
+
+    def read(self, part: LogPart) -> Iterator[LogRows]:
+        """Batches of events, as rows of the task `EVENT` at the time of each event. Raises as `LogReader.read`."""
+        time = self.schema.events[self.name].time
+        for table in _tables(part, self.uses, self.schema, event_value_checks(time, self.now)):
+            keys = {column: table.column(column) for column in self.uses if column != time}
+            label = pa.array(np.ones(table.num_rows))
+            named = {**keys, self.schema.columns.time: table.column(time), EVENT.label: label}
+            yield LogRows(pa.table(named), self.schema)
 
 
 class Log:
-    """The files of an interaction log. Opening it reads every file's footer and checks columns and types."""
+    """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
 
-    def __init__(self, source: str, schema: Schema) -> None:
+    Args:
+        source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
+        skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
+        left_out: files that are not even opened.
+        now: microseconds since 1970 UTC; later requests are an error when read. By default in a day's time.
+
+    Raises:
+        BadFile: the first file that is unreadable, lacks a column or has another type than most.
+        UserError: there is no log, it has no rows, or it can't be reached.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        schema: Schema,
+        *,
+        skip_bad_files: bool = False,
+        left_out: Sequence[LeftOut] = (),
+        now: int | None = None,
+    ) -> None:
         self.source = source
         self.schema = schema
         self.uses = column_uses(schema)
-        self.files, self.types = _check_files(find_files(source), self.uses, schema.columns.time_unit)
-        if not any(file.rows for file in self.files):
+        self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
+        self.files, self.types, self.left_out = _open_files(
+            source, find_files(source), self.uses, schema, skip_bad_files, left_out
+        )
+        if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
+        self.reader = LogReader(schema, self.uses, self.now)
 
     @property
     def rows(self) -> int:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
 
+    def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
+        """The log as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
+        return _parts(self.files, rows_per_part)
+
+    def stream(self) -> Iterator[LogRows]:
+        """All rows in order, see `LogReader.read`."""
+        for part in self.parts():
+            yield from self.reader.read(part)
+
     def last_time(self) -> int:
         """Time of the last request, microseconds since 1970 UTC."""
-        time = self.schema.columns.time
-        tables = (t for f in self.files for t in _read(f.path, {time: "time"}, self.schema.columns.time_unit))
-        return max(int(LogRows(table, self.schema).times().max()) for table in tables if table.num_rows)
+        uses: dict[str, Use] = {self.schema.columns.time: "time"}
+        tables = (table for part in self.parts() for table in _tables(part, uses, self.schema, []))
+        return max(int(LogRows(table, self.schema).times().max()) for table in tables)
 
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
-        text = "\n".join(f"{file.path.name} {file.bytes} {file.rows}" for file in self.files)
+        text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in self.files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def stream(self) -> Iterator[LogRows]:
-        """Batches of rows in canonical types, file by file; the values that features rely on are checked."""
-        for file in self.files:
-            for table in _read(file.path, self.uses, self.schema.columns.time_unit):
-                rows = LogRows(table, self.schema)
-                _check_values(rows, file.path)
-                yield rows
 
 
 class EventRows:
-    """The files of a further log of events, see `mmoe_rec.schema.EventLog`. Key columns must have the log's types."""
+    """The files of a further log of events, see `mmoe_rec.schema.EventLog`. Key columns must have the log's types.
 
-    def __init__(self, name: str, log: Log) -> None:
+    Args and errors: as `Log`, whose `now` it shares.
+    """
+
+    def __init__(self, name: str, log: Log, *, skip_bad_files: bool = False, left_out: Sequence[LeftOut] = ()) -> None:
         self.name, self.schema = name, log.schema
         self.time = self.schema.events[name].time
         self.uses = event_uses(self.schema, name)
-        paths = find_files(self.schema.events[name].path, f"data.events.{name}.path")
-        self.files, types = _check_files(paths, self.uses, self.schema.columns.time_unit)
+        source = self.schema.events[name].path
+        found = find_files(source, f"data.events.{name}.path")
+        self.files, types, self.left_out = _open_files(source, found, self.uses, self.schema, skip_bad_files, left_out)
         for column, kind in types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
+        self.reader = EventReader(name, self.schema, self.uses, log.now)
 
     @property
     def rows(self) -> int:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
 
+    def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
+        """The events as parts, see `Log.parts`."""
+        return _parts(self.files, rows_per_part)
+
     def stream(self) -> Iterator[LogRows]:
-        """Batches of events, as rows of the task `EVENT` at the time of each event."""
-        for file in self.files:
-            for table in _read(file.path, self.uses, self.schema.columns.time_unit):
-                if nulls := table.column(self.time).null_count:
-                    raise UserError(
-                        f"'{file.path}': column '{self.time}' is null in {nulls} rows; every event needs a time"
-                    )
-                keys = {column: table.column(column) for column in self.uses if column != self.time}
-                label = pa.array(np.ones(table.num_rows))
-                named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}
-                yield LogRows(pa.table(named), self.schema)
+        """All events in the files' order, see `EventReader.read`."""
+        for part in self.parts():
+            yield from self.reader.read(part)
 
 
-def find_files(source: str, setting: str = "data.log") -> list[Path]:
-    """Parquet files of a folder (also nested), a glob or a single path, in the order of their names."""
-    path = Path(source)
-    if path.is_dir():
-        found = [file for file in path.rglob("*.parquet") if not _is_hidden(file.relative_to(path))]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
-    if not found:
-        what = "holds no *.parquet file" if path.is_dir() else "does not exist"
-        raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
-    return sorted(found)
+def _open_files(
+    source: str,
+    found: Sequence[FoundFile],
+    uses: dict[str, Use],
+    schema: Schema,
+    skip_bad_files: bool,
+    left_out: Sequence[LeftOut],
+) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
+    not_opened = {each.address for each in left_out}
+    wanted = [file for file in found if file.address not in not_opened]
+    files, types, bad = check_files(wanted, uses, schema.columns.time_unit, skip_bad_files)
+    if not files:
+        first = min((*left_out, *bad), key=lambda each: each.address)
+        raise UserError(f"none of the {len(found)} files of the log '{source}' can be used; the first: {first.reason}")
+    return files, types, [*left_out, *bad]
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a file is one that writers leave behind: `_temporary/...`, `.log.1a2b.tmp/...`; not Hive's `__`."""
-    return path.name.startswith((".", "_")) or any(part.startswith(".") or part == "_temporary" for part in path.parts)
+def _parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
+    parts: list[LogPart] = []
+    pieces: list[Piece] = []
+    start, rows = 0, 0
 
+    def finish() -> None:
+        nonlocal start, rows
+        if pieces:
+            parts.append(LogPart(start, rows, tuple(pieces)))
+        pieces.clear()
+        start, rows = start + rows, 0
 
-def _check_files(
-    paths: list[Path], uses: dict[str, Use], time_unit: str | None
-) -> tuple[list[LogFile], dict[str, pa.DataType]]:
-    """The files, and each column's canonical type (none for a column that is null everywhere)."""
-    first_seen: dict[str, tuple[pa.DataType, Path]] = {}
-    files = []
-    for path in paths:
-        parquet = _open(path)
-        arrow = parquet.schema_arrow
-        for column, use in uses.items():
-            if column not in arrow.names:
-                raise UserError(f"'{path}' has no column '{column}'; it has {', '.join(sorted(arrow.names))}")
-            if arrow.names.count(column) > 1:
-                raise UserError(
-                    f"'{path}' has {arrow.names.count(column)} columns called '{column}'; rename all but one"
-                )
-            try:
-                kind = canonical_type(column, use, arrow.field(column).type, time_unit)
-            except UserError as error:
-                raise UserError(f"'{path}': {error}") from None
-            if pa.types.is_null(kind):
+    for file in files:
+        groups: list[int] = []
+        rows_before = rows
+        for group, group_rows in enumerate(file.group_rows):
+            if not group_rows:
                 continue
-            known, where = first_seen.setdefault(column, (kind, path))
-            if known != kind:
-                raise UserError(
-                    f"column '{column}' changes its type: {known} in '{where}', {kind} in '{path}'; "
-                    "write all files with one type"
-                )
-        files.append(LogFile(path, parquet.metadata.num_rows, path.stat().st_size))
-        parquet.close()
-    return files, {column: kind for column, (kind, _) in first_seen.items()}
+            groups.append(group)
+            rows += group_rows
+            if rows >= rows_per_part:
+                pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
+                finish()
+                groups, rows_before = [], 0
+        if groups:
+            pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
+    finish()
+    return parts
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _tables(part: LogPart, uses: dict[str, Use], schema: Schema, checks: Sequence[ValueCheck]) -> Iterator[pa.Table]:
+    """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
+    waiting: list[pa.Table] = []
+    for piece in part.pieces:
+        for _, table in _piece_tables(piece, uses, schema.columns.time_unit):
+            rows = LogRows(table, schema)
+            for check in checks:
+                if _is_wrong(rows, check, piece.address):
+                    _raise_wrong(piece, check, uses, schema)
+            if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
+                yield _together(waiting)
+                waiting = []
+            waiting.append(table)
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    if len(tables) == 1:
+        return tables[0]
+    return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+
+def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
+    """Batches in canonical types, each with the number of its first row within the file."""
+    address, partition = piece.address, dict(piece.partition)
+    in_file = [column for column in uses if column not in partition]
+    with open_parquet(address) as parquet:
+        group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        there = sum(group_rows[group] for group in piece.groups if group < len(group_rows))
+        if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
+            raise BadFile(f"'{address}' has changed since the log was opened; start again", address)
+        start = sum(group_rows[: piece.groups[0]])
+        batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
+        while (batch := _next(batches, address)) is not None:
+            raw = {column: batch.column(column) for column in in_file}
+            raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in partition.items()}
+            yield start, pa.table({c: _canonical(address, c, use, raw[c], time_unit, start) for c, use in uses.items()})
+            start += batch.num_rows
+
+
+def _next(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"'{path}' is not a readable Parquet file: {_first_line(error)}; write it again, or move it out of the log"
-        ) from None
-
-
-def _read(path: Path, uses: dict[str, Use], time_unit: str | None) -> Iterator[pa.Table]:
-    parquet = _open(path)
-    try:
-        for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=list(uses)):
-            raw = pa.table(batch)
-            yield pa.table({c: canonical(c, use, raw.column(c), time_unit) for c, use in uses.items()})
-    except UserError as error:
-        raise UserError(f"'{path}': {error}") from None
+        return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"'{path}' is damaged: {_first_line(error)}; write the file again") from None
-    finally:
-        parquet.close()
+        raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _canonical(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None, start: int) -> pa.Array:
+    try:
+        return _valid(column, use, values, time_unit)
+    except UserError as error:
+        fine, wrong = 0, len(values)  # the first rows that can be read, and that can't
+        while wrong - fine > 1:
+            middle = (fine + wrong) // 2
+            try:
+                _valid(column, use, values[:middle], time_unit)
+                fine = middle
+            except UserError:
+                wrong = middle
+        raise BadFile(f"'{address}': {first_line(error)}{_first_row(start + fine)}", address) from None
 
 
-def _check_values(rows: LogRows, path: Path) -> None:
-    columns = rows.schema.columns
-    for column in filter(None, (columns.user, columns.candidate, columns.time, columns.request)):
-        nulls = rows.column(column).null_count
-        if nulls:
-            raise UserError(f"'{path}': column '{column}' is null in {nulls} rows; every row needs one")
-    if columns.sampling_rate is not None:
-        rates = rows.numbers(columns.sampling_rate)
-        wrong = rates[~((rates > 0) & (rates <= 1))]
-        if len(wrong):
-            raise UserError(
-                f"'{path}': column '{columns.sampling_rate}' holds {'null' if np.isnan(wrong[0]) else f'{wrong[0]:g}'} "
-                f"({len(wrong)} rows are not above 0 and at most 1); fix the data or remove columns.sampling_rate"
-            )
-    for name, task in rows.schema.tasks.items():
-        labels = rows.numbers(task.label)
-        if task.kind == "regression" and np.isinf(labels).any():
-            raise UserError(
-                f"'{path}': label column '{task.label}' of task '{name}' holds an infinite value; make it null"
-            )
-        if task.kind == "binary":
-            wrong = labels[~np.isnan(labels) & (labels != 0) & (labels != 1)]
-            if len(wrong):
-                raise UserError(
-                    f"'{path}': label column '{task.label}' of binary task '{name}' holds {wrong[0]:g} "
-                    f"({len(wrong)} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
-                )
+def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
+    array = canonical(column, use, values, time_unit)
+    if array.type in (pa.string(), pa.list_(pa.string())):
+        try:
+            array.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
+    return array
 
 
-def format_time(microseconds: int) -> str:
-    """A time as ISO 8601 in UTC, for messages."""
-    return f"{np.datetime64(microseconds // 1_000_000, 's')}+00:00"
+def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:
+    try:
+        return bool(check.wrong(check.values(rows)).any())
+    except UserError as error:
+        raise BadFile(f"'{address}': {error}", address) from None
+
+
+def _raise_wrong(piece: Piece, check: ValueCheck, uses: dict[str, Use], schema: Schema) -> NoReturn:
+    """Says how much of the whole file is wrong, however the log was cut into parts."""
+    address, found = piece.address, Wrong()
+    with open_parquet(address) as parquet:
+        groups = tuple(range(parquet.metadata.num_row_groups))
+        partition = tuple(pair for pair in piece.partition if pair[0] == check.column)
+        whole = Piece(address, groups, partition, parquet.metadata.num_rows)
+    for start, table in _piece_tables(whole, {check.column: uses[check.column]}, schema.columns.time_unit):
+        values = check.values(LogRows(table, schema))
+        found.add(values, check.wrong(values), start)
+    raise BadFile(f"'{address}': {check.says(found)}{_first_row(found.row)}", address)
+
+
+def _first_row(row: int) -> str:
+    return f" (the first is row {row} of the file, counted from 0)"

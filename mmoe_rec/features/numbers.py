@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 _DROPPED_BITS = np.int64(40)
 CLIP = 10.0
@@ -35,6 +36,25 @@ class NumberHistogram:
         merged, inverse = np.unique(np.concatenate([self.values, values]), return_inverse=True)
         self.counts = np.bincount(inverse, np.concatenate([self.counts, counts]), len(merged)).astype(np.int64)
         self.values = merged
+
+    def merge(self, other: NumberHistogram) -> None:
+        """Adds what another histogram counted."""
+        self.missing += other.missing
+        self._merge(other.values, other.counts)
+
+    def to_table(self) -> pa.Table:
+        """value (null for missing ones) and count."""
+        values = pa.array(np.append(self.values, np.nan), from_pandas=True)
+        return pa.table({"value": values, "count": np.append(self.counts, self.missing)})
+
+    @staticmethod
+    def from_table(table: pa.Table) -> NumberHistogram:
+        """The histogram that `to_table` gave."""
+        histogram = NumberHistogram()
+        counts = table["count"].to_numpy()
+        histogram.values, histogram.counts = table["value"].to_numpy()[:-1], counts[:-1]
+        histogram.missing = int(counts[-1])
+        return histogram
 
     def standardiser(self) -> Standardiser:
         """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal."""

@@ -48,6 +48,7 @@ class NumericEncoder(Encoder):
     def __init__(self, name: str, feature: NumericFeature) -> None:
         self.name, self.feature = name, feature
         self.number = DenseNumber(name)
+        self.counts = self.number.histogram
         self.edges = np.empty(0)
 
     def _values(self, rows: LogRows) -> np.ndarray:
@@ -96,6 +97,7 @@ class VectorEncoder(Encoder):
     def __init__(self, name: str, feature: VectorFeature) -> None:
         self.name, self.feature = name, feature
         self.number = DenseNumber(name)
+        self.counts = self.number.histogram
 
     def _matrix(self, rows: LogRows) -> np.ndarray:
         column, size = rows.column(self.feature.column), self.feature.size
@@ -144,6 +146,7 @@ class TimeEncoder(Encoder):
     def __init__(self, name: str, feature: TimeFeature) -> None:
         self.name, self.feature = name, feature
         self.age = DenseNumber(f"{name}_age")
+        self.counts = self.age.histogram
         try:
             pd.Timestamp(0, tz=feature.timezone)
         except Exception:

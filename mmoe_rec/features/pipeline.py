@@ -1,15 +1,17 @@
 """`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
 
-State is plain data: `pipeline.json` and one Parquet file for each table that an encoder has learnt.
+State is plain data: `pipeline.json`, one Parquet file for each table that an encoder has learnt, and one for what each
+counter and history remembers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import column_uses
 from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.encoder import Encoder, Inputs, State
+from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, State
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
@@ -38,14 +40,15 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 4
-
-
-EventStreams = Mapping[str, Callable[[], Iterable[LogRows]]]
+FORMAT = 5
 
 
 class FeaturePipeline:
-    """Encoders of all features, in the order of the settings."""
+    """Encoders of all features, in the order of the settings.
+
+    Fitting goes through `learn` over training rows, `finish`, then for counters and histories through memories:
+    `learn_answers` over training rows, `finish_answers`. `mmoe_rec.features.build` does so for logs of any size.
+    """
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
@@ -59,6 +62,7 @@ class FeaturePipeline:
         self.key_types: dict[str, str] = {}
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
+        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind == "regression"}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -67,13 +71,12 @@ class FeaturePipeline:
         uses = column_uses(self.schema)
         for name, encoder in self.encoders.items():
             outline = encoder.outline()
-            computed = isinstance(encoder, HistoryEncoder | CounterEncoder)
             dense = [each.name for each in outline.dense]
             inputs = [each for each, _, _ in outline.ids] + dense + [f"{each}_missing" for each in dense]
             for each in inputs:
                 if (other := givers.setdefault(each, name)) != name:
                     raise UserError(f"features '{other}' and '{name}' both give an input '{each}'; rename one of them")
-                if computed and each in uses:
+                if isinstance(encoder, MemoryEncoder) and each in uses:
                     raise UserError(
                         f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
                     )
@@ -98,83 +101,55 @@ class FeaturePipeline:
             case CounterFeature():
                 return CounterEncoder(name, feature, self.schema.source_task(feature))
 
-    @staticmethod
-    def fit(
-        schema: Schema,
-        stream: Callable[[], Iterable[LogRows]],
-        training: tuple[int | None, int],
-        events: EventStreams | None = None,
-    ) -> FeaturePipeline:
-        """Fits all features to a log.
+    @property
+    def memory_encoders(self) -> dict[str, MemoryEncoder[Any]]:
+        """The counters and histories."""
+        return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, MemoryEncoder)}
 
-        Statistics (vocabularies, means, quantiles, overall rates) come from rows requested in `training`, [start, end)
-        in microseconds. Counters and histories remember the whole log, and look only at what was known before a row.
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
+        features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
+        labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
+        return {name: counts for name, counts in (features | labels).items() if counts is not None}
 
-        Args:
-            stream: gives all rows of the log, each time it is called.
-            events: name -> gives all rows of a further log of events.
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Counts training rows. Labels that become known later than `known_by` (microseconds) don't count."""
+        self.learn_types(rows)
+        for name, histogram in self._labels.items():
+            histogram.add(rows.labels(self.schema.tasks[name], known_by))
+        for encoder in self.encoders.values():
+            encoder.learn(rows, known_by)
 
-        Raises:
-            UserError: no row lies in the training time.
-        """
-        pipeline = FeaturePipeline(schema)
-        encoders = pipeline.encoders.values()
-        regressions = {name: task for name, task in schema.tasks.items() if task.kind == "regression"}
-        labels = {name: NumberHistogram() for name in regressions}
-        total = 0
-        for rows in stream():
-            pipeline._learn_types(rows)
-            inside = rows.filter(in_window(rows.times(), training))
-            total += len(inside)
-            for name, task in regressions.items():
-                labels[name].add(inside.labels(task, known_by=training[1]))
-            for encoder in encoders:
-                encoder.learn(inside, known_by=training[1])
-            pipeline._remember(rows, None)
-        if total == 0:
-            raise UserError(
-                "no row of the log lies in the training time; see `split.train_start` and `split.train_end`"
-            )
-        for name, histogram in labels.items():
-            scale = histogram.standardiser()
-            pipeline.label_scales[name] = (scale.mean, scale.deviation)
-        for encoder in encoders:
-            encoder.finish()
-        pipeline._finish_memory(events or {})
-        if any(isinstance(encoder, CounterEncoder) for encoder in encoders):
-            for rows in stream():
-                inside = rows.filter(in_window(rows.times(), training))
-                for encoder in encoders:
-                    encoder.learn_numbers(inside)
-        for encoder in encoders:
-            encoder.finish_numbers()
-        return pipeline
-
-    def remember(self, stream: Iterable[LogRows], events: EventStreams | None = None) -> None:
-        """Replaces what counters and histories remember by other logs; vocabularies and statistics stay.
-
-        So a trained model's features are computed for a log that it was not fitted to.
-        """
-        for rows in stream:
-            self._remember(rows, None)
-        self._finish_memory(events or {})
-
-    def _learn_types(self, rows: LogRows) -> None:
+    def learn_types(self, rows: LogRows) -> None:
+        """Notes whether key columns hold integers or strings."""
         for field in rows.table.schema:
             if pa.types.is_int64(field.type) or pa.types.is_string(field.type):
                 self.key_types[field.name] = str(field.type)
 
-    def _remember(self, rows: LogRows, source: str | None) -> None:
-        for encoder in self.encoders.values():
-            if encoder.source == source:
-                encoder.remember(rows)
+    def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
+        """Adds what another pipeline of the same schema counted and noted."""
+        for name, mine in self.counts.items():
+            mine.merge(counts[name])
+        self.key_types |= key_types
 
-    def _finish_memory(self, events: EventStreams) -> None:
-        for source, stream in events.items():
-            for rows in stream():
-                self._remember(rows, source)
+    def finish(self) -> None:
+        """Makes vocabularies and statistics of what was counted."""
+        for name, histogram in self._labels.items():
+            scale = histogram.standardiser()
+            self.label_scales[name] = (scale.mean, scale.deviation)
         for encoder in self.encoders.values():
-            encoder.finish_memory()
+            encoder.finish()
+
+    def learn_answers(self, rows: LogRows) -> None:
+        """Counts what the memories of this process say of training rows."""
+        for encoder in self.memory_encoders.values():
+            encoder.learn_answers(encoder.look_up(rows))
+
+    def finish_answers(self) -> None:
+        """Makes statistics of the answers that were counted."""
+        for encoder in self.memory_encoders.values():
+            encoder.finish_answers()
 
     @cached_property
     def layout(self) -> Layout:
@@ -220,11 +195,11 @@ class FeaturePipeline:
     def _placement(self) -> frozenset[str]:
         return frozenset(name for name in self.encoders if self.schema.role_of(name) == "placement")
 
-    def save(self, folder: Path, latest_at: int | None = None) -> None:
-        """Writes the state into an existing folder; with `latest_at`, only what requests from then on can ask for."""
+    def save(self, folder: Path) -> None:
+        """Writes what was fitted into an existing folder; memories are written by `save_memory`."""
         values = {}
         for name, encoder in self.encoders.items():
-            state = encoder.state() if latest_at is None else encoder.latest(latest_at)
+            state = encoder.state()
             values[name] = {"values": state.values, "tables": sorted(state.tables)}
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
@@ -233,9 +208,18 @@ class FeaturePipeline:
         text = {"format": FORMAT, "schema": schema, **learnt, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
+    def save_memories(self, folder: Path, moment: int) -> None:
+        """Writes what requests at `moment` (microseconds) or later can ask of the memories of this process."""
+        for name, encoder in self.memory_encoders.items():
+            memory = encoder.compacted(encoder.memory, moment)
+            save_memory([memory.to_table()], folder, name, memory.floor)
+
     @staticmethod
-    def load(folder: Path) -> FeaturePipeline:
-        """Reads a saved state. Raises UserError for a folder that holds none, or one of another format."""
+    def load(folder: Path, memories: bool = True) -> FeaturePipeline:
+        """Reads a saved state, with what counters and histories remember unless told otherwise.
+
+        Raises UserError for a folder that holds none, or one of another format.
+        """
         try:
             text = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -245,14 +229,42 @@ class FeaturePipeline:
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
         pipeline.key_types = text["key_types"]
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
-        for name, saved in text["encoders"].items():
-            try:
+        try:
+            for name, saved in text["encoders"].items():
                 tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}
-            except (OSError, pa.ArrowException) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
-            pipeline.encoders[name].restore(State(saved["values"], tables))
+                pipeline.encoders[name].restore(State(saved["values"], tables))
+            if memories:
+                for name, encoder in pipeline.memory_encoders.items():
+                    table = pq.read_table(folder / memory_file(name))
+                    encoder.memory = encoder.memory_from(table, memory_floor(table.schema))
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
         return pipeline
+
+
+def memory_file(feature: str) -> str:
+    """Name of the file with what a counter or history remembers."""
+    return f"{feature}.memory.parquet"
+
+
+def memory_floor(schema: pa.Schema) -> int | None:
+    """The moment as of which a saved memory was compacted."""
+    text = (schema.metadata or {}).get(b"floor")
+    return None if text is None else int(text)
+
+
+def save_memory(tables: Iterator[pa.Table] | list[pa.Table], folder: Path, feature: str, floor: int | None) -> None:
+    """Writes a memory, given as one table or as several that follow each other by key."""
+    writer = None
+    for table in tables:
+        if writer is None:
+            metadata = None if floor is None else {"floor": str(floor)}
+            schema = table.schema.with_metadata(metadata)
+            writer = pq.ParquetWriter(folder / memory_file(feature), schema, compression="zstd")
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
+    assert writer is not None
+    writer.close()
 
 
 def in_window(times: np.ndarray, window: tuple[int | None, int | None]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,15 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class LogRows:
-    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`)."""
+    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`).
 
-    def __init__(self, table: pa.Table, schema: Schema) -> None:
+    answers: what counters and histories say of these rows, where it was looked up before: feature -> its answers.
+    """
+
+    def __init__(self, table: pa.Table, schema: Schema, answers: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.table = table
         self.schema = schema
+        self.answers = answers or {}
         self._hashes: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
-"""Encodes the splits of a log into Parquet files that training and evaluation read."""
+"""Last step of a feature build: encodes the rows of each split into Parquet files that training and evaluation read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.features.answer import AnswerReader, fitted
+from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.log import Log
+from mmoe_rec.features.learn import Window
+from mmoe_rec.features.log import LogPart, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
-from mmoe_rec.progress import over_rows
 
 ROWS_PER_GROUP = 32_768
-Window = tuple[int | None, int | None]
 
 
 @dataclass
@@ -27,36 +29,56 @@ class SplitCounts:
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
 
-    def add(self, labels: dict[str, np.ndarray], rows: int) -> None:
-        """Counts a batch."""
-        self.rows += rows
+    def add(self, labels: Mapping[str, np.ndarray]) -> None:
+        """Counts the labels of a batch: task -> (N,) float64, NaN where unobserved."""
         for task, values in labels.items():
             known = values[~np.isnan(values)]
-            self.observed[task] = self.observed.get(task, 0) + len(known)
-            self.label_sum[task] = self.label_sum.get(task, 0.0) + float(known.sum())
+            self.merge(SplitCounts(0, {task: len(known)}, {task: float(known.sum())}))
+        self.rows += len(next(iter(labels.values())))
+
+    def merge(self, other: SplitCounts) -> None:
+        """Adds what another one counted."""
+        self.rows += other.rows
+        for task, observed in other.observed.items():
+            self.observed[task] = self.observed.get(task, 0) + observed
+            self.label_sum[task] = self.label_sum.get(task, 0.0) + other.label_sum[task]
 
 
-def encode_splits(
-    log: Log, pipeline: FeaturePipeline, windows: dict[str, Window], folder: Path, known_by: dict[str, int]
-) -> dict[str, SplitCounts]:
-    """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
+@dataclass(frozen=True)
+class EncodeJob:
+    """What the tasks of this step share.
 
-    windows: request times [start, end) of each split; known_by: when a split's labels must have matured to count. Both
-    in microseconds.
+    state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
+    labels must have matured to count (both in microseconds); answers: of counters and histories; encoded: the folder
+    that gets a folder for each split.
     """
-    schema, layout = pipeline.schema, pipeline.layout
-    counts = {name: SplitCounts() for name in windows}
-    writers = {name: SplitWriter(folder / name) for name in windows}
-    for rows in over_rows(log.stream(), log.rows, "encoding"):
-        for name, window in windows.items():
-            inside = rows.filter(in_window(rows.times(), window))
-            if len(inside):
-                labels = {task: inside.labels(rule, known_by[name]) for task, rule in schema.tasks.items()}
-                counts[name].add(labels, len(inside))
-                writers[name].write(encoded_table(pipeline, layout, inside, labels))
+
+    state: Path
+    windows: Mapping[str, Window]
+    known_by: Mapping[str, int]
+    answers: Exchange
+    encoded: Path
+
+
+def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
+    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
+    number, part = task
+    pipeline = fitted(job.state)
+    answers = AnswerReader(job.answers, list(pipeline.memory_encoders))
+    counts = {name: SplitCounts() for name in job.windows}
+    writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
+    row = part.start
+    for rows in reader.read(part):
+        for name, window in job.windows.items():
+            wanted = in_window(rows.times(), window)
+            if wanted.any():
+                inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
+                labels = {task: inside.labels(rule, job.known_by[name]) for task, rule in rows.schema.tasks.items()}
+                counts[name].add(labels)
+                writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
+        row += len(rows)
     for writer in writers.values():
         writer.close()
-    (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     return counts
 
 
@@ -73,27 +95,33 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     return pa.table(columns)
 
 
-class SplitWriter:
-    """Writes a split as Parquet files of bounded size."""
+class _SplitWriter:
+    """Writes a file in row groups of one size (the last one smaller); no rows, no file."""
 
-    def __init__(self, folder: Path, rows_per_file: int = 4_000_000) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.rows_per_file = folder, rows_per_file
-        self._parts, self._rows = 0, 0
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, table: pa.Table) -> None:
         """Appends rows."""
-        if self._writer is None or self._rows >= self.rows_per_file:
-            self.close()
-            path = self.folder / f"part-{self._parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
-            self._parts, self._rows = self._parts + 1, 0
+        self._waiting.append(table)
+        rows = sum(map(len, self._waiting))
+        if rows >= ROWS_PER_GROUP:
+            waiting = pa.concat_tables(self._waiting)
+            full = rows - rows % ROWS_PER_GROUP
+            self._append(waiting.slice(0, full))
+            self._waiting = [waiting.slice(full)]
+
+    def _append(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self.path, table.schema, compression="zstd", compression_level=1)
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-        self._rows += table.num_rows
 
     def close(self) -> None:
-        """Finishes the last file."""
+        """Writes the last rows."""
+        if any(map(len, self._waiting)):
+            self._append(pa.concat_tables(self._waiting))
         if self._writer is not None:
             self._writer.close()
-            self._writer = None

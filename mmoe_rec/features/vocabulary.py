@@ -33,17 +33,35 @@ class IdCounts:
         if len(self._parts) > 64:
             self._parts = [self._summed()]
 
+    def merge(self, other: IdCounts) -> None:
+        """Adds what another one counted."""
+        self._parts += other._parts
+        if len(self._parts) > 64:
+            self._parts = [self._summed()]
+
+    def to_table(self) -> pa.Table:
+        """id and count, the most frequent ones first; ties are ordered by id."""
+        if not self._parts:
+            return pa.table({"id": pa.nulls(0), "count": pa.array([], pa.int64())})
+        return self._summed().sort_by([("count", "descending"), ("id", "ascending")]).combine_chunks()
+
+    @staticmethod
+    def from_table(table: pa.Table) -> IdCounts:
+        """The counts that `to_table` gave."""
+        counts = IdCounts()
+        counts._parts = [table] if table.num_rows else []
+        return counts
+
     def _summed(self) -> pa.Table:
         summed = pa.concat_tables(self._parts).group_by("id").aggregate([("count", "sum")])
         return summed.rename_columns({"count_sum": "count"})
 
     def vocabulary(self, min_count: int, max_size: int | None, oov_buckets: int) -> Vocabulary:
-        """The most frequent ids; ties are ordered by id, so the result does not depend on the order of rows."""
+        """The most frequent ids, in an order that does not depend on that of the rows."""
         if not self._parts:
             return Vocabulary(pa.array([], pa.int64()), oov_buckets)
-        counted = self._summed()
+        counted = self.to_table()
         counted = counted.filter(pc.greater_equal(counted["count"], min_count))
-        counted = counted.sort_by([("count", "descending"), ("id", "ascending")])
         return Vocabulary(counted["id"].combine_chunks()[:max_size], oov_buckets)
 
 

@@ -80,7 +80,7 @@ def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, stat
     )
     with atomic_folder(folder) as target:
         _write_weights(target / "weights.safetensors", state_dict)
-        shutil.copytree(prepared.folder / "serving", target / "features")
+        shutil.copytree(prepared.serving, target / "features")
         (target / "layout.json").write_text(prepared.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
@@ -117,7 +117,7 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
 
 def _tables_as_of(prepared: Prepared) -> str:
     """Time of the log's last request: one microsecond before the floors, and to the second where there are none."""
-    state = json.loads((prepared.folder / "serving" / "pipeline.json").read_text(encoding="utf-8"))
+    state = json.loads((prepared.serving / "pipeline.json").read_text(encoding="utf-8"))
     floors = [floor for each in state["encoders"].values() if (floor := each["values"].get("floor")) is not None]
     return iso_time(max(floors) - 1) if floors else str(prepared.manifest["last_request"])
 

@@ -44,11 +44,27 @@ class Split(Section):
 class Data(Section):
     """Where the log is and where what is built from it goes."""
 
-    log: str = Field(description="interaction log: a folder of Parquet files, one file, or a glob")
+    log: str = Field(
+        description="interaction log: a folder of Parquet files, one file, or a glob; a path or an s3:// address"
+    )
     events: dict[str, EventLog] = Field(
         default_factory=dict, description="name -> a further log of events, which counters and histories may read"
     )
     work: str = Field(description="folder for encoded features, checkpoints and models")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="what builds features: local (processes on this machine) or ray (a Ray cluster)"
+    )
+    workers: int | None = Field(None, ge=1, description="processes that build features; null is one a core")
+    rows_in_memory: int = Field(
+        2_097_152, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
+    )
+    skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them, or stop")
+    duplicates: Literal["error", "keep"] = Field(
+        "error", description="what to do if a candidate occurs twice in a request"
+    )
+    future_times: Literal["error", "keep"] = Field(
+        "error", description="what to do about times later than now, most likely of another unit"
+    )
 
 
 class Bottom(Section):

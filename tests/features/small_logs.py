@@ -1,6 +1,6 @@
 """Small random interaction logs, and the shortest way from one to a fitted pipeline."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.learn import Window
+from mmoe_rec.features.pipeline import FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
 
@@ -70,6 +71,16 @@ def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
     return Schema.model_validate({**BASE, **sections, "features": features})
 
 
+def _distinct_items(times: np.ndarray, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """The items, from -4 to 7, with the next one wherever a user would see one twice at a time."""
+    seen: set[tuple[int, int, int]] = set()
+    for row, place in enumerate(zip(times.tolist(), users.tolist(), strict=True)):
+        while (*place, int(items[row])) in seen:
+            items[row] = (items[row] + 5) % 12 - 4
+        seen.add((*place, int(items[row])))
+    return items
+
+
 def random_log(seed: int, rows: int = 300, strings: bool = False, days: float = 10.0) -> pa.Table:
     """A log of few users and items over `days`, sorted by time, with ties in time and nulls wherever they may be."""
     rng = np.random.default_rng(seed)
@@ -77,7 +88,7 @@ def random_log(seed: int, rows: int = 300, strings: bool = False, days: float = 
     grid = np.concatenate([rng.uniform(0, days, rows // 4), np.arange(0, days, LATE_DAYS), np.arange(0, days, 1.0)])
     times = START + np.sort((rng.choice(grid, rows) * DAY).astype(np.int64))
     users = rng.choice(np.array([-(2**63), -7, 0, 5, 2**62]), rows)
-    items = rng.integers(-4, 8, rows) * 10**17
+    items = _distinct_items(times, users, rng.integers(-4, 8, rows)) * 10**17
     as_id = (lambda values: pa.array([f"id {value}" for value in values])) if strings else pa.array
     click = rng.integers(0, 2, rows).astype(np.float64)
     return pa.table(
@@ -120,7 +131,36 @@ def fit(
     """A pipeline fitted to a log that is cut into batches at the rows `cuts`."""
     edges = [0, *cuts, table.num_rows]
     batches = stream_of([table.slice(a, b - a) for a, b in pairwise(edges)], schema)
-    return FeaturePipeline.fit(schema, lambda: batches, (since, until))
+    return fit_in_memory(schema, batches, (since, until))
+
+
+def fit_in_memory(
+    schema: Schema, batches: list[LogRows], training: Window, events: Mapping[str, list[LogRows]] | None = None
+) -> FeaturePipeline:
+    """What a build does with files, partitions and workers, done one after the other on batches at hand."""
+    pipeline = FeaturePipeline(schema)
+    inside = [rows.filter(in_window(rows.times(), training)) for rows in batches]
+    assert training[1] is not None
+    for rows, part in zip(batches, inside, strict=True):
+        pipeline.learn_types(rows)
+        pipeline.learn(part, training[1])
+    pipeline.finish()
+    remember(pipeline, batches, events)
+    for part in inside:
+        pipeline.learn_answers(part)
+    pipeline.finish_answers()
+    return pipeline
+
+
+def remember(
+    pipeline: FeaturePipeline, batches: list[LogRows], events: Mapping[str, list[LogRows]] | None = None
+) -> None:
+    """Replaces what counters and histories remember by other logs."""
+    logs = {None: batches, **(events or {})}
+    for encoder in pipeline.memory_encoders.values():
+        parts = [encoder.events(rows) for rows in logs[encoder.source]]
+        together = pa.concat_tables(parts, promote_options="permissive")
+        encoder.memory = encoder.extended(type(encoder.memory).empty(), together)
 
 
 def times_of(table: pa.Table) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from small_logs import DAY, write_log
 
 from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.steps import BuildOptions
 from mmoe_rec.settings import load_settings
 from pipelines.ingest_movielens import LOG as MOVIELENS
 
@@ -24,7 +25,9 @@ def _times(rng: np.random.Generator, first: datetime, days: float) -> pa.Array:
 def _prepare(config: str, table: pa.Table, tmp_path: Path, *overrides: str) -> Prepared:
     settings = load_settings(config, overrides)
     log = write_log(tmp_path / "log", table)
-    prepared = prepare(str(log), settings.schema_, settings.split.windows(), tmp_path / "work")
+    # Random candidates: some occur twice in a request.
+    options = BuildOptions(duplicates="keep")
+    prepared = prepare(str(log), settings.schema_, settings.split.windows(), tmp_path / "work", options)
     for split in ("train", "validation", "test"):
         encoded = pq.read_table(prepared.split(split))
         dense = np.stack([encoded[f"dense.{each.name}"].to_numpy() for each in prepared.layout.dense])

@@ -5,10 +5,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_logs import ALL_KINDS, DAY, START, assert_same, log_rows, random_log, schema_of, times_of, write_log
+from small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    fit_in_memory,
+    log_rows,
+    random_log,
+    remember,
+    schema_of,
+    times_of,
+    write_log,
+)
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import event_streams, prepare
+from mmoe_rec.features.build import prepare
 from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.schema import Schema
@@ -44,11 +56,11 @@ def _schema(path: Path) -> Schema:
 def _fitted(folder: Path, *events: pa.Table, statistics: pa.Table | None = None) -> FeaturePipeline:
     schema = _schema(write_log(folder / "purchases", *events))
     log = Log(str(write_log(folder / "log", LOG)), schema)
-    streams = event_streams([EventRows("purchases", log)])
+    rows = {"purchases": list(EventRows("purchases", log).stream())}
     if statistics is None:
-        return FeaturePipeline.fit(schema, log.stream, (None, UNTIL), streams)
+        return fit_in_memory(schema, list(log.stream()), (None, UNTIL), rows)
     pipeline = _fitted(folder / "statistics", statistics)
-    pipeline.remember(log.stream(), streams)
+    remember(pipeline, list(log.stream()), rows)
     return pipeline
 
 
@@ -56,7 +68,7 @@ def test_events_equal_a_naive_loop(tmp_path):
     events = _events(1)
     pipeline = _fitted(tmp_path, events)
     rows = log_rows(LOG, pipeline.schema)
-    encoded, raw = pipeline.encode(rows), pipeline.encoders["n"].raw(rows)
+    encoded, raw = pipeline.encode(rows), pipeline.encoders["n"].look_up(rows)
     known = [(time + 1, event) for time, event in zip(_bought_at(events), events.to_pylist(), strict=True)]
     items = pipeline.encoders["item"].owner.encode(events["item"].combine_chunks())
     history = encoded.ids["bought"]
@@ -96,9 +108,9 @@ def test_no_order_of_events_changes_the_state(tmp_path):
     shuffled = events.take(pa.array(np.random.default_rng(0).permutation(events.num_rows)))
     one, other = _fitted(tmp_path / "a", events), _fitted(tmp_path / "b", shuffled.slice(0, 70), shuffled.slice(70))
     for name in ("bought", "n"):
-        mine, theirs = one.encoders[name].state(), other.encoders[name].state()
-        assert mine.values == theirs.values
-        assert mine.tables["events"].equals(theirs.tables["events"])
+        mine, theirs = one.encoders[name], other.encoders[name]
+        assert mine.state().values == theirs.state().values
+        assert mine.memory.to_table().equals(theirs.memory.to_table())
 
 
 @pytest.mark.parametrize(

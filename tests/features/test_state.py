@@ -16,6 +16,7 @@ from small_logs import (
     fit,
     log_rows,
     random_log,
+    remember,
     schema_of,
     stream_of,
     times_of,
@@ -26,11 +27,13 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY
+FIRST = START - 365 * DAY  # before the log: memories saved as of then are whole
 
 
-def _saved(pipeline: FeaturePipeline, folder, latest_at=None) -> dict[str, bytes]:
+def _saved(pipeline: FeaturePipeline, folder, moment=FIRST) -> dict[str, bytes]:
     folder.mkdir()
-    pipeline.save(folder, latest_at)
+    pipeline.save(folder)
+    pipeline.save_memories(folder, moment)
     return files_of(folder)
 
 
@@ -73,7 +76,7 @@ def test_the_latest_state_answers_later_requests_as_the_full_state_does(tmp_path
     for now in later[:40]:
         rows = log_rows(_at(table, now), SCHEMA)
         assert_same(loaded.encode(rows), pipeline.encode(rows))
-    events = [name for name in full if name.endswith("events.parquet")]
+    events = [name for name in full if name.endswith("memory.parquet")]
     assert sum(len(latest[name]) for name in events) <= sum(len(full[name]) for name in events)
 
 
@@ -83,9 +86,9 @@ def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
     _saved(pipeline, tmp_path / "latest", START + 11 * DAY)
     loaded = FeaturePipeline.load(tmp_path / "latest")
     users = len(set(table["user"].to_pylist()))
-    assert len(loaded.encoders["clicked"].events) <= users * 3
-    assert len(loaded.encoders["brand_spent"].events) <= 4
-    assert len(pipeline.encoders["clicked"].events) > users * 3
+    assert len(loaded.encoders["clicked"].memory.events) <= users * 3
+    assert len(loaded.encoders["brand_spent"].memory.events) <= 4
+    assert len(pipeline.encoders["clicked"].memory.events) > users * 3
 
 
 def test_an_earlier_request_is_answered_as_of_the_compaction(tmp_path):
@@ -117,24 +120,25 @@ def test_compacting_a_compacted_state_never_moves_it_back(tmp_path):
 def test_remembering_a_log_without_events_forgets_the_old_one():
     table = random_log(0)
     pipeline = fit(table, SCHEMA, UNTIL)
-    pipeline.remember(stream_of([table.slice(0, 0)], SCHEMA))
+    remember(pipeline, stream_of([table.slice(0, 0)], SCHEMA))
     encoded = pipeline.encode(log_rows(table, SCHEMA))
     assert encoded.ids["clicked"].lengths.sum() == 0
-    assert (pipeline.encoders["item_click"].raw(log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
+    assert (pipeline.encoders["item_click"].look_up(log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
 
 
 def test_remembering_the_same_log_changes_nothing(tmp_path):
     table = random_log(0)
     pipeline = fit(table, SCHEMA, UNTIL)
     before = _saved(pipeline, tmp_path / "a")
-    pipeline.remember(stream_of([table.slice(0, 100), table.slice(100)], SCHEMA))
+    remember(pipeline, stream_of([table.slice(0, 100), table.slice(100)], SCHEMA))
     assert _saved(pipeline, tmp_path / "b") == before
 
 
 def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
     with pytest.raises(UserError, match=r"holds no feature state \(pipeline.json\)"):
         FeaturePipeline.load(tmp_path)
-    fit(random_log(0), SCHEMA, UNTIL).save(tmp_path)
+    _saved(fit(random_log(0), SCHEMA, UNTIL), tmp_path / "state")
+    tmp_path /= "state"
     (tmp_path / "item.vocabulary.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is damaged, prepare it again"):
         FeaturePipeline.load(tmp_path)
@@ -187,4 +191,4 @@ def test_the_scale_of_a_regressions_labels_comes_from_training_rows(tmp_path):
     changed = table.set_column(table.column_names.index("spent"), "spent", pa.array(later, mask=np.isnan(later)))
     assert fit(changed, SCHEMA, UNTIL).layout.tasks == pipeline.layout.tasks
     pipeline.save(tmp_path)
-    assert FeaturePipeline.load(tmp_path).layout == pipeline.layout
+    assert FeaturePipeline.load(tmp_path, memories=False).layout == pipeline.layout

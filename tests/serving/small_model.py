@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.log import Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.serving.artifact import write_artifact
 from mmoe_rec.settings import Settings
-from tests.features.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, write_log
+from tests.features.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
 
 USER = 5
 ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
@@ -56,7 +57,9 @@ class SmallModel:
 
     def full_pipeline(self) -> FeaturePipeline:
         """The features with the whole past, as batch jobs use them."""
-        return FeaturePipeline.load(self.prepared.folder / "pipeline")
+        pipeline = FeaturePipeline.load(self.prepared.serving)
+        remember(pipeline, list(Log(self.settings.data.log, self.settings.schema_).stream()))
+        return pipeline
 
     def later_rows(self, rows: int = 20) -> tuple[pa.Table, LogRows]:
         """Logged rows after the log's end, by one user at one time, as a log has them and in canonical types."""

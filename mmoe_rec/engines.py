@@ -1,0 +1,131 @@
+"""Where a job's tasks run: `local`, a process for each core, or `ray`, a Ray cluster through Ray Data.
+
+A job is a function of this package and a list of tasks that are independent of each other. An engine gives the results
+in the order of the tasks, so that nothing depends on the engine or on the number of workers. A `UserError` of a task
+ends the job and is raised as it is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, TypeVar
+
+import pyarrow as pa
+
+from mmoe_rec.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+EngineName = Literal["local", "ray"]
+
+
+class Engine(Protocol):
+    """Runs the tasks of a job."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks."""
+
+
+@contextmanager
+def open_engine(name: EngineName, workers: int | None = None) -> Iterator[Engine]:
+    """The engine of that name; `workers` is the number of processes at a time, by default the cores at hand."""
+    workers = workers or len(os.sched_getaffinity(0))
+    if name == "ray":
+        yield _RayEngine(workers)
+    elif workers == 1:
+        yield _SameProcess()
+    else:
+        # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+            try:
+                yield _ProcessEngine(pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+class _SameProcess:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        return map(function, tasks)
+
+
+class _ProcessEngine:
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        try:
+            yield from self._pool.map(function, tasks)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, most likely for want of memory; set data.workers or "
+                "data.rows_in_memory to a lower number"
+            ) from None
+
+
+def _start_worker() -> None:
+    """Ends with the process that started it, even where that one is killed, and leaves the other cores alone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+    pa.set_cpu_count(1)
+
+
+class _RayEngine:
+    """Tasks as rows of a Ray data set, on the cluster at RAY_ADDRESS if that variable is set, else on this machine.
+
+    On several machines the work folder and the log must be ones that all of them see.
+    """
+
+    def __init__(self, workers: int) -> None:
+        try:
+            import ray
+            import ray.data
+        except ImportError:
+            raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
+        self._ray = ray
+        if not ray.is_initialized():
+            quiet = {"log_to_driver": False, "configure_logging": False}
+            here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+            ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        if not tasks:
+            return
+        table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
+        dataset = self._ray.data.from_arrow([table.slice(index, 1) for index in range(len(tasks))])
+        dataset = dataset.map_batches(
+            _run_tasks, fn_kwargs={"function": function}, batch_size=1, batch_format="pyarrow", num_cpus=1
+        )
+        for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
+            for packed in batch["result"]:
+                result = pickle.loads(packed.as_py())
+                if isinstance(result, UserError):
+                    raise result
+                yield result
+
+
+def _run_tasks(table: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
+    results = []
+    for packed in table["task"]:
+        try:
+            results.append(function(pickle.loads(packed.as_py())))
+        except UserError as error:
+            results.append(error)
+    return pa.table({"result": pa.array([pickle.dumps(result) for result in results], pa.large_binary())})

@@ -1,0 +1,66 @@
+"""Checks of what a log holds as a whole, before a model is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.learn import Learnt, Window
+from mmoe_rec.features.log import Log, format_time
+from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.schema import Schema
+
+_YEAR = 365 * 86_400_000_000
+
+
+def check_times(log: Log, learnt: Learnt) -> None:
+    """Raises UserError where some times are of 1970 and others are not: they were written in different units."""
+    (first, first_row), (last, last_row) = learnt.first, learnt.last
+    if first < _YEAR and last > 20 * _YEAR:
+        raise UserError(
+            f"column '{log.schema.columns.time}' goes from {format_time(first)} ({place(log, first_row)}) to "
+            f"{format_time(last)} ({place(log, last_row)}); write all times in one unit, that of columns.time_unit"
+        )
+
+
+def place(log: Log, row: int) -> str:
+    """Where a row of a log stands, for messages."""
+    for file in log.files:
+        if row < file.rows:
+            return f"row {row} of '{file.address}'"
+        row -= file.rows
+    raise AssertionError("a row beyond the log")
+
+
+def check_splits(learnt: Learnt, windows: Mapping[str, Window], source: str) -> None:
+    """Raises UserError where a split has no rows."""
+    for name in windows:
+        if learnt.rows[name] == 0:
+            raise UserError(
+                f"the {name} split is empty: the log '{source}' has requests from {format_time(learnt.first[0])} to "
+                f"{format_time(learnt.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                "inside (and `columns.time_unit`, if these times are wrong)"
+            )
+
+
+def check_classes(schema: Schema, counts: SplitCounts) -> None:
+    """Raises UserError where a task has nothing to learn from in the training rows."""
+    for name, task in schema.tasks.items():
+        observed, positive = counts.observed[name], counts.label_sum[name]
+        if observed == 0:
+            reasons = [f"column '{task.label}' is null in all training rows"]
+            if task.observed_when is not None:
+                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.matures_after_days:
+                reasons.append(
+                    f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
+                )
+            raise UserError(
+                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
+                "give it labels, train on a longer time, or remove the task"
+            )
+        if task.kind == "binary" and positive in (0, observed):
+            raise UserError(
+                f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
+            )

@@ -1,0 +1,68 @@
+"""An all-to-all exchange of rows between steps of a feature build, through files.
+
+Senders write one Arrow IPC file each, with a record batch for every receiver; a receiver reads its batch of all files.
+So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+Sender = tuple[int, int]
+
+
+class Exchange:
+    """A folder of files `CHANNEL/SENDER.arrow`. A sender is a pair of numbers, so that it may write in turns."""
+
+    def __init__(self, folder: Path, receivers: int) -> None:
+        self.folder = folder
+        self.receivers = receivers
+
+    def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
+        """Sends each of N rows to its receiver, (N,) integers; gives the number of rows each got, (receivers,) int64.
+
+        The rows that a receiver gets keep their order.
+        """
+        rows = np.bincount(receiver, minlength=self.receivers)
+        if not table.num_rows:
+            return rows
+        if (receiver[1:] < receiver[:-1]).any():
+            small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
+            table = table.take(pa.array(np.argsort(small, kind="stable")))
+        table = table.combine_chunks()
+        ends = np.cumsum(rows)
+        folder = self.folder / channel
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            for start, end in zip(ends - rows, ends, strict=True):
+                part = table.slice(start, end - start).to_batches()
+                writer.write_batch(part[0] if part else pa.RecordBatch.from_pylist([], schema=table.schema))
+        return rows
+
+    def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
+        """The rows for a receiver, sender by sender in order."""
+        for path in sorted((self.folder / channel).glob("*.arrow")):
+            with pa.OSFile(str(path), "rb") as file:
+                batch = pa.ipc.open_file(file).get_batch(receiver)
+            if batch.num_rows:
+                yield pa.Table.from_batches([batch])
+
+    def receive_all(self, channel: str, receiver: int) -> pa.Table | None:
+        """The rows for a receiver as one table; None if there are none."""
+        tables = list(self.receive(channel, receiver))
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
+
+
+def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
+    """(N,) int64 partition of each key, uint64: ranges of equal width, so that partitions in order hold rising keys."""
+    return (((keys >> np.uint64(32)) * np.uint64(partitions)) >> np.uint64(32)).astype(np.int64)
+
+
+def key_range(partition: int, partitions: int) -> tuple[int, int]:
+    """Least key of a partition, and of the next one (2^64 after the last)."""
+    return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore

@@ -1,0 +1,192 @@
+"""What counters and histories remember of a log: tables of events that answer what was known at a moment.
+
+A memory is data: it goes to Arrow and back, is cut down to what requests from some moment on can ask for
+(`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the
+next day's state, and events that do not fit into memory are taken in one stretch of time after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.features.events import KnownEvents, sort_events
+
+NEVER = np.iinfo(np.int64).min
+
+
+class Memory:
+    """Events per key.
+
+    floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so an
+    earlier moment is answered as of `floor`.
+    """
+
+    def __init__(self, events: KnownEvents, floor: int | None) -> None:
+        self.events, self.floor = events, floor
+
+    def as_of(self, times: np.ndarray) -> np.ndarray:
+        """(N,) int64 moments that can be answered: `times`, but no earlier than `floor`."""
+        return times if self.floor is None else np.maximum(times, self.floor)
+
+    def _later_floor(self, moment: int) -> int:
+        return moment if self.floor is None else max(moment, self.floor)
+
+
+class CounterMemory(Memory):
+    """Running totals per key, one event for each moment at which a key's totals change.
+
+    rows, label_sum: (E,) int64 and float64, of all events of the key so far; last_positive: (E,) int64 moment of its
+    last positive one, `NEVER` without.
+    """
+
+    def __init__(self, events: KnownEvents, totals: Sequence[np.ndarray], floor: int | None = None) -> None:
+        super().__init__(events, floor)
+        self.rows, self.label_sum, self.last_positive = totals
+
+    @staticmethod
+    def empty() -> CounterMemory:
+        """Nothing remembered."""
+        none = np.empty(0, np.int64)
+        return CounterMemory(KnownEvents(np.empty(0, np.uint64), none), (none, np.empty(0), none))
+
+    def extended(self, key: np.ndarray, known: np.ndarray, label: np.ndarray, *, fractions: bool) -> CounterMemory:
+        """These events and further ones, (E,) uint64, int64 and float64, in any order.
+
+        fractions: whether labels may be other than whole numbers, so that sums depend on the order of adding.
+        """
+        if not len(key):
+            return self
+        # The events at hand as what each added to its key's totals.
+        first = np.append(True, self.events.key[1:] != self.events.key[:-1]) if len(self.events) else np.empty(0, bool)
+        rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int64))
+        label_sum = np.append(_steps(self.label_sum, first), label)
+        positive = np.append(self.last_positive, np.where(label > 0, known, NEVER))
+        key, known = np.append(self.events.key, key), np.append(self.events.known, known)
+
+        order, places = sort_events(key, known, label_sum if fractions else None)
+        key, known = key[order], known[order]
+        totals = (
+            _running(key, rows[order]),
+            (_running_fractions if fractions else _running)(key, label_sum[order]),
+            _running_last(key, positive[order]),
+        )
+        end_of_moment = np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True)
+        events = KnownEvents(key[end_of_moment], known[end_of_moment], places.keep(end_of_moment))
+        return CounterMemory(events, [each[end_of_moment] for each in totals], self.floor)
+
+    def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) rows and label sums as of events by their index, 0 for index -1."""
+        if not len(self.events):
+            return np.zeros(len(index)), np.zeros(len(index))
+        found = index >= 0
+        return np.where(found, self.rows[index], 0), np.where(found, self.label_sum[index], 0.0)
+
+    def compacted(self, moment: int, window: int) -> CounterMemory:
+        """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
+        needed = self.events.needed_since(moment - window)
+        events = KnownEvents(self.events.key[needed], self.events.known[needed])
+        totals = [each[needed] for each in (self.rows, self.label_sum, self.last_positive)]
+        return CounterMemory(events, totals, self._later_floor(moment))
+
+    def to_table(self) -> pa.Table:
+        """The events, sorted by key and time."""
+        totals = {"rows": self.rows, "label_sum": self.label_sum, "last_positive": self.last_positive}
+        return pa.table({"key": self.events.key, "known": self.events.known, **totals})
+
+    @staticmethod
+    def from_table(table: pa.Table, floor: int | None) -> CounterMemory:
+        """The memory that `to_table` gave."""
+        names = ("key", "known", "rows", "label_sum", "last_positive")
+        key, known, *totals = (table[name].to_numpy() for name in names)
+        return CounterMemory(KnownEvents(key, known), totals, floor)
+
+
+class HistoryMemory(Memory):
+    """Candidates per user. items: (E,) int64 rows of the candidates' table."""
+
+    def __init__(self, events: KnownEvents, items: np.ndarray, floor: int | None = None) -> None:
+        super().__init__(events, floor)
+        self.items = items
+
+    @staticmethod
+    def empty() -> HistoryMemory:
+        """Nothing remembered."""
+        none = np.empty(0, np.int64)
+        return HistoryMemory(KnownEvents(np.empty(0, np.uint64), none), none)
+
+    def extended(self, key: np.ndarray, known: np.ndarray, items: np.ndarray) -> HistoryMemory:
+        """These events and further ones, (E,) uint64, int64 and int64, in any order."""
+        if not len(key):
+            return self
+        key, known = np.append(self.events.key, key), np.append(self.events.known, known)
+        items = np.append(self.items, items)
+        order, places = sort_events(key, known, items)
+        return HistoryMemory(KnownEvents(key[order], known[order], places), items[order], self.floor)
+
+    def last(self, groups: np.ndarray, times: np.ndarray, length: int) -> Ragged:
+        """The last `length` items of each group known at `times` (N,), oldest first."""
+        first, last = self._reach(groups, times, length)
+        lengths = np.where(last >= 0, last - first + 1, 0).astype(np.int32)
+        ends = np.cumsum(lengths)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return Ragged(self.items[np.repeat(first, lengths) + within], lengths)
+
+    def _reach(self, groups: np.ndarray, times: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        last = self.events.last(groups, times)
+        return np.maximum(self.events.group_starts(groups), last - length + 1), last
+
+    def compacted(self, moment: int, length: int) -> HistoryMemory:
+        """What requests at `moment` or later, which ask for `length` items, can ask for."""
+        groups = np.arange(len(self.events.keys))
+        # Later events keep those before them in reach until they become known themselves.
+        first, _ = self._reach(groups, np.full(len(groups), moment), length)
+        needed = np.arange(len(self.events)) >= np.repeat(first, np.diff(self.events.starts))
+        events = KnownEvents(self.events.key[needed], self.events.known[needed])
+        return HistoryMemory(events, self.items[needed], self._later_floor(moment))
+
+    def to_table(self) -> pa.Table:
+        """The events, sorted by key and time."""
+        return pa.table({"key": self.events.key, "known": self.events.known, "item": self.items})
+
+    @staticmethod
+    def from_table(table: pa.Table, floor: int | None) -> HistoryMemory:
+        """The memory that `to_table` gave."""
+        events = KnownEvents(table["key"].to_numpy(), table["known"].to_numpy())
+        return HistoryMemory(events, table["item"].to_numpy(), floor)
+
+
+def _steps(totals: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(E,) what each event added to the running totals of its key; `first` marks a key's first event."""
+    return np.where(first, totals, totals - np.roll(totals, 1))
+
+
+def _running(key: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(E,) sum of whole `values` so far within each run of equal keys."""
+    total = np.cumsum(values)
+    starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+    before = np.repeat(total[starts] - values[starts], np.diff(np.append(starts, len(key))))
+    return total - before
+
+
+def _running_fractions(key: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The same of any `values`: fractions are rounded as they are added, so each run is summed by itself."""
+    runs = np.cumsum(np.append(False, key[1:] != key[:-1]))
+    return pd.Series(values).groupby(runs).cumsum().to_numpy()
+
+
+def _running_last(key: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far within each run of equal keys, `NEVER` where there is none."""
+    positive = moments != NEVER
+    changes = np.append(True, key[1:] != key[:-1])
+    starts = np.flatnonzero(changes)
+    start = np.repeat(starts, np.diff(np.append(starts, len(key))))
+    index = np.maximum.accumulate(np.where(positive, np.arange(len(key)), -1))
+    last = np.where(index >= start, moments[index], NEVER)
+    if (last[1:] < last[:-1])[~changes[1:]].any():  # an event that came late is earlier than what was compacted
+        return pd.Series(moments).groupby(np.cumsum(changes)).cummax().to_numpy()
+    return last

@@ -1,0 +1,244 @@
+"""The steps of a feature build, each a job of independent tasks on an engine: learn, answer, encode.
+
+    learn    parts of the logs     -> counts, merged here; events and look-ups, to partitions of keys through files
+    answer   partitions of keys    -> answers, to blocks of rows through files; memories, kept
+    encode   parts of the log      -> encoded rows
+
+What is exchanged are two Arrow tables for each counter and history: (key, known, value) of each event and (key, time,
+row) of each look-up on the way there, (row, answers) on the way back. Everything else stays with the worker that read
+it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mmoe_rec.engines import Engine, EngineName, open_engine
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition
+from mmoe_rec.features.checks import check_times, place
+from mmoe_rec.features.learn import (
+    DUPLICATES,
+    LearnJob,
+    Learnt,
+    Window,
+    events_of,
+    learn_events,
+    learn_part,
+    look_ups_of,
+)
+from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log
+from mmoe_rec.features.pipeline import FeaturePipeline, save_memory
+from mmoe_rec.features.splits import EncodeJob, SplitCounts, encode_part
+from mmoe_rec.progress import bar
+from mmoe_rec.schema import Schema
+
+# Fewer rows are done before further processes have started.
+ROWS_FOR_PROCESSES = 500_000
+_NEVER = np.iinfo(np.int64).max
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How features are built, as described in `mmoe_rec.settings.sections.Data`; no choice changes a feature."""
+
+    engine: EngineName = "local"
+    workers: int | None = None
+    rows_in_memory: int = 2_097_152
+    skip_bad_files: bool = False
+    duplicates: Literal["error", "keep"] = "error"
+    future_times: Literal["error", "keep"] = "error"
+
+
+DEFAULTS = BuildOptions()
+
+
+class Logs:
+    """An interaction log with its logs of events. Files left out so far stay left out."""
+
+    def __init__(self, source: str, schema: Schema, options: BuildOptions, left_out: Sequence[LeftOut] = ()) -> None:
+        self.schema, self.options, self.left_out = schema, options, tuple(left_out)
+        skip = options.skip_bad_files
+        now = None if options.future_times == "error" else _NEVER
+        self.log = Log(source, schema, skip_bad_files=skip, left_out=self.left_out, now=now)
+        self.events = [EventRows(name, self.log, skip_bad_files=skip, left_out=self.left_out) for name in schema.events]
+
+    @property
+    def all(self) -> list[Log | EventRows]:
+        """The interaction log, then the logs of events."""
+        return [self.log, *self.events]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all of them."""
+        return sum(each.rows for each in self.all)
+
+    def without(self, bad: Sequence[BadFile]) -> Logs:
+        """The same logs without further files."""
+        left_out = {error.address: LeftOut(error.address, str(error)) for error in bad}
+        return Logs(self.log.source, self.schema, self.options, [*self.left_out, *left_out.values()])
+
+
+class Steps:
+    """The steps of one build, in a scratch folder that is removed at the end. Use it as a context.
+
+    logs: as they are read, without files that turned out to be bad.
+    """
+
+    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
+        self.logs, self.windows, self.scratch = logs, windows, scratch
+        self._stack = ExitStack()
+        self._learnt = Learnt()
+
+    def __enter__(self) -> Steps:
+        options = self.logs.options
+        few = self.logs.rows < ROWS_FOR_PROCESSES
+        in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
+        workers = 1 if options.engine == "local" and (few or in_memory) else options.workers
+        self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+        self._engine: Engine = self._stack.enter_context(open_engine(options.engine, workers))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @property
+    def _partitions(self) -> int:
+        return -(-self.logs.rows // self.logs.options.rows_in_memory)
+
+    def learn(self, statistics: bool) -> Learnt:
+        """Reads the logs once; `statistics`: whether vocabularies and the like are counted.
+
+        Raises UserError for a bad file, unless such files are skipped, and for rows that occur twice.
+        """
+        while (learnt := self._learn(statistics)).bad:
+            self.logs = self.logs.without(learnt.bad)
+            shutil.rmtree(self.scratch)
+        self._learnt = learnt
+        check_times(self.logs.log, learnt)
+        if self.logs.options.duplicates == "error":
+            self._check_duplicates()
+        return learnt
+
+    def _learn(self, statistics: bool) -> Learnt:
+        options, log = self.logs.options, self.logs.log
+        look = options.duplicates == "error"
+        job = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, statistics, look)
+        learnt = Learnt()
+        jobs: list[tuple[str, Any, Log | EventRows]] = [("reading the log", partial(learn_part, job, log.reader), log)]
+        jobs += [
+            (f"reading events '{each.name}'", partial(learn_events, job, each.reader, each.name), each)
+            for each in self.logs.events
+        ]
+        for what, function, source in jobs:
+            parts = source.parts()
+            for part in self._run(function, parts, [part.rows for part in parts], what):
+                if part.bad and not options.skip_bad_files:
+                    raise part.bad[0]
+                learnt.merge(part)
+        return learnt
+
+    def _check_duplicates(self) -> None:
+        exchange = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, False, True).exchange
+        partitions = range(self._partitions)
+        sizes = self._learnt.sent[DUPLICATES].tolist()
+        found = list(self._run(partial(_repeats, exchange), partitions, sizes, "looking for duplicates"))
+        if repeats := sum(count for count, _ in found):
+            columns, log = self.logs.schema.columns, self.logs.log
+            first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
+            names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+            raise UserError(
+                f"{second} repeats request and candidate (columns {names} and '{columns.candidate}') of {first}; "
+                f"{repeats:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"
+            )
+
+    def answer(
+        self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
+    ) -> None:
+        """Answers all look-ups and writes memories, as of `end` (microseconds), into a folder.
+
+        pipeline: with complete vocabularies; where `training` is given, it counts answers of rows requested then.
+        before: folder with memories to go on from.
+        """
+        state = self.scratch / "state"
+        state.mkdir()
+        pipeline.save(state)
+        options, partitions = self.logs.options, self._partitions
+        job = AnswerJob(
+            state, before, training, end, self.scratch, partitions, self._blocks, rows_in_memory=options.rows_in_memory
+        )
+        tasks = [
+            Partition(name, number, self._sent(name, number))
+            for name in pipeline.memory_encoders
+            for number in range(partitions)
+        ]
+        floors: dict[str, int | None] = {}
+        done = self._run(partial(answer_partition, job), tasks, [task.rows for task in tasks], "counters and histories")
+        for name, counts, floor in done:
+            for answer, mine in pipeline.memory_encoders[name].answer_counts.items():
+                mine.merge(counts[answer])
+            floors[name] = floor
+        for name, floor in floors.items():
+            parts = (pq.read_table(job.memory_part(name, number)) for number in range(partitions))
+            save_memory(parts, folder, name, floor)
+        shutil.rmtree(self.scratch / "memories", ignore_errors=True)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.logs.log.rows // ROWS_PER_BLOCK)
+
+    def _sent(self, feature: str, partition: int) -> int:
+        channels = (events_of(feature), look_ups_of(feature))
+        return sum(int(self._learnt.sent[channel][partition]) for channel in channels if channel in self._learnt.sent)
+
+    def encode(self, state: Path, folder: Path, known_by: Mapping[str, int]) -> dict[str, SplitCounts]:
+        """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
+
+        state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+        """
+        answers = AnswerJob(state, None, None, 0, self.scratch, self._partitions, self._blocks, 0).answers
+        job = EncodeJob(state, self.windows, known_by, answers, folder)
+        tasks = list(enumerate(self.logs.log.parts()))
+        counts = {name: SplitCounts() for name in self.windows}
+        function = partial(encode_part, job, self.logs.log.reader)
+        for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
+            for name, each in part.items():
+                counts[name].merge(each)
+        folder.mkdir(exist_ok=True)
+        layout = FeaturePipeline.load(state, memories=False).layout
+        (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+        return counts
+
+    def _run(
+        self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
+    ) -> Iterator[Result]:
+        with bar() as progress:
+            task = progress.add_task(what, total=sum(sizes))
+            for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
+                progress.advance(task, size)
+                yield result
+
+
+def _repeats(exchange: Any, partition: int) -> tuple[int, tuple[int, int] | None]:
+    """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
+    table = exchange.receive_all(DUPLICATES, partition)
+    if table is None:
+        return 0, None
+    key = table["key"].to_numpy()
+    order = np.argsort(key, kind="stable")
+    repeats = np.flatnonzero(key[order[1:]] == key[order[:-1]])
+    if not len(repeats):
+        return 0, None
+    row = table["row"].to_numpy()[order]
+    first = repeats[np.argmin(row[repeats + 1])]
+    return len(repeats), (int(row[first]), int(row[first + 1]))

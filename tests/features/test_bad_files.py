@@ -1,0 +1,322 @@
+"""A file that can't be used is named with what is wrong in it, or left out where that is asked for."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log, format_time
+from mmoe_rec.schema import Schema
+
+TASKS = {"click": {"label": "click", "objective": "engagement"}}
+TABLE = random_log(0)
+
+
+def _schema(**sections: Any) -> Schema:
+    return schema_of({"item": ALL_KINDS["item"], "brand": ALL_KINDS["brand"]}, **{"tasks": TASKS, **sections})
+
+
+SCHEMA = _schema()
+
+
+def _replace(table: pa.Table, name: str, values: Any) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def _at(table: pa.Table, name: str, changes: dict[int, Any]) -> pa.Table:
+    """The table with other values of a column in some rows."""
+    values = table[name].to_pylist()
+    for row, value in changes.items():
+        values[row] = value
+    return _replace(table, name, pa.array(values, table[name].type))
+
+
+def _opening(log: Path | str, schema: Schema = SCHEMA) -> BadFile:
+    with pytest.raises(BadFile) as caught:
+        Log(str(log), schema)
+    return caught.value
+
+
+def _reading(log: Path | str, schema: Schema = SCHEMA, rows_per_part: int = 262_144, **options: Any) -> BadFile:
+    opened = Log(str(log), schema, **options)
+    with pytest.raises(BadFile) as caught:
+        _ = [list(opened.reader.read(part)) for part in opened.parts(rows_per_part)]
+    return caught.value
+
+
+def _five(folder: Path) -> Path:
+    return write_log(folder, *[TABLE.slice(row, 60) for row in range(0, 300, 60)])
+
+
+def _spoil(kind: str, path: Path) -> str:
+    """Makes a file one that can't be opened; returns what is said of it."""
+    whole = path.read_bytes()
+    match kind:
+        case "truncated":
+            path.write_bytes(whole[: len(whole) * 2 // 3])
+        case "not Parquet":
+            path.write_bytes(b"user,item\n" * 50)
+        case "wrong magic":
+            path.write_bytes(whole[:-4] + b"PAR9")
+        case "empty":
+            path.write_bytes(b"")
+        case "link to nowhere":
+            path.unlink()
+            path.symlink_to("nowhere")
+        case "lacks a column":
+            pq.write_table(TABLE.drop_columns(["click"]), path)
+            return f"'{path}' has no column 'click'; it has age, born, brand"
+        case "without columns":
+            pq.write_table(pa.table({}), path)
+            return f"'{path}' has no column '.*'; it has no columns at all"
+        case "another type":
+            pq.write_table(_replace(TABLE, "item", TABLE["item"].cast(pa.string())), path)
+            return f"column 'item' changes its type: int64 in '.*0.parquet', string in '{path}'; .*4 of 5 files"
+        case "impossible type":
+            pq.write_table(_replace(TABLE, "item", pa.array(np.zeros(300))), path)
+            return f"'{path}': column 'item' must hold integers or strings, found double"
+    return f"'{path}' is not a readable Parquet file: .*; write it again, or move it out of the log"
+
+
+KINDS = ["truncated", "not Parquet", "wrong magic", "empty", "link to nowhere"]
+KINDS += ["lacks a column", "without columns", "another type", "impossible type"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_cannot_be_opened(tmp_path, kind):
+    folder = _five(tmp_path)
+    said = _spoil(kind, folder / "3.parquet")
+    error = _opening(folder)
+    assert error.address == str(folder / "3.parquet")
+    with pytest.raises(BadFile, match=f"^{said}"):
+        raise error
+    twin = pickle.loads(pickle.dumps(error))
+    assert (type(twin), str(twin), twin.address) == (BadFile, str(error), error.address)
+
+    log = Log(str(folder), SCHEMA, skip_bad_files=True)
+    assert log.left_out == [LeftOut(error.address, str(error))]
+    assert [Path(file.address).stem for file in log.files] == ["0", "1", "2", "4"]
+    assert log.rows == sum(len(rows) for rows in log.stream()) == 240
+
+    again = Log(str(folder), SCHEMA, left_out=[LeftOut(error.address, "seen before")])
+    assert again.left_out == [LeftOut(error.address, "seen before")]
+    assert (again.files, again.types) == (log.files, log.types)
+
+
+def test_the_first_of_several_bad_files_is_named_and_all_are_left_out(tmp_path):
+    folder = _five(tmp_path)
+    for name, kind in (("4", "truncated"), ("1", "another type"), ("2", "lacks a column")):
+        _spoil(kind, folder / f"{name}.parquet")
+    assert Path(_opening(folder).address).stem == "1"
+    given = [LeftOut(str(folder / "3.parquet"), "not wanted")]
+    log = Log(str(folder), SCHEMA, skip_bad_files=True, left_out=given)
+    assert log.left_out[0] == given[0]
+    assert [Path(each.address).stem for each in log.left_out] == ["3", "1", "2", "4"]
+    assert [Path(file.address).stem for file in log.files] == ["0"]
+
+
+def test_a_log_of_bad_files_only(tmp_path):
+    folder = _five(tmp_path)
+    for path in folder.iterdir():
+        _spoil("truncated", path)
+    message = r"none of the 5 files of the log '.*' can be used; the first: '.*0.parquet' is not a readable"
+    with pytest.raises(UserError, match=message):
+        Log(str(folder), SCHEMA, skip_bad_files=True)
+
+
+def test_a_type_that_drifts_in_file_37_of_400(tmp_path):
+    write_log(tmp_path, TABLE.slice(0, 5), _replace(TABLE, "user", TABLE["user"].cast(pa.string())).slice(0, 5))
+    for index in range(400):
+        shutil.copy(tmp_path / ("1.parquet" if index == 37 else "0.parquet"), tmp_path / f"part-{index:03d}.parquet")
+    for name in ("0.parquet", "1.parquet"):
+        (tmp_path / name).unlink()
+    error = _opening(tmp_path)
+    assert error.address == str(tmp_path / "part-037.parquet")
+    assert str(error) == (
+        f"column 'user' changes its type: int64 in '{tmp_path}/part-000.parquet', string in '{error.address}'; "
+        "write all files with one type (399 of 400 files have int64)"
+    )
+    # Most files count, wherever the deviating one stands.
+    (tmp_path / "part-037.parquet").rename(tmp_path / "a.parquet")
+    assert _opening(tmp_path).address == str(tmp_path / "a.parquet")
+    assert Log(str(tmp_path), SCHEMA, skip_bad_files=True).rows == 399 * 5
+
+
+def test_a_file_without_rows_has_no_types_that_could_be_wrong(tmp_path):
+    empty = pa.table({name: pa.array([], pa.float64()) for name in TABLE.column_names})
+    log = Log(str(write_log(tmp_path, empty, TABLE)), SCHEMA)
+    assert log.types["item"] == pa.int64()
+    assert sum(len(rows) for rows in log.stream()) == 300
+    pq.write_table(empty.drop_columns(["click"]), tmp_path / "2.parquet")
+    assert str(_opening(tmp_path)).startswith(f"'{tmp_path}/2.parquet' has no column 'click'; it has age")
+
+
+# Pages
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_a_data_page_that_is_damaged(tmp_path, compression):
+    folder = _five(tmp_path)
+    path = folder / "2.parquet"
+    # Uncompressed numbers are numbers whatever happened to them: only the checksum tells.
+    pq.write_table(
+        TABLE, path, compression=compression, use_dictionary=False, row_group_size=100, write_page_checksum=True
+    )
+    column = pq.ParquetFile(path).metadata.row_group(1).column(TABLE.column_names.index("click"))
+    middle = column.data_page_offset + column.total_compressed_size * 2 // 3
+    content = bytearray(path.read_bytes())
+    content[middle : middle + 8] = bytes(byte ^ 0x55 for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+    error = _reading(folder)
+    assert error.address == str(path)
+    assert str(error).startswith(f"'{path}' is damaged: ")
+    assert str(error).endswith("; write the file again")
+    log = Log(str(folder), SCHEMA, left_out=[LeftOut(error.address, str(error))])
+    assert sum(len(rows) for rows in log.stream()) == 240
+
+
+def test_a_file_that_changed_after_the_log_was_opened(tmp_path):
+    folder = _five(tmp_path)
+    log = Log(str(folder), SCHEMA)
+    for table in (TABLE.slice(0, 59), TABLE.slice(0, 60).drop_columns(["click"])):
+        pq.write_table(table, folder / "1.parquet")
+        with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened; start again"):
+            list(log.stream())
+    (folder / "1.parquet").unlink()
+    with pytest.raises(BadFile, match=r"1.parquet' is not a readable Parquet file: .*No such file"):
+        list(log.stream())
+
+
+# Values
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    binary = pa.array([b"a"] * 7 + [b"\xff\xfe"] + [b"b"] * 292)
+    text = pa.Array.from_buffers(pa.string(), 300, binary.buffers())
+    error = _reading(write_log(tmp_path, _replace(TABLE, "brand", text)))
+    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'brand' holds text that is not UTF-8")
+    assert str(error).endswith("(the first is row 7 of the file, counted from 0)")
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 1_000])
+@pytest.mark.parametrize(
+    ("column", "changes", "message"),
+    [
+        ("user", {130: None, 290: None}, "column 'user' is null in 2 rows; every row needs one (the first is row 130"),
+        ("time", {150: None}, "column 'time' is null in 1 rows; every row needs one (the first is row 150 "),
+        (
+            "click",
+            {101: 3.0, 299: 2.0, 7: 0.5},
+            "label column 'click' of binary task 'click' holds 0.5 (3 rows are neither 0 nor 1); fix the data or set "
+            "the task's kind to regression (the first is row 7 ",
+        ),
+        (
+            "spent",
+            {250: np.inf, 260: -np.inf},
+            "label column 'spent' of task 'spent' holds an infinite value; make it null (2 rows) (the first is row 250",
+        ),
+        (
+            "price",
+            {100: 1.5, 200: None},
+            "column 'price' holds 1.5 (2 rows are not above 0 and at most 1); fix the data or remove "
+            "columns.sampling_rate (the first is row 100 ",
+        ),
+    ],
+)
+def test_wrong_values_are_counted_over_the_whole_file(tmp_path, column, changes, message, rows_per_part):
+    tasks = {**TASKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
+    columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}
+    table = _replace(TABLE, "price", pa.array(np.full(300, 0.5)))
+    folder = write_log(tmp_path, table, table)
+    pq.write_table(_at(table, column, changes), folder / "1.parquet", row_group_size=40)
+    error = _reading(folder, _schema(tasks=tasks, columns=columns), rows_per_part)
+    assert error.address == f"{folder}/1.parquet"
+    assert str(error).startswith(f"'{error.address}': {message}")
+    assert str(error).endswith(" of the file, counted from 0)")
+
+
+def test_times_of_the_future(tmp_path):
+    last = START + 10 * DAY
+    folder = write_log(tmp_path, TABLE, TABLE)
+    times = TABLE["time"].cast(pa.int64()).to_numpy()
+    now = int(times[280])
+    later = np.flatnonzero(times > now)
+    assert len(later)
+    error = _reading(folder, now=now)
+    assert str(error) == (
+        f"'{folder}/0.parquet': column 'time' holds {len(later)} requests of the future: requests from "
+        f"{format_time(int(times[later[0]]))} to {format_time(int(times[-1]))}, later than {format_time(now)}; "
+        "fix the data, or set `columns.time_unit` if the column holds integers of another unit "
+        f"(the first is row {later[0]} of the file, counted from 0)"
+    )
+    assert sum(len(rows) for rows in Log(str(folder), SCHEMA, now=last).stream()) == 600
+
+
+def test_without_a_now_tomorrow_passes_and_next_week_does_not(tmp_path):
+    today = int(np.datetime64("now", "us").astype(np.int64))
+    for days, passes in ((0.9, True), (7, False)):
+        moment = pa.scalar(today + round(days * DAY)).cast(TABLE["time"].type)
+        log = Log(str(write_log(tmp_path, _at(TABLE, "time", {299: moment.as_py()}))), SCHEMA)
+        if passes:
+            assert sum(len(rows) for rows in log.stream()) == 300
+        else:
+            with pytest.raises(BadFile, match=r"column 'time' holds 1 requests of the future: .*row 299"):
+                list(pickle.loads(pickle.dumps(log.reader)).read(log.parts()[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "integers", "unit"),
+    [
+        (pa.timestamp("ms", "UTC"), 2**62, None),
+        (pa.date32(), 2**31 - 1, None),
+        (pa.int64(), 2**62, "s"),
+        (pa.uint64(), 2**64 - 1, "us"),
+    ],
+)
+def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
+    storage = {pa.date32(): pa.int32(), pa.uint64(): pa.uint64()}.get(kind, pa.int64())
+    values = pa.array([0] * 33 + [integers] + [0] * 266, storage).cast(kind)
+    pq.write_table(_replace(TABLE, "time", values), tmp_path / "0.parquet", row_group_size=20)
+    columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
+    error = _reading(tmp_path, _schema(columns=columns))
+    assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' cannot be read as timestamp[us, tz=UTC]: ")
+    assert str(error).endswith("(the first is row 33 of the file, counted from 0)")
+
+
+# Events
+
+
+def _events(path: Path | str) -> Schema:
+    history = {"kind": "history", "events": "purchases", "of": "item", "length": 3}
+    events = {"purchases": {"path": str(path), "time": "born"}}
+    return schema_of({"item": ALL_KINDS["item"], "bought": history}, tasks=TASKS, events=events)
+
+
+def test_bad_files_of_events(tmp_path):
+    events = _replace(TABLE, "born", TABLE["time"])
+    folder = write_log(tmp_path / "purchases", events, events, events)
+    log = Log(str(write_log(tmp_path / "log", TABLE)), _events(folder))
+    said = _spoil("truncated", folder / "1.parquet")
+    with pytest.raises(BadFile, match=said):
+        EventRows("purchases", log)
+    purchases = EventRows("purchases", log, skip_bad_files=True)
+    assert [Path(each.address).stem for each in purchases.left_out] == ["1"]
+    assert purchases.rows == 600
+    again = EventRows("purchases", log, left_out=purchases.left_out)
+    assert (again.files, again.left_out) == (purchases.files, purchases.left_out)
+
+    early = Log(log.source, log.schema, now=START)
+    message = r"0.parquet': column 'born' holds \d+ events of the future: events from .*\(the first is row \d+"
+    with pytest.raises(BadFile, match=message):
+        list(EventRows("purchases", early, skip_bad_files=True).stream())
+    pq.write_table(_at(events, "born", {77: None}), folder / "2.parquet")
+    message = r"2.parquet': column 'born' is null in 1 rows; every event needs a time \(the first is row 77 "
+    with pytest.raises(BadFile, match=message):
+        list(EventRows("purchases", log, skip_bad_files=True).stream())

@@ -1,0 +1,300 @@
+"""A log in any number of files, folders and row groups is the same rows, in parts that other processes can read."""
+
+import datetime
+import pickle
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import log as log_module
+from mmoe_rec.features.columns import UTC_MICROSECONDS
+from mmoe_rec.features.log import BadFile, EventRows, Log, LogPart, LogReader
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.schema import Schema
+
+TASKS = {"click": {"label": "click", "objective": "engagement"}}
+TABLE = random_log(0)
+
+
+def _schema(**sections: Any) -> Schema:
+    return schema_of({"item": ALL_KINDS["item"], "brand": ALL_KINDS["brand"]}, **{"tasks": TASKS, **sections})
+
+
+SCHEMA = _schema()
+
+
+def _table(batches: Iterable[LogRows]) -> pa.Table:
+    return pa.concat_tables([rows.table for rows in batches], promote_options="default").combine_chunks()
+
+
+def _write_groups(path: Path, table: pa.Table, sizes: Iterable[int], start: int = 0) -> int:
+    """One file with row groups of these sizes, zeros included; returns the row after its last."""
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for size in sizes:
+            writer.write_table(table.slice(start, size))
+            start += size
+    return start
+
+
+# Parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.integers(1, 25), st.integers(1, 12)
+)
+def test_parts_are_the_log(sizes, rows_per_part, rows_at_a_time):
+    total = sum(map(sum, sizes))
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_module, "ROWS_AT_A_TIME", rows_at_a_time)
+        start = 0
+        for index, groups in enumerate(sizes):
+            start = _write_groups(Path(folder, f"{index}.parquet"), TABLE, groups, start)
+        if not total:
+            return
+        log = Log(folder, SCHEMA)
+        assert [file.group_rows for file in log.files] == [tuple(groups) for groups in sizes]
+        parts = log.parts(rows_per_part)
+        assert parts == Log(folder, SCHEMA).parts(rows_per_part)
+        assert sum(part.rows for part in parts) == log.rows == total
+        expected = log_rows(TABLE, SCHEMA).table
+        next_row = 0
+        for part in parts:
+            assert part.start == next_row
+            batches = list(log.reader.read(part))
+            assert all(0 < len(rows) <= rows_at_a_time for rows in batches)
+            _assert_equal(_table(batches), expected.slice(part.start, part.rows))
+            assert sum(piece.rows for piece in part.pieces) == part.rows
+            next_row += part.rows
+            # No part is longer than its last row group makes it.
+            last = part.pieces[-1]
+            file = next(file for file in log.files if file.address == last.address)
+            assert part.rows - file.group_rows[last.groups[-1]] < rows_per_part
+        assert all(part.rows >= rows_per_part for part in parts[:-1])
+        _assert_equal(_table(log.stream()), expected.slice(0, total))
+
+
+def _assert_equal(one: pa.Table, other: pa.Table) -> None:
+    assert one.column_names == other.column_names
+    for name in one.column_names:
+        # A column that is null throughout a file has type null.
+        kind = other.schema.field(name).type
+        assert one[name].cast(kind).to_pylist() == other[name].to_pylist(), name
+
+
+def test_small_files_make_large_batches(tmp_path):
+    log = Log(str(write_log(tmp_path, *[TABLE.slice(row, 3) for row in range(0, 300, 3)])), SCHEMA)
+    (batch,) = log.stream()
+    assert len(batch) == 300
+    assert all(batch.table[name].num_chunks == 1 for name in batch.table.column_names)
+
+
+def _read(reader: LogReader, part: LogPart) -> list[pa.Table]:
+    return [rows.table for rows in reader.read(part)]
+
+
+def test_other_processes_read_parts(tmp_path):
+    log = Log(str(write_log(tmp_path, TABLE.slice(0, 170), TABLE.slice(170))), SCHEMA)
+    parts = log.parts(100)
+    assert len(parts) == 2
+    assert len(pickle.dumps((log.reader, parts[0]))) < 5_000
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        tables = [table for found in pool.map(_read, [log.reader] * 2, parts) for table in found]
+    _assert_equal(pa.concat_tables(tables), log_rows(TABLE, SCHEMA).table)
+
+
+def test_the_last_time_and_the_digest(tmp_path):
+    log = Log(str(write_log(tmp_path, TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0))), SCHEMA)
+    assert log.last_time() == TABLE["time"].cast(pa.int64()).to_numpy().max()
+    digest = log.digest()
+    write_log(tmp_path, TABLE.slice(149), TABLE.slice(0, 149), TABLE.slice(0, 0))
+    assert Log(str(tmp_path), SCHEMA).digest() != digest
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/*/[01].parquet"])
+def test_a_log_in_memory(pattern):
+    system = fsspec.filesystem("memory")
+    try:
+        for name, table in (("a/0", TABLE.slice(0, 100)), ("a/1", TABLE.slice(100, 0)), ("b/0", TABLE.slice(100))):
+            with system.open(f"/log/{name}.parquet", "wb") as handle:
+                pq.write_table(table, handle, row_group_size=40)
+        log = Log(f"memory://log{pattern}", SCHEMA)
+        assert [file.rows for file in log.files] == [100, 0, 200]
+        reader, parts = pickle.loads(pickle.dumps((log.reader, log.parts(60))))
+        _assert_equal(_table(rows for part in parts for rows in reader.read(part)), log_rows(TABLE, SCHEMA).table)
+    finally:
+        system.store.clear()
+
+
+# Times
+
+
+def test_times_of_any_unit_and_zone_are_one(tmp_path):
+    seconds = TABLE["time"].cast(pa.int64()).to_numpy() // 10**6 * 10**6
+    seconds[:50] -= 2 * 10**15  # before 1970 too
+    moments = pa.array(seconds).cast(UTC_MICROSECONDS)
+    kinds = [
+        pa.timestamp(unit, zone) for unit in ("s", "ms", "us", "ns") for zone in (None, "UTC", "Asia/Tokyo", "+05:30")
+    ]
+    place = TABLE.column_names.index("time")
+    tables = [TABLE.set_column(place, "time", moments.cast(kind)) for kind in kinds]
+    folder = write_log(tmp_path, *tables)
+    pq.write_table(tables[0], folder / "int96.parquet", use_deprecated_int96_timestamps=True)
+    log = Log(str(folder), SCHEMA)
+    assert len(log.files) == len(kinds) + 1
+    assert log.types["time"] == UTC_MICROSECONDS
+    times = np.concatenate([rows.times() for rows in log.stream()])
+    np.testing.assert_array_equal(times, np.tile(seconds, len(kinds) + 1))
+
+
+def test_never_as_the_year_9999_does_not_wrap_around(tmp_path):
+    never = datetime.datetime(9999, 12, 31)
+    table = pa.table({**_columns(TABLE.slice(0, 1)), "time": pa.array([never], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "0.parquet", use_deprecated_int96_timestamps=True, compression="none")
+    (rows,) = Log(str(tmp_path), SCHEMA, now=2**62).stream()
+    assert rows.times().tolist() == [int(np.datetime64(never, "us").astype(np.int64))]
+
+
+def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+# Hive partitions
+
+
+def _partitioned(folder: Path, column: str, values: dict[str, pa.Table]) -> str:
+    for value, table in values.items():
+        write_log(folder / f"year=2024/{column}={value}", table.drop_columns([column]))
+    return str(folder)
+
+
+def test_columns_in_paths(tmp_path):
+    halves = {"7": TABLE.slice(0, 100), "-08": TABLE.slice(100, 100), "__HIVE_DEFAULT_PARTITION__": TABLE.slice(200)}
+    schema = schema_of({"item": ALL_KINDS["item"], "slot": ALL_KINDS["slot"]}, tasks=TASKS)
+    log = Log(_partitioned(tmp_path, "slot", halves), schema)
+    assert log.types["slot"] == pa.int64()
+    assert "year" not in log.types
+    rows = _table(log.stream())
+    assert rows["slot"].to_pylist() == [-8] * 100 + [7] * 100 + [None] * 100
+    assert (
+        rows["user"].to_pylist()
+        == TABLE["user"].to_pylist()[100:200] + TABLE["user"].to_pylist()[:100] + TABLE["user"].to_pylist()[200:]
+    )
+    assert [piece.partition for piece in log.parts()[0].pieces] == [(("slot", value),) for value in (-8, 7, None)]
+    pickle.dumps(log.parts())
+
+
+@pytest.mark.parametrize("values", [("7", "x%2Fy"), ("7", "8.5"), ("7", str(2**63)), ("a", "b"), ("7", "")])
+def test_columns_in_paths_are_strings_if_one_is_no_integer(tmp_path, values):
+    log = Log(_partitioned(tmp_path, "brand", dict(zip(values, (TABLE, TABLE), strict=True))), SCHEMA)
+    assert log.types["brand"] == pa.string()
+    assert set(_table(log.stream())["brand"].to_pylist()) == {value.replace("%2F", "/") for value in values}
+
+
+def test_a_label_in_the_path(tmp_path):
+    log = Log(_partitioned(tmp_path, "click", {"0": TABLE, "1": TABLE.slice(0, 5)}), SCHEMA)
+    assert _table(log.stream())["click"].to_pylist() == [0.0] * 300 + [1.0] * 5
+
+
+def test_a_column_of_the_file_is_taken_before_the_paths(tmp_path):
+    log = Log(str(write_log(tmp_path / "brand=z", TABLE).parent), SCHEMA)
+    assert _table(log.stream())["brand"].to_pylist() == TABLE["brand"].to_pylist()
+
+
+def test_a_time_in_the_path(tmp_path):
+    write_log(tmp_path / "time=2024-01-01", TABLE.drop_columns(["time"]))
+    message = "has column 'time' in its path only; a time is not read from a path, write it as a column of the file"
+    with pytest.raises(BadFile, match=message):
+        Log(str(tmp_path), SCHEMA)
+
+
+def test_text_in_the_path_where_numbers_are_read(tmp_path):
+    write_log(tmp_path / "click=no", TABLE.drop_columns(["click"]))
+    assert (
+        "column 'click' must hold numbers, found string (a feature of kind id reads strings), in the file's path"
+        in str(_opening(tmp_path))
+    )
+
+
+# Events
+
+
+def test_events_are_read_in_parts_too(tmp_path):
+    history = {"kind": "history", "events": "purchases", "of": "item", "length": 3}
+    features = {"item": ALL_KINDS["item"], "bought": history}
+    path = write_log(tmp_path / "purchases", TABLE.slice(0, 100), TABLE.slice(0, 0), TABLE.slice(100))
+    events = {"purchases": {"path": str(path), "time": "born"}}
+    table = TABLE.set_column(TABLE.column_names.index("born"), "born", TABLE["time"])
+    write_log(path, table.slice(0, 100), table.slice(0, 0), table.slice(100))
+    log = Log(str(write_log(tmp_path / "log", TABLE)), schema_of(features, tasks=TASKS, events=events))
+    purchases = EventRows("purchases", log)
+    assert [file.rows for file in purchases.files] == [100, 0, 200]
+    reader, parts = pickle.loads(pickle.dumps((purchases.reader, purchases.parts(50))))
+    assert [(part.start, part.rows) for part in parts] == [(0, 100), (100, 200)]
+    found = _table(rows for part in parts for rows in reader.read(part))
+    assert found.equals(_table(purchases.stream()))
+    assert found["time"].to_pylist() == TABLE["time"].to_pylist()
+    assert found["(event)"].to_pylist() == [1.0] * 300
+
+
+# Remote
+
+
+def test_bad_files_in_memory_are_named_by_their_address():
+    nulls = TABLE.set_column(0, "user", pa.nulls(300, pa.int64()))
+    system = fsspec.filesystem("memory")
+    try:
+        for name in ("0", "1"):
+            with system.open(f"/log/{name}.parquet", "wb") as handle:
+                pq.write_table(TABLE if name == "0" else nulls, handle)
+        log = Log("memory://log", SCHEMA)
+        with pytest.raises(BadFile, match=r"^'memory:///log/1.parquet': column 'user' is null in 300 rows"):
+            list(log.stream())
+        system.rm("/log/1.parquet")
+        with pytest.raises(BadFile, match=r"'memory:///log/1.parquet' is not a readable Parquet file"):
+            list(log.stream())
+        system.pipe_file("/log/1.parquet", b"half")
+        with pytest.raises(BadFile) as caught:
+            Log("memory://log", SCHEMA)
+        assert caught.value.address == "memory:///log/1.parquet"
+    finally:
+        system.store.clear()
+
+
+def test_a_place_that_fails_is_not_a_bad_file(monkeypatch):
+    """Otherwise a minute without network would leave files out."""
+    system = fsspec.filesystem("memory")
+    try:
+        for name in ("0", "1"):
+            with system.open(f"/log/{name}.parquet", "wb") as handle:
+                pq.write_table(TABLE, handle)
+        log = Log("memory://log", SCHEMA)
+
+        def fail(*_: object, **__: object) -> None:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        for owner, function in ((MemoryFileSystem, "_open"), (MemoryFile, "read")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, function, fail)
+                for attempt in (lambda: Log("memory://log", SCHEMA, skip_bad_files=True), lambda: list(log.stream())):
+                    with pytest.raises(
+                        UserError, match=r"'memory:///log/0.parquet' cannot be reached .*by peer"
+                    ) as caught:
+                        attempt()
+                    assert not isinstance(caught.value, BadFile)
+    finally:
+        system.store.clear()
