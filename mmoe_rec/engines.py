@@ -7,6 +7,7 @@ ends the job and is raised as it is.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
@@ -38,7 +39,8 @@ def open_engine(name: EngineName, workers: int | None = None) -> Iterator[Engine
     """The engine of that name; `workers` is the number of processes at a time, by default the cores at hand."""
     workers = workers or len(os.sched_getaffinity(0))
     if name == "ray":
-        yield _RayEngine(workers)
+        with closing(_RayEngine(workers)) as engine:
+            yield engine
     elif workers == 1:
         yield _SameProcess()
     else:
@@ -97,13 +99,20 @@ class _RayEngine:
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
         self._ray = ray
-        if not ray.is_initialized():
-            quiet = {"log_to_driver": False, "configure_logging": False}
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20}
             ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings of each step
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
+
+    def close(self) -> None:
+        """Ends what was started here."""
+        if self._mine:
+            self._ray.shutdown()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if not tasks:

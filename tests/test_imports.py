@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "atomic", "progress", "devices", "settings", "schema"}
+LEAVES = {"errors", "atomic", "progress", "devices", "settings", "schema", "files", "engines"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
     "progress": set(),
+    "files": {"errors"},
+    "engines": {"errors"},
     "devices": {"errors", "settings"},
     "schema": {"errors"},
     "settings": {"errors", "schema"},
     "features": LEAVES,
     "batches": LEAVES | {"features"},
+    "inspection": LEAVES | {"features", "batches"},
     "model": LEAVES | {"features", "batches"},
     "training": LEAVES | {"features", "batches", "model", "tracking"},
     "serving": LEAVES | {"features", "batches", "model"},

@@ -119,7 +119,10 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with schema or splits."""
     found = [
-        [[(file.address, file.bytes, file.version) for file in each.files], [left.address for left in each.left_out]]
+        [
+            [(file.address, file.bytes, file.version, file.partition) for file in each.files],
+            [left.address for left in each.left_out],
+        ]
         for each in logs.all
     ]
     text = json.dumps([FORMAT, found, logs.schema.model_dump(mode="json"), windows], sort_keys=True)

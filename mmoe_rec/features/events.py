@@ -44,8 +44,8 @@ class KnownEvents:
     @cached_property
     def starts(self) -> np.ndarray:
         """(G + 1,) int64 index of the first event of each of G keys, then E."""
-        changes = np.flatnonzero(np.append(True, self.key[1:] != self.key[:-1])) if len(self.key) else []
-        return np.append(changes, len(self.key)).astype(np.int64)
+        changes = np.append(len(self.key) > 0, self.key[1:] != self.key[:-1])
+        return np.append(np.flatnonzero(changes), len(self.key)).astype(np.int64)
 
     @cached_property
     def keys(self) -> np.ndarray:

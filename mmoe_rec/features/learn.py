@@ -87,8 +87,8 @@ class Learnt:
                 self.counts[name] = counts
         self.key_types |= other.key_types
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
-        for split, rows in other.rows.items():
-            self.rows[split] += rows
+        for split, count in other.rows.items():
+            self.rows[split] += count
         self.users = _merged(self.users, other.users)
         self.candidates = _merged(self.candidates, other.candidates)
         for channel, rows in other.sent.items():

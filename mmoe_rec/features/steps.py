@@ -54,7 +54,7 @@ class BuildOptions:
 
     engine: EngineName = "local"
     workers: int | None = None
-    rows_in_memory: int = 2_097_152
+    rows_in_memory: int = 1_048_576
     skip_bad_files: bool = False
     duplicates: Literal["error", "keep"] = "error"
     future_times: Literal["error", "keep"] = "error"
@@ -123,7 +123,7 @@ class Steps:
         """
         while (learnt := self._learn(statistics)).bad:
             self.logs = self.logs.without(learnt.bad)
-            shutil.rmtree(self.scratch)
+            shutil.rmtree(self.scratch, ignore_errors=True)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
         if self.logs.options.duplicates == "error":

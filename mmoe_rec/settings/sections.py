@@ -56,7 +56,7 @@ class Data(Section):
     )
     workers: int | None = Field(None, ge=1, description="processes that build features; null is one a core")
     rows_in_memory: int = Field(
-        2_097_152, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
+        1_048_576, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
     )
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them, or stop")
     duplicates: Literal["error", "keep"] = Field(

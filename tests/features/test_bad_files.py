@@ -12,6 +12,7 @@ import pytest
 from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import log as log_module
 from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log, format_time
 from mmoe_rec.schema import Schema
 
@@ -230,7 +231,8 @@ def test_text_that_is_not_utf8(tmp_path):
         ),
     ],
 )
-def test_wrong_values_are_counted_over_the_whole_file(tmp_path, column, changes, message, rows_per_part):
+def test_wrong_values_are_counted_over_the_whole_file(tmp_path, monkeypatch, column, changes, message, rows_per_part):
+    monkeypatch.setattr(log_module, "ROWS_AT_A_TIME", 30)
     tasks = {**TASKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
     columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}
     table = _replace(TABLE, "price", pa.array(np.full(300, 0.5)))
@@ -285,7 +287,7 @@ def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
     values = pa.array([0] * 33 + [integers] + [0] * 266, storage).cast(kind)
     pq.write_table(_replace(TABLE, "time", values), tmp_path / "0.parquet", row_group_size=20)
     columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
-    error = _reading(tmp_path, _schema(columns=columns))
+    error = _reading(tmp_path, _schema(columns=columns), rows_per_part=10)
     assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' cannot be read as timestamp[us, tz=UTC]: ")
     assert str(error).endswith("(the first is row 33 of the file, counted from 0)")
 

@@ -224,10 +224,11 @@ def test_a_time_in_the_path(tmp_path):
 
 def test_text_in_the_path_where_numbers_are_read(tmp_path):
     write_log(tmp_path / "click=no", TABLE.drop_columns(["click"]))
-    assert (
-        "column 'click' must hold numbers, found string (a feature of kind id reads strings), in the file's path"
-        in str(_opening(tmp_path))
+    message = (
+        r"column 'click' must hold numbers, found string \(a feature of kind id reads strings\), in the file's path"
     )
+    with pytest.raises(BadFile, match=message):
+        Log(str(tmp_path), SCHEMA)
 
 
 # Events

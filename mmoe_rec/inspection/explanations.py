@@ -1,0 +1,99 @@
+"""What the columns and findings of the page mean, and what to do about them."""
+
+from mmoe_rec.inspection.findings import LEAK_AUC, LEAST_COVERAGE, NEVER_SEEN, RATE_CHANGE, STRONG_DRIFT, UNKNOWN
+from mmoe_rec.inspection.formulas import RATE_SMOOTHING
+from mmoe_rec.inspection.ids import FREQUENT
+
+CHECKS = {
+    "leak": (
+        "Possible leakage",
+        f"A feature that alone ranks a task with an AUC above {LEAK_AUC} usually holds the outcome itself, or "
+        "something written after it. Find out when its column is filled; leave it out if that is after the "
+        "request.",
+    ),
+    "files": (
+        "Files left out",
+        "What is in these files is in neither training nor evaluation. Write them again, or take them out of the log.",
+    ),
+    "labels": (
+        "Tasks without labels",
+        "Labels that mature late are unobserved until then: move the ends of the splits back, or wait.",
+    ),
+    "rate": (
+        "Label rates that change",
+        f"More than {RATE_CHANGE:g} times between splits. Look at the rates by week: a step is often a change "
+        "in logging, a slope towards the end labels that have not matured.",
+    ),
+    "constant": ("Constant inputs", "They cost space and teach nothing. Take them out, or check the column."),
+    "coverage": (
+        "Hardly any values",
+        f"Present in less than {LEAST_COVERAGE:.0%} of the rows. For a counter's recency this means that it "
+        "rarely happened before, which may be as it should.",
+    ),
+    "unknown": (
+        "Ids that training does not know",
+        f"More than {UNKNOWN:.0%} of the test rows' ids share the vocabulary's hashed rows. Train on later "
+        "rows or more often, lower `min_count`, or describe such users and candidates by other features too.",
+    ),
+    "drift": (
+        "Strong drift from training to test",
+        f"PSI above {STRONG_DRIFT} beyond chance. Counters and histories drift where the log begins with an "
+        "empty past: start training later (`split.train_start`) or count over windows (`window_days`). "
+        "Otherwise something has changed in the world or in the logging; train on later rows.",
+    ),
+    "empty table": (
+        "Tables that are mostly empty",
+        f"More than {NEVER_SEEN:.0%} of the rows are never looked up in training: memory for nothing.",
+    ),
+}
+
+COLUMNS = {
+    "role": "What the feature describes: the user, the candidate, the context of the request, or the placement.",
+    "has value": (
+        "Share of training rows, then of test rows, in which the feature has a value. A number without a "
+        "missing-indicator always had one in training; whether test rows lack it cannot be seen in encoded "
+        "rows."
+    ),
+    "distinct": (
+        "Different values in training rows: of an id, those with a table row of their own, of all if there are more; "
+        "of a cross, buckets in use. ~ is an estimate, good to 2%."
+    ),
+    "unknown": (
+        "Share of the ids in training rows, then in test rows, that have no table row of their own and share "
+        "a hashed one (out of the vocabulary)."
+    ),
+    "PSI": (
+        "Population stability index between training and test rows: below .1 stable, .1 to .25 some drift, "
+        "above .25 strong drift."
+    ),
+    "AUC": (
+        "How well the feature alone ranks the validation rows of a task: .5 is chance, 1 is perfect. Above "
+        ".98 is suspicious."
+    ),
+}
+
+MEASURES = {
+    "PSI": (
+        "Sum over bins of (q - p) ln(q / p), p and q being the shares of training and test rows; half a row "
+        "is added to each bin. Numbers: between the quantiles at which the model may bend, or else about 20 "
+        f"bins of equal training mass, and missing values. Ids: the {FREQUENT} most frequent in training, "
+        "unknown, missing, and all others. A finding takes (bins - 1) (1 / N + 1 / M) off first, what N and "
+        "M rows have by chance."
+    ),
+    "AUC alone": (
+        "Numbers: over a histogram of about 1,000 quantiles, whichever way round, missing values below or "
+        "above all others. Ids: by the rate of each table row in training rows, mixed with "
+        f"{RATE_SMOOTHING:g} rows of the overall rate; of a list the mean of its ids' rates. All on "
+        "validation rows. A regression's label counts as positive above its mean in training."
+    ),
+    "Units": (
+        "Numbers are standardised as the model reads them: in deviations from the mean of training rows "
+        "(after a logarithm, for counts and recencies)."
+    ),
+    "Counts": "Users, candidates and requests are exact below 65,536 and estimated beyond, good to 0.4%.",
+    "Weeks": (
+        "Of request time, from Monday 00:00 UTC. Training labels that matured after the training's end are "
+        "unobserved, as the model may not know them."
+    ),
+    "Tables": "float32: 4 bytes a number. Row-wise Adagrad keeps 4 bytes more for each row.",
+}

@@ -1,0 +1,159 @@
+"""From sums to the health of a data set: plain data, as `health.json` holds it. What is unknown is None.
+
+overview    of the log and its splits (`overview.py`)
+features    each with its inputs: coverage, different values, unknown ids, drift, AUC alone
+tables      rows, bytes, and how many rows training never looks up
+weeks       labels by week
+findings    what is suspicious, in words (`findings.py`)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.layout import IdInput
+from mmoe_rec.inspection.findings import find
+from mmoe_rec.inspection.formulas import psi, psi_noise
+from mmoe_rec.inspection.ids import Meaning
+from mmoe_rec.inspection.inputs import FeatureInputs, NumberInput, meaning_of
+from mmoe_rec.inspection.names import row_names
+from mmoe_rec.inspection.overview import overview, weeks
+from mmoe_rec.inspection.sums import Sums
+from mmoe_rec.schema import Schema
+
+SPLITS = ("train", "test")
+_FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
+
+
+def health_of(name: str, prepared: Prepared, schema: Schema, sums: Sums) -> dict[str, Any]:
+    """The health of the data set of that name, ready for JSON."""
+    manifest = prepared.manifest
+    health = {
+        "name": name,
+        "overview": overview(manifest, sums),
+        "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
+        "tables": _tables(sums),
+        "weeks": weeks(sums),
+    }
+    found: dict[str, Any] = plain({**health, "findings": find(health)})
+    return found
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON: numbers of Python, and None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _feature(
+    feature: FeatureInputs, schema: Schema, sums: Sums, prepared: Prepared, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    meaning = meaning_of(schema, feature.name)
+    inputs = [_id_input(each, feature, meaning, sums, prepared) for each in feature.ids]
+    inputs += [_number_input(each, feature, sums) for each in feature.numbers]
+    return {
+        "name": feature.name,
+        "kind": feature.kind,
+        "role": feature.role,
+        "columns": feature.columns,
+        "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
+        "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
+        "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,
+        "vocabulary": manifest.get("vocabularies", {}).get(feature.name),
+        "psi": _best(max, (each["psi"] for each in inputs)),
+        "auc": {task.name: _best(max, (each["auc"][task.name] for each in inputs)) for task in sums.layout.tasks},
+        "inputs": inputs,
+    }
+
+
+def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return pick(known) if known else None
+
+
+def _id_input(
+    each: IdInput, feature: FeatureInputs, meaning: Meaning, sums: Sums, prepared: Prepared
+) -> dict[str, Any]:
+    ids = sums.ids[each.name]
+    names, train, test = ids.psi_counts(meaning)
+    labels = row_names(feature, each.table, meaning, names, prepared.serving)
+    rows = {split: sums.splits[split].labels.rows for split in SPLITS}
+    return {
+        "name": each.name,
+        "columns": [f"id.{each.name}"],
+        "table": each.table,
+        "coverage": {split: 1 - ids.empty[split] / rows[split] if meaning.missing else None for split in SPLITS},
+        "distinct": {"count": ids.distinct(meaning), "exact": True},
+        "constant": int((ids.counts["train"] > 0).sum()) <= 1,
+        "unknown": {split: ids.unknown_share(split, meaning) for split in SPLITS},
+        **_drift(labels, train, test),
+        "auc": {task.name: ids.auc(place) for place, task in enumerate(sums.layout.tasks)},
+    }
+
+
+def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict[str, Any]:
+    numbers = sums.numbers[each.name]
+    labels, train, test = numbers.psi_counts(each.edges)
+    rows = {split: sums.splits[split].labels.rows for split in SPLITS}
+    tells = each.indicator is not None or feature.kind == "vector"
+    if not tells:
+        labels, train, test = labels[:-1], train[:-1], test[:-1]
+    coverage = {split: 1 - numbers.missing(split) / rows[split] if tells else None for split in SPLITS}
+    return {
+        "name": each.name,
+        "columns": [f"dense.{each.name}"] + [f"dense.{each.name}_missing"] * (each.indicator is not None),
+        "table": None,
+        # Without an indicator no training row was without a value; of test rows that cannot be seen.
+        "coverage": coverage if tells else {"train": 1.0, "test": None},
+        "distinct": {"count": numbers.distinct.count(), "exact": numbers.distinct.exact},
+        "constant": numbers.constant(),
+        "unknown": dict.fromkeys(SPLITS),
+        **_drift(labels, train, test),
+        "auc": {task.name: numbers.auc(place) for place, task in enumerate(sums.layout.tasks)},
+    }
+
+
+def _drift(labels: list[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    totals = max(train.sum(), 1), max(test.sum(), 1)
+    return {
+        "psi": psi(train, test),
+        "psi_noise": psi_noise(train, test),
+        "bins": [
+            {"bin": label, "train": p / totals[0], "test": q / totals[1]}
+            for label, p, q in zip(labels, train, test, strict=True)
+        ],
+    }
+
+
+def _tables(sums: Sums) -> list[dict[str, Any]]:
+    tables = []
+    for table in sums.layout.tables:
+        users = [each.name for each in sums.layout.ids if each.table == table.name]
+        seen = np.zeros(table.rows, bool)
+        for name in users:
+            seen |= sums.ids[name].counts["train"] > 0
+        hashed = any(each.kind == "cross" and each.name == table.name for each in sums.features)
+        tables.append(
+            {
+                "name": table.name,
+                "inputs": users,
+                "hashed": hashed,
+                "rows": table.rows,
+                "dim": table.dim,
+                "bytes": table.rows * table.dim * _FLOAT_BYTES,
+                "optimizer_bytes": table.rows * _FLOAT_BYTES,
+                "rows_seen": int(seen.sum()),
+                "never_seen": 1 - float(seen.mean()),
+            }
+        )
+    return tables

@@ -1,0 +1,161 @@
+"""Sums of an id input: how often each row of its table is looked up, and with which outcomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.inspection.formulas import auc, auc_of_scores, smoothed_rates
+from mmoe_rec.inspection.outcomes import Outcomes
+
+FREQUENT = 50  # most frequent table rows that drift is measured in
+_SCORE_BINS = 4096
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the rows of an input's table stand for.
+
+    missing: row 0 is the missing id; unknown: rows after it that unknown ids share (buckets of a cross or of a number
+    are none of these: both are 0 and False for a cross).
+    """
+
+    missing: bool
+    unknown: int
+
+    @property
+    def first_known(self) -> int:
+        """The first row that stands for one known id, or for a bucket."""
+        return self.missing + self.unknown
+
+
+class IdSums:
+    """Mergeable sums of one id input over a table of R rows.
+
+    counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing.
+    observed, positives: split -> (T, R) look-ups in rows where a task's label is known, and is positive.
+    """
+
+    def __init__(self, rows: int, tasks: int, many: bool) -> None:
+        self.rows, self.many = rows, many
+        self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
+        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
+        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
+        self.empty = {"train": 0, "test": 0}
+        # Of lists only: validation rows in bins of the mean rate of their ids, between the least and the largest rate.
+        self.score_rates: list[np.ndarray] = []
+        self.score_edges: list[np.ndarray] = []
+        self.score_positives, self.score_negatives = np.zeros((2, tasks if many else 0, _SCORE_BINS), np.int64)
+
+    def add(self, split: str, ids: np.ndarray | Ragged, outcomes: Outcomes) -> None:
+        """Counts the ids of N rows."""
+        if isinstance(ids, Ragged):
+            ids = _with_missing(ids)
+            if split in self.empty:
+                self.empty[split] += int(((ids.lengths == 1) & (ids.values[ids.offsets[:-1]] == 0)).sum())
+            if split == "validation":
+                self._add_scores(ids, outcomes)
+        elif split in self.empty:
+            self.empty[split] += int((ids == 0).sum())
+        if split in self.counts:
+            np.add.at(self.counts[split], ids.values if isinstance(ids, Ragged) else ids, 1)
+        if split in self.observed:
+            for task in range(len(self.observed[split])):
+                positive = _taken(ids, outcomes.positive[task])
+                np.add.at(self.positives[split][task], positive, 1)
+                np.add.at(self.observed[split][task], positive, 1)
+                np.add.at(self.observed[split][task], _taken(ids, outcomes.negative[task]), 1)
+
+    def learn_rates(self) -> None:
+        """Called once after all training rows: fixes the bins of the rates that validation rows are scored with."""
+        tasks = range(len(self.score_positives))
+        self.score_rates = [self.rates(task) for task in tasks]
+        self.score_edges = [_evenly_in_log_odds(rates) for rates in self.score_rates]
+
+    def rates(self, task: int) -> np.ndarray:
+        """(R,) smoothed share of positives of each table row in training rows."""
+        return smoothed_rates(self.positives["train"][task], self.observed["train"][task])
+
+    def _add_scores(self, ids: Ragged, outcomes: Outcomes) -> None:
+        for task, edges in enumerate(self.score_edges):
+            sums = np.add.reduceat(self.score_rates[task][ids.values], ids.offsets[:-1])
+            bins = np.searchsorted(edges, sums / ids.lengths)
+            self.score_positives[task] += np.bincount(bins[outcomes.positive[task]], minlength=_SCORE_BINS)
+            self.score_negatives[task] += np.bincount(bins[outcomes.negative[task]], minlength=_SCORE_BINS)
+
+    def merge(self, other: IdSums) -> None:
+        """Adds the sums of other rows; validation rows must have been scored with the same rates."""
+        for name in ("counts", "observed", "positives"):
+            for split, values in getattr(other, name).items():
+                getattr(self, name)[split] += values
+        for split, rows in other.empty.items():
+            self.empty[split] += rows
+        self.score_positives += other.score_positives
+        self.score_negatives += other.score_negatives
+
+    def auc(self, task: int) -> float | None:
+        """How well the training rates of the ids rank validation rows; None if there are no labels of both classes."""
+        if not self.observed["train"][task].any():
+            return None
+        if self.many:
+            return auc(self.score_positives[task], self.score_negatives[task])
+        observed, positives = self.observed["validation"][task], self.positives["validation"][task]
+        return auc_of_scores(self.rates(task), positives, observed - positives)
+
+    def distinct(self, meaning: Meaning) -> int:
+        """Known ids, or buckets, that occur in training rows."""
+        return int((self.counts["train"][meaning.first_known :] > 0).sum())
+
+    def unknown_share(self, split: str, meaning: Meaning) -> float | None:
+        """Share of the ids given that are out of the vocabulary; None where there is no such thing, or no id."""
+        counts = self.counts[split][int(meaning.missing) :]
+        if not meaning.unknown or not counts.sum():
+            return None
+        return float(counts[: meaning.unknown].sum() / counts.sum())
+
+    def psi_counts(self, meaning: Meaning) -> tuple[list[int | str], np.ndarray, np.ndarray]:
+        """Table rows (or 'missing', 'unknown', 'all others'), training and test counts of the bins of drift."""
+        known = self.counts["train"][meaning.first_known :]
+        frequent = np.sort(np.argsort(-known, kind="stable")[:FREQUENT]) + meaning.first_known
+        frequent = frequent[np.argsort(-self.counts["train"][frequent], kind="stable")]
+        names: list[int | str] = [int(row) for row in frequent]
+        columns = []
+        for split in ("train", "test"):
+            counts = self.counts[split]
+            parts = [*counts[frequent], 0]
+            if meaning.unknown:
+                parts.append(counts[int(meaning.missing) : meaning.first_known].sum())
+            if meaning.missing:
+                parts.append(counts[0])
+            parts[len(frequent)] = counts.sum() - sum(parts)
+            columns.append(np.array(parts, np.float64))
+        names += ["all others"] + ["unknown"] * bool(meaning.unknown) + ["missing"] * meaning.missing
+        if len(known) <= FREQUENT:
+            names.pop(len(frequent))
+            columns = [np.delete(column, len(frequent)) for column in columns]
+        return names, columns[0], columns[1]
+
+
+def _evenly_in_log_odds(rates: np.ndarray) -> np.ndarray:
+    """Rising edges from the least to the largest rate."""
+    ends = np.clip([rates.min(), rates.max()], 1e-9, 1 - 1e-9)
+    low, high = np.log(ends / (1 - ends))
+    return 1 / (1 + np.exp(-np.linspace(low, high, _SCORE_BINS - 1)))
+
+
+def _labelled(many: bool) -> tuple[str, ...]:
+    return ("train",) if many else ("train", "validation")
+
+
+def _with_missing(ids: Ragged) -> Ragged:
+    """The same lists, an empty one as a list of row 0."""
+    lengths = np.maximum(ids.lengths, 1)
+    values = np.zeros(int(lengths.sum()), np.int64)
+    values[np.repeat(ids.lengths > 0, lengths)] = ids.values
+    return Ragged(values, lengths)
+
+
+def _taken(ids: np.ndarray | Ragged, places: np.ndarray) -> np.ndarray:
+    return ids.take(places).values if isinstance(ids, Ragged) else ids[places]

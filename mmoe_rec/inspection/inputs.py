@@ -1,0 +1,94 @@
+"""Which model inputs belong to which feature, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout
+from mmoe_rec.inspection.ids import Meaning
+from mmoe_rec.schema import CrossFeature, Feature, HistoryFeature, IdFeature, IdsFeature, Schema, read_columns
+
+# What an input's name adds to its feature's.
+_ENDINGS = {
+    "time": r"_(hour|weekday|age)(_missing)?",
+    "vector": r"_\d+",
+    "numeric": r"(_missing)?",
+    "counter": r"_(positives|rows|rate|recency)(_\w+)?",
+}
+
+
+@dataclass(frozen=True)
+class NumberInput:
+    """A dense input, its place in the layout and that of the indicator of its missing values, if it has one."""
+
+    name: str
+    place: int
+    indicator: int | None
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FeatureInputs:
+    """A feature with its inputs in the order of the layout."""
+
+    name: str
+    kind: str
+    role: str
+    columns: tuple[str, ...]
+    ids: tuple[IdInput, ...]
+    numbers: tuple[NumberInput, ...]
+
+
+def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
+    """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
+    names = [each.name for each in layout.ids] + [each.name for each in layout.dense]
+    owner = {name: _owner(name, schema) for name in names}
+    return [
+        FeatureInputs(
+            name,
+            feature.kind,
+            schema.role_of(name),
+            _columns(schema, feature),
+            tuple(each for each in layout.ids if owner[each.name] == name),
+            _numbers(layout.dense, {each.name for each in layout.dense if owner[each.name] == name}),
+        )
+        for name, feature in schema.features.items()
+    ]
+
+
+def meaning_of(schema: Schema, name: str) -> Meaning:
+    """What the rows of the table of an id input stand for, given the feature's name."""
+    feature = schema.features[name]
+    if isinstance(feature, CrossFeature):
+        return Meaning(missing=False, unknown=0)
+    owner = schema.features[schema.table_of(name)]
+    return Meaning(missing=True, unknown=owner.oov_buckets if isinstance(owner, IdFeature | IdsFeature) else 0)
+
+
+def _columns(schema: Schema, feature: Feature) -> tuple[str, ...]:
+    if isinstance(feature, HistoryFeature):
+        return (schema.columns.user, *read_columns(schema.features[feature.of]))
+    return read_columns(feature) or (schema.columns.time,)
+
+
+def _owner(name: str, schema: Schema) -> str:
+    if name in schema.features:
+        return name
+    for feature, each in schema.features.items():
+        if re.fullmatch(re.escape(feature) + _ENDINGS.get(each.kind, ""), name):
+            return feature
+    begins = [feature for feature in schema.features if name.startswith(feature + "_")]
+    if not begins:
+        raise ValueError(f"input '{name}' belongs to none of the features {', '.join(schema.features)}")
+    return max(begins, key=len)
+
+
+def _numbers(dense: tuple[DenseInput, ...], names: set[str]) -> tuple[NumberInput, ...]:
+    places = {each.name: place for place, each in enumerate(dense)}
+    indicators = {name: f"{name}_missing" for name in names if f"{name}_missing" in names}
+    return tuple(
+        NumberInput(each.name, places[each.name], places.get(indicators.get(each.name, "")), each.edges)
+        for each in dense
+        if each.name in names.difference(indicators.values())
+    )

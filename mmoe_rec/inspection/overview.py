@@ -1,0 +1,74 @@
+"""The part of a data set's health that is about rows, times and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.inspection.sums import Labels, SplitSums, Sums
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
+    """Files, rows and times of the log, files left out, and for each split its rows, different users, and labels."""
+    splits = {name: _split(each, sums.layout) for name, each in sums.splits.items()}
+    return {
+        "log": manifest.get("log"),
+        "digest": manifest.get("digest"),
+        "files": manifest.get("files"),
+        "rows": manifest.get("rows"),
+        "rows_in_splits": sum(split["rows"] for split in splits.values()),
+        "first_request": manifest.get("first_request"),
+        "last_request": manifest.get("last_request"),
+        "left_out": [
+            {"file": str(each["file"]), "reason": str(each["reason"])} for each in manifest.get("left_out", [])
+        ],
+        "splits": splits,
+    }
+
+
+def weeks(sums: Sums) -> list[dict[str, Any]]:
+    """Labels of each week that has rows, from Monday 00:00 UTC by the request's time; each split apart."""
+    starts = sorted({week for week, _ in sums.weeks})
+    return [
+        {
+            "week": time_of(start)[:10],
+            "splits": {
+                split: {"rows": labels.rows, "tasks": _tasks(labels, sums.layout)}
+                for (week, split), labels in sums.weeks.items()
+                if week == start
+            },
+        }
+        for start in starts
+    ]
+
+
+def time_of(microseconds: int) -> str:
+    """ISO 8601, UTC."""
+    return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="seconds")
+
+
+def _split(sums: SplitSums, layout: Layout) -> dict[str, Any]:
+    who = {f"{name}s": {"count": count.count(), "exact": count.exact} for name, count in sums.who.items()}
+    return {
+        "rows": sums.labels.rows,
+        **who,
+        "first_request": time_of(sums.first),
+        "last_request": time_of(sums.last),
+        "tasks": _tasks(sums.labels, layout),
+    }
+
+
+def _tasks(labels: Labels, layout: Layout) -> dict[str, dict[str, Any]]:
+    return {
+        task.name: {
+            "kind": task.kind,
+            "observed": int(observed),
+            "share_observed": float(observed / labels.rows),
+            "rate": float(total / observed) if observed else None,
+        }
+        for task, observed, total in zip(layout.tasks, labels.observed, labels.total, strict=True)
+    }

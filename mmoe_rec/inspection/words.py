@@ -1,0 +1,48 @@
+"""Numbers as a reader sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "–"  # noqa: RUF001 - a dash stands for a number that does not exist
+
+
+def percent(share: float | None) -> str:
+    """A share; 99.96% does not become 100%, nor 0.03% nothing."""
+    if share is None:
+        return NONE
+    if 0 < share < 0.001:
+        return "<0.1%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A number with a fixed number of digits after the point."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def rate(value: float | None, kind: str) -> str:
+    """A rate as a share, the mean of a regression's labels as a number."""
+    return NONE if value is None else f"{value:.2%}" if kind == "binary" else f"{value:.4g}"
+
+
+def count(value: Mapping[str, Any] | None) -> str:
+    """How many there are; with a tilde where that is an estimate."""
+    return NONE if value is None else f"{'' if value['exact'] else '~'}{value['count']:,}"
+
+
+def size(value: float) -> str:
+    """Bytes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def day(time: str | None) -> str:
+    """The day and minute of an ISO time."""
+    return NONE if time is None else time[:16].replace("T", " ")

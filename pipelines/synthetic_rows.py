@@ -1,0 +1,224 @@
+"""The rows of the synthetic log, whose truth `pipelines.make_synthetic_log` states in words."""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.special import expit, ndtri
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.hashing import mix
+from pipelines.sampled_log import REQUEST_TIME, IntArray
+
+FloatArray = npt.NDArray[np.float32]
+
+START = np.datetime64("2024-01-01", "us")
+DAYS = 60
+MATURES_AFTER_DAYS = 3
+SLOTS = 12
+LEAST = 8
+ROUND = 5
+"""Requests of 8, 9, 10, 11 and 12 rows, in an order of chance, make a round."""
+ROUND_ROWS = sum(range(LEAST, SLOTS + 1))
+
+CATEGORIES, BRANDS_PER_CATEGORY, TASTES = 40, 25, 4
+COUNTRIES = ("BR", "DE", "ES", "FR", "GB", "ID", "IN", "IT", "JP", "MX", "PL", "US")
+DEVICES = ("phone", "desktop", "tablet", "tv")
+DEVICE_EFFECT = np.array([0.0, -0.2, 0.1, -0.6], np.float32)
+HOURLY = np.array([4, 3, 2, 2, 2, 3, 5, 7, 8, 8, 8, 8, 9, 9, 8, 8, 9, 10, 12, 14, 15, 14, 11, 7], np.float64)
+"""Relative number of requests in each hour of a day."""
+
+LOG = pa.schema(
+    [
+        pa.field("request_id", pa.int64()),
+        pa.field("request_time", REQUEST_TIME),
+        pa.field("user_id", pa.int64()),
+        pa.field("country", pa.string()),
+        pa.field("device", pa.string()),
+        pa.field("candidate_id", pa.int64()),
+        pa.field("category", pa.string()),
+        pa.field("brand_id", pa.int64()),
+        pa.field("price", pa.float64()),
+        pa.field("position", pa.int64()),
+        pa.field("clicked", pa.int8()),
+        pa.field("liked", pa.int8()),
+        pa.field("true_click", pa.float64()),
+        pa.field("true_like", pa.float64()),
+    ]
+)
+"""The columns of the log, in order."""
+
+
+def position_bias(position: npt.ArrayLike) -> FloatArray:
+    """What a place in the list, 1 at the top, adds to the logit of a click."""
+    return np.float32(-0.6) * np.log(np.asarray(position, np.float32))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the log is. Users are numbered 0 .. users - 1, candidates likewise."""
+
+    rows: int
+    users: int = 100_000
+    candidates: int = 20_000
+    days: int = DAYS
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number that is out of range."""
+        limits = {"rows": (1, 10**12), "users": (1, 10**12), "candidates": (SLOTS, 10**6), "days": (10, 3_650)}
+        for name, (least, most) in limits.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise UserError(f"--{name} must be from {least:,} to {most:,}, found {value:,}")
+
+    @property
+    def requests(self) -> int:
+        """Requests of the log, the last round's included whole."""
+        return -(-self.rows // ROUND_ROWS) * ROUND
+
+    def first_requests(self) -> IntArray:
+        """(days + 1,) first request of each day, and the number of requests; weekends have more."""
+        weight = np.where(np.arange(self.days) % 7 >= 5, 1.3, 1.0)
+        share = np.append(0.0, np.cumsum(weight)) / weight.sum()
+        return np.round(share * self.requests).astype(np.int64)
+
+    def split_days(self) -> tuple[int, int, int]:
+        """Days from the start to the end of training, validation and test: about 80%, 10%, 10% of what can mature."""
+        usable = self.days - MATURES_AFTER_DAYS
+        return round(0.8 * usable), round(0.9 * usable), usable
+
+    def uniform(self, stream: str, index: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """Numbers in (0, 1), one for each index, the same whenever they are asked for (splitmix64 as a counter)."""
+        key = mix(mix(np.array([self.seed], np.uint64)) ^ np.uint64(zlib.crc32(stream.encode())))
+        with np.errstate(over="ignore"):
+            state = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+        return ((mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def normal(self, stream: str, index: npt.NDArray[np.integer]) -> FloatArray:
+        """Standard normal numbers, one for each index."""
+        return ndtri(self.uniform(stream, index)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What is true of each candidate; arrays of length C.
+
+    arrives: share of the log that has passed when a candidate can first be shown.
+    """
+
+    category: IntArray
+    brand: IntArray
+    price: FloatArray
+    quality: FloatArray
+    craft: FloatArray
+    arrives: FloatArray
+
+    @staticmethod
+    def of(plan: Plan) -> "Catalogue":
+        """Draw the candidates."""
+        index = np.arange(plan.candidates)
+        category = (CATEGORIES * plan.uniform("category", index) ** 1.5).astype(np.int64)
+        within = BRANDS_PER_CATEGORY * plan.uniform("brand", index) ** 2
+        brand = category * BRANDS_PER_CATEGORY + within.astype(np.int64)
+        price = np.round(20 * np.exp(0.8 * plan.normal("price", index)), 2).astype(np.float32)
+        quality = 0.3 * plan.normal("brand quality", brand) + 0.5 * plan.normal("quality", index)
+        craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
+        # Of the five ranks of a slot that are next to each other, the last comes late.
+        late = index // SLOTS % 5 == 4
+        arrives = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
+        return Catalogue(category, brand, price, quality, craft.astype(np.float32), arrives)
+
+    def prices_on(self, plan: Plan, day: int, candidate: IntArray) -> FloatArray:
+        """(N,) prices of candidates on a day."""
+        price = self.price[candidate]
+        offered = plan.uniform("offer", candidate + day * plan.candidates) < 0.2
+        return np.where(offered, np.round(0.8 * price, 2), price)
+
+
+def request_times(plan: Plan, day: int, request: IntArray, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Rising microseconds since 1970 of requests of a day, whose requests are first .. end - 1."""
+    share = (request - first + plan.uniform("time", request)) / (end - first)
+    hours = np.interp(share, np.append(0.0, np.cumsum(HOURLY)) / HOURLY.sum(), np.arange(25.0))
+    return START.astype(np.int64) + ((24 * day + hours) * 3_600_000_000).astype(np.int64)
+
+
+def draw_users(plan: Plan, request: IntArray, passed: npt.NDArray[np.float64]) -> IntArray:
+    """(Q,) the user of each request; `passed` is the share of the log before it."""
+    # Popularity falls with the root of the rank; the offset bounds it at fifty times the mean.
+    root = 0.01 + plan.uniform("user", request) * (np.sqrt(1.0001) - 0.01)
+    user = np.minimum((plan.users * (root * root - 0.0001)).astype(np.int64), plan.users - 1)
+    late = (user % 5 == 4) & (plan.uniform("user arrives", user) > passed)
+    return user - late
+
+
+def draw_candidates(plan: Plan, catalogue: Catalogue, request: IntArray, passed: npt.NDArray[np.float64]) -> IntArray:
+    """(Q, 12) candidates, best place first. Slot s draws from candidates s, s + 12, s + 24 ..., so none comes twice."""
+    index = request[:, None] * SLOTS + np.arange(SLOTS)
+    ranks = (plan.candidates - np.arange(SLOTS) + SLOTS - 1) // SLOTS
+    draw = plan.uniform("candidate", index)
+    candidate = (ranks * (draw * draw * draw)).astype(np.int64) * SLOTS + np.arange(SLOTS)
+    candidate -= SLOTS * (catalogue.arrives[candidate] > passed[:, None])
+    rating = catalogue.quality[candidate] + 0.5 * plan.normal("place", index)
+    return np.take_along_axis(candidate, np.argsort(-rating, axis=1), axis=1)
+
+
+def affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
+    """(Q, 40) how much each request's user likes each category."""
+    style = plan.normal("style", np.arange(CATEGORIES * TASTES)).reshape(CATEGORIES, TASTES)
+    parts = np.arange(TASTES)
+    own = plan.normal("taste", user[:, None] * TASTES + parts)
+    shared = plan.normal("country taste", country[:, None] * TASTES + parts)
+    return (0.3 * own + 0.4 * shared) @ style.T
+
+
+def make_rows(plan: Plan, catalogue: Catalogue, day: int, begin: int, stop: int) -> pa.Table:
+    """Requests begin .. stop - 1, all of one day, as rows of the log."""
+    first, end = (int(edge) for edge in plan.first_requests()[day : day + 2])
+    request = np.arange(begin, stop)
+    moment = request_times(plan, day, request, first, end)
+    passed = (moment - START.astype(np.int64)) / (plan.days * 86_400e6)
+    user = draw_users(plan, request, passed)
+    country = (len(COUNTRIES) * plan.uniform("country", user) ** 1.5).astype(np.int64)
+    draws = plan.uniform("device", request), plan.uniform("own device", user)
+    # Four in five requests come from the device that the user prefers.
+    device = (len(DEVICES) * np.where(draws[0] < 0.8, draws[1], draws[0] * 5 - 4) ** 2).astype(np.int64)
+    hour = moment % 86_400_000_000 / 3.6e9
+    circumstances = DEVICE_EFFECT[device] + 0.3 * np.cos(2 * np.pi * (hour - 20) / 24).astype(np.float32)
+
+    shift = (ROUND * plan.uniform("size", request // ROUND)).astype(np.int64)
+    size = LEAST + (2 * request + shift) % ROUND
+    at, place = np.nonzero(np.arange(SLOTS) < size[:, None])
+    candidate = draw_candidates(plan, catalogue, request, passed)[at, place]
+    row = request[at] * SLOTS + place
+    category = catalogue.category[candidate]
+    affinity = affinities(plan, user, country)[at, category]
+    hidden = plan.uniform("hidden price", row) < 0.03
+    price = catalogue.prices_on(plan, day, candidate)
+    price_effect = np.where(hidden, np.float32(0), -0.4 * np.log(price / np.float32(20)))
+    click_logit = -1.6 + affinity + catalogue.quality[candidate] + price_effect + circumstances[at]
+    click = plan.uniform("click", row) < expit(click_logit + position_bias(place + 1))
+    true_like = expit(0.2 + 0.7 * affinity + catalogue.craft[candidate])
+    known = moment < START.astype(np.int64) + (plan.days - MATURES_AFTER_DAYS) * 86_400_000_000
+    columns = [
+        pa.array(request[at]),
+        pa.array(moment[at]).cast(REQUEST_TIME),
+        pa.array(user[at]),
+        _words(country[at], COUNTRIES),
+        _words(device[at], DEVICES),
+        pa.array(candidate),
+        _words(category, [f"category {number:02d}" for number in range(CATEGORIES)]),
+        pa.array(catalogue.brand[candidate]),
+        pa.array(price.astype(np.float64).round(2), mask=hidden),
+        pa.array(place + 1),
+        pa.array(click.astype(np.int8)),
+        pa.array((plan.uniform("like", row) < true_like).astype(np.int8), mask=~(click & known[at])),
+        pa.array(expit(click_logit).astype(np.float64)),
+        pa.array(true_like.astype(np.float64)),
+    ]
+    return pa.table(columns, schema=LOG)
+
+
+def _words(codes: IntArray, words: tuple[str, ...] | list[str]) -> pa.Array:
+    return pa.array(words, pa.string()).take(pa.array(codes))

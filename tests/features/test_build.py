@@ -1,0 +1,207 @@
+"""A build in steps: whatever it is divided into and wherever it runs, it gives what one process in memory would."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    fit_in_memory,
+    log_rows,
+    random_log,
+    schema_of,
+    times_of,
+    write_log,
+)
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import answer, log, splits, steps
+from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.pipeline import in_window
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.steps import BuildOptions
+
+SCHEMA = schema_of(ALL_KINDS)
+WINDOWS = {
+    "train": (START + DAY, START + 6 * DAY),
+    "validation": (START + 6 * DAY, START + 8 * DAY),
+    "test": (START + 8 * DAY, None),
+}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Parts, blocks and row groups of some dozen rows."""
+    monkeypatch.setattr(answer, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(steps, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
+    monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
+    monkeypatch.setattr(log.Log.parts, "__defaults__", (70,))
+
+
+def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
+    rows = [0, *edges, table.num_rows]
+    return [table.slice(start, end - start) for start, end in zip(rows[:-1], rows[1:], strict=True)]
+
+
+def _encoded(prepared: Prepared, split: str) -> tuple[Encoded, pa.Table]:
+    table = pq.read_table(prepared.split(split))
+    return Encoded.from_arrow(table, prepared.layout), table
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("rows_in_memory", [25, 200, 10**6])
+def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, strings, rows_in_memory):
+    table = random_log(5, rows=500, strings=strings)
+    source = str(write_log(tmp_path / "log", *_cut(table, 13, 240, 240, 400)))
+    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory))
+    pipeline = fit_in_memory(SCHEMA, [log_rows(table, SCHEMA)], WINDOWS["train"])
+    assert prepared.layout == pipeline.layout
+    for split, window in WINDOWS.items():
+        encoded, written = _encoded(prepared, split)
+        rows: LogRows = log_rows(table, SCHEMA).filter(in_window(times_of(table), window))
+        assert_same(encoded, pipeline.encode(rows))
+        assert written["time"].cast(pa.int64()).to_pylist() == rows.times().tolist()
+    (tmp_path / "memories").mkdir()
+    pipeline.save_memories(tmp_path / "memories", int(times_of(table).max()) + 1)
+    for file in (tmp_path / "memories").iterdir():
+        kept, mine = pq.read_table(prepared.serving / file.name), pq.read_table(file)
+        assert kept.schema.metadata == mine.schema.metadata
+        for name in mine.column_names:
+            # Sums of fractions that were added in stretches of time may differ in the last bit.
+            np.testing.assert_allclose(kept[name].to_numpy(), mine[name].to_numpy(), rtol=1e-14, err_msg=name)
+
+
+def test_no_order_of_files_changes_state_or_encoding(tmp_path, small_pieces):
+    table = random_log(6, rows=400)
+    parts = _cut(table, 50, 120, 300)
+    one = prepare(str(write_log(tmp_path / "a", *parts)), SCHEMA, WINDOWS, tmp_path / "one")
+    other = prepare(str(write_log(tmp_path / "b", *parts[::-1])), SCHEMA, WINDOWS, tmp_path / "other")
+    assert files_of(one.serving) == files_of(other.serving)
+    for split in WINDOWS:
+        keys = [("user", "ascending"), ("time", "ascending"), ("candidate", "ascending")]
+        mine, theirs = (pq.read_table(each.split(split)).sort_by(keys) for each in (one, other))
+        assert mine.equals(theirs)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_no_engine_and_no_number_of_workers_changes_a_byte(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+    source = str(write_log(tmp_path / "log", *_cut(random_log(7, rows=400), 100, 150)))
+    alone = prepare(source, SCHEMA, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=100))
+    options = BuildOptions(engine=engine, workers=2, rows_in_memory=100)
+    assert files_of(prepare(source, SCHEMA, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
+
+
+def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+    table = random_log(8)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([2.0] * table.num_rows))
+    source = str(write_log(tmp_path / "log", table, wrong))
+    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(workers=2))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_rows_that_occur_twice(tmp_path, small_pieces):
+    table = random_log(9, rows=200)
+    source = str(write_log(tmp_path / "log", table, table.slice(150, 2)))
+    with pytest.raises(
+        UserError,
+        match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
+        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.duplicates",
+    ):
+        prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50))
+    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, duplicates="keep"))
+    assert prepared.manifest["rows"] == 202
+
+
+def test_times_of_two_units(tmp_path):
+    table = random_log(10, rows=200)
+    seconds = pa.array(times_of(table) // 1_000_000).cast(pa.timestamp("us", tz="UTC"))
+    wrong = table.set_column(table.column_names.index("time"), "time", seconds)
+    source = str(write_log(tmp_path / "log", table, wrong))
+    with pytest.raises(UserError, match=r"column 'time' goes from 1970-01-.*1\.parquet'\) to 20.*in one unit"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path)
+
+
+def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
+    table = random_log(11, rows=300)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([7.0] * table.num_rows))
+    folder = write_log(tmp_path / "log", table.slice(0, 150), wrong, table.slice(150))
+    (folder / "9.parquet").write_bytes(b"not Parquet")
+    prepared = prepare(str(folder), SCHEMA, WINDOWS, tmp_path / "some", BuildOptions(skip_bad_files=True))
+    left_out = prepared.manifest["left_out"]
+    assert [Path(each["file"]).name for each in left_out] == ["9.parquet", "1.parquet"]
+    assert "holds 7" in left_out[1]["reason"]
+    good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
+    whole = prepare(str(good), SCHEMA, WINDOWS, tmp_path / "whole")
+    assert files_of(prepared.folder / "encoded") == files_of(whole.folder / "encoded")
+    assert files_of(prepared.serving) == files_of(whole.serving)
+    again = prepare(str(folder), SCHEMA, WINDOWS, tmp_path / "some", BuildOptions(skip_bad_files=True))
+    assert again.manifest == prepared.manifest
+
+
+_BUILD = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["tests/features"]
+import test_build
+from mmoe_rec.features import steps
+if __name__ == "__main__":
+    steps.ROWS_FOR_PROCESSES = 0
+    print("begin", flush=True)
+    options = steps.BuildOptions(workers=int(sys.argv[3]), rows_in_memory=200)
+    test_build.prepare(sys.argv[1], test_build.SCHEMA, test_build.WINDOWS, Path(sys.argv[2]), options)
+"""
+
+
+def _build(script: Path, source: Path, work: Path, workers: int) -> subprocess.Popen:
+    command = [sys.executable, str(script), str(source), str(work), str(workers)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
+
+
+def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
+    script = tmp_path / "build.py"
+    script.write_text(_BUILD)
+    source = write_log(tmp_path / "log", *_cut(random_log(12, rows=3000), 1000, 2000))
+    start = time.monotonic()
+    whole = _build(script, source, tmp_path / "whole", 1)
+    assert whole.stdout is not None
+    whole.stdout.readline()
+    started = time.monotonic()
+    assert whole.wait() == 0
+    took = time.monotonic() - started
+    expected = files_of(tmp_path / "whole" / "features")
+    random = np.random.default_rng(0)
+    kills = 0
+    for attempt in range(20):
+        job = _build(script, source, tmp_path / "work", 1 + attempt % 2)
+        assert job.stdout is not None
+        job.stdout.readline()
+        time.sleep(random.uniform(0, took))
+        job.send_signal(signal.SIGKILL)
+        kills += job.wait() == -signal.SIGKILL
+        found = tmp_path / "work" / "features"
+        assert not found.exists() or files_of(found) == expected
+        shutil.rmtree(found, ignore_errors=True)
+    assert kills >= 10
+    last = _build(script, source, tmp_path / "work", 1)
+    assert last.wait() == 0
+    assert files_of(tmp_path / "work" / "features") == expected
+    assert [each.name for each in (tmp_path / "work").iterdir()] == ["features"]
+    assert time.monotonic() - start < 200

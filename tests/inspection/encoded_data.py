@@ -1,0 +1,165 @@
+"""Folders of random encoded rows over every kind of input, as a build leaves them, and the same as pandas frames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.inspection.report import inspect
+from mmoe_rec.schema import Schema
+
+ROWS = {"train": 6000, "validation": 2000, "test": 3000}
+STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}
+DAYS = {"train": 17, "validation": 7, "test": 10}
+UNKNOWN, ITEMS = 4, 85  # hashed rows, and rows of the table of items with them and the missing id
+EDGES = (-1.0, 0.0, 1.0)
+
+SCHEMA = Schema.model_validate(
+    {
+        "columns": {"user": "user_id", "candidate": "item_id", "time": "at"},
+        "roles": {"candidate": ["tags", "price", "look", "weight"], "context": ["hour"]},
+        "tasks": {
+            "click": {"label": "clicked", "objective": "engagement"},
+            "stars": {"label": "stars", "kind": "regression", "objective": "satisfaction"},
+        },
+        "features": {
+            "item": {"kind": "id", "column": "item_id", "oov_buckets": UNKNOWN},
+            "tags": {"kind": "ids", "column": "tags", "table": "item"},
+            "user_item": {"kind": "cross", "columns": ["user_id", "item_id"], "buckets": 1000},
+            "price": {"kind": "numeric", "column": "price"},
+            "weight": {"kind": "numeric", "column": "weight"},
+            "look": {"kind": "vector", "column": "look", "size": 2},
+            "when": {"kind": "time", "parts": ["weekday"]},
+            "item_click": {"kind": "counter", "task": "click", "by": ["item_id"], "outputs": ["rate"]},
+        },
+    }
+)
+
+LAYOUT = Layout(
+    tables=(Table("item", ITEMS, 8), Table("user_item", 1000, 4), Table("when_weekday", 8, 4)),
+    ids=(
+        IdInput("item", "item"),
+        IdInput("tags", "item", many=True),
+        IdInput("user_item", "user_item"),
+        IdInput("when_weekday", "when_weekday"),
+    ),
+    dense=(
+        DenseInput("price", edges=EDGES),
+        DenseInput("price_missing"),
+        DenseInput("weight", edges=EDGES),
+        DenseInput("look_0"),
+        DenseInput("look_1"),
+        DenseInput("item_click_rate", edges=EDGES),
+    ),
+    tasks=(
+        TaskOutput("click", "binary", "engagement"),
+        TaskOutput("stars", "regression", "satisfaction", mean=3.0, deviation=1.0),
+    ),
+)
+
+Frames = dict[str, pd.DataFrame]
+Change = Callable[[str, pd.DataFrame], None]
+
+
+def random_frames(seed: int, rows: dict[str, int] | None = None) -> Frames:
+    """Rows in which clicks follow the item, its tags and its price."""
+    rng = np.random.default_rng(seed)
+    taste = rng.normal(size=ITEMS)
+    return {split: _frame(rng, taste, split, count) for split, count in (rows or ROWS).items()}
+
+
+def _frame(rng: np.random.Generator, taste: np.ndarray, split: str, rows: int) -> pd.DataFrame:
+    item = np.minimum(rng.geometric(0.05, rows) - 1, ITEMS - 1)
+    tags = [rng.integers(1, ITEMS, count).tolist() for count in rng.integers(0, 4, rows)]
+    missing = rng.random(rows) < 0.3
+    price = np.where(missing, 0, rng.normal(size=rows)).astype(np.float32)
+    look = rng.normal(size=(rows, 2)) * (rng.random((rows, 1)) > 0.2)
+    tagged = np.array([taste[each].mean() if each else 0.0 for each in tags])
+    click = taste[item] + tagged - price + rng.logistic(size=rows) > 1
+    user = rng.integers(0, 50, rows)
+    seconds = np.sort(rng.integers(0, DAYS[split] * 86_400, rows))
+    return pd.DataFrame(
+        {
+            "id.item": item,
+            "id.tags": tags,
+            "id.user_item": (user * 31 + item) % 1000,
+            "id.when_weekday": rng.integers(1, 8, rows),
+            "dense.price": price,
+            "dense.price_missing": missing,
+            "dense.weight": rng.exponential(size=rows).round(1),
+            "dense.look_0": look[:, 0],
+            "dense.look_1": look[:, 1],
+            "dense.item_click_rate": taste[item] + 0.1 * rng.normal(size=rows),
+            "label.click": click.astype(float),
+            "label.stars": np.where(click, rng.integers(1, 6, rows), np.nan),
+            "user": user,
+            "candidate": [f"item {each}" for each in item],
+            "request": np.arange(rows) // 4,
+            "time": pd.Timestamp(STARTS[split], tz="UTC") + pd.to_timedelta(seconds, unit="s").as_unit("us"),
+        }
+    )
+
+
+def write(folder: Path, frames: Frames, **manifest: object) -> Prepared:
+    """Writes rows as a build does, each split in two files, with further entries of the manifest."""
+    for split, frame in frames.items():
+        (folder / "encoded" / split).mkdir(parents=True)
+        table = _table(frame)
+        half = len(frame) // 2
+        pq.write_table(table.slice(0, half), folder / "encoded" / split / "part-00000.parquet", row_group_size=500)
+        pq.write_table(table.slice(half), folder / "encoded" / split / "part-00001.parquet", row_group_size=500)
+    (folder / "encoded" / "layout.json").write_text(LAYOUT.to_json())
+    rows = sum(map(len, frames.values()))
+    known = {"log": "logs/x", "files": 3, "rows": rows + 5, "digest": "0", "first_request": "2024-01-03T00:00:00+00:00"}
+    text = json.dumps({**known, "last_request": "2024-02-06T00:00:00+00:00", "splits": {}, **manifest})
+    (folder / "manifest.json").write_text(text)
+    return Prepared(folder)
+
+
+def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
+    """The health of rows that are written to a folder."""
+    return inspect("made up", write(folder, frames, **manifest), SCHEMA)
+
+
+def changed(seed: int, change: Change) -> Frames:
+    """Random rows to each split of which something is done."""
+    frames = random_frames(seed)
+    for split, frame in frames.items():
+        change(split, frame)
+    return frames
+
+
+def feature(health: dict, name: str) -> dict:
+    """A feature's part of the health."""
+    return next(each for each in health["features"] if each["name"] == name)
+
+
+def part(health: dict, name: str) -> dict:
+    """An input's part of the health."""
+    return next(each for feature in health["features"] for each in feature["inputs"] if each["name"] == name)
+
+
+def found(health: dict, check: str) -> list[str]:
+    """What a check's findings are about."""
+    return [each["about"] for each in health["findings"] if each["check"] == check]
+
+
+def _table(frame: pd.DataFrame) -> pa.Table:
+    types = {"id": pa.int32(), "dense": pa.float32(), "label": pa.float32(), "candidate": pa.string()}
+    columns = {}
+    for name in frame:
+        kind = name.split(".")[0]
+        values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
+        wanted = pa.list_(pa.int32()) if name == "id.tags" else types.get(kind)
+        if kind == "time":
+            values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
+        columns[name] = pa.array(values, type=wanted, from_pandas=True)
+    return pa.table(columns)

@@ -1,0 +1,114 @@
+"""What is planted in random rows is found and named, and nothing is found where nothing is."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.inspection.encoded_data import changed, found, health_of_frames, part, random_frames
+
+
+def message(health: dict, check: str) -> str:
+    """The one message of a check."""
+    (told,) = [each["message"] for each in health["findings"] if each["check"] == check]
+    return told
+
+
+def test_nothing_suspicious_is_found_in_plain_rows(tmp_path):
+    assert health_of_frames(tmp_path, random_frames(5))["findings"] == []
+
+
+def test_a_leaking_number_is_found(tmp_path):
+    def leak(split: str, frame: pd.DataFrame) -> None:
+        frame["dense.weight"] = np.where(frame["label.click"] == 1, -frame["dense.weight"] - 1, frame["dense.weight"])
+
+    health = health_of_frames(tmp_path, changed(6, leak))
+    assert found(health, "leak") == ["weight"]
+    told = message(health, "leak")
+    for word in ("feature 'weight'", "column 'weight'", "task 'click'", "1.000"):
+        assert word in told
+    assert health["findings"][0]["severity"] == "problem"
+
+
+def test_a_number_that_is_missing_where_nothing_happened_is_found(tmp_path):
+    def leak(split: str, frame: pd.DataFrame) -> None:
+        frame["dense.price_missing"] = frame["label.click"] == 0
+        frame.loc[frame["dense.price_missing"], "dense.price"] = 0.0
+
+    health = health_of_frames(tmp_path, changed(7, leak))
+    assert found(health, "leak") == ["price"]
+
+
+@pytest.mark.parametrize("column", ["id.item", "id.tags", "id.user_item"])
+def test_a_leaking_id_is_found(tmp_path, column):
+    def leak(split: str, frame: pd.DataFrame) -> None:
+        ids = (np.random.default_rng(0).integers(5, 40, len(frame)) + 40 * frame["label.click"]).astype(int)
+        frame[column] = [[each] for each in ids] if column == "id.tags" else ids
+
+    health = health_of_frames(tmp_path, changed(8, leak))
+    assert found(health, "leak") == [column.removeprefix("id.")]
+
+
+def test_drift_is_found_in_numbers_and_ids(tmp_path):
+    def drift(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame["dense.item_click_rate"] += 2
+            frame["id.when_weekday"] = 1 + frame["id.when_weekday"] % 3
+
+    health = health_of_frames(tmp_path, changed(9, drift))
+    assert sorted(found(health, "drift")) == ["item_click", "when"]
+    assert part(health, "item_click_rate")["psi"] > 1
+    told = [each["message"] for each in health["findings"] if each["about"] == "item_click"]
+    assert "by its input 'item_click_rate': the share of values" in told[0]
+
+
+def test_ids_that_training_does_not_know_are_found(tmp_path):
+    def shift(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame.loc[::3, "id.item"] = 2
+
+    health = health_of_frames(tmp_path, changed(10, shift))
+    assert found(health, "unknown") == ["item"]
+    assert "of the ids of feature 'item' in test rows" in message(health, "unknown")
+
+
+def test_constants_rare_values_and_empty_tables_are_found(tmp_path):
+    def empty(split: str, frame: pd.DataFrame) -> None:
+        frame["dense.weight"] = 0.0
+        frame["id.when_weekday"] = 3
+        frame["dense.price_missing"] = np.arange(len(frame)) % 30 > 0
+        frame["id.user_item"] %= 50
+
+    health = health_of_frames(tmp_path, changed(11, empty))
+    assert found(health, "constant") == ["weight", "when"]
+    assert found(health, "coverage") == ["price"]
+    assert "3.3% of the train rows and 3.3% of the test rows" in message(health, "coverage")
+    assert found(health, "empty table") == ["user_item"]
+    assert "50 of its 1,000 rows, 95.0% are never seen" in message(health, "empty table")
+
+
+def test_rates_that_change_and_tasks_without_labels_are_found(tmp_path):
+    def change(split: str, frame: pd.DataFrame) -> None:
+        if split == "validation":
+            frame["label.stars"] = np.nan
+        if split == "test":
+            frame.loc[frame.index % 4 > 0, "label.click"] = 0.0
+
+    health = health_of_frames(tmp_path, changed(12, change))
+    assert found(health, "rate") == ["click"]
+    assert found(health, "labels") == ["stars"]
+    assert part(health, "item")["auc"]["stars"] is None
+
+
+def test_a_rate_that_differs_by_chance_is_not_found(tmp_path):
+    def rare(split: str, frame: pd.DataFrame) -> None:
+        frame["label.click"] = 0.0
+        frame.loc[: {"train": 9, "validation": 1, "test": 10}[split], "label.click"] = 1.0
+
+    assert found(health_of_frames(tmp_path, changed(13, rare)), "rate") == []
+
+
+def test_files_left_out_are_a_problem(tmp_path):
+    left_out = [{"file": "logs/x/7.parquet", "reason": "is truncated"}]
+    health = health_of_frames(tmp_path, random_frames(14), left_out=left_out)
+    assert health["findings"][0]["severity"] == "problem"
+    assert message(health, "files") == "a file of the log could not be used: 'logs/x/7.parquet' (is truncated)"

@@ -1,0 +1,66 @@
+"""Counts to drift and AUC, against hand-made cases, scikit-learn and naive sets."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.features.hashing import mix
+from mmoe_rec.inspection.distinct import DistinctCount
+from mmoe_rec.inspection.formulas import auc, auc_of_scores, psi, psi_noise, smoothed_rates
+
+
+def test_psi_of_two_bins_by_hand():
+    # Shares with half a row added: 75.5/101, 25.5/101 in training; 50.5/101 each in test.
+    expected = (50.5 - 75.5) / 101 * np.log(50.5 / 75.5) + (50.5 - 25.5) / 101 * np.log(50.5 / 25.5)
+    assert psi(np.array([75, 25]), np.array([50, 50])) == pytest.approx(expected, rel=1e-12)
+    assert psi(np.array([3, 4]), np.array([3, 4])) == 0
+
+
+def test_psi_without_rows_is_unknown_and_of_an_empty_bin_is_finite():
+    assert psi(np.array([1, 2]), np.array([0, 0])) is None
+    assert psi_noise(np.array([0, 0]), np.array([1, 2])) is None
+    assert np.isfinite(psi(np.array([10, 0]), np.array([0, 10])))
+
+
+def test_psi_noise_is_what_equal_distributions_have_on_average():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(20, 5.0))
+    pairs = [(rng.multinomial(4000, shares), rng.multinomial(1000, shares)) for _ in range(400)]
+    assert np.mean([psi(*pair) for pair in pairs]) == pytest.approx(psi_noise(*pairs[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_is_that_of_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    score, label = rng.integers(0, 9, 500), rng.random(500) < 0.3
+    positives, negatives = (np.bincount(score[label == each], minlength=9) for each in (True, False))
+    assert auc(positives, negatives) == pytest.approx(roc_auc_score(label, score), rel=1e-12)
+    value = rng.permutation(9) // 2  # bins in another order, some of equal score
+    expected = roc_auc_score(label, value[score])
+    assert auc_of_scores(value, positives, negatives) == pytest.approx(expected, rel=1e-12)
+
+
+def test_auc_of_one_class_is_unknown():
+    assert auc(np.array([1, 2]), np.array([0, 0])) is None
+
+
+def test_smoothed_rates_mix_in_20_rows_of_the_overall_rate():
+    rates = smoothed_rates(np.array([30, 0, 0]), np.array([40, 60, 0]))
+    np.testing.assert_allclose(rates, [(30 + 20 * 0.3) / 60, 20 * 0.3 / 80, 0.3])
+
+
+def test_distinct_values_are_exact_then_estimated_and_merge():
+    hashes = mix(np.arange(30_000).astype(np.uint64))
+    small, large, other = DistinctCount(4096), DistinctCount(4096), DistinctCount(4096)
+    for _ in range(2):
+        small.add(np.repeat(hashes[:4000], 3))
+    assert small.exact
+    assert small.count() == 4000
+    large.add(hashes[:20_000])
+    other.add(hashes[10_000:])
+    large.merge(other)
+    assert not large.exact
+    assert large.count() == pytest.approx(30_000, rel=4 / np.sqrt(4096))
+    at_once = DistinctCount(4096)
+    at_once.add(hashes)
+    np.testing.assert_array_equal(large.smallest, at_once.smallest)

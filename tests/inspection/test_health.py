@@ -1,0 +1,226 @@
+"""Numbers of the health against naive pandas and scikit-learn on random encoded rows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.inspection.collect import SPLITS, collect
+from mmoe_rec.inspection.formulas import psi
+from mmoe_rec.inspection.inputs import feature_inputs
+from mmoe_rec.inspection.sums import COLUMNS, Sums
+from tests.inspection.encoded_data import (
+    EDGES,
+    ITEMS,
+    LAYOUT,
+    SCHEMA,
+    UNKNOWN,
+    Frames,
+    feature,
+    health_of_frames,
+    part,
+    random_frames,
+    write,
+)
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    return random_frames(3)
+
+
+@pytest.fixture(scope="module")
+def health(frames, tmp_path_factory) -> dict:
+    vocabularies = {"item": {"distinct": 200, "known": ITEMS - 1 - UNKNOWN}}
+    return health_of_frames(tmp_path_factory.mktemp("rows"), frames, vocabularies=vocabularies)
+
+
+def labels(frame: pd.DataFrame, task: str) -> pd.Series:
+    """Two classes, NaN where unobserved; stars are positive above their mean in training, 3."""
+    values = frame[f"label.{task}"]
+    return values if task == "click" else (values > 3).astype(float).where(values.notna())
+
+
+def auc_of(label: pd.Series, score: pd.Series | np.ndarray) -> float:
+    seen = label.notna().to_numpy()
+    return float(roc_auc_score(label[seen], np.asarray(score)[seen]))
+
+
+def test_overview(health, frames):
+    assert health["overview"]["rows_in_splits"] == sum(map(len, frames.values()))
+    for split, frame in frames.items():
+        told = health["overview"]["splits"][split]
+        assert told["rows"] == len(frame)
+        for name in ("user", "candidate", "request"):
+            assert told[f"{name}s"] == {"count": frame[name].nunique(), "exact": True}
+        assert pd.Timestamp(told["first_request"]) == frame["time"].min()
+        assert pd.Timestamp(told["last_request"]) == frame["time"].max()
+        for task in ("click", "stars"):
+            values = frame[f"label.{task}"].dropna()
+            assert told["tasks"][task]["observed"] == len(values)
+            assert told["tasks"][task]["share_observed"] == pytest.approx(len(values) / len(frame))
+            assert told["tasks"][task]["rate"] == pytest.approx(values.mean())
+
+
+def test_labels_by_week(health, frames):
+    expected = {}
+    for split, frame in frames.items():
+        monday = frame["time"].dt.tz_localize(None).dt.to_period("W-SUN").dt.start_time
+        for week, rows in frame.groupby(monday):
+            expected[f"{week:%Y-%m-%d}", split] = rows
+    told = {(each["week"], split): part for each in health["weeks"] for split, part in each["splits"].items()}
+    assert told.keys() == expected.keys()
+    assert [each["week"] for each in health["weeks"]] == sorted({week for week, _ in expected})
+    for key, rows in expected.items():
+        assert told[key]["rows"] == len(rows)
+        for task in ("click", "stars"):
+            assert told[key]["tasks"][task]["observed"] == rows[f"label.{task}"].count()
+            assert told[key]["tasks"][task]["rate"] == pytest.approx(rows[f"label.{task}"].mean())
+
+
+def test_coverage(health, frames):
+    for split in ("train", "test"):
+        frame = frames[split]
+        present = {
+            "item": frame["id.item"] != 0,
+            "tags": frame["id.tags"].str.len() > 0,
+            "price": ~frame["dense.price_missing"],
+            "look": (frame["dense.look_0"] != 0) | (frame["dense.look_1"] != 0),
+            "when": frame["id.when_weekday"] != 0,
+        }
+        for name, mask in present.items():
+            assert feature(health, name)["coverage"][split] == pytest.approx(mask.mean()), name
+    assert feature(health, "user_item")["coverage"] == {"train": None, "test": None}
+    assert feature(health, "weight")["coverage"] == {"train": 1.0, "test": None}
+
+
+def test_distinct_values_and_unknown_ids(health, frames):
+    train = frames["train"]
+    known = train["id.item"][train["id.item"] > UNKNOWN]
+    assert feature(health, "item")["distinct"] == {"count": known.nunique(), "exact": True}
+    assert feature(health, "item")["vocabulary"] == {"distinct": 200, "known": ITEMS - 1 - UNKNOWN}
+    assert feature(health, "user_item")["distinct"]["count"] == train["id.user_item"].nunique()
+    present = train["dense.price"][~train["dense.price_missing"]]
+    assert feature(health, "price")["distinct"]["count"] == pytest.approx(present.nunique(), rel=0.05)
+    assert feature(health, "weight")["distinct"] == {"count": train["dense.weight"].nunique(), "exact": True}
+    for split in ("train", "test"):
+        ids = frames[split]["id.item"]
+        assert feature(health, "item")["unknown"][split] == pytest.approx((ids[ids > 0] <= UNKNOWN).mean())
+        tags = frames[split]["id.tags"].explode().dropna()
+        assert feature(health, "tags")["unknown"][split] == pytest.approx((tags <= UNKNOWN).mean())
+    assert feature(health, "user_item")["unknown"] == {"train": None, "test": None}
+
+
+@pytest.mark.parametrize("task", ["click", "stars"])
+def test_auc_of_ids_is_that_of_training_rates_on_validation_rows(health, frames, task):
+    train, validation = frames["train"], frames["validation"]
+    label = labels(train, task)
+    for name in ("item", "user_item", "when_weekday"):
+        by_id = label.groupby(train[f"id.{name}"])
+        rates = (by_id.sum() + 20 * label.mean()) / (by_id.count() + 20)
+        scores = validation[f"id.{name}"].map(rates).fillna(label.mean())
+        assert part(health, name)["auc"][task] == pytest.approx(auc_of(labels(validation, task), scores), abs=1e-12)
+
+
+def test_auc_of_a_list_is_that_of_the_mean_rate_of_its_ids(health, frames):
+    train, validation = frames["train"], frames["validation"]
+    long = pd.DataFrame({"id": train["id.tags"], "label": labels(train, "click")}).explode("id").fillna({"id": 0})
+    by_id = long.groupby("id")["label"]
+    rates = (by_id.sum() + 20 * long["label"].mean()) / (by_id.count() + 20)
+    scores = [rates[each or [0]].mean() for each in validation["id.tags"]]
+    expected = auc_of(labels(validation, "click"), np.array(scores))
+    assert expected > 0.55
+    assert part(health, "tags")["auc"]["click"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("task", ["click", "stars"])
+def test_auc_of_numbers(health, frames, task):
+    validation = frames["validation"]
+    label = labels(validation, task)
+    for name in ("weight", "item_click_rate"):
+        expected = auc_of(label, validation[f"dense.{name}"])
+        assert part(health, name)["auc"][task] == pytest.approx(max(expected, 1 - expected), abs=1e-3)
+    price = validation["dense.price"]
+    ends = [auc_of(label, price.mask(validation["dense.price_missing"], end)) for end in (-99, 99)]
+    expected = max(max(each, 1 - each) for each in ends)
+    assert part(health, "price")["auc"][task] == pytest.approx(expected, abs=1e-3)
+
+
+def test_drift_of_numbers_is_that_of_their_bins(health, frames):
+    bins = [-np.inf, *EDGES, np.inf]
+    counts = []
+    for split in ("train", "test"):
+        frame = frames[split]
+        present = frame["dense.price"][~frame["dense.price_missing"]]
+        cut = pd.cut(present, bins).value_counts(sort=False).to_numpy()
+        counts.append(np.append(cut, frame["dense.price_missing"].sum()))
+    assert part(health, "price")["psi"] == pytest.approx(psi(*counts))
+    weight = [pd.cut(frames[split]["dense.weight"], bins).value_counts(sort=False).to_numpy() for split in SPLITS[::2]]
+    assert part(health, "weight")["psi"] == pytest.approx(psi(*weight))
+    # Without edges about 20 bins of equal mass, one over the largest, and the missing vectors.
+    look = [each["train"] for each in part(health, "look_0")["bins"]]
+    assert len(look) == 22
+    np.testing.assert_allclose(look[:20], (1 - look[-1]) / 20, atol=0.005)
+
+
+def test_drift_of_ids_is_that_of_the_50_most_frequent(health, frames):
+    train, test = frames["train"]["id.item"], frames["test"]["id.item"]
+    top = train[train > UNKNOWN].value_counts().index[:50]
+    counts = []
+    for ids in (train, test):
+        unknown, missing = ((ids > 0) & (ids <= UNKNOWN)).sum(), (ids == 0).sum()
+        named = [(ids == each).sum() for each in top]
+        counts.append(np.array([*named, len(ids) - sum(named) - unknown - missing, unknown, missing]))
+    told = part(health, "item")
+    assert told["psi"] == pytest.approx(psi(*counts), rel=0.02)  # ties of frequency may fall either way
+    assert [each["bin"] for each in told["bins"][-3:]] == ["all others", "unknown", "missing"]
+    assert sum(each["test"] for each in told["bins"]) == pytest.approx(1)
+    assert [each["bin"] for each in part(health, "when_weekday")["bins"]][-1] == "missing"
+    days = [each["bin"] for each in part(health, "when_weekday")["bins"]]
+    assert sorted(days[:-1]) == sorted(["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"])
+
+
+def test_tables(health, frames):
+    tables = {each["name"]: each for each in health["tables"]}
+    train = frames["train"]
+    seen = set(train["id.item"]) | set(train["id.tags"].explode().dropna()) | {0}
+    assert tables["item"]["rows_seen"] == len(seen)
+    assert tables["item"]["inputs"] == ["item", "tags"]
+    assert tables["item"]["bytes"] == ITEMS * 8 * 4
+    assert tables["item"]["optimizer_bytes"] == ITEMS * 4
+    assert tables["user_item"]["never_seen"] == pytest.approx(1 - train["id.user_item"].nunique() / 1000)
+
+
+def test_sums_of_parts_merge_to_the_sums_of_all(frames, tmp_path):
+    prepared = write(tmp_path / "rows", frames)
+    whole = collect(prepared, SCHEMA)
+    grids = [whole.numbers[each.name].edges if each.name in whole.numbers else np.empty(0) for each in LAYOUT.dense]
+    parts = [Sums(LAYOUT, feature_inputs(SCHEMA, LAYOUT), grids) for _ in range(2)]
+    for split in SPLITS:
+        if split == "validation":
+            parts[0].merge(parts[1])
+            parts[1] = Sums(LAYOUT, feature_inputs(SCHEMA, LAYOUT), grids)
+            parts[0].learn_rates()
+            for name, ids in parts[1].ids.items():
+                ids.score_edges, ids.score_rates = parts[0].ids[name].score_edges, parts[0].ids[name].score_rates
+        for place, (rows, columns) in enumerate(EncodedRows(prepared.split(split), LAYOUT).stream(700, COLUMNS)):
+            parts[place % 2].add(split, rows, columns)
+    parts[0].merge(parts[1])
+    assert _numbers(parts[0]) == _numbers(whole)
+
+
+def _numbers(sums: Sums) -> str:
+    """Everything that was summed, as text."""
+    found = [vars(each) for each in (*sums.ids.values(), *sums.numbers.values())]
+    found += [vars(each) for each in sums.splits.values()]
+    text = {str(key): vars(labels) for key, labels in sorted(sums.weeks.items())}
+
+    def plain(value):
+        return value.tolist() if hasattr(value, "tolist") else vars(value)
+
+    return json.dumps([found, text], default=plain, sort_keys=True)

@@ -1,0 +1,114 @@
+"""The page stands alone and escapes what comes from the data; the numbers are JSON by the letter."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from mmoe_rec.inspection.page import page
+from mmoe_rec.inspection.report import write
+from mmoe_rec.inspection.terminal import show
+from tests.inspection.encoded_data import changed, health_of_frames, random_frames
+
+EVIL = "<script>alert('x')</script>\"&"
+VOID = {"meta", "br", "wbr"}
+
+
+class Balanced(HTMLParser):
+    """Checks that every element is closed in order, and collects what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.targets += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def health(tmp_path_factory) -> dict:
+    def drift(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame["dense.price"] += 3
+            frame["label.stars"] = np.nan
+
+    left_out = [{"file": f"logs/{EVIL}.parquet", "reason": EVIL}]
+    found = health_of_frames(tmp_path_factory.mktemp("rows"), changed(1, drift), left_out=left_out, log=EVIL)
+    found["name"] = EVIL
+    found["features"][0]["name"] = found["features"][0]["columns"][0] = EVIL
+    found["features"][0]["inputs"][0]["bins"][0]["bin"] = EVIL
+    found["tables"][0]["name"] = EVIL
+    return found
+
+
+def parsed(text: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_stands_alone(health):
+    text = page(health)
+    parser = parsed(text)
+    assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", text)
+    assert parser.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
+    assert parser.targets
+    assert {target.removeprefix("#") for target in parser.targets} <= parser.ids
+
+
+def test_names_from_the_data_are_escaped(health):
+    text = page(health)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_page_says_what_is_wrong_or_that_nothing_is(health, tmp_path):
+    text = page(health)
+    for words in ("2 problems and 1 warning found", "Strong drift", "Files left out", "Tasks without labels"):
+        assert words in text
+    assert "Nothing suspicious found" not in text
+    assert "Nothing suspicious found" in page(health_of_frames(tmp_path, random_frames(5)))
+
+
+def test_files_are_json_without_nan_and_the_page(health, tmp_path):
+    def forbidden(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    write(health, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["health.html", "health.json"]
+    read = json.loads((tmp_path / "out" / "health.json").read_text(), parse_constant=forbidden)
+    assert read == health
+    assert read["overview"]["splits"]["test"]["tasks"]["stars"]["rate"] is None
+    assert (tmp_path / "out" / "health.html").read_text() == page(health)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_shows_every_feature(health, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    for part in show(health, width):
+        console.print(part)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for feature in health["features"][1:]:
+        described = f".* {feature['kind']} " if width == 120 else ""
+        assert re.search(rf"^ {feature['name']} {described}", text, re.MULTILINE), feature["name"]
+    assert "problem: " in text

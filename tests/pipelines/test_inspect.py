@@ -1,0 +1,77 @@
+"""The command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import inspect
+from tests.pipelines.learnable_log import ROWS, write_files
+
+ROOT = Path(inspect.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    # Its requests draw candidates with replacement.
+    return write_files(folder, data={"log": str(folder / "log"), "work": str(folder / "work"), "duplicates": "keep"})
+
+
+def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
+    inspect.main(["--config", str(config), "--training.epochs", "3"])
+    out = config.parent / "work" / "inspection"
+    printed = capsys.readouterr().out
+    assert f"report: {out / 'health.html'}\n" in printed
+    assert f"numbers: {out / 'health.json'}\n" in printed
+    assert printed.endswith(f"next: python -m pipelines.train --config {config} --training.epochs 3\n")
+    health = json.loads((out / "health.json").read_text())
+    assert health["name"] == "learnable"
+    assert health["overview"]["rows_in_splits"] == ROWS
+    features = {each["name"]: each for each in health["features"]}
+    assert set(features) == {"user", "item", "price", "slot", "clicked", "item_click"}
+    assert all(each["inputs"] for each in features.values())
+    assert 0.6 < features["item"]["auc"]["click"] < 0.98
+    bins = [each["bin"] for each in features["item"]["inputs"][0]["bins"]]
+    assert set(bins[:40]) == set(map(str, range(40))), "bins of ids have the ids' names"
+    assert (out / "health.html").read_text().startswith("<!doctype html>")
+
+
+def test_out_says_where_and_features_at_hand_are_taken(config, tmp_path, capsys):
+    inspect.main(["--config", str(config)])
+    manifest = config.parent / "work" / "features" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    inspect.main(["--config", str(config), "--out", str(tmp_path / "there")])
+    assert manifest.stat().st_mtime_ns == written
+    assert (tmp_path / "there" / "health.html").is_file()
+    assert str(tmp_path / "there" / "health.html") in capsys.readouterr().out
+
+
+def test_it_imports_no_torch(config, tmp_path):
+    code = (
+        "import sys; from pipelines import inspect; "
+        f"inspect.main(['--config', {str(config)!r}, '--out', {str(tmp_path)!r}]); "
+        "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_at_once():
+    started = time.monotonic()
+    words = [sys.executable, "-m", "pipelines.inspect", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--out DIR" in done.stdout
+    assert time.monotonic() - started < 5
+
+
+def test_a_wrong_log_is_told_of_in_one_line(config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        inspect.main(["--config", str(config), "--data.log", str(config.parent / "nowhere")])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

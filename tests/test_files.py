@@ -1,0 +1,267 @@
+"""Files are found and opened alike on disk, in memory and on an S3 server; what can't be reached says so soon."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec import files
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.log import BadFile, Log
+from mmoe_rec.files import find_files, open_file, path_values
+from mmoe_rec.schema import Schema
+
+TABLE = pa.table({"x": [1, 2, 3]})
+VISIBLE = ["a-b.parquet", "a/0.parquet", "a/b/1.parquet", "day=__HIVE_DEFAULT_PARTITION__/2.parquet", "c.parquet"]
+HIDDEN = ["_metadata.parquet", ".c.parquet", "_temporary/0/3.parquet", ".log.1a2b.tmp/4.parquet", "a/readme.txt"]
+
+
+def _write(address: str, table: pa.Table = TABLE) -> None:
+    with fsspec.open(address, "wb", auto_mkdir=True) as handle:
+        pq.write_table(table, handle)
+
+
+def _names(source: str, base: str) -> list[str]:
+    return [file.address.partition(base)[2].lstrip("/") for file in find_files(source)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of an S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    threaded = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    threaded.start()
+    host, port = threaded.get_host_and_port()
+    yield f"http://{host}:{port}"
+    threaded.stop()
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """An AWS environment of the test's own."""
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(server: str, aws: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of an empty bucket."""
+    import s3fs
+
+    aws.setenv("AWS_ENDPOINT_URL", server)
+    system = s3fs.S3FileSystem()
+    system.mkdir("bucket")
+    yield "s3://bucket"
+    system.invalidate_cache()
+    system.rm("bucket", recursive=True)
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder to write to."""
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/deep/log"
+        return
+    yield str(tmp_path / "log") if request.param == "disk" else "memory://deep/log"
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_what_is_found_is_the_same_everywhere(place):
+    for name in VISIBLE + HIDDEN:
+        _write(f"{place}/{name}")
+    assert _names(place, "/log") == sorted(VISIBLE)
+    assert _names(f"{place}/", "/log") == sorted(VISIBLE)
+    assert _names(f"{place}/**/*.parquet", "/log") == sorted(VISIBLE)
+    assert _names(f"{place}/*.parquet", "/log") == ["a-b.parquet", "c.parquet"]
+    assert _names(f"{place}/[ad]*", "/log") == sorted(set(VISIBLE) - {"c.parquet"})
+    assert _names(f"{place}/_*.parquet", "/log") == ["_metadata.parquet"]
+    assert _names(f"{place}/_metadata.parquet", "/log") == ["_metadata.parquet"]
+    assert _names(f"{place}/a/b/1.parquet", "/log") == ["a/b/1.parquet"]
+    for file in find_files(place):
+        with open_file(file.address) as handle:
+            assert handle.size() == file.bytes
+            assert pq.read_table(handle).equals(TABLE)
+
+
+def test_a_file_that_is_written_again_has_another_version(place):
+    _write(f"{place}/0.parquet")
+    _write(f"{place}/1.parquet")
+    before = find_files(place)
+    assert find_files(place) == before
+    _write(f"{place}/1.parquet", pa.table({"x": [1, 2, 4]}))
+    after = find_files(place)
+    assert after[0] == before[0]
+    assert after[1].bytes == before[1].bytes
+    assert after[1].version != before[1].version
+
+
+def test_nothing_there(place):
+    _write(f"{place}/readme.txt")
+    with pytest.raises(UserError, match=r"the log '.*/log' holds no \*.parquet file; set `data.log` to a folder"):
+        find_files(place)
+    for missing in ("other", "*.parquet", "other/*.parquet", "0.parquet"):
+        with pytest.raises(UserError, match=r"the log '.*' does not exist; set `data.events.x.path` to a folder"):
+            find_files(f"{place}/{missing}", "data.events.x.path")
+
+
+def test_a_folder_with_the_name_of_a_file(place):
+    _write(f"{place}/day.parquet/0.parquet")
+    assert _names(place, "/log") == ["day.parquet/0.parquet"]
+    assert _names(f"{place}/*.parquet", "/log") == ["day.parquet/0.parquet"]
+
+
+def test_file_addresses_are_local_paths(tmp_path):
+    _write(str(tmp_path / "0.parquet"))
+    assert find_files(f"file://{tmp_path}") == find_files(str(tmp_path))
+
+
+def test_values_in_paths():
+    assert path_values("s3://b/log/day=7/brand=a%2Fb%20c/x=__HIVE_DEFAULT_PARTITION__/q=1.parquet") == {
+        "day": "7",
+        "brand": "a/b c",
+        "x": None,
+    }
+    assert path_values("log/a=b=c/d=/0.parquet") == {"a": "b=c", "d": ""}
+
+
+# What can't be reached
+
+
+@pytest.mark.parametrize("address", ["s3://nowhere-at-all", "s3://nowhere-at-all/log", "s3://nowhere-at-all/log/*"])
+def test_a_missing_bucket(bucket, address):
+    with pytest.raises(UserError) as caught:
+        find_files(address)
+    assert str(caught.value).startswith(f"the log '{address}' does not exist; set `data.log`")
+
+
+def test_an_unreachable_bucket_answers_soon(aws):
+    aws.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    started = time.monotonic()
+    message = "'s3://bucket/log' cannot be reached .*127.0.0.1:1.*; check the address, the network and the endpoint"
+    with pytest.raises(UserError, match=message):
+        find_files("s3://bucket/log")
+    assert time.monotonic() - started < 8
+
+
+def test_a_bucket_that_never_answers(aws):
+    aws.setattr(files, "FIRST_ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"'s3://bucket/log' did not answer within 0.5 seconds; check the network"):
+            find_files("s3://bucket/log")
+        assert time.monotonic() - started < 8
+
+
+def test_the_users_settings_of_retries_stay(monkeypatch):
+    from fsspec.config import conf
+
+    ours = files._s3_defaults()["config_kwargs"]
+    assert ours["retries"]["total_max_attempts"] == 3
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "9")
+    assert files._s3_defaults() == {"config_kwargs": {"connect_timeout": 3}}
+    monkeypatch.setitem(conf, "s3", {"config_kwargs": {"connect_timeout": 60, "signature_version": "x"}})
+    assert files._s3_defaults() == {"config_kwargs": {"connect_timeout": 60, "signature_version": "x"}}
+
+
+def test_no_credentials(server, aws):
+    aws.setenv("AWS_ENDPOINT_URL", server)
+    aws.delenv("AWS_ACCESS_KEY_ID")
+    aws.delenv("AWS_SECRET_ACCESS_KEY")
+    message = "'s3://bucket/log' cannot be read without credentials .*; set AWS_PROFILE or .*FSSPEC_S3_ANON=true"
+    with pytest.raises(UserError, match=message):
+        find_files("s3://bucket/log")
+
+
+@pytest.mark.parametrize(("protocol", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs")])
+def test_a_missing_package(monkeypatch, protocol, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+    with pytest.raises(UserError) as caught:
+        find_files(f"{protocol}://bucket/log")
+    message = f"'{protocol}://bucket/log' needs the package {package} ("
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith(f"`pip install {package}`, or install mmoe-rec with its extra `{extra}`")
+
+
+def test_addresses_that_nothing_reads():
+    with pytest.raises(UserError, match="'nothing://log' is no address that can be read: Protocol not known"):
+        find_files("nothing://log")
+    with pytest.raises(UserError, match="'simplecache::memory://log' is a chain of addresses"):
+        find_files("simplecache::memory://log")
+
+
+def test_a_file_that_is_gone_and_a_server_that_is_gone_differ(bucket, aws):
+    _write(f"{bucket}/0.parquet")
+    with pytest.raises(FileNotFoundError), open_file(f"{bucket}/1.parquet"):
+        pass
+    with aws.context() as elsewhere:
+        _new_environment(elsewhere, AWS_ENDPOINT_URL="http://127.0.0.1:1")
+        with pytest.raises(UserError, match=r"'s3://bucket/0.parquet' cannot be reached"):
+            open_file(f"{bucket}/0.parquet").__enter__()
+
+
+def test_a_server_that_is_gone_while_a_file_is_read(aws):
+    from moto.server import ThreadedMotoServer
+
+    threaded = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    threaded.start()
+    _new_environment(aws, AWS_ENDPOINT_URL="http://{}:{}".format(*threaded.get_host_and_port()), AWS_MAX_ATTEMPTS="1")
+    fsspec.filesystem("s3").mkdir("brief")
+    _write("s3://brief/0.parquet", pa.table({"x": range(10_000)}))
+    with open_file("s3://brief/0.parquet") as handle, pq.ParquetFile(handle, pre_buffer=True) as parquet:
+        assert parquet.metadata.num_rows == 10_000
+        threaded.stop()
+        with pytest.raises(UserError, match=r"'s3://brief/0.parquet' cannot be reached"):
+            parquet.read()
+
+
+def _new_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_log_on_s3(bucket):
+    schema = Schema.model_validate(
+        {
+            "columns": {"user": "user", "candidate": "item", "time": "time", "time_unit": "s"},
+            "tasks": {"click": {"label": "click", "objective": "engagement"}},
+            "features": {"item": {"kind": "id", "column": "item"}},
+            "roles": {},
+        }
+    )
+    users = list(range(50))
+    columns = {"user": users, "time": users, "click": [0, 1] * 25}
+    for item in (7, 8):
+        _write(f"{bucket}/log/item={item}/0.parquet", pa.table(columns))
+    log = Log(f"{bucket}/log", schema)
+    assert [file.address for file in log.files] == [f"{bucket}/log/item={item}/0.parquet" for item in (7, 8)]
+    tables = [rows.table for part in log.parts(50) for rows in log.reader.read(part)]
+    assert [table["user"].to_pylist() for table in tables] == [users] * 2
+    assert [table["item"].to_pylist() for table in tables] == [[7] * 50, [8] * 50]
+
+    with fsspec.open(f"{bucket}/log/item=9/0.parquet", "wb") as handle:
+        handle.write(b"PAR1, or what is left of it")
+    with pytest.raises(BadFile, match=r"^'s3://bucket/log/item=9/0.parquet' is not a readable Parquet file"):
+        Log(f"{bucket}/log", schema)
+    assert Log(f"{bucket}/log", schema, skip_bad_files=True).files == log.files
