@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmoe_rec.batches.position import Position
 from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.layout import Layout
 
@@ -71,15 +72,15 @@ class Batch:
     """B rows of a `Layout`.
 
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
-    `layout.dense`; labels: (B, T) float32, 0 where unobserved; observed: (B, T) bool; position: rows of the epoch that
-    are consumed once this batch is done.
+    `layout.dense`; labels: (B, T) float32, 0 where unobserved; observed: (B, T) bool; position: where a reader goes on
+    once this batch is done; None for rows that are not read in a training order.
     """
 
     ids: Any
     dense: Tensor
     labels: Tensor
     observed: Tensor
-    position: int = 0
+    position: Position | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -104,7 +105,12 @@ class Batch:
 
 
 def make_batch(
-    encoded: Encoded, layout: Layout, labels: np.ndarray | None = None, position: int = 0, *, torchrec: bool
+    encoded: Encoded,
+    layout: Layout,
+    labels: np.ndarray | None = None,
+    position: Position | None = None,
+    *,
+    torchrec: bool,
 ) -> Batch:
     """Encoded rows and their labels as a batch.
 

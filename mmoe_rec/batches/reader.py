@@ -1,31 +1,25 @@
 """Training batches: one seeded order of all rows an epoch, of which each rank reads its slices.
 
-The order depends on the seed and the epoch, not on the number of ranks: the row groups of all files are permuted and
-cut into windows of about `shuffle_window` rows, and the rows of a window are permuted together. The global batch is the
-next `batch_size` rows of that order, so a position in it is all that an exact resume needs, with any number of ranks.
+The global batch is the next `batch_size` rows of the order, arranged by row group, and each rank takes its slots of it.
+Neither depends on the number of ranks, so a position in the order is all that an exact resume needs. As a rank's slots
+lie at the same place of every batch, it reads only its share of the row groups; the ranks overlap in one group for each
+border between two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain, groupby
 
 import numpy as np
 
-from mmoe_rec.batches.prefetch import Prefetch
+from mmoe_rec.batches.order import EpochOrder
+from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.rows import EncodedRows, Rows
-from mmoe_rec.errors import UserError
-
-
-@dataclass(frozen=True)
-class Window:
-    """Rows start to stop (exclusive) of an epoch's order: those of `groups`, permuted by draw `number` of the seed."""
-
-    number: int
-    start: int
-    stop: int
-    groups: list[tuple[int, int]]
+from mmoe_rec.batches.shares import Share, Split
 
 
 class TrainingReader:
@@ -36,8 +30,8 @@ class TrainingReader:
     some rows appear again right after themselves, and such a copy has only NaN labels. So no row is lost or counted
     twice, and the real rows are spread evenly over the ranks.
 
-    Memory: the rank's share of two windows, the one in use and the one that a thread makes ready, and while it does
-    that, all rows of the latter. A window has at most `shuffle_window` rows, or one row group where that has more.
+    Row groups are decoded by `threads` threads, one window ahead. Memory: this rank's row groups of two windows, the
+    one in use and the one ahead. A window has at most `shuffle_window` rows, or one row group where that has more.
     """
 
     def __init__(
@@ -49,6 +43,7 @@ class TrainingReader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        threads: int = 2,
     ) -> None:
         assert batch_size >= 1
         assert 0 <= rank < world_size
@@ -58,87 +53,89 @@ class TrainingReader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.threads = threads
         self.rank_rows = -(-batch_size // world_size)
         self.batches_per_epoch = -(-rows.rows // batch_size)
 
-    def epoch(self, number: int, position: int = 0) -> Iterator[tuple[Rows, int]]:
-        """This rank's rows of each global batch after `position`, and the position after that batch.
+    def position(self, epoch: int, row: int = 0) -> Position:
+        """The position after `row` rows of an epoch."""
+        return Position(epoch, row, self.seed, self.shuffle_window, self.rows.rows, self.rows.fingerprint)
 
-        A position counts the rows of the epoch's order that all ranks together have consumed; from a position that this
-        gave, any world size goes on with exactly the rest, given the same files, seed and `shuffle_window`. The arrays
-        are views of a window: do not write to them, and keep none, for each keeps its window in memory. Raises
-        UserError for a position outside the epoch and for a file that cannot be read.
+    def epoch(self, number: int, row: int = 0) -> Iterator[tuple[Rows, Position]]:
+        """This rank's rows of each global batch of one epoch after its first `row` rows, as `resume` gives them."""
+        return self.resume(self.position(number, row), number + 1)
+
+    def resume(self, position: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
+        """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
+
+        From a position that this gave to all ranks, any world size and batch size goes on with exactly the rest. Raises
+        UserError for a position that is not one of these rows, seed and `shuffle_window`, and for a file that cannot be
+        read.
         """
-        if not 0 <= position <= self.rows.rows:
-            raise UserError(
-                f"cannot resume at row {position} of an epoch of {self.rows.rows} rows: the encoded rows are not those "
-                "that the checkpoint was made with; train from the start or bring them back"
-            )
-        with closing(iter(Prefetch(self._shares(number, position), depth=1))) as shares:
-            for batch in cut(shares, self.rank_rows):
-                position = min(position + self.batch_size, self.rows.rows)
-                yield batch, position
+        position.check(self.position(position.epoch))
+        return self._read(position, epochs)
 
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """The windows of an epoch in order; together they hold every row once."""
-        order = self._generator(epoch, 0).permutation(len(self.rows.groups))
-        groups: list[tuple[int, int]] = []
-        number, start, stop = 1, 0, 0
-        for index in order:
-            count = int(self.rows.group_rows[index])
-            if groups and stop - start + count > self.shuffle_window:
-                # Sorted, so that row groups of one file are read together; the rows are permuted anyway.
-                yield Window(number, start, stop, sorted(groups))
-                number, start, groups = number + 1, stop, []
-            groups.append(self.rows.groups[index])
-            stop += count
-        yield Window(number, start, stop, sorted(groups))
+    def _read(self, start: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
+        decoded: dict[tuple[int, int], Future[Rows]] = {}
+        current: list[_Batch] = []
+        pool = ThreadPoolExecutor(self.threads, "reader")
+        try:
+            for ahead in chain(self._windows(start, epochs), [[]]):
+                needed = {
+                    (batch.order.epoch, piece.group): batch.order
+                    for batch in current + ahead
+                    for piece in batch.share.pieces
+                }
+                # Also lets go of the groups that no batch needs any more.
+                decoded = {
+                    key: decoded[key] if key in decoded else pool.submit(self._decode, order, key[1])
+                    for key, order in needed.items()
+                }
+                for batch in current:
+                    pieces = [
+                        decoded[batch.order.epoch, group].result().slice(first, stop)
+                        for group, first, stop in batch.share.pieces
+                    ]
+                    yield _joined(pieces, batch.share), batch.after
+                current = ahead
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _shares(self, epoch: int, position: int) -> Iterator[Rows]:
-        """This rank's rows of each window from `position` on."""
-        for window in self.windows(epoch):
-            if window.stop > position:
-                places, copies = self._places(position, max(window.start, position), window.stop)
-                permutation = self._generator(epoch, window.number).permutation(window.stop - window.start)
-                share = self.rows.read_row_groups(window.groups, permutation[places - window.start])
-                share.labels[copies] = np.nan
-                yield share
-                del share
+    def _windows(self, start: Position, epochs: int) -> Iterator[list[_Batch]]:
+        """This rank's batches after `start`; each list holds those that begin in the same window."""
+        split = cache(partial(Split, rank=self.rank, world_size=self.world_size, rank_rows=self.rank_rows))
+        for epoch in range(start.epoch, epochs):
+            order = self.order(epoch)
+            row = start.row if epoch == start.epoch else 0
+            for _, batches in groupby(order.batches(self.batch_size, row), key=lambda parts: parts[0].window.start):
+                found = []
+                for parts in batches:
+                    size = sum(int(part.counts.sum()) for part in parts)
+                    row += size
+                    found.append(_Batch(order, split(size).share(parts), self.position(epoch, row)))
+                yield found
 
-    def _places(self, begin: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the rows start to stop of the order this rank reads when it began at `begin`.
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch's rows."""
+        return EpochOrder(self.rows.group_rows, shuffle_window=self.shuffle_window, seed=self.seed, epoch=epoch)
 
-        Returns the places in the order, (n,) int64, never falling, and whether each is a copy of the one before, (n,)
-        bool.
-        """
-        batches = np.arange((start - begin) // self.batch_size, (stop - 1 - begin) // self.batch_size + 1)[:, None]
-        firsts = begin + batches * self.batch_size
-        sizes = np.minimum(self.batch_size, self.rows.rows - firsts)
-        slots = self.rank * self.rank_rows + np.arange(self.rank_rows)
-        all_slots = self.rank_rows * self.world_size
-        within = slots * sizes // all_slots
-        copies = within == (slots - 1) * sizes // all_slots
-        places = firsts + within
-        inside = (places >= start) & (places < stop)
-        return places[inside], copies[inside]
-
-    def _generator(self, epoch: int, draw: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, draw])
+    def _decode(self, order: EpochOrder, group: int) -> Rows:
+        return self.rows.read_row_groups([self.rows.groups[group]], order.permutation(group))
 
 
-def cut(parts: Iterator[Rows], size: int) -> Iterator[Rows]:
-    """Rows of all parts, `size` at a time: views, or a copy where a batch spans parts; rows left over are dropped."""
-    rest: Rows | None = None
-    for part in parts:
-        start = 0
-        if rest is not None:
-            start = min(size - len(rest), len(part))
-            rest = Rows.concatenate([rest, part.slice(0, start)])
-            if len(rest) < size:
-                continue
-            yield rest
-        ends = range(start + size, len(part) + 1, size)
-        for end in ends:
-            yield part.slice(end - size, end)
-        start = ends[-1] if ends else start
-        rest = part.slice(start, len(part)) if start < len(part) else None
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """This rank's share of a global batch, and the position after it."""
+
+    order: EpochOrder
+    share: Share
+    after: Position
+
+
+def _joined(pieces: list[Rows], share: Share) -> Rows:
+    rows = Rows.concatenate(pieces)
+    if share.index is not None:
+        rows = rows.take(share.index)
+    if share.copies is not None:
+        rows.labels[share.copies] = np.nan
+    return rows

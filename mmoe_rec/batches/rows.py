@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ class Rows:
         """Rows start to stop (exclusive, at most N), as views."""
         return Rows(self.encoded.slice(start, stop), self.labels[start:stop])
 
+    def take(self, rows: np.ndarray) -> Rows:
+        """The given rows, in the given order, as copies."""
+        return Rows(self.encoded.take(rows), self.labels[rows])
+
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts (at least one), in order, as copies."""
@@ -53,14 +59,16 @@ class EncodedRows:
     """The encoded rows of a folder, files in order of their names.
 
     `rows`: number of rows; `groups`: (file index, row group index) of every row group that has rows, in file order;
-    `group_rows`: (len(groups),) int64, the rows of each. Only the files' footers are read here. Raises UserError for a
-    missing folder, no rows, a file that cannot be read, or one without a column of the layout.
+    `group_rows`: (len(groups),) int64, the rows of each; `fingerprint`: of all footers, so of the values' statistics
+    and compressed sizes too. Only the footers are read here. Raises UserError for a missing folder, no rows, a file
+    that cannot be read, or one without a column of the layout.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout = layout
         self._files = _parquet_files(folder)
         self._metadata = [_footer(file) for file in self._files]
+        self.fingerprint = _fingerprint(self._files)
         types = _column_types(layout)
         self._columns = list(types)
         for file, metadata in zip(self._files, self._metadata, strict=True):
@@ -102,7 +110,10 @@ class EncodedRows:
         tables = []
         for file, run in groupby(groups, key=lambda group: group[0]):
             with _naming(self._files[file]), self._open(file) as parquet:
-                tables.append(parquet.read_row_groups([group for _, group in run], columns=self._columns))
+                # One thread: the reader decodes several groups at a time, beside a training step that needs the rest.
+                tables.append(
+                    parquet.read_row_groups([group for _, group in run], columns=self._columns, use_threads=False)
+                )
             self._forbid_nulls(tables[-1], self._files[file])
         return pa.concat_tables(tables)
 
@@ -161,6 +172,18 @@ def _parquet_files(folder: Path) -> list[Path]:
 def _footer(file: Path) -> pq.FileMetaData:
     with _naming(file):
         return pq.read_metadata(file)
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with _naming(file), file.open("rb") as content:
+            # A Parquet file ends with its footer, 4 bytes for the footer's length, and 4 letters.
+            content.seek(-8, os.SEEK_END)
+            length = int.from_bytes(content.read(4), "little")
+            content.seek(-8 - length, os.SEEK_END)
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
 
 
 def _group_counts(files: list[pq.FileMetaData]) -> Iterator[tuple[tuple[int, int], int]]:

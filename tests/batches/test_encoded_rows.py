@@ -56,6 +56,30 @@ def test_slices_and_their_concatenation(tmp_path: Path) -> None:
     assert_values(joined)
 
 
+def test_taken_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[12]])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
+    taken = rows.slice(2, 12).take(np.array([3, 3, 0, 9]))
+    assert numbers(taken).tolist() == [5, 5, 2, 11]
+    assert_values(taken)
+
+
+def test_the_fingerprint_is_of_the_values_and_the_row_groups(tmp_path: Path) -> None:
+    def fingerprint(name: str, sizes: list[list[int]], change: float | None = None) -> str:
+        write(tmp_path / name, sizes)
+        if change is not None:
+            rows = table(range(sum(sizes[0])))
+            index = rows.column_names.index("dense.age")
+            ages = rows.column("dense.age").to_numpy().copy()
+            ages[-1] = change
+            pq.write_table(rows.set_column(index, "dense.age", pa.array(ages)), tmp_path / name / "000.parquet")
+        return EncodedRows(tmp_path / name, LAYOUT).fingerprint
+
+    once = fingerprint("once", [[12]])
+    assert once == fingerprint("again", [[12]])
+    assert len({once, fingerprint("split", [[6, 6]]), fingerprint("changed", [[12]], -99.0)}) == 3
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder '.*nowhere'.*pipelines\.features"):
         EncodedRows(tmp_path / "nowhere", LAYOUT)

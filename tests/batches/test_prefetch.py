@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mmoe_rec.batches.prefetch import Prefetch
-from tests.batches.threads import prefetch_threads
+from tests.batches.threads import background_threads
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -33,7 +33,7 @@ class Counter:
 def test_items_in_order_then_no_thread() -> None:
     assert list(Prefetch(iter(range(1000)), depth=3)) == list(range(1000))
     assert list(Prefetch(iter([]))) == []
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -53,17 +53,17 @@ def test_early_end_of_the_loop_ends_the_thread_and_the_source() -> None:
         if item == 3:
             break
     assert counter.closed
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_close_ends_the_thread_and_the_source() -> None:
     counter = Counter()
     items = iter(Prefetch(counter.items()))
     next(items)
-    assert prefetch_threads()
+    assert background_threads()
     items.close()
     assert counter.closed
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_error_in_the_loop_ends_the_thread() -> None:
@@ -75,7 +75,7 @@ def test_error_in_the_loop_ends_the_thread() -> None:
 
     with pytest.raises(ValueError, match="consumer"):
         consume()
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_error_of_the_source_comes_after_its_items() -> None:
@@ -87,14 +87,14 @@ def test_error_of_the_source_comes_after_its_items() -> None:
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(KeyError, match="source"):
         next(items)
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_no_thread_before_the_first_item() -> None:
     counter = Counter()
     iter(Prefetch(counter.items()))
     assert counter.made == 0
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_waited_is_the_time_without_items() -> None:

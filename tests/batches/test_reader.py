@@ -1,4 +1,5 @@
 import math
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,8 @@ from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.batches.rows import EncodedRows, Rows
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write
-from tests.batches.threads import prefetch_threads
+from tests.batches.naive import global_batches as naive_batches
+from tests.batches.threads import background_threads
 
 FILES = [[13, 0, 8], [1], [], [20, 5, 9, 2], [0], [17]]
 TOTAL = 75
@@ -32,8 +34,9 @@ def readers(rows: EncodedRows, world_size: int, **changes: int) -> list[Training
 
 def global_batches(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Rows], int]]:
     for parts in zip(*(rank.epoch(epoch, position) for rank in ranks), strict=True):
-        assert len({after for _, after in parts}) == 1
-        yield [part for part, _ in parts], parts[0][1]
+        after = parts[0][1].row
+        assert {each for _, each in parts} == {ranks[0].position(epoch, after)}
+        yield [part for part, _ in parts], after
 
 
 def order(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> list[int]:
@@ -90,9 +93,90 @@ def test_resume_gives_exactly_the_rest(
     rows: EncodedRows, *, seed: int, epoch: int, position: int, world_size: int, batch_size: int, shuffle_window: int
 ) -> None:
     options = {"seed": seed, "shuffle_window": shuffle_window}
-    whole = order(readers(rows, 1, batch_size=7, **options), epoch)
+    whole = order(readers(rows, 1, batch_size=1, **options), epoch)
     assert sorted(whole) == list(range(TOTAL))
-    assert order(readers(rows, world_size, batch_size=batch_size, **options), epoch, position) == whole[position:]
+    resumed = readers(rows, world_size, batch_size=batch_size, **options)
+    starts = np.cumsum(rows.group_rows) - rows.group_rows
+    expected = naive_batches(resumed[0].order(epoch), batch_size, position)
+    for (parts, after), batch in zip(global_batches(resumed, epoch, position), expected, strict=True):
+        read = [row for part in parts for row in real(part)]
+        assert read == [int(starts[group]) + row for group, row in batch]
+        assert sorted(read) == sorted(whole[position:after])
+        position = after
+    assert position == TOTAL
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("row", [0, 12, 31, TOTAL])
+def test_resume_goes_on_through_the_following_epochs(rows: EncodedRows, world_size: int, row: int) -> None:
+    for reader in readers(rows, world_size):
+        expected = [*reader.epoch(1, row), *reader.epoch(2), *reader.epoch(3)]
+        found = list(reader.resume(reader.position(1, row), epochs=4))
+        assert [after for _, after in found] == [after for _, after in expected]
+        for (one, _), (other, _) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(numbers(one), numbers(other))
+            np.testing.assert_array_equal(one.labels, other.labels)
+        assert list(reader.resume(reader.position(1, row), epochs=1)) == []
+
+
+def test_positions_of_other_rows_seeds_and_windows_are_refused(rows: EncodedRows, tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[20, 20, 20, 15]])
+    regrouped = EncodedRows(tmp_path / "rows", LAYOUT)
+    assert regrouped.rows == TOTAL
+    reader = readers(rows, 1)[0]
+    reader.resume(readers(rows, 3, batch_size=7)[1].position(0, 5), 1)
+    for other, differs in [
+        (readers(rows, 1, seed=6)[0], "seed 6"),
+        (readers(rows, 1, shuffle_window=31)[0], "shuffle_window 31"),
+        (readers(regrouped, 1)[0], "fingerprint"),
+    ]:
+        with pytest.raises(UserError, match=f"resume at row 5 of epoch 0: .*{differs}"):
+            reader.resume(other.position(0, 5), 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_rank_decodes_only_its_row_groups_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    write(tmp_path / "rows", [[64] * 16, [64] * 16])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    decoded: list[tuple[int, int]] = []
+
+    def counting(groups: list[tuple[int, int]], take: np.ndarray) -> Rows:
+        decoded.extend(groups)
+        return EncodedRows.read_row_groups(rows, groups, take)
+
+    monkeypatch.setattr(rows, "read_row_groups", counting)
+    orders = []
+    for world_size in (1, 2, 4):
+        together = [
+            TrainingReader(
+                rows, batch_size=64, shuffle_window=512, seed=2, rank=rank, world_size=world_size, threads=threads
+            )
+            for rank in range(world_size)
+        ]
+        decoded.clear()
+        orders.append(order(together))
+        assert sorted(decoded) == rows.groups
+    assert sorted(orders[0]) == list(range(2048))
+    assert orders[1] == orders[2] == orders[0]
+
+
+def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "rows", [[16] * 32])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    references: list[weakref.ref[Rows]] = []
+
+    def tracked(groups: list[tuple[int, int]], take: np.ndarray) -> Rows:
+        read = EncodedRows.read_row_groups(rows, groups, take)
+        references.append(weakref.ref(read))
+        return read
+
+    monkeypatch.setattr(rows, "read_row_groups", tracked)
+    reader = readers(rows, 1, batch_size=16, shuffle_window=64)[0]
+    for _ in reader.resume(reader.position(0), epochs=2):
+        assert 4 <= sum(each() is not None for each in references) <= 2 * 4
+    assert len(references) == 64
 
 
 def test_resume_repeats_batches_bit_for_bit(rows: EncodedRows) -> None:
@@ -115,25 +199,24 @@ def test_epochs_and_seeds_differ_and_repeat(rows: EncodedRows) -> None:
 
 def test_windows_are_bounded_and_hold_every_row_group_once(rows: EncodedRows) -> None:
     reader = readers(rows, 1)[0]
-    sizes = dict(zip(rows.groups, rows.group_rows.tolist(), strict=True))
-    windows = list(reader.windows(3))
-    assert sorted(group for window in windows for group in window.groups) == rows.groups
+    windows = reader.order(3).windows
+    assert sorted(group for window in windows for group in window.groups) == list(range(len(rows.groups)))
     assert windows[0].start == 0
     assert windows[-1].stop == TOTAL
     for window, following in pairwise(windows):
         assert window.stop == following.start
     for window in windows:
-        assert window.stop - window.start == sum(sizes[group] for group in window.groups) <= 30
+        assert window.stop - window.start == rows.group_rows[window.groups].sum() <= 30
 
 
 def test_a_row_group_larger_than_the_window_is_a_window(rows: EncodedRows) -> None:
-    windows = list(readers(rows, 1, shuffle_window=3)[0].windows(0))
+    windows = readers(rows, 1, shuffle_window=3)[0].order(0).windows
     assert all(len(window.groups) == 1 for window in windows if window.stop - window.start > 3)
 
 
 def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[50] * 4, [50] * 4])
-    read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200))
+    read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200, batch_size=10))
     neighbours = np.mean(np.diff(read) == 1)
     assert neighbours < 0.05
     # Each window of 200 rows mixes four row groups: no stretch of 50 rows is of one.
@@ -144,7 +227,7 @@ def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
     reader = readers(rows, 1)[0]
     assert list(reader.epoch(0, TOTAL)) == []
     for position in (-1, TOTAL + 1):
-        with pytest.raises(UserError, match=f"resume at row {position} of an epoch of {TOTAL} rows"):
+        with pytest.raises(UserError, match=f"resume at row {position} of epoch 0: an epoch has {TOTAL} rows"):
             next(iter(reader.epoch(0, position)))
 
 
@@ -152,7 +235,7 @@ def test_a_stopped_epoch_leaves_no_thread(rows: EncodedRows) -> None:
     batches = readers(rows, 1)[0].epoch(0)
     next(batches)
     batches.close()
-    assert not prefetch_threads()
+    assert not background_threads()
 
 
 def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
@@ -161,4 +244,4 @@ def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
     (tmp_path / "rows" / "001.parquet").unlink()
     with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
         list(reader.epoch(0))
-    assert not prefetch_threads()
+    assert not background_threads()

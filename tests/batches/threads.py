@@ -3,6 +3,6 @@
 import threading
 
 
-def prefetch_threads() -> list[threading.Thread]:
-    """The threads of `Prefetch` that are alive."""
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+def background_threads() -> list[threading.Thread]:
+    """The threads of `Prefetch` and of readers that are alive."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("prefetch", "reader"))]

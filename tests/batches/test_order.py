@@ -1,0 +1,164 @@
+"""The order and the ranks' shares of it, without files."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.batches.order import EpochOrder
+from mmoe_rec.batches.shares import Share, Split
+from tests.batches.naive import Row, global_batches, slots, window_order
+
+IRREGULAR = [4000, 3238, 2875, 3214, 2804, 3276, 119, 3134, 2430, 3276, 365, 3116, 3168, 2863, 3276, 412, 2838, 3276]
+
+
+def epoch_order(sizes: list[int], shuffle_window: int, seed: int = 3, epoch: int = 0) -> EpochOrder:
+    return EpochOrder(np.array(sizes, np.int64), shuffle_window=shuffle_window, seed=seed, epoch=epoch)
+
+
+def shares(order: EpochOrder, batch_size: int, position: int, rank: int, world_size: int) -> list[Share]:
+    rank_rows = -(-batch_size // world_size)
+    return [
+        Split(
+            sum(int(part.counts.sum()) for part in parts), rank=rank, world_size=world_size, rank_rows=rank_rows
+        ).share(parts)
+        for parts in order.batches(batch_size, position)
+    ]
+
+
+def read(order: EpochOrder, share: Share) -> list[tuple[Row, bool]]:
+    """What a share stands for."""
+    joined = [
+        (group, row) for group, start, stop in share.pieces for row in order.permutation(group)[start:stop].tolist()
+    ]
+    index = range(len(joined)) if share.index is None else share.index.tolist()
+    copies = [False] * len(index) if share.copies is None else share.copies.tolist()
+    return [(joined[i], copy) for i, copy in zip(index, copies, strict=True)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    shuffle_window=st.integers(1, 120),
+    batch_size=st.integers(1, 60),
+    world_size=st.sampled_from([1, 2, 3, 5, 8]),
+    begin=st.floats(0, 1),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 50),
+)
+def test_shares_are_those_of_a_naive_loop(
+    *, sizes: list[int], shuffle_window: int, batch_size: int, world_size: int, begin: float, seed: int, epoch: int
+) -> None:
+    order = epoch_order(sizes, shuffle_window, seed, epoch)
+    position = round(begin * sum(sizes))
+    expected = global_batches(order, batch_size, position)
+    rank_rows = math.ceil(batch_size / world_size)
+    together: list[list[Row]] = [[] for _ in expected]
+    for rank in range(world_size):
+        found = [read(order, share) for share in shares(order, batch_size, position, rank, world_size)]
+        assert found == [slots(batch, rank, world_size, rank_rows) for batch in expected]
+        for batch, rows in zip(together, found, strict=True):
+            batch += [row for row, copy in rows if not copy]
+    assert together == expected
+    whole = [row for window in order.windows for row in window_order(order, window)]
+    assert sorted(whole) == [(group, row) for group, size in enumerate(sizes) for row in range(size)]
+    after = position
+    for batch in expected:
+        assert sorted(batch) == sorted(whole[after : after + batch_size])
+        after += len(batch)
+    assert after == len(whole)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=40),
+    shuffle_window=st.integers(1, 3000),
+    seed=st.integers(0, 1000),
+)
+def test_every_stretch_holds_rows_of_each_group_in_proportion(
+    *, sizes: list[int], shuffle_window: int, seed: int
+) -> None:
+    order = epoch_order(sizes, shuffle_window, seed)
+    for window in order.windows:
+        total = int(window.sizes.sum())
+        assert total <= shuffle_window or len(window.sizes) == 1
+        groups = np.arange(len(window.sizes))
+        counts = np.cumsum(window.mixed()[:, None] == groups, axis=0)
+        assert counts[-1].tolist() == window.sizes.tolist()
+        even = np.arange(1, total + 1)[:, None] * window.sizes / total
+        assert (np.abs(counts - even) <= 1 + len(groups) * window.sizes / total).all()
+
+
+@pytest.mark.parametrize("groups", [8, 64, 512])
+def test_borders_between_groups_hardly_move(groups: int) -> None:
+    """Of the first groups together, a stretch has as many rows as their share of it, but for a few."""
+    window = epoch_order([1000] * groups, 10**9).windows[0]
+    of_first = np.cumsum(window.mixed()[:, None] < np.arange(groups, step=max(1, groups // 16)), axis=0)
+    even = np.arange(1, 1000 * groups + 1)[:, None] * of_first[-1] / (1000 * groups)
+    assert np.abs(of_first - even).max() < 1.5 + 0.4 * math.log2(groups)
+
+
+def test_rows_of_a_group_are_permuted_anew_for_each_epoch_seed_and_group() -> None:
+    found = [
+        epoch_order([3000, 3000], 10**6, seed, epoch).permutation(group)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for group in (0, 1)
+    ]
+    for index, one in enumerate(found):
+        assert sorted(one) == list(range(3000))
+        assert abs(np.corrcoef(one, np.arange(3000))[0, 1]) < 0.1
+        for other in found[:index]:
+            assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+
+
+def test_windows_differ_between_epochs_and_seeds_and_repeat() -> None:
+    def found(seed: int, epoch: int) -> list[tuple[list[int], float]]:
+        return [(window.groups.tolist(), window.shift) for window in epoch_order([50] * 40, 500, seed, epoch).windows]
+
+    orders = [found(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert found(1, 1) == orders[-1]
+    assert len({tuple(groups) for each in orders for groups, _ in each}) == 16
+    assert len({shift for each in orders for _, shift in each}) == 16
+
+
+def groups_read(order: EpochOrder, batch_size: int, rank: int, world_size: int) -> list[int]:
+    """Of each window, how many row groups a rank reads."""
+    read = {piece.group for share in shares(order, batch_size, 0, rank, world_size) for piece in share.pieces}
+    return [len(read & set(window.groups.tolist())) for window in order.windows]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_equal_groups_are_read_by_one_rank_each(world_size: int) -> None:
+    order = epoch_order([512] * 48, 16 * 512)
+    for rank in range(world_size):
+        assert groups_read(order, 256, rank, world_size) == [16 // world_size] * 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("batch_size", [250, 409])
+def test_ranks_share_one_group_at_each_border(world_size: int, batch_size: int) -> None:
+    """Row groups of any sizes, and batches that span windows."""
+    order = epoch_order(IRREGULAR * 4, 26_214)
+    totals = np.zeros(len(order.windows), int)
+    for rank in range(world_size):
+        found = np.array(groups_read(order, batch_size, rank, world_size))
+        for number, window in enumerate(order.windows):
+            ends = np.cumsum(window.sizes) / window.sizes.sum()
+            starts = ends - window.sizes / window.sizes.sum()
+            own = int(((ends > rank / world_size) & (starts < (rank + 1) / world_size)).sum())
+            assert found[number] <= own + 2
+        totals += found
+    groups = np.array([len(window.groups) for window in order.windows])
+    # One more for each border, and a second where a border lies about between two groups.
+    assert (totals <= groups + 2 * (world_size - 1)).all()
+    assert totals.mean() <= groups.mean() + 1.5 * (world_size - 1)
+
+
+def test_more_ranks_than_groups_or_rows() -> None:
+    order = epoch_order([3, 2], 100)
+    found = [read(order, share) for rank in range(8) for share in shares(order, 5, 0, rank, 8)]
+    assert [len(rows) for rows in found] == [1] * 8
+    assert sorted(row for rows in found for row, copy in rows if not copy) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
