@@ -2,8 +2,9 @@
 
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, rows and labels of each split
+        files.json             the files of the logs that were taken in
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
-        counts/                what was counted to fit them, so that days can be added
+        counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
         encoded/layout.json    order of the model's inputs
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -57,9 +58,10 @@ class Prepared:
         return self.folder / "encoded" / name
 
     def is_built_from(self, fingerprint: str) -> bool:
-        """Whether the folder is there and of this fingerprint."""
+        """Whether the folder is there and of this fingerprint, or was extended to what a build of it would cover."""
         try:
-            return self.manifest["fingerprint"] == fingerprint
+            manifest = self.manifest
+            return fingerprint in (manifest["fingerprint"], manifest.get("extends", {}).get("stands_for"))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -135,6 +137,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
     serving, counts = folder / "serving", folder / "counts"
     for each in (serving, counts):
         each.mkdir()
+    save_files(logs, folder)
     with Steps(logs, windows, folder / "scratch") as steps:
         learnt = steps.learn(statistics=True)
         logs = steps.logs
@@ -161,6 +164,24 @@ def save_counts(pipeline: FeaturePipeline, folder: Path) -> None:
         pq.write_table(counts.to_table(), folder / f"{name}.parquet", compression="zstd")
 
 
+def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
+    """Adds what `save_counts` wrote to the counts of a pipeline of the same schema."""
+    for name, counts in pipeline.counts.items():
+        counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
+
+
+def save_files(logs: Logs, folder: Path) -> None:
+    """Writes which files the logs have: one object for the interaction log, then one for each log of events."""
+    found = [
+        {
+            "log": each.source,
+            "files": [[file.address, file.bytes, file.version, file.partition] for file in each.files],
+        }
+        for each in logs.all
+    ]
+    (folder / "files.json").write_text(json.dumps(found), encoding="utf-8")
+
+
 def save_latest(learnt: Learnt, folder: Path) -> None:
     """Writes the latest attributes of users and candidates."""
     for name, parts in (("user", learnt.users), ("candidate", learnt.candidates)):
@@ -179,6 +200,7 @@ def describe(logs: Logs, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict
         "left_out": [{"file": left.address, "reason": left.reason} for each in logs.all for left in each.left_out],
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
+        "request_microseconds": [learnt.first[0], learnt.last[0]],
         "splits": {name: asdict(each) for name, each in splits.items()},
     }
 

@@ -74,24 +74,21 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def answers(self, memory: CounterMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
         """Statistics before they are standardised."""
-        # A binary search of sorted keys stays within the cache: several times faster for many rows.
-        order = np.argsort(keys)
         now = memory.as_of(times)
-        groups = memory.events.groups(keys[order])
-        last = memory.events.last_at(groups, memory.events.ranks(now)[order])
+        last = memory.events.last(keys, now)
         result: dict[str, np.ndarray] = {}
         for window in self.feature.window_days:
             count, label_sum = memory.totals(last)
             if window is not None:
-                start = memory.events.ranks(now - round(window * MICROSECONDS_PER_DAY))
-                count_before, sum_before = memory.totals(memory.events.last_at(groups, start[order]))
+                start = memory.events.last(keys, now - round(window * MICROSECONDS_PER_DAY))
+                count_before, sum_before = memory.totals(start)
                 count, label_sum = count - count_before, label_sum - sum_before
             for output in self.feature.outputs:
                 if output != "recency":
                     result[f"{self.name}_{output}{_suffix(window)}"] = self._statistic(output, count, label_sum)
         if "recency" in self.feature.outputs:
-            result[f"{self.name}_recency"] = _recency(memory, last, now[order])
-        return {name: _put_back(values, order) for name, values in result.items()}
+            result[f"{self.name}_recency"] = _recency(memory, last, now)
+        return dict(result)
 
     def _statistic(self, output: str, count: np.ndarray, label_sum: np.ndarray) -> np.ndarray:
         match output:
@@ -156,10 +153,3 @@ def _recency(memory: CounterMemory, index: np.ndarray, now: np.ndarray) -> np.nd
     last = np.where(index >= 0, memory.last_positive[index], NEVER)
     days = (now - last.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(last == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
-
-
-def _put_back(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(N,) `values` that stand in `order`, in the order before."""
-    result = np.empty_like(values)
-    result[order] = values
-    return result

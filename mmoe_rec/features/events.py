@@ -12,34 +12,40 @@ from functools import cached_property
 
 import numpy as np
 
-_TIME_BITS = np.int64(32)
+# Where there are so many times more events than rows, rows are searched for one by one.
+_ROWS_OF_A_SEARCH = 16
+_NUMBER_BITS = np.int64(32)
 
 
 @dataclass(frozen=True)
-class Places:
-    """One sortable number for each event's (key, known time), so that a single search answers many rows at once.
+class Arrival:
+    """The order in which events became known.
 
-    sorted: (E,) int64, number of the key and of the moment; moments: (M,) int64 distinct known times, rising.
+    number: (E,) int64 of each event, rising with its known time; known: (A,) int64 rising known times by that number,
+    which may count further events.
     """
 
-    sorted: np.ndarray
-    moments: np.ndarray
+    number: np.ndarray
+    known: np.ndarray
 
-    def keep(self, events: np.ndarray) -> Places:
-        """The places of some events, (E,) bool; every moment keeps one."""
-        return Places(self.sorted[events], self.moments)
+    def of(self, events: np.ndarray) -> Arrival:
+        """The arrival of some of the events, (E,) bool."""
+        return Arrival(self.number[events], self.known)
 
 
 class KnownEvents:
-    """Events sorted by (key, known time), with a binary search for the last one known at a given time.
+    """Events sorted by (key, known time), and the last one known at a given time.
 
-    key: (E,) uint64; known: (E,) int64 microseconds; places: what `sort_events` gave with them.
+    key: (E,) uint64; known: (E,) int64 microseconds; arrival: of these events, where it is at hand.
     """
 
-    def __init__(self, key: np.ndarray, known: np.ndarray, places: Places | None = None) -> None:
+    def __init__(self, key: np.ndarray, known: np.ndarray, arrival: Arrival | None = None) -> None:
         self.key = key
         self.known = known
-        self._given = places
+        self._given = arrival
+
+    def __len__(self) -> int:
+        return len(self.key)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -53,40 +59,77 @@ class KnownEvents:
         return self.key[self.starts[:-1]]
 
     @cached_property
-    def _places(self) -> Places:
+    def _arrival(self) -> Arrival:
         if self._given is not None:
             return self._given
-        moments = _distinct(self.known)
-        group = np.repeat(np.arange(len(self.keys)), np.diff(self.starts))
-        return Places(_place(group, np.searchsorted(moments, self.known)), moments)
+        order = np.argsort(self.known)
+        number = np.empty(len(order), np.int64)
+        number[order] = np.arange(len(order))
+        return Arrival(number, self.known[order])
 
-    def __len__(self) -> int:
-        return len(self.key)
+    def last(self, keys: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """(N,) int64 index of the last event of each key, (N,) uint64, known at `times`, (N,) int64; -1 for none."""
+        if not len(self) or not len(keys):
+            return np.full(len(keys), -1, np.int64)
+        joined = None if len(keys) * _ROWS_OF_A_SEARCH < len(self) else self._joined(keys, times)
+        return self.last_of_groups(self.groups(keys), times) if joined is None else joined
 
     def groups(self, keys: np.ndarray) -> np.ndarray:
-        """(N,) int64 group of each key, -1 for a key without events; much faster where keys are sorted."""
+        """(N,) int64 number of each key among `self.keys`, -1 for a key without events."""
         if not len(self.keys):
             return np.full(len(keys), -1, np.int64)
         found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[found] == keys, found, -1)
 
-    def last(self, groups: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 index of the last event of each group known at `times` (N,), -1 where there is none."""
-        return self.last_at(groups, self.ranks(times))
+    def last_of_groups(self, groups: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """`last` by binary search, for keys by their number."""
+        arrived = np.searchsorted(self._arrival.known, times, side="right")
+        wanted = (np.maximum(groups, 0) << _NUMBER_BITS) | arrived
+        index = np.searchsorted(self._places, wanted, side="left") - 1
+        return np.where((groups >= 0) & (index >= self.group_starts(groups)), index, -1)
 
-    def ranks(self, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 number of the last moment at which anything became known by `times`, -1 before the first one."""
-        return np.searchsorted(self._places.moments, times, side="right") - 1
-
-    def last_at(self, groups: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """`last`, for moments by their number."""
-        wanted = _place(np.maximum(groups, 0), np.maximum(ranks, 0))
-        index = np.searchsorted(self._places.sorted, wanted, side="right") - 1
-        return np.where((groups >= 0) & (ranks >= 0) & (index >= self.group_starts(groups)), index, -1)
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """(E,) one rising number for each event's key and arrival, so that a single search answers all rows at once."""
+        group = np.repeat(np.arange(len(self.keys)), np.diff(self.starts))
+        return (group << _NUMBER_BITS) | self._arrival.number
 
     def group_starts(self, groups: np.ndarray) -> np.ndarray:
         """(N,) int64 index of the first event of each group (0 for group -1)."""
         return self.starts[np.maximum(groups, 0)] if len(self.keys) else np.zeros(len(groups), np.int64)
+
+    def _joined(self, keys: np.ndarray, times: np.ndarray) -> np.ndarray | None:
+        """`last` by one sort of events and rows together by key and time, much faster for many rows.
+
+        None where two keys are alike in as many bits as there is room for.
+        """
+        number, known = self._arrival.number, self._arrival.known
+        arrived = np.searchsorted(known, times, side="right")
+        order = np.argsort(arrived) if (arrived[1:] < arrived[:-1]).any() else None
+        if order is not None:
+            keys, arrived = keys[order], arrived[order]
+        # Places in time of events and rows together: a row comes after the events that had arrived, before the next.
+        rows = np.arange(len(keys))
+        row_place = rows + arrived
+        rows_before = np.cumsum(np.bincount(arrived, minlength=len(known) + 1))
+        event_place = number + rows_before[number]
+        who = np.full(len(known) + len(keys), -1)
+        who[row_place] = rows
+
+        bits = len(who).bit_length()
+        codes = _codes(np.append(self.key, keys), 64 - bits)
+        if (codes[self.starts[1:-1]] == codes[self.starts[1:-1] - 1]).any():
+            return None
+        ordered = np.sort((codes << np.uint64(bits)) | np.append(event_place, row_place).view(np.uint64))
+        who = who[(ordered & np.uint64(2**bits - 1)).view(np.int64)]
+        is_row = who >= 0
+        index = (np.cumsum(~is_row) - 1)[is_row]
+        who = who[is_row]
+        # What stands before a row may be an event of another key.
+        found = (index >= 0) & (self.key[np.maximum(index, 0)] == keys[who])
+        result = np.empty(len(keys), np.int64)
+        result[who if order is None else order[who]] = np.where(found, index, -1)
+        return result
 
     def needed_since(self, moment: int) -> np.ndarray:
         """(E,) bool: events known after `moment`, and the last one before it of each key, which carries its totals."""
@@ -100,28 +143,38 @@ def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
     return times + max(1, matures_after)
 
 
-def sort_events(key: np.ndarray, known: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray, Places]:
-    """(E,) int64 order by key, then known time, then value (where it matters), so events may come in any order.
+def sort_events(key: np.ndarray, known: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray, Arrival]:
+    """(E,) int64 order by key, then known time, then value (where it matters), and the arrival of the sorted events.
 
-    Several times faster than `np.lexsort` where events come roughly in time order, as they do from a log.
+    Events may come in any order; in time order, as they do from a log, it is many times faster than `np.lexsort`.
     """
-    _, group = np.unique(key, return_inverse=True)
-    moments = _distinct(known)
-    place = _place(group, np.searchsorted(moments, known))
-    order = np.argsort(place)
-    place = place[order]
-    same = place[1:] == place[:-1]
-    if value is not None and same.any():
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        order[tied] = order[tied][np.lexsort((value[order[tied]], place[tied]))]
-    return order, Places(place, moments)
+    by_time = np.argsort(known) if (known[1:] < known[:-1]).any() else None
+    in_time = key if by_time is None else key[by_time]
+    bits = len(key).bit_length()
+    codes = _codes(in_time, 64 - bits)
+    ordered = np.sort((codes << np.uint64(bits)) | np.arange(len(key), dtype=np.uint64))
+    number = (ordered & np.uint64(2**bits - 1)).view(np.int64)
+    order = number if by_time is None else by_time[number]
+    code, sorted_key = ordered >> np.uint64(bits), key[order]
+    if ((code[1:] == code[:-1]) & (sorted_key[1:] != sorted_key[:-1])).any():
+        # Two keys are alike in as many bits as there is room for.
+        number = np.lexsort((np.arange(len(key)), in_time))
+        order = number if by_time is None else by_time[number]
+        sorted_key = key[order]
+    if value is not None:
+        moment = known[order]
+        same = (sorted_key[1:] == sorted_key[:-1]) & (moment[1:] == moment[:-1])
+        if same.any():
+            tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+            group = np.cumsum(np.append(True, ~same))[tied]
+            order[tied] = order[tied][np.lexsort((value[order[tied]], group))]
+    return order, Arrival(number, known if by_time is None else known[by_time])
 
 
-def _place(group: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    return (group << _TIME_BITS) | moment
-
-
-def _distinct(values: np.ndarray) -> np.ndarray:
-    """Sorted distinct values. `np.unique` is a hash table without need, many times slower than a sort of integers."""
-    ordered = np.sort(values)
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered
+def _codes(keys: np.ndarray, bits: int) -> np.ndarray:
+    """(N,) uint64 below 2^bits in the order of the keys; equal for keys that differ in their last bits only."""
+    if not len(keys):
+        return keys
+    least = keys.min()
+    width = int(keys.max() - least).bit_length()
+    return (keys - least) >> np.uint64(max(0, width - bits))

@@ -38,10 +38,10 @@ class Exchange:
         folder = self.folder / channel
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
+        whole = table.to_batches()[0]
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             for start, end in zip(ends - rows, ends, strict=True):
-                part = table.slice(start, end - start).to_batches()
-                writer.write_batch(part[0] if part else pa.RecordBatch.from_pylist([], schema=table.schema))
+                writer.write_batch(whole.slice(start, end - start))
         return rows
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
@@ -56,6 +56,19 @@ class Exchange:
         """The rows for a receiver as one table; None if there are none."""
         tables = list(self.receive(channel, receiver))
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
+
+
+def write_arrow(table: pa.Table, path: Path) -> None:
+    """Writes a table as an Arrow IPC file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """Reads a table that `write_arrow` wrote."""
+    with pa.OSFile(str(path), "rb") as file:
+        return pa.ipc.open_file(file).read_all()
 
 
 def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:

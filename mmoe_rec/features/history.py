@@ -50,8 +50,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
 
     def answers(self, memory: HistoryMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
         """Any number of table rows a row."""
-        groups = memory.events.groups(keys)
-        return {self.name: memory.last(groups, memory.as_of(times), self.feature.length)}
+        return {self.name: memory.last(keys, memory.as_of(times), self.feature.length)}
 
     def outline(self) -> Outline:
         """One id input with many ids a row, in the owner's table."""

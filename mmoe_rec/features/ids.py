@@ -29,6 +29,12 @@ class VocabularyOwner:
         feature = self.feature
         self.vocabulary = self.counts.vocabulary(feature.min_count, feature.max_size, feature.oov_buckets)
 
+    def grow(self) -> int:
+        """Gives ids that the counts now have often enough rows at the end; gives their number."""
+        before, feature = len(self.vocabulary.known), self.feature
+        self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
+        return len(self.vocabulary.known) - before
+
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows. Raises UserError naming the feature for ids of another type than trained on."""
         try:

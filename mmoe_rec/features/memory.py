@@ -8,6 +8,7 @@ next day's state, and events that do not fit into memory are taken in one stretc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ class CounterMemory(Memory):
         positive = np.append(self.last_positive, np.where(label > 0, known, NEVER))
         key, known = np.append(self.events.key, key), np.append(self.events.known, known)
 
-        order, places = sort_events(key, known, label_sum if fractions else None)
+        order, arrival = sort_events(key, known, label_sum if fractions else None)
         key, known = key[order], known[order]
         totals = (
             _running(key, rows[order]),
@@ -76,7 +77,7 @@ class CounterMemory(Memory):
             _running_last(key, positive[order]),
         )
         end_of_moment = np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True)
-        events = KnownEvents(key[end_of_moment], known[end_of_moment], places.keep(end_of_moment))
+        events = KnownEvents(key[end_of_moment], known[end_of_moment], arrival.of(end_of_moment))
         return CounterMemory(events, [each[end_of_moment] for each in totals], self.floor)
 
     def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,27 +126,29 @@ class HistoryMemory(Memory):
             return self
         key, known = np.append(self.events.key, key), np.append(self.events.known, known)
         items = np.append(self.items, items)
-        order, places = sort_events(key, known, items)
-        return HistoryMemory(KnownEvents(key[order], known[order], places), items[order], self.floor)
+        order, arrival = sort_events(key, known, items)
+        return HistoryMemory(KnownEvents(key[order], known[order], arrival), items[order], self.floor)
 
-    def last(self, groups: np.ndarray, times: np.ndarray, length: int) -> Ragged:
-        """The last `length` items of each group known at `times` (N,), oldest first."""
-        first, last = self._reach(groups, times, length)
-        lengths = np.where(last >= 0, last - first + 1, 0).astype(np.int32)
+    def last(self, keys: np.ndarray, times: np.ndarray, length: int) -> Ragged:
+        """The last `length` items of each of N keys known at `times`, oldest first."""
+        last = self.events.last(keys, times)
+        within_key = self._within_key
+        lengths = np.where(last >= 0, np.minimum(within_key[last] + 1, length), 0) if len(within_key) else last * 0
         ends = np.cumsum(lengths)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        return Ragged(self.items[np.repeat(first, lengths) + within], lengths)
+        index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(last + 1 - ends, lengths)
+        return Ragged(self.items[index], lengths.astype(np.int32))
 
-    def _reach(self, groups: np.ndarray, times: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        last = self.events.last(groups, times)
-        return np.maximum(self.events.group_starts(groups), last - length + 1), last
+    @cached_property
+    def _within_key(self) -> np.ndarray:
+        """(E,) int64 number of events of the same key before each event."""
+        counts = np.diff(self.events.starts)
+        return np.arange(len(self.events)) - np.repeat(self.events.starts[:-1], counts)
 
     def compacted(self, moment: int, length: int) -> HistoryMemory:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
-        groups = np.arange(len(self.events.keys))
-        # Later events keep those before them in reach until they become known themselves.
-        first, _ = self._reach(groups, np.full(len(groups), moment), length)
-        needed = np.arange(len(self.events)) >= np.repeat(first, np.diff(self.events.starts))
+        # The last `length` that are known by then; later events keep these in reach until they become known themselves.
+        known_by_then = np.add.reduceat(np.append(self.events.known <= moment, 0), self.events.starts[:-1])
+        needed = self._within_key >= np.repeat(known_by_then - length, np.diff(self.events.starts))
         events = KnownEvents(self.events.key[needed], self.events.known[needed])
         return HistoryMemory(events, self.items[needed], self._later_floor(moment))
 

@@ -141,6 +141,14 @@ class FeaturePipeline:
         for encoder in self.encoders.values():
             encoder.finish()
 
+    def grow(self) -> dict[str, int]:
+        """Takes ids that have become frequent into the vocabularies: feature -> number of new ids.
+
+        Rows of known ids, statistics and the scales of labels stay: a trained model relies on them.
+        """
+        self.__dict__.pop("layout", None)
+        return {name: owner.grow() for name, owner in self.owners.items()}
+
     def learn_answers(self, rows: LogRows) -> None:
         """Counts what the memories of this process say of training rows."""
         for encoder in self.memory_encoders.values():
@@ -261,7 +269,9 @@ def save_memory(tables: Iterator[pa.Table] | list[pa.Table], folder: Path, featu
         if writer is None:
             metadata = None if floor is None else {"floor": str(floor)}
             schema = table.schema.with_metadata(metadata)
-            writer = pq.ParquetWriter(folder / memory_file(feature), schema, compression="zstd")
+            writer = pq.ParquetWriter(
+                folder / memory_file(feature), schema, compression="zstd", compression_level=1, use_dictionary=False
+            )
         writer.write_table(table.replace_schema_metadata(schema.metadata))
     assert writer is not None
     writer.close()

@@ -116,7 +116,9 @@ class _SplitWriter:
     def _append(self, table: pa.Table) -> None:
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self.path, table.schema, compression="zstd", compression_level=1)
+            # Numbers seldom repeat, so a dictionary of them costs time and gains little; LZ4 is read fastest.
+            ids = [name for name in table.column_names if not name.startswith(("dense.", "label."))]
+            self._writer = pq.ParquetWriter(self.path, table.schema, compression="lz4", use_dictionary=ids)
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
 
     def close(self) -> None:

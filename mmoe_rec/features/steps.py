@@ -11,8 +11,9 @@ it.
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition
 from mmoe_rec.features.checks import check_times, place
+from mmoe_rec.features.exchange import read_arrow
 from mmoe_rec.features.learn import (
     DUPLICATES,
     LearnJob,
@@ -46,6 +47,7 @@ from mmoe_rec.schema import Schema
 ROWS_FOR_PROCESSES = 500_000
 _NEVER = np.iinfo(np.int64).max
 Result = TypeVar("Result")
+Source = TypeVar("Source", Log, EventRows)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Logs:
         now = None if options.future_times == "error" else _NEVER
         self.log = Log(source, schema, skip_bad_files=skip, left_out=self.left_out, now=now)
         self.events = [EventRows(name, self.log, skip_bad_files=skip, left_out=self.left_out) for name in schema.events]
+        self._not_read: Sequence[Collection[str]] = ()
 
     @property
     def all(self) -> list[Log | EventRows]:
@@ -86,7 +89,26 @@ class Logs:
     def without(self, bad: Sequence[BadFile]) -> Logs:
         """The same logs without further files."""
         left_out = {error.address: LeftOut(error.address, str(error)) for error in bad}
-        return Logs(self.log.source, self.schema, self.options, [*self.left_out, *left_out.values()])
+        logs = Logs(self.log.source, self.schema, self.options, [*self.left_out, *left_out.values()])
+        return logs.rest(self._not_read) if self._not_read else logs
+
+    def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
+        """The same logs, of which some files are not read: addresses for each of `all`.
+
+        Raises UserError where the other files of the interaction log have no rows.
+        """
+        rest = copy.copy(self)
+        rest._not_read = not_read
+        rest.log, *rest.events = map(_without_files, self.all, not_read)
+        if not rest.log.rows:
+            raise UserError(f"the new files of the log '{self.log.source}' have no rows")
+        return rest
+
+
+def _without_files(log: Source, addresses: Collection[str]) -> Source:
+    rest = copy.copy(log)
+    rest.files = [file for file in log.files if file.address not in addresses]
+    return rest
 
 
 class Steps:
@@ -114,7 +136,8 @@ class Steps:
 
     @property
     def _partitions(self) -> int:
-        return -(-self.logs.rows // self.logs.options.rows_in_memory)
+        # A row of the log is both an event and a look-up.
+        return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def learn(self, statistics: bool) -> Learnt:
         """Reads the logs once; `statistics`: whether vocabularies and the like are counted.
@@ -171,7 +194,7 @@ class Steps:
         before: folder with memories to go on from.
         """
         state = self.scratch / "state"
-        state.mkdir()
+        state.mkdir(parents=True)
         pipeline.save(state)
         options, partitions = self.logs.options, self._partitions
         job = AnswerJob(
@@ -189,7 +212,7 @@ class Steps:
                 mine.merge(counts[answer])
             floors[name] = floor
         for name, floor in floors.items():
-            parts = (pq.read_table(job.memory_part(name, number)) for number in range(partitions))
+            parts = (read_arrow(job.memory_part(name, number)) for number in range(partitions))
             save_memory(parts, folder, name, floor)
         shutil.rmtree(self.scratch / "memories", ignore_errors=True)
 

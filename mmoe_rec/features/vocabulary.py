@@ -72,6 +72,17 @@ class Vocabulary:
         self.known = known
         self.oov_buckets = oov_buckets
 
+    def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
+        """With rows at the end for ids that have become frequent, in the order by count; no known id moves."""
+        new = counts.vocabulary(min_count, None, self.oov_buckets).known
+        if len(self.known) and len(new):
+            new = new.filter(pc.invert(pc.is_in(new, self.known)))
+        if max_size is not None:
+            new = new[: max(0, max_size - len(self.known))]
+        if not len(new):
+            return self
+        return Vocabulary(pa.concat_arrays([self.known, new]) if len(self.known) else new, self.oov_buckets)
+
     @property
     def rows(self) -> int:
         """Rows of the embedding table."""

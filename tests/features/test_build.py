@@ -145,8 +145,8 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     (folder / "9.parquet").write_bytes(b"not Parquet")
     prepared = prepare(str(folder), SCHEMA, WINDOWS, tmp_path / "some", BuildOptions(skip_bad_files=True))
     left_out = prepared.manifest["left_out"]
-    assert [Path(each["file"]).name for each in left_out] == ["9.parquet", "1.parquet"]
-    assert "holds 7" in left_out[1]["reason"]
+    assert [Path(each["file"]).name for each in left_out] == ["1.parquet", "9.parquet"]
+    assert "holds 7" in left_out[0]["reason"]
     good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
     whole = prepare(str(good), SCHEMA, WINDOWS, tmp_path / "whole")
     assert files_of(prepared.folder / "encoded") == files_of(whole.folder / "encoded")
