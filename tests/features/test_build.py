@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from small_logs import (
     write_log,
 )
 
+from mmoe_rec.engines import EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import answer, log, splits, steps
 from mmoe_rec.features.build import Prepared, prepare
@@ -54,7 +56,7 @@ def small_pieces(monkeypatch):
 
 def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
     rows = [0, *edges, table.num_rows]
-    return [table.slice(start, end - start) for start, end in zip(rows[:-1], rows[1:], strict=True)]
+    return [table.slice(start, end - start) for start, end in pairwise(rows)]
 
 
 def _encoded(prepared: Prepared, split: str) -> tuple[Encoded, pa.Table]:
@@ -97,23 +99,45 @@ def test_no_order_of_files_changes_state_or_encoding(tmp_path, small_pieces):
         assert mine.equals(theirs)
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_no_engine_and_no_number_of_workers_changes_a_byte(tmp_path, monkeypatch, engine):
-    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+@pytest.fixture(scope="module")
+def ray_is_running():
+    """Ray, started once as the engine starts it: it takes its time."""
+    with open_engine("ray", 2):
+        yield
+
+
+def _alike_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
     source = str(write_log(tmp_path / "log", *_cut(random_log(7, rows=400), 100, 150)))
-    alone = prepare(source, SCHEMA, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=100))
-    options = BuildOptions(engine=engine, workers=2, rows_in_memory=100)
+    alone = prepare(source, SCHEMA, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    options = BuildOptions(engine=engine, workers=2, rows_in_memory=300)
     assert files_of(prepare(source, SCHEMA, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
 
 
-def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
     table = random_log(8)
     wrong = table.set_column(table.column_names.index("click"), "click", pa.array([2.0] * table.num_rows))
     source = str(write_log(tmp_path / "log", table, wrong))
     with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
-        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(workers=2))
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(engine=engine, workers=2))
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_several_processes_change_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+    _alike_on_two_workers(tmp_path, "local")
+
+
+def test_ray_changes_no_byte(tmp_path, ray_is_running):
+    _alike_on_two_workers(tmp_path, "ray")
+
+
+def test_a_process_says_what_is_wrong_with_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+    _wrong_on_two_workers(tmp_path, "local")
+
+
+def test_ray_says_what_is_wrong_with_the_log(tmp_path, ray_is_running):
+    _wrong_on_two_workers(tmp_path, "ray")
 
 
 def test_rows_that_occur_twice(tmp_path, small_pieces):

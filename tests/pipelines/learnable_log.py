@@ -21,7 +21,7 @@ def learnable_log(seed: int = 0, rows: int = ROWS) -> pa.Table:
     requests = rows // 4
     times = np.sort(random.uniform(0, DAYS * 86_400e6, requests)).astype(np.int64)
     user, request = random.integers(0, 80, requests).repeat(4), np.arange(requests).repeat(4)
-    item, price = random.integers(0, 40, rows), random.normal(size=rows)
+    item, price = random.random((requests, 40)).argsort(1)[:, :4].ravel(), random.normal(size=rows)
     slot = np.tile(np.arange(4), requests)
     logit = 1.2 * (user_taste[user] * item_taste[item]).sum(1) + item_quality[item] - 0.5 * price - 0.3 * slot
     click = logit + random.logistic(size=rows) > 0.5

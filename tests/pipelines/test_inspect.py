@@ -19,8 +19,7 @@ ROOT = Path(inspect.__file__).parents[1]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    # Its requests draw candidates with replacement.
-    return write_files(folder, data={"log": str(folder / "log"), "work": str(folder / "work"), "duplicates": "keep"})
+    return write_files(folder)
 
 
 def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):

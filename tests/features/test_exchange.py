@@ -1,0 +1,42 @@
+"""The exchange of rows through files: every row arrives once, in order, at the receiver it was sent to."""
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.features.exchange import Exchange, key_range, partition_of, read_arrow, write_arrow
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4), receivers=st.integers(1, 5), seed=st.integers(0, 99))
+def test_rows_arrive_once_and_in_order(tmp_path_factory, sizes, receivers, seed):
+    exchange = Exchange(tmp_path_factory.mktemp("exchange"), receivers)
+    random = np.random.default_rng(seed)
+    sent = [random.integers(0, receivers, size) for size in sizes]
+    counts = np.zeros(receivers, np.int64)
+    for number, receiver in reversed(list(enumerate(sent))):
+        rows = pa.table({"sender": pa.array([number] * len(receiver)), "row": pa.array(range(len(receiver)))})
+        counts += exchange.send("rows", (number, 0), rows, receiver)
+    for receiver in range(receivers):
+        expected = [(n, row) for n, to in enumerate(sent) for row in np.flatnonzero(to == receiver)]
+        table = exchange.receive_all("rows", receiver)
+        found = [] if table is None else [tuple(row.values()) for row in table.to_pylist()]
+        assert found == expected
+        assert counts[receiver] == len(expected)
+
+
+@given(keys=st.lists(st.integers(0, 2**64 - 1), min_size=1), partitions=st.integers(1, 1000))
+def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
+    array = np.array(sorted(keys), np.uint64)
+    partition = partition_of(array, partitions)
+    assert (np.diff(partition) >= 0).all()
+    for key, number in zip(array.tolist(), partition.tolist(), strict=True):
+        least, end = key_range(number, partitions)
+        assert least <= key < end
+
+
+def test_a_table_keeps_its_values(tmp_path):
+    table = pa.table({"a": [1, None], "b": [["x"], []]})
+    write_arrow(table, tmp_path / "folder" / "a.arrow")
+    assert read_arrow(tmp_path / "folder" / "a.arrow").equals(table)
