@@ -1,31 +1,66 @@
 """python -m pipelines.features --config configs/complete_journey.yaml
+python -m pipelines.features --config configs/complete_journey.yaml --extend
 
 Fits the features to the log and encodes the training, validation and test rows into `data.work`/features. Training and
 evaluation do this by themselves when it is missing or when log, features or split have changed.
+
+--extend adds new files of the log, with later requests, to the features at hand and reads nothing else: statistics and
+the table rows of known ids stay, frequent new ids get further rows, and only the new rows are encoded, into the splits
+of the settings. Then `python -m pipelines.train --config C --from MODEL` goes on from the model before.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import exit_with_message
 from pipelines.command import read_command
+
+if TYPE_CHECKING:
+    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.settings import Settings
 
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    _, settings = read_command(__doc__ or "", argv)
-    from pipelines.steps import prepare_features
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    from pipelines.steps import extend_features, prepare_features
 
-    prepared = prepare_features(settings)
+    if not arguments.extend:
+        _print(prepare_features(settings))
+        return
+    extended = extend_features(settings)
+    if extended is None:
+        print(f"no new files in '{settings.data.log}': the features stay as they are")
+        return
+    _print(extended.prepared)
+    print(f"added {extended.rows:,} rows of {extended.files:,} new files")
+    if extended.new_ids:
+        print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
+    options = shlex.join(["--config", arguments.config, "--from", _champion(settings), *arguments.overrides])
+    print(f"next: python -m pipelines.train {options}")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--extend", action="store_true", help="add new files of the log to the features at hand")
+
+
+def _champion(settings: Settings) -> str:
+    return f"models:/{settings.registered_model}@{settings.tracking.alias}"
+
+
+def _print(prepared: Prepared) -> None:
     print(f"features: {prepared.folder}")
     for name, split in prepared.manifest["splits"].items():
         labels = ", ".join(
             f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed"
             for task, observed in split["observed"].items()
         )
-        print(f"  {name}: {split['rows']:,} rows; {labels}")
+        print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
 
 
 if __name__ == "__main__":

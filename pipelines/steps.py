@@ -12,6 +12,7 @@ from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
+from mmoe_rec.features.extend import Extended, extend
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.steps import BuildOptions, Logs
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.validation import Validation
+    from mmoe_rec.training.warm_start import WarmStart
 
 
 def prepare_features(settings: Settings) -> Prepared:
     """Fitted features and encoded rows; what is there already is taken if it is still right."""
     return prepare(*_log_and_place(settings))
+
+
+def extend_features(settings: Settings) -> Extended | None:
+    """Adds new files of the log to the features at hand; None where there are none."""
+    return extend(*_log_and_place(settings))
 
 
 def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
@@ -53,10 +60,16 @@ class Trained:
     waiting: float
 
 
-def train_model(settings: Settings) -> Trained | None:
-    """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first."""
-    # A wrong log is told of before torch is loaded.
-    at_hand(*_log_and_place(settings))
+def train_model(settings: Settings, start: str | None = None) -> Trained | None:
+    """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
+
+    start: address of a model to start from. It needs features at hand that were extended from that model's.
+    """
+    # A wrong log or address is told of before torch is loaded.
+    found = at_hand(*_log_and_place(settings))
+    folder = None if start is None else tracking.local_model(start, settings.tracking.uri)
+    _check_training_rows(settings, found, start)
+    warm_start = None if folder is None or found is None else _warm_start(settings, found, folder)
     import torch.distributed as dist
 
     from mmoe_rec.devices import pick_device
@@ -75,10 +88,38 @@ def train_model(settings: Settings) -> Trained | None:
         experiment = settings.tracking.experiment or settings.name
         with tracking.open_run(settings.tracking.uri, experiment, active=first) as run:
             _log_start(run, settings, prepared)
+            if start is not None:
+                run.set_tags({"warm_start": start})
             best = work / "checkpoint"
-            result = Trainer(prepared, settings.model, settings.training, device, best, run.log_metrics).run()
+            result = Trainer(
+                prepared, settings.model, settings.training, device, best, run.log_metrics, warm_start
+            ).run()
             dist.barrier()
             return _finish(run, settings, prepared, result) if first else None
+
+
+def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
+    """Raises UserError where there is nothing to train on, or to go on from."""
+    if start is not None and found is None:
+        raise UserError(
+            f"'{settings.data.work}' has no features of this log, these features and this split: to go on from a "
+            "model, run python -m pipelines.features with --extend first"
+        )
+    if found is not None:
+        empty = [name for name in ("train", "validation") if not found.manifest["splits"][name]["rows"]]
+        if empty:
+            raise UserError(
+                f"the features in '{found.folder}' have no {empty[0]} rows: they were extended by new rows only, and "
+                f"none of these lies in that split; extend them by more rows, with `split` set around them"
+            )
+
+
+def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
+    from mmoe_rec.serving.artifact import read_artifact
+    from mmoe_rec.settings import Model
+    from mmoe_rec.training.warm_start import WarmStart
+
+    return WarmStart(folder, Model.model_validate(read_artifact(folder).model), prepared, settings.model)
 
 
 def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> None:
@@ -86,7 +127,9 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_params(settings.model_dump(mode="json", include=sections))
     run.log_text(settings.to_yaml(), "settings.yaml")
     run.log_dict(prepared.manifest, "data.json")
-    run.set_tags({"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]})
+    manifest = prepared.manifest
+    run.set_tags({"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]})
+    run.set_tags({"data.files_left_out": len(manifest["left_out"])})  # which and why is in data.json
     run.log_text(prepared.layout.to_json(), "features/layout.json")
     run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 

@@ -1,12 +1,17 @@
 """python -m pipelines.train --config configs/complete_journey.yaml
 torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml
+python -m pipelines.train --config configs/complete_journey.yaml --from models:/complete_journey@champion
 
 Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+
+--from starts from the weights of a trained model instead of random ones, on features that were extended since (see
+`python -m pipelines.features --extend`); optimizers start afresh.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 
@@ -17,10 +22,10 @@ from pipelines.command import read_command
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    arguments, settings = read_command(__doc__ or "", argv)
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pipelines.steps import train_model
 
-    trained = train_model(settings)
+    trained = train_model(settings, arguments.start)
     if trained is None:
         return
     best = ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in trained.best.flat().items())
@@ -29,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"model: {trained.artifact}, registered as {trained.address}")
     options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
     print(f"next: python -m pipelines.evaluate {options}")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
+    )
 
 
 if __name__ == "__main__":

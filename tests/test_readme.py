@@ -52,8 +52,22 @@ EXERCISED_BY = {
     "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
     "cp configs/template.yaml configs/shop.yaml": SHOP,
     "python -m pipelines.features --config configs/shop.yaml": SHOP,
+    "python -m pipelines.inspect --config configs/shop.yaml": SHOP,
     "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": SHOP,
     "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
+    "python -m pipelines.features --config configs/shop.yaml --engine ray": (
+        "features/test_build.py::test_ray_changes_no_byte"
+    ),
+    "python -m pipelines.features --config configs/shop.yaml --extend": (
+        "features/test_extend.py::test_the_commands_of_a_new_day"
+    ),
+    "python -m pipelines.train --config configs/shop.yaml --from models:/shop@champion": (
+        "features/test_extend.py::test_the_commands_of_a_new_day"
+    ),
+    "python -m pipelines.features --config configs/shop.yaml --skip-bad-files": SHOP,
+    "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
+        "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"
+    ),
 }
 
 # Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
@@ -253,7 +267,7 @@ def shop_log(rows: int = 6_000) -> pa.Table:
     """A log with the shop's columns, January to June 2024; clicks follow the article and its position."""
     random = np.random.default_rng(3)
     requests = np.sort(random.integers(0, 181 * 86_400, rows // 4)).repeat(4)
-    article, position = random.integers(0, 60, rows), np.tile(np.arange(4), rows // 4)
+    article, position = random.random((rows // 4, 60)).argsort(1)[:, :4].ravel(), np.tile(np.arange(4), rows // 4)
     clicked = random.random(rows) < 0.1 + 0.6 * article / 60 - 0.05 * position
     ordered = clicked & (random.random(rows) < 0.6)
     kept = random.random(rows) < 0.3 + 0.6 * (article % 7) / 7

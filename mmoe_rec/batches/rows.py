@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded, join
 from mmoe_rec.features.layout import Layout
 
 ADVICE = "run python -m pipelines.features again"
@@ -42,17 +42,9 @@ class Rows:
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts (at least one), in order, as copies."""
-        ids = {name: _join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
+        ids = {name: join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
         dense = np.concatenate([part.encoded.dense for part in parts])
         return Rows(Encoded(ids, dense), np.concatenate([part.labels for part in parts]))
-
-
-def _join(parts: list[np.ndarray | Ragged]) -> np.ndarray | Ragged:
-    ragged = [part for part in parts if isinstance(part, Ragged)]
-    if not ragged:
-        return np.concatenate([np.asarray(part) for part in parts])
-    values = np.concatenate([part.values for part in ragged])
-    return Ragged(values, np.concatenate([part.lengths for part in ragged]))
 
 
 class EncodedRows:

@@ -171,14 +171,8 @@ def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
 
 
 def save_files(logs: Logs, folder: Path) -> None:
-    """Writes which files the logs have: one object for the interaction log, then one for each log of events."""
-    found = [
-        {
-            "log": each.source,
-            "files": [[file.address, file.bytes, file.version, file.partition] for file in each.files],
-        }
-        for each in logs.all
-    ]
+    """Writes which files the interaction log and then each log of events has."""
+    found = [[(file.address, file.bytes, file.version, file.partition) for file in each.files] for each in logs.all]
     (folder / "files.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -49,10 +49,25 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def events(self, rows: LogRows) -> pa.Table:
         """Labelled rows; each becomes visible only when its label is known."""
+        return self.labelled(self.keys(rows), rows.times(), self.labels(rows))
+
+    @property
+    def has_labels(self) -> bool:
+        """Of the interaction log, not of a log of events."""
+        return self.source is None
+
+    def labels(self, rows: LogRows) -> np.ndarray:
+        """(N,) labels: int8 of a binary task, -1 where unobserved, or float64, NaN where unobserved."""
         labels = rows.labels(self.task, _FOREVER)
-        observed = np.flatnonzero(~np.isnan(labels))
-        known = known_at(rows.times()[observed], maturity(self.task))
-        return pa.table({"key": self.keys(rows)[observed], "known": known, "label": labels[observed]})
+        return labels if self.task.kind == "regression" else np.where(np.isnan(labels), -1, labels).astype(np.int8)
+
+    def labelled(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
+        """The rows whose label is observed."""
+        observed = np.flatnonzero(labels >= 0 if labels.dtype == np.int8 else ~np.isnan(labels))
+        if len(observed) < len(key):
+            key, times, labels = key[observed], times[observed], labels[observed]
+        known = known_at(times, maturity(self.task))
+        return pa.table({"key": key, "known": known, "label": labels.astype(np.float64)})
 
     def keys(self, rows: LogRows) -> np.ndarray:
         """The combinations of the columns in `by`."""

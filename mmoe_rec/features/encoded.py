@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,15 @@ class Ragged:
         ends = np.cumsum(lengths)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         return Ragged(self.values[np.repeat(starts, lengths) + within], lengths)
+
+
+def join(parts: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
+    """The rows of all parts (at least one, all of one kind), in order."""
+    ragged = [part for part in parts if isinstance(part, Ragged)]
+    if not ragged:
+        return np.concatenate([np.asarray(part) for part in parts])
+    values = np.concatenate([part.values for part in ragged])
+    return Ragged(values, np.concatenate([part.lengths for part in ragged]))
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,19 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
     def events(self, rows: LogRows) -> pa.Table:
         """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows of the interaction log are events by their label: they are sent once, with it, as look-ups."""
+        return False
+
+    def labels(self, rows: LogRows) -> np.ndarray:
+        """(N,) labels of rows that are events by their label."""
+        raise AssertionError(f"'{self.name}' has no labels")
+
+    def labelled(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
+        """The events of rows by their keys, request times and `labels`."""
+        raise AssertionError(f"'{self.name}' has no labels")
+
     @abstractmethod
     def keys(self, rows: LogRows) -> np.ndarray:
         """(N,) uint64 key of which each row asks."""
@@ -132,6 +145,11 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """Makes statistics from `answer_counts`."""
 
     def look_up(self, rows: LogRows) -> Answers:
-        """The rows' answers: those that came with them, else from the memory of this process."""
+        """The rows' answers, (N,) float32 or `Ragged`: those that came with them, or from this process's memory."""
         found = rows.answers.get(self.name)
-        return self.answers(self.memory, self.keys(rows), rows.times()) if found is None else found
+        return shortened(self.answers(self.memory, self.keys(rows), rows.times())) if found is None else found
+
+
+def shortened(answers: Answers) -> Answers:
+    """Answers in the precision in which they are exchanged and encoded."""
+    return {name: each if isinstance(each, Ragged) else each.astype(np.float32) for name, each in answers.items()}

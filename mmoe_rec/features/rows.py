@@ -27,7 +27,7 @@ class LogRows:
         self.table = table
         self.schema = schema
         self.answers = answers or {}
-        self._hashes: dict[str, np.ndarray] = {}
+        self._hashes: dict[tuple[str, ...], np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -55,10 +55,11 @@ class LogRows:
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
         """(N,) uint64 hash of one column or of the combination of several."""
-        for name in names:
-            if name not in self._hashes:
-                self._hashes[name] = hash_column(self.column(name))
-        return combine([self._hashes[name] for name in names])
+        key = tuple(names)
+        if key not in self._hashes:
+            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [hash_column(self.column(names[0]))]
+            self._hashes[key] = combine(parts)
+        return self._hashes[key]
 
     def times(self, name: str | None = None) -> np.ndarray:
         """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; null: least int64."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,9 +25,8 @@ import numpy as np
 
 from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition
+from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition, answers_in
 from mmoe_rec.features.checks import check_times, place
-from mmoe_rec.features.exchange import read_arrow
 from mmoe_rec.features.learn import (
     DUPLICATES,
     LearnJob,
@@ -38,7 +38,7 @@ from mmoe_rec.features.learn import (
     look_ups_of,
 )
 from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log
-from mmoe_rec.features.pipeline import FeaturePipeline, save_memory
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.progress import bar
 from mmoe_rec.schema import Schema
@@ -99,7 +99,8 @@ class Logs:
         """
         rest = copy.copy(self)
         rest._not_read = not_read
-        rest.log, *rest.events = map(_without_files, self.all, not_read)
+        rest.log = _without_files(self.log, not_read[0])
+        rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
         if not rest.log.rows:
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
@@ -198,23 +199,28 @@ class Steps:
         pipeline.save(state)
         options, partitions = self.logs.options, self._partitions
         job = AnswerJob(
-            state, before, training, end, self.scratch, partitions, self._blocks, rows_in_memory=options.rows_in_memory
+            state=state,
+            before=before,
+            windows=self.windows,
+            training=training,
+            memories=folder,
+            end=end,
+            scratch=self.scratch,
+            partitions=partitions,
+            blocks=self._blocks,
+            rows_in_memory=options.rows_in_memory,
         )
         tasks = [
             Partition(name, number, self._sent(name, number))
             for name in pipeline.memory_encoders
             for number in range(partitions)
         ]
-        floors: dict[str, int | None] = {}
         done = self._run(partial(answer_partition, job), tasks, [task.rows for task in tasks], "counters and histories")
-        for name, counts, floor in done:
+        for name, counts in done:
             for answer, mine in pipeline.memory_encoders[name].answer_counts.items():
                 mine.merge(counts[answer])
-            floors[name] = floor
-        for name, floor in floors.items():
-            parts = (read_arrow(job.memory_part(name, number)) for number in range(partitions))
-            save_memory(parts, folder, name, floor)
-        shutil.rmtree(self.scratch / "memories", ignore_errors=True)
+        # What was sent is of no use any more; removing gigabytes takes its time, in which encoding can begin.
+        threading.Thread(target=shutil.rmtree, args=(job.events.folder,), kwargs={"ignore_errors": True}).start()
 
     @property
     def _blocks(self) -> int:
@@ -229,8 +235,7 @@ class Steps:
 
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
         """
-        answers = AnswerJob(state, None, None, 0, self.scratch, self._partitions, self._blocks, 0).answers
-        job = EncodeJob(state, self.windows, known_by, answers, folder)
+        job = EncodeJob(state, self.windows, known_by, answers_in(self.scratch, self._blocks), folder)
         tasks = list(enumerate(self.logs.log.parts()))
         counts = {name: SplitCounts() for name in self.windows}
         function = partial(encode_part, job, self.logs.log.reader)

@@ -30,6 +30,7 @@ from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import Sharded, save_checkpoint, shard
 from mmoe_rec.training.validation import Validation, validate
+from mmoe_rec.training.warm_start import WarmStart
 
 STEPS_BETWEEN_LOGS = 25
 LogMetrics = Callable[[dict[str, float], int], None]
@@ -52,7 +53,8 @@ class TrainingResult:
 class Trainer:
     """Trains one model; `run` leaves the best one's checkpoint in `best_folder`. Needs a process group.
 
-    log_metrics: called with metrics and the step; on rank 0 it may write them down.
+    log_metrics: called with metrics and the step; on rank 0 it may write them down. warm_start: the weights to start
+    from, by default random ones.
 
     Raises:
         UserError: the tables do not fit into memory, or encoded rows can't be read.
@@ -66,6 +68,7 @@ class Trainer:
         device: torch.device,
         best_folder: Path,
         log_metrics: LogMetrics,
+        warm_start: WarmStart | None = None,
     ) -> None:
         self.settings, self.device = settings, device
         self.best_folder, self.log_metrics = best_folder, log_metrics
@@ -77,6 +80,8 @@ class Trainer:
         model = build_model(
             self.layout, model_settings, torchrec_tables(self.layout, torch.device("meta")), settings.seed
         )
+        if warm_start is not None:
+            warm_start.fill_dense(model)
         self.sharded: Sharded = shard(
             model,
             self.layout,
@@ -84,6 +89,7 @@ class Trainer:
             batch_size=rank_rows,
             table_learning_rate=settings.table_learning_rate,
             seed=settings.seed,
+            first_rows=None if warm_start is None else warm_start.rows,
         )
         self.optimizer = _optimizer(self.sharded, settings)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]

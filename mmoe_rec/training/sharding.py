@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.model.tables import initial_rows, used_tables
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
 RESERVED_SHARE = 0.2  # of the machine's or card's memory, for all but tables and their activations
+FirstRows = Callable[[Table, int, int], Tensor]
+"""Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ def shard(
     batch_size: int,
     table_learning_rate: float,
     seed: int = 0,
+    first_rows: FirstRows | None = None,
 ) -> Sharded:
     """Spreads a model with `torchrec_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step. Tables start from `initial_rows(table, seed, ...)` whatever the plan. A layout
-    without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory.
+    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`,
+    whatever the plan. A layout without tables gives plain data parallelism. Raises UserError when the tables do not fit
+    into memory.
     """
     from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -99,7 +103,7 @@ def shard(
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    _fill_tables(parallel, layout, seed)
+    _fill_tables(parallel, layout, first_rows or (lambda table, first, last: initial_rows(table, seed, first, last)))
     return Sharded(parallel, parallel.fused_optimizer, _plan_text(plan))
 
 
@@ -170,11 +174,11 @@ def _plan_text(plan: Any) -> str:
 
 
 @torch.no_grad()
-def _fill_tables(parallel: Any, layout: Layout, seed: int) -> None:
+def _fill_tables(parallel: Any, layout: Layout, first_rows: FirstRows) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
         for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
-            weights.copy_(initial_rows(table, seed, first, first + len(weights)))
+            weights.copy_(first_rows(table, first, first + len(weights)))
 
 
 def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:

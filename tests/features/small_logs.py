@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
@@ -161,6 +162,11 @@ def remember(
         parts = [encoder.events(rows) for rows in logs[encoder.source]]
         together = pa.concat_tables(parts, promote_options="permissive")
         encoder.memory = encoder.extended(type(encoder.memory).empty(), together)
+
+
+def raw_answers(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
+    """What a counter or history says of rows, in full precision."""
+    return encoder.answers(encoder.memory, encoder.keys(rows), rows.times())
 
 
 def times_of(table: pa.Table) -> np.ndarray:

@@ -1,11 +1,5 @@
 """A build in steps: whatever it is divided into and wherever it runs, it gives what one process in memory would."""
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killed_builds import killed_builds
 from small_logs import (
     ALL_KINDS,
     DAY,
@@ -179,53 +174,5 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     assert again.manifest == prepared.manifest
 
 
-_BUILD = """
-import sys
-from pathlib import Path
-sys.path[:0] = ["tests/features"]
-import test_build
-from mmoe_rec.features import steps
-if __name__ == "__main__":
-    steps.ROWS_FOR_PROCESSES = 0
-    print("begin", flush=True)
-    options = steps.BuildOptions(workers=int(sys.argv[3]), rows_in_memory=200)
-    test_build.prepare(sys.argv[1], test_build.SCHEMA, test_build.WINDOWS, Path(sys.argv[2]), options)
-"""
-
-
-def _build(script: Path, source: Path, work: Path, workers: int) -> subprocess.Popen:
-    command = [sys.executable, str(script), str(source), str(work), str(workers)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
-
-
 def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
-    script = tmp_path / "build.py"
-    script.write_text(_BUILD)
-    source = write_log(tmp_path / "log", *_cut(random_log(12, rows=3000), 1000, 2000))
-    start = time.monotonic()
-    whole = _build(script, source, tmp_path / "whole", 1)
-    assert whole.stdout is not None
-    whole.stdout.readline()
-    started = time.monotonic()
-    assert whole.wait() == 0
-    took = time.monotonic() - started
-    expected = files_of(tmp_path / "whole" / "features")
-    random = np.random.default_rng(0)
-    kills = 0
-    for attempt in range(20):
-        job = _build(script, source, tmp_path / "work", 1 + attempt % 2)
-        assert job.stdout is not None
-        job.stdout.readline()
-        time.sleep(random.uniform(0, took))
-        job.send_signal(signal.SIGKILL)
-        kills += job.wait() == -signal.SIGKILL
-        found = tmp_path / "work" / "features"
-        assert not found.exists() or files_of(found) == expected
-        shutil.rmtree(found, ignore_errors=True)
-    assert kills >= 10
-    last = _build(script, source, tmp_path / "work", 1)
-    assert last.wait() == 0
-    assert files_of(tmp_path / "work" / "features") == expected
-    assert [each.name for each in (tmp_path / "work").iterdir()] == ["features"]
-    assert time.monotonic() - start < 200
+    assert killed_builds(tmp_path, 4) >= 2

@@ -13,6 +13,7 @@ from small_logs import (
     fit_in_memory,
     log_rows,
     random_log,
+    raw_answers,
     remember,
     schema_of,
     times_of,
@@ -68,7 +69,7 @@ def test_events_equal_a_naive_loop(tmp_path):
     events = _events(1)
     pipeline = _fitted(tmp_path, events)
     rows = log_rows(LOG, pipeline.schema)
-    encoded, raw = pipeline.encode(rows), pipeline.encoders["n"].look_up(rows)
+    encoded, raw = pipeline.encode(rows), raw_answers(pipeline.encoders["n"], rows)
     known = [(time + 1, event) for time, event in zip(_bought_at(events), events.to_pylist(), strict=True)]
     items = pipeline.encoders["item"].owner.encode(events["item"].combine_chunks())
     history = encoded.ids["bought"]

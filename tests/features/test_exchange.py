@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features.exchange import Exchange, key_range, partition_of, read_arrow, write_arrow
+from mmoe_rec.features.exchange import Exchange, key_range, partition_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -34,9 +34,3 @@ def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
     for key, number in zip(array.tolist(), partition.tolist(), strict=True):
         least, end = key_range(number, partitions)
         assert least <= key < end
-
-
-def test_a_table_keeps_its_values(tmp_path):
-    table = pa.table({"a": [1, None], "b": [["x"], []]})
-    write_arrow(table, tmp_path / "folder" / "a.arrow")
-    assert read_arrow(tmp_path / "folder" / "a.arrow").equals(table)

@@ -14,6 +14,7 @@ from small_logs import (
     fit,
     log_rows,
     random_log,
+    raw_answers,
     remember,
     schema_of,
     stream_of,
@@ -121,7 +122,7 @@ def _at(table: pa.Table, moment: int) -> pa.Table:
 
 
 def _raw(pipeline, table: pa.Table, schema) -> dict[str, np.ndarray]:
-    return pipeline.encoders["n"].look_up(log_rows(table, schema))
+    return raw_answers(pipeline.encoders["n"], log_rows(table, schema))
 
 
 def _naive(table: pa.Table, feature: dict, prior: float) -> dict[str, np.ndarray]:
@@ -266,9 +267,7 @@ def test_statistics_come_from_training_rows_alone(seed, tmp_path):
         assert mine.values == theirs.values, name
         for key in mine.tables:
             assert mine.tables[key].equals(theirs.tables[key]), name
-    assert any(
-        not one.encoders[n].memory.to_table().equals(other.encoders[n].memory.to_table()) for n in _LOGGED
-    )
+    assert any(not one.encoders[n].memory.to_table().equals(other.encoders[n].memory.to_table()) for n in _LOGGED)
 
 
 _LOGGED = [name for name, feature in ALL_KINDS.items() if feature["kind"] in ("history", "counter")]

@@ -16,6 +16,7 @@ from small_logs import (
     fit,
     log_rows,
     random_log,
+    raw_answers,
     remember,
     schema_of,
     stream_of,
@@ -123,7 +124,7 @@ def test_remembering_a_log_without_events_forgets_the_old_one():
     remember(pipeline, stream_of([table.slice(0, 0)], SCHEMA))
     encoded = pipeline.encode(log_rows(table, SCHEMA))
     assert encoded.ids["clicked"].lengths.sum() == 0
-    assert (pipeline.encoders["item_click"].look_up(log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
+    assert (raw_answers(pipeline.encoders["item_click"], log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
 
 
 def test_remembering_the_same_log_changes_nothing(tmp_path):

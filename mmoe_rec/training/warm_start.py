@@ -1,0 +1,142 @@
+"""Starts a model from the weights of another one whose features have since been extended by further days.
+
+Dense weights and the table rows of ids that the other model knew are copied. An id that is new to the vocabulary starts
+as a copy of the hashed bucket in which the other model looked it up. So the first outputs are, for all rows, those of
+the other model. Optimizers start afresh: neither AdamW's moments nor Adagrad's sums of squares are part of a model, so
+the first steps are as large as in any training; lower learning rates suit few new rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.extend import differences
+from mmoe_rec.features.ids import VocabularyOwner
+from mmoe_rec.features.layout import Layout, Table
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.model.tables import used_tables
+from mmoe_rec.settings import Model
+
+# Settings without a weight of their own, by the last part of their name.
+_FREE = frozenset({"dropout", "loss_weight", "score_weight", "objective", "path"})
+
+
+class WarmStart:
+    """The weights of an artifact folder, as first weights of a model for features that grew from its own.
+
+    Args:
+        folder: the artifact.
+        structure: the `model` section that it was made with.
+        prepared: the features of the model that is to start.
+        settings: the `model` section of the model that is to start.
+
+    Raises:
+        UserError: the model can't be read, or another difference than new ids keeps its weights from fitting; the
+            first such difference is named.
+    """
+
+    def __init__(self, folder: Path, structure: Model, prepared: Prepared, settings: Model) -> None:
+        self.folder, self.layout = folder, prepared.layout
+        old = FeaturePipeline.load(folder / "features", memories=False)
+        new = FeaturePipeline.load(prepared.serving, memories=False)
+        found = next(_structures(structure, settings), None) or next(_misfits(old, new), None)
+        if found is not None:
+            raise UserError(
+                f"the model in '{folder}' can't be started from: {found}; start from a model of the features that "
+                "these were extended from, or train without --from"
+            )
+        self._known = {table.name: table.rows for table in old.layout.tables}
+        # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
+        self._copied = {name: _buckets_of_new_ids(old.owners[name], owner) for name, owner in new.owners.items()}
+
+    def rows(self, table: Table, first: int, last: int) -> Tensor:
+        """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32.
+
+        Reads these rows and the hashed buckets only, so that each rank may take its own part of a large table.
+        """
+        known = self._known[table.name]
+        copied = self._copied.get(table.name, np.empty(0, np.int64))[max(0, first - known) : max(0, last - known)]
+        parts = []
+        with _weights(self.folder) as weights:
+            stored = weights.get_slice(f"tables.embedding_bags.{table.name}.weight")
+            if first < known:
+                parts.append(stored[first : min(last, known)])
+            if len(copied):
+                parts.append(stored[: int(copied.max()) + 1][torch.from_numpy(copied)])
+        return torch.cat(parts) if parts else torch.empty(0, table.dim)
+
+    @torch.no_grad()
+    def fill_dense(self, model: nn.Module) -> None:
+        """Gives all but the tables of a `RankingModel` their first weights."""
+        mixture = model.get_submodule("mixture")
+        with _weights(self.folder) as weights:
+            mixture.load_state_dict({name: weights.get_tensor(f"mixture.{name}") for name in mixture.state_dict()})
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Gives a whole `RankingModel` over `PlainTables` its first weights."""
+        self.fill_dense(model)
+        for table in used_tables(self.layout):
+            weight = model.get_parameter(f"tables.embedding_bags.{table.name}.weight")
+            weight.copy_(self.rows(table, 0, table.rows))
+
+
+@contextmanager
+def _weights(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "weights.safetensors", framework="pt") as weights:
+            yield weights
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of the model in '{folder}' can't be read: {error}") from None
+
+
+def _buckets_of_new_ids(old: VocabularyOwner, new: VocabularyOwner) -> np.ndarray:
+    return old.encode(new.vocabulary.known[len(old.vocabulary.known) :])
+
+
+def _structures(one: Model, other: Model) -> Iterator[str]:
+    its_tree, tree = ({"model": each.model_dump(mode="json")} for each in (one, other))
+    for where, old, new in differences(its_tree, tree):
+        if where.rpartition(".")[2] not in _FREE:
+            yield f"its setting '{where}' is {old}, and {new} in the settings"
+
+
+def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
+    """What else than new ids distinguishes the features, each as a part of a sentence."""
+    its_tree, tree = (each.schema.model_dump(mode="json") for each in (old, new))
+    for where, its, theirs in differences(its_tree, tree):
+        if where.rpartition(".")[2] not in _FREE:
+            yield f"its setting '{where}' is {its}, and {theirs} in the features"
+    for name, owner in old.owners.items():
+        known, now = owner.vocabulary.known, new.owners[name].vocabulary.known
+        if len(known) > len(now):
+            yield f"its feature '{name}' knows {len(known):,} ids, and {len(now):,} in the features"
+        if len(known) and not known.equals(now[: len(known)]):
+            yield f"the ids of its feature '{name}' have other rows than in the features"
+    for name, encoder in old.encoders.items():
+        if encoder.state().values != new.encoders[name].state().values:
+            yield f"its feature '{name}' was fitted to other rows (means, deviations or edges differ)"
+    for name, scale in old.label_scales.items():
+        if scale != new.label_scales[name]:
+            yield f"the labels of its task '{name}' have another mean or deviation"
+    if _shape(old.layout) != _shape(new.layout):
+        yield "its inputs or tasks come in another order"
+
+
+def _shape(layout: Layout) -> tuple[Any, ...]:
+    """All that must be equal: not the sizes of tables, nor the weights of tasks."""
+    tables = tuple(replace(table, rows=0) for table in layout.tables)
+    tasks = tuple((task.name, task.kind, task.mean, task.deviation) for task in layout.tasks)
+    return tables, layout.ids, layout.dense, tasks

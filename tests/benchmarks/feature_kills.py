@@ -1,0 +1,25 @@
+"""python -m tests.benchmarks.feature_kills [--kills 20]
+
+Kill builds of features at random moments; each next build has to give the same bytes and to leave nothing else behind.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from tests.features.killed_builds import killed_builds
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    kills = parser.parse_args().kills
+    with tempfile.TemporaryDirectory() as folder:
+        disturbed = killed_builds(Path(folder), kills)
+    print(json.dumps({"kills": kills, "before_the_end": disturbed, "same_bytes_after": kills}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""python -m tests.benchmarks.features --rows 2000000
+
+How fast is `pipelines.features`? On the same rows of one log, each in a process of its own, it is timed beside
+
+pandas        the same features as one writes them with pandas and scikit-learn (`pandas_features.py`);
+tuned_pandas  the same by an expert who writes for speed (`tuned_pandas_features.py`);
+read          a bare read of the same columns with pyarrow, which nothing that reads the log can beat.
+
+All may use every core. Both baselines hold everything in memory and, unlike ours, keep nothing that would encode a
+request; their docstrings tell the rest of what they do less.
+
+The log is a synthetic one of `--rows`, or that of another settings file (`--config`). What they wrote is compared,
+column by column. Times are without the start of Python and its imports; with `--repeats`, the fastest counts. The peak
+is that of ours with all its processes, in GiB.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmoe_rec.schema import HistoryFeature, IdFeature, Schema
+from mmoe_rec.settings import Settings, load_settings
+from tests.benchmarks.memory import measure
+from tests.benchmarks.sources import LOG, source_columns, source_files
+
+SYNTHETIC = "configs/synthetic.yaml"
+SPLITS = ("train", "validation", "test")
+TOLERANCE, AFFINE = 1e-4, 5e-3
+STAGES = ("ours", "pandas", "tuned_pandas", "read")
+# A read is so short that one alone says little.
+TURNS = ("read", "pandas", "read", "ours", "read", "tuned_pandas", "read")
+
+
+def ours(settings: Settings) -> Callable[[], object]:
+    """Fit and encode with this project."""
+    from pipelines.steps import prepare_features
+
+    return lambda: prepare_features(settings)
+
+
+def pandas(settings: Settings) -> Callable[[], object]:
+    """Fit and encode with pandas and scikit-learn."""
+    from tests.benchmarks.pandas_features import build
+
+    out = Path(settings.data.work)
+    return lambda: build(settings.data.log, settings.schema_, settings.split.windows(), out)
+
+
+def tuned_pandas(settings: Settings) -> Callable[[], object]:
+    """Fit and encode with pandas and numpy, for speed."""
+    from tests.benchmarks.tuned_pandas_features import build
+
+    out = Path(settings.data.work)
+    return lambda: build(settings.data.log, settings.schema_, settings.split.windows(), out)
+
+
+def read(settings: Settings) -> Callable[[], object]:
+    """Read the columns, file by file."""
+    for module in ("pandas", "pyarrow.dataset"):  # which pyarrow would import at its first read
+        import_module(module)
+    columns, files = source_columns(settings.schema_), source_files(settings.data.log, settings.schema_)
+
+    def run() -> None:
+        for source, paths in files.items():
+            for path in paths:
+                pq.read_table(path, columns=columns[source])
+
+    return run
+
+
+def run_stage(stage: str, config: str, overrides: list[str]) -> None:
+    """Run one stage in this process and print its seconds."""
+    work = {"ours": ours, "pandas": pandas, "tuned_pandas": tuned_pandas, "read": read}[stage](
+        load_settings(config, overrides)
+    )
+    started = time.perf_counter()
+    work()
+    print(time.perf_counter() - started)
+
+
+def time_stage(stage: str, config: str, overrides: list[str]) -> tuple[float, float]:
+    """Seconds and peak GiB of one stage in a fresh process."""
+    command = [sys.executable, "-m", "tests.benchmarks.features", "--stage", stage, "--config", config, *overrides]
+    measured = measure(command, capture=True)
+    if measured.exit_code != 0:
+        raise SystemExit(f"{shlex.join(command)} failed")
+    return float(measured.output.splitlines()[-1]), measured.peak_gib
+
+
+def compare(schema: Schema, one: Path, other: Path) -> dict[str, float]:
+    """Assert that two folders of encoded splits hold the same; gives the largest differences.
+
+    The order of rows and the files that they stand in don't matter. Known ids may be numbered in different ways.
+    Unknown ones all count as one: they are hashed to the buckets by another function, or to none but the first.
+    """
+    largest = {"dense": 0.0, "histories": 0.0}
+    splits = {name: (sorted_rows(schema, one / name), sorted_rows(schema, other / name)) for name in SPLITS}
+    numbers = {
+        name: renumbering(schema, name, list(splits.values()))
+        for name, feature in schema.features.items()
+        if isinstance(feature, IdFeature) and feature.table is None
+    }
+    for split, (left, right) in splits.items():
+        assert set(left.column_names) == set(right.column_names), set(left.column_names) ^ set(right.column_names)
+        for name in left.column_names:
+            kind, _, feature = name.partition(".")
+            where = f"{split}: {name}"
+            if kind == "dense":
+                difference = largest_difference(left[name].to_numpy(), right[name].to_numpy(), where)
+                largest["dense"] = max(largest["dense"], difference)
+                assert difference < TOLERANCE, f"{where} differs by {difference}"
+            elif kind == "id" and isinstance(schema.features.get(feature), HistoryFeature):
+                share = different_histories(schema, feature, left[name], right[name], numbers[schema.table_of(feature)])
+                largest["histories"] = max(largest["histories"], share)
+                # Which of several unknown ids of one instant are cut off is a matter of their buckets.
+                assert share < 1e-3, f"{where} differs in {share:.2%} of the rows"
+            elif kind == "id" and feature in schema.features:
+                pair = [without_buckets(schema, feature, table[name].to_numpy()) for table in (left, right)]
+                differs = pair[0] != numbers[schema.table_of(feature)][pair[1]]
+                assert not differs.any(), f"{where} differs in {differs.sum()} rows"
+            elif name != "request" or schema.columns.request is not None:
+                assert left[name].cast(right[name].type).equals(right[name]), f"{where} differs"
+    return largest
+
+
+def sorted_rows(schema: Schema, folder: Path) -> pa.Table:
+    """A split's rows in an order that does not depend on how they were written."""
+    keys = ["time", "user", "candidate"] + (["request"] if schema.columns.request else [])
+    return pq.read_table(folder).sort_by([(name, "ascending") for name in keys])
+
+
+def renumbering(schema: Schema, name: str, splits: list[tuple[pa.Table, pa.Table]]) -> np.ndarray:
+    """For each row of an id feature's table in the right split, the one that holds the same id in the left split."""
+    column = f"id.{name}"
+    left, right = (
+        without_buckets(schema, name, np.concatenate([tables[side][column].to_numpy() for tables in splits]))
+        for side in (0, 1)
+    )
+    numbers = np.arange(max(left.max(), right.max(), 1) + 1)
+    numbers[right] = left
+    assert (numbers[right] == left).all(), f"{column}: one id on the right is several on the left"
+    assert len(np.unique(left)) == len(np.unique(right)), f"{column}: one id on the left is several on the right"
+    assert list(numbers[:2]) == [0, 1], f"{column}: other ids are missing or unknown"
+    return numbers
+
+
+def largest_difference(one: np.ndarray, other: np.ndarray, where: str) -> float:
+    """Largest difference of two standardised columns, once one's mean and deviation are taken to the other's.
+
+    The project takes them from values that are rounded to 13 bits, scikit-learn from the values.
+    """
+    differs = one != other  # both are 0 where the number is missing, and 10 where it is far out
+    inside = differs & (np.abs(one) < 9.9)
+    if inside.any() and np.ptp(other[inside]) > 0:
+        slope, shift = np.polyfit(other[inside].astype(np.float64), one[inside].astype(np.float64), 1)
+        assert max(abs(slope - 1), abs(shift)) < AFFINE, f"{where}: {slope} x + {shift}"
+        difference = np.where(differs, one - np.clip(slope * other + shift, -10, 10), 0)
+    else:
+        difference = one - other
+    return float(np.abs(difference).max(initial=0))
+
+
+def without_buckets(schema: Schema, name: str, rows: np.ndarray) -> np.ndarray:
+    """A feature's table rows with 1 for every unknown id."""
+    unknown = schema.features[schema.table_of(name)].oov_buckets
+    return np.where((rows > 0) & (rows <= unknown), 1, rows)
+
+
+def different_histories(
+    schema: Schema, name: str, left: pa.ChunkedArray, right: pa.ChunkedArray, numbers: np.ndarray
+) -> float:
+    """Share of rows whose histories are not the same but for the order of what happened at one instant."""
+    sums = []
+    for column, renumbered in ((left.combine_chunks(), np.arange(len(numbers))), (right.combine_chunks(), numbers)):
+        lengths = pc.list_value_length(column).to_numpy()
+        items = renumbered[without_buckets(schema, name, column.flatten().to_numpy())]
+        # A sum of scrambled items is the same in any order.
+        scrambled = (items.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        scrambled ^= scrambled >> np.uint64(29)
+        total = np.append(np.uint64(0), np.cumsum(scrambled * scrambled))
+        ends = np.cumsum(lengths)
+        sums.append((lengths, total[ends] - total[ends - lengths]))
+    return float(((sums[0][0] != sums[1][0]) | (sums[0][1] != sums[1][1])).mean())
+
+
+def benchmark(config: str, overrides: list[str], repeats: int) -> dict[str, object]:
+    """Time the stages in turn, `repeats` times, and compare what was written."""
+    settings = load_settings(config, overrides)
+    rows = sum(pq.read_metadata(file).num_rows for file in source_files(settings.data.log, settings.schema_)[LOG])
+    best, peak = dict.fromkeys(STAGES, float("inf")), dict.fromkeys(STAGES, 0.0)
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=Path(settings.data.work).parent) as folder:
+            for stage in TURNS:
+                work = ["--data.work", f"{folder}/{stage}"]
+                seconds, gib = time_stage(stage, config, [*overrides, *work])
+                best[stage], peak[stage] = min(best[stage], seconds), max(peak[stage], gib)
+                print(f"{stage:12} {seconds:7.2f} s  {rows / seconds:12,.0f} rows/s  {gib:5.2f} GiB", flush=True)
+            for baseline in ("pandas", "tuned_pandas"):
+                largest = compare(settings.schema_, Path(folder, "ours", "features", "encoded"), Path(folder, baseline))
+                print(
+                    f"ours and {baseline} are equal: dense columns to {largest['dense']:.1e}, "
+                    f"histories but for {largest['histories']:.4%} of the rows"
+                )
+    return {
+        "rows": rows,
+        "rows_per_s": {stage: round(rows / best[stage]) for stage in STAGES},
+        "ours_over_pandas": round(best["pandas"] / best["ours"], 3),
+        "ours_over_tuned_pandas": round(best["tuned_pandas"] / best["ours"], 3),
+        "ours_over_bare_read": round(best["read"] / best["ours"], 4),
+        "peak_gib": round(peak["ours"], 3),
+    }
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the synthetic log (default: %(default)s)")
+    parser.add_argument("--config", help="another settings file, whose log is there, instead; overrides may follow")
+    parser.add_argument("--repeats", type=int, default=1, help="times that all is timed (default: %(default)s)")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args()
+    if options.stage:
+        run_stage(options.stage, options.config, overrides)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.config is None:
+            log = f"{folder}/log"
+            make = ["-m", "pipelines.make_synthetic_log", "--out", log, "--rows", str(options.rows)]
+            subprocess.run([sys.executable, *make], check=True, stdout=subprocess.DEVNULL)
+            overrides = ["--data.log", log, "--data.work", f"{folder}/work", *overrides]
+        print(json.dumps(benchmark(options.config or SYNTHETIC, overrides, options.repeats)))
+
+
+if __name__ == "__main__":
+    main()

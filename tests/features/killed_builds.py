@@ -1,0 +1,72 @@
+"""Builds of features that are killed with SIGKILL at random moments, each followed by a build to the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from tests.features.small_logs import ALL_KINDS, DAY, START, files_of, random_log, schema_of, write_log
+
+SCHEMA = schema_of(ALL_KINDS)
+WINDOWS = {
+    "train": (START, START + 6 * DAY),
+    "validation": (START + 6 * DAY, START + 8 * DAY),
+    "test": (START + 8 * DAY, None),
+}
+
+_BUILD = """
+import json, sys
+from pathlib import Path
+from mmoe_rec.features import build, steps
+from mmoe_rec.schema import Schema
+if __name__ == "__main__":
+    steps.ROWS_FOR_PROCESSES = 0
+    log, work, workers, schema, windows = sys.argv[1:]
+    print("begin", flush=True)
+    options = steps.BuildOptions(workers=int(workers), rows_in_memory=2000)
+    build.prepare(log, Schema.model_validate_json(schema), json.loads(windows), Path(work), options)
+"""
+
+
+def killed_builds(folder: Path, kills: int) -> int:
+    """Kills `kills` builds, every second one on two workers; gives how many of them had not ended before.
+
+    Asserts that what a killed build leaves is nothing or the whole, that the build after it gives the bytes of one that
+    was never disturbed, and that nothing else is left.
+    """
+    table = random_log(12, rows=3000)
+    source = write_log(folder / "log", *(table.slice(a, b - a) for a, b in pairwise([0, 1000, 2000, 3000])))
+    script = folder / "build.py"
+    script.write_text(_BUILD)
+
+    def start(work: Path, workers: int = 1) -> subprocess.Popen:
+        command = [sys.executable, script, source, work, str(workers), SCHEMA.model_dump_json(), json.dumps(WINDOWS)]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
+        assert job.stdout is not None
+        assert job.stdout.readline() == "begin\n"
+        return job
+
+    began = time.monotonic()
+    assert start(folder / "whole").wait() == 0
+    took = time.monotonic() - began
+    expected = files_of(folder / "whole" / "features")
+    random = np.random.default_rng(0)
+    disturbed = 0
+    for attempt in range(kills):
+        work = folder / f"work-{attempt}"
+        job = start(work, workers=1 + attempt % 2)
+        time.sleep(random.uniform(0, took))
+        job.send_signal(signal.SIGKILL)
+        disturbed += job.wait() == -signal.SIGKILL
+        assert not (work / "features").exists() or files_of(work / "features") == expected
+        assert start(work).wait() == 0
+        assert files_of(work / "features") == expected
+        assert [each.name for each in work.iterdir()] == ["features"]
+    return disturbed

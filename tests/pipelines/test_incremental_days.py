@@ -1,0 +1,162 @@
+"""A new day of a log as a user adds it: features, train, a new file, features --extend, train --from."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mmoe_rec import tracking
+from mmoe_rec.serving.ranker import Ranker
+from pipelines import evaluate, features, train
+from tests.features.small_logs import files_of
+from tests.pipelines.learnable_log import START, learnable_log, settings_tree
+
+FIRST_SPLIT = {"train_end": "2024-03-07", "validation_end": "2024-03-08"}
+SECOND_SPLIT = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
+
+
+@dataclass(frozen=True)
+class Days:
+    """Where all lies, the settings file of the second day, what was printed on the way, and the first features."""
+
+    folder: Path
+    config: Path
+    printed: dict[str, str]
+    first: dict[str, bytes]
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def metrics(self, address: str, *overrides: str) -> dict[str, Any]:
+        out = self.folder / "evaluation"
+        evaluate.main(["--config", str(self.config), "--model", address, "--out", str(out), *overrides])
+        found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+        return found
+
+
+def _settings(folder: Path, name: str, split: dict[str, str]) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings_tree(folder, split=split), sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
+    folder = tmp_path_factory.mktemp("days")
+    (folder / "log").mkdir()
+    log = learnable_log()
+    times = log["time"].to_numpy()
+    new = times >= START + np.timedelta64(8, "D")
+    pq.write_table(log.filter(pa.array(~new)), folder / "log" / "first.parquet")
+    later = log.filter(pa.array(new))
+    items = later["item"].to_numpy()
+    # A fifth of the items go by ids that no earlier file has.
+    later = later.set_column(2, "item", pa.array(np.where(items % 5 == 0, items + 1000, items)))
+    printed: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def run(name: str, main: Any, *words: str) -> None:
+            lines: list[str] = []
+            patch.setattr("builtins.print", lambda *texts, **_: lines.append(" ".join(map(str, texts))))
+            main(list(words))
+            printed[name] = "\n".join(lines)
+
+        config = str(_settings(folder, "first", FIRST_SPLIT))
+        run("features", features.main, "--config", config)
+        run("train", train.main, "--config", config)
+        run("nothing", features.main, "--config", config, "--extend")
+        first = files_of(folder / "work" / "features")
+        pq.write_table(later, folder / "log" / "later.parquet")
+        second = _settings(folder, "second", SECOND_SPLIT)
+        run("extend", features.main, "--config", str(second), "--extend")
+        command = shlex.split(printed["extend"].splitlines()[-1].removeprefix("next: "))
+        assert command[:3] == ["python", "-m", "pipelines.train"]
+        run("warm", train.main, *command[3:])
+    return Days(folder, second, printed, first)
+
+
+def test_the_command_says_what_was_added(days: Days) -> None:
+    assert days.printed["nothing"] == f"no new files in '{days.folder / 'log'}': the features stay as they are"
+    lines = days.printed["extend"].splitlines()
+    later = pq.read_table(days.folder / "log" / "later.parquet")
+    assert f"added {later.num_rows:,} rows of 1 new files" in lines
+    assert "new ids: user 0, item 8, slot 0" in lines
+    rows = [int(line.split()[1].replace(",", "")) for line in lines if " rows; " in line]
+    assert sum(rows) == later.num_rows
+
+
+def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> None:
+    mlflow.set_registry_uri(days.uri)
+    version = mlflow.MlflowClient(days.uri).get_model_version_by_alias("learnable", "champion")
+    assert version.version in (2, "2")
+    run = mlflow.get_run(version.run_id)
+    assert run.data.tags["warm_start"] == "models:/learnable@champion"
+    one, two = (Ranker.load(tracking.local_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
+    assert two.layout.table("item").rows == one.layout.table("item").rows + 8
+    first = json.loads(days.first["manifest.json"])
+    assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint
+    example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())
+    ranking = two.rank(example["user"], example["context"], example["candidates"])
+    assert len(set(ranking.scores)) == len(ranking.scores)
+
+
+def test_going_on_beats_starting_anew_on_the_new_day(days: Days, tmp_path: Path) -> None:
+    """Both judged on rows later than any that they were trained on."""
+    started = days.metrics("models:/learnable/2")
+    before = days.metrics("models:/learnable/1")
+    assert started["rows"] == before["rows"]
+    train.main(["--config", str(days.config), "--tracking.registered_model", "anew"])
+    anew = days.metrics("models:/anew@champion")
+    for task in ("click", "liked"):
+        best = started["tasks"][task]["auc"]["value"]
+        assert best > anew["tasks"][task]["auc"]["value"]
+    assert started["tasks"]["click"]["auc"]["value"] > before["tasks"]["click"]["auc"]["value"]
+
+
+def _refused(capsys: pytest.CaptureFixture, main: Any, *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert ended.value.code == 2
+    return str(capsys.readouterr().err)
+
+
+def test_a_model_is_not_started_from_where_it_would_not_fit(days: Days, capsys: pytest.CaptureFixture) -> None:
+    first, second = ("--config", str(days.folder / "first.yaml")), ("--config", str(days.config))
+    before = files_of(days.folder / "work" / "features")
+    champion = ("--from", "models:/learnable@champion")
+    told = _refused(capsys, train.main, *first, *champion)
+    assert "run python -m pipelines.features with --extend first" in told
+    told = _refused(capsys, train.main, *second, *champion, "--model.experts.count", "4")
+    assert "its setting 'model.experts.count' is 3, and 4 in the settings" in told
+    told = _refused(capsys, train.main, *second, "--from", "models:/other@champion")
+    assert "'models:/other@champion' can't be loaded from MLflow" in told
+    told = _refused(capsys, train.main, *second, "--from", str(days.folder))
+    assert "holds no model (model.json)" in told
+    assert files_of(days.folder / "work" / "features") == before
+
+
+def test_features_without_training_rows_are_not_trained_on(
+    days: Days, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    work = tmp_path / "features"
+    for name, content in days.first.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(content)
+    config = ("--config", str(days.folder / "first.yaml"), "--data.work", str(tmp_path))
+    features.main([*config, "--extend"])
+    printed = capsys.readouterr().out
+    assert "  train: no rows" in printed
+    told = _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
+    assert "have no train rows: they were extended by new rows only" in told

@@ -1,0 +1,250 @@
+"""A model started from another one, on features that grew, gives at first what that one gave, for all rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.extend import extend
+from mmoe_rec.features.layout import Table
+from mmoe_rec.features.log import Log
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.settings import Model
+from mmoe_rec.training.sharding import load_plain, process_group, save_checkpoint, shard
+from mmoe_rec.training.warm_start import WarmStart
+from tests.features.small_logs import ALL_KINDS, DAY, START, random_log, remember
+from tests.serving.small_model import SmallModel
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A model, and features that were extended from its own by two days with further items and brands."""
+
+    small: SmallModel
+    before: Prepared
+    prepared: Prepared
+    rows: LogRows
+
+    def warm_start(self, settings: Model | None = None, prepared: Prepared | None = None) -> WarmStart:
+        made_with = self.small.settings.model
+        return WarmStart(self.small.folder, made_with, prepared or self.prepared, settings or made_with)
+
+    def plain(self) -> RankingModel:
+        """A model of the grown features with other random weights."""
+        layout = self.prepared.layout
+        return build_model(layout, self.small.settings.model, plain_tables(layout, 99), 99).eval()
+
+    def outputs(self, model: RankingModel, prepared: Prepared) -> torch.Tensor:
+        """Logits of all rows with placement, encoded by a state that remembers the whole log."""
+        pipeline = FeaturePipeline.load(prepared.serving, memories=False)
+        remember(pipeline, [self.rows])
+        batch = make_batch(pipeline.encode(self.rows), prepared.layout, torchrec=False)
+        with torch.inference_mode():
+            return model(batch, use_placement=True)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
+    work = tmp_path_factory.mktemp("grown")
+    small = SmallModel(work)
+    shutil.copytree(small.prepared.folder, work / "before")
+    table = random_log(5, rows=200, days=2.0)
+    # No two at once: a history would take those in the order of their table rows, which differ.
+    times = table["time"].cast(pa.int64()).to_numpy() + 11 * DAY + np.arange(table.num_rows)
+    later = pa.array(times).cast(table["time"].type)
+    items = pa.array([item + 5 if item < 0 else item for item in table["item"].to_pylist()])
+    brands = pa.array([f"{brand}2" if brand == "a" else brand for brand in table["brand"].to_pylist()])
+    for name, values in {"time": later, "item": items, "brand": brands}.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    pq.write_table(table, work / "log" / "1.parquet")
+    end = START + 12 * DAY
+    windows = {"train": (None, end), "validation": (end, end + DAY // 2), "test": (end + DAY // 2, None)}
+    schema = small.settings.schema_
+    extended = extend(str(work / "log"), schema, windows, work)
+    assert extended is not None
+    assert extended.new_ids["item"] > 2
+    assert extended.new_ids["brand"] == 1
+    tables = [rows.table for rows in Log(str(work / "log"), schema).stream()]
+    rows = LogRows(pa.concat_tables(tables).combine_chunks(), schema)
+    return Grown(small, Prepared(work / "before"), extended.prepared, rows)
+
+
+def test_first_outputs_are_those_of_the_other_model(grown: Grown) -> None:
+    model = grown.plain()
+    grown.warm_start().fill(model)
+    expected = grown.outputs(grown.small.model, grown.before)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(grown.outputs(model, grown.prepared), expected, atol=1e-6, rtol=0)
+
+    # New rows that start at random would be noticed.
+    weight = model.get_parameter("tables.embedding_bags.item.weight")
+    known, table = grown.before.layout.table("item").rows, grown.prepared.layout.table("item")
+    with torch.no_grad():
+        weight[known:] = initial_rows(table, 0, known, table.rows)
+    assert (grown.outputs(model, grown.prepared) - expected).abs().max() > 1e-3
+
+
+def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
+    old = FeaturePipeline.load(grown.before.serving, memories=False).owners["item"]
+    new = FeaturePipeline.load(grown.prepared.serving, memories=False).owners["item"].vocabulary
+    weights = load_file(grown.small.folder / "weights.safetensors")["tables.embedding_bags.item.weight"]
+    table = grown.prepared.layout.table("item")
+    rows = grown.warm_start().rows(table, 0, table.rows)
+    assert torch.equal(rows[: len(weights)], weights)
+    for place, item in enumerate(new.known.to_pylist()):
+        (bucket,) = old.encode(pa.array([item]))
+        assert (bucket <= ALL_KINDS["item"]["oov_buckets"]) == (place >= len(old.vocabulary.known))
+        assert torch.equal(rows[1 + new.oov_buckets + place], weights[bucket])
+
+
+def test_any_range_of_rows_is_that_part_of_all(grown: Grown) -> None:
+    start = grown.warm_start()
+    for table in grown.prepared.layout.tables:
+        whole = start.rows(table, 0, table.rows)
+        for first in range(0, table.rows + 1, 3):
+            for last in range(first, table.rows + 1, 2):
+                assert torch.equal(start.rows(table, first, last), whole[first:last])
+
+
+def _shard(prepared: Prepared, artifact: Path, structure: Model, out: Path) -> str:
+    """Shards a started model, saves it, and gives the plan."""
+    start, layout = WarmStart(artifact, structure, prepared, structure), prepared.layout
+    with process_group(CPU):
+        model = build_model(layout, structure, torchrec_tables(layout), seed=99)
+        start.fill_dense(model)
+        sharded = shard(model, layout, CPU, batch_size=8, table_learning_rate=0.1, first_rows=start.rows)
+        save_checkpoint({"model": sharded.model.state_dict()}, out)
+    return sharded.plan
+
+
+def _join_and_shard(rank: int, port: int, prepared: Prepared, artifact: Path, structure: Model, out: Path) -> None:
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    plan = _shard(prepared, artifact, structure, out)
+    assert "rank 0" in plan
+    assert "rank 1" in plan
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, world: int) -> None:
+    arguments = (grown.prepared, grown.small.folder, grown.small.settings.model, tmp_path / "saved")
+    if world == 1:
+        _shard(*arguments)
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_join_and_shard, args=(port, *arguments), nprocs=2)
+    saved, expected = grown.plain(), grown.plain()
+    load_plain(saved, tmp_path / "saved")
+    grown.warm_start().fill(expected)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight), name
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": {"count": 4, "units": [8]}}, r"its setting 'model.experts.count' is 3, and 4 in the settings"),
+        ({"bottom": {"units": [16], "piecewise": False}}, r"'model.bottom.piecewise' is true, and false"),
+        ({"towers": {"units": [4, 4]}}, r"'model.towers.units' is \[4\], and \[4, 4\]"),
+    ],
+)
+def test_other_structures_are_refused(grown: Grown, change: dict[str, Any], message: str) -> None:
+    tree = {**grown.small.settings.model.model_dump(), **change}
+    with pytest.raises(UserError, match=r"the model in '.*' can't be started from: .*" + message):
+        grown.warm_start(Model.model_validate(tree))
+
+
+def test_another_dropout_is_no_other_structure(grown: Grown) -> None:
+    tree = grown.small.settings.model.model_dump()
+    grown.warm_start(Model.model_validate({**tree, "gates": {"dropout": 0.5}}))
+
+
+def _with(changes: dict[str, Any]) -> dict[str, Any]:
+    return {"features": {**ALL_KINDS, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "log", "message"),
+    [
+        (_with({"item": {**ALL_KINDS["item"], "dim": 3}}), 1, r"'features.item.dim' is 16, and 3 in the features"),
+        (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
+        (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
+        (_with({}), 2, r"the ids of its feature 'item' have other rows"),
+        ({"features": {"price": ALL_KINDS["price"]}}, 1, r"'features.item' is there, and missing"),
+    ],
+)
+def test_other_features_are_refused(
+    grown: Grown, tmp_path: Path, sections: dict[str, Any], log: int, message: str
+) -> None:
+    other = SmallModel(tmp_path, **sections)
+    if log != 1:
+        pq.write_table(random_log(log, rows=600), tmp_path / "log" / "0.parquet")
+        schema, windows = other.settings.schema_, other.settings.split.windows()
+        other.prepared = prepare(other.settings.data.log, schema, windows, tmp_path)
+    with pytest.raises(UserError, match=message):
+        grown.warm_start(prepared=other.prepared)
+
+
+def test_other_tasks_are_refused(grown: Grown, tmp_path: Path) -> None:
+    tasks = grown.small.settings.model_dump(mode="json")["tasks"]
+    tasks["more"] = {"label": "click", "objective": "engagement"}
+    other = SmallModel(tmp_path, tasks=tasks)
+    with pytest.raises(UserError, match=r"its setting 'tasks.more' is missing, and there in the features"):
+        grown.warm_start(prepared=other.prepared)
+
+
+def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
+    """Without ids, that these differ is all that tells the features of one log from those of another."""
+    sections = {"features": {name: ALL_KINDS[name] for name in ("price", "when")}}
+    one = SmallModel(tmp_path / "one", **sections)
+    pq.write_table(random_log(3, rows=600), tmp_path / "one" / "log" / "0.parquet")
+    settings = one.settings
+    prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), tmp_path / "other")
+    with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
+        WarmStart(one.folder, settings.model, prepared, settings.model)
+
+
+def test_a_model_of_more_ids_is_refused(grown: Grown, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(grown.small.folder, folder)
+    shutil.rmtree(folder / "features")
+    shutil.copytree(grown.prepared.serving, folder / "features")
+    settings = grown.small.settings.model
+    with pytest.raises(UserError, match=r"its feature 'item' knows \d+ ids, and \d+ in the features"):
+        WarmStart(folder, settings, grown.before, settings)
+
+
+def test_weights_that_cannot_be_read(grown: Grown, tmp_path: Path) -> None:
+    shutil.copytree(grown.small.folder, tmp_path / "model")
+    settings = grown.small.settings.model
+    start = WarmStart(tmp_path / "model", settings, grown.prepared, settings)
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"the weights of the model in '.*' can't be read"):
+        start.rows(Table("item", 20, 16), 0, 5)
+    with pytest.raises(UserError, match=r"the weights of the model in '.*' can't be read"):
+        start.fill_dense(grown.plain())
