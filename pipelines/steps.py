@@ -88,8 +88,10 @@ def train_model(settings: Settings, start: str | None = None) -> Trained | None:
         experiment = settings.tracking.experiment or settings.name
         with tracking.open_run(settings.tracking.uri, experiment, active=first) as run:
             _log_start(run, settings, prepared)
-            if start is not None:
-                run.set_tags({"warm_start": start})
+            if first and start is not None:
+                # An alias such as `champion` will point at the new model soon.
+                origin = tracking.run_of(start, settings.tracking.uri)
+                run.set_tags({"warm_start": start, "warm_start.run": origin or "unknown"})
             best = work / "checkpoint"
             result = Trainer(
                 prepared, settings.model, settings.training, device, best, run.log_metrics, warm_start

@@ -220,7 +220,9 @@ class Steps:
             for answer, mine in pipeline.memory_encoders[name].answer_counts.items():
                 mine.merge(counts[answer])
         # What was sent is of no use any more; removing gigabytes takes its time, in which encoding can begin.
-        threading.Thread(target=shutil.rmtree, args=(job.events.folder,), kwargs={"ignore_errors": True}).start()
+        removing = threading.Thread(target=shutil.rmtree, args=(job.events.folder,), kwargs={"ignore_errors": True})
+        removing.start()
+        self._stack.callback(removing.join)
 
     @property
     def _blocks(self) -> int:
