@@ -102,7 +102,12 @@ class _RayEngine:
         self._mine = not ray.is_initialized()
         if self._mine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-            here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+            here = {
+                "address": "local",  # not what someone else happens to have running on this machine
+                "num_cpus": workers,
+                "include_dashboard": False,
+                "object_store_memory": 256 * 2**20,
+            }
             ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else here))
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and timings of each step
         context = ray.data.DataContext.get_current()

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not arguments.extend:
         _print(prepare_features(settings))
+        options = shlex.join(["--config", arguments.config, *arguments.overrides])
+        print(f"next: python -m pipelines.inspect {options}")
         return
     extended = extend_features(settings)
     if extended is None:
@@ -61,6 +63,8 @@ def _print(prepared: Prepared) -> None:
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
+    for each in prepared.manifest["left_out"]:
+        print(f"left out: {each['reason']}")
 
 
 if __name__ == "__main__":

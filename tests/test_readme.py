@@ -59,10 +59,10 @@ EXERCISED_BY = {
         "features/test_build.py::test_ray_changes_no_byte"
     ),
     "python -m pipelines.features --config configs/shop.yaml --extend": (
-        "features/test_extend.py::test_the_commands_of_a_new_day"
+        "pipelines/test_incremental_days.py::test_the_command_says_what_was_added"
     ),
     "python -m pipelines.train --config configs/shop.yaml --from models:/shop@champion": (
-        "features/test_extend.py::test_the_commands_of_a_new_day"
+        "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one"
     ),
     "python -m pipelines.features --config configs/shop.yaml --skip-bad-files": SHOP,
     "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (

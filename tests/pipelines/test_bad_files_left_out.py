@@ -1,0 +1,52 @@
+"""`--skip-bad-files`: what was left out is said, is in the health report, and is kept with the run in MLflow."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec import tracking
+from pipelines import features, inspect, train
+from tests.pipelines.learnable_log import learnable_log, write_files
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A log with a file that is cut off, and one whose `price` is text."""
+    config = write_files(tmp_path)
+    whole = (tmp_path / "log" / sorted(each.name for each in (tmp_path / "log").iterdir())[0]).read_bytes()
+    (tmp_path / "log" / "x-cut.parquet").write_bytes(whole[: len(whole) // 2])
+    text = learnable_log(rows=40)
+    text = text.set_column(text.column_names.index("price"), "price", [["dear"] * text.num_rows])
+    pq.write_table(text, tmp_path / "log" / "y-text.parquet")
+    return config
+
+
+def test_a_bad_file_ends_the_command_unless_it_is_to_be_skipped(config: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        features.main(["--config", str(config)])
+    assert "x-cut.parquet' is not a readable Parquet file" in capsys.readouterr().err
+    assert not (config.parent / "work" / "features").exists()
+    features.main(["--config", str(config), "--skip-bad-files"])
+    said = capsys.readouterr().out
+    assert "left out: '" in said
+    assert "x-cut.parquet" in said
+    assert "y-text.parquet': column 'price' must hold numbers, found string" in said
+
+
+def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
+    options = ["--config", str(config), "--skip-bad-files"]
+    inspect.main(options)
+    report = config.parent / "work" / "inspection"
+    listed = json.loads((report / "health.json").read_text())["overview"]["left_out"]
+    assert [Path(each["file"]).name for each in listed] == ["x-cut.parquet", "y-text.parquet"]
+    assert "y-text.parquet" in (report / "health.html").read_text()
+
+    train.main([*options, "--training.epochs", "1", "--training.batch_size", "2048"])
+    uri = f"sqlite:///{config.parent / 'mlflow.db'}"
+    run = mlflow.get_run(tracking.run_of("models:/learnable@champion", uri))
+    assert run.data.tags["data.files_left_out"] == "2"
+    manifest = json.loads(Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/data.json")).read_text())
+    assert manifest["left_out"] == listed
