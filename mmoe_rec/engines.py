@@ -46,7 +46,7 @@ def open_engine(name: EngineName, workers: int | None = None) -> Iterator[Engine
     else:
         # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers - 1, mp_context=spawn, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
             try:
                 yield _ProcessEngine(pool)
             except BaseException:
@@ -60,24 +60,12 @@ class _SameProcess:
 
 
 class _ProcessEngine:
-    """Processes that work through the tasks in order, helped by this one instead of its waiting for them."""
-
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        futures = [self._pool.submit(function, task) for task in tasks]
-        mine: dict[int, Result] = {}
-        ahead = 0
         try:
-            for number, future in enumerate(futures):
-                while not future.done():
-                    waiting = (each for each in range(max(number, ahead), len(tasks)) if futures[each].cancel())
-                    ahead = next(waiting, len(tasks))
-                    if ahead == len(tasks):
-                        break
-                    mine[ahead] = function(tasks[ahead])
-                yield mine.pop(number) if number in mine else future.result()
+            yield from self._pool.map(function, tasks)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, most likely for want of memory; set data.workers or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -28,7 +29,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.prior = 0.0
         self.counts = NumberHistogram()
         self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
-        self.memory = CounterMemory.empty()
+        self.memory = CounterMemory.empty("recency" in feature.outputs)
 
     def _answer_names(self) -> list[str]:
         names = []
@@ -83,9 +84,9 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         windows = [window for window in self.feature.window_days if window is not None]
         return memory.compacted(moment, round(max(windows, default=0.0) * MICROSECONDS_PER_DAY))
 
-    def memory_from(self, table: pa.Table, floor: int | None) -> CounterMemory:
+    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         """A saved memory."""
-        return CounterMemory.from_table(table, floor)
+        return CounterMemory.from_columns(columns, floor)
 
     def answers(self, memory: CounterMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
         """Statistics before they are standardised."""
@@ -165,6 +166,7 @@ def _recency(memory: CounterMemory, index: np.ndarray, now: np.ndarray) -> np.nd
     """(N,) log(1 + days) since the last positive event, NaN without."""
     if not len(memory.events):
         return np.full(len(index), np.nan)
+    assert memory.last_positive is not None
     last = np.where(index >= 0, memory.last_positive[index], NEVER)
     days = (now - last.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(last == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))

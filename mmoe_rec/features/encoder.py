@@ -130,8 +130,8 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """What was known of `keys` (N,) uint64 at `times` (N,) int64: name -> (N,) float64 or `Ragged`."""
 
     @abstractmethod
-    def memory_from(self, table: pa.Table, floor: int | None) -> MemoryKind:
-        """The memory that `Memory.to_table` gave."""
+    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
+        """The memory that `Memory.to_columns` gave."""
 
     @property
     def answer_counts(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import numpy as np
 
 # Where there are so many times more events than rows, rows are searched for one by one.
 _ROWS_OF_A_SEARCH = 16
-_NUMBER_BITS = np.int64(32)
 
 
 @dataclass(frozen=True)
@@ -82,21 +81,17 @@ class KnownEvents:
         return np.where(self.keys[found] == keys, found, -1)
 
     def last_of_groups(self, groups: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """`last` by binary search, for keys by their number."""
-        arrived = np.searchsorted(self._arrival.known, times, side="right")
-        wanted = (np.maximum(groups, 0) << _NUMBER_BITS) | arrived
-        index = np.searchsorted(self._places, wanted, side="left") - 1
-        return np.where((groups >= 0) & (index >= self.group_starts(groups)), index, -1)
-
-    @cached_property
-    def _places(self) -> np.ndarray:
-        """(E,) one rising number for each event's key and arrival, so that a single search answers all rows at once."""
-        group = np.repeat(np.arange(len(self.keys)), np.diff(self.starts))
-        return (group << _NUMBER_BITS) | self._arrival.number
-
-    def group_starts(self, groups: np.ndarray) -> np.ndarray:
-        """(N,) int64 index of the first event of each group (0 for group -1)."""
-        return self.starts[np.maximum(groups, 0)] if len(self.keys) else np.zeros(len(groups), np.int64)
+        """`last` for keys by their number: a binary search within each key's events, of all rows at once."""
+        known_groups = np.maximum(groups, 0)
+        first = low = self.starts[known_groups]
+        high = np.where(groups >= 0, self.starts[known_groups + 1], low)
+        # The first event after `times` lies between low and high.
+        while (searching := low < high).any():
+            middle = (low + high) >> 1
+            earlier = self.known[np.minimum(middle, len(self) - 1)] <= times
+            low = np.where(searching & earlier, middle + 1, low)
+            high = np.where(searching & ~earlier, middle, high)
+        return np.where(low > first, low - 1, -1)
 
     def _joined(self, keys: np.ndarray, times: np.ndarray) -> np.ndarray | None:
         """`last` by one sort of events and rows together by key and time, much faster for many rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 
@@ -44,9 +46,9 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         """The last `length` candidates of each user as of `moment`, and what becomes known later."""
         return memory.compacted(moment, self.feature.length)
 
-    def memory_from(self, table: pa.Table, floor: int | None) -> HistoryMemory:
+    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
         """A saved memory."""
-        return HistoryMemory.from_table(table, floor)
+        return HistoryMemory.from_columns(columns, floor)
 
     def answers(self, memory: HistoryMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
         """Any number of table rows a row."""

@@ -103,8 +103,16 @@ def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts |
     return one
 
 
-def learn_part(job: LearnJob, reader: LogReader, part: LogPart) -> Learnt:
-    """Learns one part of the interaction log."""
+def learn_part(
+    job: LearnJob, readers: Mapping[str | None, LogReader | EventReader], task: tuple[str | None, LogPart]
+) -> Learnt:
+    """Learns a part of the log of events of that name, or of the interaction log (None)."""
+    source, part = task
+    reader = readers[source]
+    return _learn_log(job, reader, part) if source is None else _learn_events(job, reader, source, part)
+
+
+def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart) -> Learnt:
     schema = job.schema
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
@@ -141,8 +149,7 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def learn_events(job: LearnJob, reader: EventReader, source: str, part: LogPart) -> Learnt:
-    """Sends one part of a log of events to the counters and histories that remember it."""
+def _learn_events(job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
     sender = _Sender(job, part, source)
     try:

@@ -1,18 +1,17 @@
 """What counters and histories remember of a log: tables of events that answer what was known at a moment.
 
-A memory is data: it goes to Arrow and back, is cut down to what requests from some moment on can ask for
+A memory is data: it goes to columns and back, is cut down to what requests from some moment on can ask for
 (`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the
 next day's state, and events that do not fit into memory are taken in one stretch of time after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.events import KnownEvents, sort_events
@@ -30,9 +29,9 @@ class Memory:
     def __init__(self, events: KnownEvents, floor: int | None) -> None:
         self.events, self.floor = events, floor
 
-    def to_table(self) -> pa.Table:
-        """The events as Arrow, sorted by key and time: key, known, and what each kind holds."""
-        return pa.table({"key": self.events.key, "known": self.events.known})
+    def to_columns(self) -> dict[str, np.ndarray]:
+        """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
+        return {"key": self.events.key, "known": self.events.known}
 
     def as_of(self, times: np.ndarray) -> np.ndarray:
         """(N,) int64 moments that can be answered: `times`, but no earlier than `floor`."""
@@ -45,19 +44,27 @@ class Memory:
 class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
-    rows, label_sum: (E,) int64 and float64, of all events of the key so far; last_positive: (E,) int64 moment of its
-    last positive one, `NEVER` without.
+    rows, label_sum: (E,) int32 and float64, of all events of the key so far; last_positive: (E,) int64 moment of its
+    last positive one, `NEVER` without; None where nobody asks for it.
     """
 
-    def __init__(self, events: KnownEvents, totals: Sequence[np.ndarray], floor: int | None = None) -> None:
+    def __init__(
+        self,
+        events: KnownEvents,
+        rows: np.ndarray,
+        label_sum: np.ndarray,
+        last_positive: np.ndarray | None,
+        floor: int | None = None,
+    ) -> None:
         super().__init__(events, floor)
-        self.rows, self.label_sum, self.last_positive = totals
+        self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
     @staticmethod
-    def empty() -> CounterMemory:
-        """Nothing remembered."""
+    def empty(recency: bool = True) -> CounterMemory:
+        """Nothing remembered. recency: whether the last positive event will be asked for."""
         none = np.empty(0, np.int64)
-        return CounterMemory(KnownEvents(np.empty(0, np.uint64), none), (none, np.empty(0), none))
+        events = KnownEvents(np.empty(0, np.uint64), none)
+        return CounterMemory(events, none.astype(np.int32), np.empty(0), none if recency else None)
 
     def extended(self, key: np.ndarray, known: np.ndarray, label: np.ndarray, *, fractions: bool) -> CounterMemory:
         """These events and further ones, (E,) uint64, int64 and float64, in any order.
@@ -68,21 +75,23 @@ class CounterMemory(Memory):
             return self
         # The events at hand as what each added to its key's totals.
         first = np.append(True, self.events.key[1:] != self.events.key[:-1]) if len(self.events) else np.empty(0, bool)
-        rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int64))
+        rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int32))
         label_sum = np.append(_steps(self.label_sum, first), label)
-        positive = np.append(self.last_positive, np.where(label > 0, known, NEVER))
+        positive = None
+        if self.last_positive is not None:
+            positive = np.append(self.last_positive, np.where(label > 0, known, NEVER))
         key, known = np.append(self.events.key, key), np.append(self.events.known, known)
 
         order, arrival = sort_events(key, known, label_sum if fractions else None)
         key, known = key[order], known[order]
-        totals = (
-            _running(key, rows[order]),
-            (_running_fractions if fractions else _running)(key, label_sum[order]),
-            _running_last(key, positive[order]),
-        )
         end_of_moment = np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True)
-        events = KnownEvents(key[end_of_moment], known[end_of_moment], arrival.of(end_of_moment))
-        return CounterMemory(events, [each[end_of_moment] for each in totals], self.floor)
+        return CounterMemory(
+            KnownEvents(key[end_of_moment], known[end_of_moment], arrival.of(end_of_moment)),
+            _running(key, rows[order])[end_of_moment].astype(np.int32),
+            (_running_fractions if fractions else _running)(key, label_sum[order])[end_of_moment],
+            None if positive is None else _running_last(key, positive[order])[end_of_moment],
+            self.floor,
+        )
 
     def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) rows and label sums as of events by their index, 0 for index -1."""
@@ -94,21 +103,25 @@ class CounterMemory(Memory):
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
         needed = self.events.needed_since(moment - window)
-        events = KnownEvents(self.events.key[needed], self.events.known[needed])
-        totals = [each[needed] for each in (self.rows, self.label_sum, self.last_positive)]
-        return CounterMemory(events, totals, self._later_floor(moment))
+        return CounterMemory(
+            KnownEvents(self.events.key[needed], self.events.known[needed]),
+            self.rows[needed],
+            self.label_sum[needed],
+            None if self.last_positive is None else self.last_positive[needed],
+            self._later_floor(moment),
+        )
 
-    def to_table(self) -> pa.Table:
+    def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
-        totals = {"rows": self.rows, "label_sum": self.label_sum, "last_positive": self.last_positive}
-        return pa.table({"key": self.events.key, "known": self.events.known, **totals})
+        totals = {"rows": self.rows, "label_sum": self.label_sum}
+        recency = {} if self.last_positive is None else {"last_positive": self.last_positive}
+        return {"key": self.events.key, "known": self.events.known, **totals, **recency}
 
     @staticmethod
-    def from_table(table: pa.Table, floor: int | None) -> CounterMemory:
-        """The memory that `to_table` gave."""
-        names = ("key", "known", "rows", "label_sum", "last_positive")
-        key, known, *totals = (table[name].to_numpy() for name in names)
-        return CounterMemory(KnownEvents(key, known), totals, floor)
+    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
+        """The memory that `to_columns` gave."""
+        events = KnownEvents(columns["key"], columns["known"])
+        return CounterMemory(events, columns["rows"], columns["label_sum"], columns.get("last_positive"), floor)
 
 
 class HistoryMemory(Memory):
@@ -156,15 +169,14 @@ class HistoryMemory(Memory):
         events = KnownEvents(self.events.key[needed], self.events.known[needed])
         return HistoryMemory(events, self.items[needed], self._later_floor(moment))
 
-    def to_table(self) -> pa.Table:
+    def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
-        return pa.table({"key": self.events.key, "known": self.events.known, "item": self.items})
+        return {"key": self.events.key, "known": self.events.known, "item": self.items}
 
     @staticmethod
-    def from_table(table: pa.Table, floor: int | None) -> HistoryMemory:
-        """The memory that `to_table` gave."""
-        events = KnownEvents(table["key"].to_numpy(), table["known"].to_numpy())
-        return HistoryMemory(events, table["item"].to_numpy(), floor)
+    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
+        """The memory that `to_columns` gave."""
+        return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
 
 
 def _steps(totals: np.ndarray, first: np.ndarray) -> np.ndarray:

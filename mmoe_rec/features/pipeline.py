@@ -253,9 +253,8 @@ class FeaturePipeline:
 
 def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> None:
     """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
-    table = memory.to_table()
-    if memory.floor is not None:
-        table = table.replace_schema_metadata({"floor": str(memory.floor)})
+    metadata = None if memory.floor is None else {"floor": str(memory.floor)}
+    table = pa.table(memory.to_columns()).replace_schema_metadata(metadata)
     parts = _memory_folder(folder, feature)
     parts.mkdir(exist_ok=True)
     path = parts / f"part-{part:05d}.parquet"
@@ -263,11 +262,30 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
 
 
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
-    """The memory of a feature that was written into a folder of state, or the events of some keys of it."""
-    parts = _memory_folder(folder, encoder.name)
-    metadata = pq.read_schema(parts / "part-00000.parquet").metadata or {}
-    floor = metadata.get(b"floor")
-    return encoder.memory_from(pq.read_table(parts, filters=keys), None if floor is None else int(floor))
+    """The memory of a feature that was written into a folder of state, or the events of some keys of it.
+
+    A part is read at a time, so that no more memory is taken than the events need.
+    """
+    parts = sorted(_memory_folder(folder, encoder.name).iterdir())
+    schema = pq.read_schema(parts[0])
+    floor = (schema.metadata or {}).get(b"floor")
+    tables = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
+    if keys is None:
+        columns = _filled(schema, sum(pq.read_metadata(part).num_rows for part in parts), tables)
+    else:
+        found = pa.concat_tables(tables)
+        columns = {name: found[name].to_numpy() for name in found.column_names}
+    return encoder.memory_from(columns, None if floor is None else int(floor))
+
+
+def _filled(schema: pa.Schema, rows: int, tables: Iterable[pa.Table]) -> dict[str, np.ndarray]:
+    columns = {field.name: np.empty(rows, field.type.to_pandas_dtype()) for field in schema}
+    start = 0
+    for table in tables:
+        for name, column in columns.items():
+            column[start : start + len(table)] = table[name].to_numpy()
+        start += len(table)
+    return columns
 
 
 def _memory_folder(folder: Path, feature: str) -> Path:

@@ -33,11 +33,19 @@ from mmoe_rec.features.learn import (
     Learnt,
     Window,
     events_of,
-    learn_events,
     learn_part,
     look_ups_of,
 )
-from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log
+from mmoe_rec.features.log import (
+    ROWS_PER_PART,
+    BadFile,
+    EventReader,
+    EventRows,
+    LeftOut,
+    Log,
+    LogPart,
+    LogReader,
+)
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.progress import bar
@@ -158,19 +166,22 @@ class Steps:
         options, log = self.logs.options, self.logs.log
         look = options.duplicates == "error"
         job = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, statistics, look)
+        readers: dict[str | None, LogReader | EventReader] = {None: log.reader}
+        parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self._parts]
+        for events in self.logs.events:
+            readers[events.name] = events.reader
+            parts += [(events.name, part) for part in events.parts()]
         learnt = Learnt()
-        jobs: list[tuple[str, Any, Log | EventRows]] = [("reading the log", partial(learn_part, job, log.reader), log)]
-        jobs += [
-            (f"reading events '{each.name}'", partial(learn_events, job, each.reader, each.name), each)
-            for each in self.logs.events
-        ]
-        for what, function, source in jobs:
-            parts = source.parts()
-            for part in self._run(function, parts, [part.rows for part in parts], what):
-                if part.bad and not options.skip_bad_files:
-                    raise part.bad[0]
-                learnt.merge(part)
+        for part in self._run(partial(learn_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
+            if part.bad and not options.skip_bad_files:
+                raise part.bad[0]
+            learnt.merge(part)
         return learnt
+
+    @property
+    def _parts(self) -> list[LogPart]:
+        # Enough of them for many workers to end at about the same time.
+        return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 4), ROWS_PER_PART))
 
     def _check_duplicates(self) -> None:
         exchange = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, False, True).exchange
@@ -238,7 +249,7 @@ class Steps:
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
         """
         job = EncodeJob(state, self.windows, known_by, answers_in(self.scratch, self._blocks), folder)
-        tasks = list(enumerate(self.logs.log.parts()))
+        tasks = list(enumerate(self._parts))
         counts = {name: SplitCounts() for name in self.windows}
         function = partial(encode_part, job, self.logs.log.reader)
         for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):

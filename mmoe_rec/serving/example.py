@@ -25,7 +25,7 @@ def example_request(features: Path, tables_as_of: str) -> dict[str, Any]:
         features: serving state, `<work>/features/serving` or an artifact's `features`.
         tables_as_of: ISO time of the log's last request.
     """
-    pipeline = FeaturePipeline.load(features)
+    pipeline = FeaturePipeline.load(features, memories=False)
     names = pipeline.schema.columns
     users = LatestValues(names.user, pq.read_table(features / "latest.user.parquet"))
     candidates = LatestValues(names.candidate, pq.read_table(features / "latest.candidate.parquet"))

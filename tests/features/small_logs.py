@@ -158,15 +158,21 @@ def remember(
 ) -> None:
     """Replaces what counters and histories remember by other logs."""
     logs = {None: batches, **(events or {})}
-    for encoder in pipeline.memory_encoders.values():
+    fresh = FeaturePipeline(pipeline.schema).memory_encoders
+    for name, encoder in pipeline.memory_encoders.items():
         parts = [encoder.events(rows) for rows in logs[encoder.source]]
         together = pa.concat_tables(parts, promote_options="permissive")
-        encoder.memory = encoder.extended(type(encoder.memory).empty(), together)
+        encoder.memory = encoder.extended(fresh[name].memory, together)
 
 
 def raw_answers(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
     return encoder.answers(encoder.memory, encoder.keys(rows), rows.times())
+
+
+def memory_table(encoder: MemoryEncoder) -> pa.Table:
+    """What a counter or history remembers."""
+    return pa.table(encoder.memory.to_columns())
 
 
 def times_of(table: pa.Table) -> np.ndarray:
