@@ -112,7 +112,7 @@ class EventLog(Section):
     A row is an event that is known from its time on.
     """
 
-    path: str = Field(description="a folder of Parquet files, one file, or a glob")
+    path: str = Field(description="a folder of Parquet files, one file, or a glob; a path or an s3:// address")
     time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
 
 
