@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as folder:
-        disturbed = killed_builds(Path(folder), kills)
-    print(json.dumps({"kills": kills, "before_the_end": disturbed, "same_bytes_after": kills}))
+        attempts = killed_builds(Path(folder), kills)
+    print(json.dumps({"killed": kills, "ended_before": attempts - kills, "same_bytes_after": attempts}))
 
 
 if __name__ == "__main__":
