@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -48,11 +48,15 @@ class Outline:
 class Counts(Protocol):
     """A partial fit. Partial fits of parts of a log, merged in any order, are the partial fit of the whole."""
 
-    def merge(self, other: Self) -> None:
-        """Adds what another one counted."""
+    def merge(self, other: Any) -> None:
+        """Adds what another one of the same kind counted."""
 
     def to_table(self) -> pa.Table:
         """The counts as Arrow."""
+
+    @staticmethod
+    def from_table(table: pa.Table) -> Any:
+        """The counts that `to_table` gave."""
 
 
 class Encoder:

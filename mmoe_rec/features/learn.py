@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.latest import LatestParts
@@ -68,7 +68,7 @@ class Learnt:
     bad: files that could not be read.
     """
 
-    counts: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
     key_types: dict[str, str] = field(default_factory=dict)
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)

@@ -146,12 +146,6 @@ class Log:
         for part in self.parts():
             yield from self.reader.read(part)
 
-    def last_time(self) -> int:
-        """Time of the last request, microseconds since 1970 UTC."""
-        uses: dict[str, Use] = {self.schema.columns.time: "time"}
-        tables = (table for part in self.parts() for table in _tables(part, uses, self.schema, []))
-        return max(int(LogRows(table, self.schema).times().max()) for table in tables)
-
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
         text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in self.files)

@@ -22,7 +22,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import column_uses
 from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, State
+from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, State
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
@@ -109,7 +109,7 @@ class FeaturePipeline:
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, MemoryEncoder)}
 
     @property
-    def counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Counts]:
         """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
         labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
@@ -129,7 +129,7 @@ class FeaturePipeline:
             if pa.types.is_int64(field.type) or pa.types.is_string(field.type):
                 self.key_types[field.name] = str(field.type)
 
-    def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
+    def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""
         for name, mine in self.counts.items():
             mine.merge(counts[name])
@@ -217,11 +217,6 @@ class FeaturePipeline:
         learnt = {"key_types": self.key_types, "label_scales": self.label_scales}
         text = {"format": FORMAT, "schema": schema, **learnt, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
-
-    def save_memories(self, folder: Path, moment: int) -> None:
-        """Writes what requests at `moment` (microseconds) or later can ask of the memories of this process."""
-        for name, encoder in self.memory_encoders.items():
-            write_memory(encoder.compacted(encoder.memory, moment), folder, name)
 
     @staticmethod
     def load(folder: Path, memories: bool = True) -> FeaturePipeline:

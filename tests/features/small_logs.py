@@ -13,7 +13,7 @@ from mmoe_rec.features.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.learn import Window
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.features.pipeline import FeaturePipeline, in_window, write_memory
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
 
@@ -168,6 +168,12 @@ def remember(
 def raw_answers(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
     return encoder.answers(encoder.memory, encoder.keys(rows), rows.times())
+
+
+def save_memories(pipeline: FeaturePipeline, folder: Path, moment: int) -> None:
+    """Writes what requests at `moment` or later can ask of a pipeline's memories."""
+    for name, encoder in pipeline.memory_encoders.items():
+        write_memory(encoder.compacted(encoder.memory, moment), folder, name)
 
 
 def memory_table(encoder: MemoryEncoder) -> pa.Table:

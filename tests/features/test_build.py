@@ -17,6 +17,7 @@ from small_logs import (
     fit_in_memory,
     log_rows,
     random_log,
+    save_memories,
     schema_of,
     times_of,
     write_log,
@@ -73,7 +74,7 @@ def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, s
         assert_same(encoded, pipeline.encode(rows))
         assert written["time"].cast(pa.int64()).to_pylist() == rows.times().tolist()
     (tmp_path / "memories").mkdir()
-    pipeline.save_memories(tmp_path / "memories", int(times_of(table).max()) + 1)
+    save_memories(pipeline, tmp_path / "memories", int(times_of(table).max()) + 1)
     for file in (tmp_path / "memories").iterdir():
         kept, mine = pq.read_table(prepared.serving / file.name), pq.read_table(file)
         assert kept.schema.metadata == mine.schema.metadata

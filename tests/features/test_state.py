@@ -18,6 +18,7 @@ from small_logs import (
     random_log,
     raw_answers,
     remember,
+    save_memories,
     schema_of,
     stream_of,
     times_of,
@@ -34,7 +35,7 @@ FIRST = START - 365 * DAY  # before the log: memories saved as of then are whole
 def _saved(pipeline: FeaturePipeline, folder, moment=FIRST) -> dict[str, bytes]:
     folder.mkdir()
     pipeline.save(folder)
-    pipeline.save_memories(folder, moment)
+    save_memories(pipeline, folder, moment)
     return files_of(folder)
 
 
