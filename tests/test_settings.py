@@ -173,7 +173,11 @@ def test_a_bad_override(tmp_path, arguments, message):
     ("changes", "message"),
     [
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
-        ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, workers, rows_in_memory, skip_bad_files, duplicates, future_times)"),
+        (
+            {"data__lgo": "x"},
+            "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, workers, "
+            "rows_in_memory, skip_bad_files, duplicates, future_times)",
+        ),
         (
             {"model__experts__cuont": 3},
             "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)",
