@@ -7,9 +7,10 @@ later requests can ask for, is carried from one to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.features.encoded import Ragged, join
-from mmoe_rec.features.encoder import Answers, MemoryEncoder, shortened
+from mmoe_rec.features.encoder import Answers, MemoryEncoder, arrived, shortened
+from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.exchange import Exchange, key_range
-from mmoe_rec.features.learn import Window, events_of, look_ups_of
+from mmoe_rec.features.learn import Window, events_of, label_of, look_ups_of
 from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window, read_memory, write_memory
 
@@ -66,33 +68,44 @@ def answers_in(scratch: Path, blocks: int) -> Exchange:
 
 @dataclass(frozen=True)
 class Partition:
-    """A counter or history, a partition of its keys, and the rows that were sent there."""
+    """A group of counters and histories that ask by the same key, a partition of its keys, and the rows sent there."""
 
-    feature: str
+    group: str
     number: int
     rows: int
 
 
-def answer_partition(job: AnswerJob, partition: Partition) -> tuple[str, dict[str, Any]]:
-    """Answers a partition's look-ups and keeps its part of the memory; gives the feature and counts of its answers."""
-    encoder = fitted(job.state).memory_encoders[partition.feature]
-    counting = FeaturePipeline(fitted(job.state).schema).memory_encoders[partition.feature]
-    memory = _memory_before(job, encoder, partition)
-    for turn, stretch in enumerate(_stretches(job, encoder, partition)):
-        if turn:
-            memory = encoder.compacted(memory, stretch.start)
-        if stretch.events is not None:
-            memory = encoder.extended(memory, stretch.events)
-        if stretch.look_ups is None:
-            continue
-        key, times, rows = (stretch.look_ups[name].to_numpy() for name in ("key", "time", "row"))
-        answers = shortened(encoder.answers(memory, key, times))
-        if job.training is not None and counting.answer_counts:
-            inside = in_window(times, job.training)
-            counting.learn_answers(_take(answers, np.flatnonzero(inside)))
-        job.answers.send(partition.feature, (partition.number, turn), _to_table(rows, answers), rows // ROWS_PER_BLOCK)
-    write_memory(encoder.compacted(memory, job.end), job.memories, partition.feature, partition.number)
-    return partition.feature, counting.answer_counts
+def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str, Any]]:
+    """Answers a partition's look-ups and keeps its part of the memories; gives counts of each feature's answers."""
+    encoders = {encoder.name: encoder for encoder in fitted(job.state).key_groups[partition.group]}
+    counting = FeaturePipeline(fitted(job.state).schema).memory_encoders
+    memories = {name: _memory_before(job, encoder, partition) for name, encoder in encoders.items()}
+    edges = _edges(job, list(encoders.values()), partition)
+    for turn, window in enumerate(pairwise([None, *edges, None])):
+        look_ups = _LookUpsOfStretch.read(job, list(encoders.values()), partition.number, window)
+        found: dict[str, np.ndarray | Ragged] = {}
+        for name, encoder in encoders.items():
+            memory = memories.pop(name)
+            if turn:
+                memory = encoder.compacted(memory, edges[turn - 1])
+            events = look_ups.events(encoder, window) if encoder.label else _events(job, encoder, partition, window)
+            if events is not None:
+                memory = encoder.extended(memory, events, in_order=encoder.label is not None)
+            if len(look_ups.asked):
+                answers = arrived(shortened(encoder.answers(memory, look_ups.asked)), look_ups.asked)
+                found |= answers
+                if job.training is not None and counting[name].answer_counts:
+                    inside = np.flatnonzero(in_window(look_ups.times, job.training))
+                    counting[name].learn_answers(_take(answers, inside))
+            if window[1] is None:
+                memory = encoder.compacted(memory, job.end)
+                write_memory(memory, job.memories, name, partition.number)
+            else:
+                memories[name] = memory
+        if found:
+            table, block = _to_table(look_ups.rows, found), look_ups.rows // ROWS_PER_BLOCK
+            job.answers.send(partition.group, (partition.number, turn), table, block)
+    return {name: counting[name].answer_counts for name in encoders}
 
 
 def fitted(state: Path) -> FeaturePipeline:
@@ -116,39 +129,63 @@ def _memory_before(job: AnswerJob, encoder: MemoryEncoder[Any], partition: Parti
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Events that became known and look-ups that were made in a stretch of time that begins at `start`."""
+class _LookUpsOfStretch:
+    """What is asked within a stretch of time, and what rows were labelled that become known in it.
 
-    start: int
-    events: pa.Table | None
-    look_ups: pa.Table | None
+    asked: N look-ups by rows of the splits; rows, times: (N,) int64 of each, in the order in which they arrived;
+    labelled: rows sorted by key and time; labels: by task, (L,) beside `labelled`.
+    """
+
+    asked: LookUps
+    rows: np.ndarray
+    times: np.ndarray
+    labelled: LookUps
+    labels: Mapping[str, np.ndarray]
+
+    @staticmethod
+    def read(
+        job: AnswerJob, encoders: Sequence[MemoryEncoder[Any]], partition: int, window: Window
+    ) -> _LookUpsOfStretch:
+        """The look-ups that were sent to a partition of a group of encoders."""
+        matures_after = {encoder.matures_after for encoder in encoders if encoder.label is not None}
+        tables = []
+        for table in job.events.receive(look_ups_of(encoders[0].name), partition):
+            time = table["time"].to_numpy()
+            needed = in_window(time, window)
+            for each in matures_after:
+                needed |= in_window(known_at(time, each), window)
+            tables.append(table if needed.all() else table.filter(pa.array(needed)))
+        together = _together(tables)
+        if together is None:
+            none = np.empty(0, np.int64)
+            nothing = LookUps.sort(np.empty(0, np.uint64), none)
+            return _LookUpsOfStretch(nothing, none, none, nothing, {})
+        columns = {name: together[name].to_numpy() for name in together.column_names}
+        time = columns["time"]
+        everything = LookUps.sort(columns["key"], time)
+        tasks = {encoder.label for encoder in encoders if encoder.label is not None}
+        labels = {task: columns[label_of(task)][everything.order] for task in tasks}
+        wanted = in_any(time, job.windows.values()) & in_window(time, window)
+        asked = everything.where(wanted)
+        return _LookUpsOfStretch(asked, columns["row"][wanted], time[wanted], everything, labels)
+
+    def events(self, encoder: MemoryEncoder[Any], window: Window) -> pa.Table | None:
+        """Events that become known in the stretch, sorted."""
+        if not len(self.labelled):
+            return None
+        labels = self.labels[encoder.label or ""]
+        return _within(encoder.labelled(self.labelled.runs.key, self.labelled.time, labels), window)
 
 
-def _stretches(job: AnswerJob, encoder: MemoryEncoder[Any], partition: Partition) -> Iterator[Stretch]:
-    count = -(-partition.rows // job.rows_in_memory)
-    if count <= 1:
-        yield _stretch(job, encoder, partition, None, None)
-        return
-    edges = _edges(job, partition, count)
-    for start, end in zip([None, *edges], [*edges, None], strict=True):
-        yield _stretch(job, encoder, partition, start, end)
+def _events(job: AnswerJob, encoder: MemoryEncoder[Any], partition: Partition, window: Window) -> pa.Table | None:
+    """Events of a counter or history that become known in a stretch of time."""
+    events = job.events.receive(events_of(encoder.name), partition.number)
+    return _together([_within(each, window) for each in events])
 
 
-def _stretch(
-    job: AnswerJob, encoder: MemoryEncoder[Any], partition: Partition, start: int | None, end: int | None
-) -> Stretch:
-    """Events that become known, and look-ups that are made, from `start` to before `end`."""
-    events = list(job.events.receive(events_of(partition.feature), partition.number))
-    look_ups = []
-    for table in job.events.receive(look_ups_of(partition.feature), partition.number):
-        time = table["time"].to_numpy()
-        if encoder.has_labels:
-            events.append(encoder.labelled(table["key"].to_numpy(), time, table["label"].to_numpy()))
-        wanted = in_any(time, job.windows.values()) & in_window(time, (start, end))
-        look_ups.append(table if wanted.all() else table.filter(pa.array(wanted)))
-    if start is not None or end is not None:
-        events = [each.filter(pa.array(in_window(each["known"].to_numpy(), (start, end)))) for each in events]
-    return Stretch(start or 0, _together(events), _together(look_ups))
+def _within(events: pa.Table, window: Window) -> pa.Table:
+    inside = in_window(events["known"].to_numpy(), window)
+    return events if inside.all() else events.filter(pa.array(inside))
 
 
 def _together(tables: list[pa.Table]) -> pa.Table | None:
@@ -156,11 +193,15 @@ def _together(tables: list[pa.Table]) -> pa.Table | None:
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
 
 
-def _edges(job: AnswerJob, partition: Partition, count: int) -> list[int]:
-    """Moments that divide a partition into about `count` equal stretches, from a sample of its times."""
+def _edges(job: AnswerJob, encoders: Sequence[MemoryEncoder[Any]], partition: Partition) -> list[int]:
+    """Moments that divide a partition into about equal stretches that fit into memory, from a sample of its times."""
+    count = -(-partition.rows // job.rows_in_memory)
+    if count <= 1:
+        return []
+    channels = [(events_of(encoder.name), "known") for encoder in encoders if encoder.label is None]
     samples = [
         table[column].to_numpy()[:: 1 + count]
-        for channel, column in ((events_of(partition.feature), "known"), (look_ups_of(partition.feature), "time"))
+        for channel, column in [(look_ups_of(partition.group), "time"), *channels]
         for table in job.events.receive(channel, partition.number)
     ]
     times = np.sort(np.concatenate(samples))
@@ -179,14 +220,14 @@ def _to_table(rows: np.ndarray, answers: Answers) -> pa.Table:
 
 
 class AnswerReader:
-    """Gives rows, read in order, the answers of the features, block by block."""
+    """Gives rows, read in order, the answers of counters and histories, block by block."""
 
-    def __init__(self, answers: Exchange, features: list[str]) -> None:
-        self._exchange, self._features = answers, features
+    def __init__(self, answers: Exchange, groups: Sequence[str]) -> None:
+        self._exchange, self._groups = answers, groups
         self._block = -1
-        self._at_hand: dict[str, Answers] = {}
+        self._at_hand: Answers = {}
 
-    def of(self, first: int, wanted: np.ndarray) -> dict[str, Answers]:
+    def of(self, first: int, wanted: np.ndarray) -> Answers:
         """Answers for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
         rows = first + np.flatnonzero(wanted)
         parts = []
@@ -194,17 +235,15 @@ class AnswerReader:
             start = block * ROWS_PER_BLOCK
             inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + ROWS_PER_BLOCK)] - start
             if len(inside):
-                at_hand = self._load(block)
-                parts.append({feature: _take(at_hand[feature], inside) for feature in self._features})
-        return {feature: _joined([part[feature] for part in parts]) for feature in self._features}
+                parts.append(_take(self._load(block), inside))
+        return parts[0] if len(parts) == 1 else {name: join([part[name] for part in parts]) for name in parts[0]}
 
-    def _load(self, block: int) -> dict[str, Answers]:
+    def _load(self, block: int) -> Answers:
         if block != self._block:
-            start = block * ROWS_PER_BLOCK
-            self._at_hand = {
-                feature: _by_row(list(self._exchange.receive(feature, block)), start) for feature in self._features
-            }
-            self._block = block
+            answers: dict[str, np.ndarray | Ragged] = {}
+            for group in self._groups:
+                answers |= _by_row(list(self._exchange.receive(group, block)), block * ROWS_PER_BLOCK)
+            self._block, self._at_hand = block, answers
         return self._at_hand
 
 
@@ -237,7 +276,3 @@ def _take(answers: Answers, rows: np.ndarray) -> Answers:
             for name, each in answers.items()
         }
     return {name: each.take(rows) if isinstance(each, Ragged) else each[rows] for name, each in answers.items()}
-
-
-def _joined(parts: list[Answers]) -> Answers:
-    return parts[0] if len(parts) == 1 else {name: join([part[name] for part in parts]) for name in parts[0]}

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.encoder import Answers, Inputs, MemoryEncoder, Outline, State
-from mmoe_rec.features.events import known_at
+from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.memory import NEVER, CounterMemory
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.numeric import DenseNumber
@@ -29,6 +29,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.prior = 0.0
         self.counts = NumberHistogram()
         self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
+        self.matures_after = maturity(task)
         self.memory = CounterMemory.empty("recency" in feature.outputs)
 
     def _answer_names(self) -> list[str]:
@@ -48,14 +49,21 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """Makes the overall mean."""
         self.prior = self.counts.standardiser().mean
 
-    def events(self, rows: LogRows) -> pa.Table:
-        """Labelled rows; each becomes visible only when its label is known."""
-        return self.labelled(self.keys(rows), rows.times(), self.labels(rows))
+    @property
+    def by(self) -> tuple[str, ...]:
+        """The columns in `by`."""
+        return tuple(self.feature.by)
 
     @property
-    def has_labels(self) -> bool:
-        """Of the interaction log, not of a log of events."""
-        return self.source is None
+    def label(self) -> str | None:
+        """The task, where rows of the interaction log are counted."""
+        return None if self.source is not None else self.feature.task
+
+    def events(self, rows: LogRows) -> pa.Table:
+        """Of a log of events, each event; of the interaction log, rows come as look-ups with their labels."""
+        if self.source is None:
+            return self.labelled(self.keys(rows), rows.times(), self.labels(rows))
+        return pa.table({"key": self.keys(rows), "known": known_at(rows.times(), self.matures_after)})
 
     def labels(self, rows: LogRows) -> np.ndarray:
         """(N,) labels: int8 of a binary task, -1 where unobserved, or float64, NaN where unobserved."""
@@ -63,21 +71,19 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return labels if self.task.kind == "regression" else np.where(np.isnan(labels), -1, labels).astype(np.int8)
 
     def labelled(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """The rows whose label is observed."""
-        observed = np.flatnonzero(labels >= 0 if labels.dtype == np.int8 else ~np.isnan(labels))
-        if len(observed) < len(key):
-            key, times, labels = key[observed], times[observed], labels[observed]
-        known = known_at(times, maturity(self.task))
-        return pa.table({"key": key, "known": known, "label": labels.astype(np.float64)})
+        """The rows whose label is observed; each becomes visible only when its label is known."""
+        observed = labels >= 0 if labels.dtype == np.int8 else ~np.isnan(labels)
+        if not observed.all():
+            kept = np.flatnonzero(observed)
+            key, times, labels = key[kept], times[kept], labels[kept]
+        return pa.table({"key": key, "known": known_at(times, self.matures_after), "label": labels})
 
-    def keys(self, rows: LogRows) -> np.ndarray:
-        """The combinations of the columns in `by`."""
-        return rows.hashes(self.feature.by)
-
-    def extended(self, memory: CounterMemory, events: pa.Table) -> CounterMemory:
+    def extended(self, memory: CounterMemory, events: pa.Table, in_order: bool = False) -> CounterMemory:
         """Further labels."""
-        key, known, label = (events[name].to_numpy() for name in ("key", "known", "label"))
-        return memory.extended(key, known, label, fractions=self.task.kind == "regression")
+        key, known = events["key"].to_numpy(), events["known"].to_numpy()
+        label = None if self.source is not None else events["label"].to_numpy()
+        fractions = self.task.kind == "regression"
+        return memory.extended(key, known, label, fractions=fractions, in_order=in_order)
 
     def compacted(self, memory: CounterMemory, moment: int) -> CounterMemory:
         """The totals of each key as of `moment` and within the longest window before it, and what comes later."""
@@ -88,22 +94,29 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """A saved memory."""
         return CounterMemory.from_columns(columns, floor)
 
-    def answers(self, memory: CounterMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
+    @property
+    def answer_names(self) -> tuple[str, ...]:
+        """The statistics."""
+        return tuple(self.numbers)
+
+    def answers(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
         """Statistics before they are standardised."""
-        now = memory.as_of(times)
-        last = memory.events.last(keys, now)
+        join = memory.joined(asked)
+        last = join.last()
         result: dict[str, np.ndarray] = {}
-        for window in self.feature.window_days:
+        windows = self.feature.window_days if set(self.feature.outputs) != {"recency"} else ()
+        for window in windows:
             count, label_sum = memory.totals(last)
             if window is not None:
-                start = memory.events.last(keys, now - round(window * MICROSECONDS_PER_DAY))
-                count_before, sum_before = memory.totals(start)
+                count_before, sum_before = memory.totals(join.last(round(window * MICROSECONDS_PER_DAY)))
                 count, label_sum = count - count_before, label_sum - sum_before
             for output in self.feature.outputs:
                 if output != "recency":
                     result[f"{self.name}_{output}{_suffix(window)}"] = self._statistic(output, count, label_sum)
         if "recency" in self.feature.outputs:
-            result[f"{self.name}_recency"] = _recency(memory, last, now)
+            moment = memory.last_positive_at(last)
+            days = (join.asked.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
+            result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
         return dict(result)
 
     def _statistic(self, output: str, count: np.ndarray, label_sum: np.ndarray) -> np.ndarray:
@@ -160,13 +173,3 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 def _suffix(window: float | None) -> str:
     """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
     return "" if window is None else f"_{window:g}d".replace(".", "p")
-
-
-def _recency(memory: CounterMemory, index: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """(N,) log(1 + days) since the last positive event, NaN without."""
-    if not len(memory.events):
-        return np.full(len(index), np.nan)
-    assert memory.last_positive is not None
-    last = np.where(index >= 0, memory.last_positive[index], NEVER)
-    days = (now - last.astype(np.float64)) / MICROSECONDS_PER_DAY
-    return np.where(last == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))

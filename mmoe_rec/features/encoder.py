@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.features.events import LookUps
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.rows import LogRows
@@ -92,12 +93,13 @@ class Encoder:
 class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
     """A feature that looks up, for each row, what was known of earlier events before its request.
 
-    source: name of the log of events that it remembers, None for the interaction log itself; memory: the events,
-    where they are held in this process.
+    source: name of the log of events that it remembers, None for the interaction log itself; matures_after:
+    microseconds after which an event's label is known; memory: the events, where they are held in this process.
     """
 
     name: str
     source: str | None
+    matures_after: int
     memory: MemoryKind
 
     @abstractmethod
@@ -105,33 +107,44 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
 
     @property
-    def has_labels(self) -> bool:
-        """Whether rows of the interaction log are events by their label: they are sent once, with it, as look-ups."""
-        return False
+    def label(self) -> str | None:
+        """The task by whose label rows of the interaction log are events, where they are: they are sent once, with it,
+        as look-ups."""
+        return None
 
     def labels(self, rows: LogRows) -> np.ndarray:
-        """(N,) labels of rows that are events by their label."""
+        """(N,) labels of the task `label`."""
         raise AssertionError(f"'{self.name}' has no labels")
 
     def labelled(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """The events of rows by their keys, request times and `labels`."""
+        """The events of rows by their keys, request times and `labels`, in their order."""
         raise AssertionError(f"'{self.name}' has no labels")
 
+    @property
     @abstractmethod
+    def by(self) -> tuple[str, ...]:
+        """The columns that make the key."""
+
     def keys(self, rows: LogRows) -> np.ndarray:
         """(N,) uint64 key of which each row asks."""
+        return rows.hashes(self.by)
 
     @abstractmethod
-    def extended(self, memory: MemoryKind, events: pa.Table) -> MemoryKind:
-        """A memory with further events, as `events` gives them."""
+    def extended(self, memory: MemoryKind, events: pa.Table, in_order: bool = False) -> MemoryKind:
+        """A memory with further events, as `events` gives them; `in_order`: sorted by key and known time."""
 
     @abstractmethod
     def compacted(self, memory: MemoryKind, moment: int) -> MemoryKind:
         """What requests at `moment` (microseconds) or later can ask of a memory."""
 
+    @property
     @abstractmethod
-    def answers(self, memory: MemoryKind, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
-        """What was known of `keys` (N,) uint64 at `times` (N,) int64: name -> (N,) float64 or `Ragged`."""
+    def answer_names(self) -> tuple[str, ...]:
+        """What `answers` gives."""
+
+    @abstractmethod
+    def answers(self, memory: MemoryKind, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
+        """What was known at N look-ups: name -> (N,) float64 or `Ragged`."""
 
     @abstractmethod
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
@@ -150,8 +163,26 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
 
     def look_up(self, rows: LogRows) -> Answers:
         """The rows' answers, (N,) float32 or `Ragged`: those that came with them, or from this process's memory."""
-        found = rows.answers.get(self.name)
-        return shortened(self.answers(self.memory, self.keys(rows), rows.times())) if found is None else found
+        if set(self.answer_names) <= set(rows.answers):
+            return {name: rows.answers[name] for name in self.answer_names}
+        asked = rows.look_ups(self.by)
+        return arrived(shortened(self.answers(self.memory, asked)), asked)
+
+
+def arrived(answers: Answers, asked: LookUps) -> Answers:
+    """Answers of look-ups in the order in which these were made."""
+    place: np.ndarray | None = None
+    result: dict[str, np.ndarray | Ragged] = {}
+    for name, each in answers.items():
+        if isinstance(each, Ragged):
+            if place is None:
+                place = np.empty(len(asked), np.int64)
+                place[asked.order] = np.arange(len(asked))
+            result[name] = each.take(place)
+        else:
+            result[name] = values = np.empty_like(each)
+            values[asked.order] = each
+    return result
 
 
 def shortened(answers: Answers) -> Answers:

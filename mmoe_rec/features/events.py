@@ -3,128 +3,56 @@
 This is the one mechanism behind counters and histories. A label of a row requested at time r that matures after m
 becomes known at max(r + 1 microsecond, r + m); a request at time t sees the events known at t or before. So a request
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
+
+Events and look-ups are each sorted by key and time, once; a `Join` then merges the two, in linear time for each window
+that is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-# Where there are so many times more events than rows, rows are searched for one by one.
-_ROWS_OF_A_SEARCH = 16
+# Where there are so many times more events than look-ups, events are searched instead of merged.
+_EVENTS_OF_A_SEARCH = 16
+_UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """The order in which events became known.
+class Runs:
+    """Rising keys, (N,) uint64, of which equal ones make a run."""
 
-    number: (E,) int64 of each event, rising with its known time; known: (A,) int64 rising known times by that number,
-    which may count further events.
-    """
-
-    number: np.ndarray
-    known: np.ndarray
-
-    def of(self, events: np.ndarray) -> Arrival:
-        """The arrival of some of the events, (E,) bool."""
-        return Arrival(self.number[events], self.known)
-
-
-class KnownEvents:
-    """Events sorted by (key, known time), and the last one known at a given time.
-
-    key: (E,) uint64; known: (E,) int64 microseconds; arrival: of these events, where it is at hand.
-    """
-
-    def __init__(self, key: np.ndarray, known: np.ndarray, arrival: Arrival | None = None) -> None:
+    def __init__(self, key: np.ndarray) -> None:
         self.key = key
-        self.known = known
-        self._given = arrival
-
-    def __len__(self) -> int:
-        return len(self.key)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(G + 1,) int64 index of the first event of each of G keys, then E."""
+        """(G + 1,) int64 index of the first of each of G runs, then N."""
         changes = np.append(len(self.key) > 0, self.key[1:] != self.key[:-1])
         return np.append(np.flatnonzero(changes), len(self.key)).astype(np.int64)
 
     @cached_property
-    def keys(self) -> np.ndarray:
-        """(G,) uint64 distinct keys, rising."""
+    def distinct(self) -> np.ndarray:
+        """(G,) uint64 the distinct keys, rising."""
         return self.key[self.starts[:-1]]
 
     @cached_property
-    def _arrival(self) -> Arrival:
-        if self._given is not None:
-            return self._given
-        order = np.argsort(self.known)
-        number = np.empty(len(order), np.int64)
-        number[order] = np.arange(len(order))
-        return Arrival(number, self.known[order])
+    def lengths(self) -> np.ndarray:
+        """(G,) int64 number of equal keys."""
+        return np.diff(self.starts)
 
-    def last(self, keys: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 index of the last event of each key, (N,) uint64, known at `times`, (N,) int64; -1 for none."""
-        if not len(self) or not len(keys):
-            return np.full(len(keys), -1, np.int64)
-        joined = None if len(keys) * _ROWS_OF_A_SEARCH < len(self) else self._joined(keys, times)
-        return self.last_of_groups(self.groups(keys), times) if joined is None else joined
 
-    def groups(self, keys: np.ndarray) -> np.ndarray:
-        """(N,) int64 number of each key among `self.keys`, -1 for a key without events."""
-        if not len(self.keys):
-            return np.full(len(keys), -1, np.int64)
-        found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[found] == keys, found, -1)
+class KnownEvents(Runs):
+    """Events sorted by (key, known time). key: (E,) uint64; known: (E,) int64 microseconds."""
 
-    def last_of_groups(self, groups: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """`last` for keys by their number: a binary search within each key's events, of all rows at once."""
-        known_groups = np.maximum(groups, 0)
-        first = low = self.starts[known_groups]
-        high = np.where(groups >= 0, self.starts[known_groups + 1], low)
-        # The first event after `times` lies between low and high.
-        while (searching := low < high).any():
-            middle = (low + high) >> 1
-            earlier = self.known[np.minimum(middle, len(self) - 1)] <= times
-            low = np.where(searching & earlier, middle + 1, low)
-            high = np.where(searching & ~earlier, middle, high)
-        return np.where(low > first, low - 1, -1)
+    def __init__(self, key: np.ndarray, known: np.ndarray) -> None:
+        super().__init__(key)
+        self.known = known
 
-    def _joined(self, keys: np.ndarray, times: np.ndarray) -> np.ndarray | None:
-        """`last` by one sort of events and rows together by key and time, much faster for many rows.
-
-        None where two keys are alike in as many bits as there is room for.
-        """
-        number, known = self._arrival.number, self._arrival.known
-        arrived = np.searchsorted(known, times, side="right")
-        order = np.argsort(arrived) if (arrived[1:] < arrived[:-1]).any() else None
-        if order is not None:
-            keys, arrived = keys[order], arrived[order]
-        # Places in time of events and rows together: a row comes after the events that had arrived, before the next.
-        rows = np.arange(len(keys))
-        row_place = rows + arrived
-        rows_before = np.cumsum(np.bincount(arrived, minlength=len(known) + 1))
-        event_place = number + rows_before[number]
-        who = np.full(len(known) + len(keys), -1)
-        who[row_place] = rows
-
-        bits = len(who).bit_length()
-        codes = _codes(np.append(self.key, keys), 64 - bits)
-        if (codes[self.starts[1:-1]] == codes[self.starts[1:-1] - 1]).any():
-            return None
-        ordered = np.sort((codes << np.uint64(bits)) | np.append(event_place, row_place).view(np.uint64))
-        who = who[(ordered & np.uint64(2**bits - 1)).view(np.int64)]
-        is_row = who >= 0
-        index = (np.cumsum(~is_row) - 1)[is_row]
-        who = who[is_row]
-        # What stands before a row may be an event of another key.
-        found = (index >= 0) & (self.key[np.maximum(index, 0)] == keys[who])
-        result = np.empty(len(keys), np.int64)
-        result[who if order is None else order[who]] = np.where(found, index, -1)
-        return result
+    def __len__(self) -> int:
+        return len(self.key)
 
     def needed_since(self, moment: int) -> np.ndarray:
         """(E,) bool: events known after `moment`, and the last one before it of each key, which carries its totals."""
@@ -133,43 +61,189 @@ class KnownEvents:
         return later | last_of_key | np.append(later[1:], False)
 
 
+@dataclass(frozen=True)
+class LookUps:
+    """N look-ups sorted by key, then time.
+
+    runs: of the keys; time: (N,) int64 microseconds; order: (N,) int64 number of each look-up before they were sorted.
+    """
+
+    runs: Runs
+    time: np.ndarray
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @staticmethod
+    def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
+        """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
+        order = sorted_order(keys, times)
+        return LookUps(Runs(keys[order]), times[order], order)
+
+    def where(self, wanted: np.ndarray) -> LookUps:
+        """Those of the look-ups, (N,) bool by their number, numbered anew."""
+        if wanted.all():
+            return self
+        kept = np.flatnonzero(wanted[self.order])
+        number = np.cumsum(wanted) - 1
+        return LookUps(Runs(self.runs.key[kept]), self.time[kept], number[self.order[kept]])
+
+    def as_of(self, floor: int | None) -> LookUps:
+        """The same look-ups, but none of an earlier time than `floor`."""
+        if floor is None or not len(self) or self.time.min() >= floor:
+            return self
+        return LookUps(self.runs, np.maximum(self.time, floor), self.order)
+
+    @cached_property
+    def unit(self) -> int:
+        """Microseconds that all times are whole multiples of, so that less room is needed to tell them apart."""
+        return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
+
+
+class Join:
+    """Events and look-ups brought together by their keys."""
+
+    def __init__(self, events: KnownEvents, asked: LookUps) -> None:
+        self.events, self.asked = events, asked
+        self._coded: dict[int, tuple[_Ticks, np.ndarray]] = {}
+
+    def last(self, earlier: int = 0) -> np.ndarray:
+        """(N,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
+        time; -1 for none."""
+        events, asked = self.events, self.asked
+        if not len(events) or not len(asked):
+            return np.full(len(asked), -1, np.int64)
+        times = asked.time - earlier if earlier else asked.time
+        if len(asked) * _EVENTS_OF_A_SEARCH < len(events):
+            return self._searched(times)
+        return self._merged(times, math.gcd(asked.unit, earlier))
+
+    @cached_property
+    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each distinct key of the look-ups, the first run of events whose key is not less, and if it is equal."""
+        keys, asked = self.events.distinct, self.asked.runs.distinct
+        group = np.searchsorted(keys, asked)
+        return group, keys[np.minimum(group, len(keys) - 1)] == asked
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """(N,) int64 first event of each look-up's key, the number of all events where it has none."""
+        group, found = self._groups
+        first = np.where(found, self.events.starts[group], len(self.events))
+        return np.repeat(first, self.asked.runs.lengths)
+
+    def _searched(self, times: np.ndarray) -> np.ndarray:
+        """A binary search within each key's events, of all look-ups at once."""
+        group, found = self._groups
+        first = low = self._first
+        end = np.where(found, self.events.starts[np.minimum(group + 1, len(self.events.starts) - 1)], 0)
+        high = np.repeat(end, self.asked.runs.lengths)
+        # The first event after `times` lies between low and high.
+        while (searching := low < high).any():
+            middle = (low + high) >> 1
+            earlier = self.events.known[np.minimum(middle, len(self.events) - 1)] <= times
+            low = np.where(searching & earlier, middle + 1, low)
+            high = np.where(searching & ~earlier, middle, high)
+        return np.where(low > first, low - 1, -1)
+
+    def _merged(self, times: np.ndarray, unit: int) -> np.ndarray:
+        """Events and look-ups as numbers in the order of key and time, merged as two rising runs."""
+        if unit not in self._coded:
+            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(self.events.lengths) + 2)
+            # Odd numbers are keys with events, even ones lie between them.
+            run = np.arange(len(self.events.lengths)) * 2 + 1
+            self._coded[unit] = ticks, np.repeat(run * ticks.count, self.events.lengths) + ticks.of_events()
+        ticks, codes = self._coded[unit]
+        group, found = self._groups
+        asked = np.repeat((2 * group + found) * ticks.count, self.asked.runs.lengths)
+        asked += ticks.of_moments(times)
+        # Numpy's stable sort recognises rising runs; of equals, events come first.
+        order = np.argsort(np.concatenate([codes, asked]), kind="stable")
+        before = np.flatnonzero(order >= len(codes)) - np.arange(len(asked))
+        return np.where(before > self._first, before - 1, -1)
+
+
+@dataclass(frozen=True)
+class _Ticks:
+    """Small numbers for times, from 0 to `count` - 1: an event is known at a moment if its number is not greater.
+
+    moments: distinct known times that are counted, or None where times are counted in units from `origin` on.
+    """
+
+    known: np.ndarray
+    unit: int
+    origin: int
+    count: int
+    moments: np.ndarray | None
+
+    @staticmethod
+    def of(known: np.ndarray, unit: int, runs: int) -> _Ticks:
+        """unit: that moments are whole multiples of; runs: there must be room for so many times `count` numbers."""
+        origin = int(known.min()) // unit * unit
+        count = -(-(int(known.max()) - origin) // unit) + 2
+        if count * runs < 2**63:
+            return _Ticks(known, unit, origin, count, None)
+        moments = np.unique(known)
+        return _Ticks(known, unit, origin, len(moments) + 1, moments)
+
+    def of_events(self) -> np.ndarray:
+        """(E,) int64 of the known times."""
+        if self.moments is not None:
+            return np.searchsorted(self.moments, self.known) + 1
+        return (self.known - (self.origin - 2 * self.unit + 1)) // self.unit
+
+    def of_moments(self, times: np.ndarray) -> np.ndarray:
+        """(N,) int64 of times at which events are asked for."""
+        if self.moments is not None:
+            return np.searchsorted(self.moments, times, side="right")
+        ticks = times - (self.origin - self.unit)
+        if self.unit > 1:
+            ticks //= self.unit
+        return np.clip(ticks, 0, self.count - 1, out=ticks)
+
+
 def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
     """(N,) int64 microseconds at which the labels of rows requested at `times` become known."""
     return times + max(1, matures_after)
 
 
-def sort_events(key: np.ndarray, known: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray, Arrival]:
-    """(E,) int64 order by key, then known time, then value (where it matters), and the arrival of the sorted events.
+def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
+    """(N,) int64 order by key, then time, then value where one is given.
 
-    Events may come in any order; in time order, as they do from a log, it is many times faster than `np.lexsort`.
+    Keys, (N,) uint64, may come in any order; in time order, as they do from a log, it is many times faster than
+    `np.lexsort`.
     """
-    by_time = np.argsort(known) if (known[1:] < known[:-1]).any() else None
+    by_time = np.argsort(time) if (time[1:] < time[:-1]).any() else None
     in_time = key if by_time is None else key[by_time]
     bits = len(key).bit_length()
     codes = _codes(in_time, 64 - bits)
-    ordered = np.sort((codes << np.uint64(bits)) | np.arange(len(key), dtype=np.uint64))
-    number = (ordered & np.uint64(2**bits - 1)).view(np.int64)
-    order = number if by_time is None else by_time[number]
-    code, sorted_key = ordered >> np.uint64(bits), key[order]
-    if ((code[1:] == code[:-1]) & (sorted_key[1:] != sorted_key[:-1])).any():
+    codes <<= np.uint64(bits)
+    codes |= np.arange(len(key), dtype=np.uint64)
+    codes.sort()
+    order = (codes & np.uint64(2**bits - 1)).view(np.int64)
+    codes >>= np.uint64(bits)
+    sorted_key = in_time[order]
+    if ((codes[1:] == codes[:-1]) & (sorted_key[1:] != sorted_key[:-1])).any():
         # Two keys are alike in as many bits as there is room for.
-        number = np.lexsort((np.arange(len(key)), in_time))
-        order = number if by_time is None else by_time[number]
-        sorted_key = key[order]
+        order = np.argsort(in_time, kind="stable")
+        sorted_key = in_time[order]
+    if by_time is not None:
+        order = by_time[order]
     if value is not None:
-        moment = known[order]
+        moment = time[order]
         same = (sorted_key[1:] == sorted_key[:-1]) & (moment[1:] == moment[:-1])
         if same.any():
             tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
             group = np.cumsum(np.append(True, ~same))[tied]
             order[tied] = order[tied][np.lexsort((value[order[tied]], group))]
-    return order, Arrival(number, known if by_time is None else known[by_time])
+    return order
 
 
 def _codes(keys: np.ndarray, bits: int) -> np.ndarray:
     """(N,) uint64 below 2^bits in the order of the keys; equal for keys that differ in their last bits only."""
     if not len(keys):
-        return keys
+        return keys.copy()
     least = keys.min()
     width = int(keys.max() - least).bit_length()
     return (keys - least) >> np.uint64(max(0, width - bits))

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, State
-from mmoe_rec.features.events import known_at
+from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.ids import VocabularyOwner, ragged
 from mmoe_rec.features.memory import HistoryMemory
 from mmoe_rec.features.rows import LogRows, maturity
@@ -21,23 +21,25 @@ _FOREVER = np.iinfo(np.int64).max
 class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     """Table rows of the last `length` candidates that the user engaged with, oldest first."""
 
-    def __init__(self, name: str, feature: HistoryFeature, task: Task, owner: VocabularyOwner) -> None:
-        self.source = feature.events
+    def __init__(self, name: str, feature: HistoryFeature, task: Task, owner: VocabularyOwner, user: str) -> None:
+        self.source, self.user = feature.events, user
         self.name, self.feature, self.task, self.owner = name, feature, task, owner
+        self.matures_after = maturity(task)
         self.memory = HistoryMemory.empty()
 
     def events(self, rows: LogRows) -> pa.Table:
         """Engaged rows with the candidate's id; each becomes visible only when its label is known."""
         engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.at_least)
-        known = known_at(rows.times()[engaged], maturity(self.task))
+        known = known_at(rows.times()[engaged], self.matures_after)
         ids = rows.column(self.owner.feature.column).take(pa.array(engaged))
         return pa.table({"key": self.keys(rows)[engaged], "known": known, "id": ids})
 
-    def keys(self, rows: LogRows) -> np.ndarray:
-        """The users."""
-        return rows.hashes([rows.schema.columns.user])
+    @property
+    def by(self) -> tuple[str, ...]:
+        """The user."""
+        return (self.user,)
 
-    def extended(self, memory: HistoryMemory, events: pa.Table) -> HistoryMemory:
+    def extended(self, memory: HistoryMemory, events: pa.Table, in_order: bool = False) -> HistoryMemory:
         """The owner's vocabulary must be complete by now."""
         items = self.owner.encode(events["id"].combine_chunks())
         return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), items)
@@ -50,9 +52,14 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         """A saved memory."""
         return HistoryMemory.from_columns(columns, floor)
 
-    def answers(self, memory: HistoryMemory, keys: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray | Ragged]:
+    @property
+    def answer_names(self) -> tuple[str, ...]:
+        """One, of the feature's name."""
+        return (self.name,)
+
+    def answers(self, memory: HistoryMemory, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
         """Any number of table rows a row."""
-        return {self.name: memory.last(keys, memory.as_of(times), self.feature.length)}
+        return {self.name: memory.last(asked, self.feature.length)}
 
     def outline(self) -> Outline:
         """One id input with many ids a row, in the owner's table."""

@@ -33,9 +33,14 @@ def events_of(feature: str) -> str:
     return f"events.{feature}"
 
 
-def look_ups_of(feature: str) -> str:
-    """Channel of what rows ask a counter or history."""
-    return f"look_ups.{feature}"
+def look_ups_of(group: str) -> str:
+    """Channel of what rows ask a group of counters and histories, see `FeaturePipeline.key_groups`."""
+    return f"look_ups.{group}"
+
+
+def label_of(task: str) -> str:
+    """Column of a look-up that holds the label by which its row is an event."""
+    return f"label.{task}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class _Sender:
         if first_row is not None:
             self._add_look_ups(pipeline, rows, first_row)
         for name, encoder in pipeline.memory_encoders.items():
-            if encoder.source == self.source and not encoder.has_labels:
+            if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_of(name)].append(encoder.events(rows))
         self._rows += len(rows)
         # A part may be larger than usual: a row group is never divided.
@@ -193,11 +198,12 @@ class _Sender:
             key = combine([hash_column(rows.requests()), candidate])
             self._waiting[DUPLICATES].append(pa.table({"key": key, "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
-        for name, encoder in pipeline.memory_encoders.items():
-            look_ups = {"key": encoder.keys(rows), "time": times, "row": number}
-            if encoder.has_labels:
-                look_ups["label"] = encoder.labels(rows)
-            elif len(wanted) < len(rows):
+        for name, group in pipeline.key_groups.items():
+            look_ups = {"key": group[0].keys(rows), "time": times, "row": number}
+            labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
+            for task, encoder in labelled.items():
+                look_ups[label_of(task)] = encoder.labels(rows)
+            if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}
             self._waiting[look_ups_of(name)].append(pa.table(look_ups))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mmoe_rec.features.encoded import Ragged
-from mmoe_rec.features.events import KnownEvents, sort_events
+from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs, sorted_order
 
 NEVER = np.iinfo(np.int64).min
 
@@ -22,20 +22,20 @@ NEVER = np.iinfo(np.int64).min
 class Memory:
     """Events per key.
 
-    floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so an
-    earlier moment is answered as of `floor`.
+    floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
+    look-up at an earlier moment is answered as of `floor`.
     """
 
     def __init__(self, events: KnownEvents, floor: int | None) -> None:
         self.events, self.floor = events, floor
 
+    def joined(self, asked: LookUps) -> Join:
+        """The events beside look-ups of them, which are no earlier than what can be answered."""
+        return Join(self.events, asked.as_of(self.floor))
+
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
         return {"key": self.events.key, "known": self.events.known}
-
-    def as_of(self, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 moments that can be answered: `times`, but no earlier than `floor`."""
-        return times if self.floor is None else np.maximum(times, self.floor)
 
     def _later_floor(self, moment: int) -> int:
         return moment if self.floor is None else max(moment, self.floor)
@@ -66,39 +66,59 @@ class CounterMemory(Memory):
         events = KnownEvents(np.empty(0, np.uint64), none)
         return CounterMemory(events, none.astype(np.int32), np.empty(0), none if recency else None)
 
-    def extended(self, key: np.ndarray, known: np.ndarray, label: np.ndarray, *, fractions: bool) -> CounterMemory:
-        """These events and further ones, (E,) uint64, int64 and float64, in any order.
+    def extended(
+        self,
+        key: np.ndarray,
+        known: np.ndarray,
+        label: np.ndarray | None,
+        *,
+        fractions: bool = False,
+        in_order: bool = False,
+    ) -> CounterMemory:
+        """These events and further ones, (E,) uint64, int64 and numbers, in any order; no `label`: each counts 1.
 
-        fractions: whether labels may be other than whole numbers, so that sums depend on the order of adding.
+        fractions: whether labels may be other than whole numbers, so that sums depend on the order of adding. in_order:
+        whether the further events are sorted by key and known time.
         """
         if not len(key):
             return self
-        # The events at hand as what each added to its key's totals.
-        first = np.append(True, self.events.key[1:] != self.events.key[:-1]) if len(self.events) else np.empty(0, bool)
-        rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int32))
-        label_sum = np.append(_steps(self.label_sum, first), label)
-        positive = None
-        if self.last_positive is not None:
-            positive = np.append(self.last_positive, np.where(label > 0, known, NEVER))
-        key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-
-        order, arrival = sort_events(key, known, label_sum if fractions else None)
-        key, known = key[order], known[order]
-        end_of_moment = np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True)
-        return CounterMemory(
-            KnownEvents(key[end_of_moment], known[end_of_moment], arrival.of(end_of_moment)),
-            _running(key, rows[order])[end_of_moment].astype(np.int32),
-            (_running_fractions if fractions else _running)(key, label_sum[order])[end_of_moment],
-            None if positive is None else _running_last(key, positive[order])[end_of_moment],
-            self.floor,
-        )
+        ones = label is None and not len(self.events)
+        label = np.ones(len(key), np.int8) if label is None else label
+        positive = None if self.last_positive is None else np.where(label > 0, known, NEVER)
+        rows = None
+        if len(self.events):
+            # The events at hand as what each added to its key's totals.
+            first = np.append(True, self.events.key[1:] != self.events.key[:-1])
+            rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int32))
+            label = np.append(_steps(self.label_sum, first), label)
+            if self.last_positive is not None and positive is not None:
+                positive = np.append(self.last_positive, positive)
+            key, known = np.append(self.events.key, key), np.append(self.events.known, known)
+            in_order = False
+        if fractions or not in_order:
+            order = sorted_order(key, known, label if fractions else None)
+            key, known, label = key[order], known[order], label[order]
+            rows = None if rows is None else rows[order]
+            positive = None if positive is None else positive[order]
+        runs = Runs(key)
+        kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
+        row_totals = _running(runs, rows, kept)
+        if fractions:
+            label_sum = _running_fractions(runs, label)[kept]
+        else:
+            label_sum = (row_totals if ones else _running(runs, label, kept)).astype(np.float64)
+        last_positive = None if positive is None else _running_last(runs, positive)[kept]
+        events = KnownEvents(key[kept], known[kept])
+        return CounterMemory(events, row_totals.astype(np.int32), label_sum, last_positive, self.floor)
 
     def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) rows and label sums as of events by their index, 0 for index -1."""
-        if not len(self.events):
-            return np.zeros(len(index)), np.zeros(len(index))
-        found = index >= 0
-        return np.where(found, self.rows[index], 0), np.where(found, self.label_sum[index], 0.0)
+        """(N,) int32 rows and float64 label sums as of events by their index, 0 for index -1."""
+        return np.append(self.rows, np.int32(0))[index], np.append(self.label_sum, 0.0)[index]
+
+    def last_positive_at(self, index: np.ndarray) -> np.ndarray:
+        """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
+        assert self.last_positive is not None
+        return np.append(self.last_positive, NEVER)[index]
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
@@ -143,14 +163,13 @@ class HistoryMemory(Memory):
             return self
         key, known = np.append(self.events.key, key), np.append(self.events.known, known)
         items = np.append(self.items, items)
-        order, arrival = sort_events(key, known, items)
-        return HistoryMemory(KnownEvents(key[order], known[order], arrival), items[order], self.floor)
+        order = sorted_order(key, known, items)
+        return HistoryMemory(KnownEvents(key[order], known[order]), items[order], self.floor)
 
-    def last(self, keys: np.ndarray, times: np.ndarray, length: int) -> Ragged:
-        """The last `length` items of each of N keys known at `times`, oldest first."""
-        last = self.events.last(keys, times)
-        within_key = self._within_key
-        lengths = np.where(last >= 0, np.minimum(within_key[last] + 1, length), 0) if len(within_key) else last * 0
+    def last(self, asked: LookUps, length: int) -> Ragged:
+        """The last `length` items that were known at N look-ups, oldest first."""
+        last = self.joined(asked).last()
+        lengths = np.minimum(np.append(self._within_key, -1)[last] + 1, length)
         ends = np.cumsum(lengths)
         index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(last + 1 - ends, lengths)
         return Ragged(self.items[index], lengths.astype(np.int32))
@@ -158,14 +177,13 @@ class HistoryMemory(Memory):
     @cached_property
     def _within_key(self) -> np.ndarray:
         """(E,) int64 number of events of the same key before each event."""
-        counts = np.diff(self.events.starts)
-        return np.arange(len(self.events)) - np.repeat(self.events.starts[:-1], counts)
+        return np.arange(len(self.events)) - np.repeat(self.events.starts[:-1], self.events.lengths)
 
     def compacted(self, moment: int, length: int) -> HistoryMemory:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
         # The last `length` that are known by then; later events keep these in reach until they become known themselves.
         known_by_then = np.add.reduceat(np.append(self.events.known <= moment, 0), self.events.starts[:-1])
-        needed = self._within_key >= np.repeat(known_by_then - length, np.diff(self.events.starts))
+        needed = self._within_key >= np.repeat(known_by_then - length, self.events.lengths)
         events = KnownEvents(self.events.key[needed], self.events.known[needed])
         return HistoryMemory(events, self.items[needed], self._later_floor(moment))
 
@@ -184,28 +202,35 @@ def _steps(totals: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.where(first, totals, totals - np.roll(totals, 1))
 
 
-def _running(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(E,) sum of whole `values` so far within each run of equal keys."""
-    total = np.cumsum(values)
-    starts = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
-    before = np.repeat(total[starts] - values[starts], np.diff(np.append(starts, len(key))))
-    return total - before
+def _running(runs: Runs, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
+    """(K,) int64 sums of whole `values` (None: of ones) from the start of a run up to each of K `kept` places in it."""
+    starts, lengths = runs.starts[:-1], runs.lengths
+    if values is None:
+        return kept + 1 - np.repeat(starts, lengths)[kept]
+    total = np.append(0, np.cumsum(values, dtype=np.int64))
+    return total[kept + 1] - np.repeat(total[starts], lengths)[kept]
 
 
-def _running_fractions(key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The same of any `values`: fractions are rounded as they are added, so each run is summed by itself."""
-    runs = np.cumsum(np.append(False, key[1:] != key[:-1]))
-    return pd.Series(values).groupby(runs).cumsum().to_numpy()
+def _running_fractions(runs: Runs, values: np.ndarray) -> np.ndarray:
+    """(E,) sum of any `values` so far within each run: fractions are rounded as they are added, so each run is summed
+    by itself."""
+    return pd.Series(values).groupby(_run_numbers(runs)).cumsum().to_numpy()
 
 
-def _running_last(key: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """(E,) latest of the `moments` so far within each run of equal keys, `NEVER` where there is none."""
+def _running_last(runs: Runs, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far within each run, `NEVER` where there is none."""
     positive = moments != NEVER
-    changes = np.append(True, key[1:] != key[:-1])
-    starts = np.flatnonzero(changes)
-    start = np.repeat(starts, np.diff(np.append(starts, len(key))))
-    index = np.maximum.accumulate(np.where(positive, np.arange(len(key)), -1))
-    last = np.where(index >= start, moments[index], NEVER)
-    if (last[1:] < last[:-1])[~changes[1:]].any():  # an event that came late is earlier than what was compacted
-        return pd.Series(moments).groupby(np.cumsum(changes)).cummax().to_numpy()
+    if positive.all():
+        last = moments
+    else:
+        index = np.maximum.accumulate(np.where(positive, np.arange(len(moments)), -1))
+        last = np.where(index >= np.repeat(runs.starts[:-1], runs.lengths), moments[index], NEVER)
+    falls = last[1:] < last[:-1]
+    falls[runs.starts[1:-1] - 1] = False
+    if falls.any():  # an event that came late is earlier than what was compacted
+        return pd.Series(moments).groupby(_run_numbers(runs)).cummax().to_numpy()
     return last
+
+
+def _run_numbers(runs: Runs) -> np.ndarray:
+    return np.repeat(np.arange(len(runs.lengths)), runs.lengths)

@@ -99,7 +99,8 @@ class FeaturePipeline:
             case CrossFeature():
                 return CrossEncoder(name, feature)
             case HistoryFeature():
-                return HistoryEncoder(name, feature, self.schema.source_task(feature), self.owners[feature.of])
+                owner, user = self.owners[feature.of], self.schema.columns.user
+                return HistoryEncoder(name, feature, self.schema.source_task(feature), owner, user)
             case CounterFeature():
                 return CounterEncoder(name, feature, self.schema.source_task(feature))
 
@@ -107,6 +108,14 @@ class FeaturePipeline:
     def memory_encoders(self) -> dict[str, MemoryEncoder[Any]]:
         """The counters and histories."""
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, MemoryEncoder)}
+
+    @property
+    def key_groups(self) -> dict[str, list[MemoryEncoder[Any]]]:
+        """The counters and histories that ask by the same key, by the name of the first of them."""
+        groups: dict[tuple[str, ...], list[MemoryEncoder[Any]]] = {}
+        for encoder in self.memory_encoders.values():
+            groups.setdefault(encoder.by, []).append(encoder)
+        return {group[0].name: group for group in groups.values()}
 
     @property
     def counts(self) -> dict[str, Counts]:

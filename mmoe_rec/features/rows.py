@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.events import LookUps
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.schema import Schema, Task
 
@@ -20,14 +21,15 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 class LogRows:
     """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`).
 
-    answers: what counters and histories say of these rows, where it was looked up before: feature -> its answers.
+    answers: what counters and histories say of these rows, where it was looked up before: name -> answers.
     """
 
-    def __init__(self, table: pa.Table, schema: Schema, answers: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, table: pa.Table, schema: Schema, answers: Mapping[str, Any] | None = None) -> None:
         self.table = table
         self.schema = schema
         self.answers = answers or {}
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
+        self._look_ups: dict[tuple[str, ...], LookUps] = {}
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -60,6 +62,13 @@ class LogRows:
             parts = [self.hashes([name]) for name in names] if len(key) > 1 else [hash_column(self.column(names[0]))]
             self._hashes[key] = combine(parts)
         return self._hashes[key]
+
+    def look_ups(self, names: Sequence[str]) -> LookUps:
+        """What the rows ask by these columns."""
+        key = tuple(names)
+        if key not in self._look_ups:
+            self._look_ups[key] = LookUps.sort(self.hashes(names), self.times())
+        return self._look_ups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:
         """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; null: least int64."""

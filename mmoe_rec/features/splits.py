@@ -64,7 +64,7 @@ def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) ->
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
     pipeline = fitted(job.state)
-    answers = AnswerReader(job.answers, list(pipeline.memory_encoders))
+    answers = AnswerReader(job.answers, list(pipeline.key_groups))
     counts = {name: SplitCounts() for name in job.windows}
     writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
     row = part.start

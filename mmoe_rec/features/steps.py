@@ -27,6 +27,7 @@ from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition, answers_in
 from mmoe_rec.features.checks import check_times, place
+from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.learn import (
     DUPLICATES,
     LearnJob,
@@ -222,14 +223,16 @@ class Steps:
             rows_in_memory=options.rows_in_memory,
         )
         tasks = [
-            Partition(name, number, self._sent(name, number))
-            for name in pipeline.memory_encoders
+            Partition(name, number, self._sent(group, number))
+            for name, group in pipeline.key_groups.items()
             for number in range(partitions)
         ]
+        encoders = pipeline.memory_encoders
         done = self._run(partial(answer_partition, job), tasks, [task.rows for task in tasks], "counters and histories")
-        for name, counts in done:
-            for answer, mine in pipeline.memory_encoders[name].answer_counts.items():
-                mine.merge(counts[answer])
+        for features in done:
+            for name, counts in features.items():
+                for answer, mine in encoders[name].answer_counts.items():
+                    mine.merge(counts[answer])
         # What was sent is of no use any more; removing gigabytes takes its time, in which encoding can begin.
         removing = threading.Thread(target=shutil.rmtree, args=(job.events.folder,), kwargs={"ignore_errors": True})
         removing.start()
@@ -239,9 +242,14 @@ class Steps:
     def _blocks(self) -> int:
         return -(-self.logs.log.rows // ROWS_PER_BLOCK)
 
-    def _sent(self, feature: str, partition: int) -> int:
-        channels = (events_of(feature), look_ups_of(feature))
-        return sum(int(self._learnt.sent[channel][partition]) for channel in channels if channel in self._learnt.sent)
+    def _sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
+        """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
+        sent = self._learnt.sent
+        look_ups, *events = (
+            int(sent[channel][partition]) if channel in sent else 0
+            for channel in (look_ups_of(group[0].name), *(events_of(encoder.name) for encoder in group))
+        )
+        return look_ups + max(events)
 
     def encode(self, state: Path, folder: Path, known_by: Mapping[str, int]) -> dict[str, SplitCounts]:
         """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
