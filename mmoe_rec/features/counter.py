@@ -8,7 +8,6 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.encoder import Answers, Inputs, MemoryEncoder, Outline, State
 from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.memory import NEVER, CounterMemory
@@ -99,7 +98,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics."""
         return tuple(self.numbers)
 
-    def answers(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
+    def known(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
         join = memory.joined(asked)
         last = join.last()
@@ -117,7 +116,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             moment = memory.last_positive_at(last)
             days = (join.asked.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
             result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
-        return dict(result)
+        return result
 
     def _statistic(self, output: str, count: np.ndarray, label_sum: np.ndarray) -> np.ndarray:
         match output:

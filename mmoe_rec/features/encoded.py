@@ -37,6 +37,30 @@ class Ragged:
         return Ragged(self.values[np.repeat(starts, lengths) + within], lengths)
 
 
+@dataclass(frozen=True)
+class SharedRagged:
+    """Any number of ids a row, where many rows have the same: row i has list `number[i]`, (N,) int64."""
+
+    lists: Ragged
+    number: np.ndarray
+
+    def take(self, rows: np.ndarray | slice) -> SharedRagged:
+        """The given rows, in the given order."""
+        return SharedRagged(self.lists, self.number[rows])
+
+    def expand(self) -> Ragged:
+        """A list for each row."""
+        return self.lists.take(self.number)
+
+    @staticmethod
+    def join(parts: Sequence[SharedRagged]) -> SharedRagged:
+        """The rows of all parts, in order."""
+        firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
+        lists = join([part.lists for part in parts])
+        assert isinstance(lists, Ragged)
+        return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))
+
+
 def join(parts: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
     """The rows of all parts (at least one, all of one kind), in order."""
     ragged = [part for part in parts if isinstance(part, Ragged)]

@@ -10,14 +10,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.events import LookUps
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.rows import LogRows
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
-Answers = Mapping[str, np.ndarray | Ragged]
+# Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.
+Answers = Mapping[str, np.ndarray | SharedRagged]
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """What `answers` gives."""
 
     @abstractmethod
-    def answers(self, memory: MemoryKind, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
-        """What was known at N look-ups: name -> (N,) float64 or `Ragged`."""
+    def known(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
+        """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
@@ -162,29 +163,16 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """Makes statistics from `answer_counts`."""
 
     def look_up(self, rows: LogRows) -> Answers:
-        """The rows' answers, (N,) float32 or `Ragged`: those that came with them, or from this process's memory."""
+        """The rows' answers: those that came with them, or from this process's memory."""
         if set(self.answer_names) <= set(rows.answers):
             return {name: rows.answers[name] for name in self.answer_names}
-        asked = rows.look_ups(self.by)
-        return arrived(shortened(self.answers(self.memory, asked)), asked)
+        return self.answers(self.memory, rows.look_ups(self.by))
 
-
-def arrived(answers: Answers, asked: LookUps) -> Answers:
-    """Answers of look-ups in the order in which these were made."""
-    place: np.ndarray | None = None
-    result: dict[str, np.ndarray | Ragged] = {}
-    for name, each in answers.items():
-        if isinstance(each, Ragged):
-            if place is None:
-                place = np.empty(len(asked), np.int64)
-                place[asked.order] = np.arange(len(asked))
-            result[name] = each.take(place)
-        else:
-            result[name] = values = np.empty_like(each)
-            values[asked.order] = each
-    return result
-
-
-def shortened(answers: Answers) -> Answers:
-    """Answers in the precision in which they are exchanged and encoded."""
-    return {name: each if isinstance(each, Ragged) else each.astype(np.float32) for name, each in answers.items()}
+    def answers(self, memory: MemoryKind, asked: LookUps) -> Answers:
+        """What was known at the look-ups of N rows."""
+        return {
+            name: SharedRagged(each, asked.number)
+            if isinstance(each, Ragged)
+            else each.astype(np.float32)[asked.number]
+            for name, each in self.known(memory, asked).items()
+        }

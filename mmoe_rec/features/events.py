@@ -63,14 +63,14 @@ class KnownEvents(Runs):
 
 @dataclass(frozen=True)
 class LookUps:
-    """N look-ups sorted by key, then time.
+    """What N rows ask: D distinct look-ups sorted by key, then time.
 
-    runs: of the keys; time: (N,) int64 microseconds; order: (N,) int64 number of each look-up before they were sorted.
+    runs: of the keys; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
     """
 
     runs: Runs
     time: np.ndarray
-    order: np.ndarray
+    number: np.ndarray
 
     def __len__(self) -> int:
         return len(self.time)
@@ -79,21 +79,32 @@ class LookUps:
     def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
         """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
         order = sorted_order(keys, times)
-        return LookUps(Runs(keys[order]), times[order], order)
+        return LookUps.in_order(keys[order], times[order], order)
+
+    @staticmethod
+    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> LookUps:
+        """Look-ups that are sorted by key and time already; `order`: (N,) int64 the row of each."""
+        first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
+        number = np.empty(len(keys), np.int64)
+        number[order] = np.cumsum(first) - 1
+        kept = np.flatnonzero(first)
+        return LookUps(Runs(keys[kept]), times[kept], number)
 
     def where(self, wanted: np.ndarray) -> LookUps:
-        """Those of the look-ups, (N,) bool by their number, numbered anew."""
+        """The look-ups of those of the rows, (N,) bool."""
         if wanted.all():
             return self
-        kept = np.flatnonzero(wanted[self.order])
-        number = np.cumsum(wanted) - 1
-        return LookUps(Runs(self.runs.key[kept]), self.time[kept], number[self.order[kept]])
+        number = self.number[wanted]
+        asked = np.zeros(len(self), bool)
+        asked[number] = True
+        kept = np.flatnonzero(asked)
+        return LookUps(Runs(self.runs.key[kept]), self.time[kept], (np.cumsum(asked) - 1)[number])
 
     def as_of(self, floor: int | None) -> LookUps:
         """The same look-ups, but none of an earlier time than `floor`."""
         if floor is None or not len(self) or self.time.min() >= floor:
             return self
-        return LookUps(self.runs, np.maximum(self.time, floor), self.order)
+        return LookUps(self.runs, np.maximum(self.time, floor), self.number)
 
     @cached_property
     def unit(self) -> int:
@@ -106,10 +117,10 @@ class Join:
 
     def __init__(self, events: KnownEvents, asked: LookUps) -> None:
         self.events, self.asked = events, asked
-        self._coded: dict[int, tuple[_Ticks, np.ndarray]] = {}
+        self._coded: dict[int, tuple[_Ticks, np.ndarray, np.ndarray]] = {}
 
     def last(self, earlier: int = 0) -> np.ndarray:
-        """(N,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
+        """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
         time; -1 for none."""
         events, asked = self.events, self.asked
         if not len(events) or not len(asked):
@@ -128,7 +139,7 @@ class Join:
 
     @cached_property
     def _first(self) -> np.ndarray:
-        """(N,) int64 first event of each look-up's key, the number of all events where it has none."""
+        """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
         group, found = self._groups
         first = np.where(found, self.events.starts[group], len(self.events))
         return np.repeat(first, self.asked.runs.lengths)
@@ -149,19 +160,23 @@ class Join:
 
     def _merged(self, times: np.ndarray, unit: int) -> np.ndarray:
         """Events and look-ups as numbers in the order of key and time, merged as two rising runs."""
-        if unit not in self._coded:
-            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(self.events.lengths) + 2)
-            # Odd numbers are keys with events, even ones lie between them.
-            run = np.arange(len(self.events.lengths)) * 2 + 1
-            self._coded[unit] = ticks, np.repeat(run * ticks.count, self.events.lengths) + ticks.of_events()
-        ticks, codes = self._coded[unit]
-        group, found = self._groups
-        asked = np.repeat((2 * group + found) * ticks.count, self.asked.runs.lengths)
-        asked += ticks.of_moments(times)
+        ticks, events, asked = self._codes(unit)
+        codes = np.concatenate([events, asked + ticks.of_moments(times)])
         # Numpy's stable sort recognises rising runs; of equals, events come first.
-        order = np.argsort(np.concatenate([codes, asked]), kind="stable")
-        before = np.flatnonzero(order >= len(codes)) - np.arange(len(asked))
+        order = np.argsort(codes, kind="stable")
+        before = np.flatnonzero(order >= len(events)) - np.arange(len(asked))
         return np.where(before > self._first, before - 1, -1)
+
+    def _codes(self, unit: int) -> tuple[_Ticks, np.ndarray, np.ndarray]:
+        """Numbers of events, and of look-ups but for their times, counted in units."""
+        if unit not in self._coded:
+            lengths, asked_lengths = self.events.lengths, self.asked.runs.lengths
+            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(lengths) + 2)
+            group, found = self._groups
+            # Odd numbers are keys with events, even ones lie between them.
+            events = np.repeat((np.arange(len(lengths)) * 2 + 1) * ticks.count, lengths) + ticks.of_events()
+            self._coded[unit] = ticks, events, np.repeat((2 * group + found) * ticks.count, asked_lengths)
+        return self._coded[unit]
 
 
 @dataclass(frozen=True)
@@ -211,39 +226,48 @@ def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
     """(N,) int64 order by key, then time, then value where one is given.
 
-    Keys, (N,) uint64, may come in any order; in time order, as they do from a log, it is many times faster than
-    `np.lexsort`.
+    Keys, (N,) uint64, are hashes, so two rounds of counting sort by 16 of their bits do nearly all. They come in any
+    order; in time order, as they do from a log, it is many times faster than `np.lexsort`.
     """
     by_time = np.argsort(time) if (time[1:] < time[:-1]).any() else None
     in_time = key if by_time is None else key[by_time]
-    bits = len(key).bit_length()
-    codes = _codes(in_time, 64 - bits)
-    codes <<= np.uint64(bits)
-    codes |= np.arange(len(key), dtype=np.uint64)
-    codes.sort()
-    order = (codes & np.uint64(2**bits - 1)).view(np.int64)
-    codes >>= np.uint64(bits)
-    sorted_key = in_time[order]
-    if ((codes[1:] == codes[:-1]) & (sorted_key[1:] != sorted_key[:-1])).any():
-        # Two keys are alike in as many bits as there is room for.
-        order = np.argsort(in_time, kind="stable")
+    prefix = _prefix(in_time)
+    # Numpy's stable sort of 16 bits counts instead of comparing.
+    order = np.argsort((prefix & np.uint32(0xFFFF)).astype(np.uint16), kind="stable")
+    order = order[np.argsort((prefix >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
+    prefix, sorted_key = prefix[order], in_time[order]
+    alike = prefix[1:] == prefix[:-1]
+    if (alike & (sorted_key[1:] != sorted_key[:-1])).any():
+        _sort_runs(order, alike, in_time)
         sorted_key = in_time[order]
     if by_time is not None:
         order = by_time[order]
     if value is not None:
         moment = time[order]
-        same = (sorted_key[1:] == sorted_key[:-1]) & (moment[1:] == moment[:-1])
-        if same.any():
-            tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-            group = np.cumsum(np.append(True, ~same))[tied]
-            order[tied] = order[tied][np.lexsort((value[order[tied]], group))]
+        _sort_runs(order, (sorted_key[1:] == sorted_key[:-1]) & (moment[1:] == moment[:-1]), value)
     return order
 
 
-def _codes(keys: np.ndarray, bits: int) -> np.ndarray:
-    """(N,) uint64 below 2^bits in the order of the keys; equal for keys that differ in their last bits only."""
+def _prefix(keys: np.ndarray) -> np.ndarray:
+    """(N,) uint32 in the order of the keys: the first 32 bits of those in which they may differ."""
     if not len(keys):
-        return keys.copy()
+        return np.empty(0, np.uint32)
     least = keys.min()
     width = int(keys.max() - least).bit_length()
-    return (keys - least) >> np.uint64(max(0, width - bits))
+    return ((keys - least) >> np.uint64(max(0, width - 32))).astype(np.uint32)
+
+
+def _sort_runs(order: np.ndarray, alike: np.ndarray, value: np.ndarray) -> None:
+    """Sorts each run of an order by value, stably; `alike`, (N - 1,) bool, are the places within a run."""
+    if alike.any():
+        tied = np.flatnonzero(np.append(alike, False) | np.append(False, alike))
+        run, values = np.cumsum(np.append(True, ~alike))[tied], value[order[tied]]
+        if (
+            values.dtype == np.int64
+            and values.min() >= 0
+            and int(run[-1] + 1) << int(values.max()).bit_length() < 2**63
+        ):
+            within = np.argsort((run << int(values.max()).bit_length()) | values, kind="stable")
+        else:
+            within = np.lexsort((values, run))
+        order[tied] = order[tied][within]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, State
 from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.ids import VocabularyOwner, ragged
@@ -57,7 +57,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         """One, of the feature's name."""
         return (self.name,)
 
-    def answers(self, memory: HistoryMemory, asked: LookUps) -> dict[str, np.ndarray | Ragged]:
+    def known(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
         """Any number of table rows a row."""
         return {self.name: memory.last(asked, self.feature.length)}
 
@@ -70,7 +70,9 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         if rows.has(self.name):
             values, lengths = ragged(rows.column(self.name), self.feature.length, last=True)
             return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
-        return Inputs(dict(self.look_up(rows)))
+        found = self.look_up(rows)[self.name]
+        assert isinstance(found, SharedRagged)
+        return Inputs({self.name: found.expand()})
 
     def state(self) -> State:
         """Nothing but the memory, which is saved by itself."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 _DROPPED_BITS = np.int64(40)
 CLIP = 10.0
 EDGES = 17
+_SPAN_COUNTED = 2**18
 _LARGEST = 1e150  # its square is still finite
 
 
@@ -26,11 +27,13 @@ class NumberHistogram:
         self.missing = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Counts (N,) float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
-        finite = values[np.isfinite(values)]
-        self.missing += len(values) - len(finite)
-        rounded, counts = np.unique(_round(finite), return_counts=True)
-        self._merge(np.clip(rounded, -_LARGEST, _LARGEST), counts)
+        """Counts (N,) float32 or float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
+        finite = np.isfinite(values)
+        if not finite.all():
+            values = values[finite]
+            self.missing += len(finite) - len(values)
+        rounded, counts = _counted(_rounded(values))
+        self._merge(np.clip(_value(rounded), -_LARGEST, _LARGEST), counts)
 
     def _merge(self, values: np.ndarray, counts: np.ndarray) -> None:
         merged, inverse = np.unique(np.concatenate([self.values, values]), return_inverse=True)
@@ -86,10 +89,33 @@ class NumberHistogram:
         return np.unique(self.values[np.minimum(positions, len(self.values) - 1)])
 
 
-def _round(values: np.ndarray) -> np.ndarray:
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """(N,) int64 the first 24 bits of (N,) float64 values, rounded: sign, exponent and 12 of the fraction."""
     bits = values.astype(np.float64).view(np.int64)
     half = np.int64(1) << (_DROPPED_BITS - np.int64(1))
-    return (((bits + half) >> _DROPPED_BITS) << _DROPPED_BITS).view(np.float64) + 0.0
+    return (bits + half) >> _DROPPED_BITS
+
+
+def _value(rounded: np.ndarray) -> np.ndarray:
+    """(N,) float64 values of `_rounded` ones; 0 and -0 are one."""
+    return (rounded << _DROPPED_BITS).view(np.float64) + 0.0
+
+
+def _counted(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct numbers of an (N,) int64 array, rising, and how often each is there."""
+    # As bits of numbers, zero is far from all others, which often lie so near to each other that each has a counter.
+    other = whole[whole != 0]
+    least = other.min(initial=np.iinfo(np.int64).max)
+    span = int(other.max(initial=least)) - int(least) + 1
+    if span > _SPAN_COUNTED:
+        return np.unique(whole, return_counts=True)
+    counts = np.bincount(other - least, minlength=span)
+    found = np.flatnonzero(counts)
+    distinct, counts = found + least, counts[found]
+    if len(other) < len(whole):
+        place = np.searchsorted(distinct, 0)
+        distinct, counts = np.insert(distinct, place, 0), np.insert(counts, place, len(whole) - len(other))
+    return distinct, counts
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class FeaturePipeline:
             ids.update(inputs.ids)
             dense.update(inputs.dense)
         layout = self.layout
-        matrix = np.empty((len(rows), len(layout.dense)), np.float32)
+        matrix = np.empty((len(rows), len(layout.dense)), np.float32, order="F")  # written to Parquet by column
         for index, each in enumerate(layout.dense):
             matrix[:, index] = dense[each.name]
         return Encoded({each.name: ids[each.name] for each in layout.ids}, matrix)

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.answer import AnswerReader, fitted
+from mmoe_rec.features.answer import fitted
+from mmoe_rec.features.answers import AnswerReader
 from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
@@ -118,7 +119,8 @@ class _SplitWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Numbers seldom repeat, so a dictionary of them costs time and gains little; LZ4 is read fastest.
             ids = [name for name in table.column_names if not name.startswith(("dense.", "label."))]
-            self._writer = pq.ParquetWriter(self.path, table.schema, compression="lz4", use_dictionary=ids)
+            options = {"compression": "lz4", "use_dictionary": ids, "write_statistics": False}
+            self._writer = pq.ParquetWriter(self.path, table.schema, **options)
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
 
     def close(self) -> None:

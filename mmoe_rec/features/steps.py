@@ -25,7 +25,8 @@ import numpy as np
 
 from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.answer import ROWS_PER_BLOCK, AnswerJob, Partition, answer_partition, answers_in
+from mmoe_rec.features.answer import AnswerJob, Partition, answer_partition
+from mmoe_rec.features.answers import ROWS_PER_BLOCK, answers_in
 from mmoe_rec.features.checks import check_times, place
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.learn import (

@@ -25,7 +25,7 @@ from small_logs import (
 
 from mmoe_rec.engines import EngineName, open_engine
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import answer, log, splits, steps
+from mmoe_rec.features import answers, log, splits, steps
 from mmoe_rec.features.build import Prepared, prepare
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import in_window
@@ -43,7 +43,7 @@ WINDOWS = {
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Parts, blocks and row groups of some dozen rows."""
-    monkeypatch.setattr(answer, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(steps, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
     monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
