@@ -36,6 +36,9 @@ from mmoe_rec.schema import (
 Use = Literal["key", "keys", "number", "vector", "time", "any"]
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
+_CODED = pa.dictionary(pa.int32(), pa.string())
+_DICTIONARY_KEPT = 1024  # words, though fewer may be in use
+
 _EXPECTED: dict[Use, str] = {
     "key": "integers or strings",
     "keys": "lists of integers or lists of strings",
@@ -152,19 +155,25 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
 
 
 def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None) -> pa.Array:
-    """Values in the canonical type; an all-null column stays of type null. Raises UserError naming the column."""
+    """Values in the canonical type, strings dictionary-coded; an all-null column stays of type null.
+
+    Raises UserError naming the column.
+    """
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    if pt.is_dictionary(array.type):
-        array = array.dictionary_decode()
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):
         return pa.nulls(len(array))
+    if array.type == _CODED and len(array.dictionary) <= max(len(array), _DICTIONARY_KEPT):
+        return array
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()
     try:
         if target == UTC_MICROSECONDS and pt.is_integer(array.type):
             array = array.cast(pa.int64()).cast(pa.timestamp(time_unit or "us", tz="UTC"))
         if target == UTC_MICROSECONDS and pt.is_timestamp(array.type) and array.type.unit == "ns":
             # Truncation to microseconds is no loss that a log means.
             return pc.cast(array, target, safe=False)
-        return array if array.type == target else array.cast(target)
+        array = array if array.type == target else array.cast(target)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
+    return array.dictionary_encode() if target == pa.string() else array

@@ -22,10 +22,10 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def hash_column(column: pa.Array) -> np.ndarray:
-    """(N,) uint64 hashes of an int64 or string column; nulls share one hash."""
+    """(N,) uint64 hashes of a column of int64 or strings, dictionary-coded or not; nulls share one hash."""
     if pt.is_null(column.type):
         return np.full(len(column), _MISSING)
-    if pt.is_string(column.type):
+    if pt.is_string(column.type) or pt.is_dictionary(column.type):
         encoded = column.dictionary_encode()
         words = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)

@@ -68,7 +68,7 @@ class IdEncoder(Encoder):
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts the training rows' ids."""
         if self._owns:
-            self.owner.counts.add(rows.column(self.feature.column))
+            self.owner.counts.add(rows.coded(self.feature.column))
 
     def finish(self) -> None:
         """Makes the vocabulary."""
@@ -82,7 +82,7 @@ class IdEncoder(Encoder):
 
     def encode(self, rows: LogRows) -> Inputs:
         """Rows of the table."""
-        return Inputs({self.name: self.owner.encode(rows.column(self.feature.column))})
+        return Inputs({self.name: self.owner.encode(rows.coded(self.feature.column))})
 
     def state(self) -> State:
         """The vocabulary, if it is this feature's own."""

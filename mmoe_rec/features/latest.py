@@ -29,7 +29,7 @@ class LatestParts:
 
     def add(self, rows: LogRows) -> None:
         """Takes the rows' values where they are later than those known."""
-        self._take(rows.table.select(self.columns).append_column(_TIME, pa.array(rows.times())))
+        self._take(_latest(rows.table.select(self.columns).append_column(_TIME, pa.array(rows.times())), self.key))
 
     def merge(self, other: LatestParts) -> None:
         """Takes another one's values where they are later."""
@@ -51,17 +51,29 @@ _TIME = "(time)"
 
 
 def _latest(table: pa.Table, key: str) -> pa.Table:
+    """The last row of each key, with strings decoded."""
     table = _without_repeats(table, [_TIME, key])
     times = table.column(_TIME).to_numpy()
-    keys, group = np.unique(hash_column(table.column(key).combine_chunks()), return_inverse=True)
+    group, keys = pd.factorize(hash_column(table.column(key).combine_chunks()))
     last = np.full(len(keys), np.iinfo(np.int64).min)
     np.maximum.at(last, group, times)
     rows = np.flatnonzero(times == last[group])
+    table, group = _decoded(table.take(pa.array(rows))), group[rows]
     if len(rows) > len(keys):
-        rows = rows[_order_by_values(table.take(pa.array(rows)))]
-    result = np.empty(len(keys), np.int64)
-    result[group[rows]] = rows  # of equal times the last, which is the greatest
-    return table.take(pa.array(result))
+        order = _order_by_values(table)
+        result = np.empty(len(keys), np.int64)
+        result[group[order]] = order  # of equal times the last, which is the greatest
+        table = table.take(pa.array(result))
+    return table
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    return pa.table(
+        {
+            name: column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+    )
 
 
 def _without_repeats(table: pa.Table, first: list[str]) -> pa.Table:
@@ -77,6 +89,8 @@ def _without_repeats(table: pa.Table, first: list[str]) -> pa.Table:
 def _equals_row_before(column: pa.Array) -> np.ndarray:
     if pa.types.is_null(column.type):
         return np.ones(len(column) - 1, bool)
+    if pa.types.is_dictionary(column.type):
+        column = column.indices
     if pa.types.is_nested(column.type):  # which Arrow cannot compare
         return np.zeros(len(column) - 1, bool)
     equal = pc.fill_null(pc.equal(column[1:], column[:-1]), False)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.exchange import Exchange, partition_of
-from mmoe_rec.features.hashing import combine, hash_column
+from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
@@ -195,7 +195,7 @@ class _Sender:
         number, times = np.arange(first_row, first_row + len(rows)), rows.times()
         if self.job.duplicates:
             candidate = rows.hashes([rows.schema.columns.candidate])
-            key = combine([hash_column(rows.requests()), candidate])
+            key = combine([rows.request_hashes(), candidate])
             self._waiting[DUPLICATES].append(pa.table({"key": key, "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         for name, group in pipeline.key_groups.items():

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import Use, canonical, column_uses, event_uses
@@ -262,7 +263,8 @@ def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> 
     """Batches in canonical types, each with the number of its first row within the file."""
     address, partition = piece.address, dict(piece.partition)
     in_file = [column for column in uses if column not in partition]
-    with open_parquet(address) as parquet:
+    coded = [column for column in in_file if uses[column] in ("key", "any")]
+    with open_parquet(address, coded) as parquet:
         group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         there = sum(group_rows[group] for group in piece.groups if group < len(group_rows))
         if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
@@ -300,9 +302,10 @@ def _canonical(address: str, column: str, use: Use, values: pa.Array, time_unit:
 
 def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
     array = canonical(column, use, values, time_unit)
-    if array.type in (pa.string(), pa.list_(pa.string())):
+    strings = array.dictionary if pt.is_dictionary(array.type) else array
+    if strings.type in (pa.string(), pa.list_(pa.string())):
         try:
-            array.validate(full=True)
+            strings.validate(full=True)
         except pa.ArrowInvalid as error:
             raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
     return array

@@ -77,13 +77,17 @@ def format_time(microseconds: int) -> str:
 
 
 @contextmanager
-def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises BadFile where it is none, UserError where its place can't be reached."""
+def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; strings of the columns in `coded` are read dictionary-coded.
+
+    Raises BadFile where it is none, UserError where its place can't be reached.
+    """
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_file(address))
             parquet = pq.ParquetFile(
                 file,
+                read_dictionary=coded,
                 pre_buffer=is_remote(address),
                 # As nanoseconds, the year 9999 that many systems write for "never" would wrap around.
                 coerce_int96_timestamp_unit="us",
@@ -285,7 +289,7 @@ def event_value_checks(time: str, now: int) -> list[ValueCheck]:
 def _no_null(column: str, need: str) -> ValueCheck:
     return ValueCheck(
         column,
-        lambda rows: rows.column(column).is_null().to_numpy(zero_copy_only=False),
+        lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False),
         lambda nulls: nulls,
         lambda found: f"column '{column}' is null in {found.count} rows; {need}",
     )

@@ -135,8 +135,9 @@ class FeaturePipeline:
     def learn_types(self, rows: LogRows) -> None:
         """Notes whether key columns hold integers or strings."""
         for field in rows.table.schema:
-            if pa.types.is_int64(field.type) or pa.types.is_string(field.type):
-                self.key_types[field.name] = str(field.type)
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if pa.types.is_int64(kind) or pa.types.is_string(kind):
+                self.key_types[field.name] = str(kind)
 
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""

@@ -19,7 +19,7 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class LogRows:
-    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`).
+    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`), strings dictionary-coded or not.
 
     answers: what counters and histories say of these rows, where it was looked up before: name -> answers.
     """
@@ -44,6 +44,11 @@ class LogRows:
 
     def column(self, name: str) -> pa.Array:
         """A column as one array."""
+        column = self.coded(name)
+        return column.dictionary_decode() if pt.is_dictionary(column.type) else column
+
+    def coded(self, name: str) -> pa.Array:
+        """A column as one array, with strings as they are held."""
         return self.table.column(name).combine_chunks()
 
     def numbers(self, name: str) -> np.ndarray:
@@ -59,7 +64,7 @@ class LogRows:
         """(N,) uint64 hash of one column or of the combination of several."""
         key = tuple(names)
         if key not in self._hashes:
-            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [hash_column(self.column(names[0]))]
+            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [hash_column(self.coded(names[0]))]
             self._hashes[key] = combine(parts)
         return self._hashes[key]
 
@@ -83,6 +88,11 @@ class LogRows:
             return self.column(self.schema.columns.request)
         hashed = self.hashes([self.schema.columns.user])
         return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
+
+    def request_hashes(self) -> np.ndarray:
+        """(N,) uint64 hash of the request's id."""
+        request = self.schema.columns.request
+        return hash_column(self.requests()) if request is None else self.hashes([request])
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, or not matured at `known_by` (microseconds)."""

@@ -25,11 +25,16 @@ class IdCounts:
         self._parts: list[pa.Table] = []
 
     def add(self, values: pa.Array) -> None:
-        """Counts the non-null values of an int64 or string array."""
-        values = values.drop_null()
-        if len(values):
-            counted = values.value_counts()
-            self._parts.append(pa.table({"id": counted.field("values"), "count": counted.field("counts")}))
+        """Counts the non-null values of an array of int64 or strings, dictionary-coded or not."""
+        if pt.is_dictionary(values.type):
+            counts = np.bincount(values.indices.drop_null().to_numpy(), minlength=len(values.dictionary))
+            found = np.flatnonzero(counts)
+            ids, counts = values.dictionary.take(pa.array(found)), counts[found]
+        else:
+            counted = values.drop_null().value_counts()
+            ids, counts = counted.field("values"), counted.field("counts")
+        if len(ids):
+            self._parts.append(pa.table({"id": ids, "count": counts}))
         if len(self._parts) > 64:
             self._parts = [self._summed()]
 
@@ -93,12 +98,16 @@ class Vocabulary:
         return _as_index(self.known)
 
     def encode(self, values: pa.Array) -> np.ndarray:
-        """(N,) int64 table rows of an int64 or string array. Raises UserError for ids of the other type."""
-        if pt.is_null(values.type):
+        """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
+
+        Raises UserError for ids of the other type.
+        """
+        kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
+        if pt.is_null(kind):
             return np.zeros(len(values), np.int64)
-        if len(self.known) and values.type != self.known.type:
-            raise UserError(f"ids of type {values.type} given where the model was trained on {self.known.type}")
-        if pt.is_string(values.type):
+        if len(self.known) and kind != self.known.type:
+            raise UserError(f"ids of type {kind} given where the model was trained on {self.known.type}")
+        if pt.is_string(kind):
             encoded = values.dictionary_encode()
             rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
             return rows[encoded.indices.fill_null(-1).to_numpy()]
