@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.features.answers import answers_in, send_answers, take
+from mmoe_rec.features.answers import AnswerExchange, take
 from mmoe_rec.features.encoded import SharedRagged
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.exchange import Exchange, key_range
@@ -33,8 +33,8 @@ class AnswerJob:
 
     state: folder of the fitted vocabularies; before: folder with the memories to go on from, or None; windows: of the
     splits; training: request times whose answers make statistics, None where these are at hand; memories: folder that
-    gets what requests at `end` or later can ask for; blocks: number of blocks of `ROWS_PER_BLOCK` rows in the log;
-    rows_in_memory: of a partition at a time.
+    gets what requests at `end` or later can ask for; events, answers: where events and look-ups come from, and where
+    answers go; rows_in_memory: of a partition at a time.
     """
 
     state: Path
@@ -43,20 +43,9 @@ class AnswerJob:
     training: Window | None
     memories: Path
     end: int
-    scratch: Path
-    partitions: int
-    blocks: int
+    events: Exchange
+    answers: AnswerExchange
     rows_in_memory: int
-
-    @property
-    def events(self) -> Exchange:
-        """Where events and look-ups come from."""
-        return Exchange(self.scratch / "events", self.partitions)
-
-    @property
-    def answers(self) -> Exchange:
-        """Where answers go: by block of rows."""
-        return answers_in(self.scratch, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str
             else:
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)
         if len(stretch.rows):
-            send_answers(job.answers, partition.group, (partition.number, turn), stretch.rows, found)
+            job.answers.send(partition.group, (partition.number, turn), stretch.rows, found)
     return {encoder.name: counting[encoder.name].answer_counts for encoder in group}
 
 
@@ -106,7 +95,7 @@ def _fitted(state: Path, written: int) -> FeaturePipeline:
 def _memory_before(job: AnswerJob, encoder: MemoryEncoder[Any], partition: Partition) -> Memory:
     if job.before is None:
         return encoder.memory
-    least, end = key_range(partition.number, job.partitions)
+    least, end = key_range(partition.number, job.events.receivers)
     inside = pc.field("key") >= pa.scalar(least, pa.uint64())
     if end < 2**64:
         inside &= pc.field("key") < pa.scalar(end, pa.uint64())

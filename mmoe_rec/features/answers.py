@@ -7,6 +7,7 @@ stands for the list of the row before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +17,64 @@ import pyarrow.types as pt
 from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.encoder import Answers
 from mmoe_rec.features.exchange import Exchange, Sender
+from mmoe_rec.features.log import LogPart
 
 ROWS_PER_BLOCK = 131_072
 
 
-def answers_in(scratch: Path, blocks: int) -> Exchange:
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of rows by the number of their first row, rising from 0, and the number of all rows."""
+
+    starts: np.ndarray
+    rows: int
+
+    @staticmethod
+    def of(parts: Sequence[LogPart]) -> Blocks:
+        """A block is a part of the log, or a piece of one that is large."""
+        starts = [np.arange(part.start, part.start + part.rows, ROWS_PER_BLOCK) for part in parts]
+        return Blocks(np.concatenate(starts), sum(part.rows for part in parts))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def holding(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) int64 block of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def size(self, block: int) -> int:
+        """Rows of a block."""
+        end = self.starts[block + 1] if block + 1 < len(self.starts) else self.rows
+        return int(end - self.starts[block])
+
+
+@dataclass(frozen=True)
+class AnswerExchange:
     """Where answers lie in a build's folder: by block of rows."""
-    return Exchange(scratch / "answers", blocks)
 
+    folder: Path
+    blocks: Blocks
 
-def send_answers(exchange: Exchange, group: str, sender: Sender, rows: np.ndarray, answers: Answers) -> None:
-    """Sends a group's answers for (N,) rising row numbers."""
-    block = rows // ROWS_PER_BLOCK
-    columns = {"row": pa.array(rows)}
-    for name, each in answers.items():
-        columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
-    exchange.send(group, sender, pa.table(columns), block)
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, whose receivers are blocks."""
+        return Exchange(self.folder, len(self.blocks))
+
+    def send(self, group: str, sender: Sender, rows: np.ndarray, answers: Answers) -> None:
+        """Sends a group's answers for (N,) rising row numbers."""
+        block = self.blocks.holding(rows)
+        columns = {"row": pa.array(rows)}
+        for name, each in answers.items():
+            columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
+        self.exchange.send(group, sender, pa.table(columns), block)
+
+    def receive(self, groups: Sequence[str], block: int) -> Answers:
+        """What was sent to a block, at the place of each row; rows without an answer may be left."""
+        answers: dict[str, np.ndarray | SharedRagged] = {}
+        for group in groups:
+            tables = list(self.exchange.receive(group, block))
+            answers |= _by_row(tables, int(self.blocks.starts[block]), self.blocks.size(block))
+        return answers
 
 
 def _lists(answers: SharedRagged, block: np.ndarray) -> pa.Array:
@@ -48,44 +91,41 @@ def _lists(answers: SharedRagged, block: np.ndarray) -> pa.Array:
 class AnswerReader:
     """Gives rows, read in order, the answers of counters and histories, block by block."""
 
-    def __init__(self, answers: Exchange, groups: Sequence[str]) -> None:
-        self._exchange, self._groups = answers, groups
+    def __init__(self, answers: AnswerExchange, groups: Sequence[str]) -> None:
+        self._answers, self._groups = answers, groups
         self._block = -1
         self._at_hand: Answers = {}
 
     def of(self, first: int, wanted: np.ndarray) -> Answers:
         """Answers for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
         rows = first + np.flatnonzero(wanted)
+        holding = self._answers.blocks.holding(rows)
         parts = []
-        for block in range(rows[0] // ROWS_PER_BLOCK, rows[-1] // ROWS_PER_BLOCK + 1):
-            start = block * ROWS_PER_BLOCK
-            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + ROWS_PER_BLOCK)] - start
+        for block in range(holding[0], holding[-1] + 1):
+            inside = rows[np.searchsorted(holding, block) : np.searchsorted(holding, block + 1)]
             if len(inside):
-                parts.append(take(self._load(block), inside))
+                parts.append(take(self._load(block), inside - self._answers.blocks.starts[block]))
         return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     def _load(self, block: int) -> Answers:
         if block != self._block:
-            answers: dict[str, np.ndarray | SharedRagged] = {}
-            for group in self._groups:
-                answers |= _by_row(list(self._exchange.receive(group, block)), block * ROWS_PER_BLOCK)
-            self._block, self._at_hand = block, answers
+            self._block, self._at_hand = block, self._answers.receive(self._groups, block)
         return self._at_hand
 
 
-def _by_row(tables: Sequence[pa.Table], start: int) -> Answers:
-    """Answers of a block whose first row is number `start`, at the place of each row; rows without one may be left."""
+def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Answers:
+    """Answers of a block of rows, the first of which is number `start`."""
     answers: dict[str, np.ndarray | SharedRagged] = {}
     places = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
         columns = [table[field.name].combine_chunks() for table in tables]
         if pt.is_list(field.type):
             parts = SharedRagged.join([_shared(column) for column in columns])
-            number = np.zeros(ROWS_PER_BLOCK, np.int64)
+            number = np.zeros(rows, np.int64)
             number[np.concatenate(places)] = parts.number
             answers[field.name] = SharedRagged(parts.lists, number)
         else:
-            values = np.empty(ROWS_PER_BLOCK, np.float32)
+            values = np.empty(rows, np.float32)
             for place, column in zip(places, columns, strict=True):
                 values[place] = column.to_numpy()
             answers[field.name] = values

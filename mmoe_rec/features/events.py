@@ -39,9 +39,12 @@ class Runs:
         return self.key[self.starts[:-1]]
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """(G,) int64 number of equal keys."""
-        return np.diff(self.starts)
+    def number(self) -> np.ndarray:
+        """(N,) int64 run of each key. As an index, it is much faster than `np.repeat`, which also keeps other threads
+        waiting."""
+        number = np.zeros(len(self.key), np.int64)
+        number[self.starts[1:-1]] = 1
+        return np.cumsum(number, out=number)
 
 
 class KnownEvents(Runs):
@@ -142,14 +145,14 @@ class Join:
         """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
         group, found = self._groups
         first = np.where(found, self.events.starts[group], len(self.events))
-        return np.repeat(first, self.asked.runs.lengths)
+        return first[self.asked.runs.number]
 
     def _searched(self, times: np.ndarray) -> np.ndarray:
         """A binary search within each key's events, of all look-ups at once."""
         group, found = self._groups
         first = low = self._first
         end = np.where(found, self.events.starts[np.minimum(group + 1, len(self.events.starts) - 1)], 0)
-        high = np.repeat(end, self.asked.runs.lengths)
+        high = end[self.asked.runs.number]
         # The first event after `times` lies between low and high.
         while (searching := low < high).any():
             middle = (low + high) >> 1
@@ -170,12 +173,11 @@ class Join:
     def _codes(self, unit: int) -> tuple[_Ticks, np.ndarray, np.ndarray]:
         """Numbers of events, and of look-ups but for their times, counted in units."""
         if unit not in self._coded:
-            lengths, asked_lengths = self.events.lengths, self.asked.runs.lengths
-            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(lengths) + 2)
+            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(self.events.distinct) + 2)
             group, found = self._groups
             # Odd numbers are keys with events, even ones lie between them.
-            events = np.repeat((np.arange(len(lengths)) * 2 + 1) * ticks.count, lengths) + ticks.of_events()
-            self._coded[unit] = ticks, events, np.repeat((2 * group + found) * ticks.count, asked_lengths)
+            events = (self.events.number * 2 + 1) * ticks.count + ticks.of_events()
+            self._coded[unit] = ticks, events, ((2 * group + found) * ticks.count)[self.asked.runs.number]
         return self._coded[unit]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -47,21 +46,16 @@ def label_of(task: str) -> str:
 class LearnJob:
     """What the tasks of this step share.
 
-    windows: request times of each split, microseconds; scratch: the build's folder; statistics: whether vocabularies
-    and statistics are learnt (or are at hand already); duplicates: whether to look for rows that occur twice.
+    windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
+    vocabularies and statistics are learnt (or are at hand already); duplicates: whether to look for rows that occur
+    twice.
     """
 
     schema: Schema
     windows: Mapping[str, Window]
-    scratch: Path
-    partitions: int
+    exchange: Exchange
     statistics: bool
     duplicates: bool
-
-    @property
-    def exchange(self) -> Exchange:
-        """Where events and look-ups go."""
-        return Exchange(self.scratch / "events", self.partitions)
 
 
 @dataclass
@@ -198,11 +192,14 @@ class _Sender:
             key = combine([rows.request_hashes(), candidate])
             self._waiting[DUPLICATES].append(pa.table({"key": key, "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
+        labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
             look_ups = {"key": group[0].keys(rows), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
-                look_ups[label_of(task)] = encoder.labels(rows)
+                if task not in labels:
+                    labels[task] = encoder.labels(rows)
+                look_ups[label_of(task)] = labels[task]
             if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}
             self._waiting[look_ups_of(name)].append(pa.table(look_ups))
@@ -212,7 +209,7 @@ class _Sender:
         sender = (self.part.start, self._turn)
         for channel, tables in self._waiting.items():
             table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-            receiver = partition_of(table["key"].to_numpy(), self.job.partitions)
+            receiver = partition_of(table["key"].to_numpy(), self.job.exchange.receivers)
             rows = self.job.exchange.send(channel, sender, table, receiver)
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         self._waiting.clear()

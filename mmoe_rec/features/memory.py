@@ -177,13 +177,13 @@ class HistoryMemory(Memory):
     @cached_property
     def _within_key(self) -> np.ndarray:
         """(E,) int64 number of events of the same key before each event."""
-        return np.arange(len(self.events)) - np.repeat(self.events.starts[:-1], self.events.lengths)
+        return np.arange(len(self.events)) - self.events.starts[self.events.number]
 
     def compacted(self, moment: int, length: int) -> HistoryMemory:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
         # The last `length` that are known by then; later events keep these in reach until they become known themselves.
         known_by_then = np.add.reduceat(np.append(self.events.known <= moment, 0), self.events.starts[:-1])
-        needed = self._within_key >= np.repeat(known_by_then - length, self.events.lengths)
+        needed = self._within_key >= (known_by_then - length)[self.events.number]
         events = KnownEvents(self.events.key[needed], self.events.known[needed])
         return HistoryMemory(events, self.items[needed], self._later_floor(moment))
 
@@ -204,17 +204,17 @@ def _steps(totals: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 def _running(runs: Runs, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
     """(K,) int64 sums of whole `values` (None: of ones) from the start of a run up to each of K `kept` places in it."""
-    starts, lengths = runs.starts[:-1], runs.lengths
+    run = runs.number[kept]
     if values is None:
-        return kept + 1 - np.repeat(starts, lengths)[kept]
+        return kept + 1 - runs.starts[run]
     total = np.append(0, np.cumsum(values, dtype=np.int64))
-    return total[kept + 1] - np.repeat(total[starts], lengths)[kept]
+    return total[kept + 1] - total[runs.starts][run]
 
 
 def _running_fractions(runs: Runs, values: np.ndarray) -> np.ndarray:
     """(E,) sum of any `values` so far within each run: fractions are rounded as they are added, so each run is summed
     by itself."""
-    return pd.Series(values).groupby(_run_numbers(runs)).cumsum().to_numpy()
+    return pd.Series(values).groupby(runs.number).cumsum().to_numpy()
 
 
 def _running_last(runs: Runs, moments: np.ndarray) -> np.ndarray:
@@ -224,13 +224,9 @@ def _running_last(runs: Runs, moments: np.ndarray) -> np.ndarray:
         last = moments
     else:
         index = np.maximum.accumulate(np.where(positive, np.arange(len(moments)), -1))
-        last = np.where(index >= np.repeat(runs.starts[:-1], runs.lengths), moments[index], NEVER)
+        last = np.where(index >= runs.starts[runs.number], moments[index], NEVER)
     falls = last[1:] < last[:-1]
     falls[runs.starts[1:-1] - 1] = False
     if falls.any():  # an event that came late is earlier than what was compacted
-        return pd.Series(moments).groupby(_run_numbers(runs)).cummax().to_numpy()
+        return pd.Series(moments).groupby(runs.number).cummax().to_numpy()
     return last
-
-
-def _run_numbers(runs: Runs) -> np.ndarray:
-    return np.repeat(np.arange(len(runs.lengths)), runs.lengths)

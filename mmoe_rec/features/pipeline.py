@@ -263,7 +263,7 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     parts = _memory_folder(folder, feature)
     parts.mkdir(exist_ok=True)
     path = parts / f"part-{part:05d}.parquet"
-    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=False)
+    pq.write_table(table, path, compression="lz4", use_dictionary=False)
 
 
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:

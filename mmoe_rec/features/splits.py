@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.features.answer import fitted
-from mmoe_rec.features.answers import AnswerReader
-from mmoe_rec.features.exchange import Exchange
+from mmoe_rec.features.answers import AnswerExchange, AnswerReader
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.log import LogPart, LogReader
@@ -57,7 +56,7 @@ class EncodeJob:
     state: Path
     windows: Mapping[str, Window]
     known_by: Mapping[str, int]
-    answers: Exchange
+    answers: AnswerExchange
     encoded: Path
 
 

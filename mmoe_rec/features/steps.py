@@ -26,9 +26,10 @@ import numpy as np
 from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import AnswerJob, Partition, answer_partition
-from mmoe_rec.features.answers import ROWS_PER_BLOCK, answers_in
+from mmoe_rec.features.answers import AnswerExchange, Blocks
 from mmoe_rec.features.checks import check_times, place
 from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.learn import (
     DUPLICATES,
     LearnJob,
@@ -167,7 +168,7 @@ class Steps:
     def _learn(self, statistics: bool) -> Learnt:
         options, log = self.logs.options, self.logs.log
         look = options.duplicates == "error"
-        job = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, statistics, look)
+        job = LearnJob(self.logs.schema, self.windows, self._events, statistics, look)
         readers: dict[str | None, LogReader | EventReader] = {None: log.reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self._parts]
         for events in self.logs.events:
@@ -183,13 +184,12 @@ class Steps:
     @property
     def _parts(self) -> list[LogPart]:
         # Enough of them for many workers to end at about the same time.
-        return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 4), ROWS_PER_PART))
+        return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
 
     def _check_duplicates(self) -> None:
-        exchange = LearnJob(self.logs.schema, self.windows, self.scratch, self._partitions, False, True).exchange
         partitions = range(self._partitions)
         sizes = self._learnt.sent[DUPLICATES].tolist()
-        found = list(self._run(partial(_repeats, exchange), partitions, sizes, "looking for duplicates"))
+        found = list(self._run(partial(_repeats, self._events), partitions, sizes, "looking for duplicates"))
         if repeats := sum(count for count, _ in found):
             columns, log = self.logs.schema.columns, self.logs.log
             first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
@@ -218,9 +218,8 @@ class Steps:
             training=training,
             memories=folder,
             end=end,
-            scratch=self.scratch,
-            partitions=partitions,
-            blocks=self._blocks,
+            events=self._events,
+            answers=self._answers,
             rows_in_memory=options.rows_in_memory,
         )
         tasks = [
@@ -240,8 +239,12 @@ class Steps:
         self._stack.callback(removing.join)
 
     @property
-    def _blocks(self) -> int:
-        return -(-self.logs.log.rows // ROWS_PER_BLOCK)
+    def _events(self) -> Exchange:
+        return Exchange(self.scratch / "events", self._partitions)
+
+    @property
+    def _answers(self) -> AnswerExchange:
+        return AnswerExchange(self.scratch / "answers", Blocks.of(self._parts))
 
     def _sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
@@ -257,7 +260,7 @@ class Steps:
 
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
         """
-        job = EncodeJob(state, self.windows, known_by, answers_in(self.scratch, self._blocks), folder)
+        job = EncodeJob(state, self.windows, known_by, self._answers, folder)
         tasks = list(enumerate(self._parts))
         counts = {name: SplitCounts() for name in self.windows}
         function = partial(encode_part, job, self.logs.log.reader)
@@ -279,7 +282,7 @@ class Steps:
                 yield result
 
 
-def _repeats(exchange: Any, partition: int) -> tuple[int, tuple[int, int] | None]:
+def _repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] | None]:
     """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
     table = exchange.receive_all(DUPLICATES, partition)
     if table is None:

@@ -44,7 +44,6 @@ WINDOWS = {
 def small_pieces(monkeypatch):
     """Parts, blocks and row groups of some dozen rows."""
     monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
-    monkeypatch.setattr(steps, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
     monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
     monkeypatch.setattr(log.Log.parts, "__defaults__", (70,))
