@@ -31,10 +31,19 @@ class Ragged:
     def take(self, rows: np.ndarray) -> Ragged:
         """The given rows, in the given order."""
         lengths = self.lengths[rows]
-        starts = self.offsets[rows]
-        ends = np.cumsum(lengths)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        return Ragged(self.values[np.repeat(starts, lengths) + within], lengths)
+        return Ragged(self.values[consecutive(self.offsets[rows], lengths)], lengths)
+
+
+def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(sum of lengths,) int64: start, start + 1 and so on of each of N lists, one list after the other."""
+    if not lengths.all():
+        filled = np.flatnonzero(lengths)
+        starts, lengths = starts[filled], lengths[filled]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    steps = np.ones(ends[-1] if len(ends) else 0, np.int64)
+    steps[:1] = starts[:1]
+    steps[ends[:-1]] = starts[1:] - starts[:-1] - lengths[:-1] + 1
+    return np.cumsum(steps, out=steps)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ def join(parts: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
     return Ragged(values, np.concatenate([part.lengths for part in ragged]))
 
 
+_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
 @dataclass(frozen=True)
 class Encoded:
     """N encoded rows.
@@ -98,14 +110,14 @@ class Encoded:
         return Encoded(ids, self.dense[rows])
 
     def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:
-        """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32)."""
+        """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32), none of which has nulls."""
         columns: dict[str, pa.Array] = {}
         for each in layout.ids:
             value = self.ids[each.name]
             if isinstance(value, Ragged):
                 offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
-                values = pa.array(value.values.astype(np.int32))
-                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values)
+                values = pa.array(value.values.astype(np.int32, copy=False))
+                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=_IDS)
             else:
                 columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
         for index, dense in enumerate(layout.dense):

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from mmoe_rec.features.encoded import Ragged
+from mmoe_rec.features.encoded import Ragged, consecutive
 from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs, sorted_order
 
 NEVER = np.iinfo(np.int64).min
@@ -170,9 +170,7 @@ class HistoryMemory(Memory):
         """The last `length` items that were known at N look-ups, oldest first."""
         last = self.joined(asked).last()
         lengths = np.minimum(np.append(self._within_key, -1)[last] + 1, length)
-        ends = np.cumsum(lengths)
-        index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(last + 1 - ends, lengths)
-        return Ragged(self.items[index], lengths.astype(np.int32))
+        return Ragged(self.items[consecutive(last + 1 - lengths, lengths)], lengths.astype(np.int32))
 
     @cached_property
     def _within_key(self) -> np.ndarray:

@@ -85,6 +85,7 @@ def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) ->
 def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
     """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
     columns = pipeline.encode(rows).to_arrow(layout)
+    inputs = set(columns)
     for task, values in labels.items():
         columns[f"label.{task}"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
     names = rows.schema.columns
@@ -92,7 +93,9 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
     rate = np.ones(len(rows)) if names.sampling_rate is None else rows.numbers(names.sampling_rate)
     columns["sampling_rate"] = pa.array(rate.astype(np.float32))
-    return pa.table(columns)
+    # Columns that say that they have no nulls are written and read faster.
+    fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
 class _SplitWriter:
@@ -116,9 +119,9 @@ class _SplitWriter:
     def _append(self, table: pa.Table) -> None:
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Numbers seldom repeat, so a dictionary of them costs time and gains little; LZ4 is read fastest.
-            ids = [name for name in table.column_names if not name.startswith(("dense.", "label."))]
-            options = {"compression": "lz4", "use_dictionary": ids, "write_statistics": False}
+            # A dictionary of inputs, which are numbers, costs time and gains little; LZ4 is read fastest.
+            keys = ["user", "candidate", "request", "time", "sampling_rate"]
+            options = {"compression": "lz4", "use_dictionary": keys, "write_statistics": False}
             self._writer = pq.ParquetWriter(self.path, table.schema, **options)
         self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
 
