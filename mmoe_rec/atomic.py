@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,10 +148,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _flush_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _flush(Path(parent, name))
-        _flush(Path(parent))
+    # Several at a time, as each waits for the disk.
+    with ThreadPoolExecutor(8) as pool:
+        for parent, _, names in os.walk(folder, topdown=False):
+            list(pool.map(_flush, (Path(parent, name) for name in names)))
+            _flush(Path(parent))
 
 
 def _flush(path: Path) -> None:

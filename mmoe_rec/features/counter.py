@@ -29,7 +29,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.counts = NumberHistogram()
         self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
         self.matures_after = maturity(task)
-        self.memory = CounterMemory.empty("recency" in feature.outputs)
+        self.memory = CounterMemory.empty(labels=self.source is None, recency="recency" in feature.outputs)
 
     def _answer_names(self) -> list[str]:
         names = []

@@ -45,14 +45,15 @@ class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
     rows, label_sum: (E,) int32 and float64, of all events of the key so far; last_positive: (E,) int64 moment of its
-    last positive one, `NEVER` without; None where nobody asks for it.
+    last positive one, `NEVER` without; None where nobody asks for it. Where each event counts 1, as in a log of events,
+    rows and moments say it all, and both are None.
     """
 
     def __init__(
         self,
         events: KnownEvents,
         rows: np.ndarray,
-        label_sum: np.ndarray,
+        label_sum: np.ndarray | None,
         last_positive: np.ndarray | None,
         floor: int | None = None,
     ) -> None:
@@ -60,11 +61,12 @@ class CounterMemory(Memory):
         self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
     @staticmethod
-    def empty(recency: bool = True) -> CounterMemory:
-        """Nothing remembered. recency: whether the last positive event will be asked for."""
+    def empty(labels: bool = True, recency: bool = True) -> CounterMemory:
+        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for."""
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
-        return CounterMemory(events, none.astype(np.int32), np.empty(0), none if recency else None)
+        last_positive = none if labels and recency else None
+        return CounterMemory(events, none.astype(np.int32), np.empty(0) if labels else None, last_positive)
 
     def extended(
         self,
@@ -75,73 +77,82 @@ class CounterMemory(Memory):
         fractions: bool = False,
         in_order: bool = False,
     ) -> CounterMemory:
-        """These events and further ones, (E,) uint64, int64 and numbers, in any order; no `label`: each counts 1.
+        """These events and further ones, (E,) uint64, int64 and numbers (None where each counts 1), in any order.
 
         fractions: whether labels may be other than whole numbers, so that sums depend on the order of adding. in_order:
         whether the further events are sorted by key and known time.
         """
         if not len(key):
             return self
-        ones = label is None and not len(self.events)
-        label = np.ones(len(key), np.int8) if label is None else label
-        positive = None if self.last_positive is None else np.where(label > 0, known, NEVER)
-        rows = None
+        rows = None  # of each event
+        positive = None
+        if label is not None and self.last_positive is not None:
+            positive = np.where(label > 0, known, NEVER)
         if len(self.events):
             # The events at hand as what each added to its key's totals.
-            first = np.append(True, self.events.key[1:] != self.events.key[:-1])
-            rows = np.append(_steps(self.rows, first), np.ones(len(key), np.int32))
-            label = np.append(_steps(self.label_sum, first), label)
-            if self.last_positive is not None and positive is not None:
+            rows = np.append(self._steps(self.rows), np.ones(len(key), np.int32))
+            if label is not None and self.label_sum is not None:
+                label = np.append(self._steps(self.label_sum), label)
+            if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-            in_order = False
-        if fractions or not in_order:
+        if len(self.events) or fractions or not in_order:
             order = sorted_order(key, known, label if fractions else None)
-            key, known, label = key[order], known[order], label[order]
-            rows = None if rows is None else rows[order]
-            positive = None if positive is None else positive[order]
+            key, known = key[order], known[order]
+            rows, label, positive = (None if each is None else each[order] for each in (rows, label, positive))
         runs = Runs(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
-        row_totals = _running(runs, rows, kept)
-        if fractions:
-            label_sum = _running_fractions(runs, label)[kept]
-        else:
-            label_sum = (row_totals if ones else _running(runs, label, kept)).astype(np.float64)
-        last_positive = None if positive is None else _running_last(runs, positive)[kept]
-        events = KnownEvents(key[kept], known[kept])
-        return CounterMemory(events, row_totals.astype(np.int32), label_sum, last_positive, self.floor)
+        label_sum = None
+        if label is not None:
+            label_sum = _running_fractions(runs, label)[kept] if fractions else _running(runs, label, kept)
+        return CounterMemory(
+            KnownEvents(key[kept], known[kept]),
+            _running(runs, rows, kept).astype(np.int32),
+            None if label_sum is None else label_sum.astype(np.float64, copy=False),
+            None if positive is None else _running_last(runs, positive)[kept],
+            self.floor,
+        )
+
+    def _steps(self, totals: np.ndarray) -> np.ndarray:
+        """(E,) what each event added to the running totals of its key."""
+        steps = np.append(totals[:1], totals[1:] - totals[:-1])
+        first = self.events.starts[:-1]
+        steps[first] = totals[first]
+        return steps
 
     def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int32 rows and float64 label sums as of events by their index, 0 for index -1."""
-        return np.append(self.rows, np.int32(0))[index], np.append(self.label_sum, 0.0)[index]
+        """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1."""
+        rows = np.append(self.rows, np.int32(0))[index]
+        return rows, rows if self.label_sum is None else np.append(self.label_sum, 0.0)[index]
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
         """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
-        assert self.last_positive is not None
-        return np.append(self.last_positive, NEVER)[index]
+        last_positive = self.events.known if self.label_sum is None else self.last_positive
+        assert last_positive is not None
+        return np.append(last_positive, NEVER)[index]
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
-        needed = self.events.needed_since(moment - window)
+        needed = np.flatnonzero(self.events.needed_since(moment - window))
         return CounterMemory(
             KnownEvents(self.events.key[needed], self.events.known[needed]),
             self.rows[needed],
-            self.label_sum[needed],
+            None if self.label_sum is None else self.label_sum[needed],
             None if self.last_positive is None else self.last_positive[needed],
             self._later_floor(moment),
         )
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
-        totals = {"rows": self.rows, "label_sum": self.label_sum}
-        recency = {} if self.last_positive is None else {"last_positive": self.last_positive}
-        return {"key": self.events.key, "known": self.events.known, **totals, **recency}
+        columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
+        labels = {"label_sum": self.label_sum, "last_positive": self.last_positive}
+        return columns | {name: each for name, each in labels.items() if each is not None}
 
     @staticmethod
     def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         """The memory that `to_columns` gave."""
         events = KnownEvents(columns["key"], columns["known"])
-        return CounterMemory(events, columns["rows"], columns["label_sum"], columns.get("last_positive"), floor)
+        return CounterMemory(events, columns["rows"], columns.get("label_sum"), columns.get("last_positive"), floor)
 
 
 class HistoryMemory(Memory):
@@ -193,11 +204,6 @@ class HistoryMemory(Memory):
     def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
         """The memory that `to_columns` gave."""
         return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
-
-
-def _steps(totals: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """(E,) what each event added to the running totals of its key; `first` marks a key's first event."""
-    return np.where(first, totals, totals - np.roll(totals, 1))
 
 
 def _running(runs: Runs, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:

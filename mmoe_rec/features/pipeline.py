@@ -42,7 +42,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 5
+FORMAT = 6
 
 
 class FeaturePipeline:
