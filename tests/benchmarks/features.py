@@ -10,8 +10,8 @@ All may use every core. Both baselines hold everything in memory and, unlike our
 request; their docstrings tell the rest of what they do less.
 
 The log is a synthetic one of `--rows`, or that of another settings file (`--config`). What they wrote is compared,
-column by column. Times are without the start of Python and its imports; with `--repeats`, the fastest counts. The peak
-is that of ours with all its processes, in GiB.
+column by column. Times are without the start of Python and its imports; with `--repeats`, the fastest counts. Peaks of
+memory, of all processes of a stage, in GiB, are those of a run of their own, since watching it takes time.
 """
 
 import argparse
@@ -90,13 +90,17 @@ def run_stage(stage: str, config: str, overrides: list[str]) -> None:
     print(time.perf_counter() - started)
 
 
-def time_stage(stage: str, config: str, overrides: list[str]) -> tuple[float, float]:
-    """Seconds and peak GiB of one stage in a fresh process."""
-    command = [sys.executable, "-m", "tests.benchmarks.features", "--stage", stage, "--config", config, *overrides]
-    measured = measure(command, capture=True)
-    if measured.exit_code != 0:
+def stage_command(stage: str, config: str, overrides: list[str]) -> list[str]:
+    """What runs one stage in a process of its own."""
+    return [sys.executable, "-m", "tests.benchmarks.features", "--stage", stage, "--config", config, *overrides]
+
+
+def time_stage(command: list[str]) -> float:
+    """Seconds of one stage in a fresh process."""
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed")
-    return float(measured.output.splitlines()[-1]), measured.peak_gib
+    return float(finished.stdout.splitlines()[-1])
 
 
 def compare(schema: Schema, one: Path, other: Path) -> dict[str, float]:
@@ -203,16 +207,20 @@ def benchmark(config: str, overrides: list[str], repeats: int) -> dict[str, obje
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(dir=Path(settings.data.work).parent) as folder:
             for stage in TURNS:
-                work = ["--data.work", f"{folder}/{stage}"]
-                seconds, gib = time_stage(stage, config, [*overrides, *work])
-                best[stage], peak[stage] = min(best[stage], seconds), max(peak[stage], gib)
-                print(f"{stage:12} {seconds:7.2f} s  {rows / seconds:12,.0f} rows/s  {gib:5.2f} GiB", flush=True)
+                seconds = time_stage(stage_command(stage, config, [*overrides, "--data.work", f"{folder}/{stage}"]))
+                best[stage] = min(best[stage], seconds)
+                print(f"{stage:12} {seconds:7.2f} s  {rows / seconds:12,.0f} rows/s", flush=True)
             for baseline in ("pandas", "tuned_pandas"):
                 largest = compare(settings.schema_, Path(folder, "ours", "features", "encoded"), Path(folder, baseline))
                 print(
                     f"ours and {baseline} are equal: dense columns to {largest['dense']:.1e}, "
                     f"histories but for {largest['histories']:.4%} of the rows"
                 )
+    for stage in STAGES:
+        with tempfile.TemporaryDirectory(dir=Path(settings.data.work).parent) as folder:
+            command = stage_command(stage, config, [*overrides, "--data.work", f"{folder}/{stage}"])
+            peak[stage] = measure(command, capture=True).peak_gib
+            print(f"{stage:12} {peak[stage]:7.2f} GiB", flush=True)
     return {
         "rows": rows,
         "rows_per_s": {stage: round(rows / best[stage]) for stage in STAGES},
