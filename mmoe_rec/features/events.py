@@ -164,7 +164,9 @@ class Join:
     def _merged(self, times: np.ndarray, unit: int) -> np.ndarray:
         """Events and look-ups as numbers in the order of key and time, merged as two rising runs."""
         ticks, events, asked = self._codes(unit)
-        codes = np.concatenate([events, asked + ticks.of_moments(times)])
+        codes = np.empty(len(events) + len(asked), np.int64)
+        codes[: len(events)] = events
+        np.add(asked, ticks.of_moments(times), out=codes[len(events) :])
         # Numpy's stable sort recognises rising runs; of equals, events come first.
         order = np.argsort(codes, kind="stable")
         before = np.flatnonzero(order >= len(events)) - np.arange(len(asked))
@@ -176,7 +178,8 @@ class Join:
             ticks = _Ticks.of(self.events.known, unit, runs=2 * len(self.events.distinct) + 2)
             group, found = self._groups
             # Odd numbers are keys with events, even ones lie between them.
-            events = (self.events.number * 2 + 1) * ticks.count + ticks.of_events()
+            events = ticks.of_events()
+            events += (np.arange(len(self.events.distinct)) * (2 * ticks.count) + ticks.count)[self.events.number]
             self._coded[unit] = ticks, events, ((2 * group + found) * ticks.count)[self.asked.runs.number]
         return self._coded[unit]
 
@@ -208,7 +211,10 @@ class _Ticks:
         """(E,) int64 of the known times."""
         if self.moments is not None:
             return np.searchsorted(self.moments, self.known) + 1
-        return (self.known - (self.origin - 2 * self.unit + 1)) // self.unit
+        ticks = self.known - (self.origin - 2 * self.unit + 1)
+        if self.unit > 1:
+            ticks //= self.unit
+        return ticks
 
     def of_moments(self, times: np.ndarray) -> np.ndarray:
         """(N,) int64 of times at which events are asked for."""

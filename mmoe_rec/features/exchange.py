@@ -47,7 +47,7 @@ class Exchange:
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
         """The rows for a receiver, sender by sender in order."""
         for path in sorted((self.folder / channel).glob("*.arrow")):
-            with pa.OSFile(str(path), "rb") as file:
+            with pa.memory_map(str(path)) as file:
                 batch = pa.ipc.open_file(file).get_batch(receiver)
             if batch.num_rows:
                 yield pa.Table.from_batches([batch])

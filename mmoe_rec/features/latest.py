@@ -25,7 +25,7 @@ class LatestParts:
         self.key = schema.columns.user if role == "user" else schema.columns.candidate
         attributes = [column for column, of in schema.input_columns().items() if of == role]
         self.columns = [self.key, *(column for column in attributes if column != self.key)]
-        self._table: pa.Table | None = None
+        self._waiting: list[pa.Table] = []
 
     def add(self, rows: LogRows) -> None:
         """Takes the rows' values where they are later than those known."""
@@ -33,20 +33,24 @@ class LatestParts:
 
     def merge(self, other: LatestParts) -> None:
         """Takes another one's values where they are later."""
-        if other._table is not None:
-            self._take(other._table)
+        for table in other._waiting:
+            self._take(table)
 
     def _take(self, table: pa.Table) -> None:
-        if self._table is not None:
-            table = pa.concat_tables([self._table, table], promote_options="permissive")
-        self._table = _latest(table.combine_chunks(), self.key)
+        self._waiting.append(table)
+        # Seldom enough to be cheap, and soon enough to hold not much more than the latest rows.
+        if sum(map(len, self._waiting[1:])) > len(self._waiting[0]) + _ROWS_WAITING:
+            self._waiting = [self._together()]
+
+    def _together(self) -> pa.Table:
+        return _latest(pa.concat_tables(self._waiting, promote_options="permissive").combine_chunks(), self.key)
 
     def finish(self) -> LatestValues:
         """The table of latest values, ordered by key."""
-        assert self._table is not None
-        return LatestValues(self.key, self._table.drop_columns([_TIME]).sort_by(self.key).combine_chunks())
+        return LatestValues(self.key, self._together().drop_columns([_TIME]).sort_by(self.key).combine_chunks())
 
 
+_ROWS_WAITING = 131_072
 _TIME = "(time)"
 
 

@@ -92,8 +92,9 @@ class NumberHistogram:
 def _rounded(values: np.ndarray) -> np.ndarray:
     """(N,) int64 the first 24 bits of (N,) float64 values, rounded: sign, exponent and 12 of the fraction."""
     bits = values.astype(np.float64).view(np.int64)
-    half = np.int64(1) << (_DROPPED_BITS - np.int64(1))
-    return (bits + half) >> _DROPPED_BITS
+    bits += np.int64(1) << (_DROPPED_BITS - np.int64(1))
+    bits >>= _DROPPED_BITS
+    return bits
 
 
 def _value(rounded: np.ndarray) -> np.ndarray:

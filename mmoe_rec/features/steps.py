@@ -288,10 +288,11 @@ def _repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] |
     if table is None:
         return 0, None
     key = table["key"].to_numpy()
-    order = np.argsort(key, kind="stable")
-    repeats = np.flatnonzero(key[order[1:]] == key[order[:-1]])
-    if not len(repeats):
+    in_order = np.sort(key)
+    if not (in_order[1:] == in_order[:-1]).any():
         return 0, None
+    order = np.argsort(key, kind="stable")
+    repeats = np.flatnonzero(in_order[1:] == in_order[:-1])
     row = table["row"].to_numpy()[order]
     first = repeats[np.argmin(row[repeats + 1])]
     return len(repeats), (int(row[first]), int(row[first + 1]))
