@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
+from mmoe_rec.features.arrays import one_array
 from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.encoder import Answers
 from mmoe_rec.features.exchange import Exchange, Sender
@@ -118,7 +119,7 @@ def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Answers:
     answers: dict[str, np.ndarray | SharedRagged] = {}
     places = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
-        columns = [table[field.name].combine_chunks() for table in tables]
+        columns = [one_array(table[field.name]) for table in tables]
         if pt.is_list(field.type):
             parts = SharedRagged.join([_shared(column) for column in columns])
             number = np.zeros(rows, np.int64)
@@ -134,7 +135,7 @@ def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Answers:
 
 def _shared(column: pa.ListArray) -> SharedRagged:
     first = column.is_valid().to_numpy(zero_copy_only=False)
-    lengths = column.value_lengths().fill_null(0).to_numpy()[first]
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)[first].astype(np.int32)
     return SharedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
 
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.arrays import one_array
 from mmoe_rec.schema import (
     CounterFeature,
     CrossFeature,
@@ -159,7 +160,7 @@ def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | N
 
     Raises UserError naming the column.
     """
-    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    array = one_array(values) if isinstance(values, pa.ChunkedArray) else values
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):
         return pa.nulls(len(array))

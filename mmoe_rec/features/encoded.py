@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.features.arrays import one_array
 from mmoe_rec.features.layout import Layout
 
 
@@ -129,7 +130,7 @@ class Encoded:
         """Reads the columns that `to_arrow` made."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for each in layout.ids:
-            column = table.column(f"id.{each.name}").combine_chunks()
+            column = one_array(table.column(f"id.{each.name}"))
             if each.many:
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
                 ids[each.name] = Ragged(column.flatten().to_numpy().astype(np.int64), lengths)

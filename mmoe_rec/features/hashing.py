@@ -9,6 +9,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.types as pt
 
+from mmoe_rec.features.arrays import filled
+
 _MISSING = np.uint64(0x9AE16A3B2F90404F)
 
 
@@ -29,8 +31,8 @@ def hash_column(column: pa.Array) -> np.ndarray:
         encoded = column.dictionary_encode()
         words = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
         table = np.append(pd.util.hash_array(words, categorize=False).astype(np.uint64), _MISSING)
-        return table[encoded.indices.fill_null(len(words)).to_numpy()]
-    hashes = mix(column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64))
+        return table[filled(encoded.indices, len(words)).to_numpy()]
+    hashes = mix(filled(column, 0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64))
     if column.null_count:
         hashes[column.is_null().to_numpy(zero_copy_only=False)] = _MISSING
     return hashes

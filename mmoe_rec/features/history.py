@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.features.arrays import one_array
 from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, State
 from mmoe_rec.features.events import LookUps, known_at
@@ -41,7 +42,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
 
     def extended(self, memory: HistoryMemory, events: pa.Table, in_order: bool = False) -> HistoryMemory:
         """The owner's vocabulary must be complete by now."""
-        items = self.owner.encode(events["id"].combine_chunks())
+        items = self.owner.encode(one_array(events["id"]))
         return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), items)
 
     def compacted(self, memory: HistoryMemory, moment: int) -> HistoryMemory:

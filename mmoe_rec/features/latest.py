@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmoe_rec.features.arrays import one_array
 from mmoe_rec.features.hashing import hash_column
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
@@ -58,7 +59,7 @@ def _latest(table: pa.Table, key: str) -> pa.Table:
     """The last row of each key, with strings decoded."""
     table = _without_repeats(table, [_TIME, key])
     times = table.column(_TIME).to_numpy()
-    group, keys = pd.factorize(hash_column(table.column(key).combine_chunks()))
+    group, keys = pd.factorize(hash_column(one_array(table.column(key))))
     last = np.full(len(keys), np.iinfo(np.int64).min)
     np.maximum.at(last, group, times)
     rows = np.flatnonzero(times == last[group])
@@ -86,7 +87,7 @@ def _without_repeats(table: pa.Table, first: list[str]) -> pa.Table:
     for name in [*first, *(each for each in table.column_names if each not in first)]:
         if not same.any():
             return table
-        same &= _equals_row_before(table.column(name).combine_chunks())
+        same &= _equals_row_before(one_array(table.column(name)))
     return table.filter(pa.array(np.append(True, ~same))) if len(table) else table
 
 
@@ -122,7 +123,7 @@ class LatestValues:
 
     @cached_property
     def _index(self) -> pd.Index:
-        return pd.Index(hash_column(self.table.column(self.key).combine_chunks()))
+        return pd.Index(hash_column(one_array(self.table.column(self.key))))
 
     def find(self, keys: pa.Array) -> np.ndarray:
         """(N,) int64 row of each key, -1 for an unknown one."""
@@ -130,4 +131,4 @@ class LatestValues:
 
     def values(self, column: str, found: np.ndarray) -> pa.Array:
         """(N,) values of a column at the rows that `find` gave; null for unknown keys."""
-        return self.table.column(column).combine_chunks().take(pa.array(found, mask=found < 0))
+        return one_array(self.table.column(column)).take(pa.array(found, mask=found < 0))

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.arrays import filled, one_array
 from mmoe_rec.features.events import LookUps
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.schema import Schema, Task
@@ -49,7 +50,7 @@ class LogRows:
 
     def coded(self, name: str) -> pa.Array:
         """A column as one array, with strings as they are held."""
-        return self.table.column(name).combine_chunks()
+        return one_array(self.table.column(name))
 
     def numbers(self, name: str) -> np.ndarray:
         """(N,) float64 of a column of numbers, NaN where null."""
@@ -80,7 +81,7 @@ class LogRows:
         column = self.column(name or self.schema.columns.time)
         if pt.is_null(column.type):
             return np.full(len(column), np.iinfo(np.int64).min)
-        return column.cast(pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
+        return filled(column.cast(pa.int64()), np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
 
     def requests(self) -> pa.Array:
         """The request's id, (N,) int64 or string; without a request column, a hash of user and time."""

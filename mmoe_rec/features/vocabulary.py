@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.arrays import filled
 from mmoe_rec.features.hashing import hash_column
 
 
@@ -110,8 +111,8 @@ class Vocabulary:
         if pt.is_string(kind):
             encoded = values.dictionary_encode()
             rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
-            return rows[encoded.indices.fill_null(-1).to_numpy()]
-        rows = self._encode_known_or_hashed(values.fill_null(0))
+            return rows[filled(encoded.indices, -1).to_numpy()]
+        rows = self._encode_known_or_hashed(filled(values, 0))
         if values.null_count:
             rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
         return rows
