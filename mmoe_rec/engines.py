@@ -39,9 +39,14 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(name: EngineName, workers: int | None = None) -> Iterator[Engine]:
-    """The engine of that name; `workers` is the number of processes at a time, by default the cores at hand."""
+def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
+    """The engine of that name; `workers` is the number of tasks at a time, by default the cores at hand.
+
+    processes: whether `local` may start processes, for more workers than threads do well for.
+    """
     workers = workers or len(os.sched_getaffinity(0))
+    if not processes and name == "local":
+        workers = min(workers, THREADS_AT_MOST)
     if name == "ray":
         with closing(_RayEngine(workers)) as engine:
             yield engine

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
 import pytest
 
+from mmoe_rec import engines
 from mmoe_rec.engines import open_engine
 from mmoe_rec.errors import UserError
 
@@ -23,6 +25,12 @@ def _die(_: int) -> None:
     os._exit(9)
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Two workers are processes, as many are."""
+    monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_and_errors_as_they_are(workers):
     with open_engine("local", workers) as engine:
@@ -32,7 +40,42 @@ def test_results_come_in_order_and_errors_as_they_are(workers):
             list(engine.map(partial(_power, 3), range(20)))
 
 
-def test_a_worker_that_is_killed_is_a_sentence():
+def test_processes_give_the_same(processes):
+    test_results_come_in_order_and_errors_as_they_are(2)
+
+
+def _place(_: int) -> tuple[int, str]:
+    time.sleep(0.05)
+    return os.getpid(), threading.current_thread().name
+
+
+def test_few_workers_are_threads_and_many_are_processes(monkeypatch):
+    monkeypatch.setattr(engines, "THREADS_AT_MOST", 2)
+    with open_engine("local", 2) as engine:
+        places = set(engine.map(_place, range(4)))
+    assert {pid for pid, _ in places} == {os.getpid()}
+    assert len(places) == 2
+    with open_engine("local", 3) as engine:
+        assert os.getpid() not in {pid for pid, _ in engine.map(_place, range(6))}
+    with open_engine("local", 3, processes=False) as engine:
+        assert {pid for pid, _ in engine.map(_place, range(6))} == {os.getpid()}
+
+
+def test_an_error_ends_threads_that_would_go_on():
+    started = []
+
+    def task(number: int) -> None:
+        started.append(number)
+        time.sleep(0.01)
+        if number == 1:
+            raise UserError("one is enough")
+
+    with pytest.raises(UserError, match="one is enough"), open_engine("local", 2) as engine:
+        list(engine.map(task, range(1000)))
+    assert len(started) < 100
+
+
+def test_a_worker_that_is_killed_is_a_sentence(processes):
     with (
         pytest.raises(UserError, match=r"a worker process was killed.*data\.workers or data\.rows_in_memory"),
         open_engine("local", 2) as engine,
@@ -48,12 +91,13 @@ def test_ray_that_is_not_installed_is_a_sentence(monkeypatch):
 
 _PARENT = """
 import os, sys, time
-from mmoe_rec.engines import open_engine
+from mmoe_rec import engines
+engines.THREADS_AT_MOST = 0
 def work(seconds):
     print(os.getpid(), flush=True)
     time.sleep(seconds)
 if __name__ == "__main__":
-    with open_engine("local", 2) as engine:
+    with engines.open_engine("local", 2) as engine:
         list(engine.map(work, [60, 60]))
 """
 

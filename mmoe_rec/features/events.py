@@ -232,12 +232,12 @@ def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:
 
 
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
-    """(N,) int64 order by key, then time, then value where one is given.
+    """(N,) int64 order by key, then time, then value where one is given; of equals, the first comes first.
 
     Keys, (N,) uint64, are hashes, so two rounds of counting sort by 16 of their bits do nearly all. They come in any
     order; in time order, as they do from a log, it is many times faster than `np.lexsort`.
     """
-    by_time = np.argsort(time) if (time[1:] < time[:-1]).any() else None
+    by_time = np.argsort(time, kind="stable") if (time[1:] < time[:-1]).any() else None
     in_time = key if by_time is None else key[by_time]
     prefix = _prefix(in_time)
     # Numpy's stable sort of 16 bits counts instead of comparing.

@@ -138,9 +138,9 @@ class Steps:
         options = self.logs.options
         few = self.logs.rows < ROWS_FOR_PROCESSES
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
-        workers = 1 if options.engine == "local" and (few or in_memory) else options.workers
+        engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
-        self._engine: Engine = self._stack.enter_context(open_engine(options.engine, workers))
+        self._engine: Engine = self._stack.enter_context(engine)
         return self
 
     def __exit__(self, *error: Any) -> None:

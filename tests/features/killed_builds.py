@@ -23,11 +23,13 @@ WINDOWS = {
 _BUILD = """
 import json, sys
 from pathlib import Path
+from mmoe_rec import engines
 from mmoe_rec.features import build, steps
 from mmoe_rec.schema import Schema
 if __name__ == "__main__":
     steps.ROWS_FOR_PROCESSES = 0
-    log, work, workers, schema, windows = sys.argv[1:]
+    log, work, workers, threads, schema, windows = sys.argv[1:]
+    engines.THREADS_AT_MOST = int(threads)
     print("begin", flush=True)
     options = steps.BuildOptions(workers=int(workers), rows_in_memory=2000)
     build.prepare(log, Schema.model_validate_json(schema), json.loads(windows), Path(work), options)
@@ -35,18 +37,19 @@ if __name__ == "__main__":
 
 
 def killed_builds(folder: Path, kills: int) -> int:
-    """Starts builds, every second one on two workers, until `kills` were killed before their end; gives their number.
+    """Starts builds until `kills` were killed before their end: on one worker, two threads and two processes in turn.
 
     Asserts that what a killed build leaves is nothing or the whole, that the build after it gives the bytes of one that
-    was never disturbed, and that nothing else is left.
+    was never disturbed, and that nothing else is left. Gives the number of builds that were started.
     """
     table = random_log(12, rows=3000)
     source = write_log(folder / "log", *(table.slice(a, b - a) for a, b in pairwise([0, 1000, 2000, 3000])))
     script = folder / "build.py"
     script.write_text(_BUILD)
 
-    def start(work: Path, workers: int = 1) -> subprocess.Popen:
-        command = [sys.executable, script, source, work, str(workers), SCHEMA.model_dump_json(), json.dumps(WINDOWS)]
+    def start(work: Path, workers: int = 1, threads: int = 1) -> subprocess.Popen:
+        options = [str(workers), str(threads), SCHEMA.model_dump_json(), json.dumps(WINDOWS)]
+        command = [sys.executable, script, source, work, *options]
         environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
         assert job.stdout is not None
@@ -62,7 +65,7 @@ def killed_builds(folder: Path, kills: int) -> int:
     while disturbed < kills:
         attempts += 1
         work = folder / f"work-{attempts}"
-        job = start(work, workers=1 + attempts % 2)
+        job = start(work, *((1, 1), (2, 2), (2, 1))[attempts % 3])
         time.sleep(random.uniform(0, took))
         job.send_signal(signal.SIGKILL)
         disturbed += job.wait() == -signal.SIGKILL

@@ -23,6 +23,7 @@ from small_logs import (
     write_log,
 )
 
+from mmoe_rec import engines
 from mmoe_rec.engines import EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import answers, log, splits, steps
@@ -117,8 +118,15 @@ def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_several_processes_change_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+@pytest.fixture(params=["threads", "processes"])
+def two_workers(request, monkeypatch):
+    """Two workers are threads, or processes as many are."""
+    if request.param == "processes":
+        monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+        monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+
+
+def test_two_workers_change_no_byte(tmp_path, two_workers):
     _alike_on_two_workers(tmp_path, "local")
 
 
@@ -126,8 +134,7 @@ def test_ray_changes_no_byte(tmp_path, ray_is_running):
     _alike_on_two_workers(tmp_path, "ray")
 
 
-def test_a_process_says_what_is_wrong_with_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
     _wrong_on_two_workers(tmp_path, "local")
 
 

@@ -38,7 +38,9 @@ def growing(tmp_path: Path) -> Growing:
 
 
 def _memories(prepared: Prepared) -> dict[str, pa.Table]:
-    return {path.name: pq.read_table(path) for path in sorted(prepared.serving.glob("*.memory.parquet"))}
+    found = {path.name: pq.read_table(path) for path in sorted(prepared.serving.glob("*.memory"))}
+    assert found
+    return found
 
 
 @settings(max_examples=8, deadline=None)
