@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Encoded, join
+from mmoe_rec.features.encoded import IDS, Encoded, join
 from mmoe_rec.features.layout import Layout
 
 ADVICE = "run python -m pipelines.features again"
@@ -134,7 +134,7 @@ class EncodedRows:
 
 def _column_types(layout: Layout) -> dict[str, pa.DataType]:
     """The columns that a model reads, with their types."""
-    types = {f"id.{each.name}": pa.list_(pa.int32()) if each.many else pa.int32() for each in layout.ids}
+    types = {f"id.{each.name}": IDS if each.many else pa.int32() for each in layout.ids}
     numbers = [f"dense.{each.name}" for each in layout.dense] + [f"label.{task.name}" for task in layout.tasks]
     return types | dict.fromkeys(numbers, pa.float32())
 

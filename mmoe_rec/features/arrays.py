@@ -1,15 +1,28 @@
-"""Arrow arrays without copies that are not needed: both pyarrow functions copy where there is nothing to do."""
+"""Small helpers for Arrow arrays and pandas indices, where these do too much or too late."""
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array; a single chunk is given as it is."""
+    """A column as one array; a single chunk is given as it is, while pyarrow would copy it."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def filled(array: pa.Array, value: object) -> pa.Array:
-    """An array with `value` for nulls; one without nulls is given as it is."""
+    """An array with `value` for nulls; one without nulls is given as it is, while pyarrow would copy it."""
     return array.fill_null(value) if array.null_count else array
+
+
+def shared_index(values: np.ndarray) -> pd.Index:
+    """An index of (N,) values that threads may share.
+
+    pandas builds an index's hash table when it is first asked; a second thread would look into the unfinished table and
+    miss what is not there yet. This one is finished.
+    """
+    index = pd.Index(values)
+    index.get_indexer(index[:1])
+    return index

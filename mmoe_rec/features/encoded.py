@@ -80,7 +80,8 @@ def join(parts: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
     return Ragged(values, np.concatenate([part.lengths for part in ragged]))
 
 
-_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+# Lists of ids in an encoded file.
+IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Encoded:
             if isinstance(value, Ragged):
                 offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
                 values = pa.array(value.values.astype(np.int32, copy=False))
-                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=_IDS)
+                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=IDS)
             else:
                 columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
         for index, dense in enumerate(layout.dense):

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.features.arrays import one_array
+from mmoe_rec.features.arrays import one_array, shared_index
 from mmoe_rec.features.hashing import hash_column
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
@@ -123,7 +123,7 @@ class LatestValues:
 
     @cached_property
     def _index(self) -> pd.Index:
-        return pd.Index(hash_column(one_array(self.table.column(self.key))))
+        return shared_index(hash_column(one_array(self.table.column(self.key))))
 
     def find(self, keys: pa.Array) -> np.ndarray:
         """(N,) int64 row of each key, -1 for an unknown one."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.arrays import filled
+from mmoe_rec.features.arrays import filled, shared_index
 from mmoe_rec.features.hashing import hash_column
 
 
@@ -96,7 +96,7 @@ class Vocabulary:
 
     @cached_property
     def _index(self) -> pd.Index:
-        return _as_index(self.known)
+        return shared_index(_as_numpy(self.known))
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
@@ -118,7 +118,7 @@ class Vocabulary:
         return rows
 
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
-        found = self._index.get_indexer(_as_index(values)) if len(self.known) else np.full(len(values), -1)
+        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.known) else np.full(len(values), -1)
         rows = found.astype(np.int64) + 1 + self.oov_buckets
         unknown = found < 0
         if unknown.any():
@@ -127,6 +127,6 @@ class Vocabulary:
         return rows
 
 
-def _as_index(values: pa.Array) -> pd.Index:
+def _as_numpy(values: pa.Array) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)
-    return pd.Index(array.astype(object) if pt.is_string(values.type) else array)
+    return array.astype(object) if pt.is_string(values.type) else array

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.encoded import IDS
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.report import inspect
 from mmoe_rec.schema import Schema
@@ -158,7 +159,7 @@ def _table(frame: pd.DataFrame) -> pa.Table:
     for name in frame:
         kind = name.split(".")[0]
         values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
-        wanted = pa.list_(pa.int32()) if name == "id.tags" else types.get(kind)
+        wanted = IDS if name == "id.tags" else types.get(kind)
         if kind == "time":
             values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
         columns[name] = pa.array(values, type=wanted, from_pandas=True)
