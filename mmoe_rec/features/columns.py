@@ -155,8 +155,12 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
     raise UserError(f"column '{column}' must hold {_EXPECTED[use]}, found {found}{hint}")
 
 
-def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None) -> pa.Array:
-    """Values in the canonical type, strings dictionary-coded; an all-null column stays of type null.
+def canonical(
+    column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None, coded: bool = False
+) -> pa.Array:
+    """Values in the canonical type; an all-null column stays of type null.
+
+    coded: whether strings, but not lists of them, are given dictionary-coded.
 
     Raises UserError naming the column.
     """
@@ -164,7 +168,7 @@ def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | N
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):
         return pa.nulls(len(array))
-    if array.type == _CODED and len(array.dictionary) <= max(len(array), _DICTIONARY_KEPT):
+    if coded and array.type == _CODED and len(array.dictionary) <= max(len(array), _DICTIONARY_KEPT):
         return array
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -177,4 +181,4 @@ def canonical(column: str, use: Use, values: pa.ChunkedArray, time_unit: str | N
         array = array if array.type == target else array.cast(target)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
-    return array.dictionary_encode() if target == pa.string() else array
+    return array.dictionary_encode() if coded and target == pa.string() else array

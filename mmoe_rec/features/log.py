@@ -301,13 +301,25 @@ def _canonical(address: str, column: str, use: Use, values: pa.Array, time_unit:
 
 
 def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
-    array = canonical(column, use, values, time_unit)
-    strings = array.dictionary if pt.is_dictionary(array.type) else array
-    if strings.type in (pa.string(), pa.list_(pa.string())):
-        try:
-            strings.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
+    array = canonical(column, use, values, time_unit, coded=True)
+    try:
+        if pt.is_dictionary(array.type):
+            return _with_valid_words(array)
+        if array.type == pa.list_(pa.string()):
+            array.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
+    return array
+
+
+def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
+    try:
+        array.dictionary.validate(full=True)
+    except pa.ArrowInvalid:
+        # The word may be one of other rows of the file.
+        decoded = array.dictionary_decode()
+        decoded.validate(full=True)
+        return decoded.dictionary_encode()
     return array
 
 

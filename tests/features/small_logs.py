@@ -167,7 +167,11 @@ def remember(
 
 def raw_answers(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
-    return encoder.answers(encoder.memory, encoder.keys(rows), rows.times())
+    asked = rows.look_ups(encoder.by)
+    return {
+        name: each.take(asked.number) if isinstance(each, Ragged) else each[asked.number]
+        for name, each in encoder.known(encoder.memory, asked).items()
+    }
 
 
 def save_memories(pipeline: FeaturePipeline, folder: Path, moment: int) -> None:
