@@ -54,7 +54,7 @@ class Data(Section):
     engine: Literal["local", "ray"] = Field(
         "local", description="what builds features: local (processes on this machine) or ray (a Ray cluster)"
     )
-    workers: int | None = Field(None, ge=1, description="processes that build features; null is one a core")
+    workers: int | None = Field(None, ge=1, description="threads or, above 4, processes that build features; null is one a core")
     rows_in_memory: int = Field(
         1_048_576, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
     )
