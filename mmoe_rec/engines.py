@@ -51,10 +51,10 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
         with closing(_RayEngine(workers)) as engine:
             yield engine
     elif workers == 1:
-        with freed_memory_kept():
+        with _freed_memory_kept():
             yield _SameProcess()
     elif workers <= THREADS_AT_MOST:
-        with freed_memory_kept(), closing(_ThreadEngine(workers)) as engine:
+        with _freed_memory_kept(), closing(_ThreadEngine(workers)) as engine:
             yield engine
     else:
         # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
@@ -113,7 +113,7 @@ def _start_worker() -> None:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def _freed_memory_kept() -> Iterator[None]:
     """Arrays of megabytes come and go in a build. By default glibc gives each back to the system, which then clears and
     maps its pages anew: a tenth of a build's time. At the end all goes back."""
     _keep_freed_memory(True)
@@ -126,8 +126,9 @@ def freed_memory_kept() -> Iterator[None]:
 def _keep_freed_memory(keep: bool) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(_MALLOC_TRIM_THRESHOLD, 2**30 if keep else 128 * 2**10)
-        libc.mallopt(_MALLOC_MMAP_THRESHOLD, 2**30 if keep else 128 * 2**10)
+        # Once set, these no longer adjust themselves; without us, they would end at 64 and 32 MiB.
+        libc.mallopt(_MALLOC_TRIM_THRESHOLD, 2**30 if keep else 64 * 2**20)
+        libc.mallopt(_MALLOC_MMAP_THRESHOLD, 2**30 if keep else 32 * 2**20)
         if not keep:
             libc.malloc_trim(0)
 

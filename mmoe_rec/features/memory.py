@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from mmoe_rec.features.encoded import Ragged, consecutive
-from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs, sorted_order
+from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs
+from mmoe_rec.features.sorting import sorted_order
 
 NEVER = np.iinfo(np.int64).min
 

@@ -4,9 +4,9 @@
     answer   partitions of keys    -> answers, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
 
-What is exchanged are Arrow tables. On the way there: (key, time, row, labels) of each look-up, once for all counters and
-histories that ask by the same columns, and (key, known, value) of each event that is not a look-up by its label. On the
-way back: (row, answers). Everything else stays with the worker that read it.
+What is exchanged are Arrow tables. On the way there: (key, time, row, labels) of each look-up, once for all counters
+and histories that ask by the same columns, and (key, known, value) of each event that is not a look-up by its label. On
+the way back: (row, answers). Everything else stays with the worker that read it.
 """
 
 from __future__ import annotations

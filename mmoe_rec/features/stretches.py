@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.events import LookUps, known_at, sorted_order
+from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.learn import Window, events_of, label_of, look_ups_of
 from mmoe_rec.features.pipeline import in_any, in_window
+from mmoe_rec.features.sorting import sorted_order
 
 Group = Sequence[MemoryEncoder[Any]]
 

@@ -52,9 +52,11 @@ class Data(Section):
     )
     work: str = Field(description="folder for encoded features, checkpoints and models")
     engine: Literal["local", "ray"] = Field(
-        "local", description="what builds features: local (processes on this machine) or ray (a Ray cluster)"
+        "local", description="what builds features: local (threads or processes here) or ray (a Ray cluster)"
     )
-    workers: int | None = Field(None, ge=1, description="threads or, above 4, processes that build features; null is one a core")
+    workers: int | None = Field(
+        None, ge=1, description="threads that build features (processes above 4); null is one a core"
+    )
     rows_in_memory: int = Field(
         1_048_576, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
     )

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmoe_rec.features import events as module
-from mmoe_rec.features.events import Join, KnownEvents, LookUps, sorted_order
+from mmoe_rec.features.events import Join, KnownEvents, LookUps
 from mmoe_rec.features.memory import CounterMemory, HistoryMemory
+from mmoe_rec.features.sorting import sorted_order
 
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
 KEYS = np.array([0, 1, 2, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
