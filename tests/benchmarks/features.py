@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks.features --rows 2000000
+"""python -m tests.benchmarks.features --repeats 3
 
 How fast is `pipelines.features`? On the same rows of one log, each in a process of its own, it is timed beside
 
@@ -9,9 +9,10 @@ read          a bare read of the same columns with pyarrow, which nothing that r
 All may use every core. Both baselines hold everything in memory and, unlike ours, keep nothing that would encode a
 request; their docstrings tell the rest of what they do less.
 
-The log is a synthetic one of `--rows`, or that of another settings file (`--config`). What they wrote is compared,
-column by column. Times are without the start of Python and its imports; with `--repeats`, the fastest counts. Peaks of
-memory, of all processes of a stage, in GiB, are those of a run of their own, since watching it takes time.
+The log is Complete Journey, a synthetic one of `--rows`, or that of another settings file (`--config`). What they
+wrote is compared, column by column. Times are without the start of Python and its imports; with `--repeats`, the
+fastest counts. Peaks of memory, of all processes of a stage, in GiB, are those of a run of their own, since watching it
+takes time.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from mmoe_rec.settings import Settings, load_settings
 from tests.benchmarks.memory import measure
 from tests.benchmarks.sources import LOG, source_columns, source_files
 
-SYNTHETIC = "configs/synthetic.yaml"
+COMPLETE_JOURNEY, SYNTHETIC = "configs/complete_journey.yaml", "configs/synthetic.yaml"
 SPLITS = ("train", "validation", "test")
 TOLERANCE, AFFINE = 1e-4, 5e-3
 STAGES = ("ours", "pandas", "tuned_pandas", "read")
@@ -234,7 +235,7 @@ def benchmark(config: str, overrides: list[str], repeats: int) -> dict[str, obje
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the synthetic log (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="a synthetic log of so many rows instead of Complete Journey")
     parser.add_argument("--config", help="another settings file, whose log is there, instead; overrides may follow")
     parser.add_argument("--repeats", type=int, default=1, help="times that all is timed (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -243,12 +244,22 @@ def main() -> None:
         run_stage(options.stage, options.config, overrides)
         return
     with tempfile.TemporaryDirectory() as folder:
+        config = options.config or (SYNTHETIC if options.rows else COMPLETE_JOURNEY)
         if options.config is None:
-            log = f"{folder}/log"
-            make = ["-m", "pipelines.make_synthetic_log", "--out", log, "--rows", str(options.rows)]
-            subprocess.run([sys.executable, *make], check=True, stdout=subprocess.DEVNULL)
-            overrides = ["--data.log", log, "--data.work", f"{folder}/work", *overrides]
-        print(json.dumps(benchmark(options.config or SYNTHETIC, overrides, options.repeats)))
+            overrides = [*make_log(Path(folder), options.rows), *overrides]
+        print(json.dumps(benchmark(config, overrides, options.repeats)))
+
+
+def make_log(folder: Path, synthetic_rows: int | None) -> list[str]:
+    """Make a log in a folder; gives the settings that name its place."""
+    if synthetic_rows:
+        command = ["pipelines.make_synthetic_log", "--out", f"{folder}/log", "--rows", str(synthetic_rows)]
+        events = []
+    else:
+        command = ["pipelines.ingest_complete_journey", "--out", str(folder)]
+        events = ["--data.events.purchases.path", f"{folder}/purchases"]
+    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    return ["--data.log", f"{folder}/log", "--data.work", f"{folder}/work", *events]
 
 
 if __name__ == "__main__":
