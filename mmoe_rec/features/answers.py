@@ -141,13 +141,12 @@ def _shared(column: pa.ListArray) -> SharedRagged:
 
 def take(answers: Answers, rows: np.ndarray) -> Answers:
     """The answers of the given rows."""
-    if len(rows) and len(rows) == rows[-1] - rows[0] + 1:  # rows that follow each other need no copy
-        inside = slice(int(rows[0]), int(rows[-1]) + 1)
-        return {
-            name: each.take(inside) if isinstance(each, SharedRagged) else each[inside]
-            for name, each in answers.items()
-        }
-    return {name: each.take(rows) if isinstance(each, SharedRagged) else each[rows] for name, each in answers.items()}
+    # Rows that follow each other need no copy.
+    together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
+    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+    return {
+        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in answers.items()
+    }
 
 
 def _joined(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
