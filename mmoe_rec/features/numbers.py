@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-_DROPPED_BITS = np.int64(40)
+_KEPT_BITS = 12  # of the fraction
+_WAITING_AT_MOST = 64  # counted arrays, before they are added up
 CLIP = 10.0
 EDGES = 17
 _SPAN_COUNTED = 2**18
@@ -22,9 +23,9 @@ class NumberHistogram:
     """
 
     def __init__(self) -> None:
-        self.values = np.empty(0)
-        self.counts = np.empty(0, np.int64)
         self.missing = 0
+        self._sums = np.empty(0), np.empty(0, np.int64)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, values: np.ndarray) -> None:
         """Counts (N,) float32 or float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
@@ -32,18 +33,35 @@ class NumberHistogram:
         if not finite.all():
             values = values[finite]
             self.missing += len(finite) - len(values)
-        rounded, counts = _counted(_rounded(values))
-        self._merge(np.clip(_value(rounded), -_LARGEST, _LARGEST), counts)
-
-    def _merge(self, values: np.ndarray, counts: np.ndarray) -> None:
-        merged, inverse = np.unique(np.concatenate([self.values, values]), return_inverse=True)
-        self.counts = np.bincount(inverse, np.concatenate([self.counts, counts]), len(merged)).astype(np.int64)
-        self.values = merged
+        self._take([_counted(values)])
 
     def merge(self, other: NumberHistogram) -> None:
         """Adds what another histogram counted."""
         self.missing += other.missing
-        self._merge(other.values, other.counts)
+        self._take([other._sums, *other._waiting])
+
+    def _take(self, counted: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        self._waiting += counted
+        if len(self._waiting) > _WAITING_AT_MOST:
+            self._sum()
+
+    def _sum(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._waiting:
+            parts = [self._sums, *self._waiting]
+            values, inverse = np.unique(np.concatenate([each for each, _ in parts]), return_inverse=True)
+            counts = np.bincount(inverse, np.concatenate([counts for _, counts in parts]), len(values))
+            self._sums, self._waiting = (values, counts.astype(np.int64)), []
+        return self._sums
+
+    @property
+    def values(self) -> np.ndarray:
+        """(V,) float64 distinct rounded values, rising."""
+        return self._sum()[0]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(V,) int64 how often each occurs."""
+        return self._sum()[1]
 
     def to_table(self) -> pa.Table:
         """value (null for missing ones) and count."""
@@ -55,7 +73,7 @@ class NumberHistogram:
         """The histogram that `to_table` gave."""
         histogram = NumberHistogram()
         counts = table["count"].to_numpy()
-        histogram.values, histogram.counts = table["value"].to_numpy()[:-1], counts[:-1]
+        histogram._sums = table["value"].to_numpy()[:-1], counts[:-1]
         histogram.missing = int(counts[-1])
         return histogram
 
@@ -89,34 +107,27 @@ class NumberHistogram:
         return np.unique(self.values[np.minimum(positions, len(self.values) - 1)])
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """(N,) int64 the first 24 bits of (N,) float64 values, rounded: sign, exponent and 12 of the fraction."""
-    bits = values.astype(np.float64).view(np.int64)
-    bits += np.int64(1) << (_DROPPED_BITS - np.int64(1))
-    bits >>= _DROPPED_BITS
-    return bits
-
-
-def _value(rounded: np.ndarray) -> np.ndarray:
-    """(N,) float64 values of `_rounded` ones; 0 and -0 are one."""
-    return (rounded << _DROPPED_BITS).view(np.float64) + 0.0
-
-
-def _counted(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct numbers of an (N,) int64 array, rising, and how often each is there."""
+def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rounded values, float64, of (N,) finite float32 or float64 ones, and how often each is there."""
+    whole, fraction = (np.int32, 23) if values.dtype == np.float32 else (np.int64, 52)
+    dropped = fraction - _KEPT_BITS
+    bits = values.view(whole) + whole(1 << (dropped - 1))
+    bits >>= whole(dropped)
     # As bits of numbers, zero is far from all others, which often lie so near to each other that each has a counter.
-    other = whole[whole != 0]
-    least = other.min(initial=np.iinfo(np.int64).max)
+    other = bits[bits != 0]
+    least = other.min(initial=np.iinfo(whole).max)
     span = int(other.max(initial=least)) - int(least) + 1
     if span > _SPAN_COUNTED:
-        return np.unique(whole, return_counts=True)
-    counts = np.bincount(other - least, minlength=span)
-    found = np.flatnonzero(counts)
-    distinct, counts = found + least, counts[found]
-    if len(other) < len(whole):
-        place = np.searchsorted(distinct, 0)
-        distinct, counts = np.insert(distinct, place, 0), np.insert(counts, place, len(whole) - len(other))
-    return distinct, counts
+        distinct, counts = np.unique(bits, return_counts=True)
+    else:
+        counts = np.bincount(other - least, minlength=span)
+        found = np.flatnonzero(counts)
+        zero = int(len(other) < len(bits))
+        distinct = np.append(found + least, np.zeros(zero, np.int64))
+        counts = np.append(counts[found], np.full(zero, len(bits) - len(other)))
+    rounded = (distinct.astype(whole) << whole(dropped)).view(values.dtype).astype(np.float64)
+    largest = min(_LARGEST, float(np.finfo(values.dtype).max))
+    return np.clip(rounded, -largest, largest) + 0.0, counts  # 0 and -0 are one
 
 
 @dataclass(frozen=True)
@@ -134,5 +145,10 @@ class Standardiser:
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(N,) float32; missing values become 0, the mean."""
-        scaled = np.clip((values - self.mean) / self.deviation, -CLIP, CLIP)
-        return np.where(np.isfinite(values), scaled, 0.0).astype(np.float32)
+        scaled = values - self.mean
+        scaled /= self.deviation
+        np.clip(scaled, -CLIP, CLIP, out=scaled)
+        finite = np.isfinite(values)
+        if not finite.all():
+            scaled[~finite] = 0.0
+        return scaled.astype(np.float32, copy=False)
