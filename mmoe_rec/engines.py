@@ -29,6 +29,7 @@ EngineName = Literal["local", "ray"]
 # So many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
 THREADS_AT_MOST = 4
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
+_ARROW_POOL = pa.default_memory_pool()
 
 
 class Engine(Protocol):
@@ -126,6 +127,8 @@ def _freed_memory_kept() -> Iterator[None]:
 def _keep_freed_memory(keep: bool) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
+        # Arrow's own pools give it back too.
+        pa.set_memory_pool(pa.system_memory_pool() if keep else _ARROW_POOL)
         # Once set, these no longer adjust themselves; without us, they would end at 64 and 32 MiB.
         libc.mallopt(_MALLOC_TRIM_THRESHOLD, 2**30 if keep else 64 * 2**20)
         libc.mallopt(_MALLOC_MMAP_THRESHOLD, 2**30 if keep else 32 * 2**20)

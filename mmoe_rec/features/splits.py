@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.features.answer import fitted
 from mmoe_rec.features.answers import AnswerExchange, AnswerReader
 from mmoe_rec.features.layout import Layout
@@ -131,3 +132,4 @@ class _SplitWriter:
             self._append(pa.concat_tables(self._waiting))
         if self._writer is not None:
             self._writer.close()
+            begin_to_flush(self.path)
