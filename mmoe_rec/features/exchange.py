@@ -6,6 +6,8 @@ So what is exchanged never has to fit into memory, and workers need nothing in c
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,28 @@ import numpy as np
 import pyarrow as pa
 
 Sender = tuple[int, int]
+_OPENED_AT_MOST = 128
+
+
+class _OpenFiles(threading.local):
+    """Files that this thread has opened of late: the receivers that it stands for read the same ones in turn."""
+
+    def __init__(self) -> None:
+        self._readers: dict[tuple[str, int], pa.ipc.RecordBatchFileReader] = {}
+
+    def opened(self, path: str) -> pa.ipc.RecordBatchFileReader:
+        """A reader of the file, mapped into memory."""
+        key = path, os.stat(path).st_mtime_ns
+        reader = self._readers.pop(key, None)
+        if reader is None:
+            reader = pa.ipc.open_file(pa.memory_map(path))
+            if len(self._readers) == _OPENED_AT_MOST:
+                del self._readers[next(iter(self._readers))]
+        self._readers[key] = reader  # the last that will be closed
+        return reader
+
+
+_FILES = _OpenFiles()
 
 
 class Exchange:
@@ -46,9 +70,9 @@ class Exchange:
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
         """The rows for a receiver, sender by sender in order."""
-        for path in sorted((self.folder / channel).glob("*.arrow")):
-            with pa.memory_map(str(path)) as file:
-                batch = pa.ipc.open_file(file).get_batch(receiver)
+        folder = self.folder / channel
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            batch = _FILES.opened(os.path.join(folder, name)).get_batch(receiver)
             if batch.num_rows:
                 yield pa.Table.from_batches([batch])
 

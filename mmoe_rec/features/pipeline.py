@@ -260,11 +260,14 @@ class FeaturePipeline:
 def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> None:
     """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
     metadata = None if memory.floor is None else {"floor": str(memory.floor)}
-    table = pa.table(memory.to_columns()).replace_schema_metadata(metadata)
+    columns = {name: pa.array(column) for name, column in memory.to_columns().items()}
+    # Columns that say that they have no nulls are written faster; the statistics are for `read_memory` by keys.
+    schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
+    table = pa.table(list(columns.values()), schema=schema)
     parts = _memory_folder(folder, feature)
     parts.mkdir(exist_ok=True)
     path = parts / f"part-{part:05d}.parquet"
-    pq.write_table(table, path, compression="lz4", use_dictionary=False)
+    pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
     begin_to_flush(path)
 
 
