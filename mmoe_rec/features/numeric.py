@@ -177,13 +177,16 @@ class TimeEncoder(Encoder):
 
     def encode(self, rows: LogRows) -> Inputs:
         """Hour and weekday in the time zone; log(1 + days) of age."""
-        times = rows.times(self.feature.column)
+        every = rows.times(self.feature.column)
+        # The rows of a request share their time.
+        first = np.append(len(every) > 0, every[1:] != every[:-1])
+        times, number = every[first], np.cumsum(first) - 1
         missing = times == np.iinfo(np.int64).min
         local = pd.DatetimeIndex(pa.array(np.where(missing, 0, times), pa.timestamp("us")).to_numpy())
         local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
         parts = {"hour": lambda: local.hour, "weekday": lambda: local.day_of_week}
         ids = {
-            f"{self.name}_{part}": np.where(missing, 0, 1 + read().to_numpy().astype(np.int64))
+            f"{self.name}_{part}": np.where(missing, 0, 1 + read().to_numpy().astype(np.int64))[number]
             for part, read in parts.items()
             if part in self.feature.parts
         }

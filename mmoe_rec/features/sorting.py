@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmoe_rec.features.encoded import consecutive
+
 
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
     """(N,) int64 order by key, then time, then value where one is given; of equals, the first comes first.
@@ -19,8 +21,9 @@ def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = N
     order = order[np.argsort((prefix >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
     prefix, sorted_key = prefix[order], in_time[order]
     alike = prefix[1:] == prefix[:-1]
-    if (alike & (sorted_key[1:] != sorted_key[:-1])).any():
-        _sort_runs(order, alike, in_time)
+    mixed = np.flatnonzero(alike & (sorted_key[1:] != sorted_key[:-1]))
+    if len(mixed):
+        _sort_runs(order, _in_runs_of(alike, mixed), in_time)
         sorted_key = in_time[order]
     if by_time is not None:
         order = by_time[order]
@@ -37,6 +40,16 @@ def _prefix(keys: np.ndarray) -> np.ndarray:
     least = keys.min()
     width = int(keys.max() - least).bit_length()
     return ((keys - least) >> np.uint64(max(0, width - 32))).astype(np.uint32)
+
+
+def _in_runs_of(alike: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(N - 1,) bool the places within those runs that hold one of the given places."""
+    ends = np.append(np.flatnonzero(~alike), len(alike))
+    run = np.unique(np.searchsorted(ends, places))
+    start = np.append(-1, ends)[run] + 1
+    inside = np.zeros(len(alike), bool)
+    inside[consecutive(start, ends[run] - start)] = True
+    return inside
 
 
 def _sort_runs(order: np.ndarray, alike: np.ndarray, value: np.ndarray) -> None:

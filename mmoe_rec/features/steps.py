@@ -227,6 +227,7 @@ class Steps:
             for name, group in pipeline.key_groups.items()
             for number in range(partitions)
         ]
+        tasks.sort(key=lambda task: -task.rows)  # so that workers end at about the same time
         encoders = pipeline.memory_encoders
         done = self._run(partial(answer_partition, job), tasks, [task.rows for task in tasks], "counters and histories")
         for features in done:
