@@ -25,11 +25,11 @@ class _OpenFiles(threading.local):
         self._readers: dict[tuple[str, int], pa.ipc.RecordBatchFileReader] = {}
 
     def opened(self, path: str) -> pa.ipc.RecordBatchFileReader:
-        """A reader of the file, mapped into memory."""
+        """A reader of the file. It is not mapped: what is mapped would count as memory as long as it is open."""
         key = path, os.stat(path).st_mtime_ns
         reader = self._readers.pop(key, None)
         if reader is None:
-            reader = pa.ipc.open_file(pa.memory_map(path))
+            reader = pa.ipc.open_file(pa.OSFile(path))
             if len(self._readers) == _OPENED_AT_MOST:
                 del self._readers[next(iter(self._readers))]
         self._readers[key] = reader  # the last that will be closed
