@@ -88,6 +88,14 @@ def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def put_folder(temporary: Path, target: Path) -> None:
+    """Flushes a filled folder beside the target to disk and renames it over the target, for where no context fits."""
+    _flush_tree(temporary)
+    _put_folder(temporary, target)
+    _flush(target.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def one_at_a_time(path: str | Path) -> Iterator[None]:
     """Lets one process at a time write the folder `path`, and removes what killed ones left beside it.

@@ -1,19 +1,26 @@
-"""Errors that are the user's to fix: one clear sentence and exit code 2, never a traceback."""
+"""Ends of a command that are no fault of the program: one clear sentence and an exit code, never a traceback."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 2
+STOPPED_EXIT_CODE = 75  # "temporary failure, try again" of sysexits.h
 
 
 class UserError(Exception):
     """One sentence for the user: which file, column, setting or row, what was expected, what was found, what to do."""
 
 
+class StoppedError(Exception):
+    """One sentence for the user, who or whose cluster has asked the command to stop: what was kept, how to go on."""
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2; any other exception passes with its traceback.
+    """Turn a `UserError` into one line on stderr and exit code 2, `StoppedError` into one and exit code 75.
+
+    Any other exception passes with its traceback.
 
     Works as a decorator, `@exit_with_message()` on a command's `main`, and as a context, `with exit_with_message():`.
     """
@@ -23,3 +30,6 @@ def exit_with_message() -> Iterator[None]:
         one_line = " ".join(str(error).splitlines())
         print(f"error: {one_line}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        raise SystemExit(STOPPED_EXIT_CODE) from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StoppedError, UserError
 
 # What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
 # files); a user cannot act on it.
@@ -105,7 +105,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def open_run(
     uri: str, experiment: str, *, run_name: str | None = None, run_id: str | None = None, active: bool = True
 ) -> Iterator[Run]:
-    """Records a run, or goes on with run `run_id`; it ends as finished, or as failed after an exception.
+    """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
     active: False, on every rank but the first, gives a run that records nothing.
 
@@ -124,7 +124,11 @@ def open_run(
             else mlflow.start_run(experiment_id=experiment_id, run_name=run_name)
         )
     with started:
-        yield Run(started.info.run_id, mlflow)
+        try:
+            yield Run(started.info.run_id, mlflow)
+        except StoppedError:
+            mlflow.end_run("KILLED")
+            raise
 
 
 def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,11 @@ from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.evaluation.sums import EvaluationSums
+    from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
@@ -60,44 +62,76 @@ class Trained:
     waiting: float
 
 
-def train_model(settings: Settings, start: str | None = None) -> Trained | None:
+def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
-    start: address of a model to start from. It needs features at hand that were extended from that model's.
+    start: address of a model to start from. It needs features at hand that were extended from that model's. resume: go
+    on from the last checkpoint, where there is one; a training that has come to its end is not begun again.
     """
     # A wrong log or address is told of before torch is loaded.
     found = at_hand(*_log_and_place(settings))
-    folder = None if start is None else tracking.local_model(start, settings.tracking.uri)
+    checkpoints = Path(settings.data.work) / "checkpoints"
+    going_on = resume and (checkpoints / "latest.json").is_file()
+    folder = None if start is None or going_on else tracking.local_model(start, settings.tracking.uri)
     _check_training_rows(settings, found, start)
     warm_start = None if folder is None or found is None else _warm_start(settings, found, folder)
-    import torch.distributed as dist
 
     from mmoe_rec.devices import pick_device
+    from mmoe_rec.training.checkpoint import latest_checkpoint
+    from mmoe_rec.training.ranks import process_group
+
+    device = pick_device(settings.training.device)
+    with process_group(device, settings.training.timeout_minutes) as ranks:
+        ranks.after_first(lambda: prepare_features(settings))
+        checkpoint = latest_checkpoint(checkpoints) if resume else None
+        if resume and (finished := Finished.read(checkpoints)) is not None:
+            return finished.trained(settings) if ranks.first else None
+        if ranks.first:
+            Finished.forget(checkpoints)
+        return _train(settings, ranks.first, device, start, warm_start, checkpoint)
+
+
+def _train(
+    settings: Settings,
+    first: bool,
+    device: torch.device,
+    start: str | None,
+    warm_start: WarmStart | None,
+    checkpoint: Checkpoint | None,
+) -> Trained | None:
+    import torch.distributed as dist
+
+    from mmoe_rec.training.checkpoint import Origin, fixed_settings
     from mmoe_rec.training.loop import Trainer
-    from mmoe_rec.training.sharding import process_group
 
     work = Path(settings.data.work)
-    device = pick_device(settings.training.device)
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first:
-        prepare_features(settings)
-    with process_group(device):
-        # The other ranks wait here until the first has built the features.
+    prepared = Prepared(work / "features")
+    run_id = None
+    origin = Origin(fixed_settings(settings.model, settings.training), prepared.manifest["fingerprint"])
+    if checkpoint is not None:
+        checkpoint.state.origin.check(origin, checkpoint.folder)
+        run_id = checkpoint.state.origin.run_id
+    experiment = settings.tracking.experiment or settings.name
+    with tracking.open_run(settings.tracking.uri, experiment, run_id=run_id, active=first) as run:
+        _log_start(run, settings, prepared)
+        if first and start is not None and checkpoint is None:
+            # An alias such as `champion` will point at the new model soon.
+            origin_run = tracking.run_of(start, settings.tracking.uri)
+            run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
+        trainer = Trainer(
+            prepared,
+            settings.model,
+            settings.training,
+            device,
+            work / "checkpoints",
+            run.log_metrics,
+            warm_start,
+            checkpoint,
+            replace(origin, run_id=run.run_id),
+        )
+        result = trainer.run()
         dist.barrier()
-        prepared = Prepared(work / "features")
-        experiment = settings.tracking.experiment or settings.name
-        with tracking.open_run(settings.tracking.uri, experiment, active=first) as run:
-            _log_start(run, settings, prepared)
-            if first and start is not None:
-                # An alias such as `champion` will point at the new model soon.
-                origin = tracking.run_of(start, settings.tracking.uri)
-                run.set_tags({"warm_start": start, "warm_start.run": origin or "unknown"})
-            best = work / "checkpoint"
-            result = Trainer(
-                prepared, settings.model, settings.training, device, best, run.log_metrics, warm_start
-            ).run()
-            dist.barrier()
-            return _finish(run, settings, prepared, result) if first else None
+        return _finish(run, settings, prepared, result) if first else None
 
 
 def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
@@ -151,11 +185,50 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
-    load_plain(model, work / "checkpoint")
+    load_plain(model, result.best_checkpoint)
     write_artifact(work / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
     tracking.register(run, work / "model", settings.registered_model, settings.tracking.alias)
-    address = f"models:/{settings.registered_model}@{settings.tracking.alias}"
-    return Trained(work / "model", address, best, result.best_step, result.rows_per_s, result.waiting)
+    finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting)
+    finished.write(work / "checkpoints")
+    return finished.trained(settings)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a training that came to its end gave, as a file beside its checkpoints, so that none resumes it."""
+
+    best: dict[str, Any]
+    best_step: int
+    rows_per_s: float
+    waiting: float
+
+    @staticmethod
+    def read(folder: Path) -> Finished | None:
+        """None where the training has not come to its end."""
+        try:
+            return Finished(**json.loads((folder / "finished.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """A new training begins; what is left of one that came to its end is not gone on with."""
+        if Finished.read(folder) is not None:
+            (folder / "latest.json").unlink(missing_ok=True)
+            (folder / "finished.json").unlink()
+
+    def write(self, folder: Path) -> None:
+        """Writes the file."""
+        with atomic_file(folder / "finished.json") as file:
+            file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def trained(self, settings: Settings) -> Trained:
+        """With where the model lies."""
+        from mmoe_rec.training.validation import Validation
+
+        address = f"models:/{settings.registered_model}@{settings.tracking.alias}"
+        best = Validation.from_dict(self.best)
+        return Trained(Path(settings.data.work) / "model", address, best, self.best_step, self.rows_per_s, self.waiting)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """python -m pipelines.train --config configs/complete_journey.yaml
 torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml
+python -m pipelines.train --config configs/complete_journey.yaml --resume
 python -m pipelines.train --config configs/complete_journey.yaml --from models:/complete_journey@champion
 
 Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+
+--resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
+in every command that a cluster repeats. SIGTERM and Ctrl-C write a checkpoint and end with exit code 75.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `python -m pipelines.features --extend`); optimizers start afresh.
@@ -25,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pipelines.steps import train_model
 
-    trained = train_model(settings, arguments.start)
+    trained = train_model(settings, arguments.start, arguments.resume)
     if trained is None:
         return
     best = ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in trained.best.flat().items())
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument(
         "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
     )

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +47,7 @@ from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.schema import Schema
+from mmoe_rec.settings.differences import differences
 
 ANEW = "build the features anew, without --extend"
 
@@ -102,21 +102,6 @@ def _check_schema(prepared: Prepared, schema: Schema) -> None:
             f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or take the "
             "setting back"
         )
-
-
-def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Where two trees of settings differ, and what stands there, as texts."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in one | other:
-            yield from differences(one.get(name), other.get(name), f"{path}.{name}" if path else name)
-    elif one != other:
-        yield path, _text(one), _text(other)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "missing"
-    return "there" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
 
 
 def _unchanged_files(prepared: Prepared, logs: Logs) -> list[set[str]]:

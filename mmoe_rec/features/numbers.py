@@ -111,8 +111,8 @@ def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct rounded values, float64, of (N,) finite float32 or float64 ones, and how often each is there."""
     whole, fraction = (np.int32, 23) if values.dtype == np.float32 else (np.int64, 52)
     dropped = fraction - _KEPT_BITS
-    bits = values.view(whole) + whole(1 << (dropped - 1))
-    bits >>= whole(dropped)
+    bits = values.view(whole) + (1 << (dropped - 1))
+    np.right_shift(bits, dropped, out=bits)
     # As bits of numbers, zero is far from all others, which often lie so near to each other that each has a counter.
     other = bits[bits != 0]
     least = other.min(initial=np.iinfo(whole).max)
@@ -125,7 +125,7 @@ def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         zero = int(len(other) < len(bits))
         distinct = np.append(found + least, np.zeros(zero, np.int64))
         counts = np.append(counts[found], np.full(zero, len(bits) - len(other)))
-    rounded = (distinct.astype(whole) << whole(dropped)).view(values.dtype).astype(np.float64)
+    rounded = (distinct.astype(whole) << dropped).view(values.dtype).astype(np.float64)
     largest = min(_LARGEST, float(np.finfo(values.dtype).max))
     return np.clip(rounded, -largest, largest) + 0.0, counts  # 0 and -0 are one
 

@@ -138,6 +138,14 @@ class Training(Section):
         "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
+    on_bad_loss: Literal["stop", "skip"] = Field(
+        "stop", description="a loss that is not finite: stop with the batch saved, or skip the step and count it"
+    )
+    checkpoint_steps: int = Field(
+        1000, ge=1, description="steps between checkpoints; there is also one after each validation"
+    )
+    checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
+    timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
 
 
 class Evaluation(Section):

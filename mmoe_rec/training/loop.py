@@ -12,23 +12,38 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import Prefetch
 from mmoe_rec.batches.reader import EncodedRows, TrainingReader
 from mmoe_rec.devices import use_bf16
+from mmoe_rec.errors import StoppedError
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
+from mmoe_rec.training.bad_batches import BadBatches
+from mmoe_rec.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Origin,
+    TrainingState,
+    random_states,
+    restore,
+    step_folder,
+)
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.sharding import Sharded, save_checkpoint, shard
+from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.schedule import learning_rate_share, validation_steps
+from mmoe_rec.training.sharding import Sharded, shard
+from mmoe_rec.training.stop import StopRequest
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart
 
@@ -38,7 +53,10 @@ LogMetrics = Callable[[dict[str, float], int], None]
 
 @dataclass
 class TrainingResult:
-    """What a training gave. rows_per_s counts all ranks, without validation; waiting is the share of that time."""
+    """What a training gave. rows_per_s counts all ranks, without validation; waiting is the share of that time.
+
+    best_checkpoint: its folder; skipped: steps left out because their loss was not finite.
+    """
 
     plan: str
     steps: int = 0
@@ -46,18 +64,20 @@ class TrainingResult:
     waiting: float = 0.0
     best_step: int = 0
     best: Validation | None = None
+    best_checkpoint: Path = Path()
     history: list[tuple[int, Validation]] = field(default_factory=list)
     stopped_early: bool = False
+    skipped: int = 0
 
 
 class Trainer:
-    """Trains one model; `run` leaves the best one's checkpoint in `best_folder`. Needs a process group.
+    """Trains one model; `run` leaves checkpoints in a folder, the best one's among them. Needs a process group.
 
     log_metrics: called with metrics and the step; on rank 0 it may write them down. warm_start: the weights to start
-    from, by default random ones.
+    from, by default random ones. resume: a checkpoint to go on from instead. origin: what checkpoints say of it all.
 
     Raises:
-        UserError: the tables do not fit into memory, or encoded rows can't be read.
+        UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
     """
 
     def __init__(
@@ -66,37 +86,32 @@ class Trainer:
         model_settings: Model,
         settings: Training,
         device: torch.device,
-        best_folder: Path,
+        checkpoints: Path,
         log_metrics: LogMetrics,
         warm_start: WarmStart | None = None,
+        resume: Checkpoint | None = None,
+        origin: Origin = Origin(),  # noqa: B008 - it is frozen
     ) -> None:
-        self.settings, self.device = settings, device
-        self.best_folder, self.log_metrics = best_folder, log_metrics
+        self.settings, self.device, self.origin = settings, device, origin
+        self.log_metrics = log_metrics
         self.layout: Layout = prepared.layout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
-        rank_rows = math.ceil(settings.batch_size / self.world_size)
-        model = build_model(
-            self.layout, model_settings, torchrec_tables(self.layout, torch.device("meta")), settings.seed
-        )
-        if warm_start is not None:
-            warm_start.fill_dense(model)
-        self.sharded: Sharded = shard(
-            model,
-            self.layout,
-            device,
-            batch_size=rank_rows,
-            table_learning_rate=settings.table_learning_rate,
-            seed=settings.seed,
-            first_rows=None if warm_start is None else warm_start.rows,
-        )
-        self.optimizer = _optimizer(self.sharded, settings)
+        self.position = self.reader.position(0)
+        self.sharded = self._sharded(model_settings, warm_start)
+        self.optimizer, self._dense_optimizer = _optimizers(self.sharded, settings)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
-        self.validate_at = _validation_steps(self.reader.batches_per_epoch, settings)
+        self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
         self.bf16 = use_bf16(settings.precision, device)
+        self.stop = StopRequest()
+        self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
+        self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
+        torch.manual_seed(settings.seed + self.rank)
+        if resume is not None:
+            self._resume(resume)
 
     def _reader(self, prepared: Prepared, split: str, batch_size: int) -> TrainingReader:
         return TrainingReader(
@@ -108,46 +123,96 @@ class Trainer:
             world_size=self.world_size,
         )
 
-    def _batches(self, reader: TrainingReader, epoch: int) -> Iterator[Batch]:
-        for rows, position in reader.epoch(epoch):
-            yield make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+    def _sharded(self, model_settings: Model, warm_start: WarmStart | None) -> Sharded:
+        tables = torchrec_tables(self.layout, torch.device("meta"))
+        model = build_model(self.layout, model_settings, tables, self.settings.seed)
+        if warm_start is not None:
+            warm_start.fill_dense(model)
+        return shard(
+            model,
+            self.layout,
+            self.device,
+            batch_size=math.ceil(self.settings.batch_size / self.world_size),
+            table_learning_rate=self.settings.table_learning_rate,
+            seed=self.settings.seed,
+            first_rows=None if warm_start is None else warm_start.rows,
+        )
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        # AdamW makes its state at its first step, and only what is there can be filled.
+        self._dense_optimizer.init_state()
+        state, result = checkpoint.state, self.result
+        seed = self.settings.seed + self.rank + state.step
+        restore(checkpoint.folder, self.sharded.model, self.optimizer, self.device, seed)
+        self.position, self.bad_batches.skipped = state.position, state.skipped
+        result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
+        result.best = dict(state.history).get(state.best_step)
+        result.stopped_early = self._out_of_patience()
 
     def run(self) -> TrainingResult:
-        """Trains until the last step, or until patience runs out. A collective call."""
-        torch.manual_seed(self.settings.seed + self.rank)
-        meter = _Meter(self.layout, self.world_size)
-        shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
-        with shown as progress:
-            task = progress.add_task("training", total=self.total_steps, note="") if progress else None
-            for epoch in range(self.settings.epochs):
-                ahead = Prefetch(self._batches(self.reader, epoch))
-                for batch in ahead:
-                    losses, counts = self._step(batch)
-                    meter.add(len(batch), losses, counts, ahead.waited)
-                    self.result.steps += 1
-                    if self.result.steps % STEPS_BETWEEN_LOGS == 0:
-                        self._log(meter)
-                    if progress is not None and task is not None:
-                        progress.update(task, completed=self.result.steps, note=meter.note)
-                    if self.result.steps in self.validate_at and self._validate_and_stop(meter):
-                        break
-                meter.next_epoch(ahead.waited)
-                if self.result.stopped_early:
-                    break
-            if self.result.steps % STEPS_BETWEEN_LOGS:
-                self._log(meter)
-        self.result.rows_per_s, self.result.waiting = meter.rows_per_s, meter.waiting
-        return self.result
+        """Trains until the last step, or until patience runs out. A collective call.
 
-    def _step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        Raises:
+            StoppedError: SIGTERM or SIGINT came; all is in a checkpoint.
+            UserError: a checkpoint can't be written, or the loss is not finite.
+        """
+        result, meter = self.result, Meter(self.layout, self.world_size)
+        shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
+        try:
+            with shown as progress, self.stop:
+                task = progress.add_task("training", total=self.total_steps, note="") if progress else None
+
+                def show() -> None:
+                    if progress is not None and task is not None:
+                        progress.update(task, completed=result.steps, note=meter.note)
+
+                show()
+                self._train(meter, show)
+            self.checkpoints.wait()
+        finally:
+            self.checkpoints.close()
+        result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting
+        result.skipped = self.bad_batches.skipped
+        result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
+        return result
+
+    def _train(self, meter: Meter, show: Callable[[], None]) -> None:
+        if self._validation_is_due() and not self._validate(meter):
+            self._save_and_stop()
+        if self.result.stopped_early or self.result.steps == self.total_steps:
+            return
+        ahead = Prefetch(self._batches(self.reader, self.position, self.settings.epochs))
+        for batch in ahead:
+            stopping = self._step(batch, meter)
+            meter.waited = ahead.waited
+            show()
+            validating = not stopping and self._validation_is_due()
+            if validating:
+                stopping = not self._validate(meter)
+            if stopping:
+                self._save_and_stop()
+            if validating or self.result.steps % self.settings.checkpoint_steps == 0:
+                self._save()
+            if self.result.stopped_early:
+                break
+        if self.result.steps % STEPS_BETWEEN_LOGS:
+            self._log(meter)
+
+    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
+        for rows, position in reader.resume(start, epochs):
+            yield make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+
+    def _step(self, batch: Batch, meter: Meter) -> bool:
+        """Trains on a batch; whether any rank was asked to stop."""
+        position = batch.position
+        assert position is not None
         self._set_learning_rates()
         batch = batch.to(self.device, non_blocking=True)
-        counts = batch.observed.sum(0)
-        if self.world_size > 1:
-            dist.all_reduce(counts)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.sharded.model(batch)
+        observed = batch.observed.sum(0)
+        counts, bad, stopping = self._of_all_ranks(observed, ~logits.isfinite().all())
         total, losses = masked_loss(
             logits,
             batch.labels,
@@ -156,120 +221,102 @@ class Trainer:
             global_counts=counts,
             world_size=self.world_size,
         )
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(self.sharded.dense_parameters().values(), self.settings.clip_gradient)
-        self.optimizer.step()
-        return losses, batch.observed.sum(0)
+        what = "loss"
+        if not bad:
+            total.backward()
+            parameters = self.sharded.dense_parameters().values()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_gradient)
+            bad, what = not bool(norm.isfinite()), "gradient"
+        if bad:
+            self.bad_batches.leave_out(batch, logits, self.result.steps + 1, what)
+        else:
+            self.optimizer.step()
+            self.bad_batches.none()
+            meter.add(len(batch), losses, observed)
+        self.position = position
+        self.result.steps += 1
+        if self.result.steps % STEPS_BETWEEN_LOGS == 0:
+            self._log(meter)
+        return stopping
+
+    def _of_all_ranks(self, observed: torch.Tensor, bad: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+        """(T,) observed labels of a step, and whether any rank's logits are not finite, or any was asked to stop."""
+        asked = torch.tensor(self.stop.asked is not None, device=observed.device)
+        shared = torch.cat([observed, torch.stack([bad, asked]).to(observed)])
+        if self.world_size > 1:
+            dist.all_reduce(shared)
+        some_bad, some_asked = shared[-2:].tolist()
+        return shared[:-2], some_bad > 0, some_asked > 0
 
     def _set_learning_rates(self) -> None:
         share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_share)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
 
-    def _log(self, meter: _Meter) -> None:
+    def _log(self, meter: Meter) -> None:
         metrics = meter.read()
         metrics["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+        if self.bad_batches.skipped:
+            metrics["train.skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
-    def _validate_and_stop(self, meter: _Meter) -> bool:
-        """Keeps the model if it is the best so far; True when patience has run out."""
+    def _validation_is_due(self) -> bool:
+        last = self.result.history[-1][0] if self.result.history else 0
+        return self.result.steps in self.validate_at and last < self.result.steps
+
+    def _validate(self, meter: Meter) -> bool:
+        """Validates, and sees whether this is the best model so far and whether patience has run out.
+
+        False where a rank was asked to stop, so that the validation did not come to its end.
+        """
         start = time.perf_counter()
-        batches = Prefetch(self._batches(self.validation_reader, 0))
-        found = validate(self.sharded.model.module, batches, self.layout, self.device)
-        self.result.history.append((self.result.steps, found))
-        self.log_metrics(found.flat(), self.result.steps)
-        best = self.result.best
-        select_by = self.settings.select_by
-        if best is None or found.objective(select_by, self.layout) > best.objective(select_by, self.layout):
-            self.result.best, self.result.best_step = found, self.result.steps
-            save_checkpoint({"model": self.sharded.model.state_dict()}, self.best_folder)
+        batches = Prefetch(self._batches(self.validation_reader, self.validation_reader.position(0), 1))
+        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.leave_out(time.perf_counter() - start)
+        if found is None:
+            return False
+        result = self.result
+        result.history.append((result.steps, found))
+        self.log_metrics(found.flat(), result.steps)
+        select_by = self.settings.select_by
+        if result.best is None or found.objective(select_by, self.layout) > result.best.objective(
+            select_by, self.layout
+        ):
+            result.best, result.best_step = found, result.steps
+        result.stopped_early = self._out_of_patience()
+        return True
+
+    def _out_of_patience(self) -> bool:
         since = sum(step > self.result.best_step for step, _ in self.result.history)
-        self.result.stopped_early = since >= self.settings.patience and self.result.steps < self.total_steps
-        return self.result.stopped_early
+        return since >= self.settings.patience and self.result.steps < self.total_steps
+
+    def _save(self) -> None:
+        result = self.result
+        history = tuple(result.history)
+        state = TrainingState(
+            result.steps, self.position, history, result.best_step, self.bad_batches.skipped, self.origin
+        )
+        tensors = {
+            "model": self.sharded.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states(self.device),
+        }
+        self.checkpoints.save(tensors, state)
+
+    def _save_and_stop(self) -> NoReturn:
+        self._save()
+        self.checkpoints.wait()
+        asked = self.stop.asked or "another rank's signal"
+        steps = f"step {self.result.steps} of {self.total_steps}"
+        raise StoppedError(f"{asked} came; {steps} is saved, go on with --resume")
 
 
-def _optimizer(sharded: Sharded, settings: Training) -> Any:
+def _optimizers(sharded: Sharded, settings: Training) -> tuple[Any, Any]:
+    """That of all parameters, and its part for the dense ones."""
     from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
     def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
-    return CombinedOptimizer([sharded.table_optimizer, KeyedOptimizerWrapper(sharded.dense_parameters(), adamw)])
-
-
-def learning_rate_share(step: int, total: int, warmup_share: float) -> float:
-    """Share of the peak learning rate at a step: linear rise, then a cosine down to 1% (Loshchilov & Hutter 2017)."""
-    warmup = math.ceil(total * warmup_share)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
-    parts = min(settings.validations_per_epoch, batches_per_epoch)
-    return {
-        epoch * batches_per_epoch + round(batches_per_epoch * part / parts)
-        for epoch in range(settings.epochs)
-        for part in range(1, parts + 1)
-    }
-
-
-class _Meter:
-    """Rows a second, the share of time spent waiting for data, and the mean loss per task since the last reading."""
-
-    def __init__(self, layout: Layout, world_size: int) -> None:
-        self.names = [task.name for task in layout.tasks]
-        self.world_size = world_size
-        self.note = ""
-        self.start = time.perf_counter()
-        self.rows = 0
-        self.waited_before, self.waited_now, self.left_out = 0.0, 0.0, 0.0
-        self._clear()
-
-    def _clear(self) -> None:
-        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
-        self.losses: torch.Tensor | None = None
-        self.counts: torch.Tensor | None = None
-
-    def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor, waited: float) -> None:
-        self.rows += rows * self.world_size
-        self.waited_now = waited
-        self.losses = losses if self.losses is None else self.losses + losses
-        self.counts = counts if self.counts is None else self.counts + counts
-
-    def next_epoch(self, waited: float) -> None:
-        self.waited_before, self.waited_now = self.waited_before + waited, 0.0
-
-    def leave_out(self, seconds: float) -> None:
-        self.left_out += seconds
-
-    @property
-    def seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self.start - self.left_out)
-
-    @property
-    def rows_per_s(self) -> float:
-        return self.rows / self.seconds
-
-    @property
-    def waiting(self) -> float:
-        return (self.waited_before + self.waited_now) / self.seconds
-
-    def read(self) -> dict[str, float]:
-        """Metrics since the last reading; losses are those of this rank's rows."""
-        means = self._means()
-        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
-        self._clear()
-        return {f"train.{name}.loss": mean for name, mean in means.items()} | {
-            "train.rows_per_s": self.rows_per_s,
-            "train.waiting_share": self.waiting,
-        }
-
-    def _means(self) -> dict[str, float]:
-        if self.losses is None or self.counts is None:
-            return {}
-        pairs = zip(self.names, self.losses.tolist(), self.counts.tolist(), strict=True)
-        return {name: total / count for name, total, count in pairs if count > 0}
+    dense = KeyedOptimizerWrapper(sharded.dense_parameters(), adamw)
+    return CombinedOptimizer([sharded.table_optimizer, dense]), dense

@@ -1,12 +1,10 @@
-"""Sharded training: the process group, the sharding plan, and the way back to a plain model.
+"""Sharded training: the sharding plan, tables spread over the ranks, and the way back to a plain model.
 
 One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,13 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.model.tables import initial_rows, used_tables
 
-# Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
-NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
 RESERVED_SHARE = 0.2  # of the machine's or card's memory, for all but tables and their activations
 FirstRows = Callable[[Table, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
@@ -47,24 +42,6 @@ class Sharded:
         """Name -> parameter of all that is not a table: what a dense optimizer steps."""
         named = self.model.module.named_parameters()
         return {name: parameter for name, parameter in named if not name.startswith("tables.")}
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins torchrun's ranks, or forms a group of one without torchrun. gloo on CPU, nccl on CUDA; left at the end."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with _silenced():
-            yield
-    finally:
-        # Without this a rank can abort at exit.
-        dist.destroy_process_group()
 
 
 def shard(
@@ -185,35 +162,6 @@ def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
     """First row and tensor of each part of a sharded table that this rank holds; the tensor is the storage itself."""
     for part in weights.local_shards():
         yield part.metadata.shard_offsets[0], part.tensor
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
-    """Writes the sharded state of all ranks into a folder, which appears complete or not at all.
-
-    state: such as {"model": dmp.state_dict(), "optim": optimizer.state_dict()}. A collective call. An existing
-    folder is replaced.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    with atomic_folder(folder) if dist.get_rank() == 0 else contextlib.nullcontext() as partial:
-        place = [partial]
-        dist.broadcast_object_list(place, src=0)
-        dcp.save(state, checkpoint_id=place[0])
-        dist.barrier()
-    dist.barrier()
 
 
 def load_plain(model: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.training.losses import row_losses
+from mmoe_rec.training.stop import StopRequest
 
 # Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
 BINS_PER_UNIT = 256
@@ -39,6 +41,15 @@ class Validation:
             return sum(self.auc.values()) / len(self.auc)
         return -sum(task.loss_weight * self.loss[task.name] for task in layout.tasks if task.name in self.loss)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them without loss."""
+        return {"loss": self.loss, "auc": self.auc, "gates": self.gates.tolist()}
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> Validation:
+        """The validation that `to_dict` gave."""
+        return Validation(tree["loss"], tree["auc"], torch.tensor(tree["gates"], dtype=torch.float64))
+
     def flat(self) -> dict[str, float]:
         """Metrics by name, for tracking."""
         losses = {f"validation.{task}.loss": value for task, value in self.loss.items()}
@@ -46,8 +57,13 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device) -> Validation:
-    """Scores this rank's batches without placement and adds up over all ranks. A collective call."""
+def validate(
+    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
+) -> Validation | None:
+    """Scores this rank's batches without placement and adds up over all ranks. A collective call.
+
+    Gives None as soon as a rank was asked to stop.
+    """
     tasks = layout.tasks
     counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
     loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
@@ -55,6 +71,9 @@ def validate(model: RankingModel, batches: Iterable[Batch], layout: Layout, devi
     rows = torch.zeros((), dtype=torch.float64)
     model.eval()
     for each in batches:
+        if stop is not None and _any_rank(stop.asked is not None, device):
+            model.train()
+            return None
         batch = each.to(device)
         logits, weights = model.forward_with_gates(batch)
         weighed = batch.observed.any(1).double()
@@ -92,6 +111,13 @@ def auc(negatives: Tensor, positives: Tensor) -> float | None:
         return None
     below = negatives.cumsum(0) - negatives
     return float(((below + 0.5 * negatives) * positives).sum() / total)
+
+
+def _any_rank(asked: bool, device: torch.device) -> bool:
+    flag = torch.tensor(int(asked), device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flag)
+    return bool(flag)
 
 
 def _add_up(total: Tensor, device: torch.device) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.extend import differences
 from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.settings import Model
+from mmoe_rec.settings.differences import differences
 
 # Settings without a weight of their own, by the last part of their name.
 _FREE = frozenset({"dropout", "loss_weight", "score_weight", "objective", "path"})

@@ -20,7 +20,8 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.loop import Trainer, TrainingResult
-from mmoe_rec.training.sharding import load_plain, process_group
+from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharding import load_plain
 from tests.model.examples import LAYOUT, random_rows
 
 CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def trained(
             checkpoint,
             lambda metrics, step: logged.append((step, metrics)),
         ).run()
-    return Trained(prepared, result, checkpoint, logged, model)
+    return Trained(prepared, result, result.best_checkpoint, logged, model)
 
 
 def scores(model: RankingModel, prepared: Prepared, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.sharding import process_group, save_checkpoint, shard
+from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, random_rows, small_model
+from tests.training.saving import save_weights
 
 ROWS = 64
 SEED = 3
@@ -47,7 +49,7 @@ def train_one_step(folder: Path) -> None:
         with torch.no_grad():
             logits = sharded.model(batch)
             order = list(sharded.model.module.tables(batch.ids).keys())
-        save_checkpoint({"model": sharded.model.state_dict()}, folder / "before")
+        save_weights(sharded.model, folder / "before")
 
         dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
         sharded.model.train()
@@ -64,5 +66,5 @@ def train_one_step(folder: Path) -> None:
         loss.backward()
         dense.step()
         sharded.table_optimizer.step()
-        save_checkpoint({"model": sharded.model.state_dict()}, folder / "after")
+        save_weights(sharded.model, folder / "after")
         torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")

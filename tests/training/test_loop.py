@@ -18,8 +18,10 @@ from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.settings import Model
 from mmoe_rec.training import loop
-from mmoe_rec.training.loop import Trainer, learning_rate_share
-from mmoe_rec.training.sharding import process_group, save_checkpoint
+from mmoe_rec.training.loop import Trainer
+from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.schedule import learning_rate_share
 from mmoe_rec.training.validation import Validation
 from tests.model.examples import LAYOUT
 from tests.training.learnable import (
@@ -35,6 +37,7 @@ from tests.training.learnable import (
     trained,
     write_prepared,
 )
+from tests.training.saving import save_weights
 
 STEPS = ROWS["train"] // TRAINING.batch_size
 DROPS = Model.model_validate(
@@ -54,9 +57,14 @@ def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[Tra
         yield Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
 
 
+def meter(one: Trainer) -> Meter:
+    """One that nobody reads."""
+    return Meter(one.layout, one.world_size)
+
+
 def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     """Name -> copy of every weight, tables included."""
-    save_checkpoint({"model": one.sharded.model.state_dict()}, folder)
+    save_weights(one.sharded.model, folder)
     return {name: each.clone() for name, each in plain_model(one.layout, folder).state_dict().items()}
 
 
@@ -83,9 +91,8 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
     with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
         before = first = weights(one, tmp_path / "now")
-        for step, batch in enumerate(one._batches(one.reader, 0)):
-            one._step(batch)
-            one.result.steps += 1
+        for step, batch in enumerate(one._batches(one.reader, one.position, 1)):
+            one._step(batch, meter(one))
             after = weights(one, tmp_path / "now")
             updates = []
             for name in (name for name in after if name.startswith("tables.")):
@@ -106,13 +113,13 @@ def test_at_a_rate_of_zero_nothing_moves(prepared: Prepared, tmp_path: Path, mon
     monkeypatch.setattr(loop, "learning_rate_share", lambda *_: rate[0])
     with trainer(prepared, tmp_path / "best") as one:
         first = weights(one, tmp_path / "now")
-        batches = one._batches(one.reader, 0)
+        batches = one._batches(one.reader, one.position, 1)
         for _ in range(3):
-            one._step(next(batches))
+            one._step(next(batches), meter(one))
         still = weights(one, tmp_path / "now")
         assert all(torch.equal(still[name], weight) for name, weight in first.items())
         rate[0] = 1.0
-        one._step(next(batches))
+        one._step(next(batches), meter(one))
         moved = weights(one, tmp_path / "now")
         assert all(not torch.equal(moved[name], weight) for name, weight in first.items())
         batches.close()  # type: ignore[attr-defined]
@@ -132,7 +139,7 @@ def test_rows_without_labels_have_no_influence(prepared: Prepared, tmp_path: Pat
 
     def after(batch: Batch, name: str) -> dict[str, torch.Tensor]:
         with trainer(prepared, tmp_path / "best") as one:
-            one._step(batch)
+            one._step(replace(batch, position=one.position), meter(one))
             return weights(one, tmp_path / name)
 
     expected = after(alone, "alone")
@@ -254,7 +261,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[floa
     def validate(model: torch.nn.Module, *_: object) -> Validation:
         number = next(told)
         area, loss = found[number]
-        save_checkpoint({"model": model.state_dict()}, tmp_path / f"moment{number}")
+        save_weights(model, tmp_path / f"moment{number}")
         losses = {task.name: loss for task in LAYOUT.tasks}
         return Validation(losses, {"click": area, "like": area}, torch.zeros(len(LAYOUT.tasks), 2))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.training.sharding import process_group
+from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, Validation, auc, validate
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU

@@ -27,10 +27,12 @@ from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.settings import Model
-from mmoe_rec.training.sharding import load_plain, process_group, save_checkpoint, shard
+from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharding import load_plain, shard
 from mmoe_rec.training.warm_start import WarmStart
 from tests.features.small_logs import ALL_KINDS, DAY, START, random_log, remember
 from tests.serving.small_model import SmallModel
+from tests.training.saving import save_weights
 
 CPU = torch.device("cpu")
 
@@ -132,7 +134,7 @@ def _shard(prepared: Prepared, artifact: Path, structure: Model, out: Path) -> s
         model = build_model(layout, structure, torchrec_tables(layout), seed=99)
         start.fill_dense(model)
         sharded = shard(model, layout, CPU, batch_size=8, table_learning_rate=0.1, first_rows=start.rows)
-        save_checkpoint({"model": sharded.model.state_dict()}, out)
+        save_weights(sharded.model, out)
     return sharded.plan
 
 

@@ -1,0 +1,252 @@
+"""Checkpoints: all that a training needs to go on as if it had never stopped.
+
+    latest.json              number of the step to go on from
+    step-00001200/           written by torch.distributed.checkpoint: tables, dense part, both optimizers, and the
+                             random state of each rank
+        training.json        the rest, see `TrainingState`
+
+They are written beside the training, from a copy of its state, and appear when they are whole. A checkpoint can be
+read by any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.atomic import atomic_file, put_folder
+from mmoe_rec.batches.position import Position
+from mmoe_rec.errors import UserError
+from mmoe_rec.settings import Model, Training
+from mmoe_rec.settings.differences import differences
+from mmoe_rec.training.validation import Validation
+
+FORMAT = 1
+_DESCRIPTION = "training.json"
+# Where and how safely a training runs, not what comes of it.
+_FREE = {"device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was trained: the settings that must be the same to go on, as `fixed_settings` gives them, the fingerprint of
+    the fitted features, and the MLflow run."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    features: str = ""
+    run_id: str | None = None
+
+    def check(self, now: Origin, folder: Path) -> None:
+        """Raises UserError where the settings or features are others now than those of the checkpoint in a folder."""
+        for where, before, found in differences(self.settings, now.settings):
+            raise UserError(
+                f"the training of '{folder}' can't go on: it was begun with {where} {before}, now it is {found}; set "
+                "it back, or train from the start, without --resume"
+            )
+        if self.features != now.features:
+            raise UserError(
+                f"the training of '{folder}' can't go on: its features are not those of this log, these features and "
+                "this split; bring those back, or train from the start, without --resume"
+            )
+
+
+def fixed_settings(model: Model, training: Training) -> dict[str, Any]:
+    """The settings on which a training's result depends."""
+    tree = training.model_dump(mode="json", exclude=_FREE)
+    return {"model": model.model_dump(mode="json"), "training": tree}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a training stands, but for the tensors.
+
+    step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
+    one, 0 before the first; skipped: steps left out because their loss was not finite; origin: what was trained.
+    """
+
+    step: int
+    position: Position
+    history: tuple[tuple[int, Validation], ...]
+    best_step: int
+    skipped: int
+    origin: Origin
+
+    def to_json(self) -> str:
+        """The fields as text."""
+        tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": self.position.to_dict()}
+        tree["history"] = [[step, each.to_dict()] for step, each in self.history]
+        tree |= {"best_step": self.best_step, "skipped": self.skipped, "origin": asdict(self.origin)}
+        return json.dumps(tree, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> TrainingState:
+        """The state that `to_json` gave. Raises ValueError, KeyError or TypeError for other text."""
+        tree = json.loads(text)
+        if tree.pop("format") != FORMAT:
+            raise ValueError("another format")
+        tree["position"] = Position.from_dict(tree["position"])
+        tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
+        tree["origin"] = Origin(**tree["origin"])
+        return TrainingState(**tree)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    state: TrainingState
+
+    @staticmethod
+    def read(folder: Path) -> Checkpoint:
+        """Raises UserError where the folder holds none, or one of another version."""
+        try:
+            text = (folder / _DESCRIPTION).read_text(encoding="utf-8")
+            return Checkpoint(folder, TrainingState.from_json(text))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"'{folder}' holds no checkpoint that this version can read; train from the start"
+            ) from None
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, None where there is none. Raises UserError where it is damaged."""
+    try:
+        step = json.loads((folder / "latest.json").read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"'{folder / 'latest.json'}' is damaged; train from the start") from None
+    return Checkpoint.read(step_folder(folder, step))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+class CheckpointWriter:
+    """Writes checkpoints into a folder, one at a time, beside the training. A collective object: every rank has one.
+
+    folder: all ranks see it; kept: so many of the last ones stay, and the best; before: the checkpoint that training
+    goes on from. What others of the folder there are is removed once the first new one is whole.
+    """
+
+    def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
+        self.folder, self._kept = folder, kept
+        self._steps = [before.state.step] if before is not None else []
+        self._first = dist.get_rank() == 0
+        if self._first:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".step-*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+        # The tensors of a checkpoint are exchanged by a thread: not in the group in which training does so.
+        self._group: Any = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, tensors: dict[str, Any], state: TrainingState) -> None:
+        """Copies the tensors, then writes beside the training. A collective call; first waits for the one before.
+
+        tensors: such as {"model": ..., "optimizer": ...}, state dicts. Raises UserError where the one before failed.
+        """
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        self.wait()
+        temporary = self.folder / f".step-{state.step:08d}.tmp"
+        # The default stager can't copy sharded tensors.
+        stager = BlockingAsyncStager()
+        with _quiet():
+            written = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self._group, async_stager=stager)
+        self._writing = self._thread.submit(self._finish, written, temporary, state)
+
+    def _finish(self, written: Any, temporary: Path, state: TrainingState) -> None:
+        written.result()
+        if not self._first:
+            return
+        (temporary / _DESCRIPTION).write_text(state.to_json(), encoding="utf-8")
+        put_folder(temporary, step_folder(self.folder, state.step))
+        with atomic_file(self.folder / "latest.json") as file:
+            file.write_text(json.dumps({"step": state.step}), encoding="utf-8")
+        self._steps = [*(step for step in self._steps if step < state.step), state.step]
+        stay = {step_folder(self.folder, step) for step in [*self._steps[-self._kept :], state.best_step]}
+        for old in self.folder.glob("step-*"):
+            if old not in stay:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk. Raises UserError where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except Exception as error:
+            for left in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise UserError(
+                f"a checkpoint can't be written to '{self.folder}': {_reason(error)}; training stops. The checkpoints "
+                "before it are whole: once there is room, go on with --resume"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the thread, whatever became of it."""
+        self._thread.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own word on what went wrong, out of the errors of all ranks."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+def _quiet() -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """This rank's random states, by a name that no other rank has."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {f"rank{dist.get_rank()}of{dist.get_world_size()}": states}
+
+
+def restore(folder: Path, model: Any, optimizer: Any, device: torch.device, seed: int) -> None:
+    """Fills a sharded model, its optimizers and this rank's random state from a checkpoint of any number of ranks.
+
+    seed: of the random state where the checkpoint is of another number of ranks. A collective call. Raises UserError
+    where the checkpoint is damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    states = random_states(device)
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": states}
+    with _quiet():
+        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        (name,) = states
+        same = any(key.startswith(f"random.{name}.") for key in found)
+        if not same:
+            del tensors["random"]
+        dcp.load(tensors, checkpoint_id=folder)
+    model.load_state_dict(tensors["model"])
+    optimizer.load_state_dict(tensors["optimizer"])
+    if same:
+        torch.set_rng_state(states[name]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[name]["cuda"], device)
+    else:
+        torch.manual_seed(seed)

@@ -1,0 +1,117 @@
+"""The process group that all ranks of a training form, and what becomes of it when one of them is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.errors import UserError
+
+# Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
+NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
+SECONDS_TO_ANSWER = 10.0
+_DAYS_FOR_FEATURES = timedelta(days=7)
+_SIGNS_OF_LOSS = ("gloo", "connection", "timed out", "timeout", "nccl", "socket")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world_size: int
+    store: Any
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes down what is common to all."""
+        return self.rank == 0
+
+    def after_first(self, work: Callable[[], object]) -> None:
+        """Rank 0 does the work, however long it takes; the others wait for it. Raises UserError there if it failed."""
+        if not self.first:
+            self.store.wait(["first"], _DAYS_FOR_FEATURES)
+            if self.store.get("first") != b"done":
+                raise UserError("rank 0 has failed; its own message says why")
+            return
+        done = b"failed"
+        try:
+            work()
+            done = b"done"
+        finally:
+            self.store.set("first", done)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator[Ranks]:
+    """Joins torchrun's ranks, or forms a group of one without torchrun. gloo on CPU, nccl on CUDA; left at the end.
+
+    timeout_minutes: how long a rank waits for the others in an exchange. Raises UserError where other ranks are lost.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    ranks = Ranks(rank, world_size, store)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        with _silenced(), _naming_lost(ranks):
+            yield ranks
+    finally:
+        # Without this a rank can abort at exit.
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _naming_lost(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if ranks.world_size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{_lost(ranks)}; rank {ranks.rank} can't go on alone, --resume can ({reason})") from error
+
+
+def _lost(ranks: Ranks) -> str:
+    """Calls the roll: whoever does not answer in time is lost."""
+    others = {rank: f"answer.{rank}" for rank in range(ranks.world_size) if rank != ranks.rank}
+    try:
+        ranks.store.set(f"answer.{ranks.rank}", "here")
+        end = time.monotonic() + SECONDS_TO_ANSWER
+        while (lost := [rank for rank, key in others.items() if not ranks.store.check([key])]) and (
+            time.monotonic() < end
+        ):
+            time.sleep(0.1)
+    except RuntimeError:  # whoever holds the store
+        lost = [0]
+    if not lost:
+        return f"the {ranks.world_size} ranks have lost their connections to each other"
+    names = ", ".join(map(str, lost))
+    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or does not answer"
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
