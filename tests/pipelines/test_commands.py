@@ -418,13 +418,16 @@ def test_help_answers_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["features", "train", "evaluate"])
-def test_mistakes_are_told_within_two_seconds(world: World, name: str) -> None:
+def test_mistakes_are_told_at_once(world: World, name: str) -> None:
     """A missing log, or for an evaluation a missing model: neither waits for torch or MLflow to load."""
     words = [sys.executable, "-m", f"pipelines.{name}", "--config", str(world.config)]
     words += ["--model", "no/model"] if name == "evaluate" else ["--data.log", "no/log"]
     started = child_seconds()
+    command([sys.executable, "-c", "import pandas, pyarrow.parquet, pydantic_settings, rich.progress"])
+    needed = child_seconds()
     done = command(words)
-    assert child_seconds() - started < 2
+    # In seconds, a machine that is busy with other tests may double both.
+    assert child_seconds() - needed < 2 * (needed - started)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
