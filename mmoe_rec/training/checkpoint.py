@@ -185,12 +185,16 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Waits until what was saved is on disk. Raises UserError where it could not be written."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
             writing.result()
-        except Exception as error:
+        except RuntimeError:  # another rank is lost
+            raise
+        except (Exception, CheckpointException) as error:  # which is none of Exception's
             for left in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             raise UserError(

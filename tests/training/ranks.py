@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.saving import save_weights
@@ -21,8 +24,9 @@ SEED = 3
 CPU = torch.device("cpu")
 
 
-def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
-    """As torchrun would start it: the environment names the rank."""
+@contextmanager
+def join(rank: int, world: int, port: int) -> Iterator[Ranks]:
+    """The group of ranks, as torchrun would start them: the environment names the rank."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -31,40 +35,54 @@ def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    train_one_step(folder)
+    with process_group(CPU) as ranks:
+        yield ranks
+
+
+def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None:
+    """Runs `work(rank, ranks, port, *arguments)` in as many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, args=(ranks, port, *arguments), nprocs=ranks)
+
+
+def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
+    """One step on one of several ranks."""
+    with join(rank, world, port):
+        train_one_step(folder)
 
 
 def train_one_step(folder: Path) -> None:
     """Shards the model, scores this rank's rows, takes one step, and saves everything to compare."""
-    with process_group(CPU):
-        rank, world = dist.get_rank(), dist.get_world_size()
-        share = ROWS // world
-        sharded = shard(
-            small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=share, table_learning_rate=0.05, seed=SEED
-        )
-        encoded, labels = random_rows(ROWS)
-        mine = torch.arange(rank * share, (rank + 1) * share).numpy()
-        batch = make_batch(encoded.take(mine), LAYOUT, labels[mine], torchrec=True)
-        sharded.model.eval()
-        with torch.no_grad():
-            logits = sharded.model(batch)
-            order = list(sharded.model.module.tables(batch.ids).keys())
-        save_weights(sharded.model, folder / "before")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = ROWS // world
+    sharded = shard(
+        small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=share, table_learning_rate=0.05, seed=SEED
+    )
+    encoded, labels = random_rows(ROWS)
+    mine = torch.arange(rank * share, (rank + 1) * share).numpy()
+    batch = make_batch(encoded.take(mine), LAYOUT, labels[mine], torchrec=True)
+    sharded.model.eval()
+    with torch.no_grad():
+        logits = sharded.model(batch)
+        order = list(sharded.model.module.tables(batch.ids).keys())
+    save_weights(sharded.model, folder / "before")
 
-        dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
-        sharded.model.train()
-        counts = batch.observed.sum(0)
-        dist.all_reduce(counts)
-        loss, _ = masked_loss(
-            sharded.model(batch),
-            batch.labels,
-            batch.observed,
-            tasks=LAYOUT.tasks,
-            global_counts=counts,
-            world_size=world,
-        )
-        loss.backward()
-        dense.step()
-        sharded.table_optimizer.step()
-        save_weights(sharded.model, folder / "after")
-        torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")
+    dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
+    sharded.model.train()
+    counts = batch.observed.sum(0)
+    dist.all_reduce(counts)
+    loss, _ = masked_loss(
+        sharded.model(batch),
+        batch.labels,
+        batch.observed,
+        tasks=LAYOUT.tasks,
+        global_counts=counts,
+        world_size=world,
+    )
+    loss.backward()
+    dense.step()
+    sharded.table_optimizer.step()
+    save_weights(sharded.model, folder / "after")
+    torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,22 @@ from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import load_plain, shard
 from tests.model.examples import LAYOUT, random_rows, small_model
-from tests.training.ranks import CPU, ROWS, SEED, join_and_train, train_one_step
+from tests.training.ranks import CPU, ROWS, SEED, join_and_train, spawn, train_one_step
 from tests.training.saving import save_weights
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_rank")
-    train_one_step(folder)
+    with process_group(CPU):
+        train_one_step(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(join_and_train, args=(2, port, folder), nprocs=2)
+    spawn(join_and_train, folder)
     return folder
 
 

@@ -1,0 +1,86 @@
+"""Trainings that crash at a step and are gone on with. A module of its own so that spawned processes can import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.settings import Model
+from mmoe_rec.training.checkpoint import latest_checkpoint
+from mmoe_rec.training.loop import Trainer, TrainingResult
+from mmoe_rec.training.ranks import process_group
+from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, plain_model
+from tests.training.ranks import join
+
+# Dropouts draw from the random state of a rank.
+DROPS = Model.model_validate(
+    MODEL.model_dump() | {"gates": {"dropout": 0.2}, "placement": {"units": [4], "dropout": 0.3}}
+)
+CHANGES = {"epochs": 2, "validations_per_epoch": 3, "checkpoint_steps": 40, "batch_size": 100}
+STEPS = 2 * ROWS["train"] // 100
+Watch = Callable[[Trainer], None]
+
+
+class CrashError(Exception):
+    """As sudden as a kill, for what a process leaves on disk."""
+
+
+def crash(step: int) -> Watch:
+    """What crashes after a step."""
+
+    def at(trainer: Trainer) -> None:
+        if trainer.result.steps == step:
+            raise CrashError
+
+    return at
+
+
+def train(
+    prepared: Prepared, folder: Path, at: Watch | None = None, model: Model = DROPS, **changes: object
+) -> TrainingResult:
+    """Trains on one rank, or goes on from the folder's last checkpoint; `at` is called after every step."""
+    with process_group(CPU):
+        return train_in_group(prepared, folder, at, model, **changes)
+
+
+def train_in_group(
+    prepared: Prepared, folder: Path, at: Watch | None, model: Model, **changes: object
+) -> TrainingResult:
+    """The same on each of the ranks that have joined."""
+    settings = TRAINING.model_copy(update=CHANGES | changes)
+    trainer = Trainer(prepared, model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder))
+    step = trainer._step
+
+    def watched(*arguments: object) -> bool:
+        stopping = step(*arguments)  # type: ignore[arg-type]
+        if at is not None:
+            at(trainer)
+        return stopping
+
+    trainer._step = watched  # type: ignore[method-assign]
+    return trainer.run()
+
+
+def train_on_rank(
+    rank: int, world: int, port: int, prepared: Prepared, jobs: list[tuple[Path, Model, int | None]]
+) -> None:
+    """Does the jobs one after the other on one of several ranks: in a folder, a model, until it crashes at a step."""
+    with join(rank, world, port):
+        for folder, model, last in jobs:
+            try:
+                train_in_group(prepared, folder, None if last is None else crash(last), model)
+            except CrashError:
+                assert last is not None
+            torch.distributed.barrier()
+
+
+def weights(prepared: Prepared, folder: Path, model: Model) -> dict[str, torch.Tensor]:
+    """Those of the best checkpoint of a training that came to its end."""
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert found.state.step == STEPS
+    best = folder / f"step-{found.state.best_step:08d}"
+    return plain_model(prepared.layout, best, model).state_dict()

@@ -1,0 +1,250 @@
+"""A training that goes on from a checkpoint ends as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.training import loop
+from mmoe_rec.training.checkpoint import Checkpoint, Origin, fixed_settings, latest_checkpoint
+from mmoe_rec.training.loop import Trainer, TrainingResult
+from mmoe_rec.training.stop import StopRequest
+from tests.model.examples import LAYOUT
+from tests.training.learnable import MODEL, TRAINING, plain_model, write_prepared
+from tests.training.resuming import DROPS, STEPS, CrashError, crash, train
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+def best(prepared: Prepared, result: TrainingResult) -> RankingModel:
+    return plain_model(prepared.layout, result.best_checkpoint, DROPS)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    return train(prepared, tmp_path_factory.mktemp("whole"))
+
+
+def assert_same(prepared: Prepared, found: TrainingResult, expected: TrainingResult) -> None:
+    assert found.steps == expected.steps
+    assert found.best_step == expected.best_step
+    assert [step for step, _ in found.history] == [step for step, _ in expected.history]
+    for (_, one), (_, other) in zip(found.history, expected.history, strict=True):
+        assert (one.loss, one.auc) == (other.loss, other.auc)
+        assert torch.equal(one.gates, other.gates)
+    weights = best(prepared, expected).state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, found).state_dict().items())
+
+
+# 39: before the first checkpoint; 81: just after one; 119: in the first epoch's last step; 160: when one is begun.
+@pytest.mark.parametrize("steps", [(39,), (81,), (119, 120), (45, 100, 160, 239)])
+def test_a_crash_changes_no_bit(
+    prepared: Prepared, tmp_path: Path, whole: TrainingResult, steps: tuple[int, ...]
+) -> None:
+    for step in steps:
+        with pytest.raises(CrashError):
+            train(prepared, tmp_path, crash(step))
+    assert_same(prepared, train(prepared, tmp_path), whole)
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_at_hand(
+    prepared: Prepared, tmp_path: Path, whole: TrainingResult, name: signal.Signals
+) -> None:
+    def at(trainer: Trainer) -> None:
+        if trainer.result.steps == 53:
+            os.kill(os.getpid(), name)
+
+    before = signal.getsignal(name)
+    with pytest.raises(StoppedError, match=rf"{name.name} came; step 5[34] of {STEPS} is saved.*--resume"):
+        train(prepared, tmp_path, at)
+    assert signal.getsignal(name) is before
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state.step in (53, 54)
+    assert_same(prepared, train(prepared, tmp_path), whole)
+
+
+def test_a_signal_ends_a_validation_that_is_made_up_for(
+    prepared: Prepared, tmp_path: Path, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = loop.validate
+
+    def asked(*arguments: object) -> object:
+        stop = arguments[-1]
+        assert isinstance(stop, StopRequest)
+        stop.asked = "SIGTERM"
+        return validate(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "validate", asked)
+    with pytest.raises(StoppedError, match="step 40 of"):
+        train(prepared, tmp_path)
+    monkeypatch.undo()
+    assert_same(prepared, train(prepared, tmp_path), whole)
+
+
+def test_a_training_at_its_end_is_not_trained_on(prepared: Prepared, tmp_path: Path, whole: TrainingResult) -> None:
+    train(prepared, tmp_path)
+
+    def at(_: Trainer) -> None:
+        raise AssertionError("there is no step left")
+
+    assert_same(prepared, train(prepared, tmp_path, at), whole)
+
+
+def test_patience_that_had_run_out_has_run_out(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.Validation, "objective", lambda *_: 0.0)
+    stopped = train(prepared, tmp_path, patience=2)
+    assert stopped.stopped_early
+    again = train(prepared, tmp_path, patience=2)
+    assert again.stopped_early
+    assert again.steps == stopped.steps == 120
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(prepared: Prepared, tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+
+    def at(trainer: Trainer) -> None:
+        if trainer.result.steps % 40 == 39:
+            trainer.checkpoints.wait()
+            seen.append({int(each.name.removeprefix("step-")) for each in tmp_path.glob("step-*")})
+            assert trainer.result.best_step in seen[-1] | {0}
+
+    (tmp_path / "step-00099999").mkdir()
+    (tmp_path / ".step-00000007.tmp").mkdir()
+    result = train(prepared, tmp_path, at, checkpoints_kept=2)
+    assert seen[0] == {99999}, "what others left stays until there is something better"
+    assert all(len(steps) <= 3 for steps in seen)
+    last = {int(each.name.removeprefix("step-")) for each in tmp_path.glob("step-*")}
+    assert last == {STEPS - 40, STEPS} | {result.best_step}
+    assert not list(tmp_path.glob(".*"))
+
+
+# Faults
+
+
+def test_a_full_disk_ends_training_and_leaves_the_checkpoint_before(
+    prepared: Prepared, tmp_path: Path, whole: TrainingResult
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def at(trainer: Trainer) -> None:
+        if trainer.result.steps == 70:
+            trainer.checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+
+    try:
+        with pytest.raises(UserError, match=r"a checkpoint can't be written to .*File too large.*--resume"):
+            train(prepared, tmp_path, at)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob(".step*"))
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state.step == 40
+    assert_same(prepared, train(prepared, tmp_path), whole)
+
+
+def _spoil(trainer: Trainer) -> None:
+    with torch.no_grad():
+        for parameter in trainer.sharded.dense_parameters().values():
+            parameter.fill_(float("nan"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: Prepared, tmp_path: Path) -> None:
+    def at(trainer: Trainer) -> None:
+        if trainer.result.steps == 50:
+            _spoil(trainer)
+
+    with pytest.raises(UserError, match=r"the loss of step 51 is not finite; the batch is saved as '(.*rank0.pt)'"):
+        train(prepared, tmp_path, at)
+    saved = torch.load(tmp_path / "bad_batch.step51.rank0.pt")
+    assert saved["position"]["row"] == 5100
+    assert saved["labels"].shape == (100, len(LAYOUT.tasks))
+    assert saved["id_names"] == [each.name for each in LAYOUT.ids]
+    assert len(saved["id_lengths"]) == 100 * len(LAYOUT.ids)
+    assert saved["logits"].isnan().any()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state.step == 40
+
+
+def test_steps_that_are_not_finite_can_be_skipped(prepared: Prepared, tmp_path: Path) -> None:
+    kept: dict[str, torch.Tensor] = {}
+
+    def at(trainer: Trainer) -> None:
+        parameters = trainer.sharded.dense_parameters()
+        if trainer.result.steps == 50:
+            kept.update({name: each.detach().clone() for name, each in parameters.items()})
+            _spoil(trainer)
+        if trainer.result.steps == 53:
+            with torch.no_grad():
+                for name, each in parameters.items():
+                    each.copy_(kept[name])
+
+    result = train(prepared, tmp_path, at, on_bad_loss="skip")
+    assert result.skipped == 3
+    assert result.steps == STEPS
+    weights = best(prepared, result).state_dict()
+    assert all(weight.isfinite().all() for weight in weights.values())
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state.skipped == 3
+
+
+def test_too_many_skipped_steps_in_a_row_stop_training(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss of step 22 in 21 steps, one after the other, is not finite"):
+        train(prepared, tmp_path, _spoil, on_bad_loss="skip")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("latest.json", "{", "latest.json' is damaged"),
+        ("latest.json", '{"step": 7}', "step-00000007' holds no checkpoint"),
+        (f"step-{STEPS:08d}/training.json", '{"format": 99}', "holds no checkpoint that this version can read"),
+        (f"step-{STEPS:08d}/training.json", "", "holds no checkpoint that this version can read"),
+    ],
+)
+def test_damage_is_named(prepared: Prepared, tmp_path: Path, file: str, text: str, message: str) -> None:
+    train(prepared, tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        latest_checkpoint(tmp_path)
+
+
+def test_other_settings_or_features_are_refused(tmp_path: Path) -> None:
+    origin = Origin(fixed_settings(DROPS, TRAINING), "abc", "run")
+    origin = Origin(**json.loads(json.dumps(origin.__dict__)))  # as it comes from a file
+    elsewhere = TRAINING.model_copy(update={"device": "cuda", "checkpoint_steps": 7, "checkpoints_kept": 9})
+    origin.check(Origin(fixed_settings(DROPS, elsewhere), "abc"), tmp_path)
+    other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5})), "abc")
+    with pytest.raises(UserError, match=r"begun with training.learning_rate 0.01, now it is 0.5"):
+        origin.check(other, tmp_path)
+    with pytest.raises(UserError, match=r"begun with model.gates.dropout 0.2, now it is 0.0"):
+        origin.check(Origin(fixed_settings(MODEL, TRAINING), "abc"), tmp_path)
+    with pytest.raises(UserError, match="its features are not those"):
+        origin.check(replace(origin, features="abd"), tmp_path)
+
+
+def test_what_is_read_is_what_was_written(prepared: Prepared, tmp_path: Path) -> None:
+    train(prepared, tmp_path)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    again = Checkpoint.read(found.folder)
+    assert again.state.to_json() == found.state.to_json() == (found.folder / "training.json").read_text()

@@ -1,0 +1,53 @@
+"""Checkpoints of two ranks and of one are gone on with by any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe_rec.features.build import Prepared
+from tests.model.examples import LAYOUT
+from tests.training.learnable import MODEL, write_prepared
+from tests.training.ranks import spawn
+from tests.training.resuming import DROPS, CrashError, crash, train, train_on_rank, weights
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each subfolder holds a training that came to its end; the names say on how many ranks, one after the other."""
+    folder = tmp_path_factory.mktemp("trainings")
+    train(prepared, folder / "1", None, MODEL)
+    with pytest.raises(CrashError):
+        train(prepared, folder / "1-2", crash(100), MODEL)
+    first = [(folder / "2", DROPS, None), (folder / "2-2", DROPS, 100), (folder / "2-1-2", MODEL, 100)]
+    spawn(train_on_rank, prepared, first)
+    with pytest.raises(CrashError):
+        train(prepared, folder / "2-1-2", crash(170), MODEL)
+    spawn(
+        train_on_rank,
+        prepared,
+        [(folder / name, DROPS if name == "2-2" else MODEL, None) for name in ("2-2", "2-1-2", "1-2")],
+    )
+    return folder
+
+
+def test_as_many_ranks_change_no_bit(prepared: Prepared, folder: Path) -> None:
+    whole, resumed = (weights(prepared, folder / name, DROPS) for name in ("2", "2-2"))
+    assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
+
+
+@pytest.mark.parametrize("name", ["1-2", "2-1-2"])
+def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: Path, name: str) -> None:
+    """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
+    whole, resumed = (weights(prepared, folder / each, MODEL) for each in ("1", name))
+    for key, weight in whole.items():
+        torch.testing.assert_close(
+            resumed[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+        )
