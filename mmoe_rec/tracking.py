@@ -34,11 +34,15 @@ _AT_ONCE = 100  # parameters that MLflow takes in one call
 
 
 class Run:
-    """A run that is being recorded; without MLflow (`mlflow` None) every call does nothing."""
+    """A run that is being recorded; without MLflow (`mlflow` None) every call does nothing.
 
-    def __init__(self, run_id: str | None, mlflow: Any = None) -> None:
+    resumed: whether it was recorded before, so that it may be told again what it knows.
+    """
+
+    def __init__(self, run_id: str | None, mlflow: Any = None, resumed: bool = False) -> None:
         self.run_id = run_id
-        self._mlflow = mlflow
+        self._mlflow, self._resumed = mlflow, resumed
+        self._known_until: dict[str, int] = {}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings, nested ones under names such as `model.experts.count`.
@@ -58,9 +62,19 @@ class Run:
                 self._mlflow.set_tag(f"resumed.{name}", str(value))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step."""
+        """Numbers at a step. In a resumed run those of steps that it knows are left out, as it took them before."""
         if self._mlflow:
-            self._mlflow.log_metrics(dict(metrics), step=step)
+            new = {name: value for name, value in metrics.items() if step is None or step > self._last_step(name)}
+            self._mlflow.log_metrics(new, step=step)
+
+    def _last_step(self, name: str) -> int:
+        """The last one of which the run knew a metric when it was resumed, -1 for none."""
+        if not self._resumed:
+            return -1
+        if name not in self._known_until:
+            known = self._mlflow.MlflowClient().get_metric_history(self.run_id, name)
+            self._known_until[name] = max((each.step for each in known), default=-1)
+        return self._known_until[name]
 
     def log_text(self, text: str, name: str) -> None:
         """A text file."""
@@ -125,7 +139,7 @@ def open_run(
         )
     with started:
         try:
-            yield Run(started.info.run_id, mlflow)
+            yield Run(started.info.run_id, mlflow, resumed=run_id is not None)
         except StoppedError:
             mlflow.end_run("KILLED")
             raise

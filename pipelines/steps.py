@@ -52,7 +52,7 @@ def build_options(settings: Settings) -> BuildOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the artifact folder and the address in the registry."""
+    """A finished training: the artifact folder and the address in the registry; whether it was at its end before."""
 
     artifact: Path
     address: str
@@ -60,6 +60,7 @@ class Trained:
     best_step: int
     rows_per_s: float
     waiting: float
+    before: bool = False
 
 
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
@@ -85,7 +86,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
         ranks.after_first(lambda: prepare_features(settings))
         checkpoint = latest_checkpoint(checkpoints) if resume else None
         if resume and (finished := Finished.read(checkpoints)) is not None:
-            return finished.trained(settings) if ranks.first else None
+            return replace(finished.trained(settings), before=True) if ranks.first else None
         if ranks.first:
             Finished.forget(checkpoints)
         return _train(settings, ranks.first, device, start, warm_start, checkpoint)

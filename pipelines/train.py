@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = train_model(settings, arguments.start, arguments.resume)
     if trained is None:
         return
+    if trained.before:
+        print("this training has come to its end before; without --resume another one begins")
     best = ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in trained.best.flat().items())
     print(f"best validation, at step {trained.best_step}: {best}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
