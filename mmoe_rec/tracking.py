@@ -30,6 +30,7 @@ QUIET_LOGGERS = {
     "mlflow.types": logging.ERROR,
     "mlflow.utils.environment": logging.ERROR,
 }
+KEY_TAG = "training_key"
 _AT_ONCE = 100  # parameters that MLflow takes in one call
 
 
@@ -117,11 +118,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @contextmanager
 def open_run(
-    uri: str, experiment: str, *, run_name: str | None = None, run_id: str | None = None, active: bool = True
+    uri: str,
+    experiment: str,
+    *,
+    run_name: str | None = None,
+    run_id: str | None = None,
+    key: str | None = None,
+    active: bool = True,
 ) -> Iterator[Run]:
     """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
-    active: False, on every rank but the first, gives a run that records nothing.
+    key: marks the run from its first moment on; the next one with this key goes on with it. active: False, on every
+    rank but the first, gives a run that records nothing.
 
     Raises:
         UserError: the address can't be used, the experiment was deleted, or there is no such run.
@@ -132,10 +140,13 @@ def open_run(
     mlflow = _connect(uri)
     with _calling(uri):
         experiment_id = _experiment(mlflow, uri, experiment)
+        tags = None if key is None else {KEY_TAG: key}
+        if run_id is None and key is not None:
+            run_id = _run_with(mlflow, experiment_id, key)
         started = (
             mlflow.start_run(run_id=run_id)
             if run_id is not None
-            else mlflow.start_run(experiment_id=experiment_id, run_name=run_name)
+            else mlflow.start_run(experiment_id=experiment_id, run_name=run_name, tags=tags)
         )
     with started:
         try:
@@ -143,6 +154,11 @@ def open_run(
         except StoppedError:
             mlflow.end_run("KILLED")
             raise
+
+
+def _run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
+    found = mlflow.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1, output_format="list")
+    return found[0].info.run_id if found else None
 
 
 def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:

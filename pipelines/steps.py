@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.steps import BuildOptions, Logs
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
+from pipelines.finished import Finished, Trained, training_key
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
-    from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
 
@@ -48,19 +48,6 @@ def build_options(settings: Settings) -> BuildOptions:
     """How the settings want features to be built."""
     names = [each.name for each in fields(BuildOptions)]
     return BuildOptions(**{name: getattr(settings.data, name) for name in names})
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished training: the artifact folder and the address in the registry; whether it was at its end before."""
-
-    artifact: Path
-    address: str
-    best: Validation
-    best_step: int
-    rows_per_s: float
-    waiting: float
-    before: bool = False
 
 
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
@@ -89,7 +76,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
             return replace(finished.trained(settings), before=True) if ranks.first else None
         if ranks.first:
             Finished.forget(checkpoints)
-        return _train(settings, ranks.first, device, start, warm_start, checkpoint)
+        return _train(settings, ranks.first, device, start, warm_start, resume, checkpoint)
 
 
 def _train(
@@ -98,6 +85,7 @@ def _train(
     device: torch.device,
     start: str | None,
     warm_start: WarmStart | None,
+    resume: bool,
     checkpoint: Checkpoint | None,
 ) -> Trained | None:
     import torch.distributed as dist
@@ -113,7 +101,8 @@ def _train(
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
     experiment = settings.tracking.experiment or settings.name
-    with tracking.open_run(settings.tracking.uri, experiment, run_id=run_id, active=first) as run:
+    key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
+    with tracking.open_run(settings.tracking.uri, experiment, run_id=run_id, key=key, active=first) as run:
         _log_start(run, settings, prepared)
         if first and start is not None and checkpoint is None:
             # An alias such as `champion` will point at the new model soon.
@@ -192,44 +181,6 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting)
     finished.write(work / "checkpoints")
     return finished.trained(settings)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a training that came to its end gave, as a file beside its checkpoints, so that none resumes it."""
-
-    best: dict[str, Any]
-    best_step: int
-    rows_per_s: float
-    waiting: float
-
-    @staticmethod
-    def read(folder: Path) -> Finished | None:
-        """None where the training has not come to its end."""
-        try:
-            return Finished(**json.loads((folder / "finished.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-
-    @staticmethod
-    def forget(folder: Path) -> None:
-        """A new training begins; what is left of one that came to its end is not gone on with."""
-        if Finished.read(folder) is not None:
-            (folder / "latest.json").unlink(missing_ok=True)
-            (folder / "finished.json").unlink()
-
-    def write(self, folder: Path) -> None:
-        """Writes the file."""
-        with atomic_file(folder / "finished.json") as file:
-            file.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    def trained(self, settings: Settings) -> Trained:
-        """With where the model lies."""
-        from mmoe_rec.training.validation import Validation
-
-        address = f"models:/{settings.registered_model}@{settings.tracking.alias}"
-        best = Validation.from_dict(self.best)
-        return Trained(Path(settings.data.work) / "model", address, best, self.best_step, self.rows_per_s, self.waiting)
 
 
 @dataclass(frozen=True)

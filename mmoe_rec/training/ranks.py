@@ -60,9 +60,12 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, world_size = dist.HashStore(), 0, 1
+    store: Any = dist.HashStore()
+    rank, world_size = 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        # When torchrun starts lost ranks again, its store still holds the addresses of those before.
+        store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks = Ranks(rank, world_size, store)
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -1,0 +1,58 @@
+"""A rank that is lost ends the others with its name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.errors import UserError
+from tests.training.ranks import join, spawn
+
+
+def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
+    started = time.monotonic()
+    try:
+        with join(rank, world, port):
+            if rank == 1:
+                os._exit(0)
+            dist.all_reduce(torch.ones(1))
+    except UserError as error:
+        (folder / "said").write_text(f"{time.monotonic() - started} {error}")
+
+
+def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
+    def work() -> None:
+        raise UserError("no log")
+
+    try:
+        with join(rank, world, port) as ranks:
+            ranks.after_first(work)
+    except UserError as error:
+        (folder / f"said{rank}").write_text(str(error))
+
+
+def test_a_lost_rank_is_named(tmp_path: Path) -> None:
+    spawn(_leave_rank_0_alone, tmp_path)
+    seconds, _, said = (tmp_path / "said").read_text().partition(" ")
+    assert float(seconds) < 30
+    assert said.startswith("rank 1 of 2 ended or does not answer; rank 0 can't go on alone, --resume can (")
+
+
+def test_the_others_are_told_that_the_first_has_failed(tmp_path: Path) -> None:
+    spawn(_fail_at_first, tmp_path)
+    assert (tmp_path / "said0").read_text() == "no log"
+    assert (tmp_path / "said1").read_text().startswith("rank 0 has failed")
+
+
+def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    from mmoe_rec.training.ranks import process_group
+
+    with pytest.raises(RuntimeError, match="of its own"), process_group(torch.device("cpu")):
+        raise RuntimeError("gloo: an error of its own")
