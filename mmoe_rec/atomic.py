@@ -26,11 +26,12 @@ _OFFSET = ctypes.c_int64
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write one file to; it replaces `path` when the block succeeds.
 
     Args:
         path: the target; missing parent folders are created, a symbolic link is followed.
+        replace: False leaves a file that another process has put there first.
 
     Raises:
         UserError: `path` is a folder, or its parent cannot be created.
@@ -42,7 +43,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        os.replace(temporary, target)
+        if replace:
+            os.replace(temporary, target)
+        else:
+            _put_new_file(temporary, target)
         _flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -128,6 +132,16 @@ def _make_folder(folder: Path) -> None:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _put_new_file(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return
+    except OSError:  # The file system has no links: two processes of one instant may replace each other's file.
+        if not target.exists():
+            os.replace(temporary, target)
 
 
 def _put_folder(temporary: Path, target: Path) -> None:

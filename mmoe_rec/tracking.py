@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 
 # What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
@@ -139,6 +140,7 @@ def open_run(
         return
     mlflow = _connect(uri)
     with _calling(uri):
+        _make_store(mlflow, uri)
         experiment_id = _experiment(mlflow, uri, experiment)
         tags = None if key is None else {KEY_TAG: key}
         if run_id is None and key is not None:
@@ -255,6 +257,14 @@ def _connect(uri: str) -> Any:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return mlflow
+
+
+def _make_store(mlflow: Any, uri: str) -> None:
+    """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
+    store = sqlite_file(uri)
+    if store is not None and not store.exists():
+        with atomic_file(store, replace=False) as temporary:
+            mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def _experiment(mlflow: Any, uri: str, name: str) -> str:

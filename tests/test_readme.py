@@ -40,6 +40,9 @@ EXERCISED_BY = {
     "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
     "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
+    "python -m pipelines.train --config configs/complete_journey.yaml --resume": (
+        "pipelines/test_resume.py::test_kills_change_nothing"
+    ),
     "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": (
         "pipelines/test_commands.py::test_torchrun_says_everything_once"
     ),

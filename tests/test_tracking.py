@@ -149,6 +149,22 @@ def test_looking_up_makes_no_store(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with monkeypatch.context() as patches:
+        patches.setattr("mlflow.store.db.utils._upgrade_db", stopped)
+        patches.setattr("mlflow.store.db.utils._initialize_tables", stopped)
+        with pytest.raises(KeyboardInterrupt), tracking.open_run(uri, "x"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with tracking.open_run(uri, "x"):
+        pass
+    assert [path.name for path in tmp_path.glob("*.db*")] == ["mlflow.db"]
+
+
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to look like one " * 10)
     with (
