@@ -7,7 +7,6 @@ ends the job and is raised as it is.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 
+from mmoe_rec.allocation import freed_memory_kept, keep_freed_memory
 from mmoe_rec.errors import UserError
 
 Task = TypeVar("Task")
@@ -28,8 +28,6 @@ Result = TypeVar("Result")
 EngineName = Literal["local", "ray"]
 # So many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
 THREADS_AT_MOST = 4
-_MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
-_ARROW_POOL = pa.default_memory_pool()
 
 
 class Engine(Protocol):
@@ -52,10 +50,10 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
         with closing(_RayEngine(workers)) as engine:
             yield engine
     elif workers == 1:
-        with _freed_memory_kept():
+        with freed_memory_kept():
             yield _SameProcess()
     elif workers <= THREADS_AT_MOST:
-        with _freed_memory_kept(), closing(_ThreadEngine(workers)) as engine:
+        with freed_memory_kept(), closing(_ThreadEngine(workers)) as engine:
             yield engine
     else:
         # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
@@ -110,30 +108,7 @@ def _start_worker() -> None:
 
     threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
     pa.set_cpu_count(1)
-    _keep_freed_memory(True)
-
-
-@contextmanager
-def _freed_memory_kept() -> Iterator[None]:
-    """Arrays of megabytes come and go in a build. By default glibc gives each back to the system, which then clears and
-    maps its pages anew: a tenth of a build's time. At the end all goes back."""
-    _keep_freed_memory(True)
-    try:
-        yield
-    finally:
-        _keep_freed_memory(False)
-
-
-def _keep_freed_memory(keep: bool) -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        # Arrow's own pools give it back too.
-        pa.set_memory_pool(pa.system_memory_pool() if keep else _ARROW_POOL)
-        # Once set, these no longer adjust themselves; without us, they would end at 64 and 32 MiB.
-        libc.mallopt(_MALLOC_TRIM_THRESHOLD, 2**30 if keep else 64 * 2**20)
-        libc.mallopt(_MALLOC_MMAP_THRESHOLD, 2**30 if keep else 32 * 2**20)
-        if not keep:
-            libc.malloc_trim(0)
+    keep_freed_memory()
 
 
 class _RayEngine:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "atomic", "progress", "devices", "settings", "schema", "files", "engines"}
+LEAVES = {"errors", "allocation", "atomic", "progress", "devices", "settings", "schema", "files", "engines"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
     "progress": set(),
     "files": {"errors"},
-    "engines": {"errors"},
+    "allocation": set(),
+    "engines": {"errors", "allocation"},
     "devices": {"errors", "settings"},
     "schema": {"errors"},
     "settings": {"errors", "schema"},

@@ -11,7 +11,7 @@ unseen id adds next to nothing; a LayerNorm across them would let one outlying n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,15 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.bottom import Bottom
 from mmoe_rec.model.experts import Experts
 from mmoe_rec.model.gates import SoftGates
+from mmoe_rec.model.precision import for_products
+from mmoe_rec.model.tables import by_name
 from mmoe_rec.model.towers import PlacementTower, Towers
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import Model
+
+# torchrec's pipeline traces the model down to its parts, and this is one.
+torch.fx.wrap("by_name")
 
 
 class Mixture(nn.Module):
@@ -63,7 +68,7 @@ class Mixture(nn.Module):
 
         use_placement: add the placement tower's logits; None does so in training only.
         """
-        hidden = self.bottom(inputs)
+        hidden = for_products(self.bottom(inputs))
         experts = self.experts(hidden)
         gates = self.gates(hidden)
         gated = torch.bmm(gates.to(experts.dtype), experts)
@@ -141,7 +146,7 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
-        embeddings = self.tables(batch.ids)
+        embeddings = by_name(self.tables(batch.ids))
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
         logits, gates = self.mixture(inputs, placement, use_placement)
@@ -153,11 +158,8 @@ class RankingModel(nn.Module):
         return self.forward_with_gates(batch)[1]
 
 
-def _side_by_side(embeddings: Any, names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
-    """The named inputs' embeddings, then the given dense columns, always in layout order: (B, width) float32.
-
-    Picked by name: the order of a sharded collection's own output follows the sharding plan.
-    """
+def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
+    """The named inputs' embeddings, then the given dense columns, always in layout order: (B, width) float32."""
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 

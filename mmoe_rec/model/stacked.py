@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.model.precision import for_products
+
 
 class StackedLinear(nn.Module):
     """G independent linear layers from `inputs` to `outputs`, each initialised as `nn.Linear` would be.
@@ -29,13 +31,9 @@ class StackedLinear(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """An input for each group: G tensors (B, inputs) -> G tensors (B, outputs)."""
-        # One cast of the whole weight; under autocast every slice would be cast on its own.
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-            weight, bias = weight.to(dtype), bias.to(dtype)
-        return [functional.linear(x, weight[group], bias[group]) for group, x in enumerate(inputs)]
+        # One cast and one gradient of the whole: each slice would be cast, and give a gradient as large as all.
+        weights, biases = for_products(self.weight).unbind(), for_products(self.bias).unbind()
+        return [functional.linear(*each) for each in zip(inputs, weights, biases, strict=True)]
 
     def shared(self, x: Tensor) -> Tensor:
         """One input for all groups: (B, inputs) -> (B, G * outputs), group-major."""

@@ -8,6 +8,7 @@ an input (no id gives zeros), and answer by input name.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,18 @@ def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.M
     ]
     collection: nn.Module = EmbeddingBagCollection(tables=configs, device=torch.device(device))
     return collection
+
+
+def by_name(embeddings: Any) -> dict[str, Tensor]:
+    """What a collection of either form answers: input name -> (B, dim) float32.
+
+    The order of a sharded collection's own output follows the sharding plan.
+    """
+    if isinstance(embeddings, dict):
+        return embeddings
+    # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
+    parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
+    return dict(zip(embeddings.keys(), parts, strict=True))
 
 
 def _zeros(weight: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Data(Section):
 class Bottom(Section):
     """The shared hidden layer under the experts and gates."""
 
-    units: tuple[Width, ...] = Field((256,), min_length=1, description="widths of the shared bottom's layers")
+    units: tuple[Width, ...] = Field((256,), description="widths of the shared bottom's layers; [] leaves it out")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer of the bottom")
     piecewise: bool = Field(
         True, description="encode each number piecewise-linearly between quantiles, so that the model can bend there"

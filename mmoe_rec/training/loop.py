@@ -7,6 +7,7 @@ are updated by fused row-wise Adagrad within the backward pass, the dense part b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import Prefetch
@@ -39,10 +41,10 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.meter import Meter
 from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
+from mmoe_rec.training.steps import Steps
 from mmoe_rec.training.stop import StopRequest
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart
@@ -105,8 +107,16 @@ class Trainer:
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
-        self.bf16 = use_bf16(settings.precision, device)
         self.stop = StopRequest()
+        self.steps = Steps(
+            self.sharded,
+            self.optimizer,
+            self.layout,
+            device,
+            bf16=use_bf16(settings.precision, device),
+            clip_gradient=settings.clip_gradient,
+            stop=self.stop,
+        )
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         torch.manual_seed(settings.seed + self.rank)
@@ -159,7 +169,7 @@ class Trainer:
         result, meter = self.result, Meter(self.layout, self.world_size)
         shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
         try:
-            with shown as progress, self.stop:
+            with shown as progress, self.stop, freed_memory_kept():
                 task = progress.add_task("training", total=self.total_steps, note="") if progress else None
 
                 def show() -> None:
@@ -179,74 +189,47 @@ class Trainer:
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         if self._validation_is_due() and not self._validate(meter):
             self._save_and_stop()
-        if self.result.stopped_early or self.result.steps == self.total_steps:
-            return
         ahead = Prefetch(self._batches(self.reader, self.position, self.settings.epochs))
-        for batch in ahead:
-            stopping = self._step(batch, meter)
-            meter.waited = ahead.waited
-            show()
-            validating = not stopping and self._validation_is_due()
-            if validating:
-                stopping = not self._validate(meter)
-            if stopping:
-                self._save_and_stop()
-            if validating or self.result.steps % self.settings.checkpoint_steps == 0:
+        with contextlib.closing(iter(ahead)) as batches:
+            while not self.result.stopped_early and self.result.steps < self.total_steps:
+                until = min(step for step in self.validate_at if step > self.result.steps)
+                part = itertools.islice(batches, until - self.result.steps)
+                while (stopping := self._step(part, meter)) is not None:
+                    meter.waited = ahead.waited
+                    show()
+                    if stopping:
+                        self._save_and_stop()
+                    if self.result.steps % self.settings.checkpoint_steps == 0 and self.result.steps < until:
+                        self._save()
+                self.steps.release()
+                if not self._validate(meter):
+                    self._save_and_stop()
                 self._save()
-            if self.result.stopped_early:
-                break
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         for rows, position in reader.resume(start, epochs):
-            yield make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+            batch = make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+            yield batch.pin_memory() if self.device.type == "cuda" else batch
 
-    def _step(self, batch: Batch, meter: Meter) -> bool:
-        """Trains on a batch; whether any rank was asked to stop."""
-        position = batch.position
-        assert position is not None
+    def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
+        """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
         self._set_learning_rates()
-        batch = batch.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.sharded.model(batch)
-        observed = batch.observed.sum(0)
-        counts, bad, stopping = self._of_all_ranks(observed, ~logits.isfinite().all())
-        total, losses = masked_loss(
-            logits,
-            batch.labels,
-            batch.observed,
-            tasks=self.layout.tasks,
-            global_counts=counts,
-            world_size=self.world_size,
-        )
-        what = "loss"
-        if not bad:
-            total.backward()
-            parameters = self.sharded.dense_parameters().values()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_gradient)
-            bad, what = not bool(norm.isfinite()), "gradient"
-        if bad:
-            self.bad_batches.leave_out(batch, logits, self.result.steps + 1, what)
+        step = self.steps.next(batches)
+        if step is None:
+            return None
+        assert step.batch.position is not None
+        if step.bad:
+            self.bad_batches.leave_out(step.batch, step.logits, self.result.steps + 1, step.bad)
         else:
-            self.optimizer.step()
             self.bad_batches.none()
-            meter.add(len(batch), losses, observed)
-        self.position = position
+            meter.add(len(step.batch), step.losses, step.observed)
+        self.position = step.batch.position
         self.result.steps += 1
         if self.result.steps % STEPS_BETWEEN_LOGS == 0:
             self._log(meter)
-        return stopping
-
-    def _of_all_ranks(self, observed: torch.Tensor, bad: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
-        """(T,) observed labels of a step, and whether any rank's logits are not finite, or any was asked to stop."""
-        asked = torch.tensor(self.stop.asked is not None, device=observed.device)
-        shared = torch.cat([observed, torch.stack([bad, asked]).to(observed)])
-        if self.world_size > 1:
-            dist.all_reduce(shared)
-        some_bad, some_asked = shared[-2:].tolist()
-        return shared[:-2], some_bad > 0, some_asked > 0
+        return step.stopping
 
     def _set_learning_rates(self) -> None:
         share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_share)

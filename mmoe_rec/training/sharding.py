@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.model.tables import initial_rows, used_tables
+from mmoe_rec.training.fbgemm import share_cpuinfo
 
 RESERVED_SHARE = 0.2  # of the machine's or card's memory, for all but tables and their activations
 FirstRows = Callable[[Table, int, int], Tensor]
@@ -68,6 +69,8 @@ def shard(
 
     from mmoe_rec.batches.batch import Batch
 
+    if device.type == "cpu":
+        share_cpuinfo()
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     sharders: list[Any] = []
     plan = ShardingPlan({})

@@ -54,9 +54,9 @@ def train_in_group(
     trainer = Trainer(prepared, model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder))
     step = trainer._step
 
-    def watched(*arguments: object) -> bool:
+    def watched(*arguments: object) -> bool | None:
         stopping = step(*arguments)  # type: ignore[arg-type]
-        if at is not None:
+        if at is not None and stopping is not None:
             at(trainer)
         return stopping
 

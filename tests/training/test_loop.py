@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp
     with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
         before = first = weights(one, tmp_path / "now")
         for step, batch in enumerate(one._batches(one.reader, one.position, 1)):
-            one._step(batch, meter(one))
+            one._step(iter([batch]), meter(one))
             after = weights(one, tmp_path / "now")
             updates = []
             for name in (name for name in after if name.startswith("tables.")):
@@ -115,11 +116,11 @@ def test_at_a_rate_of_zero_nothing_moves(prepared: Prepared, tmp_path: Path, mon
         first = weights(one, tmp_path / "now")
         batches = one._batches(one.reader, one.position, 1)
         for _ in range(3):
-            one._step(next(batches), meter(one))
+            one._step(islice(batches, 1), meter(one))
         still = weights(one, tmp_path / "now")
         assert all(torch.equal(still[name], weight) for name, weight in first.items())
         rate[0] = 1.0
-        one._step(next(batches), meter(one))
+        one._step(islice(batches, 1), meter(one))
         moved = weights(one, tmp_path / "now")
         assert all(not torch.equal(moved[name], weight) for name, weight in first.items())
         batches.close()  # type: ignore[attr-defined]
@@ -139,7 +140,7 @@ def test_rows_without_labels_have_no_influence(prepared: Prepared, tmp_path: Pat
 
     def after(batch: Batch, name: str) -> dict[str, torch.Tensor]:
         with trainer(prepared, tmp_path / "best") as one:
-            one._step(replace(batch, position=one.position), meter(one))
+            one._step(iter([replace(batch, position=one.position)]), meter(one))
             return weights(one, tmp_path / name)
 
     expected = after(alone, "alone")

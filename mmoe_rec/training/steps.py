@@ -1,0 +1,149 @@
+"""Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
+
+The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after the backward pass, in which tables are
+updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmoe_rec.batches.batch import Batch
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.tables import used_tables
+from mmoe_rec.training.losses import masked_loss
+from mmoe_rec.training.sharding import Sharded
+from mmoe_rec.training.stop import StopRequest
+
+
+@dataclass
+class Step:
+    """A batch that was trained on.
+
+    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of; stopping: whether
+    any rank was asked to stop; bad: what was not finite on some rank, "loss" (then nothing was updated) or "gradient"
+    (then the dense part was not).
+    """
+
+    batch: Batch
+    logits: Tensor
+    losses: Tensor
+    observed: Tensor
+    stopping: bool
+    bad: str | None = None
+
+
+class Steps:
+    """Trains on batches, one a step, all ranks together.
+
+    optimizer: of all parameters; bf16: whether products are in bf16; clip_gradient: largest norm of the dense part's
+    gradient; stop: asked at each step.
+    """
+
+    def __init__(
+        self,
+        sharded: Sharded,
+        optimizer: Any,
+        layout: Layout,
+        device: torch.device,
+        *,
+        bf16: bool,
+        clip_gradient: float,
+        stop: StopRequest,
+    ) -> None:
+        from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+        self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
+        self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
+        self._parameters = list(sharded.dense_parameters().values())
+        self._ranks = dist.get_world_size()
+        self._pipeline: Any = (
+            TrainPipelineSparseDist(
+                sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
+            )
+            if used_tables(layout)
+            else _NothingAhead(self, device, self._forward)
+        )
+        self._now: Step | None = None
+
+    def next(self, batches: Iterator[Batch]) -> Step | None:
+        """Trains on the next batch; None after the last one. It looks two batches ahead. A collective call."""
+        try:
+            step: Step = self._pipeline.progress(batches)
+        except StopIteration:
+            return None
+        return step
+
+    def release(self) -> None:
+        """Gives the model back to other uses, once `next` has given None; `next` takes it again."""
+        self._pipeline.detach()
+
+    def zero_grad(self) -> None:
+        """For the pipeline, before the forward pass."""
+        self._optimizer.zero_grad()
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
+        observed = batch.observed.sum(0)
+        asked = torch.tensor([self._stop.asked is not None], device=self._device)
+        shared = torch.cat([observed, asked.to(observed)])
+        added = self._add_up(shared)  # beside the forward pass
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            logits = self._model(batch)
+        bad = (~logits.isfinite().all()).to(observed)
+        for each in (added, self._add_up(bad)):
+            if each is not None:
+                each.wait()
+        total, losses = masked_loss(
+            logits,
+            batch.labels,
+            batch.observed,
+            tasks=self._layout.tasks,
+            global_counts=shared[:-1],
+            world_size=self._ranks,
+        )
+        stopping, some_bad = (torch.stack([shared[-1], bad]) > 0).tolist()
+        self._now = Step(batch, logits, losses, observed, stopping, "loss" if some_bad else None)
+        # A backward pass from a number does nothing, on any rank.
+        return torch.zeros((), requires_grad=True) if some_bad else total, self._now
+
+    def step(self) -> None:
+        """For the pipeline, after the backward pass."""
+        now = self._now
+        assert now is not None
+        if now.bad:
+            return
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if norm.isfinite():
+            self._optimizer.step()
+        else:
+            now.bad = "gradient"
+
+    def _add_up(self, values: Tensor) -> Any:
+        """Begins to add up over all ranks, in place; None with one."""
+        return dist.all_reduce(values, async_op=True) if self._ranks > 1 else None
+
+
+@dataclass
+class _NothingAhead:
+    """The order of the pipeline's calls for a model without tables, which has no ids to send ahead."""
+
+    steps: Steps
+    device: torch.device
+    forward: Callable[[Batch], tuple[Tensor, Step]]
+
+    def progress(self, batches: Iterator[Batch]) -> Step:
+        batch = next(batches).to(self.device, non_blocking=True)
+        self.steps.zero_grad()
+        loss, step = self.forward(batch)
+        loss.backward()
+        self.steps.step()
+        return step
+
+    def detach(self) -> None:
+        """Nothing is attached."""

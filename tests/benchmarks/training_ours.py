@@ -1,0 +1,93 @@
+"""This project's training on the rows of `tests/benchmarks/training.py`, by the trainer that `pipelines.train` runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.settings import Model, Training
+from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
+from mmoe_rec.training.ranks import process_group
+from tests.benchmarks.training_rows import (
+    BATCH,
+    DIM,
+    EXPERT_UNITS,
+    EXPERTS,
+    ID_NAMES,
+    NUMBER_NAMES,
+    TASKS,
+    TOWER_UNITS,
+    TrainingRows,
+)
+
+MODEL = Model.model_validate(
+    {
+        "bottom": {"units": [], "cross_layers": 0, "piecewise": False},
+        "experts": {"count": EXPERTS, "units": EXPERT_UNITS},
+        "gates": {"dropout": 0},
+        "towers": {"units": TOWER_UNITS},
+    }
+)
+TRAINING = Training(device="cpu", batch_size=BATCH, validations_per_epoch=1)
+
+
+def layout(table_rows: int) -> Layout:
+    """A table for each id."""
+    return Layout(
+        tuple(Table(name, table_rows, DIM) for name in ID_NAMES),
+        tuple(IdInput(name, name) for name in ID_NAMES),
+        tuple(DenseInput(name) for name in NUMBER_NAMES),
+        tuple(TaskOutput(f"task{index}", "binary", "engagement") for index in range(TASKS)),
+    )
+
+
+def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
+    """What a build of features would leave: encoded rows, of which a few are for validation too."""
+    encoded = Encoded(dict(zip(ID_NAMES, np.ascontiguousarray(rows.ids.T), strict=True)), rows.numbers)
+    columns = encoded.to_arrow(layout(table_rows))
+    for index, labels in enumerate(rows.labels.T):
+        columns[f"label.task{index}"] = pa.array(labels, pa.float32())
+    table = pa.table(columns)
+    for split, count in (("train", len(table)), ("validation", BATCH)):
+        (folder / "encoded" / split).mkdir(parents=True)
+        pq.write_table(table.slice(0, count), folder / "encoded" / split / "part-00000.parquet", row_group_size=65_536)
+    (folder / "encoded" / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
+
+
+def train(features: Path) -> float:
+    """Rows a second of all ranks, from the first line of the log to the last."""
+    device = torch.device("cpu")
+    times: list[tuple[int, float]] = []
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        if "learning_rate" in metrics and step % STEPS_BETWEEN_LOGS == 0:
+            times.append((step, time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder, process_group(device):
+        Trainer(Prepared(features), MODEL, TRAINING, device, Path(folder), log).run()
+        first = dist.get_rank() == 0
+    (begin, started), (end, ended) = times[0], times[-1]
+    return (end - begin) * BATCH / (ended - started) if first else 0.0
+
+
+def main() -> None:
+    """Trains, as one process or as a rank under torchrun, and prints rows a second."""
+    speed = train(Path(sys.argv[1]))
+    if speed:
+        print(json.dumps(speed))
+
+
+if __name__ == "__main__":
+    main()
