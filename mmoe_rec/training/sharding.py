@@ -20,8 +20,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.model.tables import initial_rows, used_tables
 from mmoe_rec.training.fbgemm import share_cpuinfo
+from mmoe_rec.training.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
 
-RESERVED_SHARE = 0.2  # of the machine's or card's memory, for all but tables and their activations
 FirstRows = Callable[[Table, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
 
@@ -61,10 +61,8 @@ def shard(
     whatever the plan. A layout without tables gives plain data parallelism. Raises UserError when the tables do not fit
     into memory.
     """
-    from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
-    from torchrec.optim import RowWiseAdagrad
     from torchrec.streamable import Pipelineable
 
     from mmoe_rec.batches.batch import Batch
@@ -72,68 +70,28 @@ def shard(
     if device.type == "cpu":
         share_cpuinfo()
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
-    sharders: list[Any] = []
     plan = ShardingPlan({})
     if used_tables(layout):
-        tables = model.get_submodule("tables")
-        _apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": table_learning_rate})
-        sharders = _sharders()
-        plan = _plan(model, layout, device, batch_size, sharders)
+        update_in_backward(model, table_learning_rate)
+        plan = _plan(model, layout, device, batch_size)
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+        parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
     _fill_tables(parallel, layout, first_rows or (lambda table, first, last: initial_rows(table, seed, first, last)))
-    return Sharded(parallel, parallel.fused_optimizer, _plan_text(plan))
+    return Sharded(parallel, parallel.fused_optimizer, plan_text(plan))
 
 
-def _sharders() -> list[Any]:
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: int) -> Any:
+    from torchrec.distributed.planner.types import PlannerError
 
-    return [EmbeddingBagCollectionSharder()]
-
-
-def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: int, sharders: list[Any]) -> Any:
-    from torchrec.distributed.planner import EmbeddingShardingPlanner
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import (
-        KernelConfig,
-        ParameterConstraints,
-        PlannerError,
-        TopologyFactory,
-        TrainerConfig,
-    )
-    from torchrec.distributed.types import ShardingType
-
-    # Data parallel is left out (its optimizer state has other keys, so a table could not be resharded) and so is
-    # column-wise (row-wise Adagrad would keep a state per shard of a row).
-    types = [ShardingType.TABLE_WISE]
-    if device.type == "cuda":
-        types += [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE]
-    allowed = [each.value for each in types]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    card, host = _memory(device)
-    topology = TopologyFactory.create_topology(
-        TrainerConfig(
-            world_size=dist.get_world_size(), local_world_size=local, hbm_cap_bytes=card, ddr_cap_bytes=host // local
-        ),
-        kernel_config=KernelConfig(compute_device=device.type),
-    )
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        constraints={table.name: ParameterConstraints(sharding_types=allowed) for table in used_tables(layout)},
-        debug=False,
-    )
+    kind: Any = device.type
+    machines = Machines(dist.get_world_size(), local, kind, *_memory(device))
     try:
-        return planner.collective_plan(model, sharders, dist.group.WORLD)
-    except PlannerError as error:
-        size = sum(table.rows * table.dim * 4 for table in used_tables(layout)) / 2**30
-        raise UserError(
-            f"the embedding tables ({size:.1f} GiB) do not fit into the memory of {dist.get_world_size()} rank(s); "
-            "use more ranks, smaller `dim`, or a `max_size` for the largest id features"
-        ) from error
+        return planner(layout, machines, batch_size).collective_plan(model, sharders(), dist.group.WORLD)
+    except PlannerError:
+        raise does_not_fit(layout, machines) from None
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
@@ -141,16 +99,6 @@ def _memory(device: torch.device) -> tuple[int, int]:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return card, host
-
-
-def _plan_text(plan: Any) -> str:
-    lines = []
-    for module in plan.plan.values():
-        for table, parameter in module.items():
-            shards = getattr(parameter.sharding_spec, "shards", None) or []
-            places = ", ".join(f"rank {each.placement.rank()}: {each.shard_sizes[0]} rows" for each in shards)
-            lines.append(f"{table}: {parameter.sharding_type} ({places})")
-    return "\n".join(lines)
 
 
 @torch.no_grad()

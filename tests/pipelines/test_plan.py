@@ -1,0 +1,89 @@
+"""Plans for machines that are not there."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import plan
+
+CLUSTER = ["--config", "configs/cluster.yaml"]
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
+    """Exit code, and what is printed."""
+    try:
+        plan.main([*CLUSTER, *arguments])
+    except SystemExit as end:
+        said = capsys.readouterr()
+        return int(end.code or 0), said.out + said.err
+    return 0, capsys.readouterr().out
+
+
+def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
+    started = time.perf_counter()
+    code, said = run(capsys, "--world-size", "16", "--local-world-size", "8", "--hbm-gib", "80")
+    assert code == 0, said
+    assert time.perf_counter() - started < 10
+    together = re.search(r"together: ([\d.]+) GiB", said)
+    assert together is not None
+    assert float(together[1]) * 2**30 > 1e12
+    taken = [tuple(map(float, each)) for each in re.findall(r": ([\d.]+) of ([\d.]+) GiB", said)]
+    assert all(0 < used <= offered == 64.0 for used, offered in taken)
+    # What the ranks hold is what the tables take, and some activations.
+    counts = [int(last) - int(first) + 1 for first, last in re.findall(r"each of ranks (\d+)-(\d+): [\d.]+ of", said)]
+    total = sum(count * used for count, (used, _) in zip(counts, taken, strict=True))
+    assert sum(counts) == 16
+    assert float(together[1]) <= total < 1.05 * float(together[1])
+    assert re.search(r"estimated step: [\d.]+ ms, of which tables [\d.]+ and the dense part [\d.]+", said)
+    assert "torchrun --nnodes 2 --nproc-per-node 8" in said
+
+
+def test_each_advice_makes_it_fit(capsys: pytest.CaptureFixture) -> None:
+    code, said = run(capsys, "--world-size", "8", "--local-world-size", "8")
+    assert code == 2
+    assert said.count("\n") == 1
+    found = re.search(
+        r"the embedding tables take [\d.]+ GiB .* do not fit into 8 rank\(s\).*the largest, 'viewer',.*: "
+        r"use (\d+) ranks, or set `max_size` \(or `buckets`\) of 'viewer' to ([\d,]+) at most, or make `dim` smaller "
+        r"everywhere, (\d+) instead of 64",
+        said,
+    )
+    assert found is not None, said
+    ranks, size, dim = (each.replace(",", "") for each in found.groups())
+    narrower = [f"--features.{name}.dim={dim}" for name in ("viewer", "video", "channel")]
+    for arguments in (
+        ["--world-size", ranks, "--local-world-size", "8"],
+        ["--world-size", "8", "--local-world-size", "8", f"--features.viewer.max_size={size}"],
+        ["--world-size", "8", "--local-world-size", "8", *narrower, f"--features.viewer_channel.dim={int(dim) // 2}"],
+    ):
+        code, said = run(capsys, *arguments)
+        assert code == 0, said
+
+
+def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from tests.model.examples import LAYOUT
+
+    (tmp_path / "features" / "encoded").mkdir(parents=True)
+    (tmp_path / "features" / "encoded" / "layout.json").write_text(LAYOUT.to_json())
+    work = ["--data.work", str(tmp_path)]
+    code, said = run(capsys, "--world-size", "2", "--local-world-size", "2", "--device", "cpu", *work)
+    assert code == 0, said
+    assert f"of the features in '{tmp_path / 'features'}'" in said
+    assert re.search(r"t3: table_wise \(rank [01]: 200 rows\)", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
+        (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
+        (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+    code, said = run(capsys, *arguments, "--local-world-size", "8")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert message in said
