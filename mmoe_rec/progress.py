@@ -13,3 +13,8 @@ def bar(extra: str = "") -> Progress:
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     columns += [TextColumn(extra)] if extra else []
     return Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
+
+
+def say(text: str) -> None:
+    """A line on stderr, above any bar."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

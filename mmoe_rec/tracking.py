@@ -125,12 +125,13 @@ def open_run(
     run_name: str | None = None,
     run_id: str | None = None,
     key: str | None = None,
+    parent: str | None = None,
     active: bool = True,
 ) -> Iterator[Run]:
     """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
-    key: marks the run from its first moment on; the next one with this key goes on with it. active: False, on every
-    rank but the first, gives a run that records nothing.
+    key: marks the run from its first moment on; the next one with this key goes on with it. parent: id of the open run
+    that this one is a part of. active: False, on every rank but the first, gives a run that records nothing.
 
     Raises:
         UserError: the address can't be used, the experiment was deleted, or there is no such run.
@@ -148,7 +149,13 @@ def open_run(
         started = (
             mlflow.start_run(run_id=run_id)
             if run_id is not None
-            else mlflow.start_run(experiment_id=experiment_id, run_name=run_name, tags=tags)
+            else mlflow.start_run(
+                experiment_id=experiment_id,
+                run_name=run_name,
+                tags=tags,
+                parent_run_id=parent,
+                nested=parent is not None,
+            )
         )
     with started:
         try:
@@ -156,6 +163,13 @@ def open_run(
         except StoppedError:
             mlflow.end_run("KILLED")
             raise
+
+
+def mark_killed(uri: str, run_id: str) -> None:
+    """Says of a run that was left open that it was killed."""
+    mlflow = _connect(uri)
+    with _calling(uri):
+        mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 
 def _run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:

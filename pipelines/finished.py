@@ -14,10 +14,16 @@ from mmoe_rec.settings import Settings
 if TYPE_CHECKING:
     from mmoe_rec.training.validation import Validation
 
+CHALLENGER = "challenger"  # alias of a model that is no better than the one it was started from
+
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the artifact folder and the address in the registry; whether it was at its end before."""
+    """A finished training: the artifact folder and the address in the registry.
+
+    started_from: validation of the model that it was started from; promoted: whether it is better than that one;
+    before: whether it was at its end before.
+    """
 
     artifact: Path
     address: str
@@ -25,6 +31,8 @@ class Trained:
     best_step: int
     rows_per_s: float
     waiting: float
+    started_from: Validation | None = None
+    promoted: bool = True
     before: bool = False
 
 
@@ -36,6 +44,8 @@ class Finished:
     best_step: int
     rows_per_s: float
     waiting: float
+    alias: str
+    started_from: dict[str, Any] | None = None
 
     @staticmethod
     def read(folder: Path) -> Finished | None:
@@ -61,10 +71,12 @@ class Finished:
         """With the places of the model."""
         from mmoe_rec.training.validation import Validation
 
-        address = f"models:/{settings.registered_model}@{settings.tracking.alias}"
+        address = f"models:/{settings.registered_model}@{self.alias}"
         best = Validation.from_dict(self.best)
         artifact = Path(settings.data.work) / "model"
-        return Trained(artifact, address, best, self.best_step, self.rows_per_s, self.waiting)
+        before = None if self.started_from is None else Validation.from_dict(self.started_from)
+        promoted = self.alias != CHALLENGER
+        return Trained(artifact, address, best, self.best_step, self.rows_per_s, self.waiting, before, promoted)
 
 
 def training_key(folder: Path, new: bool) -> str:

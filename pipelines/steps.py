@@ -17,7 +17,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.steps import BuildOptions, Logs
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
-from pipelines.finished import Finished, Trained, training_key
+from pipelines.finished import CHALLENGER, Finished, Trained, training_key
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +177,14 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     model = build_model(layout, settings.model, plain_tables(layout))
     load_plain(model, result.best_checkpoint)
     write_artifact(work / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
-    tracking.register(run, work / "model", settings.registered_model, settings.tracking.alias)
-    finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting)
+    before = dict(result.history).get(0)
+    select_by = settings.training.select_by
+    better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
+    alias = settings.tracking.alias if better else CHALLENGER
+    run.set_tags({"promoted": better})
+    tracking.register(run, work / "model", settings.registered_model, alias)
+    started_from = None if before is None else before.to_dict()
+    finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
     finished.write(work / "checkpoints")
     return finished.trained(settings)
 

@@ -10,7 +10,8 @@ it to `data.work`/model and registers it in MLflow. One process or many, CPU or 
 in every command that a cluster repeats. SIGTERM and Ctrl-C write a checkpoint and end with exit code 75.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
-`python -m pipelines.features --extend`); optimizers start afresh.
+`python -m pipelines.features --extend`); optimizers start afresh. Only a model that does better on the validation rows
+than the one that it was started from takes over the alias; another one is registered as its challenger.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import exit_with_message
 from pipelines.command import read_command
+
+if TYPE_CHECKING:
+    from mmoe_rec.training.validation import Validation
 
 
 @exit_with_message()
@@ -34,12 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if trained.before:
         print("this training has come to its end before; without --resume another one begins")
-    best = ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in trained.best.flat().items())
-    print(f"best validation, at step {trained.best_step}: {best}")
+    if trained.started_from is not None:
+        print(f"validation of the model that it was started from: {_text(trained.started_from)}")
+    print(f"best validation, at step {trained.best_step}: {_text(trained.best)}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     print(f"model: {trained.artifact}, registered as {trained.address}")
+    if not trained.promoted:
+        print(f"it does no better than the model it was started from: '{settings.tracking.alias}' stays where it was")
     options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
     print(f"next: python -m pipelines.evaluate {options}")
+
+
+def _text(validation: Validation) -> str:
+    return ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in validation.flat().items())
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

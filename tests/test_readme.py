@@ -43,6 +43,12 @@ EXERCISED_BY = {
     "python -m pipelines.train --config configs/complete_journey.yaml --resume": (
         "pipelines/test_resume.py::test_kills_change_nothing"
     ),
+    "python -m pipelines.tune --config configs/complete_journey.yaml --trials 20": (
+        "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with"
+    ),
+    "python -m pipelines.plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80": (
+        "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards"
+    ),
     "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": (
         "pipelines/test_commands.py::test_torchrun_says_everything_once"
     ),

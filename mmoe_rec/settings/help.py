@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mmoe_rec.schema import EventLog, Task
 from mmoe_rec.settings.messages import feature_kinds, without_none
-from mmoe_rec.settings.sections import Data, Settings
+from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
 
 
 def describe() -> str:
@@ -34,6 +34,9 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         elif name == "events" and model is Data:
             yield f"\ndata.events.NAME: {(EventLog.__doc__ or '').strip()}"
             yield from _describe(EventLog, "data.events.NAME.")
+        elif name == "search" and model is Tuning:
+            yield f"\ntuning.search.SETTING: {(Search.__doc__ or '').strip()}"
+            yield from _describe(Search, "tuning.search.SETTING.")
         elif name == "features":
             for kind, section in feature_kinds().items():
                 yield f"\nfeatures.NAME (kind: {kind}): {(section.__doc__ or '').strip()}"
@@ -53,10 +56,9 @@ def _default(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     """A type as a user would say it."""
     simple = {int: "whole number", float: "number", str: "text", bool: "true or false", datetime: "time"}
+    simple |= {type(None): "null", Any: "value"}
     if annotation in simple:
         return simple[annotation]
-    if annotation is type(None):
-        return "null"
     parts = typing.get_args(annotation)
     match typing.get_origin(annotation):
         case typing.Literal:

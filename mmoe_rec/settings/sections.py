@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -172,6 +172,42 @@ class Tracking(Section):
     alias: str = Field("champion", description="alias that a newly registered model gets")
 
 
+class Search(Section):
+    """Values that tuning tries for one setting: `choices`, or all between `low` and `high`."""
+
+    choices: tuple[Any, ...] | None = Field(None, min_length=1, description="the values to choose from")
+    low: int | float | None = Field(None, description="lowest number; whole numbers only where both ends are whole")
+    high: int | float | None = Field(None, description="highest number")
+    log: bool = Field(False, description="try numbers evenly by their logarithm, as suits learning rates")
+
+    @model_validator(mode="after")
+    def _check_one_kind(self) -> Search:
+        ends = self.low is not None and self.high is not None
+        if ends == (self.choices is not None) or ((self.low is None) != (self.high is None)):
+            raise ValueError("give either `choices`, or both `low` and `high`")
+        if self.low is not None and self.high is not None:
+            if self.low >= self.high:
+                raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+            if self.log and self.low <= 0:
+                raise ValueError(f"low ({self.low}) must be above 0 where log is true")
+        return self
+
+
+class Tuning(Section):
+    """The search for better settings by `python -m pipelines.tune`."""
+
+    search: dict[str, Search] = Field({}, description="name of a setting of model or training -> values to try")
+    startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
+
+    @field_validator("search")
+    @classmethod
+    def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
+        for name in search:
+            if name.partition(".")[0] not in ("model", "training"):
+                raise ValueError(f"'{name}' is no setting of model or training, such as training.learning_rate")
+        return search
+
+
 class Settings(Section):
     """All settings of one data set."""
 
@@ -186,6 +222,7 @@ class Settings(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    tuning: Tuning = Tuning()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -57,7 +57,8 @@ LogMetrics = Callable[[dict[str, float], int], None]
 class TrainingResult:
     """What a training gave. rows_per_s counts all ranks, without validation; waiting is the share of that time.
 
-    best_checkpoint: its folder; skipped: steps left out because their loss was not finite.
+    history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder;
+    skipped: steps left out because their loss was not finite.
     """
 
     plan: str
@@ -77,6 +78,7 @@ class Trainer:
 
     log_metrics: called with metrics and the step; on rank 0 it may write them down. warm_start: the weights to start
     from, by default random ones. resume: a checkpoint to go on from instead. origin: what checkpoints say of it all.
+    watch: called with each validation and its step; what it raises ends the training.
 
     Raises:
         UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -93,9 +95,10 @@ class Trainer:
         warm_start: WarmStart | None = None,
         resume: Checkpoint | None = None,
         origin: Origin = Origin(),  # noqa: B008 - it is frozen
+        watch: Callable[[Validation, int], None] | None = None,
     ) -> None:
         self.settings, self.device, self.origin = settings, device, origin
-        self.log_metrics = log_metrics
+        self.log_metrics, self.watch = log_metrics, watch
         self.layout: Layout = prepared.layout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
@@ -107,6 +110,8 @@ class Trainer:
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
+        if warm_start is not None or (resume is not None and resume.state.step == 0):
+            self.validate_at.add(0)  # the model that is started from, to be compared with
         self.stop = StopRequest()
         self.steps = Steps(
             self.sharded,
@@ -187,8 +192,11 @@ class Trainer:
         return result
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
-        if self._validation_is_due() and not self._validate(meter):
-            self._save_and_stop()
+        if self._validation_is_due():
+            if not self._validate(meter):
+                self._save_and_stop()
+            if self.result.steps == 0:
+                self._save()
         ahead = Prefetch(self._batches(self.reader, self.position, self.settings.epochs))
         with contextlib.closing(iter(ahead)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
@@ -244,7 +252,7 @@ class Trainer:
         self.log_metrics(metrics, self.result.steps)
 
     def _validation_is_due(self) -> bool:
-        last = self.result.history[-1][0] if self.result.history else 0
+        last = self.result.history[-1][0] if self.result.history else -1
         return self.result.steps in self.validate_at and last < self.result.steps
 
     def _validate(self, meter: Meter) -> bool:
@@ -261,6 +269,8 @@ class Trainer:
         result = self.result
         result.history.append((result.steps, found))
         self.log_metrics(found.flat(), result.steps)
+        if self.watch is not None:
+            self.watch(found, result.steps)
         select_by = self.settings.select_by
         if result.best is None or found.objective(select_by, self.layout) > result.best.objective(
             select_by, self.layout

@@ -94,7 +94,8 @@ def peers_environment(folder: Path) -> str:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-    needed = [*PEERS.values(), f"torch=={torch.__version__.partition('+')[0]}"]
+    # DeepCTR-Torch imports requests and pip, which it does not ask for.
+    needed = [*PEERS.values(), "requests", "pip", f"torch=={torch.__version__.partition('+')[0]}"]
     subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *needed], check=True)
     return str(python)
 

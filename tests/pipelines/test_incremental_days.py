@@ -161,3 +161,28 @@ def test_features_without_training_rows_are_not_trained_on(
     assert "  train: no rows" in printed
     told = _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
     assert "have no train rows: they were extended by new rows only" in told
+
+
+def test_the_better_model_takes_the_alias(days: Days) -> None:
+    lines = days.printed["warm"].splitlines()
+    before = next(line for line in lines if line.startswith("validation of the model that it was started from: "))
+    client = mlflow.MlflowClient(days.uri)
+    run_id = client.get_model_version_by_alias("learnable", "champion").run_id
+    found = [client.get_metric_history(run_id, f"validation.{task}.auc") for task in ("click", "liked")]
+    assert {each[0].step for each in found} == {0}
+    assert f"click.auc {found[0][0].value:.4f}, liked.auc {found[1][0].value:.4f}" in before
+    first, *later = (click.value + liked.value for click, liked in zip(*found, strict=True))
+    assert max(later) > first
+    assert client.get_run(run_id).data.tags["promoted"] == "True"
+
+
+def test_a_model_that_is_no_better_is_a_challenger(days: Days, capsys: pytest.CaptureFixture) -> None:
+    client = mlflow.MlflowClient(days.uri)
+    champion = client.get_model_version_by_alias("learnable", "champion").version
+    rates = ["--training.learning_rate", "1e-12", "--training.table_learning_rate", "1e-12"]
+    train.main(["--config", str(days.config), "--from", "models:/learnable@champion", *rates])
+    said = capsys.readouterr().out
+    assert "it does no better than the model it was started from: 'champion' stays where it was" in said
+    assert "registered as models:/learnable@challenger" in said
+    assert client.get_model_version_by_alias("learnable", "champion").version == champion
+    assert int(client.get_model_version_by_alias("learnable", "challenger").version) == int(champion) + 1
