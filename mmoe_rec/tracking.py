@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -198,7 +199,7 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
     uri, unread = mlflow.get_tracking_uri(), io.StringIO()
-    with _calling(uri), redirect_stderr(unread), tempfile.TemporaryDirectory() as scratch:
+    with _calling(uri), redirect_stderr(unread), _no_bytecode(), tempfile.TemporaryDirectory() as scratch:
         arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
@@ -310,6 +311,16 @@ def _calling(uri: str, address: str | None = None) -> Iterator[None]:
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
     except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
         raise UserError(f"MLflow at '{uri}' can't be used: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow tries a model out where it lies, which would leave compiled files of this Python in it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 @contextmanager
