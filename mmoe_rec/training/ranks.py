@@ -19,6 +19,7 @@ from mmoe_rec.errors import UserError
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
 SECONDS_TO_ANSWER = 10.0
+_SECONDS_TO_LET_GO = 0.05
 _DAYS_FOR_FEATURES = timedelta(days=7)
 _SIGNS_OF_LOSS = ("gloo", "connection", "timed out", "timeout", "nccl", "socket")
 
@@ -73,8 +74,10 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
         with _silenced(), _naming_lost(ranks):
             yield ranks
     finally:
-        # Without this a rank can abort at exit.
+        # Without both, a rank can abort at exit: a thread of gloo that still has to let go of the last tensors needs
+        # the interpreter's lock for it, and is ended in the middle. Sleeping gives it the lock.
         dist.destroy_process_group()
+        time.sleep(_SECONDS_TO_LET_GO)
 
 
 @contextlib.contextmanager
