@@ -33,3 +33,11 @@ def read_command(
     overrides += ["--data.skip_bad_files", "true"] if arguments.skip_bad_files else []
     arguments.overrides = overrides
     return arguments, load_settings(arguments.config, overrides)
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, for an argument's `type`."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.command import read_command
+from pipelines.command import count, read_command
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world-size", type=_count, required=True, metavar="N", help="processes, one for each GPU")
-    parser.add_argument("--local-world-size", type=_count, required=True, metavar="N", help="of these, on each machine")
+    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="processes, one for each GPU")
+    parser.add_argument("--local-world-size", type=count, required=True, metavar="N", help="of these, on each machine")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--hbm-gib", type=float, default=80, metavar="X", help="memory of a GPU (default: %(default)s)")
     parser.add_argument(
@@ -77,13 +77,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="what a process reaches in bf16 products (default: 100; CPU: 0.4)"
     )
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 def _layout(settings: Settings) -> tuple[Layout, str]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.settings import Settings, load_settings
-from pipelines.command import read_command
+from pipelines.command import count, read_command
 
 
 @exit_with_message()
@@ -48,14 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trials", type=_count, default=20, metavar="N", help="trials in all (default: %(default)s)")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    parser.add_argument("--trials", type=count, default=20, metavar="N", help="trials in all (default: %(default)s)")
 
 
 if __name__ == "__main__":
