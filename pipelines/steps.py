@@ -100,9 +100,8 @@ def _train(
     if checkpoint is not None:
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
-    experiment = settings.tracking.experiment or settings.name
     key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
-    with tracking.open_run(settings.tracking.uri, experiment, run_id=run_id, key=key, active=first) as run:
+    with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
         _log_start(run, settings, prepared)
         if first and start is not None and checkpoint is None:
             # An alias such as `champion` will point at the new model soon.
@@ -244,8 +243,7 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
 
     layout = evaluated.scored.layout
     run_id = tracking.run_of(address, settings.tracking.uri)
-    experiment = settings.tracking.experiment or settings.name
-    with tracking.open_run(settings.tracking.uri, experiment, run_name="evaluation", run_id=run_id) as run:
+    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
         for task in layout.tasks:

@@ -77,8 +77,8 @@ class Study:
 
         Raises UserError where no trial came to its end, or several in a row failed.
         """
-        tuning, name = self.settings.tracking, self.settings.tracking.experiment or self.settings.name
-        with tracking.open_run(tuning.uri, name, run_name="tuning", key=f"tuning-{self.key}") as run:
+        uri, experiment = self.settings.tracking.uri, self.settings.experiment
+        with tracking.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}") as run:
             assert run.run_id is not None
             self._forget_killed()
             failures = 0
@@ -141,10 +141,10 @@ class Study:
 
         device = pick_device(settings.training.device)
         layout, select_by = self.prepared.layout, settings.training.select_by
-        name, uri = settings.tracking.experiment or settings.name, settings.tracking.uri
+        uri, experiment = settings.tracking.uri, settings.experiment
         with (
             process_group(device, settings.training.timeout_minutes),
-            tracking.open_run(uri, name, run_name=f"trial {trial.number + 1}", parent=parent) as run,
+            tracking.open_run(uri, experiment, run_name=f"trial {trial.number + 1}", parent=parent) as run,
         ):
             trial.set_user_attr("run_id", run.run_id)
             run.log_params(settings.model_dump(mode="json", include={"model", "training"}))

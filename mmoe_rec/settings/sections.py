@@ -242,6 +242,11 @@ class Settings(Section):
         )
 
     @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment."""
+        return self.tracking.experiment or self.name
+
+    @property
     def registered_model(self) -> str:
         """Name in the MLflow registry."""
         return self.tracking.registered_model or self.name
