@@ -8,10 +8,10 @@ shared_bottom  one expert, on which both towers sit, as wide as gives it as many
 omoe           8 experts of 16 units and one gate for both tasks;
 mmoe           8 experts of 16 units and a gate for each task.
 
-The paper's: 100 inputs, experts, towers of 8 units, no shared layer below, Adam at the best of three learning rates.
-It does not say c, m (nor how a and b are drawn), the batch, the number of steps, or how many rows there are; c = .3,
-m = 5 and N(0, 1) are those of others who rebuilt it, and here every step has rows never seen before. It trains a cell
-200 times; here it is once a seed. Towers have this project's SiLU between their layers.
+From the paper: 100 inputs, ReLU experts, towers of 8 units, no shared layer below, Adam at the best of three learning
+rates, 200 trainings a cell (here one for each seed). It does not say c, m, how a and b are drawn, the batch, the number
+of steps and of rows: c = .3, m = 5 and N(0, 1) are those of others who rebuilt it, and here every step has rows never
+seen before. Towers have this project's SiLU.
 
 Within a seed, all arms and correlations see the same inputs and noise in the same order, so arms are compared seed by
 seed. The learning rate of an arm at a correlation is the one with the lowest mean loss over seeds of their own. A loss
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.allocation import freed_memory_kept
-from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.mmoe import build_mixture
 from mmoe_rec.settings import Model
 from tests.benchmarks.correlated_tasks import NOISE_VARIANCE, CorrelatedTasks
 from tests.benchmarks.many_trainings import ManyTrainings
@@ -46,7 +46,7 @@ from tests.benchmarks.many_trainings import ManyTrainings
 INPUTS, TASKS, EXPERTS, EXPERT_UNITS, TOWER_UNITS = 100, 2, 8, 16, 8
 CORRELATIONS = (0.0, 0.5, 0.9, 1.0)
 LEARNING_RATES = (1e-4, 1e-3, 1e-2)
-PAIRS = (("mmoe", "shared_bottom"),)
+PAIRS = (("mmoe", "shared_bottom"), ("mmoe", "omoe"), ("omoe", "shared_bottom"))
 UNSEEN_ROWS = 2000
 STEPS_A_CHECK = 50
 RESAMPLES = 10_000
@@ -74,49 +74,35 @@ class MixtureOnInputs(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.mixture = build(model)
+        self.mixture = build_mixture(INPUTS, (), 0, TASKS, model)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, D) -> (N, 2)."""
-        logits: Tensor = self.mixture(inputs, inputs[:, :0])[0]
+        logits: Tensor = self.mixture(inputs, inputs[:, :0]).logits
         return logits
-
-
-def build(model: Model) -> Mixture:
-    """The mixture of two tasks that settings describe."""
-    return Mixture(
-        INPUTS,
-        (),
-        0,
-        TASKS,
-        bottom_units=model.bottom.units,
-        bottom_dropout=0.0,
-        cross_layers=0,
-        cross_rank=1,
-        expert_count=model.experts.count,
-        expert_units=model.experts.units,
-        gate_dropout=0.0,
-        tower_units=model.towers.units,
-        placement_units=(),
-        placement_dropout=0.0,
-    )
 
 
 @cache
 def arms() -> dict[str, Model]:
     """Settings of the arms."""
-    mmoe = _settings(EXPERTS, EXPERT_UNITS)
+    mmoe = _settings(EXPERTS, EXPERT_UNITS, per_task=True)
+    one, two = (_settings(1, width, per_task=False) for width in (1, 2))
     # Every unit of the one expert brings as many parameters.
-    narrowest, next_one, wanted = (parameter_count(each) for each in (_settings(1, 1), _settings(1, 2), mmoe))
-    width = 1 + round((wanted - narrowest) / (next_one - narrowest))
-    return {"shared_bottom": _settings(1, width), "mmoe": mmoe}
+    each = parameter_count(two) - parameter_count(one)
+    width = 1 + round((parameter_count(mmoe) - parameter_count(one)) / each)
+    return {
+        "shared_bottom": _settings(1, width, per_task=False),
+        "omoe": _settings(EXPERTS, EXPERT_UNITS, per_task=False),
+        "mmoe": mmoe,
+    }
 
 
-def _settings(experts: int, units: int) -> Model:
+def _settings(experts: int, units: int, per_task: bool) -> Model:
     return Model.model_validate(
         {
             "bottom": {"units": [], "piecewise": False, "cross_layers": 0},
-            "experts": {"count": experts, "units": [units]},
+            "experts": {"count": experts, "units": [units], "activation": "relu"},
+            "gates": {"per_task": per_task},
             "towers": {"units": [TOWER_UNITS]},
         }
     )
@@ -125,9 +111,11 @@ def _settings(experts: int, units: int) -> Model:
 def parameter_count(model: Model) -> int:
     """Parameters that can have an effect: a gate over one expert always gives 1."""
     with torch.device("meta"):
-        mixture = build(model)
-    idle = mixture.gates.parameters() if model.experts.count == 1 else ()
-    return sum(each.numel() for each in mixture.parameters()) - sum(each.numel() for each in idle)
+        mixture = build_mixture(INPUTS, (), 0, TASKS, model)
+    count = sum(each.numel() for each in mixture.parameters())
+    if model.experts.count > 1:
+        return count
+    return count - sum(each.numel() for gates in mixture.gates for each in gates.parameters())
 
 
 def train(cells: Sequence[Cell], seeds: range, sizes: Sizes, what: str) -> dict[Cell, np.ndarray]:

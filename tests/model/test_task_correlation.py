@@ -86,6 +86,7 @@ def test_arms_have_the_papers_sizes():
     assert arms()["shared_bottom"].experts.units == (126,)
     towers = 2 * ((16 * 8 + 8) + (8 + 1))
     assert counts["mmoe"] == 8 * (100 * 16 + 16) + 2 * (100 * 8 + 8) + towers
+    assert counts["omoe"] == counts["mmoe"] - (100 * 8 + 8)
     assert counts["shared_bottom"] == 100 * 126 + 126 + 2 * ((126 * 8 + 8) + (8 + 1))
 
 
