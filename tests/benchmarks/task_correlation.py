@@ -189,13 +189,16 @@ def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def draw_plot(losses: Mapping[Cell, np.ndarray], sizes: Sizes, path: Path) -> None:
-    """For each correlation, mean loss over steps with the middle 80% of seeds, and below it each seed's last loss."""
+    """For each correlation, mean loss over steps with the middle 80% of seeds, and below it the seeds' last losses.
+
+    The dotted line is the loss that noise alone makes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(CORRELATIONS), sharey="row", squeeze=False)
+    panels = figure.subplots(2, len(CORRELATIONS), sharex="row", sharey="row")
     steps = [check.stop for check in _checks(sizes.steps)]
     names = list(arms())
     for cell, each in losses.items():
@@ -204,11 +207,13 @@ def draw_plot(losses: Mapping[Cell, np.ndarray], sizes: Sizes, path: Path) -> No
         curves.plot(steps, each.mean(1), color=colour, label=f"{cell.arm}, {cell.learning_rate:g}")
         curves.fill_between(steps, *np.quantile(each, [0.1, 0.9], axis=1), color=colour, alpha=0.15, linewidth=0)
         curves.set(title=f"p = {cell.correlation:g}", xlabel="step", yscale="log")
-        last.plot(np.sort(each[-1]), (np.arange(each.shape[1]) + 0.5) / each.shape[1], color=colour, label=cell.arm)
-        last.set(xlabel="loss after the last step", xscale="log")
+        last.ecdf(each[-1], color=colour, label=cell.arm)
+        last.set(xlabel="loss after the last step")
         for axes in (curves, last):
             axes.legend(frameon=False, fontsize=8)
             axes.grid(alpha=0.3, which="both")
+    for curves in panels[0]:
+        curves.axhline(NOISE_VARIANCE, color="grey", linestyle=":", linewidth=1)
     panels[0, 0].set_ylabel("mean squared error on unseen rows")
     panels[1, 0].set_ylabel("share of seeds at or below")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,9 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30, help="trainings a cell (default: %(default)s)")
     parser.add_argument(
-        "--tuning-seeds", type=int, default=8, help="trainings a learning rate is chosen by (default: %(default)s)"
+        "--tuning-seeds", type=int, default=6, help="trainings a learning rate is chosen by (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of each training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="rows a step, never repeated (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=0.3, help="c, the length of w1 and w2 (default: %(default)s)")
     parser.add_argument("--sines", type=int, default=5, help="m, sines in a label (default: %(default)s)")
