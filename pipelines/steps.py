@@ -20,7 +20,6 @@ from mmoe_rec.settings import Settings
 from pipelines.finished import CHALLENGER, Finished, Trained, training_key
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from mmoe_rec.evaluation.scoring import Scored
@@ -120,6 +119,9 @@ def _train(
             warm_start,
             checkpoint,
             replace(origin, run_id=run.run_id),
+            watch=lambda found, step: _draw_gates(
+                run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png"
+            ),
         )
         result = trainer.run()
         dist.barrier()
@@ -163,7 +165,6 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
 
 
 def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
-    from mmoe_rec.evaluation.plots import gate_weights_figure
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
@@ -172,7 +173,9 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     work, layout, best = Path(settings.data.work), prepared.layout, result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
-    run.log_figure(gate_weights_figure(_gate_weights(layout, best.experts)), "plots/gate_weights.png")
+    _draw_gates(run, layout, best.experts, "plots/gate_weights.png")
+    findings = best.experts.findings([task.name for task in layout.tasks])
+    run.log_text("\n".join(findings or ["no expert is dead and no gate has collapsed"]) + "\n", "experts.txt")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
@@ -240,7 +243,7 @@ def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
 
 
 def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:
-    from mmoe_rec.evaluation.plots import calibration_figure, gate_weights_figure
+    from mmoe_rec.evaluation.plots import calibration_figure
     from mmoe_rec.evaluation.summary import flatten
 
     layout = evaluated.scored.layout
@@ -253,9 +256,13 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(out / f"calibration_{task.name}.png")
                 run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
-        gates = _gate_weights(layout, evaluated.scored.experts)
-        run.log_figure(gate_weights_figure(gates), "evaluation/gate_weights.png")
+        _draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
 
 
-def _gate_weights(layout: Layout, experts: Utilisation) -> dict[str, np.ndarray]:
-    return {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+def _draw_gates(run: tracking.Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    if run.run_id is None:
+        return  # another rank than the first draws nothing
+    from mmoe_rec.evaluation.plots import gate_weights_figure
+
+    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+    run.log_figure(gate_weights_figure(weights), name)
