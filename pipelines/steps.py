@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
+    from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
 
@@ -109,6 +110,10 @@ def _train(
             # An alias such as `champion` will point at the new model soon.
             origin_run = tracking.run_of(start, settings.tracking.uri)
             run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
+
+        def draw(found: Validation, step: int) -> None:
+            _draw_gates(run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png")
+
         trainer = Trainer(
             prepared,
             settings.model,
@@ -119,9 +124,7 @@ def _train(
             warm_start,
             checkpoint,
             replace(origin, run_id=run.run_id),
-            watch=lambda found, step: _draw_gates(
-                run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png"
-            ),
+            watch=draw,
         )
         result = trainer.run()
         dist.barrier()
