@@ -134,7 +134,7 @@ def logits_and_labels(
     with bar() as progress:
         task = progress.add_task("calibrating", total=rows.rows)
         for part, _ in rows.stream(batch_size):
-            logits.append(model(make_batch(part.encoded, layout, torchrec=False)).numpy())
+            logits.append(model(make_batch(part.encoded, layout, torchrec=False)).logits.numpy())
             labels.append(part.labels)
             progress.advance(task, len(part))
     return np.concatenate(logits), np.concatenate(labels)

@@ -15,6 +15,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
 COLUMNS = ("user", "request", "candidate")
@@ -25,7 +26,7 @@ class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; gates: (T, E) mean gate weights.
+    (N,) log score; experts: how the tasks used them.
     """
 
     layout: Layout
@@ -35,7 +36,7 @@ class Scored:
     predictions: np.ndarray
     labels: np.ndarray
     score: np.ndarray
-    gates: np.ndarray
+    experts: Utilisation
 
     def measure(self) -> EvaluationSums:
         """Sums of all metrics."""
@@ -67,18 +68,17 @@ def score_rows(
     weights = [task.score_weight for task in layout.tasks]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    gates: torch.Tensor | float = 0.0
+    experts = UtilisationSums(model.visible_experts)
     with bar() as progress:
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, COLUMNS):
-            logits, gate_weights = model.forward_with_gates(make_batch(part.encoded, layout, torchrec=False))
-            logits = calibration.apply(logits, names)
+            outputs = model(make_batch(part.encoded, layout, torchrec=False))
+            logits = calibration.apply(outputs.logits, names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
-            gates = gates + gate_weights.double().sum(0)
+            experts.add(outputs)
             tables.append(table)
             progress.advance(task, len(part))
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
-    assert isinstance(gates, torch.Tensor), "encoded rows are never empty"
-    return Scored(layout, users, requests, candidates, predicted, labels, score, (gates / len(score)).numpy())
+    return Scored(layout, users, requests, candidates, predicted, labels, score, experts.result())

@@ -156,8 +156,7 @@ class Ranker:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
         with torch.inference_mode():
-            logits: Tensor = self.model(batch)
-            return self.calibration.apply(logits, self.names)
+            return self.calibration.apply(self.model(batch).logits, self.names)
 
 
 def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:
