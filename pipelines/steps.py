@@ -15,6 +15,7 @@ from mmoe_rec.features.extend import Extended, extend
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from pipelines.finished import CHALLENGER, Finished, Trained, training_key
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
@@ -183,7 +186,16 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
     load_plain(model, result.best_checkpoint)
-    write_artifact(work / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
+    calibration = _calibrate(settings, prepared, model)
+    if calibration.tasks:
+        run.log_dict(calibration.to_dict(), "calibration.json")
+    write_artifact(
+        work / "model",
+        settings=settings,
+        prepared=prepared,
+        state_dict=model.state_dict(),
+        calibration=calibration,
+    )
     before = dict(result.history).get(0)
     select_by = settings.training.select_by
     better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
@@ -194,6 +206,25 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
     finished.write(work / "checkpoints")
     return finished.trained(settings)
+
+
+def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:
+    """The calibration of a trained model on the validation rows; tasks that are left as they are are told of."""
+    from mmoe_rec.model.calibration import UNCALIBRATED
+
+    method = settings.training.calibration
+    if method == "none":
+        return UNCALIBRATED
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.fit_calibration import fit_calibration, logits_and_labels
+
+    layout = prepared.layout
+    rows = EncodedRows(prepared.split("validation"), layout)
+    logits, labels = logits_and_labels(model, layout, rows, settings.evaluation.batch_size)
+    calibration, left = fit_calibration(method, layout.tasks, logits, labels)
+    for sentence in left:
+        say(sentence)
+    return calibration
 
 
 @dataclass(frozen=True)
@@ -216,7 +247,7 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
 
     ranker = Ranker.load(artifact)
     rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
-    scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size)
+    scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size, ranker.calibration)
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
     evaluated = Evaluated(scored, sums, summary)

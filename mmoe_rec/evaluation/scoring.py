@@ -12,6 +12,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
@@ -58,10 +59,12 @@ class Scored:
 
 
 @torch.inference_mode()
-def score_rows(model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int) -> Scored:
+def score_rows(
+    model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int, calibration: Calibration = UNCALIBRATED
+) -> Scored:
     """Scores all rows without placement, in fp32, under a progress bar."""
     model.eval()
-    kinds = [task.kind for task in layout.tasks]
+    kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
     weights = [task.score_weight for task in layout.tasks]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
@@ -70,7 +73,7 @@ def score_rows(model: RankingModel, layout: Layout, rows: EncodedRows, batch_siz
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, COLUMNS):
             outputs = model(make_batch(part.encoded, layout, torchrec=False))
-            logits = outputs.logits
+            logits = calibration.apply(outputs.logits, names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
             tables.append(table)

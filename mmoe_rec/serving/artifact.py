@@ -4,6 +4,7 @@
         model.json             format, name, model section, tasks, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs
         weights.safetensors    float32 weights by name
+        calibration.json       what makes probabilities of the weights' logits, where the model was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
         features/              what encoders have learnt, what counters and histories remember, latest values
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.features.build import Prepared
+    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.settings import Model, Settings
 
 FORMAT = 2
@@ -60,12 +62,20 @@ class Artifact:
     tables_as_of: str
 
 
-def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, state_dict: Mapping[str, Tensor]) -> None:
+def write_artifact(
+    folder: Path,
+    *,
+    settings: Settings,
+    prepared: Prepared,
+    state_dict: Mapping[str, Tensor],
+    calibration: Calibration | None = None,
+) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
     Args:
         prepared: the features that the model was trained on.
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        calibration: of the model's tasks; None leaves their logits as they are.
 
     Raises:
         UserError: a weight is not a finite number.
@@ -84,6 +94,8 @@ def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, stat
         (target / "layout.json").write_text(prepared.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
+        if calibration is not None and calibration.tasks:
+            _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / "example_request.json", example_request(target / "features", about.tables_as_of))
 
 
@@ -114,6 +126,22 @@ def read_artifact(folder: Path) -> Artifact:
         raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
     tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
     return Artifact(tasks=tasks, **tree)
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """The calibration in an artifact folder, which has none where it was not calibrated.
+
+    Raises UserError for a damaged file.
+    """
+    from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+
+    path = folder / "calibration.json"
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return UNCALIBRATED
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

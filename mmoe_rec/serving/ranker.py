@@ -18,10 +18,11 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact
+from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
 from mmoe_rec.serving.request import RequestReader, request_time
@@ -55,16 +56,26 @@ class Ranking:
 
 
 class Ranker:
-    """A loaded model with its features."""
+    """A loaded model with its features and calibration."""
 
-    def __init__(self, about: Artifact, layout: Layout, model: RankingModel, pipeline: FeaturePipeline, features: Path):
+    def __init__(
+        self,
+        about: Artifact,
+        layout: Layout,
+        model: RankingModel,
+        calibration: Calibration,
+        pipeline: FeaturePipeline,
+        features: Path,
+    ):
         self.about = about
         self.layout = layout
         self.model = model.eval()
         self.guarded = GuardedModel(model, [task.name for task in about.tasks])
+        self.calibration = calibration
         self.pipeline = pipeline
         self.reader = RequestReader(pipeline, features, about.max_candidates)
         self.kinds = [task.kind for task in about.tasks]
+        self.names = [task.name for task in about.tasks]
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
@@ -76,7 +87,7 @@ class Ranker:
         if pipeline.layout != layout:
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         model = _load_model(layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        ranker = Ranker(about, layout, model, pipeline, folder / "features")
+        ranker = Ranker(about, layout, model, read_calibration(folder), pipeline, folder / "features")
         # Builds the indexes that encoders make at their first use, so that no request waits for them.
         ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
         return ranker
@@ -155,11 +166,12 @@ class Ranker:
         return values, log_scores, warnings
 
     def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
-        """Logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
+        """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
         if len(rows) > ROWS_AT_A_TIME:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
-        return self.guarded.logits(batch, choice)
+        logits, warnings = self.guarded.logits(batch, choice)
+        return self.calibration.apply(logits, self.names), warnings
 
 
 def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:

@@ -199,6 +199,9 @@ class Training(Section):
     select_by: Literal["auc", "loss"] = Field(
         "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
     )
+    calibration: Literal["none", "temperature", "isotonic"] = Field(
+        "none", description="how probabilities are corrected on the validation rows after training"
+    )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     on_bad_loss: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop with the batch saved, or skip the step and count it"
