@@ -137,6 +137,10 @@ class Training(Section):
     select_by: Literal["auc", "loss"] = Field(
         "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
     )
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed",
+        description="tasks count by their `loss_weight` alone, or by learnt uncertainties (Kendall 2018) as well",
+    )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     on_bad_loss: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop with the batch saved, or skip the step and count it"

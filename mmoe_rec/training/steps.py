@@ -20,6 +20,7 @@ from mmoe_rec.model.tables import used_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import Sharded
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.task_weights import log_variances
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Steps:
             tasks=self._layout.tasks,
             global_counts=shared[:-1],
             world_size=self._ranks,
+            log_variances=log_variances(self._model.module),
         )
         stopping, some_bad = (torch.stack([shared[-1], bad]) > 0).tolist()
         self._now = Step(batch, logits, losses, observed, stopping, "loss" if some_bad else None)
