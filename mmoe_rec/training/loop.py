@@ -130,8 +130,9 @@ class Trainer:
             self._resume(resume)
 
     def _reader(self, prepared: Prepared, split: str, batch_size: int) -> TrainingReader:
+        weighted = self.settings.sampling_correction == "weights"
         return TrainingReader(
-            EncodedRows(prepared.split(split), self.layout),
+            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -221,7 +222,7 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         for rows, position in reader.resume(start, epochs):
-            batch = make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+            batch = make_batch(rows.encoded, self.layout, rows.labels, position, rows.weights, torchrec=True)
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:

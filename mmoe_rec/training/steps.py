@@ -27,9 +27,9 @@ from mmoe_rec.training.task_weights import log_variances
 class Step:
     """A batch that was trained on.
 
-    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of; stopping: whether
-    any rank was asked to stop; bad: what was not finite on some rank, "loss" (then nothing was updated) or "gradient"
-    (then the dense part was not).
+    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of (or the sum of their
+    rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" (then
+    nothing was updated) or "gradient" (then the dense part was not).
     """
 
     batch: Batch
@@ -90,7 +90,7 @@ class Steps:
         self._optimizer.zero_grad()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
-        observed = batch.observed.sum(0)
+        observed = batch.observed_weights
         asked = torch.tensor([self._stop.asked is not None], device=self._device)
         shared = torch.cat([observed, asked.to(observed)])
         added = self._add_up(shared)  # beside the forward pass
@@ -107,6 +107,7 @@ class Steps:
             tasks=self._layout.tasks,
             global_counts=shared[:-1],
             world_size=self._ranks,
+            weights=batch.weights,
             log_variances=log_variances(self._model.module),
         )
         stopping, some_bad = (torch.stack([shared[-1], bad]) > 0).tolist()
