@@ -20,10 +20,13 @@ from mmoe_rec.settings import Settings
 from pipelines.finished import CHALLENGER, Finished, Trained, training_key
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.evaluation.sums import EvaluationSums
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.warm_start import WarmStart
@@ -169,8 +172,7 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     work, layout, best = Path(settings.data.work), prepared.layout, result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
-    gates = {task.name: best.gates[index].numpy() for index, task in enumerate(layout.tasks)}
-    run.log_figure(gate_weights_figure(gates), "plots/gate_weights.png")
+    run.log_figure(gate_weights_figure(_gate_weights(layout, best.experts)), "plots/gate_weights.png")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
@@ -253,5 +255,9 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(out / f"calibration_{task.name}.png")
                 run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
-        gates = {task.name: evaluated.scored.gates[index] for index, task in enumerate(layout.tasks)}
+        gates = _gate_weights(layout, evaluated.scored.experts)
         run.log_figure(gate_weights_figure(gates), "evaluation/gate_weights.png")
+
+
+def _gate_weights(layout: Layout, experts: Utilisation) -> dict[str, np.ndarray]:
+    return {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}

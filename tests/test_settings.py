@@ -180,7 +180,8 @@ def test_a_bad_override(tmp_path, arguments, message):
         ),
         (
             {"model__experts__cuont": 3},
-            "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, units)",
+            "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, task_count, levels, units, "
+            "activation, normalise, raw_inputs, compute)",
         ),
         (
             {"features__item__mincount": 3},
@@ -228,7 +229,7 @@ def test_a_missing_key(tmp_path, changes, message):
     [
         ({"model__experts__count": "many"}, "'model.experts.count' must be a whole number, found 'many'"),
         ({"model__experts__count": 1.5}, "'model.experts.count' must be a whole number, found 1.5"),
-        ({"model__experts__count": 0}, "'model.experts.count' must be at least 1, found 0"),
+        ({"model__experts__count": -1}, "'model.experts.count' must be at least 0, found -1"),
         ({"model__experts__count": 5000}, "'model.experts.count' must be at most 1024, found 5000"),
         ({"model__experts__units": 64}, "'model.experts.units' must be a list, such as [a, b], found 64"),
         ({"model__experts__units": [64, 0]}, "'model.experts.units.1' must be at least 1, found 0"),

@@ -14,6 +14,7 @@ from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
 COLUMNS = ("user", "request", "candidate")
@@ -24,7 +25,7 @@ class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; gates: (T, E) mean gate weights; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where
+    (N,) log score; experts: how the tasks used them; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where
     unobserved; weights: (N,) of the rows, None where all count alike.
     """
 
@@ -35,7 +36,7 @@ class Scored:
     predictions: np.ndarray
     labels: np.ndarray
     score: np.ndarray
-    gates: np.ndarray
+    experts: Utilisation
     outcomes: dict[str, np.ndarray]
     weights: np.ndarray | None = None
 
@@ -79,19 +80,19 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    gates: torch.Tensor | float = 0.0
+    experts = UtilisationSums(model.visible_experts)
     with bar() as progress:
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
-            logits, gate_weights = model.forward_with_gates(make_batch(part.encoded, layout, torchrec=False))
+            outputs = model(make_batch(part.encoded, layout, torchrec=False))
+            logits = outputs.logits
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
-            gates = gates + gate_weights.double().sum(0)
+            experts.add(outputs)
             tables.append(table)
             progress.advance(task, len(part))
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
-    assert isinstance(gates, torch.Tensor), "encoded rows are never empty"
     return Scored(
         layout,
         users,
@@ -100,7 +101,7 @@ def score_rows(
         predicted,
         labels,
         score,
-        (gates / len(score)).numpy(),
+        experts.result(),
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         1 / ids.column("sampling_rate").to_numpy() if weighted else None,
     )

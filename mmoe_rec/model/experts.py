@@ -1,36 +1,86 @@
-"""The shared experts of the mixture (Ma et al., KDD 2018): E small networks of one shape on one hidden vector."""
+"""The experts of the mixture (Ma et al., KDD 2018): E small networks of one shape on one hidden vector."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.model.grouped import Dispatch, combine, grouped_linear
+from mmoe_rec.model.precision import for_products
 from mmoe_rec.model.stacked import StackedLinear
+
+Activation = Literal["silu", "relu"]
+Compute = Literal["auto", "dense", "grouped"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "relu": functional.relu}
+# Grouped products are worth it while rows are sent to at most this share of the experts (measured, see
+# tests/benchmarks/experts.py).
+GROUPED_BELOW = 0.5
 
 
 class Experts(nn.Module):
-    """E networks of linear layers, each followed by SiLU.
+    """E networks of linear layers, each followed by the activation; normalise: then each output to mean 0, variance 1.
 
-    SiLU rather than ReLU: HoME (Kuaishou, 2024) found ReLU experts more than 90% zeros.
+    HoME (Kuaishou, 2024) found ReLU experts more than 90% zeros and of different scales: hence SiLU, and normalising.
+
+    compute: `dense` runs all experts on all rows in few large products, `grouped` each on the rows sent to it, `auto`
+    whichever is faster for the share of experts in use.
     """
 
-    def __init__(self, count: int, inputs: int, units: Sequence[int]) -> None:
+    def __init__(
+        self,
+        count: int,
+        inputs: int,
+        units: Sequence[int],
+        activation: Activation = "silu",
+        normalise: bool = False,
+        compute: Compute = "auto",
+    ) -> None:
         super().__init__()
         assert count > 0, "a mixture needs at least one expert"
         assert units, "an expert needs at least one layer"
-        self.count = count
+        self.count, self.outputs = count, units[-1]
+        self.activation, self.normalise, self.compute = activation, normalise, compute
         widths = [inputs, *units]
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, H) -> (B, E, U), the last of `units` wide."""
+        """(B, H) -> (B, E, U), the last of `units` wide: every expert on every row."""
+        activate = ACTIVATIONS[self.activation]
         first, *others = self.layers
         assert isinstance(first, StackedLinear)
-        parts = list(functional.silu(first.shared(hidden)).chunk(self.count, dim=1))
+        parts = list(activate(first.shared(hidden)).chunk(self.count, dim=1))
         for layer in others:
-            parts = [functional.silu(part) for part in layer(parts)]
-        return torch.stack(parts, dim=1)
+            parts = [activate(part) for part in layer(parts)]
+        return self._normalised(torch.stack(parts, dim=1))
+
+    def sent(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
+        """(B, H) -> (N, U): the outputs of a dispatch's pairs, each expert on the rows sent to it."""
+        activate = ACTIVATIONS[self.activation]
+        x = for_products(hidden).index_select(0, dispatch.rows)
+        for layer in self.layers:
+            assert isinstance(layer, StackedLinear)
+            weight, bias = for_products(layer.weight), for_products(layer.bias)
+            x = activate(grouped_linear(x, weight, bias, dispatch.counts))
+        return self._normalised(x)
+
+    def mix(self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False) -> Tensor:
+        """(B, H), weights (B, G, E) float32 -> (B, G, U), the experts' weighted sum for each gate.
+
+        used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert on rows
+        that use it only, whatever `compute` says.
+        """
+        if used is not None and (alone or self.compute != "dense"):
+            dispatch = Dispatch.of(used)
+            if alone or self.compute == "grouped" or len(dispatch) <= GROUPED_BELOW * used.numel():
+                return combine(self.sent(hidden, dispatch), weights, dispatch)
+        experts = self(hidden)
+        return torch.bmm(weights.to(experts.dtype), experts)
+
+    def _normalised(self, outputs: Tensor) -> Tensor:
+        return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs

@@ -1,33 +1,170 @@
-"""Soft gates, one per task (Ma et al., KDD 2018), with gate dropout (Zhao et al., RecSys 2019)."""
+"""The gates: which experts a row is sent to for each task, and with which weights.
+
+soft          a softmax over all experts (Jacobs et al., 1991), one gate a task (Ma et al., KDD 2018);
+top_k         the k largest of it, the others 0 (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022);
+expert_choice each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022);
+shared_route  one router picks k experts for all tasks, and each task's gate weighs these: exactly k are computed a row.
+
+The softmax comes first. The weights of the chosen are divided by their sum, but not at k = 1 of a model that trains so:
+the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
+
+Gate dropout: each expert is left out of a gate with some probability in training, then the rest is renormalised (Zhao
+et al., RecSys 2019).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mmoe_rec.model.routing import Routing, chosen_by_experts, kept, largest, masked_softmax
+from mmoe_rec.model.stacked import StackedLinear
 
-class SoftGates(nn.Module):
-    """One softmax over E experts for each of T tasks, all computed by one linear layer."""
+RoutingKind = Literal["soft", "top_k", "expert_choice", "shared_route"]
+# An added expert's logits begin so far below their own value, then rise to it.
+RAMP = 10.0
 
-    def __init__(self, inputs: int, tasks: int, experts: int, dropout: float = 0.0) -> None:
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How gates choose.
+
+    top_k: experts a row and gate in training; random_top_k: draw 1 to top_k of them at each step instead;
+    serving_top_k: outside training, None is as in training; dropout: probability of leaving an expert out in training;
+    noise: standard deviation of what is added to logits in training.
+    """
+
+    kind: RoutingKind = "soft"
+    top_k: int = 2
+    random_top_k: bool = False
+    serving_top_k: int | None = None
+    dropout: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def trains_at_one(self) -> bool:
+        """Whether training ever sends rows to a single expert, so that its weight is its probability."""
+        return self.kind in ("top_k", "shared_route") and (self.top_k == 1 or self.random_top_k)
+
+
+class Gates(nn.Module):
+    """G gates over E experts, all computed by one product.
+
+    State: linear (G, E, inputs); route (1, E, inputs) of a shared route; masked (E,) bool, experts that are out of use;
+    ramp (E,) float32, 1 for an added expert that has not begun to be used and 0 for one that has wholly; selection_bias
+    (E,) float32, added where experts are chosen but not to their weights (Wang et al., 2024: loss-free balancing).
+
+    visible: (G, E) bool, the experts that a gate may use at all.
+    """
+
+    def __init__(self, inputs: int, visible: Tensor, rule: RoutingRule) -> None:
         super().__init__()
-        self.tasks = tasks
-        self.experts = experts
-        self.dropout = dropout
-        self.linear = nn.Linear(inputs, tasks * experts)
+        gates, experts = visible.shape
+        self.rule = rule
+        self.linear = StackedLinear(gates, inputs, experts)
+        self.route = StackedLinear(1, inputs, experts) if rule.kind == "shared_route" else None
+        self.visible: Tensor
+        self.masked: Tensor
+        self.ramp: Tensor
+        self.selection_bias: Tensor
+        self.register_buffer("visible", visible.clone(), persistent=False)
+        self.register_buffer("masked", torch.zeros(experts, dtype=torch.bool))
+        self.register_buffer("ramp", torch.zeros(experts))
+        self.register_buffer("selection_bias", torch.zeros(experts))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, H) -> weights (B, T, E) float32 that sum to 1 over the experts."""
-        logits = self.linear(hidden).float().unflatten(1, (self.tasks, self.experts))
-        if self.training and self.dropout > 0:
-            keep = torch.rand_like(logits) >= self.dropout
-            logits = logits.masked_fill(~keep_some(keep), float("-inf"))
-        return logits.softmax(-1)
+    def forward(self, inputs: Tensor | list[Tensor], top_k: int | None = None, usable: Tensor | None = None) -> Routing:
+        """One input (B, inputs) for all gates, or one for each -> where the rows go.
+
+        top_k: experts a row and gate, instead of the rule's, outside training; usable: (E,) bool, the only experts that
+        may be used, on top of those that are masked. Raises ValueError for expert choice outside training without a k.
+        """
+        logits = self._logits(inputs)
+        allowed = self._allowed(usable)
+        if self.route is None:
+            return self._by_gate(logits, allowed, top_k)
+        assert isinstance(inputs, Tensor), "a shared route has one input"
+        return self._by_route(self.route.shared(inputs).float().unsqueeze(1), logits, allowed, top_k)
+
+    def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """(B, G, E) float32."""
+        if isinstance(inputs, Tensor):
+            return self.linear.shared(inputs).float().unflatten(1, self.visible.shape)
+        return torch.stack(self.linear(inputs), dim=1).float()
+
+    def _allowed(self, usable: Tensor | None) -> Tensor:
+        """(G, E) bool."""
+        allowed = self.visible & ~(self.masked | (self.ramp >= 1))
+        return allowed if usable is None else allowed & usable
+
+    def _by_gate(self, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
+        probabilities, normalisers = self._probabilities(logits, allowed)
+        k = self._k(top_k)
+        if k is None:
+            return Routing(probabilities, probabilities, None, normalisers)
+        if self.training and self.rule.kind == "expert_choice":
+            selected = chosen_by_experts(probabilities, k)
+        else:
+            selected = largest(probabilities, k, self.selection_bias)
+        return Routing(kept(probabilities, selected, self._renormalise(k)), probabilities, selected, normalisers)
+
+    def _by_route(self, route: Tensor, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
+        probabilities, normalisers = self._probabilities(route, allowed[:1])
+        k = self._k(top_k)
+        assert k is not None, "a shared route always chooses"
+        selected = largest(probabilities, k, self.selection_bias)
+        # The route's logits are part of the weights, or it would get no gradient.
+        weights = masked_softmax(logits + route, selected)
+        if not self._renormalise(k):
+            weights = weights * kept(probabilities, selected, renormalise=False).sum(-1, keepdim=True)
+        return Routing(weights, probabilities, selected, normalisers)
+
+    def _probabilities(self, logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over what may be used (B, G, E), and the logits' logsumexp (B, G)."""
+        normalisers = logits.masked_fill(~self.visible[: logits.shape[1]], float("-inf")).logsumexp(-1)
+        logits = logits - RAMP * self.ramp
+        if self.training and self.rule.noise > 0:
+            logits = logits + self.rule.noise * torch.randn_like(logits)
+        if self.training and self.rule.dropout > 0:
+            allowed = keep_some(torch.rand_like(logits) >= self.rule.dropout, allowed)
+        return masked_softmax(logits, allowed), normalisers
+
+    def _k(self, asked: int | None) -> int | None:
+        """Experts a row and gate; None is all."""
+        rule = self.rule
+        if not self.training:
+            k = rule.serving_top_k if asked is None else asked
+            if k is None and rule.kind == "expert_choice":
+                raise ValueError("expert choice depends on which rows are scored together: it needs a k to score with")
+            if k is not None:
+                return k
+        if rule.kind == "soft":
+            return None
+        if self.training and rule.random_top_k:
+            return int(torch.randint(1, rule.top_k + 1, ()))
+        return rule.top_k
+
+    def _renormalise(self, k: int) -> bool:
+        return k > 1 or not self.rule.trains_at_one
+
+    @torch.no_grad()
+    def after_step(self, loads: Tensor, bias_rate: float, ramp_steps: int) -> None:
+        """Nudges the selection bias towards the mean load, and lets added experts in a little more.
+
+        loads: (E,) of the step, over all ranks; bias_rate: what the bias of an expert changes by, 0 leaves it;
+        ramp_steps: steps until an added expert is in.
+        """
+        if bias_rate > 0:
+            self.selection_bias += bias_rate * (loads.mean() - loads).sign()
+        self.ramp.sub_(1 / ramp_steps).clamp_(min=0)
 
 
-def keep_some(keep: Tensor) -> Tensor:
-    """A mask (..., E) bool in which a gate that lost all its experts keeps them all.
+def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
+    """What is kept (..., E) bool of what is allowed, or all that is allowed where nothing of it would be kept.
 
     A softmax over the kept experts' logits equals the dropped and renormalised softmax; with none kept it would be NaN.
     """
-    return keep | ~keep.any(-1, keepdim=True)
+    kept_here = keep & allowed
+    return torch.where(kept_here.any(-1, keepdim=True), kept_here, allowed)

@@ -1,8 +1,9 @@
 """The ranking model: tables, shared bottom, experts, one gate and tower per task, and the placement tower.
 
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
-2019): experts and gates sit on a shared hidden layer, never on the wide input. Shapes: B rows, H hidden width, E
-experts, U expert width, P placement width, T tasks.
+2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code by other
+settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
+levels. Shapes: B rows, H hidden width, E experts, U expert width, P placement width, T tasks.
 
 The concatenated inputs are not normalised: dense inputs arrive standardised and embeddings start small, so that an
 unseen id adds next to nothing; a LayerNorm across them would let one outlying number rescale all others.
@@ -11,7 +12,7 @@ unseen id adds next to nothing; a LayerNorm across them would let one outlying n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.bottom import Bottom
-from mmoe_rec.model.experts import Experts
-from mmoe_rec.model.gates import SoftGates
+from mmoe_rec.model.gates import Gates, RoutingRule
+from mmoe_rec.model.levels import Level
 from mmoe_rec.model.precision import for_products
+from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name
 from mmoe_rec.model.towers import PlacementTower, Towers
 
@@ -33,81 +35,82 @@ if TYPE_CHECKING:
 torch.fx.wrap("by_name")
 
 
+class Outputs(NamedTuple):
+    """Of B rows: logits (B, T) float32, and where each level of experts sent them, the last level's routing last."""
+
+    logits: Tensor
+    routings: tuple[Routing, ...]
+
+    @property
+    def gate_weights(self) -> Tensor:
+        """(B, T, E) float32, what the gates that tasks read give each expert."""
+        return self.routings[-1].weights
+
+
 class Mixture(nn.Module):
-    """The dense part: from concatenated inputs to logits."""
+    """The dense part: from concatenated inputs to logits.
+
+    raw_inputs: experts of the first level read the inputs of the bottom besides its output.
+    """
 
     def __init__(
         self,
-        inputs: int,
-        edges: Sequence[Sequence[float]],
-        placement_inputs: int,
-        tasks: int,
-        *,
-        bottom_units: Sequence[int],
-        bottom_dropout: float,
-        cross_layers: int,
-        cross_rank: int,
-        expert_count: int,
-        expert_units: Sequence[int],
-        gate_dropout: float,
-        tower_units: Sequence[int],
-        placement_units: Sequence[int],
-        placement_dropout: float,
+        bottom: Bottom,
+        levels: Sequence[Level],
+        towers: Towers,
+        placement: PlacementTower | None,
+        raw_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self.bottom = Bottom(inputs, edges, bottom_units, bottom_dropout, cross_layers, cross_rank)
-        self.experts = Experts(expert_count, self.bottom.outputs, expert_units)
-        self.gates = SoftGates(self.bottom.outputs, tasks, expert_count, gate_dropout)
-        self.towers = Towers(tasks, expert_units[-1], tower_units)
-        self.placement = (
-            PlacementTower(placement_inputs, tasks, placement_units, placement_dropout) if placement_inputs else None
-        )
+        self.bottom = bottom
+        self.levels = nn.ModuleList(levels)
+        self.towers = towers
+        self.placement = placement
+        self.raw_inputs = raw_inputs
 
-    def forward(self, inputs: Tensor, placement: Tensor, use_placement: bool | None = None) -> tuple[Tensor, Tensor]:
-        """inputs (B, sum of widths), placement (B, P) -> logits (B, T) float32 and gate weights (B, T, E) float32.
+    @property
+    def gates(self) -> list[Gates]:
+        """The gates of each level, the last level's last."""
+        return [module for module in self.levels.modules() if isinstance(module, Gates)]
 
-        use_placement: add the placement tower's logits; None does so in training only.
+    def forward(
+        self,
+        inputs: Tensor,
+        placement: Tensor,
+        use_placement: bool | None = None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+    ) -> Outputs:
+        """inputs (B, sum of widths), placement (B, P) -> logits and routings.
+
+        use_placement: add the placement tower's logits; None does so in training only. top_k: experts a row and gate,
+        outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
         """
         hidden = for_products(self.bottom(inputs))
-        experts = self.experts(hidden)
-        gates = self.gates(hidden)
-        gated = torch.bmm(gates.to(experts.dtype), experts)
-        logits = self.towers(gated).float()
+        gate_inputs = [hidden]
+        expert_inputs = [torch.cat([hidden, inputs.to(hidden.dtype)], dim=1)] if self.raw_inputs else gate_inputs
+        routings = []
+        for level in self.levels:
+            mixed, routing = level(gate_inputs, expert_inputs, top_k, usable)
+            routings.append(routing)
+            gate_inputs = expert_inputs = list(mixed.unbind(1))
+        logits = self.towers(torch.stack(gate_inputs, dim=1) if len(self.levels) > 1 else mixed).float()
         if use_placement is None:
             use_placement = self.training
         if use_placement and self.placement is not None:
             logits = logits + self.placement(placement).float()
-        return logits, gates
+        return Outputs(logits, tuple(routings))
 
 
 class RankingModel(nn.Module):
     """Logits of all tasks for a batch of rows; for a regression task the logit is the prediction.
 
     tables: `PlainTables` (ids as `KeyedIds`) or torchrec's collection (ids as KeyedJaggedTensor); the rest of the model
-    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`. Raises UserError for a layout without
-    inputs besides placement.
+    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`.
     """
 
-    def __init__(
-        self,
-        tables: nn.Module,
-        layout: Layout,
-        *,
-        bottom_units: Sequence[int] = (256,),
-        bottom_dropout: float = 0.0,
-        piecewise: bool = False,
-        cross_layers: int = 0,
-        cross_rank: int = 32,
-        expert_count: int = 8,
-        expert_units: Sequence[int] = (128, 64),
-        gate_dropout: float = 0.0,
-        tower_units: Sequence[int] = (32,),
-        placement_units: Sequence[int] = (16,),
-        placement_dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, tables: nn.Module, layout: Layout, mixture: Mixture) -> None:
         super().__init__()
-        if layout.width(placement=False) == 0:
-            raise UserError("no feature describes user, candidate or context: a model needs at least one such input")
         self.tables = tables
         self.dense_columns: Tensor
         self.placement_columns: Tensor
@@ -119,43 +122,32 @@ class RankingModel(nn.Module):
         self.mean: Tensor
         self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks]), persistent=False)
         self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks]), persistent=False)
-        dense = [each for each in layout.dense if not each.placement]
-        self.mixture = Mixture(
-            layout.width(placement=False),
-            [each.edges if piecewise else () for each in dense],
-            layout.width(placement=True),
-            len(layout.tasks),
-            bottom_units=bottom_units,
-            bottom_dropout=bottom_dropout,
-            cross_layers=cross_layers,
-            cross_rank=cross_rank,
-            expert_count=expert_count,
-            expert_units=expert_units,
-            gate_dropout=gate_dropout,
-            tower_units=tower_units,
-            placement_units=placement_units,
-            placement_dropout=placement_dropout,
-        )
+        self.mixture = mixture
+        self.tasks = len(layout.tasks)
 
-    def forward(self, batch: Batch, use_placement: bool | None = None) -> Tensor:
-        """Logits (B, T) float32. use_placement: add the placement tower's logits; None does so in training only."""
-        return self.forward_with_gates(batch, use_placement)[0]
+    @property
+    def visible_experts(self) -> Tensor:
+        """(T, E) bool: the experts of the last level that each task sees."""
+        visible = self.mixture.gates[-1].visible
+        return visible.expand(self.tasks, -1) if len(visible) == 1 else visible
 
-    def forward_with_gates(self, batch: Batch, use_placement: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, T) float32 and the gates' weights (B, T, E) float32.
+    def forward(
+        self,
+        batch: Batch,
+        use_placement: bool | None = None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+    ) -> Outputs:
+        """Logits and routings of a batch; the options are those of `Mixture`.
 
         Over sharded tables this is a collective call: every rank makes it.
         """
         embeddings = by_name(self.tables(batch.ids))
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
-        logits, gates = self.mixture(inputs, placement, use_placement)
+        outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
-        return torch.addcmul(self.mean, logits, self.scale), gates
-
-    def gate_weights(self, batch: Batch) -> Tensor:
-        """Weights (B, T, E) float32 of each task's gate; their mean over rows is what is worth logging."""
-        return self.forward_with_gates(batch)[1]
+        return Outputs(torch.addcmul(self.mean, outputs.logits, self.scale), outputs.routings)
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
@@ -164,21 +156,64 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
 
 
 def build_model(layout: Layout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
-    """The model that the `model` section of the settings describes; the dense part's weights follow from the seed."""
+    """The model that the `model` section of the settings describes; the dense part's weights follow from the seed.
+
+    Raises UserError for a layout without inputs besides placement.
+    """
+    if layout.width(placement=False) == 0:
+        raise UserError("no feature describes user, candidate or context: a model needs at least one such input")
+    edges = [each.edges for each in layout.dense if not each.placement]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RankingModel(
-            tables,
-            layout,
-            bottom_units=model.bottom.units,
-            bottom_dropout=model.bottom.dropout,
-            piecewise=model.bottom.piecewise,
-            cross_layers=model.bottom.cross_layers,
-            cross_rank=model.bottom.cross_rank,
-            expert_count=model.experts.count,
-            expert_units=model.experts.units,
-            gate_dropout=model.gates.dropout,
-            tower_units=model.towers.units,
-            placement_units=model.placement.units,
-            placement_dropout=model.placement.dropout,
+        widths = layout.width(placement=False), layout.width(placement=True)
+        return RankingModel(tables, layout, build_mixture(widths[0], edges, widths[1], len(layout.tasks), model))
+
+
+def build_mixture(
+    inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: Model
+) -> Mixture:
+    """The dense part on so many inputs, with weights from torch's global generator.
+
+    edges: of each of the last inputs, the dense ones, see `Bottom`; placement_inputs: 0 leaves that tower out.
+    """
+    section = model.bottom
+    bottom = Bottom(
+        inputs,
+        edges if section.piecewise else [() for _ in edges],
+        section.units,
+        section.dropout,
+        section.cross_layers,
+        section.cross_rank,
+    )
+    return Mixture(
+        bottom,
+        _levels(bottom.outputs, inputs, tasks, model),
+        Towers(tasks, model.experts.units[-1], model.towers.units),
+        PlacementTower(placement_inputs, tasks, model.placement.units, model.placement.dropout)
+        if placement_inputs
+        else None,
+        model.experts.raw_inputs,
+    )
+
+
+def _levels(hidden: int, raw: int, tasks: int, model: Model) -> list[Level]:
+    experts, gates = model.experts, model.gates
+    rule = RoutingRule(gates.routing, gates.top_k, gates.random_top_k, gates.serving_top_k, gates.dropout, gates.noise)
+    return [
+        Level(
+            hidden if index == 0 else experts.units[-1],
+            hidden + raw * experts.raw_inputs if index == 0 else experts.units[-1],
+            tasks,
+            experts.count,
+            experts.task_count,
+            experts.units,
+            rule,
+            first=index == 0,
+            last=index == experts.levels - 1,
+            per_task=gates.per_task,
+            activation=experts.activation,
+            normalise=experts.normalise,
+            compute=experts.compute,
         )
+        for index in range(experts.levels)
+    ]

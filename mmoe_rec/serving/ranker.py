@@ -154,7 +154,7 @@ class Ranker:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
         with torch.inference_mode():
-            logits: Tensor = self.model(batch)
+            logits: Tensor = self.model(batch).logits
         return logits
 
 

@@ -32,6 +32,7 @@ from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.bad_batches import BadBatches
+from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -101,6 +102,7 @@ class Trainer:
         self.settings, self.device, self.origin = settings, device, origin
         self.log_metrics, self.watch = log_metrics, watch
         self.layout: Layout = prepared.layout
+        self._tasks = [task.name for task in self.layout.tasks]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
@@ -122,6 +124,7 @@ class Trainer:
             bf16=use_bf16(settings.precision, device),
             clip_gradient=settings.clip_gradient,
             stop=self.stop,
+            balancing=Balancing.of(model_settings),
         )
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
@@ -275,7 +278,7 @@ class Trainer:
             return False
         result = self.result
         result.history.append((result.steps, found))
-        self.log_metrics(found.flat(), result.steps)
+        self.log_metrics(found.flat() | found.experts.flat(self._tasks), result.steps)
         if self.watch is not None:
             self.watch(found, result.steps)
         select_by = self.settings.select_by

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.tables import used_tables
+from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import Sharded
 from mmoe_rec.training.stop import StopRequest
@@ -44,7 +46,7 @@ class Steps:
     """Trains on batches, one a step, all ranks together.
 
     optimizer: of all parameters; bf16: whether products are in bf16; clip_gradient: largest norm of the dense part's
-    gradient; stop: asked at each step.
+    gradient; stop: asked at each step; balancing: what keeps experts in use.
     """
 
     def __init__(
@@ -57,11 +59,14 @@ class Steps:
         bf16: bool,
         clip_gradient: float,
         stop: StopRequest,
+        balancing: Balancing,
     ) -> None:
         from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
+        self._balancing = balancing
+        self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
         self._pipeline: Any = (
@@ -95,11 +100,17 @@ class Steps:
         shared = torch.cat([observed, asked.to(observed)])
         added = self._add_up(shared)  # beside the forward pass
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            logits = self._model(batch)
-        bad = (~logits.isfinite().all()).to(observed)
-        for each in (added, self._add_up(bad)):
+            outputs: Outputs = self._model(batch)
+        logits = outputs.logits
+        bad = (~logits.isfinite().all()).float()
+        loads = loads_of(outputs.routings) if self._balancing.needs_loads else bad.new_empty(0)
+        found = torch.cat([bad[None], loads])
+        for each in (added, self._add_up(found)):
             if each is not None:
                 each.wait()
+        bad = found[0]
+        if self._balancing.needs_loads:
+            self._loads = split_loads(found[1:] / self._ranks, outputs.routings)
         total, losses = masked_loss(
             logits,
             batch.labels,
@@ -110,7 +121,8 @@ class Steps:
             weights=batch.weights,
             log_variances=log_variances(self._model.module),
         )
-        stopping, some_bad = (torch.stack([shared[-1], bad]) > 0).tolist()
+        total = total + self._balancing.loss(outputs.routings, self._loads)
+        stopping, some_bad = (torch.stack([shared[-1].float(), bad]) > 0).tolist()
         self._now = Step(batch, logits, losses, observed, stopping, "loss" if some_bad else None)
         # A backward pass from a number does nothing, on any rank.
         return torch.zeros((), requires_grad=True) if some_bad else total, self._now
@@ -124,6 +136,7 @@ class Steps:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         if norm.isfinite():
             self._optimizer.step()
+            self._balancing.after_step(self._model.module, self._loads)
         else:
             now.bad = "gradient"
 

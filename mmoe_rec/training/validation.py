@@ -13,7 +13,8 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.training.losses import row_losses
 from mmoe_rec.training.stop import StopRequest
 
@@ -29,12 +30,12 @@ class Validation:
 
     loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
     from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label and not
-    weighted; gates: (T, E) mean gate weights.
+    weighted; experts: how the tasks used them.
     """
 
     loss: dict[str, float]
     auc: dict[str, float]
-    gates: Tensor
+    experts: Utilisation
 
     def objective(self, select_by: str, layout: Layout) -> float:
         """What the best model has the most of: mean AUC, or minus the weighted loss."""
@@ -45,15 +46,15 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
-        return {"loss": self.loss, "auc": self.auc, "gates": self.gates.tolist()}
+        return {"loss": self.loss, "auc": self.auc, "experts": self.experts.to_dict()}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> Validation:
         """The validation that `to_dict` gave."""
-        return Validation(tree["loss"], tree["auc"], torch.tensor(tree["gates"], dtype=torch.float64))
+        return Validation(tree["loss"], tree["auc"], Utilisation.from_dict(tree["experts"]))
 
     def flat(self) -> dict[str, float]:
-        """Metrics by name, for tracking."""
+        """Losses and areas by name, for tracking."""
         losses = {f"validation.{task}.loss": value for task, value in self.loss.items()}
         return losses | {f"validation.{task}.auc": value for task, value in self.auc.items()}
 
@@ -69,32 +70,28 @@ def validate(
     tasks = layout.tasks
     counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
     loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
-    gates: Tensor | None = None
-    rows = torch.zeros((), dtype=torch.float64)
+    utilisation = UtilisationSums(model.visible_experts)
     model.eval()
     for each in batches:
         if stop is not None and _any_rank(stop.asked is not None, device):
             model.train()
             return None
         batch = each.to(device)
-        logits, weights = model.forward_with_gates(batch)
-        weighed = batch.observed.any(1).double()
-        gate_sum = (weights.double() * weighed[:, None, None]).sum(0).cpu()
-        gates = gate_sum if gates is None else gates + gate_sum
-        rows += weighed.sum().cpu()
+        outputs: Outputs = model(batch)
+        logits = outputs.logits
+        utilisation.add(outputs, batch.observed.any(1))
         losses = row_losses(logits, batch.labels, tasks) * batch.observed
         loss[:, 0] += (losses if batch.weights is None else losses * batch.weights[:, None]).double().sum(0).cpu()
         loss[:, 1] += batch.observed_weights.double().cpu()
         _count(counts, logits.cpu(), batch.labels.cpu(), _of_own_label(batch, layout).cpu())
     model.train()
-    assert gates is not None, "a validation split is never empty"
-    for total in (counts, loss, gates, rows):
+    for total in (counts, loss, utilisation.sums):
         _add_up(total, device)
-    if rows == 0:
+    if utilisation.sums[-1] == 0:
         raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
     means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
     areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
-    return Validation(means, {name: area for name, area in areas.items() if area is not None}, gates / rows)
+    return Validation(means, {name: area for name, area in areas.items() if area is not None}, utilisation.result())
 
 
 def _of_own_label(batch: Batch, layout: Layout) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import torch
 from torch import nn
 
 from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.settings import Model
 
 LAYOUT = Layout(
     # Widths and sizes differ so that a sharding plan moves the tables out of layout order.
@@ -53,8 +55,19 @@ def random_rows(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Enco
 
 
 def small_model(tables: nn.Module, layout: Layout = LAYOUT, **changes: object) -> RankingModel:
-    """A model of a few units, with dense weights that are the same on every call."""
-    sizes = {"bottom_units": (12,), "expert_count": 3, "expert_units": (8, 6), "tower_units": (5,)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        return RankingModel(tables, layout, **{**sizes, "placement_units": (4,), **changes})  # type: ignore[arg-type]
+    """A model of a few units, with dense weights that are the same on every call.
+
+    changes: settings of the model section, such as `experts={"count": 4}`.
+    """
+    return build_model(layout, small_settings(**changes), tables, seed=5)
+
+
+def small_settings(**changes: Any) -> Model:
+    """A model section of a few units."""
+    sizes: dict[str, Any] = {
+        "bottom": {"units": (12,), "piecewise": False, "cross_layers": 0},
+        "experts": {"count": 3, "units": (8, 6)},
+        "towers": {"units": (5,)},
+        "placement": {"units": (4,), "dropout": 0.0},
+    }
+    return Model.model_validate({name: sizes.get(name, {}) | changes.get(name, {}) for name in {**sizes, **changes}})

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 
 from mmoe_rec.model.experts import Experts
-from mmoe_rec.model.gates import SoftGates, keep_some
 from mmoe_rec.model.score import SMALLEST_VALUE, fuse, logit_of_both, predictions
 from mmoe_rec.model.stacked import StackedLinear
 from mmoe_rec.model.towers import PlacementTower
@@ -35,39 +34,6 @@ def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
         # nn.Linear draws from U(-1 / sqrt(inputs), 1 / sqrt(inputs)); a stacked fan-in would be smaller.
         assert np.abs(weight).max() == pytest.approx(1 / math.sqrt(inputs), rel=0.01)
         np.testing.assert_allclose(weight.std(1), 1 / math.sqrt(3 * inputs), rtol=0.05)
-
-
-def test_gates_sum_to_one() -> None:
-    gates = SoftGates(5, 3, 4)
-    weights = gates(torch.randn(20, 5))
-    assert weights.shape == (20, 3, 4)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(20, 3))
-
-
-def test_gate_dropout_renormalises_the_kept_experts() -> None:
-    torch.manual_seed(0)
-    gates = SoftGates(5, 2, 4, dropout=0.3)
-    hidden = torch.randn(5000, 5)
-    dropped = gates(hidden)
-    full = gates.eval()(hidden)
-    torch.testing.assert_close(dropped.sum(-1), torch.ones(5000, 2))
-    kept = dropped > 0
-    torch.testing.assert_close(dropped, full * kept / (full * kept).sum(-1, keepdim=True))
-    # All four are dropped with probability 0.0081 and then all kept.
-    assert kept.float().mean().item() == pytest.approx(0.7 + 0.3**4, abs=0.01)
-    assert torch.equal(gates(hidden), full)
-
-
-def test_a_gate_never_loses_all_its_experts() -> None:
-    keep = torch.tensor([[False, False, False], [False, True, False]])
-    assert keep_some(keep).tolist() == [[True, True, True], [False, True, False]]
-    gates = SoftGates(5, 2, 2, dropout=0.99)
-    hidden = torch.randn(500, 5, requires_grad=True)
-    weights = gates(hidden)
-    assert weights.isfinite().all()
-    weights.square().sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.isfinite().all()
 
 
 def test_placement_dropout_hides_whole_rows() -> None:

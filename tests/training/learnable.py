@@ -176,5 +176,5 @@ def scores(model: RankingModel, prepared: Prepared, split: str = "validation") -
     layout = prepared.layout
     parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))
     with torch.inference_mode():
-        logits = [model(make_batch(rows.encoded, layout, torchrec=False)).numpy() for rows, _ in parts]
+        logits = [model(make_batch(rows.encoded, layout, torchrec=False)).logits.numpy() for rows, _ in parts]
     return np.concatenate(logits), np.concatenate([rows.labels for rows, _ in parts])

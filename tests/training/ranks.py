@@ -65,7 +65,7 @@ def train_one_step(folder: Path) -> None:
     batch = make_batch(encoded.take(mine), LAYOUT, labels[mine], torchrec=True)
     sharded.model.eval()
     with torch.no_grad():
-        logits = sharded.model(batch)
+        logits = sharded.model(batch).logits
         order = list(sharded.model.module.tables(batch.ids).keys())
     save_weights(sharded.model, folder / "before")
 
@@ -74,7 +74,7 @@ def train_one_step(folder: Path) -> None:
     counts = batch.observed.sum(0)
     dist.all_reduce(counts)
     loss, _ = masked_loss(
-        sharded.model(batch),
+        sharded.model(batch).logits,
         batch.labels,
         batch.observed,
         tasks=LAYOUT.tasks,

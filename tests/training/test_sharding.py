@@ -46,7 +46,7 @@ def plain_batch() -> Batch:
 
 
 def test_first_outputs_agree(one_rank: Path, two_ranks: Path) -> None:
-    plain = small_model(plain_tables(LAYOUT, SEED)).eval()(plain_batch())
+    plain = small_model(plain_tables(LAYOUT, SEED)).eval()(plain_batch()).logits
     torch.testing.assert_close(read(one_rank)["logits"], plain, atol=1e-6, rtol=0)
     both = torch.cat([read(two_ranks, rank)["logits"] for rank in (0, 1)])
     torch.testing.assert_close(both, plain, atol=1e-6, rtol=0)
@@ -92,13 +92,13 @@ def test_a_layout_without_tables(tmp_path: Path) -> None:
             small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=8, table_learning_rate=0.1
         )
         assert sharded.plan == ""
-        logits = sharded.model(batch)
+        logits = sharded.model(batch).logits
         logits.sum().backward()
         sharded.table_optimizer.step()
         save_weights(sharded.model, tmp_path / "model")
     plain = small_model(plain_tables(layout), layout)
     load_plain(plain, tmp_path / "model")
-    torch.testing.assert_close(plain(make_batch(encoded, layout, torchrec=False)), logits)
+    torch.testing.assert_close(plain(make_batch(encoded, layout, torchrec=False)).logits, logits)
 
 
 def test_tables_beyond_memory_are_named_as_such() -> None:

@@ -16,18 +16,25 @@ from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
 from tests.model.examples import LAYOUT
-from tests.training.learnable import MODEL, trained, write_prepared
+from tests.training.learnable import GIVEN, MODEL, trained, write_prepared
 from tests.training.ranks import join, spawn
-from tests.training.resuming import CrashError, crash, train, train_in_group
+from tests.training.resuming import DROPS, STEPS, CrashError, crash, train, train_in_group, weights
 from tests.training.test_losses import TASKS, naive_sums, random_labels
 
 LEARNT = {"task_weighting": "uncertainty"}
+# With a task that is given another one, everything that a loss can be made of.
+ALL = LEARNT | {"sampling_correction": "weights"}
 LOG_VARIANCES = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("given"), GIVEN)
 
 
 def saved_log_variances(folder: Path) -> torch.Tensor:
@@ -147,7 +154,9 @@ def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Prepa
 
 def test_fixed_weights_have_no_parameter(prepared: Prepared, tmp_path: Path) -> None:
     found = trained(prepared, tmp_path)
-    assert not any(name.endswith(".weight") for _, metrics in found.logged for name in metrics)
+    assert not any(
+        name.startswith("train.") and name.endswith(".weight") for _, metrics in found.logged for name in metrics
+    )
     assert "model.log_variances" not in dcp.FileSystemReader(found.checkpoint).read_metadata().state_dict_metadata
 
 
@@ -166,28 +175,33 @@ def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> N
         assert not decays
 
 
-def test_a_crash_changes_no_bit(prepared: Prepared, tmp_path: Path) -> None:
-    whole = train(prepared, tmp_path / "whole", **LEARNT)
+def test_a_crash_changes_no_bit(given: Prepared, tmp_path: Path) -> None:
+    whole = train(given, tmp_path / "whole", **ALL)
     with pytest.raises(CrashError):
-        train(prepared, tmp_path / "resumed", crash(100), **LEARNT)
-    resumed = train(prepared, tmp_path / "resumed", **LEARNT)
+        train(given, tmp_path / "resumed", crash(100), **ALL)
+    resumed = train(given, tmp_path / "resumed", **ALL)
     assert [step for step, _ in resumed.history] == [step for step, _ in whole.history]
-    for name in ("whole", "resumed"):
-        found = latest_checkpoint(tmp_path / name)
-        assert found is not None
-        assert found.state.step == 240
-    last = [saved_log_variances(tmp_path / name / "step-00000240") for name in ("whole", "resumed")]
+    assert [found.loss for _, found in resumed.history] == [found.loss for _, found in whole.history]
+    last = [saved_log_variances(tmp_path / name / f"step-{STEPS:08d}") for name in ("whole", "resumed")]
     assert last[0].all()
     assert torch.equal(*last)
+    one, other = (weights(given, tmp_path / name, DROPS) for name in ("whole", "resumed"))
+    assert all(torch.equal(weight, one[name]) for name, weight in other.items())
 
 
 def _train_on_rank(rank: int, world: int, port: int, prepared: Prepared, folder: Path) -> None:
     with join(rank, world, port):
-        train_in_group(prepared, folder, None, MODEL, **LEARNT)
+        train_in_group(prepared, folder, None, MODEL, **ALL)
 
 
-def test_two_ranks_learn_what_one_learns(prepared: Prepared, tmp_path: Path) -> None:
-    one = train(prepared, tmp_path / "1", None, MODEL, **LEARNT)
-    spawn(_train_on_rank, prepared, tmp_path / "2")
+def test_two_ranks_learn_what_one_learns(given: Prepared, tmp_path: Path) -> None:
+    one = train(given, tmp_path / "1", None, MODEL, **ALL)
+    spawn(_train_on_rank, given, tmp_path / "2")
     both = [saved_log_variances(tmp_path / name / f"step-{one.steps:08d}") for name in ("1", "2")]
     torch.testing.assert_close(*both, atol=2e-4, rtol=1e-3)
+    whole, shared = (weights(given, tmp_path / name, MODEL) for name in ("1", "2"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
+    found = latest_checkpoint(tmp_path / "2")
+    assert found is not None
+    assert found.state.history[-1][1].loss == pytest.approx(one.history[-1][1].loss, rel=1e-3)

@@ -13,6 +13,9 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing import Routing
+from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, Validation, auc, validate
 from tests.model.examples import LAYOUT
@@ -21,15 +24,18 @@ from tests.training.learnable import CPU, GIVEN
 TASKS = len(LAYOUT.tasks)
 BINARY = ("click", "like")
 EXPERTS = 4
+EVEN = Utilisation(torch.full((TASKS, EXPERTS), 0.25), torch.full((TASKS, EXPERTS), 0.25))
 
 
 class Told(torch.nn.Module):
     """A model that takes its logits and gates from the batch's dense inputs."""
 
-    def forward_with_gates(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    visible_experts = torch.ones(TASKS, EXPERTS, dtype=torch.bool)
+
+    def forward(self, batch: Batch) -> Outputs:
         assert not self.training
-        logits, gates = batch.dense[:, :TASKS], batch.dense[:, TASKS:]
-        return logits, gates.reshape(-1, TASKS, EXPERTS)
+        logits, gates = batch.dense[:, :TASKS], batch.dense[:, TASKS:].reshape(-1, TASKS, EXPERTS)
+        return Outputs(logits, (Routing(gates, gates, None, gates.sum(-1)),))
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +132,7 @@ def test_gates_are_averaged_over_rows_with_a_label() -> None:
     logits, labels, gates = example(500)
     labels[100:250] = np.nan
     rows = ~np.isnan(labels).all(1)
-    np.testing.assert_allclose(validated(logits, labels, gates).gates, gates[rows].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(validated(logits, labels, gates).experts.weights, gates[rows].mean(0), rtol=1e-6)
 
 
 def test_rows_without_labels_change_nothing_and_neither_do_batches() -> None:
@@ -137,7 +143,7 @@ def test_rows_without_labels_change_nothing_and_neither_do_batches() -> None:
     padded = validated(*more, parts=7)
     assert padded.loss == pytest.approx(plain.loss, rel=1e-12)
     assert padded.auc == plain.auc
-    torch.testing.assert_close(padded.gates, plain.gates)
+    torch.testing.assert_close(padded.experts.weights, plain.experts.weights)
 
 
 def test_one_class_gives_no_auc_but_a_loss() -> None:
@@ -167,12 +173,12 @@ def test_huge_logits_count_at_the_ends() -> None:
 
 
 def test_without_any_binary_task_selection_is_by_loss() -> None:
-    found = Validation({"click": 0.5, "like": 0.25, "rating": 2.0}, {}, torch.zeros(1))
+    found = Validation({"click": 0.5, "like": 0.25, "rating": 2.0}, {}, EVEN)
     assert found.objective("auc", LAYOUT) == pytest.approx(-(0.5 + 2 * 0.25 + 0.5 * 2.0))
 
 
 def test_metrics_have_names() -> None:
-    flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, torch.zeros(1)).flat()
+    flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, EVEN).flat()
     assert flat == {"validation.click.loss": 0.5, "validation.rating.loss": 2.0, "validation.click.auc": 0.75}
 
 

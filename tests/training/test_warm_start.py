@@ -61,7 +61,7 @@ class Grown:
         remember(pipeline, [self.rows])
         batch = make_batch(pipeline.encode(self.rows), prepared.layout, torchrec=False)
         with torch.inference_mode():
-            return model(batch, use_placement=True)
+            return model(batch, use_placement=True).logits
 
 
 @pytest.fixture(scope="module")

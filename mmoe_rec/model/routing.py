@@ -1,0 +1,72 @@
+"""How a gate's softmax becomes the weights of the experts that a row is sent to.
+
+Shapes: B rows, G gates, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Where a level's gates sent B rows.
+
+    weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
+    float32, the softmax that experts were chosen by, of R routers (one a gate, or one for all of them); selected:
+    (B, R, E) bool, the chosen ones, or None where all are; log_normalisers: (B, R) float32, logsumexp of the routers'
+    logits.
+    """
+
+    weights: Tensor
+    probabilities: Tensor
+    selected: Tensor | None
+    log_normalisers: Tensor
+
+    def used(self) -> Tensor | None:
+        """(B, E) bool, the experts that some gate chose for a row; None where all are."""
+        return None if self.selected is None else self.selected.any(1)
+
+    def loads(self) -> Tensor:
+        """(R, E) float32: the share of a router's choices that fall on each expert, without gradient.
+
+        Where every expert is used the mean probability takes the place of that share.
+        """
+        if self.selected is None:
+            return self.probabilities.detach().mean(0)
+        chosen = self.selected.sum(0).float()
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed entries of the last dimension, 0 elsewhere; all 0 where none is allowed."""
+    some = allowed.any(-1, keepdim=True)
+    # Where nothing is allowed, a plain softmax in place of one over nothing, which would be NaN.
+    return logits.masked_fill(~(allowed | ~some), float("-inf")).softmax(-1) * some
+
+
+def largest(probabilities: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+    """(..., E) bool: the k experts of largest probability, plus bias if given; never one of probability 0."""
+    ranked = probabilities if bias is None else torch.where(probabilities > 0, probabilities + bias, float("-inf"))
+    chosen = ranked.topk(min(k, ranked.shape[-1]), dim=-1, sorted=False).indices
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
+
+
+def chosen_by_experts(probabilities: Tensor, k: int) -> Tensor:
+    """(B, G, E) bool: each expert takes the ceil(B k / E) rows that want it most (Zhou et al., NeurIPS 2022).
+
+    Loads are even by construction; but whether a row gets an expert depends on the other rows of its batch.
+    """
+    rows, _, experts = probabilities.shape
+    capacity = min(rows, math.ceil(rows * k / experts))
+    chosen = probabilities.topk(capacity, dim=0, sorted=False).indices
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(0, chosen, True) & (probabilities > 0)
+
+
+def kept(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
+    """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
+    weights = probabilities * selected
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-9) if renormalise else weights

@@ -1,0 +1,136 @@
+"""How much each task uses each expert: what the gates of the last level did over many rows, and what looks wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe_rec.model.mmoe import Outputs
+
+# A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
+POLARISED = 0.8
+# An expert with less than this share of the mean load is dead.
+DEAD = 0.05
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """weights: (T, E) float64, the mean weight that a task's gate gives an expert; loads: (T, E) float64, the share of
+    the task's choices that fell on it, which is the mean weight where all experts are used. NaN where a task does not
+    see an expert.
+    """
+
+    weights: Tensor
+    loads: Tensor
+
+    @property
+    def total_loads(self) -> Tensor:
+        """(E,) each expert's share of the loads of all tasks; they sum to 1."""
+        return self.loads.nan_to_num().mean(0)
+
+    @property
+    def max_over_mean(self) -> float:
+        """The largest load over the mean load: 1 where all are even."""
+        loads = self.total_loads
+        return float(loads.max() / loads.mean())
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the loads of all tasks together over log E: 1 where all are even."""
+        return _entropy(self.total_loads)
+
+    @property
+    def task_entropies(self) -> list[float]:
+        """The same of each task's mean weights, over the experts that it sees."""
+        return [_entropy(weights[~weights.isnan()]) for weights in self.weights]
+
+    @property
+    def polarised(self) -> list[bool]:
+        """Of each task: whether one of several experts has more than POLARISED of its weight."""
+        return [
+            int((~weights.isnan()).sum()) > 1 and float(weights.nan_to_num().max()) > POLARISED
+            for weights in self.weights
+        ]
+
+    def flat(self, tasks: list[str]) -> dict[str, float]:
+        """Metrics by name, for tracking."""
+        metrics = {
+            "gates.load_entropy": self.entropy,
+            "gates.load_max_over_mean": self.max_over_mean,
+            "gates.polarised_share": sum(self.polarised) / len(tasks),
+        }
+        for task, name in enumerate(tasks):
+            metrics[f"gates.{name}.entropy"] = self.task_entropies[task]
+            for expert in (~self.weights[task].isnan()).nonzero().flatten().tolist():
+                metrics[f"gates.{name}.expert_{expert}.weight"] = float(self.weights[task, expert])
+                metrics[f"gates.{name}.expert_{expert}.load"] = float(self.loads[task, expert])
+        return metrics
+
+    def findings(self, tasks: list[str]) -> list[str]:
+        """A sentence for each expert that is dead and each gate that has collapsed."""
+        loads, found = self.total_loads, []
+        for expert in (loads < DEAD * loads.mean()).nonzero().flatten().tolist():
+            found.append(
+                f"expert {expert} is dead: it gets {loads[expert]:.2%} of the load, where an even share is "
+                f"{1 / len(loads):.1%}; model.gates.balance or fewer experts help"
+            )
+        for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
+            if polarised:
+                expert = int(weights.nan_to_num().argmax())
+                found.append(
+                    f"the gate of '{name}' has collapsed: {weights[expert]:.0%} of its weight goes to expert {expert}; "
+                    "model.gates.dropout of 0.1 helps"
+                )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them without loss."""
+        return {"weights": self.weights.tolist(), "loads": self.loads.tolist()}
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> Utilisation:
+        """The utilisation that `to_dict` gave."""
+        return Utilisation(*(torch.tensor(tree[name], dtype=torch.float64) for name in ("weights", "loads")))
+
+
+class UtilisationSums:
+    """Adds up what gates did; sums of several ranks may be added to each other.
+
+    visible: (T, E) bool, the experts that each task sees; sums: (2 T E + 1,) float64, weights and choices of each task
+    and expert, then the number of rows.
+    """
+
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible.cpu()
+        self.sums = torch.zeros(2 * visible.numel() + 1, dtype=torch.float64)
+
+    def add(self, outputs: Outputs, counted: Tensor | None = None) -> None:
+        """Adds a batch. counted: (B,) bool, the rows that count; None is all."""
+        routing = outputs.routings[-1]
+        weights = chosen = routing.weights.double()
+        if routing.selected is not None:
+            selected = routing.selected.double()
+            chosen = (selected / selected.sum(-1, keepdim=True).clamp(min=1)).expand_as(weights)
+        rows = weights.new_ones(len(weights)) if counted is None else counted.to(weights)
+        sums = [torch.einsum("b,bte->te", rows, each).flatten() for each in (weights, chosen)]
+        self.sums += torch.cat([*sums, rows.sum()[None]]).cpu()
+
+    def result(self) -> Utilisation:
+        """The means of all rows that were added."""
+        weights, choices = self.sums[:-1].unflatten(0, (2, *self.visible.shape)).unbind()
+        shares = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
+        unseen = ~self.visible
+        return Utilisation(
+            (weights / self.sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan)
+        )
+
+
+def _entropy(shares: Tensor) -> float:
+    """Of shares (n,) that sum to 1, over log n; 1 for a single one."""
+    if len(shares) < 2:
+        return 1.0
+    return float(-torch.special.xlogy(shares, shares).sum() / math.log(len(shares)))

@@ -1,0 +1,70 @@
+"""What keeps experts in use during training, added to the loss or nudged after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmoe_rec.model.balance import balance_loss, expert_loads, z_loss
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.routing import Routing
+from mmoe_rec.settings import Model
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """weight: of the balance loss; bias_rate: what a selection bias changes by at each step; z_weight: of the z-loss;
+    0 leaves each out. ramp_steps: steps until an added expert is wholly in.
+    """
+
+    weight: float = 0.0
+    bias_rate: float = 0.0
+    z_weight: float = 0.0
+    ramp_steps: int = 1000
+
+    @staticmethod
+    def of(model: Model) -> Balancing:
+        """As the `model` section of the settings says."""
+        gates = model.gates
+        return Balancing(
+            gates.balance_weight if gates.balance == "loss" else 0.0,
+            gates.bias_rate if gates.balance == "bias" else 0.0,
+            gates.z_loss,
+            gates.ramp_steps,
+        )
+
+    @property
+    def needs_loads(self) -> bool:
+        """Whether the loads of all ranks are asked for."""
+        return self.weight > 0 or self.bias_rate > 0
+
+    def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor]) -> Tensor | float:
+        """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
+
+        loads: (E,) of each level, over all ranks.
+        """
+        total: Tensor | float = 0.0
+        if self.weight > 0:
+            pairs = zip(routings, loads, strict=True)
+            total = total + self.weight * sum(balance_loss(*pair) for pair in pairs) / len(routings)
+        if self.z_weight > 0:
+            total = total + self.z_weight * sum(z_loss(routing) for routing in routings) / len(routings)
+        return total
+
+    def after_step(self, model: RankingModel, loads: Sequence[Tensor]) -> None:
+        """Moves the state of the gates on; loads as in `loss`, or empty where they are not needed."""
+        for index, each in enumerate(model.mixture.gates):
+            each.after_step(loads[index] if loads else each.ramp, self.bias_rate, self.ramp_steps)
+
+
+def loads_of(routings: Sequence[Routing]) -> Tensor:
+    """(sum of E,) float32: the loads of all levels, one after the other, of this rank's rows."""
+    return torch.cat([expert_loads(routing) for routing in routings])
+
+
+def split_loads(loads: Tensor, routings: Sequence[Routing]) -> list[Tensor]:
+    """The inverse: (E,) of each level."""
+    return list(loads.split([routing.probabilities.shape[-1] for routing in routings]))

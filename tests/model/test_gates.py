@@ -1,0 +1,238 @@
+"""Routing of every kind against a naive reference, one row, gate and expert at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmoe_rec.model.balance import balance_loss, expert_loads, z_loss
+from mmoe_rec.model.gates import RAMP, Gates, RoutingRule, keep_some
+from mmoe_rec.model.routing import Routing
+
+GATES, EXPERTS, ROWS = 2, 5, 40
+
+
+def gates(rule: RoutingRule, visible: Tensor | None = None, seed: int = 0) -> Gates:
+    torch.manual_seed(seed)
+    made = Gates(6, torch.ones(GATES, EXPERTS, dtype=torch.bool) if visible is None else visible, rule)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4)  # far from even
+    return made
+
+
+def hidden(rows: int = ROWS) -> Tensor:
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(layer: torch.nn.Module, x: Tensor) -> np.ndarray:
+    weight, bias = (each.detach().double().numpy() for each in layer.parameters())
+    return np.einsum("geh,bh->bge", weight, x.double().numpy()) + bias
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - logits.max())
+    return exponents / exponents.sum()
+
+
+def largest(probabilities: np.ndarray, k: int) -> set[int]:
+    return set(sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert])[:k])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, EXPERTS])
+def test_top_k_equals_the_naive_reference(k: int) -> None:
+    made, x = gates(RoutingRule("top_k", top_k=k)), hidden()
+    routing = made(x)
+    assert routing.selected is not None
+    for row, gate in itertools.product(range(ROWS), range(GATES)):
+        probabilities = softmax(logits_of(made.linear, x)[row, gate])
+        chosen = largest(probabilities, k)
+        expected = np.array([p if expert in chosen else 0 for expert, p in enumerate(probabilities)])
+        if k > 1:
+            expected /= expected.sum()
+        np.testing.assert_allclose(routing.weights[row, gate].detach().numpy(), expected, atol=1e-6)
+        assert set(routing.selected[row, gate].nonzero().flatten().tolist()) == chosen
+        np.testing.assert_allclose(routing.probabilities[row, gate].detach().numpy(), probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_shared_route_equals_the_naive_reference(k: int) -> None:
+    made, x = gates(RoutingRule("shared_route", top_k=k)), hidden()
+    assert made.route is not None
+    routing = made(x)
+    used = routing.used()
+    assert used is not None
+    assert (used.sum(1) == k).all()  # exactly k experts a row, whatever the tasks want
+    route = logits_of(made.route, x)
+    for row, gate in itertools.product(range(ROWS), range(GATES)):
+        probabilities = softmax(route[row, 0])
+        chosen = sorted(largest(probabilities, k))
+        own = softmax(logits_of(made.linear, x)[row, gate, chosen] + route[row, 0, chosen])
+        expected = np.zeros(EXPERTS)
+        expected[chosen] = own * (probabilities[chosen].sum() if k == 1 else 1)
+        np.testing.assert_allclose(routing.weights[row, gate].detach().numpy(), expected, atol=1e-6)
+
+
+def test_expert_choice_equals_the_naive_reference() -> None:
+    made, x = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2)), hidden()
+    routing = made(x)
+    assert routing.selected is not None
+    probabilities = np.apply_along_axis(softmax, 2, logits_of(made.linear, x))
+    capacity = math.ceil(ROWS * 2 / EXPERTS)
+    chosen = np.zeros((ROWS, GATES, EXPERTS), bool)
+    for gate, expert in itertools.product(range(GATES), range(EXPERTS)):
+        chosen[np.argsort(-probabilities[:, gate, expert])[:capacity], gate, expert] = True
+    assert np.array_equal(routing.selected.numpy(), chosen)
+    assert (routing.selected.sum(0) == capacity).all()
+    kept = probabilities * chosen
+    expected = kept / np.maximum(kept.sum(-1, keepdims=True), 1e-9)
+    np.testing.assert_allclose(routing.weights.detach().numpy(), expected, atol=1e-6)
+
+
+def test_expert_choice_scores_each_row_on_its_own() -> None:
+    made, x = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2)).eval(), hidden()
+    torch.testing.assert_close(made(x[:3]).weights, made(x).weights[:3])
+    assert (made(x).weights > 0).sum(-1).eq(2).all()
+    with pytest.raises(ValueError, match="needs a k to score with"):
+        gates(RoutingRule("expert_choice", top_k=2)).eval()(x)
+
+
+def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
+    made, x = gates(RoutingRule()).eval(), hidden()
+    routing = made(x)
+    assert routing.selected is None
+    expected = np.apply_along_axis(softmax, 2, logits_of(made.linear, x))
+    np.testing.assert_allclose(routing.weights.detach().numpy(), expected, atol=1e-6)
+    one = made(x, top_k=1).weights
+    # Trained with weights that sum to 1, so served with such.
+    assert torch.equal(one.amax(-1), torch.ones(ROWS, GATES))
+    assert torch.equal(one.argmax(-1), routing.weights.argmax(-1))
+    torch.testing.assert_close(made(x, top_k=EXPERTS).weights, routing.weights)
+
+
+def test_the_gate_learns_at_k_of_one() -> None:
+    for kind in ("top_k", "shared_route"):
+        made = gates(RoutingRule(kind, top_k=1))  # type: ignore[arg-type]
+        made(hidden()).weights.square().sum().backward()
+        learning = made.linear if made.route is None else made.route
+        gradient = learning.weight.grad
+        assert gradient is not None
+        assert gradient.abs().max() > 1e-3
+
+
+def test_random_k_draws_all_and_serves_as_it_trains() -> None:
+    torch.manual_seed(0)
+    made, x = gates(RoutingRule("top_k", top_k=3, random_top_k=True)), hidden()
+    counts = {int((made(x).weights > 0).sum(-1).max()) for _ in range(40)}
+    assert counts == {1, 2, 3}
+    made.eval()
+    one = made(x, top_k=1)
+    torch.testing.assert_close(one.weights.amax(-1), one.probabilities.amax(-1))
+    assert (made(x).weights > 0).sum(-1).eq(3).all()
+
+
+def test_gate_dropout_renormalises_the_kept_experts() -> None:
+    made, x = gates(RoutingRule(dropout=0.3)), hidden(5000)
+    dropped, full = made(x).weights, made.eval()(x).weights
+    torch.testing.assert_close(dropped.sum(-1), torch.ones(5000, GATES))
+    kept = dropped > 0
+    torch.testing.assert_close(dropped, full * kept / (full * kept).sum(-1, keepdim=True))
+    # All five are dropped with probability 0.3^5 and then all kept.
+    assert kept.float().mean().item() == pytest.approx(0.7 + 0.3**5, abs=0.01)
+
+
+def test_a_gate_never_loses_all_its_experts() -> None:
+    keep = torch.tensor([[False, False, False], [False, True, True]])
+    assert keep_some(keep, torch.tensor([True, False, True])).tolist() == [[True, False, True], [False, False, True]]
+    made = gates(RoutingRule(dropout=0.99))
+    x = hidden(500).requires_grad_()
+    weights = made(x).weights
+    assert weights.isfinite().all()
+    weights.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_noise_is_for_training_only() -> None:
+    made, x = gates(RoutingRule("top_k", top_k=2, noise=3.0)), hidden()
+    assert not torch.equal(made(x).weights, made(x).weights)
+    made.eval()
+    assert torch.equal(made(x).weights, made(x).weights)
+
+
+@pytest.mark.parametrize("rule", [RoutingRule(), RoutingRule("top_k", top_k=2), RoutingRule("shared_route", top_k=2)])
+def test_masked_experts_get_nothing_and_the_others_are_renormalised(rule: RoutingRule) -> None:
+    made, x = gates(rule).eval(), hidden()
+    made.masked[1] = True
+    usable = torch.tensor([True, True, True, False, True])
+    weights = made(x, usable=usable).weights
+    assert not weights[:, :, [1, 3]].any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(ROWS, GATES))
+    everything_lost = made(x, usable=torch.zeros(EXPERTS, dtype=torch.bool)).weights
+    assert torch.equal(everything_lost, torch.zeros(ROWS, GATES, EXPERTS))
+
+
+def test_an_added_expert_is_let_in_step_by_step() -> None:
+    made, x = gates(RoutingRule("top_k", top_k=2)), hidden()
+    before = made(x).weights
+    made.ramp[4] = 1.0
+    assert not made(x).weights[:, :, 4].any()
+    made.after_step(torch.zeros(EXPERTS), bias_rate=0.0, ramp_steps=4)
+    assert made.ramp.tolist() == [0, 0, 0, 0, 0.75]
+    expected = logits_of(made.linear, x)
+    expected[:, :, 4] -= 0.75 * RAMP
+    np.testing.assert_allclose(
+        made(x).probabilities.detach().numpy(), np.apply_along_axis(softmax, 2, expected), atol=1e-6
+    )
+    for _ in range(5):
+        made.after_step(torch.zeros(EXPERTS), bias_rate=0.0, ramp_steps=4)
+    torch.testing.assert_close(made(x).weights, before)
+
+
+def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
+    made, x = gates(RoutingRule("top_k", top_k=2)).eval(), hidden()
+    loads = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
+    made.after_step(loads, bias_rate=0.25, ramp_steps=1)
+    assert made.selection_bias.tolist() == [-0.25, 0.0, 0.25, 0.25, 0.25]
+    made.selection_bias[3] = 2.0  # more than any probability
+    routing = made(x)
+    assert routing.selected is not None
+    assert routing.selected[:, :, 3].all()
+    kept = routing.probabilities * routing.selected
+    torch.testing.assert_close(routing.weights, kept / kept.sum(-1, keepdim=True))
+
+
+def test_a_gate_sees_only_its_experts() -> None:
+    visible = torch.tensor([[True, True, True, False, False], [False, True, True, True, True]])
+    made, x = gates(RoutingRule("top_k", top_k=2), visible), hidden()
+    weights = made(x).weights
+    assert not weights[:, ~visible].any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(ROWS, GATES))
+
+
+def test_balance_by_hand() -> None:
+    """Two rows, one gate, two experts: both rows go to the first, with probabilities .9 and .7."""
+    probabilities = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]], requires_grad=True)
+    selected = torch.tensor([[[True, False]], [[True, False]]])
+    routing = Routing(probabilities * selected, probabilities, selected, torch.tensor([[1.0], [3.0]]))
+    loads = expert_loads(routing)
+    assert loads.tolist() == [1.0, 0.0]
+    loss = balance_loss(routing, loads)
+    assert loss.item() == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
+    loss.backward()
+    assert probabilities.grad is not None
+    assert probabilities.grad.tolist() == [[[1.0, 0.0]], [[1.0, 0.0]]]
+    assert z_loss(routing).item() == pytest.approx((1 + 9) / 2)
+
+
+def test_balance_is_over_tasks_together() -> None:
+    """Two tasks that each use one expert are as even as can be."""
+    probabilities = torch.eye(2).expand(6, 2, 2)
+    routing = Routing(probabilities, probabilities, probabilities > 0, torch.zeros(6, 2))
+    assert expert_loads(routing).tolist() == [0.5, 0.5]
+    assert balance_loss(routing, expert_loads(routing)).item() == pytest.approx(1.0)
