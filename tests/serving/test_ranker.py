@@ -26,7 +26,7 @@ def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and log scores by the whole past's features and the model that was trained."""
     batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
     with torch.inference_mode():
-        logits = small.model(batch)
+        logits = small.model(batch).logits
     weights = [task.score_weight for task in small.settings.tasks.values()]
     return predictions(logits, KINDS).numpy(), fuse(logits, KINDS, weights).numpy()
 
