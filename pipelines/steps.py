@@ -247,9 +247,17 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
 
     ranker = Ranker.load(artifact)
     rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
-    scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size, ranker.calibration)
+    scored = score_rows(
+        ranker.model,
+        ranker.layout,
+        rows,
+        settings.evaluation.batch_size,
+        calibration=ranker.calibration,
+        weighted=settings.training.sampling_correction == "weights",
+    )
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
+    summary["sampling_correction"] = settings.training.sampling_correction
     evaluated = Evaluated(scored, sums, summary)
     sums.save(out / "sums")
     with atomic_file(out / "metrics.json") as file:
