@@ -81,8 +81,8 @@ def score_rows(
 ) -> Scored:
     """Scores all rows without placement, in fp32, under a progress bar.
 
-    weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate. top_k: experts
-    a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run.
+    weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate. top_k:
+    experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
