@@ -37,9 +37,10 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); predictions: task -> values; order: positions of the
-    candidates in the request; request_time and tables_as_of: ISO times of the request and of the last logged request
-    that the model's tables know; warnings: what went wrong with experts, see `mmoe_rec.serving.experts`.
+    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `Ranker.named` gives;
+    order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
+    the last logged request that the model's tables know; warnings: what went wrong with experts, see
+    `mmoe_rec.serving.experts`.
     """
 
     candidates: list[int] | list[str]
@@ -133,7 +134,7 @@ class Ranker:
         return Ranking(
             candidates=ids.take(pa.array(order)).to_pylist(),
             scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={task.name: best[:, index].tolist() for index, task in enumerate(self.about.tasks)},
+            predictions={name: values.tolist() for name, values in self.named(best).items()},
             order=order.tolist(),
             request_time=iso_time(request_time(rows)),
             tables_as_of=self.about.tables_as_of,
@@ -164,6 +165,15 @@ class Ranker:
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
         return values, log_scores, warnings
+
+    def named(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
+
+        A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
+        """
+        tasks = {task.name: values[:, index] for index, task in enumerate(self.layout.tasks)}
+        outcomes = self.layout.outcomes.items()
+        return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in outcomes}
 
     def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
         """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""

@@ -76,7 +76,7 @@ def test_an_added_expert_becomes_one_of_its_own(kind: str) -> None:
     new = model.experts.count
 
     def apart() -> float:
-        return float((layer[new] - layer[1]).norm() / layer[1].norm())  # type: ignore[index, operator]
+        return float((layer[new] - layer[1]).detach().norm() / layer[1].detach().norm())  # type: ignore[index, operator]
 
     before = apart()
     optimizer = torch.optim.AdamW(made.parameters(), lr=0.01)

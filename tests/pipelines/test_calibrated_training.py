@@ -30,7 +30,7 @@ class World:
         """The rows that the calibration was fitted on."""
         layout = self.ranker.layout
         rows = EncodedRows(Prepared(self.folder / "work" / "features").split("validation"), layout)
-        return score_rows(self.ranker.model, layout, rows, 1000, calibration)
+        return score_rows(self.ranker.model, layout, rows, 1000, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_evaluation_measures_calibrated_predictions(world: World) -> None:
     layout = world.ranker.layout
     rows = EncodedRows(Prepared(world.folder / "work" / "features").split("test"), layout)
     calibrated, plain = (
-        np.divide(*sums(score_rows(world.ranker.model, layout, rows, 1000, each)))
+        np.divide(*sums(score_rows(world.ranker.model, layout, rows, 1000, calibration=each)))
         for each in (world.ranker.calibration, UNCALIBRATED)
     )
     for index, task in enumerate(("click", "liked")):

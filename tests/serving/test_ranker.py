@@ -88,7 +88,7 @@ def test_a_calibrated_model_answers_as_offline_evaluation(
     columns |= {name: pa.array(range(len(rows))) for name in COLUMNS}
     pq.write_table(pa.table(columns), tmp_path / "0.parquet")
     encoded = EncodedRows(tmp_path, calibrated.layout)
-    scored = score_rows(calibrated.model, calibrated.layout, encoded, 7, calibrated.calibration)
+    scored = score_rows(calibrated.model, calibrated.layout, encoded, 7, calibration=calibrated.calibration)
     values, scores = in_request_order(calibrated.rank(**as_request(table)), calibrated)
     np.testing.assert_allclose(values, scored.predictions, atol=1e-6)
     np.testing.assert_allclose(scores, np.exp(scored.score), rtol=1e-5)
