@@ -248,7 +248,7 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    rows = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
     scored = score_rows(
         ranker.model,
         ranker.layout,
@@ -268,7 +268,7 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     return evaluated
 
 
-def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
+def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
     """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
     prepared = at_hand(*_log_and_place(settings))
     if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:

@@ -78,11 +78,13 @@ def score_rows(
     weighted: bool = False,
     top_k: int | None = None,
     usable: torch.Tensor | None = None,
+    first: int | None = None,
 ) -> Scored:
     """Scores all rows without placement, in fp32, under a progress bar.
 
     weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate. top_k:
-    experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run.
+    experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run; first:
+    score so many batches as hold the first rows, instead of all.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
@@ -100,6 +102,8 @@ def score_rows(
             experts.add(outputs)
             tables.append(table)
             progress.advance(task, len(part))
+            if first is not None and sum(map(len, tables)) >= first:
+                break
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
