@@ -216,12 +216,14 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     if method == "none":
         return UNCALIBRATED
     from mmoe_rec.batches.reader import EncodedRows
-    from mmoe_rec.evaluation.fit_calibration import fit_calibration, logits_and_labels
+    from mmoe_rec.evaluation.fit_calibration import calibration_rows, fit_calibration
 
     layout = prepared.layout
-    rows = EncodedRows(prepared.split("validation"), layout)
-    logits, labels = logits_and_labels(model, layout, rows, settings.evaluation.batch_size)
-    calibration, left = fit_calibration(method, layout.tasks, logits, labels)
+    # Without the weights that training had, it would undo what they correct.
+    weighted = settings.training.sampling_correction == "weights"
+    rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted)
+    fitted_on = calibration_rows(model, layout, rows, settings.evaluation.batch_size)
+    calibration, left = fit_calibration(method, layout.tasks, *fitted_on)
     for sentence in left:
         say(sentence)
     return calibration

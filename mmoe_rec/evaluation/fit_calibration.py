@@ -125,16 +125,18 @@ def _without_single_class(step: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def logits_and_labels(
+def calibration_rows(
     model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, T) without placement and labels (N, T), NaN where unobserved, of all rows; float32."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Logits (N, T) without placement, labels (N, T), NaN where unobserved, and weights (N,), if rows have them."""
     model.eval()
-    logits, labels = [], []
+    logits, labels, weights = [], [], []
     with bar() as progress:
         task = progress.add_task("calibrating", total=rows.rows)
         for part, _ in rows.stream(batch_size):
             logits.append(model(make_batch(part.encoded, layout, torchrec=False)).logits.numpy())
             labels.append(part.labels)
+            if part.weights is not None:
+                weights.append(part.weights)
             progress.advance(task, len(part))
-    return np.concatenate(logits), np.concatenate(labels)
+    return np.concatenate(logits), np.concatenate(labels), np.concatenate(weights) if weights else None

@@ -102,7 +102,8 @@ def write_artifact(
 def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
     """Writes the artifact of a folder with another structure and other weights; an existing target is replaced.
 
-    model: the `model` section that the weights fit. Raises UserError for a folder without an artifact.
+    model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder without an
+    artifact.
     """
     import yaml
 

@@ -107,6 +107,34 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
     assert "log_variances" not in ranker.model.state_dict()
 
 
+def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
+    """A satisfaction's is that of its own label, which engaged rows have."""
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.settings import load_settings
+    from pipelines.steps import _calibrate
+
+    ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
+    rows = EncodedRows(prepared.split("validation"), ranker.layout)
+
+    def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
+        settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])
+        calibration = _calibrate(settings, prepared, ranker.model)
+        scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
+        weight = scored.weights[:, None] if weighted and scored.weights is not None else 1
+        known = ~np.isnan(scored.labels)
+        predicted, observed = (
+            (np.where(known, each, 0) * weight).sum(0) for each in (scored.predictions, scored.labels)
+        )
+        return predicted / observed
+
+    np.testing.assert_allclose(predicted_by_observed(weighted=True), 1, rtol=1e-4)
+    plain = ["--training.sampling_correction", "none"]
+    np.testing.assert_allclose(predicted_by_observed(*plain, weighted=False), 1, rtol=1e-4)
+    assert predicted_by_observed(*plain, weighted=True)[0] > 1.1
+
+
 def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
     """Its log variances are no part of it, as its optimizers are none."""
     from mmoe_rec.features.build import Prepared

@@ -9,7 +9,7 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
-from mmoe_rec.serving.artifact import read_artifact, write_artifact
+from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact, write_artifact
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
 from tests.serving.small_model import SmallModel
@@ -51,6 +51,12 @@ def test_calibration_survives_and_may_be_absent(small: SmallModel, ranker: Ranke
     assert Ranker.load(tmp_path / "m").calibration == CALIBRATION
     small.write(tmp_path / "m", UNCALIBRATED)
     assert Ranker.load(tmp_path / "m").calibration == UNCALIBRATED
+
+
+def test_a_rewritten_model_keeps_its_calibration(small: SmallModel, tmp_path: Path) -> None:
+    small.write(tmp_path / "m", CALIBRATION)
+    rewrite_artifact(tmp_path / "m", tmp_path / "n", small.settings.model, small.model.state_dict())
+    assert Ranker.load(tmp_path / "n").calibration == CALIBRATION
 
 
 @pytest.mark.parametrize(
