@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.features.build import Prepared
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings import Model, Settings
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,23 @@ def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, stat
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
         _write_json(target / "example_request.json", example_request(target / "features", about.tables_as_of))
+
+
+def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes the artifact of a folder with another structure and other weights; an existing target is replaced.
+
+    model: the `model` section that the weights fit. Raises UserError for a folder without an artifact.
+    """
+    import yaml
+
+    about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
+    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    settings["model"] = about.model
+    with atomic_folder(target) as made:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
+        _write_weights(made / "weights.safetensors", state_dict)
+        (made / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        _write_json(made / "model.json", {"format": FORMAT, **asdict(about)})
 
 
 def read_artifact(folder: Path) -> Artifact:
