@@ -58,7 +58,8 @@ EXERCISED_BY = {
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
     ),
-    "python -m pipelines.sweep_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
+    "python -m pipelines.sweep_experts --config configs/complete_journey.yaml "
+    "--model models:/complete_journey@champion": (
         "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
     ),
     "python -m pipelines.edit_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
