@@ -70,7 +70,7 @@ def sweep_table(swept: list[Swept]) -> Table:
         *(f"{task} {metric}" for task in swept[0].tasks for metric in ("AUC", "GAUC", "calib.")),
         "ms",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "experts")
     for each in swept:
         cells = [f"{each.k}" if each.masked is None else f"all but {each.masked}"]
         for metrics in each.tasks.values():
