@@ -10,7 +10,8 @@ balance       top-2 gates without balance, with the balance loss, with the selec
               entropy of the loads over log E, and the largest load over the mean;
 random_k      top-4 gates, and gates of 1 to 4 experts drawn at each step, three seeds, both served with 4 ... 1.
 
-Accuracy: on the first 50,000 or so rows of the test weeks, after one pass, at whose end the only validation is. Two trainings of one thread run at a time.
+Accuracy: on the first 50,000 or so rows of the test weeks, after one pass, at whose end the only validation is. Two
+trainings of one thread run at a time.
 """
 
 from __future__ import annotations
