@@ -189,7 +189,9 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert {each["name"] for each in json.loads(tracking_text(world, "features/layout.json"))["tasks"]} == set(TASKS)
     assert json.loads(tracking_text(world, "features/pipeline.json"))["encoders"]
     plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
-    assert plots == ["plots/gate_weights.png"]
+    assert plots == ["plots/gate_weights.png", "plots/gates"]
+    steps = [each.path for each in client.list_artifacts(run.info.run_id, "plots/gates")]
+    assert len(steps) == len(client.get_metric_history(run.info.run_id, "gates.load_entropy"))
 
 
 def test_the_model_is_registered_under_the_alias(world: World) -> None:
