@@ -64,6 +64,21 @@ def test_no_params_give_every_candidate(server: Server) -> None:
         assert len(reply["predictions"][0]["order"]) == (3 if "params" in body else len(ITEMS))
 
 
+def test_experts_may_be_chosen_by_one_or_for_all(server: Server, ranker: Ranker) -> None:
+    params = {"gate_top_k": 1, "mask_experts": [0, 2]}
+    status, body = server.post({"inputs": [request_of(), request_of(mask_experts=[0, 1, 2])], "params": params})
+    assert status == 200
+    first, second = body["predictions"]
+    expected = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, gate_top_k=1, mask_experts=[0, 2])
+    np.testing.assert_allclose(first["scores"], expected.scores, rtol=1e-5)
+    assert first["warnings"] == []
+    assert len(set(second["scores"])) == 1
+    assert len(second["warnings"]) == 3
+    assert "no expert is left for" in second["warnings"][0]
+    whole = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
+    assert not np.allclose(sorted(whole.scores), sorted(expected.scores), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -82,6 +97,10 @@ def test_no_params_give_every_candidate(server: Server) -> None:
         ({"task_weights": {"clik": 1}}, "'clik', which is no task or objective; did you mean 'click'?"),
         ({"task_weights": 3}, "'task_weights' must be an object of numbers"),
         ({"top_k": "2"}, "'top_k' must be an integer"),
+        ({"gate_top_k": 1.5}, "'gate_top_k' must be an integer"),
+        ({"gate_top_k": 4}, "gate_top_k is 4, and the model has 3 experts"),
+        ({"mask_experts": 1}, "'mask_experts' must be a list of integers"),
+        ({"mask_experts": [3]}, "mask_experts names expert 3; the model has 0 to 2"),
     ],
 )
 def test_refusals_are_one_sentence(server: Server, changes: dict[str, Any], sentence: str) -> None:
@@ -93,7 +112,13 @@ def test_refusals_are_one_sentence(server: Server, changes: dict[str, Any], sent
 
 @pytest.mark.parametrize(
     ("params", "name"),
-    [({"task_weights": {"clik": 1}}, "clik"), ({"task_weights": {"click": -1}}, "click"), ({"top_k": 0}, "top_k")],
+    [
+        ({"task_weights": {"clik": 1}}, "clik"),
+        ({"task_weights": {"click": -1}}, "click"),
+        ({"top_k": 0}, "top_k"),
+        ({"gate_top_k": 0}, "gate_top_k"),
+        ({"mask_experts": [7]}, "mask_experts"),
+    ],
 )
 def test_refused_params(server: Server, params: dict[str, Any], name: str) -> None:
     status, body = server.post({"inputs": [request_of()], "params": params})
