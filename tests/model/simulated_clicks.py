@@ -54,13 +54,15 @@ class Requests:
     """R requests of LIST candidates each, in an order that means nothing.
 
     numbers: (R, LIST, 2 x NUMBERS) float32, of user and item; item, position: (R, LIST) int64, position from 0;
-    relevance: (R, LIST) float64, a logit; clicks, fair_clicks: (R, LIST) bool, with position bias and without.
+    relevance, policy: (R, LIST) float64, the true logit and what the policy sorted by; clicks, fair_clicks: (R, LIST)
+    bool, with position bias and without.
     """
 
     numbers: np.ndarray
     item: np.ndarray
     position: np.ndarray
     relevance: np.ndarray
+    policy: np.ndarray
     clicks: np.ndarray
     fair_clicks: np.ndarray
 
@@ -82,13 +84,13 @@ def simulate(world: World, requests: int, seed: int, draw: int = 0) -> Requests:
         known, mistake = quality[item], mistaken_quality[item]
     else:
         known, mistake = liking, (mistaken_quality[item] + _match(user, mistaken_taste, shown)) / 2**0.5
-    position = sorted_by(world.strength * known + (1 - world.strength**2) ** 0.5 * mistake)
-    position = swapped(position, world.swaps, passing)
+    policy = world.strength * known + (1 - world.strength**2) ** 0.5 * mistake
+    position = swapped(sorted_by(policy), world.swaps, passing)
 
     probability, fair = click_probability(world.form, relevance, position)
     chance = passing.random(item.shape)
     numbers = np.concatenate([np.broadcast_to(user[:, None], shown.shape), shown], axis=2).astype(np.float32)
-    return Requests(numbers, item, position, relevance, chance < probability, chance < fair)
+    return Requests(numbers, item, position, relevance, policy, chance < probability, chance < fair)
 
 
 def sorted_by(score: np.ndarray) -> np.ndarray:

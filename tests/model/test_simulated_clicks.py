@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from tests.benchmarks.paired_ratio import ratio_of_means
+from tests.benchmarks.placement import explained, kept
 from tests.model.simulated_clicks import LIST, World, simulate, swapped
 
 
@@ -108,3 +109,26 @@ def test_a_ratio_of_means_is_none_if_the_whole_may_be_zero() -> None:
     whole = np.array([0.1, -0.1, 0.2, -0.1, 0.1])
     assert stats.ttest_1samp(whole, 0).pvalue > 0.05
     assert ratio_of_means(whole, whole) == {"value": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(("share", "hidden"), [(0.9, 0.1), (0.5, 0.3), (0.3, 0.01), (0.8, 0.0)])
+def test_what_hidden_rows_leave_in_the_main_model_is_the_least_squares_solution(share: float, hidden: float) -> None:
+    expected, unexpected = np.linalg.qr(np.random.default_rng(8).normal(size=(50, 2)))[0].T
+    bias = share**0.5 * expected + (1 - share) ** 0.5 * unexpected
+    # Main model and tower are each one weight; the tower counts in shown rows only.
+    shown, not_shown = (1 - hidden) ** 0.5, hidden**0.5
+    inputs = np.concatenate([shown * np.stack([expected, bias], 1), not_shown * np.stack([expected, 0 * bias], 1)])
+    main, _ = np.linalg.lstsq(inputs, np.concatenate([shown * bias, not_shown * bias]))[0]
+    assert kept(share, hidden) == pytest.approx(main / share**0.5)
+
+
+def test_what_explains_position_is_all_without_swaps_on_shelves_and_falls_with_swaps() -> None:
+    def share(swaps: float) -> float:
+        world = World(swaps=swaps, shelves=True)
+        return explained(world, simulate(world, 5000, seed=9))
+
+    assert share(0.0) == pytest.approx(1.0)
+    # A row stays if it is not chosen, or if chosen with k - 1 others with probability 1 / k, whose mean makes it
+    # (1 - 0.7^20) / 20 together. Otherwise it gets a position of the 19 others, whose mean is -1/19 of its own.
+    stays = 0.7 + (1 - 0.7**LIST) / LIST
+    assert share(0.3) == pytest.approx((stays - (1 - stays) / (LIST - 1)) ** 2, abs=0.02)
