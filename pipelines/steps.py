@@ -15,20 +15,23 @@ from mmoe_rec.features.extend import Extended, extend
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from pipelines.finished import CHALLENGER, Finished, Trained, training_key
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
+    from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
 
@@ -110,6 +113,10 @@ def _train(
             # An alias such as `champion` will point at the new model soon.
             origin_run = tracking.run_of(start, settings.tracking.uri)
             run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
+
+        def draw(found: Validation, step: int) -> None:
+            _draw_gates(run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png")
+
         trainer = Trainer(
             prepared,
             settings.model,
@@ -120,6 +127,7 @@ def _train(
             warm_start,
             checkpoint,
             replace(origin, run_id=run.run_id),
+            watch=draw,
         )
         result = trainer.run()
         dist.barrier()
@@ -163,7 +171,6 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
 
 
 def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
-    from mmoe_rec.evaluation.plots import gate_weights_figure
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
@@ -172,12 +179,23 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     work, layout, best = Path(settings.data.work), prepared.layout, result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
-    run.log_figure(gate_weights_figure(_gate_weights(layout, best.experts)), "plots/gate_weights.png")
+    _draw_gates(run, layout, best.experts, "plots/gate_weights.png")
+    findings = best.experts.findings([task.name for task in layout.tasks])
+    run.log_text("\n".join(findings or ["no expert is dead and no gate has collapsed"]) + "\n", "experts.txt")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
     load_plain(model, result.best_checkpoint)
-    write_artifact(work / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
+    calibration = _calibrate(settings, prepared, model)
+    if calibration.tasks:
+        run.log_dict(calibration.to_dict(), "calibration.json")
+    write_artifact(
+        work / "model",
+        settings=settings,
+        prepared=prepared,
+        state_dict=model.state_dict(),
+        calibration=calibration,
+    )
     before = dict(result.history).get(0)
     select_by = settings.training.select_by
     better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
@@ -188,6 +206,27 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
     finished.write(work / "checkpoints")
     return finished.trained(settings)
+
+
+def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:
+    """The calibration of a trained model on the validation rows; tasks that are left as they are are told of."""
+    from mmoe_rec.model.calibration import UNCALIBRATED
+
+    method = settings.training.calibration
+    if method == "none":
+        return UNCALIBRATED
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.fit_calibration import calibration_rows, fit_calibration
+
+    layout = prepared.layout
+    # Without the weights that training had, it would undo what they correct.
+    weighted = settings.training.sampling_correction == "weights"
+    rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted)
+    fitted_on = calibration_rows(model, layout, rows, settings.evaluation.batch_size)
+    calibration, left = fit_calibration(method, layout.tasks, *fitted_on)
+    for sentence in left:
+        say(sentence)
+    return calibration
 
 
 @dataclass(frozen=True)
@@ -209,10 +248,18 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(_test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
-    scored = score_rows(ranker.model, ranker.layout, rows, settings.evaluation.batch_size)
+    rows = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    scored = score_rows(
+        ranker.model,
+        ranker.layout,
+        rows,
+        settings.evaluation.batch_size,
+        calibration=ranker.calibration,
+        weighted=settings.training.sampling_correction == "weights",
+    )
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
+    summary["sampling_correction"] = settings.training.sampling_correction
     evaluated = Evaluated(scored, sums, summary)
     sums.save(out / "sums")
     with atomic_file(out / "metrics.json") as file:
@@ -221,7 +268,7 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     return evaluated
 
 
-def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
+def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
     """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
     prepared = at_hand(*_log_and_place(settings))
     if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
@@ -240,7 +287,7 @@ def _test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
 
 
 def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:
-    from mmoe_rec.evaluation.plots import calibration_figure, gate_weights_figure
+    from mmoe_rec.evaluation.plots import calibration_figure
     from mmoe_rec.evaluation.summary import flatten
 
     layout = evaluated.scored.layout
@@ -253,9 +300,13 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(out / f"calibration_{task.name}.png")
                 run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
-        gates = _gate_weights(layout, evaluated.scored.experts)
-        run.log_figure(gate_weights_figure(gates), "evaluation/gate_weights.png")
+        _draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
 
 
-def _gate_weights(layout: Layout, experts: Utilisation) -> dict[str, np.ndarray]:
-    return {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+def _draw_gates(run: tracking.Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    if run.run_id is None:
+        return  # another rank than the first draws nothing
+    from mmoe_rec.evaluation.plots import gate_weights_figure
+
+    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+    run.log_figure(gate_weights_figure(weights), name)

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained.started_from is not None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
     print(f"best validation, at step {trained.best_step}: {_text(trained.best)}")
+    for sentence in trained.best.experts.findings(list(settings.tasks)):
+        print(f"note: {sentence}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     print(f"model: {trained.artifact}, registered as {trained.address}")
     if not trained.promoted:

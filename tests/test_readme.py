@@ -58,6 +58,12 @@ EXERCISED_BY = {
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
     ),
+    "python -m pipelines.sweep_experts --config configs/complete_journey.yaml "
+    "--model models:/complete_journey@champion": (
+        "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
+    ),
+    "python -m pipelines.edit_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "--add 2": "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on",
     "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
     "cp configs/template.yaml configs/shop.yaml": SHOP,
     "python -m pipelines.features --config configs/shop.yaml": SHOP,

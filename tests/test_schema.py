@@ -208,3 +208,47 @@ def test_columns_that_are_read():
 @pytest.mark.parametrize("name", ["score", "ranking"])
 def test_a_task_may_not_have_the_name_of_a_part_of_the_metrics(name):
     _refuses(f"a task may not be called '{name}'", tasks={name: {"label": "y", "objective": "engagement"}})
+
+
+# A task that is given another one
+
+
+def _given(**changes) -> dict:
+    """Tasks in which liked is given click, with other keys of liked."""
+    return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "given": "click", **changes}}
+
+
+def test_a_task_may_be_given_an_engagement():
+    assert _schema(tasks=_given()).tasks["liked"].given == "click"
+    assert _schema().tasks["liked"].given is None
+
+
+@pytest.mark.parametrize("given", ["buy", "liked", "stars", "shared"])
+def test_a_task_is_given_another_binary_task_without_given(given):
+    tasks = _given(given=given)
+    tasks["minutes"] = {"label": "minutes", "kind": "regression", "objective": "engagement"}
+    tasks["shared"] = {"label": "shared", "objective": "satisfaction", "given": "click"}
+    message = (
+        f"task 'liked' is given '{given}', which is not another binary task without `given`; such tasks are: click"
+    )
+    _refuses(message, tasks=tasks)
+
+
+def test_two_tasks_given_each_other():
+    tasks = _given()
+    tasks["click"] = {**tasks["click"], "given": "liked"}
+    _refuses(
+        "task 'click' is given 'liked', which is not another binary task without `given`; such tasks are: none",
+        tasks=tasks,
+    )
+
+
+def test_a_regression_is_not_given_anything():
+    _refuses("task 'liked' has `given`, which only a binary task can have", tasks=_given(kind="regression"))
+
+
+def test_what_two_tasks_are_together_has_a_name_of_its_own():
+    tasks = {**_given(), "click_and_liked": {"label": "other", "objective": "satisfaction"}}
+    _refuses(
+        "what tasks 'click' and 'liked' are together is called 'click_and_liked', as is a task; rename one", tasks=tasks
+    )

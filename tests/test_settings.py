@@ -335,6 +335,13 @@ def test_a_missing_file_a_folder_and_another_encoding(tmp_path):
         load_settings(tmp_path / "x.yaml")
 
 
+def test_a_correction_needs_the_rate(tmp_path):
+    correction = {"training__sampling_correction": "weights"}
+    assert _load(tmp_path, **correction).training.sampling_correction == "weights"
+    message = _message(tmp_path, columns__sampling_rate=_DROPPED, **correction)
+    assert "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row" in message
+
+
 # Documentation
 
 

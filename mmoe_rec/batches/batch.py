@@ -73,7 +73,8 @@ class Batch:
 
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
     `layout.dense`; labels: (B, T) float32, 0 where unobserved; observed: (B, T) bool; position: where a reader goes on
-    once this batch is done; None for rows that are not read in a training order.
+    once this batch is done; None for rows that are not read in a training order; weights: (B,) float32 of the rows in
+    the loss; None where all count alike.
     """
 
     ids: Any
@@ -81,6 +82,7 @@ class Batch:
     labels: Tensor
     observed: Tensor
     position: Position | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -90,18 +92,27 @@ class Batch:
         device = torch.device(device)
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
+    @property
+    def observed_weights(self) -> Tensor:
+        """(T,) observed labels of each task: their number, int64, or the sum of their rows' weights, float64."""
+        if self.weights is None:
+            return self.observed.sum(0)
+        return (self.observed * self.weights[:, None].double()).sum(0)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
         return self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
         """Marks the tensors as used by a CUDA stream, so that their memory is not reused before it is done."""
-        for part in (self.ids, self.dense, self.labels, self.observed):
-            part.record_stream(stream)
+        for name in self._parts():
+            getattr(self, name).record_stream(stream)
 
     def _map(self, change: Any) -> Batch:
-        parts = {name: change(getattr(self, name)) for name in ("ids", "dense", "labels", "observed")}
-        return replace(self, **parts)
+        return replace(self, **{name: change(getattr(self, name)) for name in self._parts()})
+
+    def _parts(self) -> list[str]:
+        return ["ids", "dense", "labels", "observed", *([] if self.weights is None else ["weights"])]
 
 
 def make_batch(
@@ -109,13 +120,15 @@ def make_batch(
     layout: Layout,
     labels: np.ndarray | None = None,
     position: Position | None = None,
+    weights: np.ndarray | None = None,
     *,
     torchrec: bool,
 ) -> Batch:
     """Encoded rows and their labels as a batch.
 
-    labels: (B, T) float32 with NaN where unobserved; None leaves every label unobserved. torchrec: give ids as a
-    KeyedJaggedTensor. Raises ValueError when inputs, labels and layout do not fit each other.
+    labels: (B, T) float32 with NaN where unobserved; None leaves every label unobserved. weights: (B,) float32 of the
+    rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError when inputs, labels, weights and layout do not
+    fit each other.
     """
     rows = len(encoded)
     values, lengths, totals = _key_major([_input(encoded, each.name) for each in layout.ids], rows)
@@ -127,15 +140,16 @@ def make_batch(
         given = _float_tensor(labels, (rows, len(layout.tasks)), "labels")
         observed = ~given.isnan()
         known = given.masked_fill(~observed, 0.0)
+    rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
     keys = [each.name for each in layout.ids]
     if not torchrec:
-        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position)
+        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position, rows_weights)
 
     from torchrec import KeyedJaggedTensor
 
     # The totals are known on the host; without them torchrec would read them back from the device.
     ids = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=rows, length_per_key=totals)
-    return Batch(ids, dense, known, observed, position)
+    return Batch(ids, dense, known, observed, position, rows_weights)
 
 
 def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
@@ -144,7 +158,7 @@ def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
     return encoded.ids[name]
 
 
-def _float_tensor(values: np.ndarray, shape: tuple[int, int], what: str) -> Tensor:
+def _float_tensor(values: np.ndarray, shape: tuple[int, ...], what: str) -> Tensor:
     if values.shape != shape:
         raise ValueError(f"{what}: expected shape {shape} (rows x columns of the layout), found {values.shape}")
     # Copies only what is not contiguous, not float32, or read-only (as arrays from Arrow are).

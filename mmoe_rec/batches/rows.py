@@ -23,32 +23,44 @@ ADVICE = "run python -m pipelines.features again"
 
 @dataclass(frozen=True)
 class Rows:
-    """N encoded rows with their labels. labels: (N, T) float32 in the order of `layout.tasks`, NaN is unobserved."""
+    """N encoded rows with their labels.
+
+    labels: (N, T) float32 in the order of `layout.tasks`, NaN is unobserved; weights: (N,) float32, 1 / the rate at
+    which a row was kept when the log was sampled, where they were asked for.
+    """
 
     encoded: Encoded
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start to stop (exclusive, at most N), as views."""
-        return Rows(self.encoded.slice(start, stop), self.labels[start:stop])
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Rows(self.encoded.slice(start, stop), self.labels[start:stop], weights)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The given rows, in the given order, as copies."""
-        return Rows(self.encoded.take(rows), self.labels[rows])
+        weights = None if self.weights is None else self.weights[rows]
+        return Rows(self.encoded.take(rows), self.labels[rows], weights)
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts (at least one), in order, as copies."""
         ids = {name: join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
         dense = np.concatenate([part.encoded.dense for part in parts])
-        return Rows(Encoded(ids, dense), np.concatenate([part.labels for part in parts]))
+        weights = [part.weights for part in parts if part.weights is not None]
+        labels = np.concatenate([part.labels for part in parts])
+        return Rows(Encoded(ids, dense), labels, np.concatenate(weights) if weights else None)
 
 
 class EncodedRows:
     """The encoded rows of a folder, files in order of their names.
+
+    outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
+    weighted: rows have weights by the rate at which they were sampled.
 
     `rows`: number of rows; `groups`: (file index, row group index) of every row group that has rows, in file order;
     `group_rows`: (len(groups),) int64, the rows of each; `fingerprint`: of all footers, so of the values' statistics
@@ -56,12 +68,16 @@ class EncodedRows:
     that cannot be read, or one without a column of the layout.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, *, outcomes: bool = False, weighted: bool = False) -> None:
         self.layout = layout
+        self._weighted = weighted
+        self._labels = [f"label.{task.learnt_from if outcomes else task.name}" for task in layout.tasks]
         self._files = _parquet_files(folder)
         self._metadata = [_footer(file) for file in self._files]
         self.fingerprint = _fingerprint(self._files)
-        types = _column_types(layout)
+        types = _column_types(layout) | dict.fromkeys(self._labels, pa.float32())
+        if weighted:
+            types["sampling_rate"] = pa.float32()
         self._columns = list(types)
         for file, metadata in zip(self._files, self._metadata, strict=True):
             schema = metadata.schema.to_arrow_schema()
@@ -127,16 +143,16 @@ class EncodedRows:
 
     def _convert(self, table: pa.Table) -> Rows:
         labels = np.empty((table.num_rows, len(self.layout.tasks)), np.float32)
-        for index, task in enumerate(self.layout.tasks):
-            labels[:, index] = table.column(f"label.{task.name}").to_numpy()
-        return Rows(Encoded.from_arrow(table, self.layout), labels)
+        for index, name in enumerate(self._labels):
+            labels[:, index] = table.column(name).to_numpy()
+        weights = 1 / table.column("sampling_rate").to_numpy() if self._weighted else None
+        return Rows(Encoded.from_arrow(table, self.layout), labels, weights)
 
 
 def _column_types(layout: Layout) -> dict[str, pa.DataType]:
-    """The columns that a model reads, with their types."""
+    """The columns of a model's inputs, with their types."""
     types = {f"id.{each.name}": IDS if each.many else pa.int32() for each in layout.ids}
-    numbers = [f"dense.{each.name}" for each in layout.dense] + [f"label.{task.name}" for task in layout.tasks]
-    return types | dict.fromkeys(numbers, pa.float32())
+    return types | dict.fromkeys([f"dense.{each.name}" for each in layout.dense], pa.float32())
 
 
 def _require(file: Path, schema: pa.Schema, columns: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Figures of an evaluation, as `matplotlib.figure.Figure`: save with `figure.savefig`, or log to MLflow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,41 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, colors=_MUTED)
+    return figure
+
+
+def sweep_figure(
+    counts: Sequence[int], milliseconds: Sequence[float], tasks: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> Figure:
+    """AUC and calibration of each task, and latency, against the number of experts that score.
+
+    Args:
+        counts: experts a row and gate, of each way of scoring.
+        milliseconds: latency of each.
+        tasks: of each, task -> metric -> `value`, `low` and `high`, for `auc` and `calibration`.
+    """
+    figure = _figure(6.0, 7.6)
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1.4, 1])
+    for axes in panels:
+        _style(axes)
+    colors = [_LINE, "#c2571a", "#2f855a", "#7c3aed", "#b83280"]
+    for task, color in zip(tasks[0], colors * len(tasks[0]), strict=False):
+        for axes, metric in zip(panels, ("auc", "calibration"), strict=False):
+            value, low, high = (
+                np.array([each[task][metric][name] for each in tasks], dtype=np.float64)
+                for name in ("value", "low", "high")
+            )
+            reach = np.nan_to_num([value - low, high - value])
+            axes.errorbar(counts, value, yerr=reach, color=color, marker="o", markersize=4, capsize=2, label=task)
+    panels[1].axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    panels[2].plot(counts, milliseconds, color=_INK, marker="o", markersize=4)
+    panels[2].set_ylim(0)
+    for axes, name in zip(panels, ("AUC", "predicted /\nobserved", "ms for\n500 rows"), strict=True):
+        axes.set_ylabel(name)
+    panels[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+    panels[2].set_xlabel("experts a row and gate")
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle("Fewer experts at serving", x=0.03, ha="left", fontsize=13, fontweight="bold", color=_INK)
     return figure
 
 

@@ -12,6 +12,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
@@ -25,7 +26,8 @@ class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; experts: how the tasks used them.
+    (N,) log score; experts: how the tasks used them; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where
+    unobserved; weights: (N,) of the rows, None where all count alike.
     """
 
     layout: Layout
@@ -36,18 +38,26 @@ class Scored:
     labels: np.ndarray
     score: np.ndarray
     experts: Utilisation
+    outcomes: dict[str, np.ndarray]
+    weights: np.ndarray | None = None
 
     def measure(self) -> EvaluationSums:
-        """Sums of all metrics."""
-        names = [task.name for task in self.layout.tasks]
+        """Sums of all metrics: of each task over the rows of its own label, of each outcome over all rows.
+
+        An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
+        """
+        names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
         specs = [TaskSpec(task.name, task.kind, task.score_weight) for task in self.layout.tasks]  # type: ignore[arg-type]
+        specs += [TaskSpec(name, "binary", 0.0) for name in self.layout.outcomes]
+        both = [self.predictions[:, given] * self.predictions[:, task] for given, task in self.layout.outcomes.values()]
         return measure(
             specs,
             self.users,
             self.requests,
-            dict(zip(names, self.predictions.T, strict=True)),
-            dict(zip(names, self.labels.T, strict=True)),
+            dict(zip(names, [*self.predictions.T, *both], strict=True)),
+            dict(zip(names, [*self.labels.T, *self.outcomes.values()], strict=True)),
             score=self.score,
+            weight=self.weights,
         )
 
     def with_predictions(self, values: np.ndarray) -> Scored:
@@ -58,24 +68,54 @@ class Scored:
 
 
 @torch.inference_mode()
-def score_rows(model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int) -> Scored:
-    """Scores all rows without placement, in fp32, under a progress bar."""
+def score_rows(
+    model: RankingModel,
+    layout: Layout,
+    rows: EncodedRows,
+    batch_size: int,
+    *,
+    calibration: Calibration = UNCALIBRATED,
+    weighted: bool = False,
+    top_k: int | None = None,
+    usable: torch.Tensor | None = None,
+    first: int | None = None,
+) -> Scored:
+    """Scores all rows without placement, in fp32, under a progress bar.
+
+    weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate. top_k:
+    experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run; first:
+    score so many batches as hold the first rows, instead of all.
+    """
     model.eval()
-    kinds = [task.kind for task in layout.tasks]
+    kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
     weights = [task.score_weight for task in layout.tasks]
+    more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
     experts = UtilisationSums(model.visible_experts)
     with bar() as progress:
         task = progress.add_task("scoring", total=rows.rows)
-        for part, table in rows.stream(batch_size, COLUMNS):
-            outputs = model(make_batch(part.encoded, layout, torchrec=False))
-            logits = outputs.logits
+        for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
+            outputs = model(make_batch(part.encoded, layout, torchrec=False), top_k=top_k, usable=usable)
+            logits = calibration.apply(outputs.logits, names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
             tables.append(table)
             progress.advance(task, len(part))
+            if first is not None and sum(map(len, tables)) >= first:
+                break
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
-    return Scored(layout, users, requests, candidates, predicted, labels, score, experts.result())
+    return Scored(
+        layout,
+        users,
+        requests,
+        candidates,
+        predicted,
+        labels,
+        score,
+        experts.result(),
+        {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
+        1 / ids.column("sampling_rate").to_numpy() if weighted else None,
+    )

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mmoe_rec.schema import outcome_name
+
 
 @dataclass(frozen=True)
 class Table:
@@ -41,7 +43,7 @@ class DenseInput:
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.Task`.
+    """One logit a row; `objective`, `loss_weight`, `score_weight` and `given` as in `mmoe_rec.schema.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
     decide how much a task counts, and predicts in the label's own unit.
@@ -54,6 +56,12 @@ class TaskOutput:
     score_weight: float = 1.0
     mean: float = 0.0
     deviation: float = 1.0
+    given: str | None = None
+
+    @property
+    def learnt_from(self) -> str:
+        """Name of the label that the loss is of: the task's own, or over all rows that of its outcome with `given`."""
+        return self.name if self.given is None else outcome_name(self.given, self.name)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,13 @@ class Layout:
     def table(self, name: str) -> Table:
         """The table of that name."""
         return next(table for table in self.tables if table.name == name)
+
+    @property
+    def outcomes(self) -> dict[str, tuple[int, int]]:
+        """What two tasks are together -> places among the tasks of the given one and of the one that follows it."""
+        places = {task.name: place for place, task in enumerate(self.tasks)}
+        given = {task: task.given for task in self.tasks if task.given is not None}
+        return {task.learnt_from: (places[name], places[task.name]) for task, name in given.items()}
 
     def id_names(self, placement: bool) -> list[str]:
         """Names of the id inputs that describe placement, or of all others."""

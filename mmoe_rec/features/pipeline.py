@@ -186,7 +186,13 @@ class FeaturePipeline:
             dense += [replace(each, placement=placement) for each in outline.dense]
         tasks = [
             TaskOutput(
-                name, task.kind, task.objective, task.loss_weight, task.score_weight, *self.label_scales.get(name, ())
+                name,
+                task.kind,
+                task.objective,
+                task.loss_weight,
+                task.score_weight,
+                *self.label_scales.get(name, (0.0, 1.0)),
+                task.given,
             )
             for name, task in self.schema.tasks.items()
         ]

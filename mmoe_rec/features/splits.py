@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.features.answer import fitted
 from mmoe_rec.features.answers import AnswerExchange, AnswerReader
+from mmoe_rec.features.labels import labels_of
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.log import LogPart, LogReader
@@ -74,7 +75,7 @@ def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) ->
             wanted = in_window(rows.times(), window)
             if wanted.any():
                 inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
-                labels = {task: inside.labels(rule, job.known_by[name]) for task, rule in rows.schema.tasks.items()}
+                labels = labels_of(inside, job.known_by[name])
                 counts[name].add(labels)
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)

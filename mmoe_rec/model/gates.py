@@ -149,6 +149,11 @@ class Gates(nn.Module):
     def _renormalise(self, k: int) -> bool:
         return k > 1 or not self.rule.trains_at_one
 
+    def rows_of(self, expert: int) -> list[Tensor]:
+        """The weights and biases that give an expert's logits, as views."""
+        layers = [self.linear] if self.route is None else [self.linear, self.route]
+        return [each[:, expert] for layer in layers for each in (layer.weight, layer.bias)]
+
     @torch.no_grad()
     def after_step(self, loads: Tensor, bias_rate: float, ramp_steps: int) -> None:
         """Nudges the selection bias towards the mean load, and lets added experts in a little more.

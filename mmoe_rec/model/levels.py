@@ -8,7 +8,7 @@ own experts and gate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,15 @@ class Level(nn.Module):
             mixed = mixed.expand(-1, self.tasks, -1)
             routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
         return mixed, routing
+
+    def weights_by_expert(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Number of each expert, and its own part of every weight and bias, as views."""
+        number = 0
+        for index in range(len(self.experts)):
+            experts = self._experts(index)
+            for place in range(experts.count):
+                yield number, [weight[place] for weight in experts.parameters()]
+                number += 1
 
     def _gate_inputs(self, inputs: list[Tensor]) -> Tensor | list[Tensor]:
         # The last level has no shared gate, so nobody reads the shared input.

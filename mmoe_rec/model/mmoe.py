@@ -68,10 +68,14 @@ class Mixture(nn.Module):
         self.placement = placement
         self.raw_inputs = raw_inputs
 
+    def each_level(self) -> list[Level]:
+        """The levels, the last one last."""
+        return [module for module in self.levels if isinstance(module, Level)]
+
     @property
     def gates(self) -> list[Gates]:
         """The gates of each level, the last level's last."""
-        return [module for module in self.levels.modules() if isinstance(module, Gates)]
+        return [level.gates for level in self.each_level()]
 
     def forward(
         self,

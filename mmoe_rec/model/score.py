@@ -29,6 +29,15 @@ def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
     return torch.where(_is_binary(logits, kinds), functional.logsigmoid(logits), regression)
 
 
+def logit_of_both(given: Tensor, conditional: Tensor) -> Tensor:
+    """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)).
+
+    Exact for any logits, and so are log(p q) and log(1 - p q) as log sigmoids of it and of minus it: nothing is
+    subtracted from 1. From p q / (1 - p q), where p = 1 / (1 + e^-a).
+    """
+    return -torch.logaddexp(torch.logaddexp(-given, -conditional), -(given + conditional))
+
+
 def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -> Tensor:
     """(B, T) logits -> (B,) log score: sum over tasks of weight x log prediction.
 

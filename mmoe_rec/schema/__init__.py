@@ -17,7 +17,7 @@ from mmoe_rec.schema.features import (
     VectorFeature,
     read_columns,
 )
-from mmoe_rec.schema.log import EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task
+from mmoe_rec.schema.log import EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task, outcome_name
 from mmoe_rec.schema.section import Section
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "Task",
     "TimeFeature",
     "VectorFeature",
+    "outcome_name",
     "read_columns",
 ]

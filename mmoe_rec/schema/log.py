@@ -65,6 +65,9 @@ class Task(Section):
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
+    given: str | None = Field(
+        None, description="binary task without which this one cannot be; the two are learnt from all rows (ESMM 2018)"
+    )
     matures_after_days: float = Field(
         0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
     )
@@ -79,6 +82,11 @@ EVENT = Task(label="(event)", kind="binary", objective="engagement")
 
 
 _RESERVED = frozenset({"score", "ranking"})
+
+
+def outcome_name(given: str, task: str) -> str:
+    """What both happened is called, of a task and the one that it is `given`: a name beside those of tasks."""
+    return f"{given}_and_{task}"
 
 
 class Schema(Section):
@@ -99,6 +107,7 @@ class Schema(Section):
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
         for name in _RESERVED.intersection(self.tasks):
             raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
+        self._check_given()
         for name, feature in self.features.items():
             self._check_leaks(name, read_columns(feature))
         for name, feature in self.features.items():
@@ -113,6 +122,28 @@ class Schema(Section):
                 self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
             self.role_of(name)
         return self
+
+    def _check_given(self) -> None:
+        taken = dict.fromkeys(self.tasks, "a task")
+        for name, task in self.tasks.items():
+            if task.given is None:
+                continue
+            if task.kind != "binary":
+                raise ValueError(f"task '{name}' has `given`, which only a binary task can have")
+            others = {each: other for each, other in self.tasks.items() if each != name}
+            plain = [each for each, other in others.items() if other.kind == "binary" and other.given is None]
+            if task.given not in plain:
+                raise ValueError(
+                    f"task '{name}' is given '{task.given}', which is not another binary task without `given`; such "
+                    f"tasks are: {', '.join(plain) or 'none'}"
+                )
+            outcome = outcome_name(task.given, name)
+            if outcome in taken:
+                raise ValueError(
+                    f"what tasks '{task.given}' and '{name}' are together is called '{outcome}', as is "
+                    f"{taken[outcome]}; rename one"
+                )
+            taken[outcome] = "that of two other tasks"
 
     def _check_source(self, name: str, feature: HistoryFeature | CounterFeature) -> None:
         if feature.task is not None and feature.task not in self.tasks:

@@ -4,6 +4,7 @@
         model.json             format, name, model section, tasks, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs
         weights.safetensors    float32 weights by name
+        calibration.json       what makes probabilities of the weights' logits, where the model was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
         features/              what encoders have learnt, what counters and histories remember, latest values
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.features.build import Prepared
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.settings import Model, Settings
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,20 @@ class Artifact:
     tables_as_of: str
 
 
-def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, state_dict: Mapping[str, Tensor]) -> None:
+def write_artifact(
+    folder: Path,
+    *,
+    settings: Settings,
+    prepared: Prepared,
+    state_dict: Mapping[str, Tensor],
+    calibration: Calibration | None = None,
+) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
     Args:
         prepared: the features that the model was trained on.
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        calibration: of the model's tasks; None leaves their logits as they are.
 
     Raises:
         UserError: a weight is not a finite number.
@@ -84,7 +94,27 @@ def write_artifact(folder: Path, *, settings: Settings, prepared: Prepared, stat
         (target / "layout.json").write_text(prepared.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
+        if calibration is not None and calibration.tasks:
+            _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / "example_request.json", example_request(target / "features", about.tables_as_of))
+
+
+def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes the artifact of a folder with another structure and other weights; an existing target is replaced.
+
+    model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder without an
+    artifact.
+    """
+    import yaml
+
+    about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
+    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    settings["model"] = about.model
+    with atomic_folder(target) as made:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
+        _write_weights(made / "weights.safetensors", state_dict)
+        (made / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        _write_json(made / "model.json", {"format": FORMAT, **asdict(about)})
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -97,6 +127,22 @@ def read_artifact(folder: Path) -> Artifact:
         raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
     tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
     return Artifact(tasks=tasks, **tree)
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """The calibration in an artifact folder, which has none where it was not calibrated.
+
+    Raises UserError for a damaged file.
+    """
+    from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+
+    path = folder / "calibration.json"
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return UNCALIBRATED
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

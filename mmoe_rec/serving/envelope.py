@@ -18,6 +18,8 @@ class Envelope(BaseModel):
     candidates: dict[str, list[Any]]
     task_weights: dict[str, Any] | None = None
     top_k: int | None = None
+    gate_top_k: int | None = None
+    mask_experts: list[int] | None = None
 
 
 def explain_envelope(error: ValidationError) -> str:
@@ -33,4 +35,5 @@ def explain_envelope(error: ValidationError) -> str:
     if len(names) > 1 and names[0] == "candidates":
         return f"column '{names[1]}' in 'candidates' must be a list with one value a candidate"
     wanted = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
+    wanted |= {"gate_top_k": "an integer", "mask_experts": "a list of integers"}
     return f"'{names[0]}' must be {wanted.get(names[0], 'an object of numbers')}"

@@ -1,8 +1,9 @@
 """The served model: a script that MLflow runs to get it (models from code), so that no pickle is written.
 
 A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`; each element of
-`inputs` gets one ranking. `task_weights` and `top_k` may stand in an element or, for all elements, in `params`; the
-element's own win. MLflow drops unknown keys of `params` before the model sees them; in an element they are an error.
+`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k` and `mask_experts` may stand in an element or, for all
+elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees them; in an
+element they are an error.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mmoe_rec.serving.envelope import Envelope, explain_envelope
 from mmoe_rec.serving.errors import RequestError
 
 ARTIFACT = "model"
+OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
 Value = bool | int | float | str | None
 Reply = dict[str, str | list[Value] | dict[str, list[float]]]
 
@@ -47,6 +49,8 @@ class RankingRequest(BaseModel):
     candidates: Annotated[dict[str, list[Value]], SkipValidation] = {}
     task_weights: Annotated[dict[str, float] | None, SkipValidation] = None
     top_k: Annotated[int | None, SkipValidation] = None
+    gate_top_k: Annotated[int | None, SkipValidation] = None
+    mask_experts: Annotated[list[int] | None, SkipValidation] = None
 
     def given(self) -> dict[str, Any]:
         """The keys of the request, known or not."""
@@ -93,10 +97,15 @@ class RankingPythonModel(PythonModel):
             envelope = Envelope.model_validate(request.given())
         except ValidationError as error:
             raise RequestError(explain_envelope(error)) from None
-        weights = params.get("task_weights") if envelope.task_weights is None else envelope.task_weights
-        top_k = params.get("top_k") if envelope.top_k is None else envelope.top_k
-        ranking = self.ranker.rank(envelope.user, envelope.context, envelope.candidates, weights, top_k)
+        options = {name: _first(getattr(envelope, name), params.get(name)) for name in OPTIONS}
+        ranking = self.ranker.rank(envelope.user, envelope.context, envelope.candidates, **options)
         return ranking.to_dict()
+
+
+def _first(own: Any, common: Any) -> Any:
+    """The request's own option, or the one for all requests; MLflow gives an array for a list."""
+    value = common if own is None else own
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 mlflow.models.set_model(RankingPythonModel())

@@ -52,7 +52,7 @@ def _served_code(target: Path) -> Path:
 
 
 def with_params(signature: Any, artifact_folder: Path) -> Any:
-    """The signature with optional `task_weights` and `top_k`.
+    """The signature with the optional parameters of `mlflow_model.OPTIONS`.
 
     MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
     """
@@ -63,7 +63,14 @@ def with_params(signature: Any, artifact_folder: Path) -> Any:
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
     # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
     weights = Object([Property(name, AnyType(), required=False) for name in names])
-    params = ParamSchema([ParamSpec("task_weights", weights, {}), ParamSpec("top_k", DataType.long, None)])
+    params = ParamSchema(
+        [
+            ParamSpec("task_weights", weights, {}),
+            ParamSpec("top_k", DataType.long, None),
+            ParamSpec("gate_top_k", DataType.long, None),
+            ParamSpec("mask_experts", DataType.long, [], shape=(-1,)),
+        ]
+    )
     changed = ModelSignature(signature.inputs, signature.outputs, params)
     changed._is_signature_from_type_hint = True  # else the server would parse requests as data frames
     return changed

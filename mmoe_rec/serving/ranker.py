@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact
+from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
 from mmoe_rec.serving.request import RequestReader, request_time
 from mmoe_rec.serving.weights import fused_weights
 from mmoe_rec.settings import Model
@@ -35,9 +37,10 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); predictions: task -> values; order: positions of the
-    candidates in the request; request_time and tables_as_of: ISO times of the request and of the last logged request
-    that the model's tables know.
+    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `Ranker.named` gives;
+    order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
+    the last logged request that the model's tables know; warnings: what went wrong with experts, see
+    `mmoe_rec.serving.experts`.
     """
 
     candidates: list[int] | list[str]
@@ -46,6 +49,7 @@ class Ranking:
     order: list[int]
     request_time: str
     tables_as_of: str
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as JSON values."""
@@ -53,15 +57,26 @@ class Ranking:
 
 
 class Ranker:
-    """A loaded model with its features."""
+    """A loaded model with its features and calibration."""
 
-    def __init__(self, about: Artifact, layout: Layout, model: RankingModel, pipeline: FeaturePipeline, features: Path):
+    def __init__(
+        self,
+        about: Artifact,
+        layout: Layout,
+        model: RankingModel,
+        calibration: Calibration,
+        pipeline: FeaturePipeline,
+        features: Path,
+    ):
         self.about = about
         self.layout = layout
         self.model = model.eval()
+        self.guarded = GuardedModel(model, [task.name for task in about.tasks])
+        self.calibration = calibration
         self.pipeline = pipeline
         self.reader = RequestReader(pipeline, features, about.max_candidates)
         self.kinds = [task.kind for task in about.tasks]
+        self.names = [task.name for task in about.tasks]
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
@@ -73,7 +88,7 @@ class Ranker:
         if pipeline.layout != layout:
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         model = _load_model(layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        ranker = Ranker(about, layout, model, pipeline, folder / "features")
+        ranker = Ranker(about, layout, model, read_calibration(folder), pipeline, folder / "features")
         # Builds the indexes that encoders make at their first use, so that no request waits for them.
         ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
         return ranker
@@ -85,6 +100,8 @@ class Ranker:
         candidates: Mapping[str, Any],
         task_weights: Mapping[str, Any] | None = None,
         top_k: int | None = None,
+        gate_top_k: int | None = None,
+        mask_experts: Sequence[int] | None = None,
     ) -> Ranking:
         """Ranks the candidates of one request.
 
@@ -94,6 +111,8 @@ class Ranker:
             candidates: column -> list of N values; the candidates' ids are required.
             task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
             top_k: give only this many best candidates.
+            gate_top_k: experts a candidate and gate, instead of the model's own number.
+            mask_experts: numbers of experts to score without.
 
         Raises:
             RequestError: naming the column or option that the caller has to change.
@@ -101,9 +120,10 @@ class Ranker:
         weights = fused_weights(self.about.tasks, task_weights)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise RequestError(f"top_k must be an integer of at least 1, found {top_k!r}")
+        choice = self.guarded.choice(gate_top_k, mask_experts)
         rows = self.reader.rows(user, context, candidates)
         try:
-            values, log_scores = self.score(rows, weights)
+            values, log_scores, warnings = self._score(rows, weights, choice)
         except RequestError:
             raise
         except UserError as error:
@@ -114,10 +134,11 @@ class Ranker:
         return Ranking(
             candidates=ids.take(pa.array(order)).to_pylist(),
             scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={task.name: best[:, index].tolist() for index, task in enumerate(self.about.tasks)},
+            predictions={name: values.tolist() for name, values in self.named(best).items()},
             order=order.tolist(),
             request_time=iso_time(request_time(rows)),
             tables_as_of=self.about.tables_as_of,
+            warnings=warnings,
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -130,23 +151,37 @@ class Ranker:
             rows = LogRows(rows, self.pipeline.schema)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
-        parts = [self._logits(rows, start) for start in range(0, len(rows), ROWS_AT_A_TIME)]
-        logits = torch.cat(parts) if parts else torch.empty(0, len(self.kinds))
+        return self._score(rows, weights, ExpertChoice())[:2]
+
+    def _score(
+        self, rows: LogRows, weights: np.ndarray, choice: ExpertChoice
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        parts = [self._logits(rows, start, choice) for start in range(0, len(rows), ROWS_AT_A_TIME)]
+        logits = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, len(self.kinds))
+        warnings = list(dict.fromkeys(sentence for _, found in parts for sentence in found))
         values = predictions(logits, self.kinds).numpy()
         log_scores = log_predictions(logits.double(), self.kinds).numpy() @ weights
         if not (np.isfinite(values).all() and np.isfinite(log_scores).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
-        return values, log_scores
+        return values, log_scores, warnings
 
-    def _logits(self, rows: LogRows, start: int) -> Tensor:
-        """Logits (n, T) float32 of at most ROWS_AT_A_TIME rows."""
+    def named(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
+
+        A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
+        """
+        tasks = {task.name: values[:, index] for index, task in enumerate(self.layout.tasks)}
+        outcomes = self.layout.outcomes.items()
+        return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in outcomes}
+
+    def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
+        """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
         if len(rows) > ROWS_AT_A_TIME:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
-        with torch.inference_mode():
-            logits: Tensor = self.model(batch).logits
-        return logits
+        logits, warnings = self.guarded.logits(batch, choice)
+        return self.calibration.apply(logits, self.names), warnings
 
 
 def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:

@@ -199,6 +199,17 @@ class Training(Section):
     select_by: Literal["auc", "loss"] = Field(
         "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
     )
+    calibration: Literal["none", "temperature", "isotonic"] = Field(
+        "none", description="how probabilities are corrected on the validation rows after training"
+    )
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed",
+        description="tasks count by their `loss_weight` alone, or by learnt uncertainties (Kendall 2018) as well",
+    )
+    sampling_correction: Literal["none", "weights"] = Field(
+        "none",
+        description="predict the log as it is, or as it was before sampling: rows weigh 1 / `columns.sampling_rate`",
+    )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     on_bad_loss: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop with the batch saved, or skip the step and count it"
@@ -290,6 +301,10 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check_schema(self) -> Settings:
         _ = self.schema_
+        if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
+            raise ValueError(
+                "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row"
+            )
         return self
 
     @property

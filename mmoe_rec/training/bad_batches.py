@@ -60,6 +60,7 @@ def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
         "dense": batch.dense,
         "labels": batch.labels,
         "observed": batch.observed,
+        "weights": batch.weights,
         "logits": logits.detach(),
     }
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}

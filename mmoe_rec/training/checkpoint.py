@@ -31,8 +31,8 @@ from mmoe_rec.training.validation import Validation
 
 FORMAT = 1
 _DESCRIPTION = "training.json"
-# Where and how safely a training runs, not what comes of it.
-_FREE = {"device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
+# Where and how safely a training runs, and what is done after it, not what comes of its steps.
+_FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
 
 
 @dataclass(frozen=True)

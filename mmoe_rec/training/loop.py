@@ -47,6 +47,7 @@ from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import Steps
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.task_weights import NAME, add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart
 
@@ -132,8 +133,9 @@ class Trainer:
             self._resume(resume)
 
     def _reader(self, prepared: Prepared, split: str, batch_size: int) -> TrainingReader:
+        weighted = self.settings.sampling_correction == "weights"
         return TrainingReader(
-            EncodedRows(prepared.split(split), self.layout),
+            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -146,6 +148,8 @@ class Trainer:
         model = build_model(self.layout, model_settings, tables, self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
+        if self.settings.task_weighting == "uncertainty":
+            add_log_variances(model, self.layout.tasks)
         return shard(
             model,
             self.layout,
@@ -221,7 +225,7 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         for rows, position in reader.resume(start, epochs):
-            batch = make_batch(rows.encoded, self.layout, rows.labels, position, torchrec=True)
+            batch = make_batch(rows.encoded, self.layout, rows.labels, position, rows.weights, torchrec=True)
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
@@ -250,6 +254,9 @@ class Trainer:
     def _log(self, meter: Meter) -> None:
         metrics = meter.read()
         metrics["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+        if (logs := log_variances(self.sharded.model.module)) is not None:
+            factors = zip(self.layout.tasks, loss_factors(logs.detach(), self.layout.tasks).tolist(), strict=True)
+            metrics |= {f"train.{task.name}.weight": task.loss_weight * factor for task, factor in factors}
         if self.bad_batches.skipped:
             metrics["train.skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
@@ -311,8 +318,14 @@ def _optimizers(sharded: Sharded, settings: Training) -> tuple[Any, Any]:
     """That of all parameters, and its part for the dense ones."""
     from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-    def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    named = sharded.dense_parameters()
+    groups: list[dict[str, Any]] = [{"params": [each for name, each in named.items() if name != NAME]}]
+    if NAME in named:
+        # Decay would pull the weights of tasks toward 1.
+        groups.append({"params": [named[NAME]], "weight_decay": 0.0})
 
-    dense = KeyedOptimizerWrapper(sharded.dense_parameters(), adamw)
+    def adamw(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+    dense = KeyedOptimizerWrapper(named, adamw)
     return CombinedOptimizer([sharded.table_optimizer, dense]), dense

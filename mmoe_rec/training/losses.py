@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.score import logit_of_both
+from mmoe_rec.training.task_weights import loss_factors
 
 
 def masked_loss(
@@ -19,30 +21,48 @@ def masked_loss(
     tasks: Sequence[TaskOutput],
     global_counts: Tensor,
     world_size: int = 1,
+    weights: Tensor | None = None,
+    log_variances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss over the observed labels: the total to differentiate, and each task's plain sum.
 
     logits, labels: (B, T) float32; observed: (B, T) bool; tasks: T, each with its kind and weight; global_counts: (T,)
-    observed rows of this step over all ranks. Returns a scalar and (T,) detached sums over this rank's rows.
+    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float32 of the rows, None
+    where all count alike; log_variances: (T,), where task weights are learnt (see `task_weights`). Returns a scalar and
+    (T,) detached sums over this rank's rows.
 
     The total is world_size * sum_t weight_t * sum_t / global_counts_t: gradients are averaged over ranks afterwards
     (by data parallelism and by sharded tables alike), so the factor makes them those of the global mean. A task without
-    observed rows adds exactly zero.
+    observed rows adds exactly zero, and so does its log variance.
     """
     assert logits.shape == labels.shape == observed.shape, "logits, labels and observed differ in shape"
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
-    sums = (row_losses(logits, labels, tasks) * observed).sum(0)
-    weights = torch.tensor([task.loss_weight for task in tasks], dtype=sums.dtype, device=sums.device)
-    scale = world_size * weights / global_counts.to(sums).clamp(min=1)
-    return (scale * sums).sum(), sums.detach()
+    losses = row_losses(logits, labels, tasks) * observed
+    sums = (losses if weights is None else losses * weights[:, None]).sum(0)
+    task_weights = torch.tensor([task.loss_weight for task in tasks], dtype=sums.dtype, device=sums.device)
+    scale = world_size * task_weights / global_counts.to(sums).clamp(min=1)
+    if log_variances is None:
+        return (scale * sums).sum(), sums.detach()
+    # Every rank adds the whole of this term, which the average over ranks leaves as it is.
+    uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
+    return (scale * loss_factors(log_variances, tasks) * sums).sum() + uncertainty, sums.detach()
 
 
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """(B, T) loss of every row and task: binary cross-entropy, or the squared error of the standardised label."""
-    columns = [
-        functional.binary_cross_entropy_with_logits(logits[:, index], labels[:, index], reduction="none")
-        if task.kind == "binary"
-        else ((logits[:, index] - labels[:, index]) / task.deviation).square()
-        for index, task in enumerate(tasks)
-    ]
+    """(B, T) loss of every row and task: binary cross-entropy, or the squared error of the standardised label.
+
+    labels: of each task's `learnt_from`. That of a task with `given` is its outcome over all rows, predicted by the
+    product of both tasks' probabilities, through which both learn (ESMM: Ma et al., SIGIR 2018).
+    """
+    places = {task.name: index for index, task in enumerate(tasks)}
+    columns = []
+    for index, task in enumerate(tasks):
+        logit, label = logits[:, index], labels[:, index]
+        if task.given is not None:
+            logit = logit_of_both(logits[:, places[task.given]], logit)
+        columns.append(
+            functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
+            if task.kind == "binary"
+            else ((logit - label) / task.deviation).square()
+        )
     return torch.stack(columns, dim=1)

@@ -16,7 +16,7 @@ class Meter:
     """
 
     def __init__(self, layout: Layout, world_size: int) -> None:
-        self.names = [task.name for task in layout.tasks]
+        self.names = [task.learnt_from for task in layout.tasks]
         self.world_size = world_size
         self.note = ""
         self.start = time.perf_counter()

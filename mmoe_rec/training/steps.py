@@ -22,15 +22,16 @@ from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import Sharded
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.task_weights import log_variances
 
 
 @dataclass
 class Step:
     """A batch that was trained on.
 
-    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of; stopping: whether
-    any rank was asked to stop; bad: what was not finite on some rank, "loss" (then nothing was updated) or "gradient"
-    (then the dense part was not).
+    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of (or the sum of their
+    rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" (then
+    nothing was updated) or "gradient" (then the dense part was not).
     """
 
     batch: Batch
@@ -94,7 +95,7 @@ class Steps:
         self._optimizer.zero_grad()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
-        observed = batch.observed.sum(0)
+        observed = batch.observed_weights
         asked = torch.tensor([self._stop.asked is not None], device=self._device)
         shared = torch.cat([observed, asked.to(observed)])
         added = self._add_up(shared)  # beside the forward pass
@@ -117,6 +118,8 @@ class Steps:
             tasks=self._layout.tasks,
             global_counts=shared[:-1],
             world_size=self._ranks,
+            weights=batch.weights,
+            log_variances=log_variances(self._model.module),
         )
         total = total + self._balancing.loss(outputs.routings, self._loads)
         stopping, some_bad = (torch.stack([shared[-1].float(), bad]) > 0).tolist()

@@ -28,8 +28,9 @@ BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
 class Validation:
     """Result of one validation.
 
-    loss: mean per task (nats, or squared deviations of a regression); auc: per binary task with both classes; experts:
-    how the tasks used them.
+    loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
+    from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label and not
+    weighted; experts: how the tasks used them.
     """
 
     loss: dict[str, float]
@@ -40,7 +41,8 @@ class Validation:
         """What the best model has the most of: mean AUC, or minus the weighted loss."""
         if select_by == "auc" and self.auc:
             return sum(self.auc.values()) / len(self.auc)
-        return -sum(task.loss_weight * self.loss[task.name] for task in layout.tasks if task.name in self.loss)
+        tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
+        return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
@@ -79,17 +81,27 @@ def validate(
         logits = outputs.logits
         utilisation.add(outputs, batch.observed.any(1))
         losses = row_losses(logits, batch.labels, tasks) * batch.observed
-        loss[:, 0] += losses.double().sum(0).cpu()
-        loss[:, 1] += batch.observed.sum(0).double().cpu()
-        _count(counts, logits.cpu(), batch.labels.cpu(), batch.observed.cpu())
+        loss[:, 0] += (losses if batch.weights is None else losses * batch.weights[:, None]).double().sum(0).cpu()
+        loss[:, 1] += batch.observed_weights.double().cpu()
+        _count(counts, logits.cpu(), batch.labels.cpu(), _of_own_label(batch, layout).cpu())
     model.train()
     for total in (counts, loss, utilisation.sums):
         _add_up(total, device)
     if utilisation.sums[-1] == 0:
         raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
-    means = {task.name: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(layout.tasks) if loss[t, 1] > 0}
+    means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
     areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
     return Validation(means, {name: area for name, area in areas.items() if area is not None}, utilisation.result())
+
+
+def _of_own_label(batch: Batch, layout: Layout) -> Tensor:
+    """(B, T) bool, rows of each task's own label: of a task with `given`, those in which the given one came true."""
+    observed = batch.observed
+    if layout.outcomes:
+        observed = observed.clone()
+        for given, task in layout.outcomes.values():
+            observed[:, task] &= batch.labels[:, given] == 1
+    return observed
 
 
 def _count(counts: Tensor, logits: Tensor, labels: Tensor, observed: Tensor) -> None:

@@ -28,7 +28,9 @@ from mmoe_rec.settings import Model
 from mmoe_rec.settings.differences import differences
 
 # Settings without a weight of their own, by the last part of their name.
-_FREE = frozenset({"dropout", "loss_weight", "score_weight", "objective", "path"})
+_FREE = frozenset({"dropout", "loss_weight", "score_weight", "objective", "path", "given"})
+_FREE |= {"top_k", "random_top_k", "serving_top_k", "noise", "compute"}
+_FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 
 
 class WarmStart:

@@ -43,6 +43,7 @@ def table(rows: range) -> pa.Table:
     columns = encoded.to_arrow(LAYOUT)
     columns["label.click"] = pa.array([float(row) for row in rows], pa.float32())
     columns["label.stars"] = pa.array([stars(row) for row in rows], pa.float32())
+    columns["sampling_rate"] = pa.array([1 / (1 + row % 4) for row in rows], pa.float32())
     columns["user"] = pa.array([f"user {row}" for row in rows], pa.string())
     return pa.table(columns)
 

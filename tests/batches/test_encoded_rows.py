@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,33 @@ def test_null_input(tmp_path: Path) -> None:
     pq.write_table(rows.set_column(rows.column_names.index("id.item"), "id.item", nulls), tmp_path / "0.parquet")
     with pytest.raises(UserError, match=r"0\.parquet' has nulls in the column 'id\.item'"):
         EncodedRows(tmp_path, LAYOUT).read_row_groups([(0, 0)])
+
+
+def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [[3, 2], [4]])
+    assert EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)]).weights is None
+    rows = EncodedRows(tmp_path / "rows", LAYOUT, weighted=True)
+    read = rows.read_row_groups([(0, 0), (1, 0)])
+    joined = Rows.concatenate([read.slice(2, 5), read.take(np.array([6, 0]))])
+    streamed = next(rows.stream(9))[0]
+    for each, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0]), (streamed, list(range(9)))):
+        assert numbers(each).tolist() == expected
+        assert each.weights is not None
+        assert each.weights.dtype == np.float32
+        assert each.weights.tolist() == pytest.approx([1 + row % 4 for row in expected])
+
+
+def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    click, stars = LAYOUT.tasks
+    layout = replace(LAYOUT, tasks=(click, replace(stars, kind="binary", given="click")))
+    both = pa.array([0.0, 1.0, None], pa.float32())
+    (tmp_path / "rows").mkdir()
+    pq.write_table(table(range(3)).append_column("label.click_and_stars", both), tmp_path / "rows" / "0.parquet")
+    own, learnt = (EncodedRows(tmp_path / "rows", layout, outcomes=each) for each in (False, True))
+    np.testing.assert_equal(own.read_row_groups([(0, 0)]).labels[:, 1], [np.nan, 1.0, 2.0])
+    np.testing.assert_equal(learnt.read_row_groups([(0, 0)]).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
+    write(tmp_path / "old", [[3]])
+    with pytest.raises(
+        UserError, match=r"lacks the column 'label\.click_and_stars'; run python -m pipelines\.features"
+    ):
+        EncodedRows(tmp_path / "old", layout, outcomes=True)

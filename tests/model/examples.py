@@ -54,6 +54,11 @@ def random_rows(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Enco
     return Encoded(ids, dense), labels
 
 
+def is_weight(name: str) -> bool:
+    """Whether an entry of a model's state is a weight, not what gates keep besides (which is all 0 at first)."""
+    return not name.endswith(("masked", "ramp", "selection_bias"))
+
+
 def small_model(tables: nn.Module, layout: Layout = LAYOUT, **changes: object) -> RankingModel:
     """A model of a few units, with dense weights that are the same on every call.
 

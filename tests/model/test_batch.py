@@ -97,3 +97,17 @@ def test_what_does_not_fit_the_layout_is_named() -> None:
     without = Encoded({name: ids for name, ids in encoded.ids.items() if name != "city"}, encoded.dense)
     with pytest.raises(ValueError, match="'city'"):
         make_batch(without, LAYOUT, labels, torchrec=False)
+
+
+def test_weights_of_rows() -> None:
+    encoded, labels = random_rows(5)
+    plain = make_batch(encoded, LAYOUT, labels, torchrec=False)
+    assert plain.weights is None
+    assert plain.to("cpu").weights is None
+    assert plain.observed_weights.tolist() == (~np.isnan(labels)).sum(0).tolist()
+    weights = np.array([1.0, 2.5, 1.0, 8.0, 4.0], np.float32)
+    batch = make_batch(encoded, LAYOUT, labels, None, weights, torchrec=False)
+    assert torch.equal(batch.to("cpu").weights, torch.from_numpy(weights))
+    assert batch.observed_weights.tolist() == (~np.isnan(labels) * weights[:, None]).sum(0).tolist()
+    with pytest.raises(ValueError, match=r"weights: expected shape \(5,\)"):
+        make_batch(encoded, LAYOUT, labels, None, weights[:4], torchrec=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from mmoe_rec.model.experts import Experts
-from mmoe_rec.model.score import SMALLEST_VALUE, fuse, predictions
+from mmoe_rec.model.score import SMALLEST_VALUE, fuse, logit_of_both, predictions
 from mmoe_rec.model.stacked import StackedLinear
 from mmoe_rec.model.towers import PlacementTower
 
@@ -63,6 +65,32 @@ def test_log_score_is_finite_for_extreme_logits() -> None:
     log_score = fuse(logits, ["binary", "regression"], [1.0, 1.0])
     tiny = math.log(SMALLEST_VALUE)
     np.testing.assert_allclose(log_score.numpy(), [-500.0 + tiny, tiny], rtol=1e-6)
+
+
+def test_the_logit_of_both_is_exact_for_any_logits() -> None:
+    """Against 400 digits, where p q, 1 - p q and their logarithms can be written as they are.
+
+    A logit of 300 itself is held to 2e-5, which is what the logarithm of 1 - e^-300 can be held to, relatively.
+    """
+    ends = [-300.0, -90.0, -20.0, -3.0, 0.0, 0.5, 8.0, 40.0, 90.0, 300.0]
+    getcontext().prec = 400
+
+    def probability(logit: float) -> Decimal:
+        return 1 / (1 + (-Decimal(logit)).exp())
+
+    for one, other in itertools.product(ends, ends):
+        found = logit_of_both(torch.tensor(one), torch.tensor(other))
+        both = probability(one) * probability(other)
+        assert found.item() == pytest.approx(float((both / (1 - both)).ln()), rel=1e-6, abs=2e-6)
+        assert functional.logsigmoid(found).item() == pytest.approx(float(both.ln()), rel=2e-5, abs=1e-37)
+        if abs(found) < 80:
+            assert functional.logsigmoid(-found).item() == pytest.approx(float((1 - both).ln()), rel=2e-5, abs=1e-37)
+
+
+def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
+    ends = torch.tensor([-300.0, -20.0, 0.0, 8.0, 300.0], dtype=torch.float64)
+    one, other = (each.flatten().requires_grad_() for each in torch.meshgrid(ends, ends, indexing="ij"))
+    assert torch.autograd.gradcheck(logit_of_both, (one, other))
 
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:

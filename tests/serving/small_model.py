@@ -10,6 +10,7 @@ from mmoe_rec.features.build import Prepared, prepare
 from mmoe_rec.features.log import Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.serving.artifact import write_artifact
@@ -53,7 +54,17 @@ class SmallModel:
             parameter.data.normal_(0.0, 0.5)
         self.model.eval()
         self.folder = work / "model"
-        write_artifact(self.folder, settings=self.settings, prepared=self.prepared, state_dict=self.model.state_dict())
+        self.write(self.folder)
+
+    def write(self, folder: Path, calibration: Calibration | None = None) -> None:
+        """The artifact, calibrated or not."""
+        write_artifact(
+            folder,
+            settings=self.settings,
+            prepared=self.prepared,
+            state_dict=self.model.state_dict(),
+            calibration=calibration,
+        )
 
     def full_pipeline(self) -> FeaturePipeline:
         """The features with the whole past, as batch jobs use them."""

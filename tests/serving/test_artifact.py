@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.serving.artifact import read_artifact, write_artifact
+from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
+from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact, write_artifact
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
 from tests.serving.small_model import SmallModel
@@ -38,6 +39,34 @@ def test_weights_survive(small: SmallModel, ranker: Ranker) -> None:
     saved = small.model.state_dict()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+CALIBRATION = Calibration({"liked": TaskCalibration((-0.1, 0.7), (-1 / 3, 0.4), 0.9)})
+
+
+def test_calibration_survives_and_may_be_absent(small: SmallModel, ranker: Ranker, tmp_path: Path) -> None:
+    assert not (small.folder / "calibration.json").exists()
+    assert ranker.calibration == UNCALIBRATED
+    small.write(tmp_path / "m", CALIBRATION)
+    assert Ranker.load(tmp_path / "m").calibration == CALIBRATION
+    small.write(tmp_path / "m", UNCALIBRATED)
+    assert Ranker.load(tmp_path / "m").calibration == UNCALIBRATED
+
+
+def test_a_rewritten_model_keeps_its_calibration(small: SmallModel, tmp_path: Path) -> None:
+    small.write(tmp_path / "m", CALIBRATION)
+    rewrite_artifact(tmp_path / "m", tmp_path / "n", small.settings.model, small.model.state_dict())
+    assert Ranker.load(tmp_path / "n").calibration == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[1]", "7", '{"liked": {}}', '{"liked": {"logits": [1, 0], "calibrated": [0, 1], "slope": 1}}']
+)
+def test_a_damaged_calibration_is_named(small: SmallModel, tmp_path: Path, text: str) -> None:
+    small.write(tmp_path / "m", CALIBRATION)
+    (tmp_path / "m" / "calibration.json").write_text(text)
+    with pytest.raises(UserError, match=r"calibration.json' is damaged"):
+        Ranker.load(tmp_path / "m")
 
 
 def test_example_can_be_sent(small: SmallModel, ranker: Ranker) -> None:

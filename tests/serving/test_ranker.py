@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.serving.ranker import Ranker
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -26,7 +29,7 @@ def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and log scores by the whole past's features and the model that was trained."""
     batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
     with torch.inference_mode():
-        logits = small.model(batch)
+        logits = small.model(batch).logits
     weights = [task.score_weight for task in small.settings.tasks.values()]
     return predictions(logits, KINDS).numpy(), fuse(logits, KINDS, weights).numpy()
 
@@ -46,6 +49,51 @@ def test_score_equals_offline_path(small: SmallModel, ranker: Ranker) -> None:
     np.testing.assert_allclose(values, expected, atol=1e-6)
     np.testing.assert_allclose(log_scores, expected_scores, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(ranker.score(rows.table)[1], log_scores)
+
+
+CALIBRATION = Calibration(
+    {"click": TaskCalibration.line(0.6, -1.5), "liked": TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)}
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    small.write(folder, CALIBRATION)
+    return Ranker.load(folder)
+
+
+def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> None:
+    table, rows = small.later_rows()
+    plain, _ = offline(small, rows)
+    x = np.log(plain[:, :2] / (1 - plain[:, :2]))
+    beyond = 2 * (np.minimum(x[:, 1] + 0.2, 0) + np.maximum(x[:, 1] - 0.5, 0))
+    liked = np.interp(x[:, 1], (-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0)) + beyond
+    expected = np.stack([*(1 / (1 + np.exp(-each)) for each in (0.6 * x[:, 0] - 1.5, liked)), plain[:, 2]], axis=1)
+    values, log_scores = calibrated.score(rows)
+    np.testing.assert_allclose(values, expected, atol=2e-6)
+    weights = [task.score_weight for task in small.settings.tasks.values()]
+    np.testing.assert_allclose(log_scores, np.log(np.maximum(expected, 1e-6)) @ weights, atol=1e-4)
+    served, scores = in_request_order(calibrated.rank(**json.loads(json.dumps(as_request(table)))), calibrated)
+    np.testing.assert_allclose(served, values, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(log_scores), rtol=1e-5)
+
+
+def test_a_calibrated_model_answers_as_offline_evaluation(
+    small: SmallModel, calibrated: Ranker, tmp_path: Path
+) -> None:
+    table, rows = small.later_rows()
+    columns = small.full_pipeline().encode(rows).to_arrow(calibrated.layout)
+    columns |= {f"label.{name}": pa.nulls(len(rows), pa.float32()) for name in calibrated.names}
+    columns |= {name: pa.array(range(len(rows))) for name in COLUMNS}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    encoded = EncodedRows(tmp_path, calibrated.layout)
+    scored = score_rows(calibrated.model, calibrated.layout, encoded, 7, calibration=calibrated.calibration)
+    values, scores = in_request_order(calibrated.rank(**as_request(table)), calibrated)
+    np.testing.assert_allclose(values, scored.predictions, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(scored.score), rtol=1e-5)
+    plain = score_rows(calibrated.model, calibrated.layout, encoded, 7)
+    assert (np.abs(values - plain.predictions)[:, :2].max(axis=0) > 0.1).all()
 
 
 def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ def five_tasks() -> tuple[TaskOutput, ...]:
     return (*binary, regression("rating"))
 
 
+# A like needs a click.
+GIVEN = replace(LAYOUT, tasks=(LAYOUT.tasks[0], replace(LAYOUT.tasks[1], given="click"), LAYOUT.tasks[2]))
 LAYOUTS = {
     "everything": LAYOUT,
     "five tasks": replace(LAYOUT, tasks=five_tasks()),
@@ -118,9 +120,12 @@ def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] |
         encoded, drawn = learnable_rows(layout, rows, seed)
         values = (labels or {}).get(split, drawn)
         columns = encoded.to_arrow(layout)
-        for index, task in enumerate(layout.tasks):
-            column = values[:, index]
-            columns[f"label.{task.name}"] = pa.array(column, pa.float32(), mask=np.isnan(column))
+        known = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
+        for name, (given, task) in layout.outcomes.items():
+            known[name] = np.where(values[:, given] == 0, 0.0, np.where(values[:, given] == 1, values[:, task], np.nan))
+        for name, column in known.items():
+            columns[f"label.{name}"] = pa.array(column, pa.float32(), mask=np.isnan(column))
+        columns["sampling_rate"] = pa.array(np.where(values[:, 0] == 0, 0.25, 1.0), pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
     (folder / "encoded" / "layout.json").write_text(layout.to_json(), encoding="utf-8")

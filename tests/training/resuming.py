@@ -19,6 +19,7 @@ from tests.training.ranks import join
 DROPS = Model.model_validate(
     MODEL.model_dump() | {"gates": {"dropout": 0.2}, "placement": {"units": [4], "dropout": 0.3}}
 )
+BALANCED = Model.model_validate(MODEL.model_dump() | {"gates": {"balance": "loss", "balance_weight": 2, "z_loss": 0.1}})
 CHANGES = {"epochs": 2, "validations_per_epoch": 3, "checkpoint_steps": 40, "batch_size": 100}
 STEPS = 2 * ROWS["train"] // 100
 Watch = Callable[[Trainer], None]

@@ -231,7 +231,8 @@ def test_damage_is_named(prepared: Prepared, tmp_path: Path, file: str, text: st
 def test_other_settings_or_features_are_refused(tmp_path: Path) -> None:
     origin = Origin(fixed_settings(DROPS, TRAINING), "abc", "run")
     origin = Origin(**json.loads(json.dumps(origin.__dict__)))  # as it comes from a file
-    elsewhere = TRAINING.model_copy(update={"device": "cuda", "checkpoint_steps": 7, "checkpoints_kept": 9})
+    free = {"device": "cuda", "checkpoint_steps": 7, "checkpoints_kept": 9, "calibration": "isotonic"}
+    elsewhere = TRAINING.model_copy(update=free)
     origin.check(Origin(fixed_settings(DROPS, elsewhere), "abc"), tmp_path)
     other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5})), "abc")
     with pytest.raises(UserError, match=r"begun with training.learning_rate 0.01, now it is 0.5"):

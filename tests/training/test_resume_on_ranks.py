@@ -11,7 +11,7 @@ from mmoe_rec.features.build import Prepared
 from tests.model.examples import LAYOUT
 from tests.training.learnable import MODEL, write_prepared
 from tests.training.ranks import spawn
-from tests.training.resuming import DROPS, CrashError, crash, train, train_on_rank, weights
+from tests.training.resuming import BALANCED, DROPS, CrashError, crash, train, train_on_rank, weights
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,15 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Each subfolder holds a training that came to its end; the names say on how many ranks, one after the other."""
     folder = tmp_path_factory.mktemp("trainings")
     train(prepared, folder / "1", None, MODEL)
+    train(prepared, folder / "balanced 1", None, BALANCED)
     with pytest.raises(CrashError):
         train(prepared, folder / "1-2", crash(100), MODEL)
-    first = [(folder / "2", DROPS, None), (folder / "2-2", DROPS, 100), (folder / "2-1-2", MODEL, 100)]
+    first = [
+        (folder / "2", DROPS, None),
+        (folder / "2-2", DROPS, 100),
+        (folder / "2-1-2", MODEL, 100),
+        (folder / "balanced 2", BALANCED, None),
+    ]
     spawn(train_on_rank, prepared, first)
     with pytest.raises(CrashError):
         train(prepared, folder / "2-1-2", crash(170), MODEL)
@@ -41,6 +47,16 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_as_many_ranks_change_no_bit(prepared: Prepared, folder: Path) -> None:
     whole, resumed = (weights(prepared, folder / name, DROPS) for name in ("2", "2-2"))
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
+
+
+def test_balance_is_over_all_ranks(prepared: Prepared, folder: Path) -> None:
+    """The loss multiplies loads by probabilities: ranks that did so on their own rows would train another model."""
+    one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+    plain = weights(prepared, folder / "1", MODEL)
+    name = "mixture.levels.0.gates.linear.weight"
+    assert (one[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
 
 
 @pytest.mark.parametrize("name", ["1-2", "2-1-2"])

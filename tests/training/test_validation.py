@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
+from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, Validation, auc, validate
 from tests.model.examples import LAYOUT
-from tests.training.learnable import CPU
+from tests.training.learnable import CPU, GIVEN
 
 TASKS = len(LAYOUT.tasks)
 BINARY = ("click", "like")
@@ -43,18 +44,26 @@ def group() -> Iterator[None]:
         yield
 
 
-def validated(logits: np.ndarray, labels: np.ndarray, gates: np.ndarray, parts: int = 3) -> Validation:
-    """Validates (N, T) logits and labels (NaN is unobserved) and (N, T, E) gates, in batches."""
+def validated(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    gates: np.ndarray,
+    parts: int = 3,
+    layout: Layout = LAYOUT,
+    weights: np.ndarray | None = None,
+) -> Validation:
+    """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates and (N,) weights, in batches."""
     model = Told()
     dense = np.concatenate([logits, gates.reshape(len(logits), -1)], axis=1).astype(np.float32)
     batches = []
     for rows in np.array_split(np.arange(len(logits)), parts):
         known = ~np.isnan(labels[rows])
         label = torch.from_numpy(np.where(known, labels[rows], 0).astype(np.float32))
-        batches.append(Batch(None, torch.from_numpy(dense[rows]), label, torch.from_numpy(known)))
+        weight = None if weights is None else torch.from_numpy(weights[rows])
+        batches.append(Batch(None, torch.from_numpy(dense[rows]), label, torch.from_numpy(known), weights=weight))
     for batch in batches:
         batch.to = lambda device, batch=batch: batch  # type: ignore[method-assign, misc]
-    found = validate(model, batches, LAYOUT, CPU)  # type: ignore[arg-type]
+    found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
     assert model.training
     return found
 
@@ -86,6 +95,37 @@ def test_equals_scikit_learn() -> None:
             binned = np.floor(predicted * BINS_PER_UNIT)
             assert found.auc[task.name] == pytest.approx(roc_auc_score(label, binned), abs=1e-12)
     assert set(found.auc) == set(BINARY)
+
+
+def test_weighted_losses_equal_scikit_learn_and_the_auc_is_not_weighted() -> None:
+    logits, labels, gates = example()
+    weights = np.random.default_rng(5).uniform(1, 9, len(logits)).astype(np.float32)
+    found = validated(logits, labels, gates, weights=weights)
+    for index, task in enumerate(LAYOUT.tasks):
+        known = ~np.isnan(labels[:, index])
+        predicted, label, weight = logits[known, index].astype(np.float64), labels[known, index], weights[known]
+        if task.kind == "regression":
+            expected = mean_squared_error(label, predicted, sample_weight=weight) / task.deviation**2
+        else:
+            expected = log_loss(label, 1 / (1 + np.exp(-predicted)), sample_weight=weight)
+        assert found.loss[task.name] == pytest.approx(expected, rel=1e-6)
+    assert found.auc == validated(logits, labels, gates).auc
+
+
+def test_a_task_with_given_is_judged_by_both_labels() -> None:
+    logits, labels, gates = example()
+    labels[labels[:, 0] == 0, 1] = 0.0
+    labels[np.isnan(labels[:, 0]), 1] = np.nan
+    found = validated(logits, labels, gates, layout=GIVEN)
+    click, like = (1 / (1 + np.exp(-logits[:, task].astype(np.float64))) for task in (0, 1))
+    known = ~np.isnan(labels[:, 1])
+    assert set(found.loss) == {"click", "click_and_like", "rating"}
+    assert found.loss["click_and_like"] == pytest.approx(log_loss(labels[known, 1], (click * like)[known]), rel=1e-6)
+    clicked = known & (labels[:, 0] == 1)
+    assert found.auc["like"] == pytest.approx(roc_auc_score(labels[clicked, 1], like[clicked]), abs=5e-5)
+    expected = found.loss["click"] + 2 * found.loss["click_and_like"] + 0.5 * found.loss["rating"]
+    assert found.objective("loss", GIVEN) == pytest.approx(-expected)
+    assert found.objective("auc", GIVEN) == pytest.approx((found.auc["click"] + found.auc["like"]) / 2)
 
 
 def test_gates_are_averaged_over_rows_with_a_label() -> None:

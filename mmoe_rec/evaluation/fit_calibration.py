@@ -1,0 +1,142 @@
+"""Fits `mmoe_rec.model.calibration` on rows that the model was not trained on.
+
+temperature: slope x logit + offset by logistic regression of the label on the logit (Platt, 1999; temperature scaling
+(Guo et al., ICML 2017) with an offset, as a model may also be too high everywhere). Two numbers: it needs few rows.
+
+isotonic: the rising step function with the least squared error (Zadrozny and Elkan, KDD 2002), which can take any
+rising form, and needs thousands of rows. Its steps are flat, so they would tie candidates that the model tells apart.
+Hence the middles of the steps are joined by straight lines, which rise by at least FLATTEST; see `isotonic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.special import expit
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.progress import bar
+
+Method = Literal["temperature", "isotonic"]
+# Observed rows of the rarer label that a fit needs: their rate then has a standard error of about a tenth, or of 3%.
+FEWEST = {"temperature": 100, "isotonic": 1000}
+# The least slope of an isotonic fit. Logits that differ by 1e-4 then still differ in float32.
+FLATTEST = 0.01
+# Where a larger logit changes no probability, and the exponential of a far larger one has no float64.
+_LARGEST_LOGIT = 100.0
+
+
+def fit_calibration(
+    method: Method,
+    tasks: Sequence[TaskOutput],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> tuple[Calibration, list[str]]:
+    """The calibration of all binary tasks, and a sentence for each that is left as it is.
+
+    Args:
+        tasks: T tasks; regressions are passed over.
+        logits: (N, T) of the model.
+        labels: (N, T), 0 or 1, NaN where unobserved.
+        weights: (N,) positive, how many rows each stands for; None is 1 each.
+
+    Raises:
+        UserError: a logit is not a finite number.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError("validation predictions hold NaN or infinity: training diverged; lower the learning rates")
+    calibrated, left = {}, []
+    for index, task in enumerate(tasks):
+        if task.kind != "binary":
+            continue
+        observed = ~np.isnan(labels[:, index])
+        x, y = logits[observed, index].astype(np.float64), labels[observed, index].astype(np.float64)
+        w = np.ones(len(y)) if weights is None else weights[observed].astype(np.float64)
+        rarer = int(min(y.sum(), (1 - y).sum()))
+        if rarer < FEWEST[method]:
+            why = f"{rarer:,} observed validation rows have its rarer label, {method} needs {FEWEST[method]:,}"
+        elif (fitted := _FITS[method](x, y, w)) is None:
+            why = "its logits do not rise with the label on validation rows, or tell the labels apart without an error"
+        else:
+            calibrated[task.name] = fitted
+            continue
+        left.append(f"task '{task.name}' is not calibrated: {why}")
+    return Calibration(calibrated), left
+
+
+def temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration | None:
+    """slope x logit + offset of the largest likelihood; None where there is none with a slope above 0.
+
+    x, y, weights: (N,) float64, logits, labels of both classes (0 or 1) and positive weights.
+    """
+    negatives, positives = x[y == 0], x[y == 1]
+    if positives.min() >= negatives.max() or negatives.min() >= positives.max():
+        return None  # The steeper the likelier, without end.
+    # C of infinity is no regularisation: a and b are those of the likelihood alone.
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-8).fit(x[:, None], y, weights)
+    slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
+    return TaskCalibration.line(slope, offset) if slope > 0 else None
+
+
+def isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration:
+    """Straight lines between the middles of the steps of isotonic regression, in logits.
+
+    A step's middle is (mean probability before, rate of the label): where the model is right on average, it stays as
+    it is. A lowest step without positives or a highest one without negatives is joined to its neighbour, as its rate is
+    not known to be 0 or 1. Beyond the outer middles the slope is 1: a logit is shifted as the outermost one is. So the
+    function rises everywhere and the order of rows stays, but for logits that rounding to float32 makes equal.
+
+    x, y, weights: as for `temperature`.
+    """
+    x = x.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+    rates = IsotonicRegression().fit(x, y, weights).predict(x)
+    step = np.unique(rates, return_inverse=True)[1]
+    step = _without_single_class(step, y)
+    high, low, positive, negative = (np.bincount(step, weights * each) for each in (expit(x), expit(-x), y, 1 - y))
+    before, after = np.log(high / low), np.log(positive / negative)
+    after = np.maximum.accumulate(after - FLATTEST * before) + FLATTEST * before
+    apart = np.diff(before, prepend=-np.inf) > 0  # steps a rounding error wide
+    return TaskCalibration(tuple(before[apart].tolist()), tuple(after[apart].tolist()), 1.0)
+
+
+_FITS: dict[Method, Callable[[np.ndarray, np.ndarray, np.ndarray], TaskCalibration | None]] = {
+    "temperature": temperature,
+    "isotonic": isotonic,
+}
+
+
+def _without_single_class(step: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N,) numbers of steps from 0 on, the outer ones joined to their neighbours where they have one label only."""
+    positives, rows = np.bincount(step, y), np.bincount(step)
+    first, last = int(positives[0] == 0), len(rows) - 1 - int(positives[-1] == rows[-1])
+    joined: np.ndarray = step.clip(min(first, last), last)
+    return joined - joined.min()
+
+
+@torch.inference_mode()
+def calibration_rows(
+    model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Logits (N, T) without placement, labels (N, T), NaN where unobserved, and weights (N,), if rows have them."""
+    model.eval()
+    logits, labels, weights = [], [], []
+    with bar() as progress:
+        task = progress.add_task("calibrating", total=rows.rows)
+        for part, _ in rows.stream(batch_size):
+            logits.append(model(make_batch(part.encoded, layout, torchrec=False)).logits.numpy())
+            labels.append(part.labels)
+            if part.weights is not None:
+                weights.append(part.weights)
+            progress.advance(task, len(part))
+    return np.concatenate(logits), np.concatenate(labels), np.concatenate(weights) if weights else None

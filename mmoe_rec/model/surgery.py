@@ -1,0 +1,127 @@
+"""Experts are added to a trained model, removed from it, or put out of use: on its weights, without training.
+
+Only experts that all tasks share can be added and removed; in a model of several levels, at all levels alike.
+
+Adding under soft gates changes no output: a copy takes over half of an expert's weight, as ln 2 is subtracted from the
+gate's logits of both. The two would stay alike for ever, since they get the same gradient: so a little noise is added
+to the weights of one and subtracted from those of the other, which the mix of both does not show in first order. Where
+gates choose experts, half a probability may not be chosen, so an added expert begins out of use (its ramp is 1), and
+training lets it in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.settings import Model
+
+State = dict[str, Tensor]
+# Of each weight: twice its square is what soft gates' outputs change by, relatively.
+NOISE = 1e-4
+NOISE_OUT_OF_USE = 0.01
+
+_EXPERT = re.compile(r"mixture\.levels\.\d+\.experts\.0\.layers\.\d+\.(weight|bias)")
+_GATE = re.compile(r"mixture\.levels\.\d+\.gates\.(linear|route)\.(weight|bias)")
+_PER_EXPERT = re.compile(r"mixture\.levels\.\d+\.gates\.(masked|ramp|selection_bias)")
+
+
+def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0) -> tuple[State, Model]:
+    """A copy of each given expert, numbered after the shared ones, and the `model` section that fits.
+
+    Raises UserError for an expert that is not shared, or a copy that is made of an expert which is out of use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    soft = model.gates.routing == "soft"
+    for expert in copied:
+        _check_shared(model, expert, "copied")
+        if any(state[name][expert] for name in state if name.endswith("gates.masked")):
+            raise UserError(f"expert {expert} is out of use: copy another one")
+        count = model.experts.count
+        state = _added(state, expert, count, soft, generator)
+        model = _with_count(model, count + 1)
+    return state, model
+
+
+def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model]:
+    """The model without a shared expert; gates give its weight to the others, in proportion.
+
+    Raises UserError where too few would be left.
+    """
+    _check_shared(model, expert, "removed")
+    if model.experts.count + model.experts.task_count == 1:
+        raise UserError(f"expert {expert} is the only one of a gate: add one before it is removed")
+
+    def without(values: Tensor, dim: int) -> Tensor:
+        kept = [index for index in range(values.shape[dim]) if index != expert]
+        return values.index_select(dim, torch.tensor(kept))
+
+    return _changed(state, without), _with_count(model, model.experts.count - 1)
+
+
+def mask_expert(state: State, model: Model, expert: int) -> State:
+    """The model with an expert out of use, its weights kept. Raises UserError for one that it does not have."""
+    masks = [name for name in state if name.endswith("gates.masked")]
+    total = len(state[masks[0]])
+    if not 0 <= expert < total:
+        raise UserError(f"there is no expert {expert} to mask: the model has 0 to {total - 1}")
+    return state | {name: state[name].index_fill(0, torch.tensor([expert]), 1) for name in masks}
+
+
+def _added(state: State, expert: int, count: int, soft: bool, generator: torch.Generator) -> State:
+    changed = _changed(state, lambda values, dim: _with_copy(values, dim, expert, count))
+    for name, values in changed.items():
+        if _EXPERT.fullmatch(name):
+            size = NOISE if soft else NOISE_OUT_OF_USE
+            noise = size * values[expert] * torch.randn(values[expert].shape, generator=generator)
+            values[count] += noise
+            if soft:
+                values[expert] -= noise
+        elif soft and _GATE.fullmatch(name) and name.endswith("linear.bias"):
+            values[:, [expert, count]] -= math.log(2)
+        elif not soft and name.endswith("gates.ramp"):
+            values[count] = 1.0
+    return changed
+
+
+def _changed(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
+    """The state with all that has a dimension for experts changed along it."""
+    changed = {}
+    for name, values in state.items():
+        if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name):
+            changed[name] = change(values, 0)
+        elif _GATE.fullmatch(name):
+            changed[name] = change(values, 1)
+        else:
+            changed[name] = values
+    return changed
+
+
+def _with_copy(values: Tensor, dim: int, expert: int, count: int) -> Tensor:
+    """A copy of index `expert` inserted at `count`."""
+    before, after = values.split([count, values.shape[dim] - count], dim)
+    return torch.cat([before, values.narrow(dim, expert, 1), after], dim)
+
+
+def _check_shared(model: Model, expert: int, what: str) -> None:
+    count, own = model.experts.count, model.experts.task_count
+    if not 0 <= expert < count:
+        hint = " (later numbers are experts of single tasks)" if own else ""
+        raise UserError(f"expert {expert} can't be {what}: the experts that all tasks share are 0 to {count - 1}{hint}")
+
+
+def _with_count(model: Model, count: int) -> Model:
+    """Raises UserError where gates would choose more experts than there are."""
+    tree = model.model_dump()
+    tree["experts"]["count"] = count
+    seen = count + model.experts.task_count
+    for name in ("top_k", "serving_top_k"):
+        k = tree["gates"][name]
+        if k is not None and k > seen and (name == "serving_top_k" or model.gates.routing != "soft"):
+            raise UserError(f"model.gates.{name} is {k}, and {seen} experts would be left for a gate")
+    return Model.model_validate(tree)

@@ -1,0 +1,137 @@
+"""Which experts score a request, and what happens where one of them fails.
+
+An expert whose weights are not finite numbers is taken out when the model is loaded. One that raises an error, or whose
+values are not finite, is found by running each on its own, and left out of that request: the gates share its weight
+among the others. Where a task has no expert left, its prediction is the tower's for no input, the same for every
+candidate. All of it is told in the reply's warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe_rec.batches.batch import Batch
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.serving.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """What a request asks of the experts. top_k: experts a row and gate, None is the model's own number; masked:
+    numbers of experts to leave out.
+    """
+
+    top_k: int | None = None
+    masked: tuple[int, ...] = ()
+
+
+class GuardedModel:
+    """A `RankingModel` over `PlainTables` that scores without the experts that fail.
+
+    tasks: names, for warnings; broken: experts whose weights are not finite numbers.
+    """
+
+    def __init__(self, model: RankingModel, tasks: Sequence[str]) -> None:
+        self.model, self.tasks = model.eval(), tasks
+        self.experts = model.visible_experts.shape[1]
+        self.broken = _take_out_broken(model)
+
+    def choice(self, top_k: Any, masked: Any) -> ExpertChoice:
+        """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise RequestError(f"gate_top_k must be an integer of at least 1, found {top_k!r}")
+        if top_k is not None and top_k > self.experts:
+            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
+        if masked is None:
+            return ExpertChoice(top_k)
+        if not isinstance(masked, list | tuple) or any(isinstance(e, bool) or not isinstance(e, int) for e in masked):
+            raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
+        for expert in masked:
+            if not 0 <= expert < self.experts:
+                raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
+        return ExpertChoice(top_k, tuple(sorted(set(masked))))
+
+    def logits(self, batch: Batch, choice: ExpertChoice = ExpertChoice()) -> tuple[Tensor, list[str]]:
+        """Logits (B, T) float32, and a sentence for each thing that went wrong.
+
+        Raises RuntimeError where the model fails for another reason than an expert.
+        """
+        warnings = [
+            f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken
+        ]
+        usable = self._all_but(choice.masked) if choice.masked else None
+        try:
+            logits = self._forward(batch, choice.top_k, usable)
+        except (RuntimeError, ArithmeticError, ValueError):
+            logits = None
+        if logits is None or not logits.isfinite().all():
+            failed = self._failed(batch, choice)
+            warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
+            usable = self._all_but([*choice.masked, *failed])
+            logits = self._forward(batch, choice.top_k, usable)
+        return logits, warnings + self._bias_only(usable)
+
+    def _forward(self, batch: Batch, top_k: int | None, usable: Tensor | None) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.model(batch, top_k=top_k, usable=usable).logits
+        return logits
+
+    def _failed(self, batch: Batch, choice: ExpertChoice) -> dict[int, str]:
+        """Experts that fail when each is run on its own, and why."""
+        self._forward(batch, choice.top_k, self._only(None))  # what fails here is no expert's fault
+        failed = {}
+        for expert in range(self.experts):
+            if expert in choice.masked:
+                continue
+            try:
+                if not self._forward(batch, choice.top_k, self._only(expert)).isfinite().all():
+                    failed[expert] = "its values are not finite numbers"
+            except (RuntimeError, ArithmeticError, ValueError) as error:
+                failed[expert] = " ".join(str(error).split())[:200] or type(error).__name__
+        return failed
+
+    def _bias_only(self, usable: Tensor | None) -> list[str]:
+        gates = self.model.mixture.gates[-1]
+        left = self.model.visible_experts & ~gates.masked & (gates.ramp < 1)
+        some = (left if usable is None else left & usable).any(1).tolist()
+        return [
+            f"no expert is left for '{task}': its prediction is the same for every candidate"
+            for task, any_left in zip(self.tasks, some, strict=True)
+            if not any_left
+        ]
+
+    def _only(self, expert: int | None) -> Tensor:
+        usable = torch.zeros(self.experts, dtype=torch.bool)
+        if expert is not None:
+            usable[expert] = True
+        return usable
+
+    def _all_but(self, experts: Iterable[int]) -> Tensor:
+        usable = torch.ones(self.experts, dtype=torch.bool)
+        usable[list(experts)] = False
+        return usable
+
+
+@torch.no_grad()
+def _take_out_broken(model: RankingModel) -> list[int]:
+    """Masks experts that have a weight which is not a finite number; gives their numbers."""
+    broken: set[int] = set()
+    for level in model.mixture.each_level():
+        for number, weights in level.weights_by_expert():
+            if not all(weight.isfinite().all() for weight in weights):
+                broken.add(number)
+                for weight in weights:
+                    weight.zero_()  # a weight of 0 times NaN would still be NaN
+    for gates in model.mixture.gates:
+        for expert in range(gates.visible.shape[1]):
+            if not all(part.isfinite().all() for part in gates.rows_of(expert)):
+                broken.add(expert)
+                for part in gates.rows_of(expert):
+                    part.zero_()
+        gates.masked[list(broken)] = True
+    return sorted(broken)

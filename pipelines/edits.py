@@ -1,0 +1,64 @@
+"""What `pipelines.edit_experts` does to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmoe_rec import tracking
+from mmoe_rec.settings import Model, Settings
+from pipelines.finished import CHALLENGER
+
+
+@dataclass(frozen=True)
+class Edited:
+    """done: what was done, in words; experts: number of all experts, of which `shared` are of all tasks; address: in
+    the registry."""
+
+    done: str
+    experts: int
+    shared: int
+    address: str
+
+
+def edit_model(
+    settings: Settings,
+    address: str,
+    out: Path,
+    add: int | None,
+    copied: Sequence[int] | None,
+    remove: int | None,
+    mask: int | None,
+) -> Edited:
+    """Edits the model at an address, writes it to a folder and registers it as challenger; one of the three is given.
+
+    Raises UserError for an expert that can't be edited so.
+    """
+    folder = tracking.local_model(address, settings.tracking.uri)
+    from safetensors.torch import load_file
+
+    from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+    from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact
+
+    about = read_artifact(folder)
+    model = Model.model_validate(about.model)
+    state = load_file(folder / "weights.safetensors")
+    if add is not None:
+        chosen = list(copied or (index % max(1, model.experts.count) for index in range(add)))
+        state, model = add_experts(state, model, chosen)
+        done = f"added {add}, copied from {', '.join(map(str, chosen))}"
+    elif remove is not None:
+        state, model = remove_expert(state, model, remove)
+        done = f"removed expert {remove}"
+    else:
+        assert mask is not None, "one of the three is given"
+        state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
+    rewrite_artifact(folder, out, model, state)
+    origin = tracking.run_of(address, settings.tracking.uri)
+    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="edit_experts") as run:
+        run.set_tags({"edited_from": address, "edited_from.run": origin or "unknown", "edit": done})
+        version = tracking.register(run, out, settings.registered_model, CHALLENGER)
+    own = model.experts.task_count * len(about.tasks)
+    registered = f"models:/{settings.registered_model}/{version}"
+    return Edited(done, model.experts.count + own, model.experts.count, registered)

@@ -1,0 +1,167 @@
+"""What `pipelines.sweep_experts` measures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from mmoe_rec import tracking
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.batches.batch import Batch
+    from mmoe_rec.serving.ranker import Ranker
+
+REQUEST_ROWS = 500
+RESAMPLES = 100
+MOST_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One way of scoring. k: experts a row and gate; masked: the expert left out, if any; milliseconds: median latency
+    of a request; tasks: task -> metric -> value, low and high.
+    """
+
+    k: int
+    masked: int | None
+    milliseconds: float
+    tasks: dict[str, dict[str, dict[str, float | None]]]
+
+
+def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
+    """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
+    artifact = tracking.local_model(address, settings.tracking.uri)
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.plots import sweep_figure
+    from mmoe_rec.serving.ranker import Ranker
+    from pipelines.steps import test_rows
+
+    ranker = Ranker.load(artifact)
+    encoded = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
+    with atomic_file(out / "sweep.json") as file:
+        file.write_text(json.dumps([asdict(each) for each in found], indent=1), encoding="utf-8")
+    by_k = [each for each in found if each.masked is None]
+    figure = sweep_figure(
+        [each.k for each in by_k], [each.milliseconds for each in by_k], [each.tasks for each in by_k]
+    )
+    figure.savefig(out / "sweep.png")
+    run_id = tracking.run_of(address, settings.tracking.uri)
+    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="sweep_experts", run_id=run_id) as run:
+        run.log_artifact(out / "sweep.json", "experts")
+        run.log_figure(figure, "experts/sweep.png")
+    return found
+
+
+def sweep_table(swept: list[Swept]) -> Table:
+    """One row for each way of scoring."""
+    table = Table(caption="AUC ± half the 95% interval, bootstrap over users; ms for a request of 500 rows")
+    for name in (
+        "experts",
+        *(f"{task} {metric}" for task in swept[0].tasks for metric in ("AUC", "GAUC", "calib.")),
+        "ms",
+    ):
+        table.add_column(name, justify="right")
+    for each in swept:
+        cells = [f"{each.k}" if each.masked is None else f"all but {each.masked}"]
+        for metrics in each.tasks.values():
+            auc = metrics["auc"]
+            cells += [_number(auc) + _half_width(auc), _number(metrics["gauc_user"]), _number(metrics["calibration"])]
+        last_k = each.masked is None and each.k == 1
+        table.add_row(*cells, f"{each.milliseconds:.2f}", end_section=last_k)
+    return table
+
+
+def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> Iterator[Swept]:
+    import torch
+
+    experts = ranker.guarded.experts
+    seen = int(ranker.model.visible_experts.sum(1).max())
+    whole = ranker.model.mixture.gates[-1].rule
+    usual = whole.serving_top_k or (seen if whole.kind == "soft" else whole.top_k)
+    example = _first_rows(ranker, encoded)
+    steps = sorted({seen, usual, *_powers(seen)} if seen > MOST_STEPS else range(1, seen + 1), reverse=True)
+    for k in steps:
+        yield _measured(ranker, encoded, batch_size, rows, example, k, k, None)
+    for expert in range(experts) if experts > 1 else ():
+        usable = torch.ones(experts, dtype=torch.bool)
+        usable[expert] = False
+        yield _measured(ranker, encoded, batch_size, rows, example, None, usual, (expert, usable))
+
+
+def _measured(
+    ranker: Ranker,
+    encoded: Any,
+    batch_size: int,
+    rows: int | None,
+    example: Batch,
+    asked: int | None,
+    k: int,
+    masked: tuple[int, Any] | None,
+) -> Swept:
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.evaluation.summary import summarise
+
+    usable = None if masked is None else masked[1]
+    scored = score_rows(
+        ranker.model,
+        ranker.layout,
+        encoded,
+        batch_size,
+        calibration=ranker.calibration,
+        top_k=asked,
+        usable=usable,
+        first=rows,
+    )
+    summary = summarise(scored.measure(), RESAMPLES)
+    tasks = {
+        name: {metric: group[metric] for metric in ("auc", "gauc_user", "calibration", "logloss")}
+        for name, group in summary["tasks"].items()
+        if group["kind"] == "binary"
+    }
+    return Swept(k, None if masked is None else masked[0], _milliseconds(ranker, example, asked, usable), tasks)
+
+
+def _first_rows(ranker: Ranker, encoded: Any) -> Batch:
+    from mmoe_rec.batches.batch import make_batch
+
+    part, _ = next(encoded.stream(REQUEST_ROWS))
+    return make_batch(part.encoded, ranker.layout, torchrec=False)
+
+
+def _milliseconds(ranker: Ranker, batch: Batch, k: int | None, usable: Any) -> float:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the server
+    took = []
+    try:
+        with torch.inference_mode():
+            for _ in range(30):
+                started = time.perf_counter()
+                ranker.model(batch, top_k=k, usable=usable)
+                took.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return float(np.median(took) * 1000)
+
+
+def _powers(largest: int) -> list[int]:
+    return [2**power for power in range(largest.bit_length()) if 2**power <= largest]
+
+
+def _number(metric: dict[str, Any]) -> str:
+    return "-" if metric["value"] is None else f"{metric['value']:.4f}"
+
+
+def _half_width(metric: dict[str, Any]) -> str:
+    return "" if metric["low"] is None else f" ±{(metric['high'] - metric['low']) / 2:.4f}"

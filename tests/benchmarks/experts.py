@@ -1,0 +1,165 @@
+"""python -m tests.benchmarks.experts
+
+What do many experts cost when each row is sent to few of them? A step of the mixture's level (gates, experts, mixing;
+forward and backward pass, and AdamW on its weights) on 4096 rows of width 256, two tasks, one gate each:
+
+dense    all experts on all rows, in few large products, whatever the gates chose;
+grouped  each expert on the rows that some gate sent to it.
+
+For 8, 16, 32 and 64 experts of units [128, 64] and [512, 256], 1, 2 and 4 experts a row and gate, fp32 and bf16. Each
+case runs in turns with its counterpart, and the fastest of several steps counts. `executions` are rows that experts ran
+on, counted where they are multiplied; `union` is what the gates chose, counted from their choice.
+
+growth_k2_8_to_64: time of a grouped step, 64 over 8 experts of [512, 256], two a row and gate, the larger one of both
+precisions; sparse_over_dense_E64_k2: grouped over dense with 64 of them, likewise. `_without_optimizer`: the same
+without AdamW, whose work grows with the number of weights, and not with that of rows. `auto_never_slower`: the largest
+time of what `compute: auto` takes over the faster of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from typing import Any
+
+import torch
+
+from mmoe_rec.model import experts as experts_module
+from mmoe_rec.model.experts import GROUPED_BELOW
+from mmoe_rec.model.gates import RoutingRule
+from mmoe_rec.model.levels import Level
+
+ROWS, WIDTH, TASKS = 4096, 256, 2
+COUNTS, KS, UNITS = (8, 16, 32, 64), (1, 2, 4), ((128, 64), (512, 256))
+
+
+class Case:
+    """One size, in both ways of computing, with the same weights."""
+
+    def __init__(self, count: int, k: int, units: tuple[int, int], bf16: bool) -> None:
+        self.count, self.k, self.units, self.bf16 = count, k, units, bf16
+        self.hidden = torch.randn(ROWS, WIDTH)
+        self.levels, self.optimizers = {}, {}
+        for way in ("dense", "grouped"):
+            torch.manual_seed(0)
+            level = Level(
+                WIDTH,
+                WIDTH,
+                TASKS,
+                count,
+                0,
+                units,
+                RoutingRule("top_k", top_k=k),
+                first=True,
+                last=True,
+                per_task=True,
+                activation="silu",
+                normalise=False,
+                compute=way,  # type: ignore[arg-type]
+            )
+            self.levels[way] = level
+            self.optimizers[way] = torch.optim.AdamW(level.parameters(), lr=1e-4, fused=True)
+        self.seconds: dict[str, dict[str, float]] = {way: {} for way in self.levels}
+        self.executions = self.union = 0
+
+    def step(self, way: str) -> None:
+        """One step; the shortest times stay."""
+        level, optimizer = self.levels[way], self.optimizers[way]
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            mixed, routing = level([self.hidden], [self.hidden])
+        mixed.float().square().mean().backward()
+        computed = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        ended = time.perf_counter()
+        used = routing.used()
+        assert used is not None
+        self.union = int(used.sum())
+        for name, took in (("step", ended - started), ("pass", computed - started)):
+            self.seconds[way][name] = min(took, self.seconds[way].get(name, float("inf")))
+
+    def count_executions(self) -> None:
+        """Rows that go through the first layers in the grouped way, of one more step."""
+        seen: list[int] = []
+        original = experts_module.grouped_linear
+
+        def counting(x: Any, *rest: Any) -> Any:
+            seen.append(len(x))
+            return original(x, *rest)
+
+        experts_module.grouped_linear = counting
+        try:
+            self.step("grouped")
+        finally:
+            experts_module.grouped_linear = original
+        assert len(set(seen)) == 1, "all layers see the same rows"
+        self.executions = seen[0]
+
+    def row(self) -> dict[str, Any]:
+        """The case for the final line; times in ms."""
+        times = {
+            f"{way}_{name}_ms": round(took * 1000, 1)
+            for way in self.seconds
+            for name, took in self.seconds[way].items()
+        }
+        share = self.union / (ROWS * self.count)
+        return {
+            "experts": self.count,
+            "k": self.k,
+            "units": list(self.units),
+            "precision": "bf16" if self.bf16 else "fp32",
+            "executions": self.executions,
+            "union": self.union,
+            "dense_executions": ROWS * self.count,
+            "auto": "grouped" if share <= GROUPED_BELOW else "dense",
+            **times,
+        }
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """All cases."""
+    rows = []
+    for units, bf16, count, k in itertools.product(UNITS, (False, True), COUNTS, KS):
+        case = Case(count, k, units, bf16)
+        for _ in range(repeats + 1):
+            for way in case.levels:
+                case.step(way)
+        case.count_executions()
+        rows.append(case.row())
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the final line says of all cases."""
+    found: dict[str, float] = {}
+    for suffix, time_of in (("", "step"), ("_without_optimizer", "pass")):
+        growth, sparse = [], []
+        for precision in ("fp32", "bf16"):
+            of = {
+                row["experts"]: row
+                for row in rows
+                if row["units"] == list(UNITS[1]) and row["k"] == 2 and row["precision"] == precision
+            }
+            growth.append(of[64][f"grouped_{time_of}_ms"] / of[8][f"grouped_{time_of}_ms"])
+            sparse.append(of[64][f"grouped_{time_of}_ms"] / of[64][f"dense_{time_of}_ms"])
+        found[f"growth_k2_8_to_64{suffix}"] = round(max(growth), 3)
+        found[f"sparse_over_dense_E64_k2{suffix}"] = round(max(sparse), 3)
+    auto = [row[f"{row['auto']}_step_ms"] / min(row["dense_step_ms"], row["grouped_step_ms"]) for row in rows]
+    return found | {"auto_never_slower": round(max(auto), 3)}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each case (default: %(default)s)")
+    options = parser.parse_args()
+    rows = measure(options.repeats)
+    print(json.dumps({"cases": rows} | ratios(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Fits of calibration against closed forms, the equations of the likelihood and a naive isotonic regression."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit, logit
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation import fit_calibration as module
+from mmoe_rec.evaluation.fit_calibration import FLATTEST, fit_calibration, isotonic, temperature
+from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.calibration import TaskCalibration
+
+TASK = TaskOutput("click", "binary", "engagement")
+
+
+def drawn(true_logit: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Labels (0.0 or 1.0) of these logits."""
+    return (np.random.default_rng(seed).random(len(true_logit)) < expit(true_logit)).astype(float)
+
+
+def calibrated(fit: TaskCalibration | None, x: np.ndarray) -> np.ndarray:
+    assert fit is not None
+    return fit.apply(torch.from_numpy(x)).numpy()
+
+
+def line_of(fit: TaskCalibration | None) -> tuple[float, float]:
+    """Slope and offset."""
+    offset, one = calibrated(fit, np.array([0.0, 1.0]))
+    return one - offset, offset
+
+
+# Temperature
+
+
+def test_temperature_through_two_points_is_exact() -> None:
+    """With two logits the likelihood is largest where both rates are met: 100 of 400 at -1, 300 of 500 at 2."""
+    x = np.repeat([-1.0, 2.0], [400, 500])
+    y = np.concatenate([np.repeat([1.0, 0.0], [100, 300]), np.repeat([1.0, 0.0], [300, 200])])
+    slope, offset = line_of(temperature(x, y, np.ones(len(y))))
+    assert slope == pytest.approx((logit(0.6) - logit(0.25)) / 3, rel=1e-6)
+    assert slope * 2 + offset == pytest.approx(logit(0.6), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_temperature_solves_the_equations_of_the_likelihood(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x, w = random.normal(-2, 2, 3000), random.exponential(size=3000) + 0.1
+    y = drawn(0.6 * x - 0.4, seed)
+    error = w * (expit(calibrated(temperature(x, y, w), x)) - y)
+    assert abs(error.sum()) < 1e-5 * w.sum()
+    assert abs(error @ x) < 1e-5 * w.sum()
+
+
+def test_temperature_finds_the_truth_and_weights_are_repeats() -> None:
+    x = np.random.default_rng(1).normal(-1, 2, 100_000)
+    y = drawn(0.7 * x - 0.5)
+    slope, offset = line_of(temperature(x, y, np.ones(len(y))))
+    assert (slope, offset) == (pytest.approx(0.7, abs=0.03), pytest.approx(-0.5, abs=0.04))
+    x, y = x[:500], y[:500]
+    times = np.random.default_rng(2).integers(1, 4, 500)
+    repeated = temperature(x.repeat(times), y.repeat(times), np.ones(times.sum()))
+    assert line_of(temperature(x, y, times.astype(float))) == pytest.approx(line_of(repeated), rel=1e-5)
+
+
+# Isotonic
+
+
+def naive_steps(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> list[list[int]]:
+    """Pool adjacent violators, one pair at a time: rows of each step."""
+    steps = [[row] for row in np.argsort(x, kind="stable").tolist()]
+
+    def rate(step: list[int]) -> float:
+        return float(w[step] @ y[step] / w[step].sum())
+
+    while bad := [i for i in range(len(steps) - 1) if rate(steps[i]) >= rate(steps[i + 1])]:
+        steps[bad[0] : bad[0] + 2] = [steps[bad[0]] + steps[bad[0] + 1]]
+    if len(steps) > 1 and rate(steps[0]) == 0:
+        steps[:2] = [steps[0] + steps[1]]
+    if len(steps) > 1 and not (1 - y[steps[-1]]).any():
+        steps[-2:] = [steps[-2] + steps[-1]]
+    return steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_isotonic_knots_are_the_middles_of_naive_steps(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x, w = random.normal(-1, 2, 250), random.integers(1, 5, 250).astype(float)
+    y = drawn(0.5 * x + np.sin(2 * x), seed)
+    steps = naive_steps(x, y, w)
+    assert len(steps) > 4
+    before = [logit(np.average(expit(x[step]), weights=w[step])) for step in steps]
+    after = [logit(np.average(y[step], weights=w[step])) for step in steps]
+    assert min((b - a) / (d - c) for (a, b), (c, d) in zip(pairwise(after), pairwise(before), strict=True)) > FLATTEST
+    fit = isotonic(x, y, w)
+    np.testing.assert_allclose(fit.logits, before, atol=1e-9)
+    np.testing.assert_allclose(fit.calibrated, after, atol=1e-9)
+    assert fit.slope == 1
+
+
+def test_isotonic_leaves_a_right_model_and_mends_a_bent_one() -> None:
+    x = np.random.default_rng(3).normal(-1, 1.5, 200_000)
+    right = isotonic(x, drawn(x), np.ones(len(x)))
+    inner = np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95])
+    np.testing.assert_allclose(expit(calibrated(right, inner)), expit(inner), atol=0.02)
+
+    def bent(logits: np.ndarray) -> np.ndarray:
+        return np.where(logits < -1, 0.3 * logits - 0.7, logits) + 0.5
+
+    fit = isotonic(x, drawn(bent(x)), np.ones(len(x)))
+    np.testing.assert_allclose(expit(calibrated(fit, inner)), expit(bent(inner)), atol=0.02)
+    later = np.random.default_rng(4).normal(-1, 1.5, 50_000)
+    label = drawn(bent(later), 5)
+    found = log_loss(label, expit(calibrated(fit, later)))
+    assert found < log_loss(label, expit(later)) - 0.01
+    assert found == pytest.approx(log_loss(label, expit(bent(later))), abs=1e-3)
+
+
+@pytest.mark.parametrize("form", ["rising", "flat", "falling", "steps"])
+def test_the_order_stays_in_float32_whatever_the_labels(form: str) -> None:
+    x = np.random.default_rng(6).normal(0, 3, 40_000)
+    truth = {"rising": x, "flat": 0 * x, "falling": -x, "steps": np.sign(x)}[form]
+    fit = isotonic(x, drawn(truth), np.ones(len(x)))
+    later = np.random.default_rng(7).normal(0, 3, 40_000).astype(np.float32)
+    after = calibrated(fit, later)
+    assert after.dtype == np.float32
+    assert (np.diff(after[np.argsort(later)]) >= 0).all()
+    assert len(np.unique(after)) > 0.95 * len(np.unique(later))
+    other = drawn(later, 8)
+    assert roc_auc_score(other, after) == pytest.approx(roc_auc_score(other, later), abs=1e-6)
+
+
+def test_a_flat_stretch_keeps_a_slope() -> None:
+    """Rates of 0.3, 0.3001 and 0.8 at three logits: isotonic regression's second step is next to level."""
+    rows, positives = 10_000, (3000, 3001, 8000)
+    x = np.repeat([-3.0, 2.0, 4.0], rows)
+    y = np.concatenate([np.repeat([1.0, 0.0], [each, rows - each]) for each in positives])
+    fit = isotonic(x, y, np.ones(len(y)))
+    slopes = np.diff(fit.calibrated) / np.diff(fit.logits)
+    assert slopes[0] == pytest.approx(FLATTEST)
+    assert fit.calibrated[::2] == (pytest.approx(logit(0.3)), pytest.approx(logit(0.8)))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_logits_of_any_size_are_fitted(scale: float) -> None:
+    x = np.random.default_rng(9).normal(0, 1, 5000)
+    fit = isotonic(x * scale, drawn(x), np.ones(len(x)))
+    assert np.isfinite(calibrated(fit, np.array([-1e30, -1.0, 0.0, 1.0, 1e30]))).all()
+
+
+def test_labels_told_apart_without_an_error_stay_between_0_and_1() -> None:
+    x = np.linspace(-3, 3, 5000)
+    fit = isotonic(x, (x > 1).astype(float), np.ones(len(x)))
+    assert fit.logits == (pytest.approx(logit(expit(x).mean())),)
+    assert fit.calibrated == (pytest.approx(logit((x > 1).mean())),)
+
+
+# All tasks
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Method) -> None:
+    tasks = [TASK, TaskOutput("spent", "regression", "engagement"), TaskOutput("liked", "binary", "satisfaction")]
+    random = np.random.default_rng(10)
+    logits = random.normal(size=(20_000, 3)).astype(np.float32)
+    labels = np.stack([drawn(logits[:, i] - 1, seed=i) for i in range(3)], axis=1).astype(np.float32)
+    labels[random.random(labels.shape) < 0.3] = np.nan
+    weights = random.exponential(size=len(labels)) + 0.5
+    found, left = fit_calibration(method, tasks, logits, labels, weights)
+    assert list(found.tasks) == ["click", "liked"]
+    assert left == []
+    for index in (0, 2):
+        known = ~np.isnan(labels[:, index])
+        alone = getattr(module, method)(
+            logits[known, index].astype(float), labels[known, index].astype(float), weights[known]
+        )
+        assert found.tasks[tasks[index].name] == alone
+    plain, _ = fit_calibration(method, tasks, logits, labels)
+    assert plain.tasks.keys() == found.tasks.keys()
+    assert plain != found
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "sentence"),
+    [
+        (np.linspace(-1, 1, 5000), np.arange(5000) < 99, "99 observed validation rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), np.ones(5000), "0 observed validation rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), np.full(5000, np.nan), "0 observed validation rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), drawn(-np.linspace(-1, 1, 5000)), "do not rise with the label"),
+        (np.linspace(-1, 1, 5000), np.linspace(-1, 1, 5000) > 0, "tell the labels apart without an error"),
+        (np.linspace(-1, 1, 5000), np.linspace(-1, 1, 5000) < 0, "do not rise with the label"),
+        (np.zeros(5000), np.arange(5000) % 2, "do not rise with the label"),
+    ],
+)
+def test_a_task_that_cannot_be_fitted_is_named(x: np.ndarray, y: np.ndarray, sentence: str) -> None:
+    found, (told,) = fit_calibration("temperature", [TASK], x[:, None], y[:, None].astype(float))
+    assert not found.tasks
+    assert told.startswith("task 'click' is not calibrated: ")
+    assert sentence in told
+
+
+def test_diverged_logits_are_refused() -> None:
+    with pytest.raises(UserError, match="training diverged"):
+        fit_calibration("temperature", [TASK], np.array([[np.nan], [0.0]]), np.array([[1.0], [0.0]]))

@@ -1,0 +1,120 @@
+"""Adding, removing and masking experts of a model, by what it then predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.model.mmoe import Mixture, build_mixture
+from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+from mmoe_rec.settings import Model
+from tests.model.examples import small_settings
+
+TASKS, WIDTH = 2, 6
+KINDS: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "task experts": {"experts": {"count": 3, "task_count": 2}},
+    "levels": {"experts": {"count": 3, "task_count": 1, "levels": 2}},
+    "one gate": {"gates": {"per_task": False}},
+    "top_k": {"gates": {"routing": "top_k", "top_k": 2}},
+    "shared_route": {"gates": {"routing": "shared_route", "top_k": 2}},
+}
+SOFT = ("soft", "task experts", "levels", "one gate")
+
+
+def built(model: Model, state: dict[str, Tensor] | None = None) -> Mixture:
+    torch.manual_seed(0)
+    made = build_mixture(WIDTH, [], 0, TASKS, model)
+    if state is None:
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(2)
+    else:
+        made.load_state_dict({name.removeprefix("mixture."): each for name, each in state.items()})
+    return made.eval()
+
+
+def state_of(made: Mixture) -> dict[str, Tensor]:
+    return {f"mixture.{name}": each.clone() for name, each in made.state_dict().items()}
+
+
+def outputs(made: Mixture, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = made(x, torch.empty(len(x), 0)).logits
+    return logits
+
+
+def rows() -> Tensor:
+    return torch.randn(300, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adding_changes_no_output(kind: str) -> None:
+    model = small_settings(**KINDS[kind])
+    made = built(model)
+    state, changed = add_experts(state_of(made), model, [1, 1, 0])
+    assert changed.experts.count == model.experts.count + 3
+    edited = built(changed, state)
+    assert (outputs(edited, rows()) - outputs(made, rows())).abs().max() <= 1e-6
+    weights = edited(rows(), torch.empty(300, 0)).routings[-1].weights
+    # A gate that chooses does not use what was added; a soft one shares the original's weight with it.
+    assert weights[:, :, model.experts.count :][:, :, :3].any().item() == (kind in SOFT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_added_expert_becomes_one_of_its_own(kind: str) -> None:
+    """After 100 further steps a copy differs from its original by far more than the noise that it began with."""
+    model = small_settings(**KINDS[kind])
+    model = model.model_copy(update={"gates": model.gates.model_copy(update={"ramp_steps": 20})})
+    state, changed = add_experts(state_of(built(model)), model, [1])
+    made = built(changed, state).train()
+    layer = made.each_level()[0].experts[0].layers[0].weight  # type: ignore[union-attr, index]
+    new = model.experts.count
+
+    def apart() -> float:
+        return float((layer[new] - layer[1]).detach().norm() / layer[1].detach().norm())  # type: ignore[index, operator]
+
+    before = apart()
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.01)
+    targets = torch.randn(300, TASKS, generator=torch.Generator().manual_seed(4))
+    for _ in range(100):
+        found = made(rows(), torch.empty(300, 0))
+        (found.logits - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for gates in made.gates:
+            gates.after_step(gates.ramp, 0.0, changed.gates.ramp_steps)
+    assert apart() > 5 * before
+    used = made(rows(), torch.empty(300, 0)).routings[0].weights[:, :, new]
+    assert used.max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removing_equals_masking(kind: str) -> None:
+    model = small_settings(**KINDS[kind])
+    state = state_of(built(model))
+    masked = built(model, mask_expert(state, model, 1))
+    removed, smaller = remove_expert(state, model, 1)
+    assert smaller.experts.count == model.experts.count - 1
+    torch.testing.assert_close(outputs(built(smaller, removed), rows()), outputs(masked, rows()), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(outputs(masked, rows()), outputs(built(model, state), rows()), atol=1e-6)
+
+
+def test_what_cannot_be_edited_is_named() -> None:
+    model = small_settings(experts={"count": 2, "task_count": 1}, gates={"routing": "top_k", "top_k": 3})
+    state = state_of(built(model))
+    with pytest.raises(UserError, match=r"expert 2 can't be removed: .* are 0 to 1 \(later numbers are experts of"):
+        remove_expert(state, model, 2)
+    with pytest.raises(UserError, match=r"model\.gates\.top_k is 3, and 2 experts would be left"):
+        remove_expert(state, model, 0)
+    with pytest.raises(UserError, match="no expert 9 to mask: the model has 0 to 3"):
+        mask_expert(state, model, 9)
+    with pytest.raises(UserError, match="expert 0 is out of use: copy another one"):
+        add_experts(mask_expert(state, model, 0), model, [0])
+    alone = small_settings(experts={"count": 1})
+    with pytest.raises(UserError, match="expert 0 is the only one of a gate"):
+        remove_expert(state_of(built(alone)), alone, 0)

@@ -1,0 +1,72 @@
+"""What is told of gates, by hand-made cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing import Routing
+from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
+
+
+def outputs(weights: Tensor, selected: Tensor | None = None) -> Outputs:
+    return Outputs(torch.zeros(weights.shape[:2]), (Routing(weights, weights, selected, torch.zeros(())),))
+
+
+def used(*weights: list[float]) -> Utilisation:
+    return Utilisation(torch.tensor(weights, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+
+
+def test_means_are_over_the_counted_rows_of_all_batches() -> None:
+    torch.manual_seed(0)
+    weights = torch.rand(10, 2, 3).softmax(-1)
+    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    counted = torch.arange(10) % 3 > 0
+    sums.add(outputs(weights[:4]), counted[:4])
+    sums.add(outputs(weights[4:]), counted[4:])
+    found = sums.result()
+    torch.testing.assert_close(found.weights, weights[counted].double().mean(0))
+    torch.testing.assert_close(found.loads, found.weights)
+    assert Utilisation.from_dict(found.to_dict()).weights.tolist() == found.weights.tolist()
+
+
+def test_loads_of_chosen_experts_are_shares_of_choices() -> None:
+    """Two of three experts a row, one router for both tasks, of which the first row has only one."""
+    selected = torch.tensor([[[True, False, False]], [[True, True, False]]])
+    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    sums.add(outputs(torch.full((2, 2, 3), 1 / 3), selected))
+    assert sums.result().loads.tolist() == [[0.75, 0.25, 0.0]] * 2
+
+
+def test_experts_that_a_task_does_not_see_are_left_out() -> None:
+    visible = torch.tensor([[True, True, False], [True, False, True]])
+    sums = UtilisationSums(visible)
+    sums.add(outputs(torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])))
+    found = sums.result()
+    assert torch.equal(found.weights.isnan(), ~visible)
+    assert found.task_entropies == pytest.approx([1.0, 1.0])
+    assert found.total_loads.tolist() == [0.5, 0.25, 0.25]
+    assert found.max_over_mean == pytest.approx(1.5)
+    assert found.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
+    assert "gates.b.expert_1.weight" not in found.flat(["a", "b"])
+
+
+def test_what_is_wrong_is_told_in_words() -> None:
+    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
+    assert found.polarised == [True, False]
+    assert found.findings(["bought", "liked"]) == [
+        "expert 3 is dead: it gets 0.00% of the load, where an even share is 25.0%; model.gates.balance or fewer "
+        "experts help",
+        "the gate of 'bought' has collapsed: 90% of its weight goes to expert 0; model.gates.dropout of 0.1 helps",
+    ]
+    assert found.flat(["bought", "liked"])["gates.polarised_share"] == 0.5
+
+
+def test_an_even_or_single_expert_is_fine() -> None:
+    assert used([0.25] * 4, [0.25] * 4).findings(["a", "b"]) == []
+    assert used([1.0], [1.0]).findings(["a", "b"]) == []
+    assert used([1.0], [1.0]).entropy == 1.0

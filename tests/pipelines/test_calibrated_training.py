@@ -1,0 +1,85 @@
+"""A training that calibrates: what it leaves, what it says, and that evaluation sees it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmoe_rec import tracking
+from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings import load_settings
+from pipelines import evaluate, steps, train
+from tests.pipelines.learnable_log import settings_tree, write_files
+
+
+@dataclass(frozen=True)
+class World:
+    """A log, its settings file and the calibrated model made of them."""
+
+    folder: Path
+    config: Path
+    ranker: Ranker
+
+    def validation_rows(self, calibration: Calibration) -> Scored:
+        """The rows that the calibration was fitted on."""
+        layout = self.ranker.layout
+        rows = EncodedRows(Prepared(self.folder / "work" / "features").split("validation"), layout)
+        return score_rows(self.ranker.model, layout, rows, 1000, calibration=calibration)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("calibrated")
+    training = settings_tree(folder)["training"] | {"epochs": 1, "calibration": "temperature"}
+    config = write_files(folder, training=training)
+    train.main(["--config", str(config)])
+    return World(folder, config, Ranker.load(folder / "work" / "model"))
+
+
+def sums(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of predictions and of labels of each task's observed rows."""
+    known = ~np.isnan(scored.labels)
+    return np.where(known, scored.predictions, 0).sum(0), np.where(known, scored.labels, 0).sum(0)
+
+
+def test_validation_rows_are_predicted_right_on_average(world: World) -> None:
+    assert list(world.ranker.calibration.tasks) == ["click", "liked"]
+    predicted, observed = sums(world.validation_rows(world.ranker.calibration))
+    np.testing.assert_allclose(predicted, observed, rtol=1e-4)
+    before, _ = sums(world.validation_rows(UNCALIBRATED))
+    assert (np.abs(before / observed - 1) > 2e-4).all()
+
+
+def test_the_registered_model_is_calibrated(world: World) -> None:
+    uri = f"sqlite:///{world.folder / 'mlflow.db'}"
+    registered = Ranker.load(tracking.local_model("models:/learnable@champion", uri))
+    assert registered.calibration == world.ranker.calibration
+
+
+def test_evaluation_measures_calibrated_predictions(world: World) -> None:
+    evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])
+    found = json.loads((world.folder / "work" / "evaluation" / "metrics.json").read_text())["tasks"]
+    layout = world.ranker.layout
+    rows = EncodedRows(Prepared(world.folder / "work" / "features").split("test"), layout)
+    calibrated, plain = (
+        np.divide(*sums(score_rows(world.ranker.model, layout, rows, 1000, calibration=each)))
+        for each in (world.ranker.calibration, UNCALIBRATED)
+    )
+    for index, task in enumerate(("click", "liked")):
+        assert found[task]["calibration"]["value"] == pytest.approx(calibrated[index], rel=1e-5)
+        assert calibrated[index] != pytest.approx(plain[index], rel=1e-4)
+
+
+def test_a_task_with_too_few_rows_is_told_of(world: World, capsys: pytest.CaptureFixture) -> None:
+    settings = load_settings(world.config, ["--training.calibration", "isotonic"])
+    calibration = steps._calibrate(settings, Prepared(world.folder / "work" / "features"), world.ranker.model)
+    assert "liked" not in calibration.tasks
+    told = [line for line in capsys.readouterr().err.splitlines() if "is not calibrated" in line]
+    assert "task 'liked' is not calibrated" in told[-1]
+    assert "isotonic needs 1,000" in told[-1]

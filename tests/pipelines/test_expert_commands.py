@@ -1,0 +1,117 @@
+"""edit_experts and sweep_experts on trained models, and training on from an edited one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+from mmoe_rec.serving.artifact import read_artifact
+from mmoe_rec.serving.ranker import Ranker
+from pipelines import edit_experts, sweep_experts, train
+from pipelines.sweeps import sweep_table
+from tests.pipelines.learnable_log import settings_tree, write_files
+
+EXPERTS = 4
+
+
+def world(folder: Path, **gates: Any) -> Path:
+    """A trained model of four experts; gives its settings file."""
+    training = settings_tree(folder)["training"] | {"epochs": 1}
+    model = {"experts": {"count": EXPERTS, "units": [8]}, "gates": gates}
+    config = write_files(folder, training=training, model=model)
+    train.main(["--config", str(config)])
+    return config
+
+
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world(tmp_path_factory.mktemp("soft"), dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    gates = {"routing": "expert_choice", "top_k": 2, "serving_top_k": 2, "balance": "loss", "z_loss": 0.001}
+    return world(tmp_path_factory.mktemp("chosen"), **gates)
+
+
+def ranked(folder: Path) -> np.ndarray:
+    ranker = Ranker.load(folder)
+    request = json.loads((folder / "example_request.json").read_text())
+    ranking = ranker.rank(**request)
+    return np.array(list(ranking.predictions.values())).T[np.argsort(ranking.order)]
+
+
+def edit(config: Path, *arguments: str) -> Path:
+    edit_experts.main(["--config", str(config), "--model", str(config.parent / "work" / "model"), *arguments])
+    return config.parent / "work" / "edited"
+
+
+def test_adding_experts_keeps_predictions_and_training_goes_on(soft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = ranked(soft.parent / "work" / "model")
+    folder = edit(soft, "--add", "2")
+    told = capsys.readouterr().out
+    assert "added 2, copied from 0, 1; the model has 6 experts" in told
+    np.testing.assert_allclose(ranked(folder), before, atol=1e-6)
+    assert read_artifact(folder).model["experts"]["count"] == 6
+    uri = f"sqlite:///{soft.parent}/mlflow.db"
+    client = mlflow.MlflowClient(uri, uri)
+    assert client.get_model_version_by_alias("learnable", "challenger")
+    train.main(["--config", str(soft), "--from", str(folder), "--model.experts.count", "6"])
+    told = capsys.readouterr().out
+    assert "validation of the model that it was started from" in told
+    # Back to what other tests start from.
+    train.main(["--config", str(soft)])
+
+
+def test_removing_and_masking_agree(soft: Path) -> None:
+    masked = ranked(edit(soft, "--mask", "1"))
+    removed = ranked(edit(soft, "--remove", "1"))
+    np.testing.assert_allclose(removed, masked, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --add, --remove and --mask"),
+        (["--add", "1", "--mask", "0"], "give one of --add, --remove and --mask"),
+        (["--remove", "9"], "expert 9 can't be removed"),
+        (["--add", "2", "--copy", "1"], "--copy names as many experts as --add adds"),
+    ],
+)
+def test_a_wrong_edit_ends_in_a_sentence(
+    soft: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        edit(soft, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_sweep_has_a_row_for_each_k_and_each_expert(
+    chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(chosen.parent / "work" / "model")
+    sweep_experts.main(["--config", str(chosen), "--model", model, "--out", str(tmp_path)])
+    swept = json.loads((tmp_path / "sweep.json").read_text())
+    assert [(each["k"], each["masked"]) for each in swept] == [
+        *((k, None) for k in range(EXPERTS, 0, -1)),
+        *((2, expert) for expert in range(EXPERTS)),
+    ]
+    served = next(each for each in swept if each["k"] == 2)
+    assert served["tasks"]["click"]["auc"]["value"] > 0.65
+    assert len({each["tasks"]["click"]["auc"]["value"] for each in swept}) == len(swept)
+    assert all(each["milliseconds"] > 0 for each in swept)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert "all but 3" in capsys.readouterr().out
+
+
+def test_the_table_shows_what_is_undefined() -> None:
+    from pipelines.sweeps import Swept
+
+    nothing = {"value": None, "low": None, "high": None}
+    row = Swept(1, None, 1.0, {"a": {"auc": nothing, "gauc_user": nothing, "calibration": nothing}})
+    assert list(sweep_table([row]).columns[1].cells) == ["-"]

@@ -1,0 +1,153 @@
+"""A satisfaction that is given an engagement, on a sampled log: trained, evaluated and served by the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mmoe_rec.serving.ranker import Ranker
+from pipelines import evaluate, train
+from tests.pipelines.learnable_log import learnable_log, settings_tree
+
+RATE = 0.5  # of rows without a click
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log, its settings and the trained model."""
+    folder = tmp_path_factory.mktemp("given")
+    log = learnable_log()
+    clicked = log["click"].to_numpy() == 1
+    kept = clicked | (np.random.default_rng(2).random(len(clicked)) < RATE)
+    log = log.append_column("rate", pa.array(np.where(clicked, 1.0, RATE)))
+    (folder / "log").mkdir()
+    pq.write_table(log.filter(pa.array(kept)), folder / "log" / "0.parquet")
+    tree = settings_tree(folder)
+    tree["columns"]["sampling_rate"] = "rate"
+    tree["tasks"]["liked"] |= {"given": "click", "score_weight": 0.5}
+    tree["training"] |= {"sampling_correction": "weights", "task_weighting": "uncertainty"}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    train.main(["--config", str(folder / "settings.yaml")])
+    return folder
+
+
+def evaluated(folder: Path, name: str, *options: str) -> dict[str, Any]:
+    """metrics.json of the model."""
+    arguments = ["--config", str(folder / "settings.yaml"), "--model", str(folder / "work" / "model")]
+    evaluate.main([*arguments, "--out", str(folder / name), *options])
+    found: dict[str, Any] = json.loads((folder / name / "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The metrics, and the model's predictions on the test rows with their labels and weights."""
+    from mmoe_rec.batches.batch import make_batch
+    from mmoe_rec.batches.reader import EncodedRows
+
+    ranker = Ranker.load(folder / "work" / "model")
+    rows = EncodedRows(folder / "work" / "features" / "encoded" / "test", ranker.layout)
+    part, table = next(rows.stream(rows.rows, ("sampling_rate", "label.click_and_liked")))
+    logits = ranker.model(make_batch(part.encoded, ranker.layout, torchrec=False)).logits.detach().numpy()
+    click, liked = (1 / (1 + np.exp(-logits[:, task].astype(np.float64))) for task in (0, 1))
+    known = {"click": part.labels[:, 0], "liked": part.labels[:, 1], "p": click, "q": liked}
+    both = table["label.click_and_liked"].to_numpy()
+    return evaluated(folder, "weighted"), known | {"both": both, "weight": 1 / table["sampling_rate"].to_numpy()}
+
+
+def test_metrics_are_over_engaged_and_over_all_rows(judged: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    metrics, rows = judged
+    tasks = metrics["tasks"]
+    clicked = rows["click"] == 1
+    np.testing.assert_equal(np.where(clicked, rows["liked"], 0.0), rows["both"])
+    assert list(tasks) == ["click", "liked", "click_and_liked"]
+    assert tasks["liked"]["rows"] == clicked.sum()
+    assert tasks["click_and_liked"]["rows"] == len(clicked)
+    both, weight = rows["p"] * rows["q"], rows["weight"]
+    for name, labels, predictions, inside in (
+        ("liked", rows["liked"], rows["q"], clicked),
+        ("click_and_liked", rows["both"], both, np.ones_like(clicked)),
+        ("click", rows["click"], rows["p"], np.ones_like(clicked)),
+    ):
+        label, predicted, by = labels[inside], predictions[inside], weight[inside]
+        assert tasks[name]["logloss"]["value"] == pytest.approx(log_loss(label, predicted, sample_weight=by), rel=1e-5)
+        assert tasks[name]["auc"]["value"] == pytest.approx(roc_auc_score(label, predicted), abs=1e-3)
+        calibration = (by * predicted).sum() / (by * label).sum()
+        assert tasks[name]["calibration"]["value"] == pytest.approx(calibration, rel=1e-5)
+        assert calibration == pytest.approx(1, abs=0.2)
+        assert tasks[name]["auc"]["value"] > 0.6
+    assert metrics["sampling_correction"] == "weights"
+
+
+def test_the_settings_of_the_evaluation_decide_on_weights(
+    folder: Path, judged: tuple[dict[str, Any], dict[str, np.ndarray]]
+) -> None:
+    metrics, rows = evaluated(folder, "plain", "--training.sampling_correction", "none"), judged[1]
+    assert metrics["sampling_correction"] == "none"
+    assert metrics["tasks"]["click"]["logloss"]["value"] == pytest.approx(log_loss(rows["click"], rows["p"]), rel=1e-5)
+    for metric in ("ndcg_at_10", "mrr"):
+        assert metrics["score"][metric] == judged[0]["score"][metric]
+
+
+def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) -> None:
+    ranker = Ranker.load(folder / "work" / "model")
+    ranking = ranker.rank({"user": 3}, {}, {"item": list(range(20))})
+    found = {name: np.array(values) for name, values in ranking.predictions.items()}
+    assert list(found) == ["click", "liked", "click_and_liked"]
+    np.testing.assert_allclose(found["click_and_liked"], found["click"] * found["liked"])
+    np.testing.assert_allclose(ranking.scores, found["click"] * found["liked"] ** 0.5, rtol=1e-5)
+    assert "log_variances" not in ranker.model.state_dict()
+
+
+def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
+    """A satisfaction's is that of its own label, which engaged rows have."""
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.settings import load_settings
+    from pipelines.steps import _calibrate
+
+    ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
+    rows = EncodedRows(prepared.split("validation"), ranker.layout)
+
+    def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
+        settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])
+        calibration = _calibrate(settings, prepared, ranker.model)
+        scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
+        weight = scored.weights[:, None] if weighted and scored.weights is not None else 1
+        known = ~np.isnan(scored.labels)
+        predicted, observed = (
+            (np.where(known, each, 0) * weight).sum(0) for each in (scored.predictions, scored.labels)
+        )
+        return predicted / observed
+
+    np.testing.assert_allclose(predicted_by_observed(weighted=True), 1, rtol=1e-4)
+    plain = ["--training.sampling_correction", "none"]
+    np.testing.assert_allclose(predicted_by_observed(*plain, weighted=False), 1, rtol=1e-4)
+    assert predicted_by_observed(*plain, weighted=True)[0] > 1.1
+
+
+def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
+    """Its log variances are no part of it, as its optimizers are none."""
+    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import plain_tables
+    from mmoe_rec.settings import load_settings
+    from mmoe_rec.training.warm_start import WarmStart
+
+    settings = load_settings(folder / "settings.yaml")
+    prepared, served = Prepared(folder / "work" / "features"), Ranker.load(folder / "work" / "model").model
+    started = build_model(prepared.layout, settings.model, plain_tables(prepared.layout, 5), 5)
+    WarmStart(folder / "work" / "model", settings.model, prepared, settings.model).fill(started)
+    expected = served.state_dict()
+    assert set(started.state_dict()) == set(expected)
+    for name, weight in started.state_dict().items():
+        np.testing.assert_array_equal(weight.numpy(), expected[name].numpy(), err_msg=name)

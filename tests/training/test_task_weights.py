@@ -1,0 +1,207 @@
+"""Learnt task weights: the loss against a loop and finite differences; trainings that stop, go on and are shared."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from mmoe_rec.features.build import Prepared
+from mmoe_rec.training.checkpoint import latest_checkpoint
+from mmoe_rec.training.loop import Trainer
+from mmoe_rec.training.losses import masked_loss
+from tests.model.examples import LAYOUT
+from tests.training.learnable import GIVEN, MODEL, trained, write_prepared
+from tests.training.ranks import join, spawn
+from tests.training.resuming import DROPS, STEPS, CrashError, crash, train, train_in_group, weights
+from tests.training.test_losses import TASKS, naive_sums, random_labels
+
+LEARNT = {"task_weighting": "uncertainty"}
+# With a task that is given another one, everything that a loss can be made of.
+ALL = LEARNT | {"sampling_correction": "weights"}
+LOG_VARIANCES = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("given"), GIVEN)
+
+
+def saved_log_variances(folder: Path) -> torch.Tensor:
+    """Those of a checkpoint."""
+    state = {"model": {"log_variances": torch.zeros(len(LAYOUT.tasks))}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state["model"]["log_variances"]
+
+
+# The loss
+
+
+def test_equals_a_loop_over_tasks() -> None:
+    logits, labels, observed = random_labels(40)
+    counts = observed.sum(0)
+    total, sums = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=counts, log_variances=LOG_VARIANCES)
+    expected, naive = 0.0, naive_sums(logits, labels, observed)
+    for task, s, value, count in zip(TASKS, LOG_VARIANCES.tolist(), naive, counts.tolist(), strict=True):
+        likelihood = math.exp(-s) * value / count
+        if task.kind == "regression":
+            likelihood /= 2
+        expected += task.loss_weight * (likelihood + s / 2)
+    assert total.item() == pytest.approx(expected)
+    assert sums.tolist() == pytest.approx(naive)
+
+
+def test_a_regression_has_the_likelihood_of_a_gaussian() -> None:
+    logits, labels, observed = random_labels(40)
+    rows, task = observed[:, 1], TASKS[1]
+    total, _ = masked_loss(
+        logits[:, 1:2], labels[:, 1:2], observed[:, 1:2], tasks=TASKS[1:2], global_counts=rows.sum()[None],
+        log_variances=LOG_VARIANCES[1:2],
+    )  # fmt: skip
+    errors = (logits[rows, 1] - labels[rows, 1]) / task.deviation
+    gaussian = torch.distributions.Normal(0.0, math.exp(LOG_VARIANCES[1].item() / 2))
+    likelihood = -gaussian.log_prob(errors).mean() - math.log(2 * math.pi) / 2
+    assert total.item() == pytest.approx(task.loss_weight * likelihood.item())
+
+
+def test_gradients_equal_finite_differences() -> None:
+    logits, labels, observed = random_labels(6)
+
+    def total(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return masked_loss(x, labels, observed, tasks=TASKS, global_counts=observed.sum(0), log_variances=s)[0]
+
+    assert torch.autograd.gradcheck(total, (logits.requires_grad_(), LOG_VARIANCES.clone().requires_grad_()))
+
+
+def test_an_unobserved_task_adds_exactly_zero() -> None:
+    logits, labels, observed = random_labels(10)
+    observed[:, 1] = False
+    logs = torch.tensor([0.0, 5.0, 0.0], dtype=torch.float64, requires_grad=True)
+    total, _ = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=observed.sum(0), log_variances=logs)
+    fixed, _ = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=observed.sum(0))
+    assert total.item() == pytest.approx(fixed.item(), rel=1e-14)
+    total.backward()
+    assert logs.grad is not None
+    assert logs.grad[1] == 0
+    assert logs.grad[[0, 2]].all()
+
+
+def test_at_the_best_log_variances_a_loss_counts_by_its_inverse() -> None:
+    """The gradients are then those of the sum of loss weight / 2 x log mean loss."""
+    logits, labels, observed = random_labels(40)
+    counts = observed.sum(0)
+    logits.requires_grad_()
+    means = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=counts)[1] / counts
+    best = torch.tensor([2.0, 1.0, 2.0]) * means
+    logs = best.log().requires_grad_()
+    total, _ = masked_loss(logits, labels, observed, tasks=TASKS, global_counts=counts, log_variances=logs)
+    by_logs, by_logits = torch.autograd.grad(total, (logs, logits))
+    torch.testing.assert_close(by_logs, torch.zeros_like(logs))
+    inverse = tuple(
+        replace(task, loss_weight=task.loss_weight / 2 / mean) for task, mean in zip(TASKS, means.tolist(), strict=True)
+    )
+    fixed, _ = masked_loss(logits, labels, observed, tasks=inverse, global_counts=counts)
+    torch.testing.assert_close(by_logits, torch.autograd.grad(fixed, logits)[0])
+
+
+def test_the_mean_over_ranks_is_the_global_loss() -> None:
+    logits, labels, observed = random_labels(30)
+    logs = LOG_VARIANCES.clone().requires_grad_()
+
+    def loss(rows: slice, ranks: int) -> torch.Tensor:
+        return masked_loss(
+            logits[rows], labels[rows], observed[rows], tasks=TASKS, global_counts=observed.sum(0), world_size=ranks,
+            log_variances=logs,
+        )[0]  # fmt: skip
+
+    whole = loss(slice(0, 30), 1)
+    parts = (loss(slice(0, 5), 2) + loss(slice(5, 30), 2)) / 2
+    assert parts.item() == pytest.approx(whole.item())
+    (one,), (two,) = torch.autograd.grad(whole, logs), torch.autograd.grad(parts, logs)
+    torch.testing.assert_close(one, two)
+
+
+# Training
+
+
+def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Prepared, tmp_path: Path) -> None:
+    found = trained(prepared, tmp_path, epochs=2, weight_decay=0.5, **LEARNT)
+    logs = saved_log_variances(found.checkpoint)
+    assert (logs.abs() > 0.1).all()
+    assert "log_variances" not in found.model().state_dict()
+    steps = [metrics for _, metrics in found.logged if "learning_rate" in metrics]
+    for index, task in enumerate(LAYOUT.tasks):
+        half = 0.5 if task.kind == "regression" else 1.0
+        last = task.loss_weight * half * math.exp(-logs[index].item())
+        assert steps[-1][f"train.{task.name}.weight"] == pytest.approx(last, rel=1e-5)
+    # The smaller its loss, the more a task counts.
+    losses = found.result.history[-1][1].loss
+    assert losses["rating"] < losses["click"]
+    assert steps[-1]["train.rating.weight"] / 0.5 > steps[-1]["train.click.weight"]
+
+
+def test_fixed_weights_have_no_parameter(prepared: Prepared, tmp_path: Path) -> None:
+    found = trained(prepared, tmp_path)
+    assert not any(
+        name.startswith("train.") and name.endswith(".weight") for _, metrics in found.logged for name in metrics
+    )
+    assert "model.log_variances" not in dcp.FileSystemReader(found.checkpoint).read_metadata().state_dict_metadata
+
+
+def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> None:
+    from mmoe_rec.training.ranks import process_group
+    from tests.training.learnable import CPU, TRAINING
+
+    with process_group(CPU):
+        settings = TRAINING.model_copy(update=LEARNT | {"weight_decay": 0.25})
+        trainer = Trainer(prepared, MODEL, settings, CPU, tmp_path, lambda *_: None)
+        decays = {}
+        for group in trainer._dense_optimizer.param_groups:
+            decays |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
+        for name, parameter in trainer.sharded.dense_parameters().items():
+            assert decays.pop(id(parameter)) == (0.0 if name == "log_variances" else 0.25)
+        assert not decays
+
+
+def test_a_crash_changes_no_bit(given: Prepared, tmp_path: Path) -> None:
+    whole = train(given, tmp_path / "whole", **ALL)
+    with pytest.raises(CrashError):
+        train(given, tmp_path / "resumed", crash(100), **ALL)
+    resumed = train(given, tmp_path / "resumed", **ALL)
+    assert [step for step, _ in resumed.history] == [step for step, _ in whole.history]
+    assert [found.loss for _, found in resumed.history] == [found.loss for _, found in whole.history]
+    last = [saved_log_variances(tmp_path / name / f"step-{STEPS:08d}") for name in ("whole", "resumed")]
+    assert last[0].all()
+    assert torch.equal(*last)
+    one, other = (weights(given, tmp_path / name, DROPS) for name in ("whole", "resumed"))
+    assert all(torch.equal(weight, one[name]) for name, weight in other.items())
+
+
+def _train_on_rank(rank: int, world: int, port: int, prepared: Prepared, folder: Path) -> None:
+    with join(rank, world, port):
+        train_in_group(prepared, folder, None, MODEL, **ALL)
+
+
+def test_two_ranks_learn_what_one_learns(given: Prepared, tmp_path: Path) -> None:
+    one = train(given, tmp_path / "1", None, MODEL, **ALL)
+    spawn(_train_on_rank, given, tmp_path / "2")
+    both = [saved_log_variances(tmp_path / name / f"step-{one.steps:08d}") for name in ("1", "2")]
+    torch.testing.assert_close(*both, atol=2e-4, rtol=1e-3)
+    whole, shared = (weights(given, tmp_path / name, MODEL) for name in ("1", "2"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
+    found = latest_checkpoint(tmp_path / "2")
+    assert found is not None
+    assert found.state.history[-1][1].loss == pytest.approx(one.history[-1][1].loss, rel=1e-3)
