@@ -236,3 +236,14 @@ def test_balance_is_over_tasks_together() -> None:
     routing = Routing(probabilities, probabilities, probabilities > 0, torch.zeros(6, 2))
     assert expert_loads(routing).tolist() == [0.5, 0.5]
     assert balance_loss(routing, expert_loads(routing)).item() == pytest.approx(1.0)
+
+
+def test_balance_and_z_loss_pass_finite_differences() -> None:
+    loads = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def losses(logits: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = logits.softmax(-1)
+        routing = Routing(probabilities, probabilities, None, logits.logsumexp(-1))
+        return balance_loss(routing, loads), z_loss(routing)
+
+    assert torch.autograd.gradcheck(losses, torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True))
