@@ -21,5 +21,9 @@ def ratio_of_means(part: np.ndarray, whole: np.ndarray) -> dict[str, float | Non
     c = part.mean() ** 2 - limit * part_variance
     if a <= 0:
         return {"value": None, "low": None, "high": None}
-    half = np.sqrt(max(b * b - a * c, 0.0))
-    return {"value": part.mean() / whole.mean(), "low": (b - half) / a, "high": (b + half) / a}
+    half = max(b * b - a * c, 0.0) ** 0.5
+    return {
+        "value": float(part.mean() / whole.mean()),
+        "low": float((b - half) / a),
+        "high": float((b + half) / a),
+    }
