@@ -65,8 +65,7 @@ class Experts(nn.Module):
         x = for_products(hidden).index_select(0, dispatch.rows)
         for layer in self.layers:
             assert isinstance(layer, StackedLinear)
-            weight, bias = for_products(layer.weight), for_products(layer.bias)
-            x = activate(grouped_linear(x, weight, bias, dispatch.counts))
+            x = activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts))
         return self._normalised(x)
 
     def mix(self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False) -> Tensor:

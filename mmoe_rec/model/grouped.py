@@ -32,7 +32,11 @@ class Dispatch:
 
 
 class _Grouped(torch.autograd.Function):
-    """Linear layers of E experts over rows that are ordered by expert; every result is written where it stays."""
+    """Linear layers of E experts over rows that are ordered by expert; every result is written where it stays.
+
+    Weights of higher precision than the rows are cast one expert at a time, while they are in the cache anyway, and so
+    are their gradients: with many experts, casting all of them takes longer than the products.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
@@ -40,7 +44,7 @@ class _Grouped(torch.autograd.Function):
         ctx.counts = counts
         out = x.new_empty(len(x), weight.shape[1])
         for expert, start, stop in _parts(counts):
-            torch.addmm(bias[expert], x[start:stop], weight[expert].t(), out=out[start:stop])
+            torch.addmm(bias[expert].to(x.dtype), x[start:stop], weight[expert].to(x.dtype).t(), out=out[start:stop])
         return out
 
     @staticmethod
@@ -49,13 +53,16 @@ class _Grouped(torch.autograd.Function):
         gradient = gradient.contiguous()
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         to_weight = torch.empty_like(weight)
-        to_bias = gradient.new_empty(weight.shape[:2])
+        to_bias = weight.new_empty(weight.shape[:2])
         for expert, start, stop in _parts(ctx.counts):
             part = gradient[start:stop]
             if to_x is not None:
-                torch.mm(part, weight[expert], out=to_x[start:stop])
-            torch.mm(part.t(), x[start:stop], out=to_weight[expert])
-            torch.sum(part, dim=0, out=to_bias[expert])
+                torch.mm(part, weight[expert].to(x.dtype), out=to_x[start:stop])
+            if weight.dtype == x.dtype:
+                torch.mm(part.t(), x[start:stop], out=to_weight[expert])
+            else:
+                to_weight[expert].copy_(torch.mm(part.t(), x[start:stop]))
+            torch.sum(part, dim=0, dtype=weight.dtype, out=to_bias[expert])
         for expert, count in enumerate(ctx.counts):
             if count == 0:
                 to_weight[expert].zero_()
@@ -64,7 +71,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
-    """(N, I) rows ordered by expert, (E, O, I) weights, (E, O) biases, rows of each expert -> (N, O)."""
+    """(N, I) rows ordered by expert, (E, O, I) weights, (E, O) biases, rows of each expert -> (N, O) like the rows."""
     out: Tensor = _Grouped.apply(x, weight, bias, counts)
     return out
 
