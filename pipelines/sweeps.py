@@ -82,8 +82,6 @@ def sweep_table(swept: list[Swept]) -> Table:
 
 
 def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> Iterator[Swept]:
-    import torch
-
     experts = ranker.guarded.experts
     seen = int(ranker.model.visible_experts.sum(1).max())
     whole = ranker.model.mixture.gates[-1].rule
@@ -91,11 +89,9 @@ def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> It
     example = _first_rows(ranker, encoded)
     steps = sorted({seen, usual, *_powers(seen)} if seen > MOST_STEPS else range(1, seen + 1), reverse=True)
     for k in steps:
-        yield _measured(ranker, encoded, batch_size, rows, example, k, k, None)
+        yield _measured(ranker, encoded, batch_size, rows, example, k)
     for expert in range(experts) if experts > 1 else ():
-        usable = torch.ones(experts, dtype=torch.bool)
-        usable[expert] = False
-        yield _measured(ranker, encoded, batch_size, rows, example, None, usual, (expert, usable))
+        yield _measured(ranker, encoded, batch_size, rows, example, usual, expert)
 
 
 def _measured(
@@ -104,14 +100,14 @@ def _measured(
     batch_size: int,
     rows: int | None,
     example: Batch,
-    asked: int | None,
     k: int,
-    masked: tuple[int, Any] | None,
+    masked: int | None = None,
 ) -> Swept:
+    """With k experts a row and gate; with one masked, k is the model's own number, whatever way it has to choose."""
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
 
-    usable = None if masked is None else masked[1]
+    asked, usable = (k, None) if masked is None else (None, ranker.guarded.all_but([masked]))
     scored = score_rows(
         ranker.model,
         ranker.layout,
@@ -128,7 +124,7 @@ def _measured(
         for name, group in summary["tasks"].items()
         if group["kind"] == "binary"
     }
-    return Swept(k, None if masked is None else masked[0], _milliseconds(ranker, example, asked, usable), tasks)
+    return Swept(k, masked, _milliseconds(ranker, example, asked, usable), tasks)
 
 
 def _first_rows(ranker: Ranker, encoded: Any) -> Batch:

@@ -14,7 +14,7 @@ from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.model.score import fuse, predictions, with_outcomes
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
@@ -49,12 +49,11 @@ class Scored:
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
         specs = [TaskSpec(task.name, task.kind, task.score_weight) for task in self.layout.tasks]  # type: ignore[arg-type]
         specs += [TaskSpec(name, "binary", 0.0) for name in self.layout.outcomes]
-        both = [self.predictions[:, given] * self.predictions[:, task] for given, task in self.layout.outcomes.values()]
         return measure(
             specs,
             self.users,
             self.requests,
-            dict(zip(names, [*self.predictions.T, *both], strict=True)),
+            with_outcomes(self.predictions, self.layout),
             dict(zip(names, [*self.labels.T, *self.outcomes.values()], strict=True)),
             score=self.score,
             weight=self.weights,

@@ -26,4 +26,4 @@ def balance_loss(routing: Routing, loads: Tensor) -> Tensor:
 
 def z_loss(routing: Routing) -> Tensor:
     """Mean squared logsumexp of the routers' logits (Zoph et al., 2022, eq. 5), which keeps logits small."""
-    return routing.log_normalisers.square().mean()
+    return routing.logits.logsumexp(-1).square().mean()

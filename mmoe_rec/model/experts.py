@@ -44,7 +44,7 @@ class Experts(nn.Module):
         super().__init__()
         assert count > 0, "a mixture needs at least one expert"
         assert units, "an expert needs at least one layer"
-        self.count, self.outputs = count, units[-1]
+        self.count = count
         self.activation, self.normalise, self.compute = activation, normalise, compute
         widths = [inputs, *units]
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))

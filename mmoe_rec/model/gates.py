@@ -89,10 +89,12 @@ class Gates(nn.Module):
         return self._by_route(self.route.shared(inputs).float().unsqueeze(1), logits, allowed, top_k)
 
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
-        """(B, G, E) float32."""
+        """(B, G, E) float32, minus infinity for what a gate does not see."""
         if isinstance(inputs, Tensor):
-            return self.linear.shared(inputs).float().unflatten(1, self.visible.shape)
-        return torch.stack(self.linear(inputs), dim=1).float()
+            logits = self.linear.shared(inputs).float().unflatten(1, self.visible.shape)
+        else:
+            logits = torch.stack(self.linear(inputs), dim=1).float()
+        return logits.masked_fill(~self.visible, float("-inf"))
 
     def _allowed(self, usable: Tensor | None) -> Tensor:
         """(G, E) bool."""
@@ -100,18 +102,18 @@ class Gates(nn.Module):
         return allowed if usable is None else allowed & usable
 
     def _by_gate(self, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
-        probabilities, normalisers = self._probabilities(logits, allowed)
+        probabilities = self._probabilities(logits, allowed)
         k = self._k(top_k)
         if k is None:
-            return Routing(probabilities, probabilities, None, normalisers)
+            return Routing(probabilities, probabilities, None, logits)
         if self.training and self.rule.kind == "expert_choice":
             selected = chosen_by_experts(probabilities, k)
         else:
             selected = largest(probabilities, k, self.selection_bias)
-        return Routing(kept(probabilities, selected, self._renormalise(k)), probabilities, selected, normalisers)
+        return Routing(kept(probabilities, selected, self._renormalise(k)), probabilities, selected, logits)
 
     def _by_route(self, route: Tensor, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
-        probabilities, normalisers = self._probabilities(route, allowed[:1])
+        probabilities = self._probabilities(route, allowed[:1])
         k = self._k(top_k)
         assert k is not None, "a shared route always chooses"
         selected = largest(probabilities, k, self.selection_bias)
@@ -119,17 +121,16 @@ class Gates(nn.Module):
         weights = masked_softmax(logits + route, selected)
         if not self._renormalise(k):
             weights = weights * kept(probabilities, selected, renormalise=False).sum(-1, keepdim=True)
-        return Routing(weights, probabilities, selected, normalisers)
+        return Routing(weights, probabilities, selected, route)
 
-    def _probabilities(self, logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over what may be used (B, G, E), and the logits' logsumexp (B, G)."""
-        normalisers = logits.masked_fill(~self.visible[: logits.shape[1]], float("-inf")).logsumexp(-1)
+    def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        """Softmax over what may be used (B, G, E)."""
         logits = logits - RAMP * self.ramp
         if self.training and self.rule.noise > 0:
             logits = logits + self.rule.noise * torch.randn_like(logits)
         if self.training and self.rule.dropout > 0:
             allowed = keep_some(torch.rand_like(logits) >= self.rule.dropout, allowed)
-        return masked_softmax(logits, allowed), normalisers
+        return masked_softmax(logits, allowed)
 
     def _k(self, asked: int | None) -> int | None:
         """Experts a row and gate; None is all."""
@@ -155,15 +156,14 @@ class Gates(nn.Module):
         return [each[:, expert] for layer in layers for each in (layer.weight, layer.bias)]
 
     @torch.no_grad()
-    def after_step(self, loads: Tensor, bias_rate: float, ramp_steps: int) -> None:
-        """Nudges the selection bias towards the mean load, and lets added experts in a little more.
+    def even_out(self, loads: Tensor, rate: float) -> None:
+        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks."""
+        self.selection_bias += rate * (loads.mean() - loads).sign()
 
-        loads: (E,) of the step, over all ranks; bias_rate: what the bias of an expert changes by, 0 leaves it;
-        ramp_steps: steps until an added expert is in.
-        """
-        if bias_rate > 0:
-            self.selection_bias += bias_rate * (loads.mean() - loads).sign()
-        self.ramp.sub_(1 / ramp_steps).clamp_(min=0)
+    @torch.no_grad()
+    def let_in(self, steps: int) -> None:
+        """Lets added experts in a little more, so that they are wholly in after so many calls."""
+        self.ramp.sub_(1 / steps).clamp_(min=0)
 
 
 def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:

@@ -66,7 +66,6 @@ class Level(nn.Module):
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, rule)
-        self.outputs = units[-1]
 
     def forward(
         self,

@@ -41,11 +41,6 @@ class Outputs(NamedTuple):
     logits: Tensor
     routings: tuple[Routing, ...]
 
-    @property
-    def gate_weights(self) -> Tensor:
-        """(B, T, E) float32, what the gates that tasks read give each expert."""
-        return self.routings[-1].weights
-
 
 class Mixture(nn.Module):
     """The dense part: from concatenated inputs to logits.

@@ -17,14 +17,14 @@ class Routing(NamedTuple):
 
     weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
     float32, the softmax that experts were chosen by, of R routers (one a gate, or one for all of them); selected:
-    (B, R, E) bool, the chosen ones, or None where all are; log_normalisers: (B, R) float32, logsumexp of the routers'
-    logits.
+    (B, R, E) bool, the chosen ones, or None where all are; logits: (B, R, E) float32 of the routers, minus infinity
+    for an expert that one does not see.
     """
 
     weights: Tensor
     probabilities: Tensor
     selected: Tensor | None
-    log_normalisers: Tensor
+    logits: Tensor
 
     def used(self) -> Tensor | None:
         """(B, E) bool, the experts that some gate chose for a row; None where all are."""

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from mmoe_rec.features.layout import Layout
 
 # The smallest regression value that enters a product: zero or less would make the score 0 whatever the other tasks say.
 SMALLEST_VALUE = 1e-6
@@ -36,6 +39,15 @@ def logit_of_both(given: Tensor, conditional: Tensor) -> Tensor:
     subtracted from 1. From p q / (1 - p q), where p = 1 / (1 + e^-a).
     """
     return -torch.logaddexp(torch.logaddexp(-given, -conditional), -(given + conditional))
+
+
+def with_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
+
+    A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
+    """
+    tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
+    return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.outcomes.items()}
 
 
 def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -> Tensor:

@@ -105,15 +105,14 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
     model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder without an
     artifact.
     """
-    import yaml
+    from mmoe_rec.settings import load_settings
 
     about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
-    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    settings["model"] = about.model
+    settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
     with atomic_folder(target) as made:
         shutil.copytree(folder, made, dirs_exist_ok=True)
         _write_weights(made / "weights.safetensors", state_dict)
-        (made / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_json(made / "model.json", {"format": FORMAT, **asdict(about)})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.values import check_count
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class GuardedModel:
 
     def choice(self, top_k: Any, masked: Any) -> ExpertChoice:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise RequestError(f"gate_top_k must be an integer of at least 1, found {top_k!r}")
+        check_count("gate_top_k", top_k)
         if top_k is not None and top_k > self.experts:
             raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
         if masked is None:
@@ -64,7 +64,7 @@ class GuardedModel:
         warnings = [
             f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken
         ]
-        usable = self._all_but(choice.masked) if choice.masked else None
+        usable = self.all_but(choice.masked) if choice.masked else None
         try:
             logits = self._forward(batch, choice.top_k, usable)
         except (RuntimeError, ArithmeticError, ValueError):
@@ -72,7 +72,7 @@ class GuardedModel:
         if logits is None or not logits.isfinite().all():
             failed = self._failed(batch, choice)
             warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
-            usable = self._all_but([*choice.masked, *failed])
+            usable = self.all_but([*choice.masked, *failed])
             logits = self._forward(batch, choice.top_k, usable)
         return logits, warnings + self._bias_only(usable)
 
@@ -111,7 +111,8 @@ class GuardedModel:
             usable[expert] = True
         return usable
 
-    def _all_but(self, experts: Iterable[int]) -> Tensor:
+    def all_but(self, experts: Iterable[int]) -> Tensor:
+        """(E,) bool: False for the given experts."""
         usable = torch.ones(self.experts, dtype=torch.bool)
         usable[list(experts)] = False
         return usable

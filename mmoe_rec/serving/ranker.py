@@ -20,12 +20,13 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.score import log_predictions, predictions
+from mmoe_rec.model.score import log_predictions, predictions, with_outcomes
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
 from mmoe_rec.serving.request import RequestReader, request_time
+from mmoe_rec.serving.values import check_count
 from mmoe_rec.serving.weights import fused_weights
 from mmoe_rec.settings import Model
 
@@ -37,7 +38,7 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `Ranker.named` gives;
+    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `with_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know; warnings: what went wrong with experts, see
     `mmoe_rec.serving.experts`.
@@ -118,8 +119,7 @@ class Ranker:
             RequestError: naming the column or option that the caller has to change.
         """
         weights = fused_weights(self.about.tasks, task_weights)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise RequestError(f"top_k must be an integer of at least 1, found {top_k!r}")
+        check_count("top_k", top_k)
         choice = self.guarded.choice(gate_top_k, mask_experts)
         rows = self.reader.rows(user, context, candidates)
         try:
@@ -134,7 +134,7 @@ class Ranker:
         return Ranking(
             candidates=ids.take(pa.array(order)).to_pylist(),
             scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={name: values.tolist() for name, values in self.named(best).items()},
+            predictions={name: values.tolist() for name, values in with_outcomes(best, self.layout).items()},
             order=order.tolist(),
             request_time=iso_time(request_time(rows)),
             tables_as_of=self.about.tables_as_of,
@@ -165,15 +165,6 @@ class Ranker:
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
         return values, log_scores, warnings
-
-    def named(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
-
-        A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
-        """
-        tasks = {task.name: values[:, index] for index, task in enumerate(self.layout.tasks)}
-        outcomes = self.layout.outcomes.items()
-        return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in outcomes}
 
     def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
         """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""

@@ -65,6 +65,12 @@ def to_arrow(
     return array
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises RequestError unless an option is missing or a whole number from 1 on."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise RequestError(f"{name} must be an integer of at least 1, found {value!r}")
+
+
 def _element(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pt.is_list(kind) else kind
 

@@ -57,7 +57,9 @@ class Balancing:
     def after_step(self, model: RankingModel, loads: Sequence[Tensor]) -> None:
         """Moves the state of the gates on; loads as in `loss`, or empty where they are not needed."""
         for index, each in enumerate(model.mixture.gates):
-            each.after_step(loads[index] if loads else each.ramp, self.bias_rate, self.ramp_steps)
+            each.let_in(self.ramp_steps)
+            if self.bias_rate > 0:
+                each.even_out(loads[index], self.bias_rate)
 
 
 def loads_of(routings: Sequence[Routing]) -> Tensor:

@@ -26,7 +26,7 @@ def alone(experts: Experts, index: int) -> nn.Sequential:
         linear.load_state_dict({"weight": weight, "bias": bias})
         layers += [linear, nn.SiLU() if experts.activation == "silu" else nn.ReLU()]
     if experts.normalise:
-        layers.append(nn.LayerNorm(experts.outputs, elementwise_affine=False))
+        layers.append(nn.LayerNorm(layers[-2].out_features, elementwise_affine=False))
     return nn.Sequential(*layers)
 
 

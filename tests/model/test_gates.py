@@ -182,7 +182,7 @@ def test_an_added_expert_is_let_in_step_by_step() -> None:
     before = made(x).weights
     made.ramp[4] = 1.0
     assert not made(x).weights[:, :, 4].any()
-    made.after_step(torch.zeros(EXPERTS), bias_rate=0.0, ramp_steps=4)
+    made.let_in(steps=4)
     assert made.ramp.tolist() == [0, 0, 0, 0, 0.75]
     expected = logits_of(made.linear, x)
     expected[:, :, 4] -= 0.75 * RAMP
@@ -190,14 +190,14 @@ def test_an_added_expert_is_let_in_step_by_step() -> None:
         made(x).probabilities.detach().numpy(), np.apply_along_axis(softmax, 2, expected), atol=1e-6
     )
     for _ in range(5):
-        made.after_step(torch.zeros(EXPERTS), bias_rate=0.0, ramp_steps=4)
+        made.let_in(steps=4)
     torch.testing.assert_close(made(x).weights, before)
 
 
 def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
     made, x = gates(RoutingRule("top_k", top_k=2)).eval(), hidden()
     loads = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
-    made.after_step(loads, bias_rate=0.25, ramp_steps=1)
+    made.even_out(loads, rate=0.25)
     assert made.selection_bias.tolist() == [-0.25, 0.0, 0.25, 0.25, 0.25]
     made.selection_bias[3] = 2.0  # more than any probability
     routing = made(x)
@@ -219,7 +219,7 @@ def test_balance_by_hand() -> None:
     """Two rows, one gate, two experts: both rows go to the first, with probabilities .9 and .7."""
     probabilities = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]], requires_grad=True)
     selected = torch.tensor([[[True, False]], [[True, False]]])
-    routing = Routing(probabilities * selected, probabilities, selected, torch.tensor([[1.0], [3.0]]))
+    routing = Routing(probabilities * selected, probabilities, selected, torch.tensor([[[1.0]], [[3.0]]]))
     loads = expert_loads(routing)
     assert loads.tolist() == [1.0, 0.0]
     loss = balance_loss(routing, loads)
@@ -233,7 +233,7 @@ def test_balance_by_hand() -> None:
 def test_balance_is_over_tasks_together() -> None:
     """Two tasks that each use one expert are as even as can be."""
     probabilities = torch.eye(2).expand(6, 2, 2)
-    routing = Routing(probabilities, probabilities, probabilities > 0, torch.zeros(6, 2))
+    routing = Routing(probabilities, probabilities, probabilities > 0, torch.zeros(6, 2, 2))
     assert expert_loads(routing).tolist() == [0.5, 0.5]
     assert balance_loss(routing, expert_loads(routing)).item() == pytest.approx(1.0)
 
@@ -243,7 +243,7 @@ def test_balance_and_z_loss_pass_finite_differences() -> None:
 
     def losses(logits: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = logits.softmax(-1)
-        routing = Routing(probabilities, probabilities, None, logits.logsumexp(-1))
+        routing = Routing(probabilities, probabilities, None, logits)
         return balance_loss(routing, loads), z_loss(routing)
 
     assert torch.autograd.gradcheck(losses, torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True))

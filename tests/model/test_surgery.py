@@ -87,7 +87,7 @@ def test_an_added_expert_becomes_one_of_its_own(kind: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         for gates in made.gates:
-            gates.after_step(gates.ramp, 0.0, changed.gates.ramp_steps)
+            gates.let_in(changed.gates.ramp_steps)
     assert apart() > 5 * before
     used = made(rows(), torch.empty(300, 0)).routings[0].weights[:, :, new]
     assert used.max() > 0
