@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.model.grouped import Dispatch, combine, grouped_linear
+from mmoe_rec.model.grouped import HALF_PRECISION_BLOCK, Dispatch, combine, grouped_linear
 from mmoe_rec.model.precision import for_products
 from mmoe_rec.model.stacked import StackedLinear
 
@@ -18,9 +18,10 @@ Activation = Literal["silu", "relu"]
 Compute = Literal["auto", "dense", "grouped"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "relu": functional.relu}
-# Grouped products are worth it while rows are sent to at most this share of the experts (measured, see
-# tests/benchmarks/experts.py).
-GROUPED_BELOW = 0.5
+# Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
+# this many weights (measured, see tests/benchmarks/experts.py).
+GROUPED_BELOW = 0.75
+GROUPED_FROM_WEIGHTS = 100_000
 
 
 class Experts(nn.Module):
@@ -47,6 +48,7 @@ class Experts(nn.Module):
         self.count = count
         self.activation, self.normalise, self.compute = activation, normalise, compute
         widths = [inputs, *units]
+        self.weights_each = sum(width * below for below, width in pairwise(widths))
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -60,9 +62,9 @@ class Experts(nn.Module):
         return self._normalised(torch.stack(parts, dim=1))
 
     def sent(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
-        """(B, H) -> (N, U): the outputs of a dispatch's pairs, each expert on the rows sent to it."""
+        """(B, H) -> (S, U): the outputs of a dispatch's places, each expert on the rows sent to it."""
         activate = ACTIVATIONS[self.activation]
-        x = for_products(hidden).index_select(0, dispatch.rows)
+        x = hidden.index_select(0, dispatch.rows)
         for layer in self.layers:
             assert isinstance(layer, StackedLinear)
             x = activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts))
@@ -74,12 +76,18 @@ class Experts(nn.Module):
         used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert on rows
         that use it only, whatever `compute` says.
         """
-        if used is not None and (alone or self.compute != "dense"):
-            dispatch = Dispatch.of(used)
-            if alone or self.compute == "grouped" or len(dispatch) <= GROUPED_BELOW * used.numel():
-                return combine(self.sent(hidden, dispatch), weights, dispatch)
+        if used is not None and (alone or self.takes_grouped(used)):
+            hidden = for_products(hidden)
+            dispatch = Dispatch.of(used, HALF_PRECISION_BLOCK if hidden.dtype.itemsize == 2 else 1)
+            return combine(self.sent(hidden, dispatch), weights, dispatch)
         experts = self(hidden)
         return torch.bmm(weights.to(experts.dtype), experts)
+
+    def takes_grouped(self, used: Tensor) -> bool:
+        """Whether `mix` runs experts on their own rows only, where (B, E) of them are in use."""
+        if self.compute != "auto":
+            return self.compute == "grouped"
+        return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
 
     def _normalised(self, outputs: Tensor) -> Tensor:
         return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# On a CPU, products in half precision are prepared anew for each number of rows not met before, which takes as long as
+# the product of some hundred rows: whole blocks of rows make for few numbers.
+HALF_PRECISION_BLOCK = 16
+
 
 @dataclass(frozen=True)
 class Dispatch:
-    """N pairs of an expert and a row that was sent to it, ordered by expert.
+    """Which of E experts run on which of B rows: S places, those of one expert next to each other.
 
-    experts, rows: (N,) int64; counts: rows of each of the E experts.
+    rows: (S,) int64, the row in each place; counts: places of each expert; places, experts: (B, K) int64, where the up
+    to K results of a row are, and whose they are; filled: (B, K) bool, False where a row has fewer.
     """
 
-    experts: Tensor
     rows: Tensor
     counts: list[int]
+    places: Tensor
+    experts: Tensor
+    filled: Tensor
 
     @staticmethod
-    def of(used: Tensor) -> Dispatch:
-        """The pairs of (B, E) bool."""
+    def of(used: Tensor, block: int = 1) -> Dispatch:
+        """Of (B, E) bool. Each expert gets a multiple of `block` places; row 0 fills those that nobody asks for."""
         experts, rows = used.t().nonzero(as_tuple=True)
-        return Dispatch(experts, rows, torch.bincount(experts, minlength=used.shape[1]).tolist())
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        counts = used.sum(0)
+        sizes = (counts + block - 1) // block * block
+        place = torch.arange(len(rows), device=used.device) + (_starts(sizes) - _starts(counts))[experts]
+        nth = used.cumsum(1)[rows, experts] - 1
+        filled = torch.arange(int(used.sum(1).max()), device=used.device) < used.sum(1, keepdim=True)
+        places, of_row = torch.zeros_like(filled, dtype=torch.int64), torch.zeros_like(filled, dtype=torch.int64)
+        places[rows, nth], of_row[rows, nth] = place, experts
+        # A result that is not a row's own would reach it as 0 times that, which is NaN if it is.
+        places = torch.where(filled, places, places[:, :1])
+        in_place = rows if block == 1 else rows.new_zeros(int(sizes.sum())).index_copy(0, place, rows)
+        return Dispatch(in_place, sizes.tolist(), places, of_row, filled)
 
 
 class _Grouped(torch.autograd.Function):
@@ -39,12 +52,13 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
         out = x.new_empty(len(x), weight.shape[1])
-        for expert, start, stop in _parts(counts):
-            torch.addmm(bias[expert].to(x.dtype), x[start:stop], weight[expert].to(x.dtype).t(), out=out[start:stop])
+        parts = zip(x.split(counts), out.split(counts), weight, bias.to(x.dtype), strict=True)
+        for rows, result, own_weight, own_bias in parts:
+            torch.addmm(own_bias, rows, own_weight.to(x.dtype).t(), out=result)
         return out
 
     @staticmethod
@@ -52,44 +66,33 @@ class _Grouped(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        to_weight = torch.empty_like(weight)
-        to_bias = weight.new_empty(weight.shape[:2])
-        for expert, start, stop in _parts(ctx.counts):
-            part = gradient[start:stop]
-            if to_x is not None:
-                torch.mm(part, weight[expert].to(x.dtype), out=to_x[start:stop])
+        to_weight, to_bias = torch.empty_like(weight), x.new_empty(weight.shape[:2])
+        xs, gradients = x.split(ctx.counts), gradient.split(ctx.counts)
+        if to_x is not None:
+            for part, own_weight, result in zip(gradients, weight, to_x.split(ctx.counts), strict=True):
+                torch.mm(part, own_weight.to(x.dtype), out=result)
+        for part, inputs, own_weight, own_bias in zip(gradients, xs, to_weight, to_bias, strict=True):
             if weight.dtype == x.dtype:
-                torch.mm(part.t(), x[start:stop], out=to_weight[expert])
+                torch.mm(part.t(), inputs, out=own_weight)
             else:
-                to_weight[expert].copy_(torch.mm(part.t(), x[start:stop]))
-            torch.sum(part, dim=0, dtype=weight.dtype, out=to_bias[expert])
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                to_weight[expert].zero_()
-                to_bias[expert].zero_()
-        return to_x, to_weight, to_bias, None
+                own_weight.copy_(torch.mm(part.t(), inputs))
+            torch.sum(part, dim=0, out=own_bias)
+        return to_x, to_weight, to_bias.to(weight.dtype), None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
-    """(N, I) rows ordered by expert, (E, O, I) weights, (E, O) biases, rows of each expert -> (N, O) like the rows."""
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+    """(S, I) rows ordered by expert, (E, O, I) weights, (E, O) biases, rows of each expert -> (S, O) like the rows."""
     out: Tensor = _Grouped.apply(x, weight, bias, counts)
     return out
 
 
 def combine(values: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
-    """(N, U) outputs of a dispatch's pairs, (B, G, E) weights -> (B, G, U), summed over experts."""
-    rows, gates, _ = weights.shape
-    own = weights[dispatch.rows, :, dispatch.experts].to(values.dtype)  # (N, G)
-    weighted = (own.unsqueeze(2) * values.unsqueeze(1)).flatten(1)
-    summed = values.new_zeros(rows, gates * values.shape[1]).index_add(0, dispatch.rows, weighted)
-    return summed.unflatten(1, (gates, values.shape[1]))
+    """(S, U) outputs of a dispatch's places, (B, G, E) weights -> (B, G, U), summed over experts."""
+    own = weights.gather(2, dispatch.experts.unsqueeze(1).expand(-1, weights.shape[1], -1))  # (B, G, K)
+    of_row = values.index_select(0, dispatch.places.flatten()).unflatten(0, dispatch.places.shape)  # (B, K, U)
+    return torch.bmm((own * dispatch.filled.unsqueeze(1)).to(values.dtype), of_row)
 
 
-def _parts(counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Expert, first row and end of each expert that has rows."""
-    parts, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            parts.append((expert, start, start + count))
-        start += count
-    return parts
+def _starts(counts: Tensor) -> Tensor:
+    """Where each of successive groups begins (E,)."""
+    return counts.cumsum(0) - counts

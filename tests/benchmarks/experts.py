@@ -6,9 +6,11 @@ forward and backward pass, and AdamW on its weights) on 4096 rows of width 256, 
 dense    all experts on all rows, in few large products, whatever the gates chose;
 grouped  each expert on the rows that some gate sent to it.
 
-For 8, 16, 32 and 64 experts of units [128, 64] and [512, 256], 1, 2 and 4 experts a row and gate, fp32 and bf16. Each
-case runs in turns with its counterpart, and the fastest of several steps counts. `executions` are rows that experts ran
-on, counted where they are multiplied; `union` is what the gates chose, counted from their choice.
+For 8, 16, 32 and 64 experts of units [128, 64] and [512, 256], 1, 2 and 4 experts a row and gate, fp32 and bf16. Cases
+that differ in the number of experts alone take turns, on new rows each time and with freed memory kept, as in training;
+the fastest step of each counts. `executions` are rows that experts ran on, counted where
+their results are mixed; `union` is what the gates chose, counted from their choice; `multiplied` are the rows of the
+products, with those that make up whole blocks in half precision.
 
 growth_k2_8_to_64: time of a grouped step, 64 over 8 experts of [512, 256], two a row and gate, the larger one of both
 precisions; sparse_over_dense_E64_k2: grouped over dense with 64 of them, likewise. `_without_optimizer`: the same
@@ -25,13 +27,17 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.model import experts as experts_module
-from mmoe_rec.model.experts import GROUPED_BELOW
+from mmoe_rec.model.experts import Experts
 from mmoe_rec.model.gates import RoutingRule
+from mmoe_rec.model.grouped import Dispatch
 from mmoe_rec.model.levels import Level
 
 ROWS, WIDTH, TASKS = 4096, 256, 2
+WAYS = ("grouped", "dense")
 COUNTS, KS, UNITS = (8, 16, 32, 64), (1, 2, 4), ((128, 64), (512, 256))
 
 
@@ -40,9 +46,8 @@ class Case:
 
     def __init__(self, count: int, k: int, units: tuple[int, int], bf16: bool) -> None:
         self.count, self.k, self.units, self.bf16 = count, k, units, bf16
-        self.hidden = torch.randn(ROWS, WIDTH)
         self.levels, self.optimizers = {}, {}
-        for way in ("dense", "grouped"):
+        for way in WAYS:
             torch.manual_seed(0)
             level = Level(
                 WIDTH,
@@ -62,14 +67,16 @@ class Case:
             self.levels[way] = level
             self.optimizers[way] = torch.optim.AdamW(level.parameters(), lr=1e-4, fused=True)
         self.seconds: dict[str, dict[str, float]] = {way: {} for way in self.levels}
-        self.executions = self.union = 0
+        self.executions = self.multiplied = self.union = 0
+        self.auto = ""
+        self.auto_experts = Experts(count, WIDTH, units)
 
-    def step(self, way: str) -> None:
+    def step(self, way: str, hidden: Tensor) -> None:
         """One step; the shortest times stay."""
         level, optimizer = self.levels[way], self.optimizers[way]
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            mixed, routing = level([self.hidden], [self.hidden])
+            mixed, routing = level([hidden], [hidden])
         mixed.float().square().mean().backward()
         computed = time.perf_counter()
         optimizer.step()
@@ -78,25 +85,30 @@ class Case:
         used = routing.used()
         assert used is not None
         self.union = int(used.sum())
+        self.auto = "grouped" if self.auto_experts.takes_grouped(used) else "dense"
         for name, took in (("step", ended - started), ("pass", computed - started)):
             self.seconds[way][name] = min(took, self.seconds[way].get(name, float("inf")))
 
-    def count_executions(self) -> None:
-        """Rows that go through the first layers in the grouped way, of one more step."""
-        seen: list[int] = []
-        original = experts_module.grouped_linear
+    def count_executions(self, hidden: Tensor) -> None:
+        """Rows of one more step in the grouped way."""
+        multiplied: list[int] = []
+        products, combine = experts_module.grouped_linear, experts_module.combine
 
-        def counting(x: Any, *rest: Any) -> Any:
-            seen.append(len(x))
-            return original(x, *rest)
+        def counting_products(x: Tensor, *rest: Any) -> Tensor:
+            multiplied.append(len(x))
+            return products(x, *rest)
 
-        experts_module.grouped_linear = counting
+        def counting_results(values: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+            self.executions = len(dispatch.places[dispatch.filled].unique())
+            return combine(values, weights, dispatch)
+
+        experts_module.grouped_linear, experts_module.combine = counting_products, counting_results
         try:
-            self.step("grouped")
+            self.step("grouped", hidden)
         finally:
-            experts_module.grouped_linear = original
-        assert len(set(seen)) == 1, "all layers see the same rows"
-        self.executions = seen[0]
+            experts_module.grouped_linear, experts_module.combine = products, combine
+        assert len(set(multiplied)) == 1, "all layers see the same rows"
+        self.multiplied = multiplied[0]
 
     def row(self) -> dict[str, Any]:
         """The case for the final line; times in ms."""
@@ -105,16 +117,16 @@ class Case:
             for way in self.seconds
             for name, took in self.seconds[way].items()
         }
-        share = self.union / (ROWS * self.count)
         return {
             "experts": self.count,
             "k": self.k,
             "units": list(self.units),
             "precision": "bf16" if self.bf16 else "fp32",
             "executions": self.executions,
+            "multiplied": self.multiplied,
             "union": self.union,
             "dense_executions": ROWS * self.count,
-            "auto": "grouped" if share <= GROUPED_BELOW else "dense",
+            "auto": self.auto,
             **times,
         }
 
@@ -122,14 +134,16 @@ class Case:
 def measure(repeats: int) -> list[dict[str, Any]]:
     """All cases."""
     rows = []
-    for units, bf16, count, k in itertools.product(UNITS, (False, True), COUNTS, KS):
-        case = Case(count, k, units, bf16)
-        for _ in range(repeats + 1):
-            for way in case.levels:
-                case.step(way)
-        case.count_executions()
-        rows.append(case.row())
-        print(json.dumps(rows[-1]), flush=True)
+    for units, bf16, k in itertools.product(UNITS, (False, True), KS):
+        cases = [Case(count, k, units, bf16) for count in COUNTS]
+        for way, _ in itertools.product(WAYS, range(repeats + 1)):
+            hidden = torch.randn(ROWS, WIDTH)
+            for case in cases:
+                case.step(way, hidden)
+        for case in cases:
+            case.count_executions(torch.randn(ROWS, WIDTH))
+            rows.append(case.row())
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -155,9 +169,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each case (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="steps of each case (default: %(default)s)")
     options = parser.parse_args()
-    rows = measure(options.repeats)
+    with freed_memory_kept():
+        rows = measure(options.repeats)
     print(json.dumps({"cases": rows} | ratios(rows)))
 
 

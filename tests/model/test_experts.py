@@ -95,10 +95,14 @@ def test_only_the_used_pairs_are_computed(monkeypatch: pytest.MonkeyPatch) -> No
     assert int(used.sum()) < 200 * 4
 
 
-def test_dense_is_taken_where_most_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_module, "grouped_linear", None)
-    weights, used = routed(50, 2, 4, 3)
-    Experts(4, 7, (9, 5)).mix(torch.randn(50, 7), weights, used)
+@pytest.mark.parametrize(
+    ("units", "k", "grouped"), [((9, 5), 3, False), ((9, 5), 1, True), ((300, 200), 3, True), ((300, 200), 1, True)]
+)
+def test_small_experts_that_most_rows_use_run_on_all_rows(units: tuple[int, ...], k: int, grouped: bool) -> None:
+    _, used = routed(50, 2, 4, k)
+    assert Experts(4, 150, units).takes_grouped(used) == grouped
+    assert Experts(4, 150, units, compute="grouped").takes_grouped(used)
+    assert not Experts(4, 150, units, compute="dense").takes_grouped(used)
 
 
 def test_nothing_used_gives_zeros() -> None:
@@ -107,16 +111,61 @@ def test_nothing_used_gives_zeros() -> None:
     assert torch.equal(mixed, torch.zeros(8, 2, 5))
 
 
-def test_combine_adds_up_what_was_sent() -> None:
+@pytest.mark.parametrize("block", [1, 4])
+def test_each_pair_has_its_place(block: int) -> None:
+    torch.manual_seed(0)
+    _, used = routed(12, 2, 5, 2)
+    used[:, 2] = False  # an expert without rows
+    dispatch = Dispatch.of(used, block)
+    assert dispatch.counts == [-(-count // block) * block for count in used.sum(0).tolist()]
+    assert sum(dispatch.counts) == len(dispatch.rows)
+    expert_of_place = torch.arange(5).repeat_interleave(torch.tensor(dispatch.counts))
+    places = dispatch.places[dispatch.filled]
+    assert torch.equal(dispatch.filled.sum(1), used.sum(1))
+    assert len(places.unique()) == int(used.sum()), "no two pairs share a place"
+    assert torch.equal(dispatch.rows[places], dispatch.filled.nonzero()[:, 0])
+    assert torch.equal(expert_of_place[places], dispatch.experts[dispatch.filled])
+    assert used[dispatch.rows[places], dispatch.experts[dispatch.filled]].all()
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_combine_adds_up_what_was_sent(block: int) -> None:
     torch.manual_seed(0)
     weights, used = routed(12, 2, 5, 2)
-    dispatch = Dispatch.of(used)
-    values = torch.randn(len(dispatch), 3)
+    dispatch = Dispatch.of(used, block)
+    values = torch.randn(len(dispatch.rows), 3)
     expected = torch.zeros(12, 2, 3)
-    for value, row, expert in zip(values, dispatch.rows, dispatch.experts, strict=True):
-        expected[row] += weights[row, :, expert, None] * value
+    starts = [sum(dispatch.counts[:expert]) for expert in range(5)]
+    for expert, start in enumerate(starts):
+        for nth, row in enumerate(used[:, expert].nonzero()[:, 0]):
+            expected[row] += weights[row, :, expert, None] * values[start + nth]
     torch.testing.assert_close(combine(values, weights, dispatch), expected)
-    assert dispatch.counts == used.sum(0).tolist()
+
+
+def test_a_result_reaches_only_the_rows_that_asked_for_it() -> None:
+    weights, used = torch.ones(3, 1, 2), torch.tensor([[True, True], [False, True], [True, False]])
+    dispatch = Dispatch.of(used, 4)
+    first, second = torch.ones(len(dispatch.rows), 1).split(dispatch.counts)
+    mixed = combine(torch.cat([first.fill_(torch.nan), second]), weights, dispatch)
+    assert mixed.flatten().isnan().tolist() == [True, False, True]
+
+
+def test_bf16_grouped_gradients_stay_near_fp32() -> None:
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        experts = Experts(6, 32, (24, 8), compute="grouped")
+        hidden = torch.randn(64, 32, requires_grad=True)
+        weights, used = routed(64, 2, 6, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            mixed = experts.mix(hidden, weights.requires_grad_(), used)
+        mixed.float().square().sum().backward()
+        assert weights.grad is not None
+        found.append([hidden.grad, weights.grad * used[:, None], *(each.grad for each in experts.parameters())])
+    for exact, rounded in zip(*found, strict=True):
+        assert exact is not None
+        assert rounded is not None
+        torch.testing.assert_close(rounded, exact, atol=0.05 * float(exact.abs().max()), rtol=0.05)
 
 
 def test_bf16_grouped_stays_near_fp32() -> None:
