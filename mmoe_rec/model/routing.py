@@ -49,8 +49,11 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def largest(probabilities: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
-    """(..., E) bool: the k experts of largest probability, plus bias if given; never one of probability 0."""
-    ranked = probabilities if bias is None else torch.where(probabilities > 0, probabilities + bias, float("-inf"))
+    """(..., E) bool: the k experts of largest probability, or of largest log probability plus bias.
+
+    Never one of probability 0.
+    """
+    ranked = probabilities if bias is None else probabilities.log() + bias
     chosen = _places_of_largest(ranked, min(k, ranked.shape[-1]))
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
 

@@ -66,7 +66,9 @@ class Gates(Section):
         "none", description="keep loads even by a loss, or by a bias on what is chosen (without a loss)"
     )
     balance_weight: float = Field(0.01, ge=0, description="weight of the balance loss")
-    bias_rate: float = Field(0.001, gt=0, description="what the bias of an expert changes by at each step")
+    bias_rate: float = Field(
+        0.03, gt=0, description="what the bias of an expert changes by at a step, at the peak of the learning rate"
+    )
     z_loss: float = Field(0.0, ge=0, description="weight of the loss on large logits of gates")
     ramp_steps: int = Field(1000, ge=1, description="training steps until an expert added under top-k is wholly in")
 

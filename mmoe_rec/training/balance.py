@@ -16,8 +16,8 @@ from mmoe_rec.settings import Model
 
 @dataclass(frozen=True)
 class Balancing:
-    """weight: of the balance loss; bias_rate: what a selection bias changes by at each step; z_weight: of the z-loss;
-    0 leaves each out. ramp_steps: steps until an added expert is wholly in.
+    """weight: of the balance loss; bias_rate: what a selection bias changes by at a step of the peak learning rate;
+    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is wholly in.
     """
 
     weight: float = 0.0
@@ -54,12 +54,16 @@ class Balancing:
             total = total + self.z_weight * sum(z_loss(routing) for routing in routings) / len(routings)
         return total
 
-    def after_step(self, model: RankingModel, loads: Sequence[Tensor]) -> None:
-        """Moves the state of the gates on; loads as in `loss`, or empty where they are not needed."""
+    def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
+        """Moves the state of the gates on; loads as in `loss`, or empty where they are not needed.
+
+        share: of the peak learning rate. The bias comes to rest with the weights: the loads of one step are noisy, and
+        what they last did to it stays in the model.
+        """
         for index, each in enumerate(model.mixture.gates):
             each.let_in(self.ramp_steps)
             if self.bias_rate > 0:
-                each.even_out(loads[index], self.bias_rate)
+                each.even_out(loads[index], self.bias_rate * share)
 
 
 def loads_of(routings: Sequence[Routing]) -> Tensor:

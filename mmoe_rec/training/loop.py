@@ -109,7 +109,6 @@ class Trainer:
         self.position = self.reader.position(0)
         self.sharded = self._sharded(model_settings, warm_start)
         self.optimizer, self._dense_optimizer = _optimizers(self.sharded, settings)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
@@ -230,8 +229,8 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
-        self._set_learning_rates()
-        step = self.steps.next(batches)
+        share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_share)
+        step = self.steps.next(batches, share)
         if step is None:
             return None
         assert step.batch.position is not None
@@ -245,11 +244,6 @@ class Trainer:
         if self.result.steps % STEPS_BETWEEN_LOGS == 0:
             self._log(meter)
         return step.stopping
-
-    def _set_learning_rates(self) -> None:
-        share = learning_rate_share(self.result.steps, self.total_steps, self.settings.warmup_share)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * share
 
     def _log(self, meter: Meter) -> None:
         metrics = meter.read()

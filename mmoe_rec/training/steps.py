@@ -45,8 +45,8 @@ class Step:
 class Steps:
     """Trains on batches, one a step, all ranks together.
 
-    optimizer: of all parameters; bf16: whether products are in bf16; clip_gradient: largest norm of the dense part's
-    gradient; stop: asked at each step; balancing: what keeps experts in use.
+    optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; clip_gradient: largest
+    norm of the dense part's gradient; stop: asked at each step; balancing: what keeps experts in use.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Steps:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
         self._balancing = balancing
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._share = 1.0
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
@@ -78,8 +80,14 @@ class Steps:
         )
         self._now: Step | None = None
 
-    def next(self, batches: Iterator[Batch]) -> Step | None:
-        """Trains on the next batch; None after the last one. It looks two batches ahead. A collective call."""
+    def next(self, batches: Iterator[Batch], share: float = 1.0) -> Step | None:
+        """Trains on the next batch, at a share of the peak learning rates; None after the last one.
+
+        It looks two batches ahead. A collective call.
+        """
+        self._share = share
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * share
         try:
             step: Step = self._pipeline.progress(batches)
         except StopIteration:
@@ -136,7 +144,7 @@ class Steps:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         if norm.isfinite():
             self._optimizer.step()
-            self._balancing.after_step(self._model.module, self._loads)
+            self._balancing.after_step(self._model.module, self._loads, self._share)
         else:
             now.bad = "gradient"
 

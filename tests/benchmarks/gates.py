@@ -7,7 +7,7 @@ polarisation  soft gates without and with gate dropout of 0.1, ten seeds: the sh
               than 0.8 of their weight, and the accuracy;
 lost_experts  what three of each of these models lose in AUC within users when one expert is left out;
 balance       top-2 gates without balance, with the balance loss, with the selection bias, and soft gates with the loss:
-              entropy of the loads over log E, and the largest load over the mean;
+              entropy of the loads over log E, and the largest load over the mean, three seeds;
 random_k      top-4 gates, and gates of 1 to 4 experts drawn at each step, three seeds, both served with 4 ... 1.
 
 Accuracy: on the first 50,000 or so rows of the test weeks, after one pass, at whose end the only validation is. Two
@@ -120,7 +120,9 @@ def benchmark(seeds: int) -> Found:
             name: [pool.submit(run, name, overrides, seed, (), seed in several) for seed in range(seeds)]
             for name, overrides in SOFT.items()
         }
-        balance = {name: pool.submit(run, name, overrides, 0) for name, overrides in BALANCE.items()}
+        balance = {
+            name: [pool.submit(run, name, overrides, seed) for seed in several] for name, overrides in BALANCE.items()
+        }
         random = {
             name: [pool.submit(run, name, overrides, seed, (4, 3, 2, 1)) for seed in several]
             for name, overrides in RANDOM.items()
@@ -128,7 +130,7 @@ def benchmark(seeds: int) -> Found:
     return {
         "polarisation": {name: _polarisation([each.result() for each in found]) for name, found in soft.items()},
         "lost_experts": {name: _lost(each.result() for each in found[:3]) for name, found in soft.items()},
-        "balance": {name: _only(each.result(), "entropy", "max_over_mean", "whole") for name, each in balance.items()},
+        "balance": {name: _balance([each.result() for each in found]) for name, found in balance.items()},
         "random_k": {name: _by_k([each.result() for each in found]) for name, found in random.items()},
     }
 
@@ -155,6 +157,12 @@ def _lost(found: Iterable[Found]) -> list[dict[str, list[float]]]:
     ]
 
 
+def _balance(found: Sequence[Found]) -> Found:
+    return {name: [round(each[name], 4) for each in found] for name in ("entropy", "max_over_mean")} | {
+        "gauc": _mean(each["whole"] for each in found)
+    }
+
+
 def _by_k(found: Sequence[Found]) -> Found:
     return {k: _mean(each["by_k"][k] for each in found) for k in found[0]["by_k"]} | {
         "seeds_at_1": [each["by_k"]["1"] for each in found]
@@ -164,10 +172,6 @@ def _by_k(found: Sequence[Found]) -> Found:
 def _mean(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
     rows = list(found)
     return {name: round(float(np.mean([row[name] for row in rows])), 5) for name in rows[0]}
-
-
-def _only(found: Found, *names: str) -> Found:
-    return {name: found[name] for name in names}
 
 
 def main() -> None:

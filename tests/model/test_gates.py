@@ -199,12 +199,24 @@ def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
     loads = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
     made.even_out(loads, rate=0.25)
     assert made.selection_bias.tolist() == [-0.25, 0.0, 0.25, 0.25, 0.25]
-    made.selection_bias[3] = 2.0  # more than any probability
+    made.selection_bias[3] = 100.0  # more than any difference of logits
     routing = made(x)
     assert routing.selected is not None
     assert routing.selected[:, :, 3].all()
     kept = routing.probabilities * routing.selected
     torch.testing.assert_close(routing.weights, kept / kept.sum(-1, keepdim=True))
+
+
+def test_a_selection_bias_evens_out_loads() -> None:
+    made = gates(RoutingRule("top_k", top_k=1)).eval()
+    generator = torch.Generator().manual_seed(2)
+    loads = []
+    for step in range(400):
+        loads.append(expert_loads(made(torch.randn(200, 6, generator=generator))))
+        made.even_out(loads[-1], rate=0.1 * (1 - step / 400))
+    first, last = loads[0], torch.stack(loads[-20:]).mean(0)
+    assert float(first.max() * EXPERTS) > 1.4
+    assert float(last.max() * EXPERTS) < 1.1
 
 
 def test_a_gate_sees_only_its_experts() -> None:
