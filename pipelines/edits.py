@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmoe_rec import tracking
+from mmoe_rec.errors import UserError
 from mmoe_rec.settings import Model, Settings
 from pipelines.finished import CHALLENGER
 
@@ -35,15 +36,15 @@ def edit_model(
 
     Raises UserError for an expert that can't be edited so.
     """
+    if out.exists() and not (out / "model.json").exists():
+        raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
     folder = tracking.local_model(address, settings.tracking.uri)
-    from safetensors.torch import load_file
-
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
-    from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact
+    from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact
 
     about = read_artifact(folder)
     model = Model.model_validate(about.model)
-    state = load_file(folder / "weights.safetensors")
+    state = read_weights(folder)
     if add is not None:
         chosen = list(copied or (index % max(1, model.experts.count) for index in range(add)))
         state, model = add_experts(state, model, chosen)

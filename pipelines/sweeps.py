@@ -89,9 +89,10 @@ def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> It
     example = _first_rows(ranker, encoded)
     steps = sorted({seen, usual, *_powers(seen)} if seen > MOST_STEPS else range(1, seen + 1), reverse=True)
     for k in steps:
-        yield _measured(ranker, encoded, batch_size, rows, example, k)
+        # The model's own number is not asked for: levels below may see more experts than the last one's gates.
+        yield _measured(ranker, encoded, batch_size, rows, example, k, None if k == usual else k)
     for expert in range(experts) if experts > 1 else ():
-        yield _measured(ranker, encoded, batch_size, rows, example, usual, expert)
+        yield _measured(ranker, encoded, batch_size, rows, example, usual, None, expert)
 
 
 def _measured(
@@ -101,13 +102,14 @@ def _measured(
     rows: int | None,
     example: Batch,
     k: int,
+    asked: int | None,
     masked: int | None = None,
 ) -> Swept:
-    """With k experts a row and gate; with one masked, k is the model's own number, whatever way it has to choose."""
+    """asked: what the model is asked for, None is its own number, which k then is."""
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
 
-    asked, usable = (k, None) if masked is None else (None, ranker.guarded.all_but([masked]))
+    usable = None if masked is None else ranker.guarded.all_but([masked])
     scored = score_rows(
         ranker.model,
         ranker.layout,

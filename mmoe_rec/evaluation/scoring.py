@@ -91,7 +91,7 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    experts = UtilisationSums(model.visible_experts)
+    experts = UtilisationSums(model.experts_in_use)
     with bar() as progress:
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):

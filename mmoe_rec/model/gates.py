@@ -97,23 +97,29 @@ class Gates(nn.Module):
             logits = torch.stack(self.linear(inputs), dim=1).float()
         return logits.masked_fill(~self.visible, float("-inf"))
 
+    @property
+    def in_use(self) -> Tensor:
+        """(E,) bool: experts that are neither masked nor still wholly out since they were added."""
+        return ~(self.masked | (self.ramp >= 1))
+
     def _allowed(self, usable: Tensor | None) -> Tensor:
         """(G, E) bool."""
-        allowed = self.visible & ~(self.masked | (self.ramp >= 1))
+        allowed = self.visible & self.in_use
         return allowed if usable is None else allowed & usable
 
     def _by_gate(self, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
-        probabilities = self._probabilities(logits, allowed)
+        probabilities = self._probabilities(logits - RAMP * self.ramp, allowed)
         k = self._k(top_k)
         if k is None:
             return Routing(probabilities, probabilities, None, logits)
         if self.training and self.rule.kind == "expert_choice":
-            selected = chosen_by_experts(probabilities, k)
+            selected = chosen_by_experts(probabilities, k, allowed)
         else:
             selected = largest(probabilities, k, self.selection_bias)
         return Routing(kept(probabilities, selected, self._renormalise(k)), probabilities, selected, logits)
 
     def _by_route(self, route: Tensor, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
+        route = route - RAMP * self.ramp
         probabilities = self._probabilities(route, allowed[:1])
         k = self._k(top_k)
         assert k is not None, "a shared route always chooses"
@@ -126,7 +132,6 @@ class Gates(nn.Module):
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Softmax over what may be used (B, G, E)."""
-        logits = logits - RAMP * self.ramp
         if self.training and self.rule.noise > 0:
             logits = logits + self.rule.noise * torch.randn_like(logits)
         if self.training and self.rule.dropout > 0:
@@ -158,8 +163,13 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def even_out(self, loads: Tensor, rate: float) -> None:
-        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks."""
-        self.selection_bias += rate * (loads.mean() - loads).sign()
+        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks.
+
+        Experts that are masked or being let in have no part in it: their bias would make up for what keeps them out.
+        """
+        settled = ~self.masked & (self.ramp <= 0)
+        moved = self.selection_bias + rate * (loads[settled].mean() - loads).sign()
+        self.selection_bias.copy_(torch.where(settled, moved, self.selection_bias))
 
     @torch.no_grad()
     def let_in(self, steps: int) -> None:

@@ -130,6 +130,11 @@ class RankingModel(nn.Module):
         visible = self.mixture.gates[-1].visible
         return visible.expand(self.tasks, -1) if len(visible) == 1 else visible
 
+    @property
+    def experts_in_use(self) -> Tensor:
+        """(T, E) bool: those of them that may get a weight."""
+        return self.visible_experts & self.mixture.gates[-1].in_use
+
     def forward(
         self,
         batch: Batch,

@@ -69,18 +69,25 @@ def _places_of_largest(values: Tensor, k: int) -> Tensor:
     return torch.cat(found, dim=-1)
 
 
-def chosen_by_experts(probabilities: Tensor, k: int) -> Tensor:
-    """(B, G, E) bool: each expert takes the ceil(B k / E) rows that want it most (Zhou et al., NeurIPS 2022).
+def chosen_by_experts(probabilities: Tensor, k: int, seen: Tensor) -> Tensor:
+    """(B, G, E) bool: each expert takes the rows that want it most (Zhou et al., NeurIPS 2022).
 
-    Loads are even by construction; but whether a row gets an expert depends on the other rows of its batch.
+    seen: (G, E) bool, the experts that a gate may use; each of these n takes ceil(B k / n), so that a row gets k of
+    them in the mean. Loads are even by construction; but whether a row gets an expert depends on the other rows of its
+    batch.
     """
-    rows, _, experts = probabilities.shape
-    capacity = min(rows, math.ceil(rows * k / experts))
-    chosen = probabilities.topk(capacity, dim=0, sorted=False).indices
-    return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(0, chosen, True) & (probabilities > 0)
+    rows = len(probabilities)
+    capacities = [min(rows, math.ceil(rows * k / max(1, count))) for count in seen.sum(-1).tolist()]
+    most_wanted = probabilities.topk(max(capacities), dim=0).indices
+    place = torch.arange(len(most_wanted), device=seen.device)[:, None, None]
+    taken = place < torch.tensor(capacities, device=seen.device)[:, None]
+    chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(0, most_wanted, taken.expand_as(most_wanted))
+    return chosen & (probabilities > 0)
 
 
 def kept(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
     """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
     weights = probabilities * selected
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-9) if renormalise else weights
+    if not renormalise:
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)

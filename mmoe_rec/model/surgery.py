@@ -2,11 +2,11 @@
 
 Only experts that all tasks share can be added and removed; in a model of several levels, at all levels alike.
 
-Adding under soft gates changes no output: a copy takes over half of an expert's weight, as ln 2 is subtracted from the
-gate's logits of both. The two would stay alike for ever, since they get the same gradient: so a little noise is added
-to the weights of one and subtracted from those of the other, which the mix of both does not show in first order. Where
-gates choose experts, half a probability may not be chosen, so an added expert begins out of use (its ramp is 1), and
-training lets it in.
+Adding under soft gates that serve with all experts changes no output: a copy takes over half of an expert's weight, as
+ln 2 is subtracted from the gate's logits of both. The two would stay alike for ever, since they get the same gradient:
+so a little noise is added to the weights of one and subtracted from those of the other, which the mix of both does not
+show in first order. Where gates choose experts, in training or at serving, half a probability may not be chosen, so an
+added expert begins out of use (its ramp is 1), and training lets it in.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import re
 from collections.abc import Callable, Iterable
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings import Model
+from mmoe_rec.settings.messages import explain
 
 State = dict[str, Tensor]
 # Of each weight: twice its square is what soft gates' outputs change by, relatively.
@@ -37,7 +39,7 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
     Raises UserError for an expert that is not shared, or a copy that is made of an expert which is out of use.
     """
     generator = torch.Generator().manual_seed(seed)
-    soft = model.gates.routing == "soft"
+    soft = model.gates.routing == "soft" and model.gates.serving_top_k is None
     for expert in copied:
         _check_shared(model, expert, "copied")
         if any(state[name][expert] for name in state if name.endswith("gates.masked")):
@@ -56,6 +58,8 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
     _check_shared(model, expert, "removed")
     if model.experts.count + model.experts.task_count == 1:
         raise UserError(f"expert {expert} is the only one of a gate: add one before it is removed")
+    if model.experts.count == 1 and model.experts.levels > 1:
+        raise UserError(f"expert {expert} is the only one that all tasks share in each level: add one first")
 
     def without(values: Tensor, dim: int) -> Tensor:
         kept = [index for index in range(values.shape[dim]) if index != expert]
@@ -110,18 +114,18 @@ def _with_copy(values: Tensor, dim: int, expert: int, count: int) -> Tensor:
 
 def _check_shared(model: Model, expert: int, what: str) -> None:
     count, own = model.experts.count, model.experts.task_count
+    if count == 0:
+        raise UserError(f"expert {expert} can't be {what}: the model has no experts that all tasks share")
     if not 0 <= expert < count:
         hint = " (later numbers are experts of single tasks)" if own else ""
         raise UserError(f"expert {expert} can't be {what}: the experts that all tasks share are 0 to {count - 1}{hint}")
 
 
 def _with_count(model: Model, count: int) -> Model:
-    """Raises UserError where gates would choose more experts than there are."""
+    """Raises UserError where settings do not allow for so many or so few."""
     tree = model.model_dump()
     tree["experts"]["count"] = count
-    seen = count + model.experts.task_count
-    for name in ("top_k", "serving_top_k"):
-        k = tree["gates"][name]
-        if k is not None and k > seen and (name == "serving_top_k" or model.gates.routing != "soft"):
-            raise UserError(f"model.gates.{name} is {k}, and {seen} experts would be left for a gate")
-    return Model.model_validate(tree)
+    try:
+        return Model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(explain(error, tree, f"with {count} shared experts"))) from None

@@ -21,7 +21,7 @@ DEAD = 0.05
 class Utilisation:
     """weights: (T, E) float64, the mean weight that a task's gate gives an expert; loads: (T, E) float64, the share of
     the task's choices that fell on it, which is the mean weight where all experts are used. NaN where a task does not
-    see an expert.
+    see an expert, or the expert is out of use.
     """
 
     weights: Tensor
@@ -29,32 +29,29 @@ class Utilisation:
 
     @property
     def total_loads(self) -> Tensor:
-        """(E,) each expert's share of the loads of all tasks; they sum to 1."""
-        return self.loads.nan_to_num().mean(0)
+        """(E,) each expert's share of the loads of all tasks; they sum to 1. NaN for one that no task uses."""
+        return self.loads.nan_to_num().mean(0).masked_fill(self.loads.isnan().all(0), math.nan)
 
     @property
     def max_over_mean(self) -> float:
         """The largest load over the mean load: 1 where all are even."""
-        loads = self.total_loads
-        return float(loads.max() / loads.mean())
+        loads = _numbers(self.total_loads)
+        return float(loads.max() / loads.mean()) if len(loads) else 1.0
 
     @property
     def entropy(self) -> float:
         """Entropy of the loads of all tasks together over log E: 1 where all are even."""
-        return _entropy(self.total_loads)
+        return _entropy(_numbers(self.total_loads))
 
     @property
     def task_entropies(self) -> list[float]:
         """The same of each task's mean weights, over the experts that it sees."""
-        return [_entropy(weights[~weights.isnan()]) for weights in self.weights]
+        return [_entropy(_numbers(weights)) for weights in self.weights]
 
     @property
     def polarised(self) -> list[bool]:
         """Of each task: whether one of several experts has more than POLARISED of its weight."""
-        return [
-            int((~weights.isnan()).sum()) > 1 and float(weights.nan_to_num().max()) > POLARISED
-            for weights in self.weights
-        ]
+        return [len(_numbers(weights)) > 1 and float(_numbers(weights).max()) > POLARISED for weights in self.weights]
 
     def flat(self, tasks: list[str]) -> dict[str, float]:
         """Metrics by name, for tracking."""
@@ -73,10 +70,11 @@ class Utilisation:
     def findings(self, tasks: list[str]) -> list[str]:
         """A sentence for each expert that is dead and each gate that has collapsed."""
         loads, found = self.total_loads, []
-        for expert in (loads < DEAD * loads.mean()).nonzero().flatten().tolist():
+        mean = float(_numbers(loads).mean())
+        for expert in (loads < DEAD * mean).nonzero().flatten().tolist():
             found.append(
                 f"expert {expert} is dead: it gets {loads[expert]:.2%} of the load, where an even share is "
-                f"{1 / len(loads):.1%}; model.gates.balance or fewer experts help"
+                f"{mean:.1%}; model.gates.balance or fewer experts help"
             )
         for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
             if polarised:
@@ -100,8 +98,8 @@ class Utilisation:
 class UtilisationSums:
     """Adds up what gates did; sums of several ranks may be added to each other.
 
-    visible: (T, E) bool, the experts that each task sees; sums: (2 T E + 1,) float64, weights and choices of each task
-    and expert, then the number of rows.
+    visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64, weights and
+    choices of each task and expert, then the number of rows.
     """
 
     def __init__(self, visible: Tensor) -> None:
@@ -127,6 +125,11 @@ class UtilisationSums:
         return Utilisation(
             (weights / self.sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan)
         )
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """(n,) what is not NaN."""
+    return values[~values.isnan()]
 
 
 def _entropy(shares: Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.values import check_count
 
@@ -66,38 +66,40 @@ class GuardedModel:
         ]
         usable = self.all_but(choice.masked) if choice.masked else None
         try:
-            logits = self._forward(batch, choice.top_k, usable)
-        except (RuntimeError, ArithmeticError, ValueError):
-            logits = None
-        if logits is None or not logits.isfinite().all():
+            found = self._forward(batch, choice.top_k, usable)
+        except Exception:
+            found = None
+        if found is None or not _is_finite(found):
             failed = self._failed(batch, choice)
             warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
             usable = self.all_but([*choice.masked, *failed])
-            logits = self._forward(batch, choice.top_k, usable)
-        return logits, warnings + self._bias_only(usable)
+            found = self._forward(batch, choice.top_k, usable)
+        return found.logits, warnings + self._bias_only(usable)
 
-    def _forward(self, batch: Batch, top_k: int | None, usable: Tensor | None) -> Tensor:
+    def _forward(self, batch: Batch, top_k: int | None, usable: Tensor | None) -> Outputs:
         with torch.inference_mode():
-            logits: Tensor = self.model(batch, top_k=top_k, usable=usable).logits
-        return logits
+            outputs: Outputs = self.model(batch, top_k=top_k, usable=usable)
+        return outputs
 
     def _failed(self, batch: Batch, choice: ExpertChoice) -> dict[int, str]:
         """Experts that fail when each is run on its own, and why."""
-        self._forward(batch, choice.top_k, self._only(None))  # what fails here is no expert's fault
+        # What fails here is no expert's fault.
+        without = self._forward(batch, choice.top_k, self._only(None))
+        if not without.routings[0].probabilities.isfinite().all():
+            raise RuntimeError("what experts and gates read has values that are not finite numbers")
         failed = {}
         for expert in range(self.experts):
             if expert in choice.masked:
                 continue
             try:
-                if not self._forward(batch, choice.top_k, self._only(expert)).isfinite().all():
+                if not _is_finite(self._forward(batch, choice.top_k, self._only(expert))):
                     failed[expert] = "its values are not finite numbers"
-            except (RuntimeError, ArithmeticError, ValueError) as error:
+            except Exception as error:
                 failed[expert] = " ".join(str(error).split())[:200] or type(error).__name__
         return failed
 
     def _bias_only(self, usable: Tensor | None) -> list[str]:
-        gates = self.model.mixture.gates[-1]
-        left = self.model.visible_experts & ~gates.masked & (gates.ramp < 1)
+        left = self.model.experts_in_use
         some = (left if usable is None else left & usable).any(1).tolist()
         return [
             f"no expert is left for '{task}': its prediction is the same for every candidate"
@@ -116,6 +118,12 @@ class GuardedModel:
         usable = torch.ones(self.experts, dtype=torch.bool)
         usable[list(experts)] = False
         return usable
+
+
+def _is_finite(outputs: Outputs) -> bool:
+    """Whether all logits are finite numbers, and what gates made of their inputs: they choose nothing of NaN."""
+    found = [outputs.logits, *(routing.probabilities for routing in outputs.routings)]
+    return all(bool(each.isfinite().all()) for each in found)
 
 
 @torch.no_grad()

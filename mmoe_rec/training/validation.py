@@ -70,7 +70,7 @@ def validate(
     tasks = layout.tasks
     counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
     loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
-    utilisation = UtilisationSums(model.visible_experts)
+    utilisation = UtilisationSums(model.experts_in_use)
     model.eval()
     for each in batches:
         if stop is not None and _any_rank(stop.asked is not None, device):

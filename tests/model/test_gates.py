@@ -94,6 +94,18 @@ def test_expert_choice_equals_the_naive_reference() -> None:
     np.testing.assert_allclose(routing.weights.detach().numpy(), expected, atol=1e-6)
 
 
+def test_expert_choice_gives_each_gate_its_k_of_the_experts_in_use() -> None:
+    """A gate that sees fewer experts, or lost some, gets more rows of each."""
+    visible = torch.tensor([[True, True, True, True, False], [True, True, False, False, True]])
+    made = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2), visible)
+    made.masked[0] = True
+    routing = made(hidden())
+    assert routing.selected is not None
+    each = [0, 27, 27, 27, 0], [0, 40, 0, 0, 40]  # ceil(40 * 2 / 3), 40 * 2 / 2
+    assert routing.selected.sum(0).tolist() == list(each)
+    assert routing.weights.isfinite().all()
+
+
 def test_expert_choice_scores_each_row_on_its_own() -> None:
     made, x = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2)).eval(), hidden()
     torch.testing.assert_close(made(x[:3]).weights, made(x).weights[:3])
@@ -205,6 +217,39 @@ def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
     assert routing.selected[:, :, 3].all()
     kept = routing.probabilities * routing.selected
     torch.testing.assert_close(routing.weights, kept / kept.sum(-1, keepdim=True))
+
+
+def test_the_weights_of_a_shared_route_rise_with_the_ramp() -> None:
+    made, x = gates(RoutingRule("shared_route", top_k=EXPERTS)), hidden()
+    made.ramp[4] = 0.5
+    weights = made(x).weights[:, :, 4]
+    made.ramp[4] = 0.0
+    full = made(x).weights[:, :, 4]
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.logit(), full.logit() - 0.5 * RAMP, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_the_least_probable_experts_sum_to_one() -> None:
+    """A selection bias may choose experts whose probability is next to nothing."""
+    made, x = gates(RoutingRule("top_k", top_k=2)).eval(), hidden()
+    with torch.no_grad():
+        made.linear.bias[:, :2] -= 50
+    made.selection_bias[:2] = 200.0
+    routing = made(x)
+    assert routing.selected is not None
+    assert routing.selected[:, :, :2].all()
+    assert routing.probabilities[:, :, :2].max() < 1e-12
+    torch.testing.assert_close(routing.weights.sum(-1), torch.ones(ROWS, GATES))
+
+
+def test_experts_that_are_out_have_no_part_in_the_bias() -> None:
+    made = gates(RoutingRule("top_k", top_k=2))
+    made.masked[0], made.ramp[1] = True, 0.5
+    made.even_out(torch.tensor([0.0, 0.05, 0.2, 0.3, 0.45]), rate=0.25)
+    assert made.selection_bias.tolist() == [0.0, 0.0, 0.25, 0.25, -0.25]
+    made.masked[:] = True
+    made.even_out(torch.zeros(EXPERTS), rate=0.25)
+    assert made.selection_bias.tolist() == [0.0, 0.0, 0.25, 0.25, -0.25]
 
 
 def test_a_selection_bias_evens_out_loads() -> None:

@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "levels": {"experts": {"count": 3, "task_count": 1, "levels": 2}},
     "one gate": {"gates": {"per_task": False}},
     "top_k": {"gates": {"routing": "top_k", "top_k": 2}},
+    "soft, served with fewer": {"gates": {"serving_top_k": 2}},
     "shared_route": {"gates": {"routing": "shared_route", "top_k": 2}},
 }
 SOFT = ("soft", "task experts", "levels", "one gate")
@@ -109,12 +110,21 @@ def test_what_cannot_be_edited_is_named() -> None:
     state = state_of(built(model))
     with pytest.raises(UserError, match=r"expert 2 can't be removed: .* are 0 to 1 \(later numbers are experts of"):
         remove_expert(state, model, 2)
-    with pytest.raises(UserError, match=r"model\.gates\.top_k is 3, and 2 experts would be left"):
+    with pytest.raises(UserError, match=r"with 1 shared experts: gates\.top_k is 3, and a gate sees 2 experts"):
         remove_expert(state, model, 0)
     with pytest.raises(UserError, match="no expert 9 to mask: the model has 0 to 3"):
         mask_expert(state, model, 9)
     with pytest.raises(UserError, match="expert 0 is out of use: copy another one"):
         add_experts(mask_expert(state, model, 0), model, [0])
+    levels = small_settings(experts={"count": 1, "task_count": 1, "levels": 2})
+    with pytest.raises(UserError, match="expert 0 is the only one that all tasks share in each level"):
+        remove_expert(state_of(built(levels)), levels, 0)
+    none = small_settings(experts={"count": 0, "task_count": 2})
+    with pytest.raises(UserError, match="expert 0 can't be copied: the model has no experts that all tasks share"):
+        add_experts(state_of(built(none)), none, [0])
+    many = small_settings(experts={"count": 1024, "units": [1]})
+    with pytest.raises(UserError, match=r"with 1025 shared experts: 'experts\.count' must be at most 1024"):
+        add_experts(state_of(built(many)), many, [0])
     alone = small_settings(experts={"count": 1})
     with pytest.raises(UserError, match="expert 0 is the only one of a gate"):
         remove_expert(state_of(built(alone)), alone, 0)

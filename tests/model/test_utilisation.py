@@ -66,6 +66,18 @@ def test_what_is_wrong_is_told_in_words() -> None:
     assert found.flat(["bought", "liked"])["gates.polarised_share"] == 0.5
 
 
+def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:
+    sums = UtilisationSums(torch.tensor([[True, False], [True, False]]))
+    sums.add(outputs(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])))
+    found = sums.result()
+    assert found.findings(["a", "b"]) == []
+    assert (found.max_over_mean, found.entropy) == (1.0, 1.0)
+    nothing = UtilisationSums(torch.zeros(2, 2, dtype=torch.bool))
+    nothing.add(outputs(torch.zeros(1, 2, 2)))
+    assert nothing.result().max_over_mean == 1.0
+    assert nothing.result().findings(["a", "b"]) == []
+
+
 def test_an_even_or_single_expert_is_fine() -> None:
     assert used([0.25] * 4, [0.25] * 4).findings(["a", "b"]) == []
     assert used([1.0], [1.0]).findings(["a", "b"]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,27 @@ def test_a_wrong_edit_ends_in_a_sentence(
     with pytest.raises(SystemExit):
         edit(soft, *arguments)
     assert message in capsys.readouterr().err
+
+
+def test_an_edited_model_replaces_nothing_but_a_model(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        edit(soft, "--mask", "0", "--out", str(tmp_path))
+    assert "exists and holds no model" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_an_edit_of_damaged_weights_ends_in_a_sentence(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "model"
+    shutil.copytree(soft.parent / "work" / "model", damaged)
+    (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(SystemExit):
+        edit_experts.main(["--config", str(soft), "--model", str(damaged), "--mask", "0"])
+    assert "weights.safetensors' can't be read" in capsys.readouterr().err
 
 
 def test_the_sweep_has_a_row_for_each_k_and_each_expert(

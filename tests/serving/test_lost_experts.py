@@ -118,10 +118,18 @@ def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pyte
         assert rank(ranker).warnings == []
 
 
+def test_what_fails_before_the_experts_is_not_put_on_them(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = Ranker.load(small.folder)
+    bottom = ranker.model.mixture.bottom
+    monkeypatch.setattr(bottom, "forward", lambda inputs: type(bottom).forward(bottom, inputs) * math.nan)
+    with pytest.raises(RuntimeError, match="what experts and gates read has values that are not finite numbers"):
+        rank(ranker)
+
+
 def _faulty_forward(experts: Experts, place: int, fault: str) -> Any:
     def forward(hidden: Tensor) -> Tensor:
         if fault == "raises":
-            raise RuntimeError("out of order")
+            raise IndexError("out of order")
         return Experts.forward(experts, hidden).index_fill(1, torch.tensor([place]), math.nan)
 
     return forward

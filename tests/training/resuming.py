@@ -15,9 +15,13 @@ from mmoe_rec.training.ranks import process_group
 from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, plain_model
 from tests.training.ranks import join
 
-# Dropouts draw from the random state of a rank.
+# Dropouts draw from the random state of a rank, and the gates' bias moves from step to step.
 DROPS = Model.model_validate(
-    MODEL.model_dump() | {"gates": {"dropout": 0.2}, "placement": {"units": [4], "dropout": 0.3}}
+    MODEL.model_dump()
+    | {
+        "gates": {"dropout": 0.2, "routing": "top_k", "top_k": 1, "balance": "bias"},
+        "placement": {"units": [4], "dropout": 0.3},
+    }
 )
 BALANCED = Model.model_validate(MODEL.model_dump() | {"gates": {"balance": "loss", "balance_weight": 2, "z_loss": 0.1}})
 CHANGES = {"epochs": 2, "validations_per_epoch": 3, "checkpoint_steps": 40, "batch_size": 100}

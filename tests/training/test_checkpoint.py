@@ -46,6 +46,7 @@ def assert_same(prepared: Prepared, found: TrainingResult, expected: TrainingRes
         assert (one.loss, one.auc) == (other.loss, other.auc)
         assert torch.equal(one.experts.weights, other.experts.weights)
     weights = best(prepared, expected).state_dict()
+    assert weights["mixture.levels.0.gates.selection_bias"].any()
     assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, found).state_dict().items())
 
 
@@ -237,7 +238,7 @@ def test_other_settings_or_features_are_refused(tmp_path: Path) -> None:
     other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5})), "abc")
     with pytest.raises(UserError, match=r"begun with training.learning_rate 0.01, now it is 0.5"):
         origin.check(other, tmp_path)
-    with pytest.raises(UserError, match=r"begun with model.gates.dropout 0.2, now it is 0.0"):
+    with pytest.raises(UserError, match=r'begun with model.gates.routing "top_k", now it is "soft"'):
         origin.check(Origin(fixed_settings(MODEL, TRAINING), "abc"), tmp_path)
     with pytest.raises(UserError, match="its features are not those"):
         origin.check(replace(origin, features="abd"), tmp_path)

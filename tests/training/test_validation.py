@@ -30,7 +30,7 @@ EVEN = Utilisation(torch.full((TASKS, EXPERTS), 0.25), torch.full((TASKS, EXPERT
 class Told(torch.nn.Module):
     """A model that takes its logits and gates from the batch's dense inputs."""
 
-    visible_experts = torch.ones(TASKS, EXPERTS, dtype=torch.bool)
+    experts_in_use = torch.ones(TASKS, EXPERTS, dtype=torch.bool)
 
     def forward(self, batch: Batch) -> Outputs:
         assert not self.training
