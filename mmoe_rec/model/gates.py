@@ -8,6 +8,9 @@ shared_route  one router picks k experts for all tasks, and each task's gate wei
 The softmax comes first. The weights of the chosen are divided by their sum, but not at k = 1 of a model that trains so:
 the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
 
+Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16 one row
+in a hundred would train other experts than it is served by.
+
 Gate dropout: each expert is left out of a gate with some probability in training, then the rest is renormalised (Zhao
 et al., RecSys 2019).
 """
@@ -72,6 +75,7 @@ class Gates(nn.Module):
         self.ramp: Tensor
         self.selection_bias: Tensor
         self.register_buffer("visible", visible.clone(), persistent=False)
+        self._sees_all = not visible.is_meta and bool(visible.all())
         self.register_buffer("masked", torch.zeros(experts, dtype=torch.bool))
         self.register_buffer("ramp", torch.zeros(experts))
         self.register_buffer("selection_bias", torch.zeros(experts))
@@ -82,20 +86,21 @@ class Gates(nn.Module):
         top_k: experts a row and gate, instead of the rule's, outside training; usable: (E,) bool, the only experts that
         may be used, on top of those that are masked. Raises ValueError for expert choice outside training without a k.
         """
-        logits = self._logits(inputs)
         allowed = self._allowed(usable)
-        if self.route is None:
-            return self._by_gate(logits, allowed, top_k)
-        assert isinstance(inputs, Tensor), "a shared route has one input"
-        return self._by_route(self.route.shared(inputs).float().unsqueeze(1), logits, allowed, top_k)
+        with torch.autocast(self.visible.device.type, enabled=False):
+            logits = self._logits(inputs)
+            if self.route is None:
+                return self._by_gate(logits, allowed, top_k)
+            assert isinstance(inputs, Tensor), "a shared route has one input"
+            return self._by_route(self.route.shared(inputs.float()).unsqueeze(1), logits, allowed, top_k)
 
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """(B, G, E) float32, minus infinity for what a gate does not see."""
         if isinstance(inputs, Tensor):
-            logits = self.linear.shared(inputs).float().unflatten(1, self.visible.shape)
+            logits = self.linear.shared(inputs.float()).unflatten(1, self.visible.shape)
         else:
-            logits = torch.stack(self.linear(inputs), dim=1).float()
-        return logits.masked_fill(~self.visible, float("-inf"))
+            logits = torch.stack(self.linear([each.float() for each in inputs]), dim=1)
+        return logits if self._sees_all else logits.masked_fill(~self.visible, float("-inf"))
 
     @property
     def in_use(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,17 @@ def test_shared_route_equals_the_naive_reference(k: int) -> None:
         expected = np.zeros(EXPERTS)
         expected[chosen] = own * (probabilities[chosen].sum() if k == 1 else 1)
         np.testing.assert_allclose(routing.weights[row, gate].detach().numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "shared_route"])
+def test_gates_choose_in_bf16_as_in_fp32(kind: Any) -> None:
+    made, x = gates(RoutingRule(kind, top_k=2)), hidden(2000).bfloat16()
+    exact = made(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = made(x)
+    assert exact.selected is not None
+    assert torch.equal(found.selected, exact.selected)
+    torch.testing.assert_close(found.weights, exact.weights)
 
 
 def test_expert_choice_equals_the_naive_reference() -> None:
