@@ -8,8 +8,8 @@ shared_route  one router picks k experts for all tasks, and each task's gate wei
 The softmax comes first. The weights of the chosen are divided by their sum, but not at k = 1 of a model that trains so:
 the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
 
-Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16 one row
-in a hundred would train other experts than it is served by.
+Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16 one
+row in a hundred would train other experts than it is served by.
 
 Gate dropout: each expert is left out of a gate with some probability in training, then the rest is renormalised (Zhao
 et al., RecSys 2019).
