@@ -1,8 +1,9 @@
 """python -m pipelines.edit_experts --config configs/shop.yaml --model models:/shop@champion --add 2
 
-Changes the experts of a trained model, without training: --add N copies experts, of which --copy names the first ones
-(under soft gates no prediction changes; under top-k the new ones are let in by further training), --remove E takes one
-away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it as `challenger`.
+Changes the experts of a trained model, without training: --add N copies experts, those that --copy names, and changes
+no prediction (under soft gates a copy shares its original's weight, where gates choose further training lets it in);
+--remove E takes one away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it
+as `challenger`.
 
 Training goes on from it with `python -m pipelines.train --from` and the new number in `model.experts.count`.
 """
