@@ -56,10 +56,11 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks, self.first, self.per_task = tasks, first, per_task
-        sizes = [shared + tasks * own] if first else [size for size in (shared, *[own] * tasks) if size]
-        self.has_shared = shared > 0
+        # Experts that read the same input are computed together: number of the input, and how many read it.
+        groups = [(0, shared + tasks * own)] if first else [(tasks, shared), *((task, own) for task in range(tasks))]
+        self.sources = [source for source, size in groups if size]
         self.experts = nn.ModuleList(
-            Experts(size, expert_inputs, units, activation, normalise, compute) for size in sizes
+            Experts(size, expert_inputs, units, activation, normalise, compute) for _, size in groups if size
         )
         if per_task:
             visible = visible_experts(tasks, shared, own, shared_gate=not last)
@@ -82,10 +83,7 @@ class Level(nn.Module):
         # Where some experts may not be run at all, none is run on rows that do not use it.
         used = routing.used() if usable is None else (routing.weights > 0).any(1)
         alone = usable is not None
-        if self.first:
-            mixed = self._experts(0).mix(expert_inputs[0], routing.weights, used, alone)
-        else:
-            mixed = self._by_source(expert_inputs, routing.weights, used, alone)
+        mixed = self._mixed(expert_inputs, routing.weights, used, alone)
         if not self.per_task:
             mixed = mixed.expand(-1, self.tasks, -1)
             routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
@@ -104,13 +102,12 @@ class Level(nn.Module):
         # The last level has no shared gate, so nobody reads the shared input.
         return inputs[0] if self.first else inputs[: len(self.gates.visible)]
 
-    def _by_source(self, inputs: list[Tensor], weights: Tensor, used: Tensor | None, alone: bool) -> Tensor:
-        sources = [inputs[-1], *inputs[:-1]] if self.has_shared else inputs[:-1]
+    def _mixed(self, inputs: list[Tensor], weights: Tensor, used: Tensor | None, alone: bool) -> Tensor:
         total, start = None, 0
-        for index, source in enumerate(sources[: len(self.experts)]):
+        for index, source in enumerate(self.sources):
             experts = self._experts(index)
             part = slice(start, start + experts.count)
-            mixed = experts.mix(source, weights[:, :, part], None if used is None else used[:, part], alone)
+            mixed = experts.mix(inputs[source], weights[:, :, part], None if used is None else used[:, part], alone)
             total = mixed if total is None else total + mixed
             start = part.stop
         assert total is not None
