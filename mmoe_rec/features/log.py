@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +99,31 @@ class EventReader:
             yield LogRows(pa.table(named), self.schema)
 
 
-class Log:
+Reader = TypeVar("Reader", LogReader, EventReader)
+
+
+class _Files(Generic[Reader]):
+    """Rows of files, read in parts. files: those that were checked; reader: what reads a part of them."""
+
+    files: list[LogFile]
+    reader: Reader
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
+        """The files as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
+        return _parts(self.files, rows_per_part)
+
+    def stream(self) -> Iterator[LogRows]:
+        """All rows in order, see the reader."""
+        for part in self.parts():
+            yield from self.reader.read(part)
+
+
+class Log(_Files[LogReader]):
     """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
 
     Args:
@@ -133,27 +157,13 @@ class Log:
             raise UserError(f"the log '{source}' has no rows")
         self.reader = LogReader(schema, self.uses, self.now)
 
-    @property
-    def rows(self) -> int:
-        """Rows of all files."""
-        return sum(file.rows for file in self.files)
-
-    def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
-        """The log as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
-        return _parts(self.files, rows_per_part)
-
-    def stream(self) -> Iterator[LogRows]:
-        """All rows in order, see `LogReader.read`."""
-        for part in self.parts():
-            yield from self.reader.read(part)
-
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
         text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in self.files)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class EventRows:
+class EventRows(_Files[EventReader]):
     """The files of a further log of events, see `mmoe_rec.schema.EventLog`. Key columns must have the log's types.
 
     Args and errors: as `Log`, whose `now` it shares.
@@ -173,20 +183,6 @@ class EventRows:
                     "write both with one type"
                 )
         self.reader = EventReader(name, self.schema, self.uses, log.now)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all files."""
-        return sum(file.rows for file in self.files)
-
-    def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
-        """The events as parts, see `Log.parts`."""
-        return _parts(self.files, rows_per_part)
-
-    def stream(self) -> Iterator[LogRows]:
-        """All events in the files' order, see `EventReader.read`."""
-        for part in self.parts():
-            yield from self.reader.read(part)
 
 
 def _open_files(
