@@ -6,7 +6,8 @@ expert_choice each expert takes the rows that want it most, in training (Zhou et
 shared_route  one router picks k experts for all tasks, and each task's gate weighs these: exactly k are computed a row.
 
 The softmax comes first. The weights of the chosen are divided by their sum, but not at k = 1 of a model that trains so:
-the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
+the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does; a model
+that trains at k = 1 alone never does, so that towers read what they were trained on.
 
 Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16 one
 row in a hundred would train other experts than it is served by.
@@ -50,7 +51,7 @@ class RoutingRule:
     @property
     def trains_at_one(self) -> bool:
         """Whether training ever sends rows to a single expert, so that its weight is its probability."""
-        return self.kind in ("top_k", "shared_route") and (self.top_k == 1 or self.random_top_k)
+        return self.kind != "soft" and (self.top_k == 1 or self.random_top_k)
 
 
 class Gates(nn.Module):
@@ -159,7 +160,7 @@ class Gates(nn.Module):
         return rule.top_k
 
     def _renormalise(self, k: int) -> bool:
-        return k > 1 or not self.rule.trains_at_one
+        return not self.rule.trains_at_one or (k > 1 and self.rule.top_k > 1)
 
     def rows_of(self, expert: int) -> list[Tensor]:
         """The weights and biases that give an expert's logits, as views."""

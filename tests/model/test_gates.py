@@ -139,14 +139,20 @@ def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
     torch.testing.assert_close(made(x, top_k=EXPERTS).weights, routing.weights)
 
 
-def test_the_gate_learns_at_k_of_one() -> None:
-    for kind in ("top_k", "shared_route"):
-        made = gates(RoutingRule(kind, top_k=1))  # type: ignore[arg-type]
-        made(hidden()).weights.square().sum().backward()
-        learning = made.linear if made.route is None else made.route
-        gradient = learning.weight.grad
-        assert gradient is not None
-        assert gradient.abs().max() > 1e-3
+@pytest.mark.parametrize("kind", ["top_k", "shared_route", "expert_choice"])
+def test_the_gate_learns_at_k_of_one(kind: Any) -> None:
+    made = gates(RoutingRule(kind, top_k=1, serving_top_k=1))
+    x = hidden()
+    made(x).weights.square().sum().backward()
+    learning = made.linear if made.route is None else made.route
+    gradient = learning.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 1e-3
+    # However many serve it: what was never divided in training is not divided there.
+    routing = made.eval()(x, top_k=3)
+    assert routing.selected is not None
+    kept = (routing.probabilities * routing.selected).sum(-1)
+    torch.testing.assert_close(routing.weights.sum(-1), kept.expand(-1, GATES))
 
 
 def test_random_k_draws_all_and_serves_as_it_trains() -> None:
