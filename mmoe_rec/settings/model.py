@@ -65,7 +65,7 @@ class Gates(Section):
     balance: Literal["none", "loss", "bias"] = Field(
         "none", description="keep loads even by a loss, or by a bias on what is chosen (without a loss)"
     )
-    balance_weight: float = Field(0.01, ge=0, description="weight of the balance loss")
+    balance_weight: float = Field(0.1, ge=0, description="weight of the balance loss")
     bias_rate: float = Field(
         0.03, gt=0, description="what the bias of an expert changes by at a step, at the peak of the learning rate"
     )

@@ -6,7 +6,8 @@ in seed and in one setting:
 polarisation  soft gates without and with gate dropout of 0.1, ten seeds: the share of gates that give one expert more
               than 0.8 of their weight, and the accuracy;
 lost_experts  what three of each of these models lose in AUC within users when one expert is left out;
-balance       top-2 gates without balance, with the balance loss, with the selection bias, and soft gates with the loss:
+balance       top-2 gates without balance, with the balance loss, with the selection bias and a z-loss, and soft gates
+              with the loss:
               entropy of the loads over log E, and the largest load over the mean, three seeds;
 random_k      top-4 gates, and gates of 1 to 4 experts drawn at each step, three seeds, both served with 4 ... 1.
 
@@ -36,7 +37,7 @@ TOP = ["--model.gates.dropout", "0", "--model.gates.routing", "top_k", "--model.
 BALANCE = {
     "top_2": [*TOP, "2"],
     "top_2_loss": [*TOP, "2", "--model.gates.balance", "loss"],
-    "top_2_bias": [*TOP, "2", "--model.gates.balance", "bias"],
+    "top_2_bias": [*TOP, "2", "--model.gates.balance", "bias", "--model.gates.z_loss", "0.001"],
     "soft_loss": ["--model.gates.dropout", "0", "--model.gates.balance", "loss"],
 }
 RANDOM = {"fixed_4": [*TOP, "4"], "random_1_to_4": [*TOP, "4", "--model.gates.random_top_k", "true"]}
