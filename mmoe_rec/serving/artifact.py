@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.settings import Model, Settings
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
