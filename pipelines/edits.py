@@ -44,7 +44,7 @@ def edit_model(
 
     about = read_artifact(folder)
     model = Model.model_validate(about.model)
-    state = read_weights(folder)
+    state = read_weights(folder / "weights.safetensors")
     if add is not None:
         chosen = list(copied or (index % max(1, model.experts.count) for index in range(add)))
         state, model = add_experts(state, model, chosen)

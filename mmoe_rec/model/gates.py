@@ -48,10 +48,9 @@ class RoutingRule:
     dropout: float = 0.0
     noise: float = 0.0
 
-    @property
-    def trains_at_one(self) -> bool:
-        """Whether training ever sends rows to a single expert, so that its weight is its probability."""
-        return self.kind != "soft" and (self.top_k == 1 or self.random_top_k)
+    def renormalises(self, k: int) -> bool:
+        """Whether the weights of k chosen experts are divided by their sum."""
+        return self.kind == "soft" or (self.top_k > 1 and (k > 1 or not self.random_top_k))
 
 
 class Gates(nn.Module):
@@ -122,7 +121,7 @@ class Gates(nn.Module):
             selected = chosen_by_experts(probabilities, k, allowed)
         else:
             selected = largest(probabilities, k, self.selection_bias)
-        return Routing(kept(probabilities, selected, self._renormalise(k)), probabilities, selected, logits)
+        return Routing(kept(probabilities, selected, self.rule.renormalises(k)), probabilities, selected, logits)
 
     def _by_route(self, route: Tensor, logits: Tensor, allowed: Tensor, top_k: int | None) -> Routing:
         route = route - RAMP * self.ramp
@@ -132,7 +131,7 @@ class Gates(nn.Module):
         selected = largest(probabilities, k, self.selection_bias)
         # The route's logits are part of the weights, or it would get no gradient.
         weights = masked_softmax(logits + route, selected)
-        if not self._renormalise(k):
+        if not self.rule.renormalises(k):
             weights = weights * kept(probabilities, selected, renormalise=False).sum(-1, keepdim=True)
         return Routing(weights, probabilities, selected, route)
 
@@ -158,9 +157,6 @@ class Gates(nn.Module):
         if self.training and rule.random_top_k:
             return int(torch.randint(1, rule.top_k + 1, ()))
         return rule.top_k
-
-    def _renormalise(self, k: int) -> bool:
-        return not self.rule.trains_at_one or (k > 1 and self.rule.top_k > 1)
 
     def rows_of(self, expert: int) -> list[Tensor]:
         """The weights and biases that give an expert's logits, as views."""

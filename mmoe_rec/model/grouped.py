@@ -35,13 +35,14 @@ class Dispatch:
         sizes = (counts + block - 1) // block * block
         place = torch.arange(len(rows), device=used.device) + (_starts(sizes) - _starts(counts))[experts]
         nth = used.cumsum(1)[rows, experts] - 1
-        filled = torch.arange(int(used.sum(1).max()), device=used.device) < used.sum(1, keepdim=True)
-        places, of_row = torch.zeros_like(filled, dtype=torch.int64), torch.zeros_like(filled, dtype=torch.int64)
-        places[rows, nth], of_row[rows, nth] = place, experts
+        of_row = used.sum(1, keepdim=True)
+        filled = torch.arange(int(of_row.max()), device=used.device) < of_row
+        places, owners = torch.zeros_like(filled, dtype=torch.int64), torch.zeros_like(filled, dtype=torch.int64)
+        places[rows, nth], owners[rows, nth] = place, experts
         # A result that is not a row's own would reach it as 0 times that, which is NaN if it is.
         places = torch.where(filled, places, places[:, :1])
-        in_place = rows if block == 1 else rows.new_zeros(int(sizes.sum())).index_copy(0, place, rows)
-        return Dispatch(in_place, sizes.tolist(), places, of_row, filled)
+        in_place = rows.new_zeros(int(sizes.sum())).index_copy(0, place, rows)
+        return Dispatch(in_place, sizes.tolist(), places, owners, filled)
 
 
 class _Grouped(torch.autograd.Function):

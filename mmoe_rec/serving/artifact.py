@@ -128,15 +128,15 @@ def read_artifact(folder: Path) -> Artifact:
     return Artifact(tasks=tasks, **tree)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in an artifact folder by name. Raises UserError for a missing or damaged file."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of an artifact by name, from its file of weights. Raises UserError for a missing or damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / "weights.safetensors")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"'{folder / 'weights.safetensors'}' can't be read: {error}") from None
+        raise UserError(f"'{path}' can't be read: {error}") from None
 
 
 def read_calibration(folder: Path) -> Calibration:

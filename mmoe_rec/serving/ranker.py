@@ -88,7 +88,7 @@ class Ranker:
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != layout:
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = _load_model(layout, Model.model_validate(about.model), folder)
+        model = _load_model(layout, Model.model_validate(about.model), folder / "weights.safetensors")
         ranker = Ranker(about, layout, model, read_calibration(folder), pipeline, folder / "features")
         # Builds the indexes that encoders make at their first use, so that no request waits for them.
         ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
@@ -175,8 +175,8 @@ class Ranker:
         return self.calibration.apply(logits, self.names), warnings
 
 
-def _load_model(layout: Layout, section: Model, folder: Path) -> RankingModel:
-    weights = read_weights(folder)
+def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:
+    weights = read_weights(path)
     # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
     stubs = tuple(replace(table, rows=1) for table in layout.tables)
     tables = PlainTables(stubs, layout.ids)
@@ -184,13 +184,12 @@ def _load_model(layout: Layout, section: Model, folder: Path) -> RankingModel:
         if table.name in tables.embedding_bags:
             weight = weights.pop(f"tables.embedding_bags.{table.name}.weight", None)
             if weight is None or weight.shape != (table.rows, table.dim):
-                raise UserError(f"'{folder}' does not hold the weights of table '{table.name}'")
+                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
             bag = nn.EmbeddingBag.from_pretrained(weight, mode="mean", include_last_offset=True)
             tables.embedding_bags[table.name] = bag
     model = build_model(layout, section, tables)
     try:
         model.mixture.load_state_dict({name.removeprefix("mixture."): each for name, each in weights.items()})
     except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"'{folder}' holds weights that do not fit the model's settings: {problem}") from None
+        raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
     return model

@@ -80,7 +80,7 @@ class Steps:
         )
         self._now: Step | None = None
 
-    def next(self, batches: Iterator[Batch], share: float = 1.0) -> Step | None:
+    def next(self, batches: Iterator[Batch], share: float) -> Step | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
 
         It looks two batches ahead. A collective call.

@@ -7,8 +7,7 @@ polarisation  soft gates without and with gate dropout of 0.1, ten seeds: the sh
               than 0.8 of their weight, and the accuracy;
 lost_experts  what three of each of these models lose in AUC within users when one expert is left out;
 balance       top-2 gates without balance, with the balance loss, with the selection bias and a z-loss, and soft gates
-              with the loss:
-              entropy of the loads over log E, and the largest load over the mean, three seeds;
+              with the loss, three seeds: entropy of the loads over log E, and the largest load over the mean;
 random_k      top-4 gates, and gates of 1 to 4 experts drawn at each step, three seeds, both served with 4 ... 1.
 
 Accuracy: on the first 50,000 or so rows of the test weeks, after one pass, at whose end the only validation is. Two

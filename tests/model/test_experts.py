@@ -95,6 +95,12 @@ def test_only_the_used_pairs_are_computed(monkeypatch: pytest.MonkeyPatch) -> No
     assert int(used.sum()) < 200 * 4
 
 
+def test_dense_is_taken_where_most_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module, "grouped_linear", None)
+    weights, used = routed(50, 2, 4, 3)
+    Experts(4, 7, (9, 5)).mix(torch.randn(50, 7), weights, used)
+
+
 @pytest.mark.parametrize(
     ("units", "k", "grouped"), [((9, 5), 3, False), ((9, 5), 1, True), ((300, 200), 3, True), ((300, 200), 1, True)]
 )

@@ -109,5 +109,5 @@ def test_other_model_settings_do_not_fit(small: SmallModel, tmp_path: Path) -> N
     tree = json.loads((folder / "model.json").read_text())
     tree["model"]["experts"]["count"] = 4
     (folder / "model.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="weights that do not fit the model's settings"):
+    with pytest.raises(UserError, match="does not fit the model's settings"):
         Ranker.load(folder)
