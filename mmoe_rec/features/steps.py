@@ -276,6 +276,8 @@ class Steps:
     def _run(
         self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
     ) -> Iterator[Result]:
+        if not tasks:
+            return
         with bar() as progress:
             task = progress.add_task(what, total=sum(sizes))
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
