@@ -191,7 +191,7 @@ def describe(logs: Logs, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict
         "files": len(logs.log.files),
         "rows": logs.log.rows,
         "events": {each.name: {"files": len(each.files), "rows": each.rows} for each in logs.events},
-        "left_out": [{"file": left.address, "reason": left.reason} for each in logs.all for left in each.left_out],
+        "left_out": [{"file": each.address, "reason": each.reason} for each in logs.left_out],
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
         "request_microseconds": [learnt.first[0], learnt.last[0]],

@@ -19,6 +19,7 @@ from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
+from mmoe_rec.features.log_parts import Noticed
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
@@ -64,7 +65,7 @@ class Learnt:
 
     counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of each; rows: of
     each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition;
-    bad: files that could not be read.
+    bad: problems of files that could not be read, in which case nothing else is learnt of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -116,22 +117,23 @@ def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart) ->
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
     learnt.candidates = LatestParts(schema, "candidate")
-    sender = _Sender(job, part)
+    sender, noticed = _Sender(job, part), Noticed()
     row = part.start
-    try:
-        for rows in reader.read(part):
-            times = rows.times()
-            learnt.first = min(learnt.first, (int(times.min()), row + int(times.argmin())))
-            learnt.last = max(learnt.last, (int(times.max()), row + int(times.argmax())))
-            for split, window in job.windows.items():
-                learnt.rows[split] += int(in_window(times, window).sum())
-            learnt.users.add(rows)
-            learnt.candidates.add(rows)
-            _learn_statistics(job, pipeline, rows)
-            sender.add(pipeline, rows, row)
-            row += len(rows)
-    except BadFile as error:
-        return Learnt(bad=[error])
+    for rows in reader.read(part, noticed):
+        if noticed.bad:
+            continue  # read on for further bad files; what is good is learnt without them
+        times = rows.times()
+        learnt.first = min(learnt.first, (int(times.min()), row + int(times.argmin())))
+        learnt.last = max(learnt.last, (int(times.max()), row + int(times.argmax())))
+        for split, window in job.windows.items():
+            learnt.rows[split] += int(in_window(times, window).sum())
+        learnt.users.add(rows)
+        learnt.candidates.add(rows)
+        _learn_statistics(job, pipeline, rows)
+        sender.add(pipeline, rows, row)
+        row += len(rows)
+    if noticed.bad:
+        return Learnt(bad=noticed.bad)
     sender.flush()
     learnt.counts = pipeline.counts if job.statistics else {}
     learnt.key_types, learnt.sent = pipeline.key_types, sender.sent
@@ -150,12 +152,12 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
 
 def _learn_events(job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
-    sender = _Sender(job, part, source)
-    try:
-        for rows in reader.read(part):
+    sender, noticed = _Sender(job, part, source), Noticed()
+    for rows in reader.read(part, noticed):
+        if not noticed.bad:
             sender.add(pipeline, rows, None)
-    except BadFile as error:
-        return Learnt(bad=[error])
+    if noticed.bad:
+        return Learnt(bad=noticed.bad)
     sender.flush()
     return Learnt(sent=sender.sent)
 

@@ -5,33 +5,32 @@ A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any pa
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import Use, canonical, column_uses, event_uses
+from mmoe_rec.features.columns import Use, column_uses, event_uses
 from mmoe_rec.features.log_checks import (
     BadFile,
     LeftOut,
     LogFile,
-    Partition,
-    ValueCheck,
-    Wrong,
     check_files,
-    event_value_checks,
     format_time,  # noqa: F401 - offered here with what it describes
-    log_value_checks,
     open_parquet,
 )
+from mmoe_rec.features.log_parts import LogPart, Noticed, Piece, cut
+from mmoe_rec.features.log_values import file_column, first_row
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.features.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.files import FoundFile, find_files, first_line
 from mmoe_rec.schema import EVENT, Schema
 
@@ -40,72 +39,141 @@ ROWS_PER_PART = 262_144
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive row groups of one file, their rows, and the columns that stand in the file's path."""
+class _Reader:
+    """Reads parts of a log; small and picklable.
 
-    address: str
-    groups: tuple[int, ...]
-    partition: Partition
-    rows: int
-
-
-@dataclass(frozen=True)
-class LogPart:
-    """Consecutive rows of a log; `start` is the number of the first."""
-
-    start: int
-    rows: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class LogReader:
-    """Reads parts of an interaction log; small and picklable.
-
-    now: microseconds since 1970 UTC; requests after it are an error.
+    uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
+    types: of the columns in all files, as words.
     """
 
     schema: Schema
     uses: dict[str, Use]
     now: int
+    types: dict[str, str] = field(default_factory=dict, kw_only=True)
 
-    def read(self, part: LogPart) -> Iterator[LogRows]:
+    @property
+    def time(self) -> str:
+        """The column with the rows' time."""
+        return self.schema.columns.time
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        raise NotImplementedError
+
+    def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
+        """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
+        checks, waiting = self.checks, list[pa.Table]()
+        for piece in part.pieces:
+            try:
+                for table in self._checked(piece, checks, noticed):
+                    if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
+                        yield _together(waiting)
+                        waiting = []
+                    waiting.append(table)
+            except BadFile as problem:
+                if noticed is None:
+                    raise problem.explained() from None
+                noticed.bad.append(problem)
+        if waiting:
+            yield _together(waiting)
+
+    def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
+        for _, table in _piece_tables(piece, self.uses, self.schema.columns.time_unit, self.types):
+            rows = LogRows(table, self.schema)
+            for number, check in enumerate(checks):
+                if _is_wrong(rows, check, piece.address):
+                    raise WrongValues(self, piece, number)
+            if noticed is not None:
+                noticed.add_times(piece.address, rows.times(self.time))
+            yield table
+
+
+@dataclass(frozen=True)
+class LogReader(_Reader):
+    """Reads parts of an interaction log."""
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
+
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked.
+
+        noticed: takes note of bad files, whose rows are left out from there on, instead of an error.
 
         Raises:
             BadFile: a file is damaged, has changed, or holds values that can't be.
             UserError: a remote place can't be reached.
         """
-        for table in _tables(part, self.uses, self.schema, log_value_checks(self.schema, self.now)):
+        for table in self._tables(part, noticed):
             yield LogRows(table, self.schema)
 
 
 @dataclass(frozen=True)
-class EventReader:
-    """Reads parts of a log of events; small and picklable."""
+class EventReader(_Reader):
+    """Reads parts of the log of events of that name."""
 
     name: str
-    schema: Schema
-    uses: dict[str, Use]
-    now: int
 
-    def read(self, part: LogPart) -> Iterator[LogRows]:
-        """Batches of events, as rows of the task `EVENT` at the time of each event. Raises as `LogReader.read`."""
-        time = self.schema.events[self.name].time
-        for table in _tables(part, self.uses, self.schema, event_value_checks(time, self.now)):
-            keys = {column: table.column(column) for column in self.uses if column != time}
+    @property
+    def time(self) -> str:
+        """The column with the events' time."""
+        return self.schema.events[self.name].time
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        return event_value_checks(self.time, self.now)
+
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
+        """Batches of events, as rows of the task `EVENT` at the time of each event; otherwise as `LogReader.read`."""
+        for table in self._tables(part, noticed):
+            keys = {column: table.column(column) for column in self.uses if column != self.time}
             label = pa.array(np.ones(table.num_rows))
-            named = {**keys, self.schema.columns.time: table.column(time), EVENT.label: label}
+            named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}
             yield LogRows(pa.table(named), self.schema)
+
+
+class WrongValues(BadFile):
+    """Values that can't be, found by check number `check` of a reader in a piece of a file."""
+
+    def __init__(self, reader: _Reader, piece: Piece, check: int) -> None:
+        super().__init__(f"'{piece.address}' holds values that can't be", piece.address)
+        self.reader, self.piece, self.check = reader, piece, check
+
+    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
+        return WrongValues, (self.reader, self.piece, self.check)
+
+    def explained(self) -> BadFile:
+        """Says how much of the whole file is wrong, however the log was cut into parts; reads the column."""
+        reader, check, address, found = self.reader, self.reader.checks[self.check], self.address, Wrong()
+        try:
+            with open_parquet(address) as parquet:
+                groups = tuple(range(parquet.metadata.num_row_groups))
+                partition = tuple(pair for pair in self.piece.partition if pair[0] == check.column)
+                whole = Piece(address, groups, partition, parquet.metadata.num_rows)
+            uses = {check.column: reader.uses[check.column]}
+            for start, table in _piece_tables(whole, uses, reader.schema.columns.time_unit, reader.types):
+                values = check.values(LogRows(table, reader.schema))
+                found.add(values, check.wrong(values), start)
+        except BadFile as problem:
+            return problem
+        if not found.count:
+            return _changed(address)
+        return BadFile(f"'{address}': {check.says(found)}{first_row(found.row)}", address)
 
 
 Reader = TypeVar("Reader", LogReader, EventReader)
 
 
 class _Files(Generic[Reader]):
-    """Rows of files, read in parts. files: those that were checked; reader: what reads a part of them."""
+    """Rows of files, read in parts. files: those that were checked, and not left out; reader: reads a part of them."""
 
+    source: str
     files: list[LogFile]
+    left_out: list[LeftOut]
     reader: Reader
 
     @property
@@ -115,12 +183,26 @@ class _Files(Generic[Reader]):
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
         """The files as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
-        return _parts(self.files, rows_per_part)
+        return cut(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
         """All rows in order, see the reader."""
         for part in self.parts():
             yield from self.reader.read(part)
+
+    def check_unchanged(self) -> None:
+        """Raises BadFile where a file has been written again since the log was opened; one may be gone by now."""
+        now = {file.address: (file.bytes, file.version) for file in find_files(self.source)}
+        for file in self.files:
+            if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
+                raise _changed(file.address)
+
+    def without(self, bad: Mapping[str, LeftOut]) -> Self:
+        """The same log, of which files at further addresses are left out. Types stay those of all files."""
+        fewer = copy.copy(self)
+        fewer.files = [file for file in self.files if file.address not in bad]
+        fewer.left_out = [*self.left_out, *(bad[file.address] for file in self.files if file.address in bad)]
+        return fewer
 
 
 class Log(_Files[LogReader]):
@@ -155,7 +237,7 @@ class Log(_Files[LogReader]):
         )
         if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
-        self.reader = LogReader(schema, self.uses, self.now)
+        self.reader = LogReader(schema, self.uses, self.now, types=words_of(self.types))
 
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
@@ -173,16 +255,18 @@ class EventRows(_Files[EventReader]):
         self.name, self.schema = name, log.schema
         self.time = self.schema.events[name].time
         self.uses = event_uses(self.schema, name)
-        source = self.schema.events[name].path
-        found = find_files(source, f"data.events.{name}.path")
-        self.files, types, self.left_out = _open_files(source, found, self.uses, self.schema, skip_bad_files, left_out)
+        self.source = self.schema.events[name].path
+        found = find_files(self.source, f"data.events.{name}.path")
+        self.files, types, self.left_out = _open_files(
+            self.source, found, self.uses, self.schema, skip_bad_files, left_out
+        )
         for column, kind in types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
-        self.reader = EventReader(name, self.schema, self.uses, log.now)
+        self.reader = EventReader(self.schema, self.uses, log.now, name, types=words_of(types))
 
 
 def _open_files(
@@ -197,56 +281,14 @@ def _open_files(
     wanted = [file for file in found if file.address not in not_opened]
     files, types, bad = check_files(wanted, uses, schema.columns.time_unit, skip_bad_files)
     if not files:
-        first = min((*left_out, *bad), key=lambda each: each.address)
-        raise UserError(f"none of the {len(found)} files of the log '{source}' can be used; the first: {first.reason}")
+        raise none_usable(source, [*left_out, *bad])
     return files, types, [*left_out, *bad]
 
 
-def _parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    parts: list[LogPart] = []
-    pieces: list[Piece] = []
-    start, rows = 0, 0
-
-    def finish() -> None:
-        nonlocal start, rows
-        if pieces:
-            parts.append(LogPart(start, rows, tuple(pieces)))
-        pieces.clear()
-        start, rows = start + rows, 0
-
-    for file in files:
-        groups: list[int] = []
-        rows_before = rows
-        for group, group_rows in enumerate(file.group_rows):
-            if not group_rows:
-                continue
-            groups.append(group)
-            rows += group_rows
-            if rows >= rows_per_part:
-                pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
-                finish()
-                groups, rows_before = [], 0
-        if groups:
-            pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
-    finish()
-    return parts
-
-
-def _tables(part: LogPart, uses: dict[str, Use], schema: Schema, checks: Sequence[ValueCheck]) -> Iterator[pa.Table]:
-    """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
-    waiting: list[pa.Table] = []
-    for piece in part.pieces:
-        for _, table in _piece_tables(piece, uses, schema.columns.time_unit):
-            rows = LogRows(table, schema)
-            for check in checks:
-                if _is_wrong(rows, check, piece.address):
-                    _raise_wrong(piece, check, uses, schema)
-            if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
-                yield _together(waiting)
-                waiting = []
-            waiting.append(table)
-    if waiting:
-        yield _together(waiting)
+def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
+    """The error where all files of a log are left out."""
+    first = min(left_out, key=lambda each: each.address)
+    return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
 
 
 def _together(tables: list[pa.Table]) -> pa.Table:
@@ -255,7 +297,9 @@ def _together(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
-def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
+def _piece_tables(
+    piece: Piece, uses: dict[str, Use], time_unit: str | None, types: dict[str, str]
+) -> Iterator[tuple[int, pa.Table]]:
     """Batches in canonical types, each with the number of its first row within the file."""
     address, partition = piece.address, dict(piece.partition)
     in_file = [column for column in uses if column not in partition]
@@ -264,14 +308,34 @@ def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> 
         group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         there = sum(group_rows[group] for group in piece.groups if group < len(group_rows))
         if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
-            raise BadFile(f"'{address}' has changed since the log was opened; start again", address)
+            raise _changed(address)
         start = sum(group_rows[: piece.groups[0]])
         batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
         while (batch := _next(batches, address)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in partition.items()}
-            yield start, pa.table({c: _canonical(address, c, use, raw[c], time_unit, start) for c, use in uses.items()})
+            columns = {c: file_column(address, c, use, raw[c], time_unit, start) for c, use in uses.items()}
+            if any(c in types and word_of(each.type) not in (types[c], None) for c, each in columns.items()):
+                raise _changed(address)
+            yield start, pa.table(columns)
             start += batch.num_rows
+
+
+def _changed(address: str) -> BadFile:
+    return BadFile(f"'{address}' has changed since the log was opened; start again", address)
+
+
+def word_of(kind: pa.DataType) -> str | None:
+    """A canonical type in a word; None for that of a column which is null throughout."""
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    if pt.is_list(kind):  # whatever a file calls the elements
+        return f"list<{kind.value_type}>"
+    return None if pt.is_null(kind) else str(kind)
+
+
+def words_of(types: dict[str, pa.DataType]) -> dict[str, str]:
+    """The types of columns in words, as far as they are known."""
+    return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
 
 
 def _next(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
@@ -281,63 +345,8 @@ def _next(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | N
         raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
 
 
-def _canonical(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None, start: int) -> pa.Array:
-    try:
-        return _valid(column, use, values, time_unit)
-    except UserError as error:
-        fine, wrong = 0, len(values)  # the first rows that can be read, and that can't
-        while wrong - fine > 1:
-            middle = (fine + wrong) // 2
-            try:
-                _valid(column, use, values[:middle], time_unit)
-                fine = middle
-            except UserError:
-                wrong = middle
-        raise BadFile(f"'{address}': {first_line(error)}{_first_row(start + fine)}", address) from None
-
-
-def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
-    array = canonical(column, use, values, time_unit, coded=True)
-    try:
-        if pt.is_dictionary(array.type):
-            return _with_valid_words(array)
-        if array.type == pa.list_(pa.string()):
-            array.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
-    return array
-
-
-def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
-    try:
-        array.dictionary.validate(full=True)
-    except pa.ArrowInvalid:
-        # The word may be one of other rows of the file.
-        decoded = array.dictionary_decode()
-        decoded.validate(full=True)
-        return decoded.dictionary_encode()
-    return array
-
-
 def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:
     try:
         return bool(check.wrong(check.values(rows)).any())
     except UserError as error:
         raise BadFile(f"'{address}': {error}", address) from None
-
-
-def _raise_wrong(piece: Piece, check: ValueCheck, uses: dict[str, Use], schema: Schema) -> NoReturn:
-    """Says how much of the whole file is wrong, however the log was cut into parts."""
-    address, found = piece.address, Wrong()
-    with open_parquet(address) as parquet:
-        groups = tuple(range(parquet.metadata.num_row_groups))
-        partition = tuple(pair for pair in piece.partition if pair[0] == check.column)
-        whole = Piece(address, groups, partition, parquet.metadata.num_rows)
-    for start, table in _piece_tables(whole, {check.column: uses[check.column]}, schema.columns.time_unit):
-        values = check.values(LogRows(table, schema))
-        found.add(values, check.wrong(values), start)
-    raise BadFile(f"'{address}': {check.says(found)}{_first_row(found.row)}", address)
-
-
-def _first_row(row: int) -> str:
-    return f" (the first is row {row} of the file, counted from 0)"

@@ -1,15 +1,17 @@
-"""Whether a log's files are good: footers when a log is opened, values while it is read.
+"""Whether a log's files are good, as far as their footers tell when the log is opened.
 
-Every problem of one file is a `BadFile` that names the file, the column and the rows.
+Every problem of one file is a `BadFile` that names the file, the column and the rows. What the values tell while the
+log is read is in `mmoe_rec.features.value_checks`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import Use, canonical_type
-from mmoe_rec.features.rows import LogRows
 from mmoe_rec.files import FoundFile, first_line, is_remote, open_file, path_values
-from mmoe_rec.schema import Schema
 
 _OPEN_AT_ONCE = 16
 Partition = tuple[tuple[str, int | str | None], ...]
@@ -32,8 +32,12 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
         super().__init__(message)
         self.address = address
 
-    def __reduce__(self) -> tuple[type[BadFile], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
         return BadFile, (str(self), self.address)
+
+    def explained(self) -> BadFile:
+        """The error with all that there is to say, which may have to be read first."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -226,104 +230,3 @@ def _majority(footers: Sequence[_Footer], uses: dict[str, Use]) -> tuple[dict[st
                 )
                 deviating.setdefault(address, BadFile(message, address))
     return types, deviating
-
-
-@dataclass
-class Wrong:
-    """The wrong values of a column in one file: how many rows, the first one's number and value, and the range."""
-
-    count: int = 0
-    row: int = 0
-    first: float = 0
-    least: float = 0
-    largest: float = 0
-
-    def add(self, values: np.ndarray, mask: np.ndarray, start: int) -> None:
-        """Counts the rows of `values` (N,) where `mask` (N,) is true; the first of them is the file's row `start`."""
-        if not mask.any():
-            return
-        wrong = values[mask]
-        if not self.count:
-            self.row, self.first = start + int(mask.argmax()), wrong[0]
-            self.least, self.largest = wrong[0], wrong[0]
-        self.count += len(wrong)
-        self.least, self.largest = min(self.least, wrong.min()), max(self.largest, wrong.max())
-
-
-@dataclass(frozen=True)
-class ValueCheck:
-    """A check of one column: `values` (N,) of rows, which of them are `wrong`, and what one `says` of those."""
-
-    column: str
-    values: Callable[[LogRows], np.ndarray]
-    wrong: Callable[[np.ndarray], np.ndarray]
-    says: Callable[[Wrong], str]
-
-
-def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
-    """What a log's values must hold so that features and labels mean something."""
-    columns = schema.columns
-    keys = filter(None, (columns.user, columns.candidate, columns.time, columns.request))
-    checks = [_no_null(column, "every row needs one") for column in keys]
-    checks.append(_no_future(columns.time, now, "requests"))
-    if (rate := columns.sampling_rate) is not None:
-        checks.append(
-            ValueCheck(
-                rate,
-                lambda rows: rows.numbers(rate),
-                lambda values: ~((values > 0) & (values <= 1)),
-                lambda found: (
-                    f"column '{rate}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
-                    f"({found.count} rows are not above 0 and at most 1); fix the data or remove columns.sampling_rate"
-                ),
-            )
-        )
-    return checks + [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
-
-
-def event_value_checks(time: str, now: int) -> list[ValueCheck]:
-    """What the values of a log of events must hold."""
-    return [_no_null(time, "every event needs a time"), _no_future(time, now, "events")]
-
-
-def _no_null(column: str, need: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False),
-        lambda nulls: nulls,
-        lambda found: f"column '{column}' is null in {found.count} rows; {need}",
-    )
-
-
-def _no_future(column: str, now: int, what: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.times(column),
-        lambda times: times > now,
-        lambda found: (
-            f"column '{column}' holds {found.count} {what} of the future: {what} from "
-            f"{format_time(int(found.least))} to {format_time(int(found.largest))}, later than {format_time(now)}; "
-            "fix the data, or set `columns.time_unit` if the column holds integers of another unit"
-        ),
-    )
-
-
-def _label_check(task: str, label: str, kind: str) -> ValueCheck:
-    if kind == "regression":
-        return ValueCheck(
-            label,
-            lambda rows: rows.numbers(label),
-            np.isinf,
-            lambda found: (
-                f"label column '{label}' of task '{task}' holds an infinite value; make it null ({found.count} rows)"
-            ),
-        )
-    return ValueCheck(
-        label,
-        lambda rows: rows.numbers(label),
-        lambda values: ~np.isnan(values) & (values != 0) & (values != 1),
-        lambda found: (
-            f"label column '{label}' of binary task '{task}' holds {found.first:g} "
-            f"({found.count} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
-        ),
-    )

@@ -48,6 +48,7 @@ from mmoe_rec.features.log import (
     Log,
     LogPart,
     LogReader,
+    none_usable,
 )
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.splits import EncodeJob, SplitCounts, encode_part
@@ -77,15 +78,16 @@ DEFAULTS = BuildOptions()
 
 
 class Logs:
-    """An interaction log with its logs of events. Files left out so far stay left out."""
+    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`."""
 
-    def __init__(self, source: str, schema: Schema, options: BuildOptions, left_out: Sequence[LeftOut] = ()) -> None:
-        self.schema, self.options, self.left_out = schema, options, tuple(left_out)
+    only_new = False
+
+    def __init__(self, source: str, schema: Schema, options: BuildOptions) -> None:
+        self.schema, self.options = schema, options
         skip = options.skip_bad_files
         now = None if options.future_times == "error" else _NEVER
-        self.log = Log(source, schema, skip_bad_files=skip, left_out=self.left_out, now=now)
-        self.events = [EventRows(name, self.log, skip_bad_files=skip, left_out=self.left_out) for name in schema.events]
-        self._not_read: Sequence[Collection[str]] = ()
+        self.log = Log(source, schema, skip_bad_files=skip, now=now)
+        self.events = [EventRows(name, self.log, skip_bad_files=skip) for name in schema.events]
 
     @property
     def all(self) -> list[Log | EventRows]:
@@ -97,11 +99,24 @@ class Logs:
         """Rows of all of them."""
         return sum(each.rows for each in self.all)
 
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Files that are not read, each once, though it may belong to several logs."""
+        found = {each.address: each for log in reversed(self.all) for each in log.left_out}
+        return [found[address] for address in sorted(found)]
+
     def without(self, bad: Sequence[BadFile]) -> Logs:
-        """The same logs without further files."""
-        left_out = {error.address: LeftOut(error.address, str(error)) for error in bad}
-        logs = Logs(self.log.source, self.schema, self.options, [*self.left_out, *left_out.values()])
-        return logs.rest(self._not_read) if self._not_read else logs
+        """The same logs without further files. Raises UserError where nothing is left to read of one."""
+        first = {error.address: error for error in reversed(bad)}  # many parts of a file may tell of it
+        reasons = {address: LeftOut(address, str(error.explained())) for address, error in first.items()}
+        fewer = copy.copy(self)
+        fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
+        for log, before in zip(fewer.all, self.all, strict=True):
+            if before.files and not log.files and (log is fewer.log or not self.only_new):
+                raise none_usable(log.source, log.left_out)
+        if not fewer.log.rows:
+            raise UserError(f"the log '{self.log.source}' has no rows")
+        return fewer
 
     def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
         """The same logs, of which some files are not read: addresses for each of `all`.
@@ -109,7 +124,7 @@ class Logs:
         Raises UserError where the other files of the interaction log have no rows.
         """
         rest = copy.copy(self)
-        rest._not_read = not_read
+        rest.only_new = True
         rest.log = _without_files(self.log, not_read[0])
         rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
         if not rest.log.rows:
@@ -152,7 +167,9 @@ class Steps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def learn(self, statistics: bool) -> Learnt:
-        """Reads the logs once; `statistics`: whether vocabularies and the like are counted.
+        """Reads the logs once, and once more without bad files where some are skipped.
+
+        statistics: whether vocabularies and the like are counted.
 
         Raises UserError for a bad file, unless such files are skipped, and for rows that occur twice.
         """
@@ -177,7 +194,7 @@ class Steps:
         learnt = Learnt()
         for part in self._run(partial(learn_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
             if part.bad and not options.skip_bad_files:
-                raise part.bad[0]
+                raise part.bad[0].explained()
             learnt.merge(part)
         return learnt
 
@@ -260,6 +277,8 @@ class Steps:
         """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
 
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+
+        Raises UserError for a file that has changed meanwhile: what was learnt of its rows is no longer theirs.
         """
         job = EncodeJob(state, self.windows, known_by, self._answers, folder)
         tasks = list(enumerate(self._parts))
@@ -268,6 +287,8 @@ class Steps:
         for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
             for name, each in part.items():
                 counts[name].merge(each)
+        for log in self.logs.all:
+            log.check_unchanged()
         folder.mkdir(exist_ok=True)
         layout = FeaturePipeline.load(state, memories=False).layout
         (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
