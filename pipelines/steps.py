@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from mmoe_rec.training.warm_start import WarmStart
 
 
-def prepare_features(settings: Settings) -> Prepared:
-    """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(*_log_and_place(settings))
+def prepare_features(settings: Settings, going_on: bool = False) -> Prepared:
+    """Fitted features and encoded rows; what is there already is taken if it is still right.
+
+    going_on: whether a model goes on from these features, see `mmoe_rec.features.build.prepare`.
+    """
+    return prepare(*_log_and_place(settings), going_on=going_on)
 
 
 def extend_features(settings: Settings) -> Extended | None:
@@ -76,7 +79,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
 
     device = pick_device(settings.training.device)
     with process_group(device, settings.training.timeout_minutes) as ranks:
-        ranks.after_first(lambda: prepare_features(settings))
+        ranks.after_first(lambda: prepare_features(settings, going_on or start is not None))
         checkpoint = latest_checkpoint(checkpoints) if resume else None
         if resume and (finished := Finished.read(checkpoints)) is not None:
             return replace(finished.trained(settings), before=True) if ranks.first else None
@@ -142,12 +145,7 @@ def _check_training_rows(settings: Settings, found: Prepared | None, start: str 
             "model, run python -m pipelines.features with --extend first"
         )
     if found is not None:
-        empty = [name for name in ("train", "validation") if not found.manifest["splits"][name]["rows"]]
-        if empty:
-            raise UserError(
-                f"the features in '{found.folder}' have no {empty[0]} rows: they were extended by new rows only, and "
-                f"none of these lies in that split; extend them by more rows, with `split` set around them"
-            )
+        found.require_rows("train", "validation")
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
@@ -272,6 +270,7 @@ def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
     """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
     prepared = at_hand(*_log_and_place(settings))
     if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
+        prepared.require_rows("test")
         return prepared.split("test")
     pipeline = FeaturePipeline.load(artifact / "features", memories=False)
     if set(pipeline.schema.tasks) != set(settings.tasks):
@@ -280,7 +279,14 @@ def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
         )
     # The logs are the settings': the model's may have lain elsewhere.
     events = {name: settings.data.events.get(name, event) for name, event in pipeline.schema.events.items()}
-    logs = Logs(settings.data.log, pipeline.schema.model_copy(update={"events": events}), build_options(settings))
+    schema = pipeline.schema.model_copy(update={"events": events})
+    types = [pipeline.key_types] * (1 + len(events))
+    logs = Logs(settings.data.log, schema, build_options(settings), types)
+    if gone := Prepared(Path(settings.data.work) / "features").gone(logs):
+        say(
+            f"the model's features are not at hand, so counters and histories remember the files of the log as it is: "
+            f"{len(gone):,} that the features at hand hold are gone, such as '{gone[0]}'"
+        )
     encoded = Path(settings.data.work) / "evaluation" / "encoded"
     encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
     return encoded / "test"

@@ -65,7 +65,8 @@ class Learnt:
 
     counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of each; rows: of
     each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition;
-    bad: problems of files that could not be read, in which case nothing else is learnt of the part.
+    spans: (log of events or None, file) -> first and last time of its rows; bad: problems of files that could not be
+    read, in which case nothing else is learnt of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Learnt:
     users: LatestParts | None = None
     candidates: LatestParts | None = None
     sent: dict[str, np.ndarray] = field(default_factory=dict)
+    spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
 
     def merge(self, other: Learnt) -> None:
@@ -93,6 +95,9 @@ class Learnt:
         self.candidates = _merged(self.candidates, other.candidates)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
+        for file, span in other.spans.items():
+            mine = self.spans.get(file, span)
+            self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
         self.bad += other.bad
 
 
@@ -109,15 +114,21 @@ def learn_part(
     """Learns a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
-    return _learn_log(job, reader, part) if source is None else _learn_events(job, reader, source, part)
+    noticed = Noticed()
+    if source is None:
+        learnt = _learn_log(job, reader, part, noticed)
+    else:
+        learnt = _learn_events(job, reader, source, part, noticed)
+    learnt.spans = {(source, address): span for address, span in noticed.spans.items()}
+    return Learnt(bad=noticed.bad) if noticed.bad else learnt
 
 
-def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart) -> Learnt:
+def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart, noticed: Noticed) -> Learnt:
     schema = job.schema
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
     learnt.candidates = LatestParts(schema, "candidate")
-    sender, noticed = _Sender(job, part), Noticed()
+    sender = _Sender(job, part)
     row = part.start
     for rows in reader.read(part, noticed):
         if noticed.bad:
@@ -132,8 +143,6 @@ def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart) ->
         _learn_statistics(job, pipeline, rows)
         sender.add(pipeline, rows, row)
         row += len(rows)
-    if noticed.bad:
-        return Learnt(bad=noticed.bad)
     sender.flush()
     learnt.counts = pipeline.counts if job.statistics else {}
     learnt.key_types, learnt.sent = pipeline.key_types, sender.sent
@@ -150,14 +159,14 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def _learn_events(job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart) -> Learnt:
+def _learn_events(
+    job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart, noticed: Noticed
+) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
-    sender, noticed = _Sender(job, part, source), Noticed()
+    sender = _Sender(job, part, source)
     for rows in reader.read(part, noticed):
         if not noticed.bad:
             sender.add(pipeline, rows, None)
-    if noticed.bad:
-        return Learnt(bad=noticed.bad)
     sender.flush()
     return Learnt(sent=sender.sent)
 

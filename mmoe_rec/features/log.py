@@ -6,16 +6,13 @@ A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any pa
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import PurePath
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import Use, column_uses, event_uses
@@ -24,14 +21,17 @@ from mmoe_rec.features.log_checks import (
     LeftOut,
     LogFile,
     check_files,
+    digest_of,
     format_time,  # noqa: F401 - offered here with what it describes
     open_parquet,
+    word_of,
+    words_of,
 )
 from mmoe_rec.features.log_parts import LogPart, Noticed, Piece, cut
-from mmoe_rec.features.log_values import file_column, first_row
+from mmoe_rec.features.log_values import file_column, first_row, next_batch
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.features.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
-from mmoe_rec.files import FoundFile, find_files, first_line
+from mmoe_rec.files import FoundFile, find_files
 from mmoe_rec.schema import EVENT, Schema
 
 ROWS_AT_A_TIME = 131_072
@@ -169,12 +169,31 @@ Reader = TypeVar("Reader", LogReader, EventReader)
 
 
 class _Files(Generic[Reader]):
-    """Rows of files, read in parts. files: those that were checked, and not left out; reader: reads a part of them."""
+    """Rows of files, read in parts.
+
+    found: all files that are there; files: those that were checked, and not left out; types: of their columns; reader:
+    reads a part of them.
+    """
 
     source: str
+    schema: Schema
+    uses: dict[str, Use]
+    found: dict[str, FoundFile]
     files: list[LogFile]
     left_out: list[LeftOut]
+    types: dict[str, pa.DataType]
     reader: Reader
+
+    def _open(
+        self, found: Sequence[FoundFile], skip_bad_files: bool, left_out: Sequence[LeftOut], types: Mapping[str, str]
+    ) -> None:
+        self.found = {file.address: file for file in found}
+        wanted = [file for file in found if file.address not in {each.address for each in left_out}]
+        unit = self.schema.columns.time_unit
+        self.files, self.types, bad = check_files(wanted, self.uses, unit, skip_bad_files, types)
+        self.left_out = [*left_out, *bad]
+        if not self.files:
+            raise none_usable(self.source, self.left_out)
 
     @property
     def rows(self) -> int:
@@ -212,6 +231,7 @@ class Log(_Files[LogReader]):
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
         skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
         left_out: files that are not even opened.
+        types: of columns in words, as they have to be; by default as most files have them.
         now: microseconds since 1970 UTC; later requests are an error when read. By default in a day's time.
 
     Raises:
@@ -226,23 +246,21 @@ class Log(_Files[LogReader]):
         *,
         skip_bad_files: bool = False,
         left_out: Sequence[LeftOut] = (),
+        types: Mapping[str, str] | None = None,
         now: int | None = None,
     ) -> None:
         self.source = source
         self.schema = schema
         self.uses = column_uses(schema)
         self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
-        self.files, self.types, self.left_out = _open_files(
-            source, find_files(source), self.uses, schema, skip_bad_files, left_out
-        )
+        self._open(find_files(source), skip_bad_files, left_out, types or {})
         if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
         self.reader = LogReader(schema, self.uses, self.now, types=words_of(self.types))
 
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
-        text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in self.files)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of((file.address, file.bytes, file.rows) for file in self.files)
 
 
 class EventRows(_Files[EventReader]):
@@ -251,38 +269,33 @@ class EventRows(_Files[EventReader]):
     Args and errors: as `Log`, whose `now` it shares.
     """
 
-    def __init__(self, name: str, log: Log, *, skip_bad_files: bool = False, left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        log: Log,
+        *,
+        skip_bad_files: bool = False,
+        left_out: Sequence[LeftOut] = (),
+        types: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.schema = name, log.schema
         self.time = self.schema.events[name].time
         self.uses = event_uses(self.schema, name)
         self.source = self.schema.events[name].path
-        found = find_files(self.source, f"data.events.{name}.path")
-        self.files, types, self.left_out = _open_files(
-            self.source, found, self.uses, self.schema, skip_bad_files, left_out
-        )
-        for column, kind in types.items():
+        self._open(find_files(self.source, f"data.events.{name}.path"), skip_bad_files, left_out, types or {})
+        for column, kind in self.types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
-        self.reader = EventReader(self.schema, self.uses, log.now, name, types=words_of(types))
+        self.reader = EventReader(self.schema, self.uses, log.now, name, types=words_of(self.types))
 
-
-def _open_files(
-    source: str,
-    found: Sequence[FoundFile],
-    uses: dict[str, Use],
-    schema: Schema,
-    skip_bad_files: bool,
-    left_out: Sequence[LeftOut],
-) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
-    not_opened = {each.address for each in left_out}
-    wanted = [file for file in found if file.address not in not_opened]
-    files, types, bad = check_files(wanted, uses, schema.columns.time_unit, skip_bad_files)
-    if not files:
-        raise none_usable(source, [*left_out, *bad])
-    return files, types, [*left_out, *bad]
+    def times(self, file: LogFile) -> np.ndarray:
+        """(rows,) int64 microseconds of the events of one file."""
+        reader, parts = replace(self.reader, uses={self.time: "time"}), cut([file], file.rows)
+        found = [rows.times() for part in parts for rows in reader.read(part)]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
@@ -311,7 +324,7 @@ def _piece_tables(
             raise _changed(address)
         start = sum(group_rows[: piece.groups[0]])
         batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
-        while (batch := _next(batches, address)) is not None:
+        while (batch := next_batch(batches, address, parquet.schema_arrow)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in partition.items()}
             columns = {c: file_column(address, c, use, raw[c], time_unit, start) for c, use in uses.items()}
@@ -323,26 +336,6 @@ def _piece_tables(
 
 def _changed(address: str) -> BadFile:
     return BadFile(f"'{address}' has changed since the log was opened; start again", address)
-
-
-def word_of(kind: pa.DataType) -> str | None:
-    """A canonical type in a word; None for that of a column which is null throughout."""
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
-    if pt.is_list(kind):  # whatever a file calls the elements
-        return f"list<{kind.value_type}>"
-    return None if pt.is_null(kind) else str(kind)
-
-
-def words_of(types: dict[str, pa.DataType]) -> dict[str, str]:
-    """The types of columns in words, as far as they are known."""
-    return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
-
-
-def _next(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
-    try:
-        return next(batches, None)
-    except (pa.ArrowException, OSError) as error:
-        raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
 
 
 def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:

@@ -6,11 +6,13 @@ log is read is in `mmoe_rec.features.value_checks`.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -103,10 +105,35 @@ def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.Parquet
         yield stack.enter_context(parquet)
 
 
+def word_of(kind: pa.DataType) -> str | None:
+    """A canonical type in a word; None for that of a column which is null throughout."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_list(kind):  # whatever a file calls the elements
+        return f"list<{kind.value_type}>"
+    return None if pa.types.is_null(kind) else str(kind)
+
+
+def words_of(types: Mapping[str, pa.DataType]) -> dict[str, str]:
+    """The types of columns in words, as far as they are known."""
+    return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
+
+
+def digest_of(files: Iterable[tuple[str, int, int]]) -> str:
+    """A fingerprint of files' names, sizes and row counts."""
+    text = "\n".join(f"{PurePath(address).name} {size} {rows}" for address, size, rows in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def check_files(
-    found: Sequence[FoundFile], uses: dict[str, Use], time_unit: str | None, skip_bad_files: bool
+    found: Sequence[FoundFile],
+    uses: dict[str, Use],
+    time_unit: str | None,
+    skip_bad_files: bool,
+    known: Mapping[str, str],
 ) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
     """Reads every file's footer once.
+
+    known: types of columns, in words, that features were fitted to; other columns have that of most files.
 
     Returns:
         the files, each column's canonical type (none for a column that is null everywhere), and what was left out.
@@ -117,14 +144,15 @@ def check_files(
     footers = _footers(found, uses, time_unit)
     problems = {each.address: each for each in footers if isinstance(each, BadFile)}
     good = [each for each in footers if isinstance(each, _Footer)]
-    integers = _integers_in_paths(good)
+    integers = _integers_in_paths(good) - {column for column, word in known.items() if word == "string"}
+    integers |= {column for column, word in known.items() if word == "int64"}
     for footer in good:
         try:
             _add_kinds_in_path(footer, uses, time_unit, integers)
         except BadFile as problem:
             problems[footer.found.address] = problem
     good = [each for each in good if each.found.address not in problems]
-    types, deviating = _majority(good, uses)
+    types, deviating = _common_types(good, uses, known)
     problems |= deviating
     bad = [problems[file.address] for file in found if file.address in problems]
     if bad and not skip_bad_files:
@@ -203,15 +231,18 @@ def _add_kinds_in_path(footer: _Footer, uses: dict[str, Use], time_unit: str | N
         return
     address = footer.found.address
     for column, value in footer.in_path.items():
-        found = pa.null() if value is None else pa.int64() if column in integers else pa.string()
+        integer = column in integers and value is not None and _is_integer(value)
+        found = pa.null() if value is None else pa.int64() if integer else pa.string()
         try:
             footer.kinds[column] = canonical_type(column, uses[column], found, time_unit)
         except UserError as error:
             raise BadFile(f"'{address}': {error}, in the file's path", address) from None
 
 
-def _majority(footers: Sequence[_Footer], uses: dict[str, Use]) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """The type of each column that most files have (the first of equals), and the files that have another."""
+def _common_types(
+    footers: Sequence[_Footer], uses: dict[str, Use], known: Mapping[str, str]
+) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
+    """The known type of each column, or that which most files have (the first of equals), and files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
@@ -220,13 +251,19 @@ def _majority(footers: Sequence[_Footer], uses: dict[str, Use]) -> tuple[dict[st
         if not having:
             continue
         counts = Counter(kind for kind, _ in having)
-        types[column], count = counts.most_common(1)[0]
-        example = next(address for kind, address in having if kind == types[column])
+        common, count = counts.most_common(1)[0]
+        there = f"'{next(address for kind, address in having if kind == common)}'"
+        share = f" ({count} of {len(having)} files have {common})"
+        word = word_of(common)
+        if column in known:
+            word, there, share = known[column], "the fitted features", ""
         for kind, address in having:
-            if kind != types[column]:
-                message = (
-                    f"column '{column}' changes its type: {types[column]} in '{example}', {kind} in '{address}'; "
-                    f"write all files with one type ({count} of {len(having)} files have {types[column]})"
-                )
-                deviating.setdefault(address, BadFile(message, address))
+            if word_of(kind) == word:
+                types[column] = kind
+                continue
+            message = (
+                f"column '{column}' changes its type: {word} in {there}, {kind} in '{address}'; "
+                f"write all files with one type{share}"
+            )
+            deviating.setdefault(address, BadFile(message, address))
     return types, deviating

@@ -76,9 +76,3 @@ class Noticed:
             first, last = int(times.min()), int(times.max())
             before = self.spans.get(address, (first, last))
             self.spans[address] = min(first, before[0]), max(last, before[1])
-
-    def merge(self, other: Noticed) -> None:
-        """Adds what was noticed of other parts."""
-        self.bad += other.bad
-        for address, span in other.spans.items():
-            self.add_times(address, np.array(span))

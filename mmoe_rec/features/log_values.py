@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
@@ -9,6 +12,18 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import Use, canonical
 from mmoe_rec.features.log_checks import BadFile
 from mmoe_rec.files import first_line
+
+
+def next_batch(batches: Iterator[pa.RecordBatch], address: str, schema: pa.Schema) -> pa.RecordBatch | None:
+    """The next batch of a file of this schema, None after the last. Raises BadFile where it can't be read."""
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        fixed = [f"'{each.name}'" for each in schema if pa.types.is_fixed_size_list(each.type)]
+        if fixed and "lists to be of size" in str(error):
+            what = f"holds null among lists of a fixed size, which Arrow writes and cannot read: {', '.join(fixed)}"
+            raise BadFile(f"'{address}' {what}; write lists of any size", address) from None
+        raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
 
 
 def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None, start: int) -> pa.Array:
@@ -20,7 +35,8 @@ def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit
         while wrong - fine > 1:
             middle = (fine + wrong) // 2
             try:
-                _valid(column, use, values[:middle], time_unit)
+                # Taken, not sliced: of lists, a slice still has the elements of all.
+                _valid(column, use, values.take(pa.array(np.arange(middle))), time_unit)
                 fine = middle
             except UserError:
                 wrong = middle

@@ -123,4 +123,6 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
         )
     elif isinstance(value, bool):
         wanted = int(value)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        wanted = float(value)
     return pc.fill_null(pc.equal(column, pa.scalar(wanted)), False).to_numpy(zero_copy_only=False)

@@ -27,7 +27,7 @@ from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import AnswerJob, Partition, answer_partition
 from mmoe_rec.features.answers import AnswerExchange, Blocks
-from mmoe_rec.features.checks import check_times, place
+from mmoe_rec.features.checks import check_readings, check_times, place
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.learn import (
@@ -78,16 +78,25 @@ DEFAULTS = BuildOptions()
 
 
 class Logs:
-    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`."""
+    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`.
+
+    types: of the columns of each of them, as `Log` takes them.
+    """
 
     only_new = False
 
-    def __init__(self, source: str, schema: Schema, options: BuildOptions) -> None:
+    def __init__(
+        self, source: str, schema: Schema, options: BuildOptions, types: Sequence[Mapping[str, str]] | None = None
+    ) -> None:
         self.schema, self.options = schema, options
         skip = options.skip_bad_files
         now = None if options.future_times == "error" else _NEVER
-        self.log = Log(source, schema, skip_bad_files=skip, now=now)
-        self.events = [EventRows(name, self.log, skip_bad_files=skip) for name in schema.events]
+        of_log, *of_events = types or [{}] * (1 + len(schema.events))
+        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=now)
+        self.events = [
+            EventRows(name, self.log, skip_bad_files=skip, types=each)
+            for name, each in zip(schema.events, of_events, strict=True)
+        ]
 
     @property
     def all(self) -> list[Log | EventRows]:
@@ -98,12 +107,6 @@ class Logs:
     def rows(self) -> int:
         """Rows of all of them."""
         return sum(each.rows for each in self.all)
-
-    @property
-    def left_out(self) -> list[LeftOut]:
-        """Files that are not read, each once, though it may belong to several logs."""
-        found = {each.address: each for log in reversed(self.all) for each in log.left_out}
-        return [found[address] for address in sorted(found)]
 
     def without(self, bad: Sequence[BadFile]) -> Logs:
         """The same logs without further files. Raises UserError where nothing is left to read of one."""
@@ -173,14 +176,19 @@ class Steps:
 
         Raises UserError for a bad file, unless such files are skipped, and for rows that occur twice.
         """
+        check_readings(self.logs.log)
         while (learnt := self._learn(statistics)).bad:
-            self.logs = self.logs.without(learnt.bad)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.leave_out(learnt.bad)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
         if self.logs.options.duplicates == "error":
             self._check_duplicates()
         return learnt
+
+    def leave_out(self, bad: Sequence[BadFile]) -> None:
+        """Forgets what was learnt, and reads without further files from now on."""
+        self.logs = self.logs.without(bad)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _learn(self, statistics: bool) -> Learnt:
         options, log = self.logs.options, self.logs.log

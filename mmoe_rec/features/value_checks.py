@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
 
 from mmoe_rec.features.log_checks import format_time
 from mmoe_rec.features.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import Schema, VectorFeature
+
+_LARGEST = float(np.finfo(np.float32).max)  # in which labels are kept
 
 
 @dataclass
@@ -62,7 +66,11 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
                 ),
             )
         )
-    return checks + [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
+    checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
+    for name, feature in schema.features.items():
+        if isinstance(feature, VectorFeature):
+            checks += _vector_checks(name, feature.column, feature.size)
+    return checks
 
 
 def event_value_checks(time: str, now: int) -> list[ValueCheck]:
@@ -92,14 +100,56 @@ def _no_future(column: str, now: int, what: str) -> ValueCheck:
     )
 
 
+def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
+    what = f"column '{column}' of feature '{feature}' holds"
+    return [
+        ValueCheck(
+            column,
+            lambda rows: list_lengths(rows.column(column)),
+            lambda lengths: (lengths >= 0) & (lengths != size),
+            lambda found: (
+                f"{what} a list of {found.first} numbers, but its `size` is {size} ({found.count} rows are so); write "
+                "lists of that length, or null where there is none"
+            ),
+        ),
+        ValueCheck(
+            column,
+            lambda rows: _elements_that_are_none(rows.column(column)),
+            lambda elements: elements > 0,
+            lambda found: (
+                f"{what} null, NaN or infinity within a list ({found.count} rows are so); write finite numbers, or "
+                "null instead of the whole list"
+            ),
+        ),
+    ]
+
+
+def list_lengths(lists: pa.Array) -> np.ndarray:
+    """(N,) int64 lengths of lists, -1 for null ones."""
+    if pt.is_null(lists.type):
+        return np.full(len(lists), -1)
+    return lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _elements_that_are_none(lists: pa.Array) -> np.ndarray:
+    """(N,) int64 how many elements of each list are null, or no finite numbers."""
+    lengths = np.maximum(list_lengths(lists), 0)
+    if not lengths.sum():
+        return np.zeros(len(lists), np.int64)
+    wrong = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null is NaN
+    row = np.repeat(np.arange(len(lists)), lengths)
+    return np.bincount(row[wrong], minlength=len(lists))
+
+
 def _label_check(task: str, label: str, kind: str) -> ValueCheck:
     if kind == "regression":
         return ValueCheck(
             label,
             lambda rows: rows.numbers(label),
-            np.isinf,
+            lambda values: np.abs(values) > _LARGEST,
             lambda found: (
-                f"label column '{label}' of task '{task}' holds an infinite value; make it null ({found.count} rows)"
+                f"label column '{label}' of task '{task}' holds {_infinite_or(found.first)}; make it null "
+                f"({found.count} rows)"
             ),
         )
     return ValueCheck(
@@ -111,3 +161,7 @@ def _label_check(task: str, label: str, kind: str) -> ValueCheck:
             f"({found.count} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
         ),
     )
+
+
+def _infinite_or(value: float) -> str:
+    return f"{value:g}, which no float32 can hold" if np.isfinite(value) else "an infinite value"
