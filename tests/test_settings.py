@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -407,7 +406,7 @@ def test_the_templates_defaults_are_the_defaults():
         assert getattr(template, section) == type(getattr(template, section))(), section
 
 
-# Speed
+# What reading settings imports
 
 
 def test_help_needs_no_heavy_import():
@@ -417,7 +416,5 @@ def test_help_needs_no_heavy_import():
         "print(*(n for n in ('torch','torchrec','mlflow','pyarrow','pandas','numpy','ray','sklearn','matplotlib')"
         " if n in sys.modules))"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 2
     assert done.stdout.strip() == ""

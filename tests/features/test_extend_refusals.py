@@ -176,7 +176,7 @@ def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growin
     new = files_of(growing.work)
     assert json.loads(new["features/manifest.json"])["extends"]
     kills = 0
-    for share in np.random.default_rng(0).uniform(0, 1, 8):
+    for share in np.random.default_rng(0).uniform(0, 1, 100):
         shutil.rmtree(growing.work)
         shutil.copytree(tmp_path / "old", growing.work)
         job = begin()
@@ -185,4 +185,6 @@ def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growin
         kills += job.wait() == -signal.SIGKILL
         found = {name: each for name, each in files_of(growing.work).items() if not name.startswith(".")}
         assert found in (old, new)
-    assert kills >= 3
+        if kills == 5:
+            return
+    raise AssertionError("all but a few came to their end before they were killed")

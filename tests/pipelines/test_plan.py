@@ -1,7 +1,6 @@
 """Plans for machines that are not there."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,8 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
 
 
 def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
-    started = time.perf_counter()
     code, said = run(capsys, "--world-size", "16", "--local-world-size", "8", "--hbm-gib", "80")
     assert code == 0, said
-    assert time.perf_counter() - started < 10
     together = re.search(r"together: ([\d.]+) GiB", said)
     assert together is not None
     assert float(together[1]) * 2**30 > 1e12
