@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
@@ -96,13 +97,15 @@ def _train(
 ) -> Trained | None:
     import torch.distributed as dist
 
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.checkpoint import Origin, fixed_settings
     from mmoe_rec.training.loop import Trainer
 
     work = Path(settings.data.work)
     prepared = Prepared(work / "features")
     run_id = None
-    origin = Origin(fixed_settings(settings.model, settings.training), prepared.manifest["fingerprint"])
+    layout = ModelLayout.of(prepared.layout, settings)
+    origin = Origin(fixed_settings(settings.model, settings.training, layout), prepared.manifest["fingerprint"])
     if checkpoint is not None:
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
@@ -115,10 +118,11 @@ def _train(
             run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
 
         def draw(found: Validation, step: int) -> None:
-            _draw_gates(run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png")
+            _draw_gates(run, layout, found.experts, f"plots/gates/step_{step:07}.png")
 
         trainer = Trainer(
             prepared,
+            layout,
             settings.model,
             settings.training,
             device,
@@ -131,7 +135,7 @@ def _train(
         )
         result = trainer.run()
         dist.barrier()
-        return _finish(run, settings, prepared, result) if first else None
+        return _finish(run, settings, prepared, layout, result) if first else None
 
 
 def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
@@ -151,16 +155,18 @@ def _check_training_rows(settings: Settings, found: Prepared | None, start: str 
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.serving.artifact import read_artifact
     from mmoe_rec.settings import Model
     from mmoe_rec.training.warm_start import WarmStart
 
-    return WarmStart(folder, Model.model_validate(read_artifact(folder).model), prepared, settings.model)
+    structure = Model.model_validate(read_artifact(folder).model)
+    return WarmStart(folder, structure, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
 def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> None:
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
-    run.log_params(settings.model_dump(mode="json", include=sections))
+    run.log_params({**settings.model_dump(mode="json", include=sections), **settings.choices})
     run.log_text(settings.to_yaml(), "settings.yaml")
     run.log_dict(prepared.manifest, "data.json")
     manifest = prepared.manifest
@@ -170,13 +176,15 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 
 
-def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
+def _finish(
+    run: tracking.Run, settings: Settings, prepared: Prepared, layout: ModelLayout, result: TrainingResult
+) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
     from mmoe_rec.training.sharding import load_plain
 
-    work, layout, best = Path(settings.data.work), prepared.layout, result.best
+    work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
     _draw_gates(run, layout, best.experts, "plots/gate_weights.png")

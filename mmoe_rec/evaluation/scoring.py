@@ -11,8 +11,8 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions, with_outcomes
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
@@ -30,7 +30,7 @@ class Scored:
     unobserved; weights: (N,) of the rows, None where all count alike.
     """
 
-    layout: Layout
+    layout: ModelLayout
     users: pa.Array
     requests: pa.Array
     candidates: pa.Array
@@ -69,7 +69,7 @@ class Scored:
 @torch.inference_mode()
 def score_rows(
     model: RankingModel,
-    layout: Layout,
+    layout: ModelLayout,
     rows: EncodedRows,
     batch_size: int,
     *,

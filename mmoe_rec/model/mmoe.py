@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.bottom import Bottom
 from mmoe_rec.model.gates import Gates, RoutingRule
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
 from mmoe_rec.model.precision import for_products
 from mmoe_rec.model.routing import Routing
@@ -108,7 +108,7 @@ class RankingModel(nn.Module):
     is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`.
     """
 
-    def __init__(self, tables: nn.Module, layout: Layout, mixture: Mixture) -> None:
+    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture) -> None:
         super().__init__()
         self.tables = tables
         self.dense_columns: Tensor
@@ -159,7 +159,7 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 
-def build_model(layout: Layout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
+def build_model(layout: ModelLayout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
     """The model that the `model` section of the settings describes; the dense part's weights follow from the seed.
 
     Raises UserError for a layout without inputs besides placement.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import KeyedIds
-from mmoe_rec.features.layout import IdInput, Layout, Table
+from mmoe_rec.features.layout import IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
 INITIAL_DEVIATION = 0.01
@@ -22,13 +23,13 @@ INITIAL_DEVIATION = 0.01
 BLOCK_ROWS = 65_536
 
 
-def used_tables(layout: Layout) -> list[Table]:
+def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
     """The tables that an id input looks up, in layout order."""
     used = {each.table for each in layout.ids}
     return [table for table in layout.tables if table.name in used]
 
 
-def initial_rows(table: Table, seed: int, first: int, last: int) -> Tensor:
+def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
     """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
 
     A function of seed, table name and row alone, so that any sharding over any number of ranks starts equal.
@@ -47,7 +48,7 @@ def initial_rows(table: Table, seed: int, first: int, last: int) -> Tensor:
 class PlainTables(nn.Module):
     """One `torch.nn.EmbeddingBag` per table. The counterpart of torchrec's EmbeddingBagCollection."""
 
-    def __init__(self, tables: tuple[Table, ...], ids: tuple[IdInput, ...], seed: int = 0) -> None:
+    def __init__(self, tables: tuple[EmbeddingTable, ...], ids: tuple[IdInput, ...], seed: int = 0) -> None:
         super().__init__()
         self.embedding_bags = nn.ModuleDict()
         used = {each.table for each in ids}
@@ -64,12 +65,12 @@ class PlainTables(nn.Module):
         return {name: self.embedding_bags[table](*ids.column(name)) for name, table in self.table_of.items()}
 
 
-def plain_tables(layout: Layout, seed: int = 0) -> PlainTables:
+def plain_tables(layout: ModelLayout, seed: int = 0) -> PlainTables:
     """The tables of a layout on this process alone."""
     return PlainTables(layout.tables, layout.ids, seed)
 
 
-def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.Module:
+def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout, Table
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, used_tables
 from mmoe_rec.training.fbgemm import share_cpuinfo
 from mmoe_rec.training.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
 
-FirstRows = Callable[[Table, int, int], Tensor]
+FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
 
 
@@ -47,7 +47,7 @@ class Sharded:
 
 def shard(
     model: nn.Module,
-    layout: Layout,
+    layout: ModelLayout,
     device: torch.device,
     *,
     batch_size: int,
@@ -82,7 +82,7 @@ def shard(
     return Sharded(parallel, parallel.fused_optimizer, plan_text(plan))
 
 
-def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: int) -> Any:
+def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -102,7 +102,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _fill_tables(parallel: Any, layout: Layout, first_rows: FirstRows) -> None:
+def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
         for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
