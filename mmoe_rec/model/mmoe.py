@@ -113,6 +113,7 @@ class RankingModel(nn.Module):
         self.tables = tables
         self.dense_columns: Tensor
         self.placement_columns: Tensor
+        self.dims = {each.name: layout.table(each.table).dim for each in layout.ids}
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
@@ -146,7 +147,7 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
-        embeddings = by_name(self.tables(batch.ids))
+        embeddings = by_name(self.tables(batch.ids), self.dims)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)

@@ -2,7 +2,8 @@
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
 `mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
-an input (no id gives zeros), and answer by input name.
+an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
+`mmoe_rec.model.padding`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.padding import from_stored, stored_width
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
 INITIAL_DEVIATION = 0.01
@@ -86,7 +88,7 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
         EmbeddingBagConfig(
             name=table.name,
             num_embeddings=table.rows,
-            embedding_dim=table.dim,
+            embedding_dim=stored_width(table.dim),
             feature_names=[each.name for each in layout.ids if each.table == table.name],
             pooling=PoolingType.MEAN,
             init_fn=_zeros,
@@ -97,16 +99,16 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
     return collection
 
 
-def by_name(embeddings: Any) -> dict[str, Tensor]:
+def by_name(embeddings: Any, dims: dict[str, int]) -> dict[str, Tensor]:
     """What a collection of either form answers: input name -> (B, dim) float32.
 
-    The order of a sharded collection's own output follows the sharding plan.
+    dims: width of each input's embedding. The order of a sharded collection's own output follows the sharding plan.
     """
     if isinstance(embeddings, dict):
         return embeddings
     # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
     parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
-    return dict(zip(embeddings.keys(), parts, strict=True))
+    return {name: from_stored(part, dims[name]) for name, part in zip(embeddings.keys(), parts, strict=True)}
 
 
 def _zeros(weight: Tensor) -> Tensor:

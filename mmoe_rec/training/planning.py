@@ -13,6 +13,7 @@ from torch import nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.padding import COLUMNS, stored_width
 from mmoe_rec.model.tables import used_tables
 
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
@@ -164,8 +165,8 @@ def alike(ranks: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def table_bytes(table: EmbeddingTable) -> int:
-    """Of weights, and of row-wise Adagrad's one number a row."""
-    return table.rows * (table.dim + 1) * _FLOAT
+    """Of weights as they are stored, and of row-wise Adagrad's one number a row."""
+    return table.rows * (stored_width(table.dim) + 1) * _FLOAT
 
 
 def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
@@ -183,9 +184,9 @@ def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
         machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
         ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
         ways.append(f"use {ranks} ranks")
-    if room > 0 and (rows := int(room * 0.9) // ((largest.dim + 1) * _FLOAT)) < largest.rows:
+    if room > 0 and (rows := int(room * 0.9) // ((stored_width(largest.dim) + 1) * _FLOAT)) < largest.rows:
         ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
-    narrower = int(largest.dim * 0.9 * (offered / needed))
+    narrower = int(largest.dim * 0.9 * (offered / needed)) // COLUMNS * COLUMNS  # other widths take no less
     if 0 < narrower < largest.dim:
         ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
     return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")
