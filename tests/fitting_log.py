@@ -25,7 +25,8 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
     _, validation_end = windows["validation"]
     assert train_end is not None
     assert validation_end is not None
-    first, last = train_end - 30 * DAY, windows["test"][1] or validation_end + 7 * DAY
+    maturing = max(int(task.matures_after_days * DAY) for task in schema.tasks.values())
+    first, last = train_end - maturing - 30 * DAY, windows["test"][1] or validation_end + 7 * DAY
     times = np.linspace(first, last, requests, endpoint=False).astype(np.int64).repeat(CANDIDATES)
     names, rows = schema.columns, requests * CANDIDATES
     columns = {name: _column(use, times, rng) for name, use in column_uses(schema).items()}

@@ -27,6 +27,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 CPU = torch.device("cpu")
 HERE = ["--data.engine=local", "--data.workers=1", "--training.device=cpu", "--training.precision=fp32"]
 SHORT = ["--training.batch_size=100", "--training.epochs=1"]
+NARROW = ["--model.bottom.units=[32]", "--model.experts.units=[16]"]
 
 
 def test_there_are_configs() -> None:
@@ -44,7 +45,7 @@ def _smaller(settings: Settings) -> Iterator[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
-    overrides = [*HERE, *SHORT, *_smaller(load_settings(config)), "--data.work", str(tmp_path / "work")]
+    overrides = [*HERE, *SHORT, *NARROW, *_smaller(load_settings(config)), "--data.work", str(tmp_path / "work")]
     settings = load_settings(config, [*overrides, *write_fitting_logs(load_settings(config), tmp_path)])
     prepared = prepare_features(settings)
     layout = ModelLayout.of(prepared.layout, settings)
