@@ -85,7 +85,8 @@ def test_defaults_and_names():
     assert settings.model.experts.count == 8
     assert settings.registered_model == "small"
     assert Settings.model_validate({**SMALL, "tracking": {"registered_model": "other"}}).registered_model == "other"
-    assert settings.schema_.tasks == settings.tasks
+    assert settings.schema_.tasks["liked"].observed_when == settings.tasks["liked"].observed_when
+    assert settings.choices["tasks"]["click"] == {"objective": "engagement", "loss_weight": 1.0, "score_weight": 1.0}
 
 
 def test_settings_do_not_change():

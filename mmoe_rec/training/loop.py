@@ -26,7 +26,7 @@ from mmoe_rec.batches.reader import EncodedRows, TrainingReader
 from mmoe_rec.devices import use_bf16
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
@@ -78,9 +78,10 @@ class TrainingResult:
 class Trainer:
     """Trains one model; `run` leaves checkpoints in a folder, the best one's among them. Needs a process group.
 
-    log_metrics: called with metrics and the step; on rank 0 it may write them down. warm_start: the weights to start
-    from, by default random ones. resume: a checkpoint to go on from instead. origin: what checkpoints say of it all.
-    watch: called with each validation and its step; what it raises ends the training.
+    layout: that of the prepared rows, with what the model makes of it. log_metrics: called with metrics and the step;
+    on rank 0 it may write them down. warm_start: the weights to start from, by default random ones. resume: a
+    checkpoint to go on from instead. origin: what checkpoints say of it all. watch: called with each validation and its
+    step; what it raises ends the training.
 
     Raises:
         UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -89,6 +90,7 @@ class Trainer:
     def __init__(
         self,
         prepared: Prepared,
+        layout: ModelLayout,
         model_settings: Model,
         settings: Training,
         device: torch.device,
@@ -101,7 +103,7 @@ class Trainer:
     ) -> None:
         self.settings, self.device, self.origin = settings, device, origin
         self.log_metrics, self.watch = log_metrics, watch
-        self.layout: Layout = prepared.layout
+        self.layout = layout
         self._tasks = [task.name for task in self.layout.tasks]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import logit_of_both
 from mmoe_rec.training.task_weights import loss_factors
 
@@ -18,7 +19,7 @@ def masked_loss(
     labels: Tensor,
     observed: Tensor,
     *,
-    tasks: Sequence[TaskOutput],
+    tasks: Sequence[ModelTask],
     global_counts: Tensor,
     world_size: int = 1,
     weights: Tensor | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.training.losses import row_losses
@@ -37,7 +38,7 @@ class Validation:
     auc: dict[str, float]
     experts: Utilisation
 
-    def objective(self, select_by: str, layout: Layout) -> float:
+    def objective(self, select_by: str, layout: ModelLayout) -> float:
         """What the best model has the most of: mean AUC, or minus the weighted loss."""
         if select_by == "auc" and self.auc:
             return sum(self.auc.values()) / len(self.auc)

@@ -11,10 +11,10 @@ from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 
 LAYOUT = Layout(
-    tables=(Table("items", 1000, 4),),
+    tables=(Table("items", 1000),),
     ids=(IdInput("item", "items"), IdInput("history", "items", many=True), IdInput("slot", "items", placement=True)),
     dense=(DenseInput("price"), DenseInput("age")),
-    tasks=(TaskOutput("click", "binary", "engagement"), TaskOutput("stars", "regression", "satisfaction")),
+    tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression")),
 )
 
 

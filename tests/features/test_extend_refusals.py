@@ -63,7 +63,7 @@ def _write_last_again(log: Growing) -> None:
 
 def _change_schema(log: Growing) -> None:
     tree = log.schema.model_dump()
-    tree["features"]["item"]["dim"] = 3
+    tree["features"]["item"]["oov_buckets"] = 3
     log.schema = Schema.model_validate(tree)
 
 
@@ -91,7 +91,7 @@ def _only_events(log: Growing) -> None:
         (_write_last_again, r"row 0 of '.*last.parquet' was requested .* 1 of 1 new rows"),
         (
             _change_schema,
-            r"setting 'features.item.dim' is 16 in the features in '.*' and 3 now; build the features anew",
+            r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the features anew",
         ),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
         (_change_type, r"column 'item' changes its type"),

@@ -44,8 +44,9 @@ SCHEMA = Schema.model_validate(
     }
 )
 
+DIMS = {"item": 8, "user_item": 4, "when_weekday": 4}
 LAYOUT = Layout(
-    tables=(Table("item", ITEMS, 8), Table("user_item", 1000, 4), Table("when_weekday", 8, 4)),
+    tables=(Table("item", ITEMS), Table("user_item", 1000), Table("when_weekday", 8, feature="when")),
     ids=(
         IdInput("item", "item"),
         IdInput("tags", "item", many=True),
@@ -61,8 +62,8 @@ LAYOUT = Layout(
         DenseInput("item_click_rate", edges=EDGES),
     ),
     tasks=(
-        TaskOutput("click", "binary", "engagement"),
-        TaskOutput("stars", "regression", "satisfaction", mean=3.0, deviation=1.0),
+        TaskOutput("click", "binary"),
+        TaskOutput("stars", "regression", mean=3.0, deviation=1.0),
     ),
 )
 
@@ -127,7 +128,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> Prepared:
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
     """The health of rows that are written to a folder."""
-    return inspect("made up", write(folder, frames, **manifest), SCHEMA)
+    return inspect("made up", write(folder, frames, **manifest), SCHEMA, DIMS)
 
 
 def changed(seed: int, change: Change) -> Frames:

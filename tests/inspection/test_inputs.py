@@ -36,9 +36,7 @@ DENSE = (
 def layout(dense: list[str]) -> Layout:
     """A layout with these dense inputs."""
     numbers = tuple(DenseInput(name) for name in dense)
-    return Layout(
-        (), tuple(IdInput(name, name) for name in IDS), numbers, (TaskOutput("click", "binary", "engagement"),)
-    )
+    return Layout((), tuple(IdInput(name, name) for name in IDS), numbers, (TaskOutput("click", "binary"),))
 
 
 def test_inputs_find_their_features():

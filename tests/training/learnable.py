@@ -15,7 +15,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
@@ -49,14 +49,14 @@ TRAINING = Training.model_validate(
 )
 
 
-def regression(name: str) -> TaskOutput:
+def regression(name: str) -> ModelTask:
     """A regression whose label has a large unit."""
-    return TaskOutput(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
+    return ModelTask(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
 
 
-def five_tasks() -> tuple[TaskOutput, ...]:
+def five_tasks() -> tuple[ModelTask, ...]:
     """Four binary tasks and a regression."""
-    binary = [TaskOutput(f"task{i}", "binary", "engagement") for i in range(4)]
+    binary = [ModelTask(f"task{i}", "binary", "engagement") for i in range(4)]
     return (*binary, regression("rating"))
 
 
@@ -77,7 +77,7 @@ LAYOUTS = {
 }
 
 
-def learnable_rows(layout: Layout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
+def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
     """Random inputs, of which each adds to each task's logit; a third of the labels (rows, T) is NaN."""
     encoded, labels = random_rows(rows, seed, layout)
     # The effects are the same for every seed of the rows.
@@ -111,7 +111,7 @@ def _mean_effect(ids: np.ndarray | Ragged, effect: np.ndarray) -> np.ndarray:
     return total / np.maximum(ids.lengths, 1)[:, None]
 
 
-def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
+def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
     """The folder that `prepare` would make, with as much in it as training reads.
 
     labels: split -> labels instead of the learnable ones.
@@ -128,8 +128,14 @@ def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] |
         columns["sampling_rate"] = pa.array(np.where(values[:, 0] == 0, 0.25, 1.0), pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
-    (folder / "encoded" / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    (folder / "encoded" / "layout.json").write_text(layout.of_rows().to_json(), encoding="utf-8")
+    (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     return Prepared(folder)
+
+
+def layout_of(prepared: Prepared) -> ModelLayout:
+    """The layout that `write_prepared` was given."""
+    return ModelLayout.read(prepared.folder)
 
 
 @dataclass
@@ -144,10 +150,10 @@ class Trained:
 
     def model(self) -> RankingModel:
         """The plain model of the checkpoint."""
-        return plain_model(self.prepared.layout, self.checkpoint, self.model_settings)
+        return plain_model(layout_of(self.prepared), self.checkpoint, self.model_settings)
 
 
-def plain_model(layout: Layout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
+def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
     """The plain model of a checkpoint."""
     plain = build_model(layout, model, plain_tables(layout, seed=99), seed=99)
     load_plain(plain, checkpoint)
@@ -162,6 +168,7 @@ def trained(
     with process_group(device):
         result = Trainer(
             prepared,
+            layout_of(prepared),
             model,
             TRAINING.model_copy(update=changes),
             device,

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.settings import Model
 from mmoe_rec.training import loop
@@ -33,6 +33,7 @@ from tests.training.learnable import (
     ROWS,
     TRAINING,
     Trained,
+    layout_of,
     learnable_rows,
     plain_model,
     scores,
@@ -56,7 +57,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[Trainer]:
     """A trainer whose steps a test takes itself."""
     with process_group(CPU):
-        yield Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
+        yield Trainer(
+            prepared, layout_of(prepared), MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None
+        )
 
 
 def meter(one: Trainer) -> Meter:
@@ -197,7 +200,7 @@ def judge(found: Trained) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: Path) -> None:
-    layout: Layout = LAYOUTS[name]
+    layout: ModelLayout = LAYOUTS[name]
     epochs = 4  # of tasks that have nothing in common, so that a small model takes its time
     found = trained(write_prepared(tmp_path / "data", layout), tmp_path / "best", epochs=epochs)
     quality = judge(found)

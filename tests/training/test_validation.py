@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
@@ -49,7 +49,7 @@ def validated(
     labels: np.ndarray,
     gates: np.ndarray,
     parts: int = 3,
-    layout: Layout = LAYOUT,
+    layout: ModelLayout = LAYOUT,
     weights: np.ndarray | None = None,
 ) -> Validation:
     """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates and (N,) weights, in batches."""
