@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
+    from mmoe_rec.evaluation.notes import told
     from mmoe_rec.evaluation.table import results_table
     from pipelines.baselines import evaluate_baselines
     from pipelines.steps import Trained, evaluate_model, train_model
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for position, (candidate, score) in enumerate(ranking, start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
     console.print(results_table({"MMoE": evaluated.summary, **baselines}))
+    for note in told([evaluated.summary, *baselines.values()]):
+        print(f"note: {note}")
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
         f"{trained.waiting:.1%} of it waiting for data"
