@@ -43,7 +43,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 6
+FORMAT = 7
 
 
 class FeaturePipeline:
@@ -182,8 +182,8 @@ class FeaturePipeline:
             placement = self.schema.role_of(name) == "placement"
             outline = encoder.outline()
             tables += outline.tables
-            ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
-            dense += [replace(each, placement=placement) for each in outline.dense]
+            ids += [IdInput(each, table, many, placement, feature=name) for each, table, many in outline.ids]
+            dense += [replace(each, placement=placement, feature=name) for each in outline.dense]
         tasks = [
             TaskOutput(
                 name,

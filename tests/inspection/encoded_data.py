@@ -50,15 +50,15 @@ LAYOUT = Layout(
         IdInput("item", "item"),
         IdInput("tags", "item", many=True),
         IdInput("user_item", "user_item"),
-        IdInput("when_weekday", "when_weekday"),
+        IdInput("when_weekday", "when_weekday", feature="when"),
     ),
     dense=(
         DenseInput("price", edges=EDGES),
-        DenseInput("price_missing"),
+        DenseInput("price_missing", feature="price"),
         DenseInput("weight", edges=EDGES),
-        DenseInput("look_0"),
-        DenseInput("look_1"),
-        DenseInput("item_click_rate", edges=EDGES),
+        DenseInput("look_0", feature="look"),
+        DenseInput("look_1", feature="look"),
+        DenseInput("item_click_rate", edges=EDGES, feature="item_click"),
     ),
     tasks=(
         TaskOutput("click", "binary", "engagement"),
@@ -159,7 +159,7 @@ def _table(frame: pd.DataFrame) -> pa.Table:
     for name in frame:
         kind = name.split(".")[0]
         values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
-        wanted = IDS if name == "id.tags" else types.get(kind)
+        wanted = {"id.tags": IDS, "label.stars": pa.float64()}.get(name, types.get(kind))
         if kind == "time":
             values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
         columns[name] = pa.array(values, type=wanted, from_pandas=True)
