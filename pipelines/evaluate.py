@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
-    from mmoe_rec.evaluation.notes import told
+    from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
     from pipelines.steps import evaluate_model
 
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Console().print(results_table({settings.name: evaluated.summary}))
     for note in told([evaluated.summary]):
         print(f"note: {note}")
+    for warning in warnings(evaluated.summary):
+        print(f"warning: {warning}")
     print(f"metrics: {out / 'metrics.json'}")
 
 

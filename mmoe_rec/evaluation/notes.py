@@ -9,6 +9,8 @@ LEFT_OUT = {
     "requests_without_relevant_row": "{} without a relevant row",
     "requests_of_equal_relevance": "{} whose rows are equally relevant",
 }
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which one is told
+_NOTHING = {"value": None, "low": None, "high": None}
 
 
 def task_note(task: Mapping[str, Any], users: int) -> str | None:
@@ -86,3 +88,33 @@ def _value(metrics: Mapping[str, Any], name: str) -> float | None:
 
 def _joined(sentences: list[str]) -> str | None:
     return " ".join(sentences) or None
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence for each task that ranks no better than chance, and for each whose probabilities are far off.
+
+    Far off is beyond `FURTHEST`, where the 95% interval does not hold 1 either.
+    """
+    found = []
+    for name, task in summary["tasks"].items():
+        auc, ratio = task.get("auc", _NOTHING), task.get("calibration", _NOTHING)
+        if auc["value"] is not None and auc["value"] < 0.5:
+            interval = "" if auc["low"] is None else f" ({auc['low']:.3f} to {auc['high']:.3f})"
+            found.append(
+                f"the AUC of '{name}' is {auc['value']:.3f}{interval}, below .5: it ranks no better than chance"
+            )
+        if _is_far(ratio):
+            interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            too = "high" if ratio["value"] > 1 else "low"
+            found.append(
+                f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
+                "training.calibration corrects them, and so may longer training"
+            )
+    return found
+
+
+def _is_far(ratio: Mapping[str, float | None]) -> bool:
+    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    if value is None or 1 / FURTHEST <= value <= FURTHEST:
+        return False
+    return low is None or high is None or not low <= 1 <= high

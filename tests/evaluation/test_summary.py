@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_sco
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import metrics_of
-from mmoe_rec.evaluation.notes import told
+from mmoe_rec.evaluation.notes import told, warnings
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.summary import compare, flatten, summarise
 from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure, merge_all
@@ -179,6 +179,16 @@ def test_what_has_no_interval_is_said_and_why() -> None:
     assert "auc, gauc_user, gauc_request" in found["note"]
     assert "no interval" in found["note"]
     assert "no interval" in summary["score"]["note"]
+
+
+def test_what_is_wrong_with_a_model_is_told(log: Log) -> None:
+    assert [each for each in warnings(summarise(log.measure(), 100)) if "'bought'" in each] == []
+    turned = replace(log, predictions=log.predictions | {"bought": 1 - log.predictions["bought"]})
+    found = [each for each in warnings(summarise(turned.measure(), 100)) if "'bought'" in each]
+    assert any("the AUC of 'bought' is 0." in each and "below .5" in each for each in found)
+    low = replace(log, predictions=log.predictions | {"bought": 0.1 * log.predictions["bought"]})
+    (far,) = (each for each in warnings(summarise(low.measure(), 100)) if "'bought'" in each)
+    assert far.startswith("the probabilities of 'bought' are too low: 0.1")
 
 
 def with_mean(log: Log, mean: float, deviation: float) -> Log:
