@@ -138,6 +138,18 @@ def changed(seed: int, change: Change) -> Frames:
     return frames
 
 
+def drifting(split: str, frame: pd.DataFrame) -> None:
+    """Drift in all that can drift, and half of the candidates unknown."""
+    if split != "test":
+        return
+    for column in ("dense.price", "dense.weight", "dense.look_0", "dense.item_click_rate"):
+        frame[column] += 2
+    frame["id.when_weekday"] = 1 + frame["id.when_weekday"] % 3
+    frame["id.user_item"] %= 3
+    frame["id.tags"] = [[5 + number % 3] for number in range(len(frame))]
+    frame.loc[frame.index % 100 < 51, "id.item"] = 2
+
+
 def feature(health: dict, name: str) -> dict:
     """A feature's part of the health."""
     return next(each for each in health["features"] if each["name"] == name)
