@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
     for part in told_of(trained, settings):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
-    for sentence in trained.best.experts.findings(list(settings.tasks)):
-        print(f"note: {sentence}")
+    if note := trained.best.experts.note(settings.model.gates.routing):
+        print(f"note: {note}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     print(f"model: {trained.artifact}, registered as {trained.address}")
     if not trained.promoted:

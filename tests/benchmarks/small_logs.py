@@ -1,8 +1,9 @@
-"""python -m tests.benchmarks.small_logs --rows 40000
+"""python -m tests.benchmarks.small_logs
 
-Do unused experts and gates that settle on one matter on a small log? Trainings on a synthetic log of so many rows that
-differ in seed and in the settings of gates and experts: how many experts are dead and gates have collapsed, how good
-the model is on the test rows, and what it loses in AUC without its least used expert and without its most used one.
+Do unused experts and gates that settle on one matter on a small log? Trainings on a synthetic log and on the slice of
+Complete Journey of `pipelines.quickstart --fast`, which differ in seed and in the settings of gates and experts: how
+many experts are dead and gates have collapsed, how good the model is on the test rows, and what it loses in AUC, of the
+task that loses most, without its least used expert and without its most used one.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-CONFIG = "configs/synthetic.yaml"
+if TYPE_CHECKING:
+    from mmoe_rec.settings import Settings
+
 TOP = ["--model.gates.routing", "top_k", "--model.gates.top_k", "2"]
 WAYS = {
     "default": [],
@@ -27,7 +31,7 @@ WAYS = {
 }
 
 
-def train_and_score(prepared: Any, overrides: list[str]) -> dict[str, Any]:
+def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
     """One training, and what its model does on the test rows."""
     import torch
 
@@ -36,12 +40,11 @@ def train_and_score(prepared: Any, overrides: list[str]) -> dict[str, Any]:
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.settings import load_settings
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
     from mmoe_rec.training.sharding import load_plain
 
-    settings, device, layout = load_settings(CONFIG, overrides), torch.device("cpu"), prepared.layout
+    device, layout = torch.device("cpu"), prepared.layout
     with tempfile.TemporaryDirectory() as folder, process_group(device):
         trainer = Trainer(prepared, settings.model, settings.training, device, Path(folder), lambda *_: None)
         result = trainer.run()
@@ -63,29 +66,37 @@ def train_and_score(prepared: Any, overrides: list[str]) -> dict[str, Any]:
     return {"dead": dead, "collapsed": sum(experts.polarised), **whole, **lost}
 
 
+def logs(folder: Path, rows: int) -> Iterator[tuple[str, Callable[[Sequence[str]], Settings]]]:
+    """Each log's name, and what makes its settings of overrides."""
+    from mmoe_rec.settings import load_settings
+    from pipelines import make_synthetic_log
+    from pipelines.ingest_complete_journey import Selection, ingest, packaged_folder
+    from pipelines.quickstart import FAST_HOUSEHOLDS, quickstart_settings
+
+    make_synthetic_log.main(["--out", f"{folder}/log", "--rows", str(rows)])
+    paths = ["--data.log", f"{folder}/log", "--data.work", f"{folder}/work", "--training.batch_size", "512"]
+    yield "synthetic", lambda overrides: load_settings("configs/synthetic.yaml", [*paths, *overrides])
+    ingest(packaged_folder(), folder / "slice", Selection(households=FAST_HOUSEHOLDS))
+    yield "slice", lambda overrides: quickstart_settings(True, folder / "slice", overrides)
+
+
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=40_000)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=40_000, help="of the synthetic log")
+    parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
-    from mmoe_rec.settings import load_settings
-    from pipelines import make_synthetic_log
     from pipelines.steps import prepare_features
 
     with tempfile.TemporaryDirectory() as folder:
-        make_synthetic_log.main(["--out", f"{folder}/log", "--rows", str(options.rows)])
-        paths = ["--data.log", f"{folder}/log", "--data.work", f"{folder}/work", "--training.batch_size", "512"]
-        prepared, found = prepare_features(load_settings(CONFIG, paths)), {}
-        for name, overrides in WAYS.items():
-            runs = [
-                train_and_score(prepared, [*paths, *overrides, "--training.seed", str(seed)])
-                for seed in range(options.seeds)
-            ]
-            found[name] = {key: round(float(np.mean([run[key] for run in runs])), 4) for key in runs[0]}
-            found[name]["deviation"] = round(float(np.std([run["clicked"] for run in runs], ddof=1)), 4)
-            print(name, found[name], flush=True)
-    print(json.dumps(found))
+        for log, settings in logs(Path(folder), options.rows):
+            prepared = prepare_features(settings([]))
+            for name, overrides in WAYS.items():
+                seeds = [["--training.seed", str(seed)] for seed in range(options.seeds)]
+                runs = [train_and_score(prepared, settings([*overrides, *seed])) for seed in seeds]
+                means = {key: round(float(np.mean([run[key] for run in runs])), 4) for key in runs[0]}
+                spread = {f"{key} +-": round(float(np.std([run[key] for run in runs], ddof=1)), 4) for key in runs[0]}
+                print(json.dumps({"log": log, "way": name, **means, **spread}), flush=True)
 
 
 if __name__ == "__main__":
