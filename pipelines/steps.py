@@ -188,7 +188,7 @@ def _finish(
     run.log_text(result.plan, "sharding_plan.txt")
     _draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
-    run.log_text("\n".join(findings or ["no expert is dead and no gate has collapsed"]) + "\n", "experts.txt")
+    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))

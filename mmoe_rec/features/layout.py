@@ -25,21 +25,29 @@ class Table:
 
 @dataclass(frozen=True)
 class IdInput:
-    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros."""
+    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros.
+
+    feature: whose it is, where that has another name.
+    """
 
     name: str
     table: str
     many: bool = False
     placement: bool = False
+    feature: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class DenseInput:
-    """One float32 number a row. edges: rising quantiles of its training values, at which a model may bend."""
+    """One float32 number a row.
+
+    edges: rising quantiles of its training values, at which a model may bend; feature: as of an `IdInput`.
+    """
 
     name: str
     placement: bool = False
     edges: tuple[float, ...] = ()
+    feature: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class Layout:
         return Layout(
             tables=tuple(Table(**each) for each in tree["tables"]),
             ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(each["name"], each["placement"], tuple(each["edges"])) for each in tree["dense"]),
+            dense=tuple(DenseInput(**{**each, "edges": tuple(each["edges"])}) for each in tree["dense"]),
             tasks=tuple(TaskOutput(**each) for each in tree["tasks"]),
         )
 

@@ -182,8 +182,8 @@ class FeaturePipeline:
             placement = self.schema.role_of(name) == "placement"
             outline = encoder.outline()
             tables += outline.tables
-            ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
-            dense += [replace(each, placement=placement) for each in outline.dense]
+            ids += [IdInput(each, table, many, placement, feature=name) for each, table, many in outline.ids]
+            dense += [replace(each, placement=placement, feature=name) for each in outline.dense]
         tasks = []
         for name, task in self.schema.tasks.items():
             mean, deviation = self.label_scales.get(name, (0.0, 1.0))

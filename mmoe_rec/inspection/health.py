@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
 def _feature(
     feature: FeatureInputs, schema: Schema, sums: Sums, prepared: Prepared, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    meaning = meaning_of(schema, feature.name)
+    meaning, keys = meaning_of(schema, feature.name), schema.columns
     inputs = [_id_input(each, feature, meaning, sums, prepared) for each in feature.ids]
     inputs += [_number_input(each, feature, sums) for each in feature.numbers]
     return {
@@ -66,6 +66,7 @@ def _feature(
         "kind": feature.kind,
         "role": feature.role,
         "columns": feature.columns,
+        "is_key": feature.kind == "id" and feature.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
         "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,

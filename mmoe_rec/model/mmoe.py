@@ -36,7 +36,11 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """Of B rows: logits (B, T) float32, and where each level of experts sent them, the last level's routing last."""
+    """Of B rows: logits (B, T), and where each level of experts sent them, the last level's routing last.
+
+    Logits are float32; of a `RankingModel` with a regression float64, as a float32 in the label's own unit may have
+    steps wider than the labels' deviation.
+    """
 
     logits: Tensor
     routings: tuple[Routing, ...]
@@ -120,8 +124,9 @@ class RankingModel(nn.Module):
             self.register_buffer(name, torch.tensor(columns, dtype=torch.int64), persistent=False)
         self.scale: Tensor
         self.mean: Tensor
-        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks]), persistent=False)
-        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks]), persistent=False)
+        units = torch.float64 if any(task.kind == "regression" for task in layout.tasks) else torch.float32
+        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks], dtype=units), False)
+        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks], dtype=units), False)
         self.mixture = mixture
         self.tasks = len(layout.tasks)
 
@@ -152,7 +157,7 @@ class RankingModel(nn.Module):
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
-        return Outputs(torch.addcmul(self.mean, outputs.logits, self.scale), outputs.routings)
+        return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:

@@ -140,8 +140,9 @@ class Ranker:
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions (N, T) float32 and log scores (N,) float64 of rows in canonical types (see `features.columns`).
+        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `features.columns`).
 
+        Predictions are float32, or float64 where a task is a regression.
         Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
         ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
         """
@@ -165,7 +166,7 @@ class Ranker:
         return values, log_scores, warnings
 
     def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
-        """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
+        """Calibrated logits (n, T) of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
         if len(rows) > ROWS_AT_A_TIME:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
@@ -60,12 +62,16 @@ def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     columns = encoded.to_arrow(layout(table_rows))
     for index, labels in enumerate(rows.labels.T):
         columns[f"label.task{index}"] = pa.array(labels, pa.float32())
+    columns["user"] = pa.array(np.arange(len(rows.labels)) // 20)
     table = pa.table(columns)
     for split, count in (("train", len(table)), ("validation", BATCH)):
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(table.slice(0, count), folder / "encoded" / split / "part-00000.parquet", row_group_size=65_536)
     (folder / "encoded" / "layout.json").write_text(layout(table_rows).of_rows().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
+    counts = SplitCounts()
+    counts.add({f"task{index}": labels for index, labels in enumerate(rows.labels.T)}, np.ones(len(rows.labels)))
+    (folder / "manifest.json").write_text(json.dumps({"splits": {"train": asdict(counts)}}), encoding="utf-8")
 
 
 def train(features: Path) -> float:

@@ -51,15 +51,15 @@ LAYOUT = Layout(
         IdInput("item", "item"),
         IdInput("tags", "item", many=True),
         IdInput("user_item", "user_item"),
-        IdInput("when_weekday", "when_weekday"),
+        IdInput("when_weekday", "when_weekday", feature="when"),
     ),
     dense=(
         DenseInput("price", edges=EDGES),
-        DenseInput("price_missing"),
+        DenseInput("price_missing", feature="price"),
         DenseInput("weight", edges=EDGES),
-        DenseInput("look_0"),
-        DenseInput("look_1"),
-        DenseInput("item_click_rate", edges=EDGES),
+        DenseInput("look_0", feature="look"),
+        DenseInput("look_1", feature="look"),
+        DenseInput("item_click_rate", edges=EDGES, feature="item_click"),
     ),
     tasks=(
         TaskOutput("click", "binary"),
@@ -139,6 +139,18 @@ def changed(seed: int, change: Change) -> Frames:
     return frames
 
 
+def drifting(split: str, frame: pd.DataFrame) -> None:
+    """Drift in all that can drift, and half of the candidates unknown."""
+    if split != "test":
+        return
+    for column in ("dense.price", "dense.weight", "dense.look_0", "dense.item_click_rate"):
+        frame[column] += 2
+    frame["id.when_weekday"] = 1 + frame["id.when_weekday"] % 3
+    frame["id.user_item"] %= 3
+    frame["id.tags"] = [[5 + number % 3] for number in range(len(frame))]
+    frame.loc[frame.index % 100 < 51, "id.item"] = 2
+
+
 def feature(health: dict, name: str) -> dict:
     """A feature's part of the health."""
     return next(each for each in health["features"] if each["name"] == name)
@@ -160,7 +172,7 @@ def _table(frame: pd.DataFrame) -> pa.Table:
     for name in frame:
         kind = name.split(".")[0]
         values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
-        wanted = IDS if name == "id.tags" else types.get(kind)
+        wanted = {"id.tags": IDS, "label.stars": pa.float64()}.get(name, types.get(kind))
         if kind == "time":
             values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
         columns[name] = pa.array(values, type=wanted, from_pandas=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded, Ragged, label_types
+from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
@@ -80,6 +82,7 @@ LAYOUTS = {
 def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
     """Random inputs, of which each adds to each task's logit; a third of the labels (rows, T) is NaN."""
     encoded, labels = random_rows(rows, seed, layout)
+    labels = labels.astype(np.float64)
     # The effects are the same for every seed of the rows.
     effects = np.random.default_rng(1)
     logits = np.zeros(labels.shape)
@@ -116,6 +119,7 @@ def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarr
 
     labels: split -> labels instead of the learnable ones.
     """
+    counts = {split: SplitCounts() for split in ROWS}
     for seed, (split, rows) in enumerate(ROWS.items()):
         encoded, drawn = learnable_rows(layout, rows, seed)
         values = (labels or {}).get(split, drawn)
@@ -124,12 +128,17 @@ def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarr
         for name, (given, task) in layout.outcomes.items():
             known[name] = np.where(values[:, given] == 0, 0.0, np.where(values[:, given] == 1, values[:, task], np.nan))
         for name, column in known.items():
-            columns[f"label.{name}"] = pa.array(column, pa.float32(), mask=np.isnan(column))
-        columns["sampling_rate"] = pa.array(np.where(values[:, 0] == 0, 0.25, 1.0), pa.float32())
+            columns[f"label.{name}"] = pa.array(column, label_types(layout)[name], mask=np.isnan(column))
+        columns["user"] = pa.array(np.arange(rows) // 20)
+        rates = np.where(values[:, 0] == 0, 0.25, 1.0)
+        counts[split].add(known, rates)
+        columns["sampling_rate"] = pa.array(rates, pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
     (folder / "encoded" / "layout.json").write_text(layout.of_rows().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    manifest = {"splits": {split: asdict(each) for split, each in counts.items()}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return Prepared(folder)
 
 

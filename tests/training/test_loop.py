@@ -213,13 +213,13 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
 
-def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mean", "deviation"), [(400.0, 700.0), (1.7e9, 100.0)])
+def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path, mean: float, deviation: float) -> None:
     quality = []
-    for unit in (1.0, 1000.0):
-        *others, rating = LAYOUT.tasks
-        rating = replace(rating, mean=rating.mean * unit, deviation=rating.deviation * unit)
-        layout = replace(LAYOUT, tasks=(*others, rating))
-        folder = tmp_path / f"{unit:g}"
+    *others, rating = LAYOUT.tasks
+    for task in (rating, replace(rating, mean=mean, deviation=deviation)):
+        layout = replace(LAYOUT, tasks=(*others, task))
+        folder = tmp_path / f"{task.deviation:g}"
         quality.append(judge(trained(write_prepared(folder / "data", layout), folder / "best")))
     assert quality[1] == pytest.approx(quality[0], abs=0.01)
 
