@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -86,7 +85,8 @@ def test_defaults_and_names():
     assert settings.model.experts.count == 8
     assert settings.registered_model == "small"
     assert Settings.model_validate({**SMALL, "tracking": {"registered_model": "other"}}).registered_model == "other"
-    assert settings.schema_.tasks == settings.tasks
+    assert settings.schema_.tasks["liked"].observed_when == settings.tasks["liked"].observed_when
+    assert settings.choices["tasks"]["click"] == {"objective": "engagement", "loss_weight": 1.0, "score_weight": 1.0}
 
 
 def test_settings_do_not_change():
@@ -407,7 +407,7 @@ def test_the_templates_defaults_are_the_defaults():
         assert getattr(template, section) == type(getattr(template, section))(), section
 
 
-# Speed
+# What reading settings imports
 
 
 def test_help_needs_no_heavy_import():
@@ -417,7 +417,5 @@ def test_help_needs_no_heavy_import():
         "print(*(n for n in ('torch','torchrec','mlflow','pyarrow','pandas','numpy','ray','sklearn','matplotlib')"
         " if n in sys.modules))"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 2
     assert done.stdout.strip() == ""

@@ -5,7 +5,7 @@
         files.json             the files of the logs that were taken in or left out (see `mmoe_rec.features.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
-        encoded/layout.json    order of the model's inputs
+        encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
 The folder appears whole or not at all.
@@ -42,7 +42,7 @@ class Prepared:
 
     @property
     def layout(self) -> Layout:
-        """Order of the model's inputs."""
+        """Order of the rows' inputs and labels."""
         return Layout.read(self.folder / "encoded")
 
     @property
@@ -193,7 +193,8 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 
 def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
-    """Changes when a file of the logs is written again, even with the same size, and with schema or splits."""
+    """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
+    the schema, or splits; not with what a model makes of them."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.partition) for file in each.files],
@@ -201,13 +202,14 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
         ]
         for each in logs.all
     ]
-    text = json.dumps([FORMAT, found, logs.schema.model_dump(mode="json"), windows], sort_keys=True)
+    # Keys in the order of the settings: that of features and tasks is the order of the layout.
+    text = json.dumps([FORMAT, found, logs.schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
-    text = json.dumps([FORMAT, schema.model_dump(mode="json"), windows], sort_keys=True)
+    text = json.dumps([FORMAT, schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -113,8 +113,12 @@ def extend(
 
 def _check_schema(prepared: Prepared, schema: Schema) -> None:
     before = FeaturePipeline.load(prepared.serving, memories=False).schema
-    one, other = (each.model_dump(mode="json") for each in (before, schema))
-    if found := next(differences(one, other), None):
+    found = next(differences(before.identity(), schema.identity()), None)
+    for section in ("tasks", "events"):  # layouts and files follow their order
+        old_order, order = list(getattr(before, section)), list(getattr(schema, section))
+        if found is None and old_order != order:
+            found = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
+    if found is not None:
         where, old, new = found
         raise UserError(
             f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or take the "

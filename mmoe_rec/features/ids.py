@@ -44,7 +44,7 @@ class VocabularyOwner:
 
     def table(self) -> Table:
         """The embedding table."""
-        return Table(self.name, self.vocabulary.rows, self.feature.dim)
+        return Table(self.name, self.vocabulary.rows)
 
     def state(self) -> State:
         """Known ids in the order of their rows."""
@@ -148,7 +148,7 @@ class CrossEncoder(Encoder):
 
     def outline(self) -> Outline:
         """One id input with a table of `buckets` rows."""
-        table = Table(self.name, self.feature.buckets, self.feature.dim)
+        table = Table(self.name, self.feature.buckets)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:

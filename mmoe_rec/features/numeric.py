@@ -72,7 +72,7 @@ class NumericEncoder(Encoder):
         """One dense input (and its indicator), or one id input: row 0 is missing, the buckets follow."""
         if self.feature.transform != "buckets":
             return Outline(dense=self.number.inputs())
-        table = Table(self.name, len(self.edges) + 2, self.feature.dim)
+        table = Table(self.name, len(self.edges) + 2)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
@@ -174,7 +174,7 @@ class TimeEncoder(Encoder):
         """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
         sizes = {"hour": 25, "weekday": 8}
         parts = [part for part in self.feature.parts if part in sizes]
-        tables = tuple(Table(f"{self.name}_{part}", sizes[part], self.feature.dim) for part in parts)
+        tables = tuple(Table(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
         ids = tuple((table.name, table.name, False) for table in tables)
         return Outline(tables, ids, self.age.inputs() if "age" in self.feature.parts else ())
 

@@ -174,7 +174,7 @@ class FeaturePipeline:
 
     @cached_property
     def layout(self) -> Layout:
-        """The inputs that `encode` gives and the tasks that the model predicts; asked for once all is fitted."""
+        """The inputs that `encode` gives and the tasks that rows have labels of; asked for once all is fitted."""
         tables: list[Table] = []
         ids: list[IdInput] = []
         dense: list[DenseInput] = []
@@ -182,20 +182,12 @@ class FeaturePipeline:
             placement = self.schema.role_of(name) == "placement"
             outline = encoder.outline()
             tables += outline.tables
-            ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
-            dense += [replace(each, placement=placement) for each in outline.dense]
-        tasks = [
-            TaskOutput(
-                name,
-                task.kind,
-                task.objective,
-                task.loss_weight,
-                task.score_weight,
-                *self.label_scales.get(name, (0.0, 1.0)),
-                task.given,
-            )
-            for name, task in self.schema.tasks.items()
-        ]
+            ids += [IdInput(each, table, many, placement, feature=name) for each, table, many in outline.ids]
+            dense += [replace(each, placement=placement, feature=name) for each in outline.dense]
+        tasks = []
+        for name, task in self.schema.tasks.items():
+            mean, deviation = self.label_scales.get(name, (0.0, 1.0))
+            tasks.append(TaskOutput(name, task.kind, mean=mean, deviation=deviation, given=task.given))
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
     def encode(self, rows: LogRows) -> Encoded:

@@ -13,8 +13,6 @@ from mmoe_rec.features.log_checks import format_time
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema, VectorFeature
 
-_LARGEST = float(np.finfo(np.float32).max)  # in which labels are kept
-
 
 @dataclass
 class Wrong:
@@ -146,10 +144,9 @@ def _label_check(task: str, label: str, kind: str) -> ValueCheck:
         return ValueCheck(
             label,
             lambda rows: rows.numbers(label),
-            lambda values: np.abs(values) > _LARGEST,
+            np.isinf,
             lambda found: (
-                f"label column '{label}' of task '{task}' holds {_infinite_or(found.first)}; make it null "
-                f"({found.count} rows)"
+                f"label column '{label}' of task '{task}' holds an infinite value; make it null ({found.count} rows)"
             ),
         )
     return ValueCheck(
@@ -161,7 +158,3 @@ def _label_check(task: str, label: str, kind: str) -> ValueCheck:
             f"({found.count} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
         ),
     )
-
-
-def _infinite_or(value: float) -> str:
-    return f"{value:g}, which no float32 can hold" if np.isfinite(value) else "an infinite value"

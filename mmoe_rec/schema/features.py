@@ -1,4 +1,4 @@
-"""The kinds of features."""
+"""The kinds of features: what each means. What a model makes of them is in `mmoe_rec.schema.choices`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from mmoe_rec.schema.section import Section
 Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
-class _Embedded(Section):
-    dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
-
-
-class _Vocabulary(_Embedded):
+class _Vocabulary(Section):
     column: str = Field(description="column that the feature reads")
     min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
     max_size: int | None = Field(None, ge=1, description="keep only this many most frequent ids")
@@ -27,20 +23,20 @@ class _Vocabulary(_Embedded):
 
 
 class IdFeature(_Vocabulary):
-    """One id a row, embedded."""
+    """One id a row."""
 
     kind: Literal["id"]
 
 
 class IdsFeature(_Vocabulary):
-    """A list of ids a row, embedded and averaged."""
+    """A list of ids a row."""
 
     kind: Literal["ids"]
     max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
 
 
-class NumericFeature(_Embedded):
-    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
+class NumericFeature(Section):
+    """A number, standardised or as its quantile bucket; missing values get an indicator."""
 
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
@@ -60,8 +56,8 @@ class VectorFeature(Section):
     size: int = Field(ge=1, description="length of every list")
 
 
-class TimeFeature(_Embedded):
-    """Hour and weekday as embeddings, age in days as a number."""
+class TimeFeature(Section):
+    """Hour and weekday as ids, age in days as a number."""
 
     kind: Literal["time"]
     column: str | None = Field(None, description="timestamp column; null is the request's time")
@@ -69,7 +65,6 @@ class TimeFeature(_Embedded):
         ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
     )
     timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
-    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
 
     @field_validator("parts")
     @classmethod
@@ -92,8 +87,8 @@ class TimeFeature(_Embedded):
         return self
 
 
-class CrossFeature(_Embedded):
-    """The hashed combination of two or more columns, embedded."""
+class CrossFeature(Section):
+    """The hashed combination of two or more columns."""
 
     kind: Literal["cross"]
     columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")

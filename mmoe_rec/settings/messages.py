@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import Feature, Section
+from mmoe_rec.schema import FeatureSettings, Section
 from mmoe_rec.settings.sections import Settings
 
 
@@ -167,5 +167,5 @@ def without_none(annotation: Any) -> Any:
 
 
 def feature_kinds() -> dict[str, type[Section]]:
-    union = typing.get_args(Feature)[0]
+    union = typing.get_args(FeatureSettings)[0]
     return {typing.get_args(m.model_fields["kind"].annotation)[0]: m for m in typing.get_args(union)}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.schema import Columns, EventLog, Feature, Roles, Schema, Section, Task
+from mmoe_rec.schema import CHOICES, Columns, EventLog, FeatureSettings, Roles, Schema, Section, TaskSettings
 from mmoe_rec.settings.model import Model
 
 
@@ -153,18 +153,28 @@ class Search(Section):
         return self
 
 
+# What can be tried of tasks and features, without building features anew.
+_SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
+
+
 class Tuning(Section):
     """The search for better settings by `python -m pipelines.tune`."""
 
-    search: dict[str, Search] = Field({}, description="name of a setting of model or training -> values to try")
+    search: dict[str, Search] = Field(
+        {}, description="name of a setting that features do not depend on, such as model.experts.count -> values to try"
+    )
     startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
 
     @field_validator("search")
     @classmethod
     def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
         for name in search:
-            if name.partition(".")[0] not in ("model", "training"):
-                raise ValueError(f"'{name}' is no setting of model or training, such as training.learning_rate")
+            section, _, rest = name.partition(".")
+            if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
+                raise ValueError(
+                    f"'{name}' can't be tried; what can are settings of model and training, such as "
+                    "training.learning_rate, and tasks.NAME.loss_weight, tasks.NAME.score_weight and features.NAME.dim"
+                )
         return search
 
 
@@ -175,8 +185,8 @@ class Settings(Section):
     data: Data
     columns: Columns
     roles: Roles = Roles()
-    tasks: dict[str, Task] = Field(min_length=1, description="name -> task")
-    features: dict[str, Feature] = Field(min_length=1, description="name -> feature")
+    tasks: dict[str, TaskSettings] = Field(min_length=1, description="name -> task")
+    features: dict[str, FeatureSettings] = Field(min_length=1, description="name -> feature")
     split: Split
     model: Model = Model()
     training: Training = Training()
@@ -188,6 +198,14 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check_schema(self) -> Settings:
         _ = self.schema_
+        for name in self.tuning.search:
+            section, _, rest = name.partition(".")
+            known = getattr(self, section) if section in CHOICES else None
+            if known is not None and (asked := rest.rpartition(".")[0]) not in known:
+                raise ValueError(
+                    f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
+                    f"{', '.join(known)}"
+                )
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError(
                 "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row"
@@ -197,13 +215,20 @@ class Settings(Section):
     @property
     def schema_(self) -> Schema:
         """The part that says what the log means."""
-        return Schema(
-            columns=self.columns,
-            roles=self.roles,
-            tasks=self.tasks,
-            features=self.features,
-            events=self.data.events,
-        )
+        sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
+        return Schema(**sections, events=self.data.events)
+
+    @property
+    def choices(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What the model makes of tasks and features: `tasks` or `features` -> name -> key -> value."""
+        sections = self.model_dump(mode="json", include=set(CHOICES))
+        return {
+            section: {
+                name: {key: value for key, value in each.items() if key in CHOICES[section]}
+                for name, each in named.items()
+            }
+            for section, named in sections.items()
+        }
 
     @property
     def experiment(self) -> str:

@@ -116,18 +116,6 @@ def test_the_row_of_an_id_beyond_64_bits(tmp_path, kind):
         list(Log(str(folder), _schema(f=feature)).stream())
 
 
-def test_a_label_beyond_what_is_kept_of_it(tmp_path):
-    tasks = {**TASKS, "spent": {"label": "x", "kind": "regression", "objective": "engagement"}}
-    largest = float(np.finfo(np.float32).max)
-    list(Log(str(_log(tmp_path / "good", _with([largest, -largest] * 150))), _schema(tasks)).stream())
-    folder = _log(tmp_path / "log", _with([1.0] * 120 + [-1e39, 1e300] + [None] * 178, pa.float64()))
-    message = (
-        r"0.parquet': label column 'x' of task 'spent' holds -1e\+39, which no float32 can hold; .*\(2 rows\).*row 120"
-    )
-    with pytest.raises(BadFile, match=message):
-        list(Log(str(folder), _schema(tasks)).stream())
-
-
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York", "Pacific/Apia"])
 def test_a_time_that_stands_for_never_has_an_hour(tmp_path, zone):
     """As in the year 9599: calendars repeat after 400 years, days of the week included."""

@@ -1,0 +1,51 @@
+"""What models are measured against: the test rows of the settings, and what their labels mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.build import Prepared, at_hand, encode_with
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.steps import Logs
+from mmoe_rec.progress import say
+from mmoe_rec.settings import Settings
+from mmoe_rec.settings.differences import differences
+from pipelines.steps import build_options, log_and_place
+
+
+def check_tasks(settings: Settings, artifact: Path) -> None:
+    """Raises UserError where a model's tasks mean something else than those of the settings: no common truth."""
+    schema = FeaturePipeline.load(artifact / "features", memories=False).schema
+    if set(schema.tasks) != set(settings.tasks):
+        raise UserError(f"the model predicts {', '.join(schema.tasks)}; the settings have {', '.join(settings.tasks)}")
+    its, ours = ({"tasks": each.identity()["tasks"]} for each in (schema, settings.schema_))
+    for where, before, now in differences(its, ours):
+        raise UserError(
+            f"the model was trained with '{where}' {before}, and it is {now} in the settings, so it predicts something "
+            "else than these labels: set it back, or train a model with it"
+        )
+
+
+def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
+    """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
+    prepared = at_hand(*log_and_place(settings))
+    if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
+        prepared.require_rows("test")
+        return prepared.split("test")
+    pipeline = FeaturePipeline.load(artifact / "features", memories=False)
+    schema = pipeline.schema
+    # The logs are the settings': the model's may have lain elsewhere, and not have been sampled.
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
+    schema = schema.model_copy(update={"events": events, "columns": columns})
+    types = [pipeline.key_types] * (1 + len(events))
+    logs = Logs(settings.data.log, schema, build_options(settings), types)
+    if gone := Prepared(Path(settings.data.work) / "features").gone(logs):
+        say(
+            "the model's features are not at hand, so counters and histories remember the files of the log as it is: "
+            f"{len(gone):,} that the features at hand hold are gone, such as '{gone[0]}'"
+        )
+    encoded = Path(settings.data.work) / "evaluation" / "encoded"
+    encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
+    return encoded / "test"
