@@ -96,18 +96,22 @@ class LogRows:
         return hash_column(self.requests()) if request is None else self.hashes([request])
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
-        """(N,) float64 labels, NaN where unobserved: null, ruled out, or not matured at `known_by` (microseconds)."""
+        """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a
+        task whose `given` task did not happen."""
         labels = self.numbers(task.label)
-        observed = self.times() + maturity(task) <= known_by
+        observed = self.times() + maturity(task, self.schema) <= known_by
+        if task.given is not None:
+            observed &= self.labels(self.schema.tasks[task.given], known_by) == 1
         if task.observed_when is not None:
             rule = task.observed_when
             observed &= _equals(self.column(rule.column), rule.column, rule.equals)
         return np.where(observed, labels, np.nan)
 
 
-def maturity(task: Task) -> int:
-    """Microseconds from a request until the task's label is final."""
-    return round(task.matures_after_days * MICROSECONDS_PER_DAY)
+def maturity(task: Task, schema: Schema) -> int:
+    """Microseconds from a request until the task's label is final: one with `given` no sooner than that task's."""
+    own = round(task.matures_after_days * MICROSECONDS_PER_DAY)
+    return own if task.given is None else max(own, maturity(schema.tasks[task.given], schema))
 
 
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:
