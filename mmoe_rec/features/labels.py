@@ -11,6 +11,8 @@ import numpy as np
 from mmoe_rec.features.rows import LogRows, maturity
 from mmoe_rec.schema import outcome_name
 
+_FOREVER = np.iinfo(np.int64).max
+
 
 def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
     """Task or outcome -> (N,) float64 labels, NaN where unobserved at `known_by` (microseconds since 1970 UTC).

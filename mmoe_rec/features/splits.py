@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.features.answer import fitted
 from mmoe_rec.features.answers import AnswerExchange, AnswerReader
-from mmoe_rec.features.labels import labels_of
+from mmoe_rec.features.labels import labels_of, unmatured
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.log import LogPart, LogReader
@@ -25,15 +25,21 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Rows of a split, and per task the observed labels and their sum."""
+    """Rows of a split, and per task the observed labels, their sum, and the labels that had not matured.
+
+    known_by: when labels must have matured to count, microseconds.
+    """
 
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
 
-    def add(self, labels: Mapping[str, np.ndarray]) -> None:
+    unmatured: dict[str, int] = field(default_factory=dict)
+    known_by: int | None = None
+    def add(self, labels: Mapping[str, np.ndarray], unmatured: Mapping[str, int]) -> None:
         """Counts the labels of a batch: task -> (N,) float64, NaN where unobserved."""
         for task, values in labels.items():
+        self.merge(SplitCounts(unmatured=dict(unmatured)))
             known = values[~np.isnan(values)]
             self.merge(SplitCounts(0, {task: len(known)}, {task: float(known.sum())}))
         self.rows += len(next(iter(labels.values())))
@@ -45,6 +51,8 @@ class SplitCounts:
             self.observed[task] = self.observed.get(task, 0) + observed
             self.label_sum[task] = self.label_sum.get(task, 0.0) + other.label_sum[task]
 
+        for task, count in other.unmatured.items():
+            self.unmatured[task] = self.unmatured.get(task, 0) + count
 
 @dataclass(frozen=True)
 class EncodeJob:
@@ -76,7 +84,7 @@ def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) ->
             if wanted.any():
                 inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
                 labels = labels_of(inside, job.known_by[name])
-                counts[name].add(labels)
+                counts[name].add(labels, unmatured(inside, job.known_by[name]))
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():

@@ -263,8 +263,8 @@ class Steps:
         """
         job = EncodeJob(state, self.windows, known_by, self._answers, folder)
         tasks = list(enumerate(self._parts))
-        counts = {name: SplitCounts() for name in self.windows}
-        function = partial(encode_part, job, self.logs.log.reader)
+        counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
+        function = partial(encode_part, job, self._reader)
         for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
             for name, each in part.items():
                 counts[name].merge(each)
