@@ -84,16 +84,22 @@ class LogRows:
         return filled(column.cast(pa.int64()), np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
 
     def requests(self) -> pa.Array:
-        """The request's id, (N,) int64 or string; without a request column, a hash of user and time."""
-        if self.schema.columns.request is not None:
-            return self.column(self.schema.columns.request)
-        hashed = self.hashes([self.schema.columns.user])
+        """The request's id, (N,) int64 or string; a hash of user and time without a request column, of user and id
+        where ids are a user's own."""
+        columns = self.schema.columns
+        if columns.request is not None:
+            if columns.request_scope == "log":
+                return self.column(columns.request)
+            return pa.array(self.hashes([columns.user, columns.request]).view(np.int64))
+        hashed = self.hashes([columns.user])
         return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
 
     def request_hashes(self) -> np.ndarray:
         """(N,) uint64 hash of the request's id."""
-        request = self.schema.columns.request
-        return hash_column(self.requests()) if request is None else self.hashes([request])
+        columns = self.schema.columns
+        if columns.request is None:
+            return hash_column(self.requests())
+        return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a

@@ -18,6 +18,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.log import LogPart, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.features.requests import OneTimeReader
 from mmoe_rec.features.rows import LogRows
 
 ROWS_PER_GROUP = 32_768
@@ -33,13 +34,13 @@ class SplitCounts:
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
-
     unmatured: dict[str, int] = field(default_factory=dict)
     known_by: int | None = None
+
     def add(self, labels: Mapping[str, np.ndarray], unmatured: Mapping[str, int]) -> None:
         """Counts the labels of a batch: task -> (N,) float64, NaN where unobserved."""
-        for task, values in labels.items():
         self.merge(SplitCounts(unmatured=dict(unmatured)))
+        for task, values in labels.items():
             known = values[~np.isnan(values)]
             self.merge(SplitCounts(0, {task: len(known)}, {task: float(known.sum())}))
         self.rows += len(next(iter(labels.values())))
@@ -50,9 +51,9 @@ class SplitCounts:
         for task, observed in other.observed.items():
             self.observed[task] = self.observed.get(task, 0) + observed
             self.label_sum[task] = self.label_sum.get(task, 0.0) + other.label_sum[task]
-
         for task, count in other.unmatured.items():
             self.unmatured[task] = self.unmatured.get(task, 0) + count
+
 
 @dataclass(frozen=True)
 class EncodeJob:
@@ -70,7 +71,7 @@ class EncodeJob:
     encoded: Path
 
 
-def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
+def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
     pipeline = fitted(job.state)
