@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.exchange import key_range
 from mmoe_rec.features.log import ROWS_PER_PART
+from mmoe_rec.files import first_line
 
 _COLUMNS = ("request", "first", "last", "least", "greatest", "rows")
 _HASHES = ("request", "least", "greatest")
@@ -81,22 +83,30 @@ class KnownRequests:
 
 
 def read_requests(folder: Path | None, partition: int, partitions: int) -> Iterator[KnownRequests]:
-    """The requests in a folder, None for none, that are a partition's; some at a time."""
+    """The requests in a folder, None for none, that are a partition's; some at a time.
+
+    Raises UserError for a folder that can't be read.
+    """
     if folder is None:
         return
     least, end = key_range(partition, partitions)
-    for path in sorted(folder.iterdir()):
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                range_of = file.metadata.row_group(group).column(0).statistics
-                if range_of.max < least or range_of.min >= end:
-                    continue
-                table = file.read_row_group(group)
-                columns = KnownRequests(*(table[name].to_numpy() for name in _COLUMNS))
-                inside = columns.request >= np.uint64(least)
-                if end < 2**64:
-                    inside &= columns.request < np.uint64(end)
-                yield columns.take(np.flatnonzero(inside))
+    try:
+        for path in sorted(folder.iterdir()):
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    within = file.metadata.row_group(group).column(0).statistics
+                    if within.max >= least and within.min < end:
+                        yield _inside(file.read_row_group(group), least, end)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None
+
+
+def _inside(table: pa.Table, least: int, end: int) -> KnownRequests:
+    known = KnownRequests(*(table[name].to_numpy() for name in _COLUMNS))
+    inside = known.request >= np.uint64(least)
+    if end < 2**64:
+        inside &= known.request < np.uint64(end)
+    return known.take(np.flatnonzero(inside))
 
 
 class RequestWriter:
@@ -105,20 +115,29 @@ class RequestWriter:
     def __init__(self, folder: Path | None, partition: int) -> None:
         self._path = None if folder is None else folder / f"part-{partition:05d}.parquet"
         self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> RequestWriter:
         return self
 
     def write(self, known: KnownRequests) -> None:
-        """Writes requests."""
+        """Takes requests, and writes many at a time."""
         if self._path is not None and len(known):
-            table = known.to_table()
+            self._waiting.append(known.to_table())
+            if sum(map(len, self._waiting)) >= ROWS_PER_PART:
+                self._append()
+
+    def _append(self) -> None:
+        if self._path is not None and self._waiting:
+            table = pa.concat_tables(self._waiting).combine_chunks()
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
                     self._path, table.schema, compression="zstd", write_statistics=["request"]
                 )
-            self._writer.write_table(table, row_group_size=ROWS_PER_PART)
+            self._writer.write_table(table)
+            self._waiting.clear()
 
     def __exit__(self, *error: object) -> None:
+        self._append()
         if self._writer is not None:
             self._writer.close()

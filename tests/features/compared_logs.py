@@ -28,7 +28,7 @@ from mmoe_rec.schema import Schema
 from tests.features.drawn_logs import DrawnLog, draw
 from tests.features.naive_features import NaiveFeatures
 
-TOLERANCE = 1e-5  # answers are exchanged as float32
+TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
 # What a log that is drawn may lack.
 _LACKS = ("split is empty", "has one class in training", "no observed label", "lies in a split", "have no rows")
 
@@ -100,8 +100,11 @@ class _Comparison:
         for name, encoder in self.pipeline.memory_encoders.items():
             if isinstance(encoder, CounterEncoder):
                 task = encoder.feature.task
-                means[name] = 0.0 if task is None else self.naive.overall_mean(task, start, end)
-                self._close(encoder.prior, means[name], f"overall mean of {name}")
+                mean = 0.0 if task is None else self.naive.overall_mean(task, start, end)
+                # Where labels are fractions, each is rounded to 2^-13 of itself.
+                largest = 0.0 if task != "spent" else max(abs(row["spent"] or 0) for row in self.naive.rows)
+                self._close(encoder.prior, mean, f"overall mean of {name}", 2**-13 * largest)
+                means[name] = encoder.prior
         return means
 
     def compare(self, means: dict[str, float]) -> int:
@@ -149,7 +152,8 @@ class _Comparison:
                 self.naive.label(row, task) if row["time"] + self.naive.matures_after(task) <= known_by else None
                 for row in rows
             ]
-            assert table[f"label.{task}"].to_pylist() == expected, self._says(f"labels {task} of {split}")
+            single = [None if each is None else float(np.float32(each)) for each in expected]
+            assert table[f"label.{task}"].to_pylist() == single, self._says(f"labels {task} of {split}")
             self.compared += len(rows)
 
     def _counter(self, name: str, expected: list[dict], encoded: Encoded) -> None:
@@ -165,7 +169,8 @@ class _Comparison:
             values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
             found = encoded.dense[:, names.index(answer)]
-            self._close(found * numbers.deviation, scaled * numbers.deviation, answer)
+            largest = TOLERANCE * max(1, np.nan_to_num(np.abs(values)).max())
+            self._close(found * numbers.deviation, scaled * numbers.deviation, answer, largest)
             if numbers.has_missing:
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
@@ -178,8 +183,8 @@ class _Comparison:
         assert lists == expected, self._says(name)
         self.compared += len(lists)
 
-    def _close(self, found: Any, expected: Any, what: str) -> None:
-        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE, err_msg=self._says(what))
+    def _close(self, found: Any, expected: Any, what: str, tolerance: float) -> None:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 + tolerance, err_msg=self._says(what))
         self.compared += np.size(found)
 
     def _says(self, what: str) -> str:

@@ -70,11 +70,11 @@ def draw(seed: int) -> DrawnLog:
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
-        "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.1, 0.3, 0.3, 0.3])),
+        "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.1, 0.25, 0.25, 0.4])),
     }
     small = {
         "batch": int(rng.choice([5, 16, 1000])),
-        "part": int(rng.choice([10, 30, 1000], p=[0.2, 0.4, 0.4])),
+        "part": int(rng.choice([10, 30, 1000], p=[0.2, 0.3, 0.5])),
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
@@ -103,7 +103,7 @@ def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:
             "oov_buckets": 3,
         },
     }
-    for number in range(3):
+    for number in range(2):
         features[f"counter{number}"] = _counter(rng)
     features["history"] = _history(rng)
     return {
@@ -176,7 +176,9 @@ def _log(rng: np.random.Generator, settings: dict[str, Any]) -> pd.DataFrame:
     log["brand"] = _with_nulls(rng, rng.choice(["a", "b", "ç"], count), 0.2)
     log["click"] = _with_nulls(rng, rng.integers(0, 2, count).astype(float), _pick(rng, [0, 0.1]))
     log["liked"] = _with_nulls(rng, rng.integers(0, 2, count).astype(float), _pick(rng, [0, 0.3]))
-    log["spent"] = _with_nulls(rng, rng.integers(-8, 24, count) / 8, _pick(rng, [0, 0.3]))
+    log["spent"] = _with_nulls(
+        rng, _pick(rng, [rng.integers(-8, 24, count) / 8, 1000 * rng.normal(size=count)]), _pick(rng, [0, 0.3])
+    )
     log["answered"] = _with_nulls(rng, rng.integers(0, 2, count).astype(float), 0.1)
     return log
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,12 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
         days.extend(pa.concat_tables([again, days.new]))
     assert "request 0 (column 'request') has another user in the files before and user" in str(caught.value)
     assert days.before.manifest["rows"] == days.old.num_rows  # all stays
+
+
+def test_a_lost_record_of_requests_is_named(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    days.before = _build(tmp_path, days.old)
+    shutil.rmtree(days.before.folder / "requests")
+    pq.write_table(days.new, tmp_path / "log" / "new.parquet")
+    with pytest.raises(UserError, match=r"features/requests' is damaged: .*; build the features anew$"):
+        extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work")
