@@ -73,9 +73,10 @@ def _print(prepared: Prepared) -> None:
     if told := requests_told(requests):
         print(told)
     if requests and requests["continued_rows"]:
+        rows, begun = requests["continued_rows"], requests["continued"]
         print(
-            f"{requests['continued_rows']:,} new rows are of {requests['continued']:,} requests of the files before: "
-            "counters and histories take their labels, but they are not encoded"
+            f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
+            "the files before: counters and histories take such labels, but the rows are not encoded"
         )
     for each in prepared.manifest["left_out"]:
         print(f"left out: {each['reason']}")

@@ -20,6 +20,7 @@ from small_logs import (
     save_memories,
     schema_of,
     times_of,
+    with_requests,
     write_log,
 )
 
@@ -124,10 +125,13 @@ def ray_is_running():
 
 
 def _alike_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
-    source = str(write_log(tmp_path / "log", *_cut(random_log(7, rows=400), 100, 150)))
-    alone = prepare(source, SCHEMA, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    source = str(write_log(tmp_path / "log", *_cut(with_requests(random_log(7, rows=400)), 100, 150)))
+    columns = SCHEMA.columns.model_copy(update={"request": "request"})
+    schema = SCHEMA.model_copy(update={"columns": columns})
+    alone = prepare(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    assert alone.manifest["requests"]["several_times"] > 10
     options = BuildOptions(engine=engine, workers=2, rows_in_memory=300)
-    assert files_of(prepare(source, SCHEMA, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
+    assert files_of(prepare(source, schema, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
 
 
 def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:

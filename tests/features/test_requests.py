@@ -21,7 +21,18 @@ from mmoe_rec.features.extend import extend
 from mmoe_rec.features.steps import BuildOptions, Logs
 from mmoe_rec.inspection.words import requests_told
 from mmoe_rec.schema import Schema
-from tests.features.small_logs import ALL_KINDS, DAY, START, files_of, random_log, schema_of, times_of, write_log
+from tests.features.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    at_times,
+    files_of,
+    random_log,
+    schema_of,
+    times_of,
+    with_requests,
+    write_log,
+)
 
 COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
 SCHEMA = schema_of(ALL_KINDS, columns=COLUMNS)
@@ -42,26 +53,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
 
 
-def _with_requests(table: pa.Table, seed: int = 0, spread: int = 2 * DAY) -> pa.Table:
-    """Rows of a user and instant as a request whose rows have later times, but for one."""
-    rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({"user": table["user"].to_pylist(), "time": times_of(table)})
-    number = frame.groupby(["user", "time"]).ngroup().to_numpy()
-    first = frame.groupby(["user", "time"]).cumcount().to_numpy() == 0
-    later = np.where(first | (rng.random(len(frame)) < 0.3), 0, rng.integers(0, spread, len(frame)))
-    table = table.append_column("request", pa.array(number))
-    return _at(table, times_of(table) + later).take(pa.array(rng.permutation(len(frame))))
-
-
-def _at(table: pa.Table, times: np.ndarray) -> pa.Table:
-    place = table.column_names.index("time")
-    return table.set_column(place, "time", pa.array(times).cast(UTC_MICROSECONDS))
-
-
 def _with_first_times(table: pa.Table) -> pa.Table:
     """The same with each request's first time in all its rows, by pandas."""
     frame = pd.DataFrame({"request": table["request"].to_pylist(), "time": times_of(table)})
-    return _at(table, frame.groupby("request")["time"].transform("min").to_numpy())
+    return at_times(table, frame.groupby("request")["time"].transform("min").to_numpy())
 
 
 def _cut(table: pa.Table, rows: int) -> list[pa.Table]:
@@ -107,7 +102,7 @@ def test_all_is_that_of_a_log_with_the_first_times(
     tmp_path: Path, small_pieces: None, workers: int, rows_in_memory: int, rows: int
 ) -> None:
     """Features, splits, labels, statistics, latest attributes and memories, to the last byte."""
-    table = _with_requests(random_log(3))
+    table = with_requests(random_log(3))
     options = {"workers": workers, "rows_in_memory": rows_in_memory}
     found = _build(tmp_path / "found", *_cut(table, rows), **options)
     expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), rows), **options)
@@ -135,8 +130,8 @@ def test_a_request_may_have_most_of_the_rows(tmp_path: Path, small_pieces: None)
 
 
 def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_path: Path) -> None:
-    table = _with_requests(random_log(3))
-    state = _build(tmp_path / "other", _with_first_times(_with_requests(random_log(5)))).serving
+    table = with_requests(random_log(3))
+    state = _build(tmp_path / "other", _with_first_times(with_requests(random_log(5)))).serving
     encoded = []
     for name, rows in (("found", table), ("expected", _with_first_times(table))):
         logs = Logs(str(write_log(tmp_path / name, *_cut(rows, 100))), SCHEMA, BuildOptions())
@@ -146,7 +141,7 @@ def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_
 
 
 def test_the_first_time_is_not_that_of_a_file_left_out(tmp_path: Path) -> None:
-    table = _with_requests(random_log(3))
+    table = with_requests(random_log(3))
     bad = table.slice(0, 120)
     bad = bad.set_column(bad.column_names.index("click"), "click", pa.array(np.full(120, 7.0)))
     rest = table.slice(120)
@@ -160,7 +155,7 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     table = random_log(3).slice(0, 40).append_column("request", pa.array(np.repeat(np.arange(10), 4)))
     table = table.set_column(0, "user", pa.array(np.repeat(np.arange(10), 4)))
     times = START + np.repeat(np.arange(10), 4) * DAY + np.where(np.arange(40) == 6, 5_000_000, 0)
-    log_folder = write_log(tmp_path / "log", _at(table, times).slice(0, 5), _at(table, times).slice(5))
+    log_folder = write_log(tmp_path / "log", at_times(table, times).slice(0, 5), at_times(table, times).slice(5))
     place = str(log_folder), SCHEMA, WINDOWS, tmp_path / "work"
     keep = BuildOptions(duplicates="keep")
     refused = BuildOptions(duplicates="keep", several_times="error")
@@ -179,7 +174,7 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
 
 def _of_several_users() -> pa.Table:
     """Users number their requests themselves."""
-    table = _with_requests(random_log(3))
+    table = with_requests(random_log(3))
     frame = pd.DataFrame({"user": table["user"].to_pylist(), "request": table["request"].to_pylist()})
     own = frame.groupby("user")["request"].transform(lambda each: pd.factorize(each, sort=True)[0])
     return table.set_column(table.column_names.index("request"), "request", pa.array(own.to_numpy()))
@@ -210,7 +205,7 @@ def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: Non
 def test_ids_of_a_user_make_requests_with_the_user(tmp_path: Path, small_pieces: None) -> None:
     own = SCHEMA.model_copy(update={"columns": SCHEMA.columns.model_copy(update={"request_scope": "user"})})
     found = _build(tmp_path / "found", *_cut(_of_several_users(), 100), schema=own)
-    expected = _build(tmp_path / "expected", *_cut(_with_requests(random_log(3)), 100))
+    expected = _build(tmp_path / "expected", *_cut(with_requests(random_log(3)), 100))
     for split in WINDOWS:
         one, other = (pq.read_table(each.split(split)) for each in (found, expected))
         assert one.drop_columns(["request"]) == other.drop_columns(["request"])
@@ -226,7 +221,7 @@ def test_without_a_request_column_there_is_nothing_to_find(tmp_path: Path) -> No
 
 
 def test_the_reader_is_small_and_goes_to_other_processes(tmp_path: Path) -> None:
-    table = _with_requests(random_log(3))
+    table = with_requests(random_log(3))
     logs = Logs(str(write_log(tmp_path / "log", *_cut(table, 100))), SCHEMA, BuildOptions())
     with steps.Steps(logs, WINDOWS, tmp_path / "scratch") as build:
         build.learn(statistics=False)
@@ -242,7 +237,7 @@ class _Days:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.table = _with_requests(random_log(6, rows=400, days=12), spread=DAY // 24)
+        self.table = with_requests(random_log(6, rows=400, days=12), spread=DAY // 24)
         self.first = times_of(_with_first_times(self.table))
         self.old = self.table.filter(pa.array(self.first < START + 9 * DAY))
         self.new = self.table.filter(pa.array(self.first >= START + 9 * DAY))
@@ -275,7 +270,7 @@ def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: 
 
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:
     days = _Days(tmp_path)
-    early = _at(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
+    early = at_times(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
     with pytest.raises(UserError, match=r"^row 0 of '.*new.parquet' was requested .* is no longer remembered; build"):
         days.extend(pa.concat_tables([early, days.new]))
 
