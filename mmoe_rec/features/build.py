@@ -5,6 +5,7 @@
         files.json             the files of the logs that were taken in or left out (see `mmoe_rec.features.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
+        requests/              times and users of requests, so that rows of one that come with later days are recognised
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -27,6 +28,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.features.taken import Taken
@@ -133,7 +135,8 @@ def prepare(
 
     def stand() -> bool:
         may_lack_files = going_on or prepared.is_extended
-        return prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
+        built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
+        return built and _may_stand(prepared, options)
 
     if not stand():
         with one_at_a_time(prepared.folder):
@@ -167,8 +170,13 @@ def at_hand(
     They may also hold rows of files that are gone. Raises UserError if the log can't be read.
     """
     prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
-    stand = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
-    return prepared if stand else None
+    built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
+    return prepared if built and _may_stand(prepared, options) else None
+
+
+def _may_stand(prepared: Prepared, options: BuildOptions) -> bool:
+    """Whether features may be as they are: a build anew says which requests may not be so."""
+    return options.several_times == "first" or not (prepared.manifest["requests"] or {}).get("several_times")
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
@@ -220,7 +228,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
     for each in (serving, counts):
         each.mkdir()
     with Steps(logs, windows, folder / "scratch") as steps:
-        learnt = steps.learn(statistics=True)
+        learnt = steps.learn(statistics=True, kept=folder / "requests")
         logs = steps.logs
         taken = Taken.of(logs, learnt.spans)
         check_splits(learnt, windows, logs.log.source)
@@ -240,7 +248,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
     manifest = {
         "fingerprint": fingerprint,
         "settings": settings_of(logs.schema, windows),
-        **describe(logs, taken, learnt, splits),
+        **describe(logs, taken, learnt, steps.requests, splits),
         "vocabularies": vocabularies(pipeline),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -265,7 +273,7 @@ def save_latest(learnt: Learnt, folder: Path) -> None:
         pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def describe(logs: Logs, taken: Taken, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict:
+def describe(logs: Logs, taken: Taken, learnt: Learnt, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
     """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
     log, *events = taken.logs
     return {
@@ -281,6 +289,7 @@ def describe(logs: Logs, taken: Taken, learnt: Learnt, splits: dict[str, SplitCo
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
         "request_microseconds": [learnt.first[0], learnt.last[0]],
+        "requests": None if logs.schema.columns.request is None else requests.describe(),
         "splits": {name: asdict(each) for name, each in splits.items()},
     }
 

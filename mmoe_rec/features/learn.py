@@ -21,10 +21,12 @@ from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
 from mmoe_rec.features.log_parts import Noticed
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
+from mmoe_rec.features.requests import OneTimeReader
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
 
 Window = tuple[int | None, int | None]
+Reader = LogReader | OneTimeReader | EventReader
 DUPLICATES = "duplicates"
 
 
@@ -108,9 +110,7 @@ def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts |
     return one
 
 
-def learn_part(
-    job: LearnJob, readers: Mapping[str | None, LogReader | EventReader], task: tuple[str | None, LogPart]
-) -> Learnt:
+def learn_part(job: LearnJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Learnt:
     """Learns a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
@@ -123,7 +123,7 @@ def learn_part(
     return Learnt(bad=noticed.bad) if noticed.bad else learnt
 
 
-def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart, noticed: Noticed) -> Learnt:
+def _learn_log(job: LearnJob, reader: Reader, part: LogPart, noticed: Noticed) -> Learnt:
     schema = job.schema
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
@@ -159,9 +159,7 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def _learn_events(
-    job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart, noticed: Noticed
-) -> Learnt:
+def _learn_events(job: LearnJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
     sender = _Sender(job, part, source)
     for rows in reader.read(part, noticed):
