@@ -19,10 +19,10 @@ from mmoe_rec.training.ranks import process_group
 from tests.training.learnable import CPU, LAYOUT, MODEL, TRAINING, learnable_rows, scores, trained, write_prepared
 
 TASKS = (
-    TaskOutput("click", "binary", "engagement"),
-    TaskOutput("kept", "binary", "satisfaction", given="click"),
-    TaskOutput("stars", "regression", "satisfaction", mean=3.0),
-    TaskOutput("survey", "binary", "satisfaction"),
+    TaskOutput("click", "binary"),
+    TaskOutput("kept", "binary", given="click"),
+    TaskOutput("stars", "regression", mean=3.0),
+    TaskOutput("survey", "binary"),
 )
 
 
