@@ -75,7 +75,7 @@ def test_a_short_training_ends_near_a_rate_far_from_a_half(tmp_path: Path, rate:
 def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(tmp_path: Path) -> None:
     prepared = write_prepared(tmp_path / "data", LAYOUT)
     with process_group(CPU):
-        trainer = Trainer(prepared, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
+        trainer = Trainer(prepared, LAYOUT, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
         bias = trainer.sharded.model.module.mixture.towers.output_bias.detach()
         rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
         assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
