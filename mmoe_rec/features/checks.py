@@ -103,6 +103,8 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             reasons = [f"column '{task.label}' is null in all training rows"]
             if task.observed_when is not None:
                 reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
             if task.matures_after_days:
                 reasons.append(
                     f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
