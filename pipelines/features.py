@@ -57,12 +57,27 @@ def _champion(settings: Settings) -> str:
 
 def _print(prepared: Prepared) -> None:
     print(f"features: {prepared.folder}")
+    from mmoe_rec.features.log import format_time
+    from mmoe_rec.inspection.words import requests_told, unmatured_told
+
+    requests = prepared.manifest["requests"]
     for name, split in prepared.manifest["splits"].items():
         labels = ", ".join(
             f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed"
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
+        for task, number in split["unmatured"].items():
+            if number:
+                print(f"    {unmatured_told(task, number, format_time(split['known_by']))}")
+    if told := requests_told(requests):
+        print(told)
+    if requests and requests["continued_rows"]:
+        rows, begun = requests["continued_rows"], requests["continued"]
+        print(
+            f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
+            "the files before: counters and histories take such labels, but the rows are not encoded"
+        )
     for each in prepared.manifest["left_out"]:
         print(f"left out: {each['reason']}")
 

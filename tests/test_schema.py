@@ -129,7 +129,8 @@ def test_a_counter_or_history_has_one_source():
     _refuses("feature 'f' names events 'buys'; logs under data.events are: none, add it", buys)
     events = {"views": {"path": "p", "time": "t"}}
     _refuses("feature 'f' names events 'buys'; logs under data.events are: views", buys, events=events)
-    _refuses("events have no rate", _feature("counter", events="views", by=["u"]), events=events)
+    rate = _feature("counter", events="views", by=["u"], outputs=["positives", "rate"])
+    _refuses("events have no rate", rate, events=events)
 
 
 def test_a_task_that_is_not_there():

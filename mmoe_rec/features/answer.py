@@ -74,7 +74,8 @@ def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str
                 counting[encoder.name].learn_answers(take(answers, inside))
             found |= answers
             if turn < len(edges):
-                memories[encoder.name] = encoder.compacted(memory, edges[turn])
+                # No later than requests that will be asked: labels may become known long after the last row.
+                memories[encoder.name] = encoder.compacted(memory, min(edges[turn], job.end))
             else:
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)
         if len(stretch.rows):

@@ -5,6 +5,7 @@
         files.json             the files of the logs that were taken in
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
+        requests/              times and users of requests, so that rows of one that come with later days are recognised
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
@@ -27,6 +28,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.schema import Schema
@@ -80,10 +82,10 @@ def prepare(
     logs = Logs(log_source, schema, options)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
-    if not prepared.is_built_from(fingerprint):
+    if not _stands(prepared, fingerprint, options):
         with one_at_a_time(prepared.folder):
             # Another process may have built them while this one waited.
-            if not prepared.is_built_from(fingerprint):
+            if not _stands(prepared, fingerprint, options):
                 with atomic_folder(prepared.folder) as folder:
                     _build(logs, windows, folder, fingerprint)
     return prepared
@@ -94,7 +96,14 @@ def at_hand(
 ) -> Prepared | None:
     """What `prepare` would give, where it is there already. Raises UserError if the log can't be read."""
     prepared = Prepared(work / "features")
-    return prepared if prepared.is_built_from(fingerprint_of(Logs(log_source, schema, options), windows)) else None
+    return prepared if _stands(prepared, fingerprint_of(Logs(log_source, schema, options), windows), options) else None
+
+
+def _stands(prepared: Prepared, fingerprint: str, options: BuildOptions) -> bool:
+    """Whether features are those of a fingerprint, and may be: a build anew says which requests may not be so."""
+    if not prepared.is_built_from(fingerprint):
+        return False
+    return options.several_times == "first" or not (prepared.manifest["requests"] or {}).get("several_times")
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
@@ -141,7 +150,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         each.mkdir()
     save_files(logs, folder)
     with Steps(logs, windows, folder / "scratch") as steps:
-        learnt = steps.learn(statistics=True)
+        learnt = steps.learn(statistics=True, kept=folder / "requests")
         logs = steps.logs
         check_splits(learnt, windows, logs.log.source)
         pipeline = FeaturePipeline(logs.schema)
@@ -156,7 +165,11 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         known_by = {"train": end, "validation": learnt.last[0], "test": learnt.last[0]}
         splits = steps.encode(serving, folder / "encoded", known_by)
     check_classes(logs.schema, splits["train"])
-    manifest = {"fingerprint": fingerprint, **describe(logs, learnt, splits), "vocabularies": vocabularies(pipeline)}
+    manifest = {
+        "fingerprint": fingerprint,
+        **describe(logs, learnt, steps.requests, splits),
+        "vocabularies": vocabularies(pipeline),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -185,7 +198,7 @@ def save_latest(learnt: Learnt, folder: Path) -> None:
         pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def describe(logs: Logs, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict:
+def describe(logs: Logs, learnt: Learnt, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
     """What a manifest says of the logs and of what was encoded."""
     return {
         "log": logs.log.source,
@@ -197,6 +210,7 @@ def describe(logs: Logs, learnt: Learnt, splits: dict[str, SplitCounts]) -> dict
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
         "request_microseconds": [learnt.first[0], learnt.last[0]],
+        "requests": None if logs.schema.columns.request is None else requests.describe(),
         "splits": {name: asdict(each) for name, each in splits.items()},
     }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import Log, format_time
+from mmoe_rec.features.requests import Clash, Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.schema import Schema
 
@@ -21,6 +24,55 @@ def check_times(log: Log, learnt: Learnt) -> None:
             f"column '{log.schema.columns.time}' goes from {format_time(first)} ({place(log, first_row)}) to "
             f"{format_time(last)} ({place(log, last_row)}); write all times in one unit, that of columns.time_unit"
         )
+
+
+def check_requests(log: Log, requests: Requests, one_time: bool) -> None:
+    """Raises UserError where a request has several users, or several times and `one_time` is wanted."""
+    columns = log.schema.columns
+    if (clash := requests.users_clash) is not None:
+        raise UserError(
+            f"{_clash(log, clash, columns.user, 'user')}; {_have(requests.several_users)} rows of several users, but "
+            "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
+            "are a user's own"
+        )
+    if one_time and (clash := requests.times_clash) is not None:
+        raise UserError(
+            f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
+            "the request's time into all its rows, or set data.several_times to first, which takes the first for all"
+        )
+
+
+def _have(requests: int) -> str:
+    return f"{requests:,} request{'s have' if requests > 1 else ' has'}"
+
+
+def _clash(log: Log, clash: Clash, column: str, what: str) -> str:
+    request = log.schema.columns.request
+    assert request is not None
+    other = _row(log, clash.other)
+    first = f"another {what} in the files before"
+    if clash.first is not None:
+        first = f"{what} {_shown(_row(log, clash.first)[column])} in {place(log, clash.first)}"
+    return (
+        f"request {_shown(other[request])} (column '{request}') has {first} and {what} {_shown(other[column])} in "
+        f"{place(log, clash.other)}"
+    )
+
+
+def _row(log: Log, number: int) -> dict[str, Any]:
+    """The values of a row by column."""
+    part = next(part for part in log.parts() if number < part.start + part.rows)
+    start = part.start
+    for rows in log.reader.read(part):
+        if number < start + len(rows):
+            break
+        start += len(rows)
+    values: dict[str, Any] = rows.table.slice(number - start, 1).to_pylist()[0]
+    return values
+
+
+def _shown(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else repr(value)
 
 
 def place(log: Log, row: int) -> str:
@@ -51,6 +103,8 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             reasons = [f"column '{task.label}' is null in all training rows"]
             if task.observed_when is not None:
                 reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
             if task.matures_after_days:
                 reasons.append(
                     f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"

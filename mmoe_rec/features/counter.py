@@ -14,7 +14,7 @@ from mmoe_rec.features.memory import NEVER, CounterMemory
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.numeric import DenseNumber
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows, maturity
-from mmoe_rec.schema import CounterFeature, Task
+from mmoe_rec.schema import CounterFeature, Schema
 
 _FOREVER = np.iinfo(np.int64).max
 
@@ -22,13 +22,13 @@ _FOREVER = np.iinfo(np.int64).max
 class CounterEncoder(MemoryEncoder[CounterMemory]):
     """Statistics over all earlier rows with the same key whose label was known at the request."""
 
-    def __init__(self, name: str, feature: CounterFeature, task: Task) -> None:
+    def __init__(self, name: str, feature: CounterFeature, schema: Schema) -> None:
         self.source = feature.events
-        self.name, self.feature, self.task = name, feature, task
+        self.name, self.feature, self.task = name, feature, schema.source_task(feature)
         self.prior = 0.0
         self.counts = NumberHistogram()
         self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
-        self.matures_after = maturity(task)
+        self.matures_after = maturity(self.task, schema)
         self.memory = CounterMemory.empty(labels=self.source is None, recency="recency" in feature.outputs)
 
     def _answer_names(self) -> list[str]:

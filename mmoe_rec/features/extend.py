@@ -2,7 +2,9 @@
 
 Only rows of the new files are read. What a trained model relies on stays: rows of known ids, statistics, scales of
 labels; ids that have become frequent get rows at the end of their tables. Counters and histories go on from what they
-remember, so new requests must be later than all earlier ones, while events of other logs may come late. A history
+remember, so new requests must be later than all earlier ones, while events of other logs may come late. So may rows of
+an earlier request: they have its time, so counters and histories take their labels, but they are not encoded, as what
+they could have known is no longer remembered; users and candidates keep later attributes. A history
 remembers table rows: an item that was in a hashed bucket when it was remembered stays there, and a model that starts
 from the one before (see `mmoe_rec.training.warm_start`) begins with the same weights in the bucket and the new row. Of
 a user's items that become known in one instant, a history takes those with the greatest rows, whatever these are by
@@ -43,6 +45,7 @@ from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
@@ -146,10 +149,11 @@ class _Extension:
         for each in (serving, counts):
             each.mkdir()
         save_files(self.logs, self.folder)
-        with Steps(self.new, self.windows, self.folder / "scratch") as steps:
-            learnt = steps.learn(statistics=True)
-            self.new = steps.logs
-            self._check_times(learnt)
+        with Steps(self.new, self._new_windows, self.folder / "scratch") as steps:
+            old_requests = self.before.folder / "requests" if self._has_requests else None
+            learnt = steps.learn(statistics=True, kept=self.folder / "requests", before=old_requests)
+            self.new, requests = steps.logs, steps.requests
+            self._check_times(learnt, requests)
             self._check_splits(learnt)
             pipeline = self._load()
             pipeline.merge(learnt.counts, learnt.key_types)
@@ -164,8 +168,20 @@ class _Extension:
             assert train_end is not None
             known_by = {"train": train_end, "validation": learnt.last[0], "test": learnt.last[0]}
             splits = steps.encode(serving, self.folder / "encoded", known_by)
-        self._write_manifest(pipeline, learnt, splits, new_ids)
+        self._write_manifest(pipeline, learnt, requests, splits, new_ids)
         return self.new.log.rows, new_ids
+
+    @property
+    def _has_requests(self) -> bool:
+        return self.logs.schema.columns.request is not None
+
+    @property
+    def _new_windows(self) -> dict[str, Window]:
+        """The splits without the time of old requests."""
+        later = self.last + 1
+        return {
+            name: (later if start is None else max(start, later), end) for name, (start, end) in self.windows.items()
+        }
 
     def _load(self) -> FeaturePipeline:
         pipeline = FeaturePipeline.load(self.before.serving, memories=False)
@@ -176,12 +192,16 @@ class _Extension:
             raise UserError(f"the features in '{self.before.folder}' are damaged: {reason}; {ANEW}") from None
         return pipeline
 
-    def _check_times(self, learnt: Learnt) -> None:
-        first, row = learnt.first
+    def _check_times(self, learnt: Learnt, requests: Requests) -> None:
+        first = requests.begin if self._has_requests else learnt.first[0]
         if first > self.last:
             return
-        parts = self.new.log.parts()
-        early = sum(int((rows.times() <= self.last).sum()) for p in parts for rows in self.new.log.reader.read(p))
+        early, row, start = 0, -1, 0
+        for rows in self.new.log.stream():
+            early += int((rows.times() <= self.last).sum())
+            if row < 0 and (rows.times() == first).any():
+                row = start + int((rows.times() == first).argmax())
+            start += len(rows)
         raise UserError(
             f"{place(self.new.log, row)} was requested {format_time(first)}, but the features in "
             f"'{self.before.folder}' hold requests up to {format_time(self.last)} already, and so do {early:,} of "
@@ -208,7 +228,12 @@ class _Extension:
             parts.merge(earlier)
 
     def _write_manifest(
-        self, pipeline: FeaturePipeline, learnt: Learnt, splits: dict[str, SplitCounts], new_ids: dict[str, int]
+        self,
+        pipeline: FeaturePipeline,
+        learnt: Learnt,
+        requests: Requests,
+        splits: dict[str, SplitCounts],
+        new_ids: dict[str, int],
     ) -> None:
         bad = {each["file"]: each for each in self.manifest["left_out"]}
         bad |= {e.address: {"file": e.address, "reason": e.reason} for log in self.new.all for e in log.left_out}
@@ -218,7 +243,7 @@ class _Extension:
         fingerprint = hashlib.sha256(f"{before} {stands_for}".encode()).hexdigest()[:16]
         manifest = {
             "fingerprint": fingerprint,
-            **describe(self.logs.rest([bad] * len(self.logs.all)), learnt, splits),
+            **describe(self.logs.rest([bad] * len(self.logs.all)), learnt, requests, splits),
             "left_out": list(bad.values()),
             "vocabularies": vocabularies(pipeline),
             "extends": {

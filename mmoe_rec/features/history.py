@@ -14,7 +14,7 @@ from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.ids import VocabularyOwner, ragged
 from mmoe_rec.features.memory import HistoryMemory
 from mmoe_rec.features.rows import LogRows, maturity
-from mmoe_rec.schema import HistoryFeature, Task
+from mmoe_rec.schema import HistoryFeature, Schema
 
 _FOREVER = np.iinfo(np.int64).max
 
@@ -22,10 +22,10 @@ _FOREVER = np.iinfo(np.int64).max
 class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     """Table rows of the last `length` candidates that the user engaged with, oldest first."""
 
-    def __init__(self, name: str, feature: HistoryFeature, task: Task, owner: VocabularyOwner, user: str) -> None:
-        self.source, self.user = feature.events, user
-        self.name, self.feature, self.task, self.owner = name, feature, task, owner
-        self.matures_after = maturity(task)
+    def __init__(self, name: str, feature: HistoryFeature, schema: Schema, owner: VocabularyOwner) -> None:
+        self.source, self.user = feature.events, schema.columns.user
+        self.name, self.feature, self.task, self.owner = name, feature, schema.source_task(feature), owner
+        self.matures_after = maturity(self.task, schema)
         self.memory = HistoryMemory.empty()
 
     def events(self, rows: LogRows) -> pa.Table:

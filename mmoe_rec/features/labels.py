@@ -11,6 +11,8 @@ import numpy as np
 from mmoe_rec.features.rows import LogRows, maturity
 from mmoe_rec.schema import outcome_name
 
+_FOREVER = np.iinfo(np.int64).max
+
 
 def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
     """Task or outcome -> (N,) float64 labels, NaN where unobserved at `known_by` (microseconds since 1970 UTC).
@@ -23,8 +25,16 @@ def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
     outcomes = {}
     for name, task in tasks.items():
         if task.given is not None:
-            engaged = labels[task.given]
-            matured = rows.times() + maturity(task) <= known_by
-            labels[name] = np.where(engaged == 1, labels[name], np.nan)
-            outcomes[outcome_name(task.given, name)] = np.where((engaged == 0) & matured, 0.0, labels[name])
+            matured = rows.times() + maturity(task, rows.schema) <= known_by
+            not_engaged = (labels[task.given] == 0) & matured
+            outcomes[outcome_name(task.given, name)] = np.where(not_engaged, 0.0, labels[name])
     return labels | outcomes
+
+
+def unmatured(rows: LogRows, known_by: int) -> dict[str, int]:
+    """Task -> number of labels that the log holds but that had not matured at `known_by`."""
+    counts = {}
+    for name, task in rows.schema.tasks.items():
+        late = rows.times() + maturity(task, rows.schema) > known_by
+        counts[name] = int((~np.isnan(rows.labels(task, _FOREVER)[late])).sum()) if late.any() else 0
+    return counts

@@ -20,10 +20,12 @@ from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
+from mmoe_rec.features.requests import OneTimeReader
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema
 
 Window = tuple[int | None, int | None]
+Reader = LogReader | OneTimeReader | EventReader
 DUPLICATES = "duplicates"
 
 
@@ -102,16 +104,14 @@ def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts |
     return one
 
 
-def learn_part(
-    job: LearnJob, readers: Mapping[str | None, LogReader | EventReader], task: tuple[str | None, LogPart]
-) -> Learnt:
+def learn_part(job: LearnJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Learnt:
     """Learns a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
     return _learn_log(job, reader, part) if source is None else _learn_events(job, reader, source, part)
 
 
-def _learn_log(job: LearnJob, reader: LogReader | EventReader, part: LogPart) -> Learnt:
+def _learn_log(job: LearnJob, reader: Reader, part: LogPart) -> Learnt:
     schema = job.schema
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
@@ -148,7 +148,7 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def _learn_events(job: LearnJob, reader: LogReader | EventReader, source: str, part: LogPart) -> Learnt:
+def _learn_events(job: LearnJob, reader: Reader, source: str, part: LogPart) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
     sender = _Sender(job, part, source)
     try:

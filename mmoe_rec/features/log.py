@@ -62,7 +62,8 @@ class LogPart:
 class LogReader:
     """Reads parts of an interaction log; small and picklable.
 
-    now: microseconds since 1970 UTC; requests after it are an error.
+    uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; requests after it are an
+    error.
     """
 
     schema: Schema
@@ -76,7 +77,8 @@ class LogReader:
             BadFile: a file is damaged, has changed, or holds values that can't be.
             UserError: a remote place can't be reached.
         """
-        for table in _tables(part, self.uses, self.schema, log_value_checks(self.schema, self.now)):
+        checks = [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
+        for table in _tables(part, self.uses, self.schema, checks):
             yield LogRows(table, self.schema)
 
 

@@ -100,10 +100,9 @@ class FeaturePipeline:
             case CrossFeature():
                 return CrossEncoder(name, feature)
             case HistoryFeature():
-                owner, user = self.owners[feature.of], self.schema.columns.user
-                return HistoryEncoder(name, feature, self.schema.source_task(feature), owner, user)
+                return HistoryEncoder(name, feature, self.schema, self.owners[feature.of])
             case CounterFeature():
-                return CounterEncoder(name, feature, self.schema.source_task(feature))
+                return CounterEncoder(name, feature, self.schema)
 
     @property
     def memory_encoders(self) -> dict[str, MemoryEncoder[Any]]:

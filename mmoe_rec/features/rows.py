@@ -84,30 +84,40 @@ class LogRows:
         return filled(column.cast(pa.int64()), np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
 
     def requests(self) -> pa.Array:
-        """The request's id, (N,) int64 or string; without a request column, a hash of user and time."""
-        if self.schema.columns.request is not None:
-            return self.column(self.schema.columns.request)
-        hashed = self.hashes([self.schema.columns.user])
+        """The request's id, (N,) int64 or string; a hash of user and time without a request column, of user and id
+        where ids are a user's own."""
+        columns = self.schema.columns
+        if columns.request is not None:
+            if columns.request_scope == "log":
+                return self.column(columns.request)
+            return pa.array(self.hashes([columns.user, columns.request]).view(np.int64))
+        hashed = self.hashes([columns.user])
         return pa.array(combine([hashed, self.times().view(np.uint64)]).view(np.int64))
 
     def request_hashes(self) -> np.ndarray:
         """(N,) uint64 hash of the request's id."""
-        request = self.schema.columns.request
-        return hash_column(self.requests()) if request is None else self.hashes([request])
+        columns = self.schema.columns
+        if columns.request is None:
+            return hash_column(self.requests())
+        return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
-        """(N,) float64 labels, NaN where unobserved: null, ruled out, or not matured at `known_by` (microseconds)."""
+        """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a
+        task whose `given` task did not happen."""
         labels = self.numbers(task.label)
-        observed = self.times() + maturity(task) <= known_by
+        observed = self.times() + maturity(task, self.schema) <= known_by
+        if task.given is not None:
+            observed &= self.labels(self.schema.tasks[task.given], known_by) == 1
         if task.observed_when is not None:
             rule = task.observed_when
             observed &= _equals(self.column(rule.column), rule.column, rule.equals)
         return np.where(observed, labels, np.nan)
 
 
-def maturity(task: Task) -> int:
-    """Microseconds from a request until the task's label is final."""
-    return round(task.matures_after_days * MICROSECONDS_PER_DAY)
+def maturity(task: Task, schema: Schema) -> int:
+    """Microseconds from a request until the task's label is final: one with `given` no sooner than that task's."""
+    own = round(task.matures_after_days * MICROSECONDS_PER_DAY)
+    return own if task.given is None else max(own, maturity(schema.tasks[task.given], schema))
 
 
 def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.ndarray:

@@ -14,11 +14,12 @@ from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.features.answer import fitted
 from mmoe_rec.features.answers import AnswerExchange, AnswerReader
 from mmoe_rec.features.encoded import label_types
-from mmoe_rec.features.labels import labels_of
+from mmoe_rec.features.labels import labels_of, unmatured
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.log import LogPart, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.features.requests import OneTimeReader
 from mmoe_rec.features.rows import LogRows
 
 ROWS_PER_GROUP = 32_768
@@ -27,27 +28,39 @@ ROWS_PER_GROUP = 32_768
 @dataclass
 class SplitCounts:
     """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh 1 / their rate of
-    sampling."""
+    sampling; and the labels that had not matured.
+
+    known_by: when labels must have matured to count, microseconds.
+    """
 
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
     weighted_sum: dict[str, float] = field(default_factory=dict)
+    unmatured: dict[str, int] = field(default_factory=dict)
+    known_by: int | None = None
 
-    def add(self, labels: Mapping[str, np.ndarray], rates: np.ndarray) -> None:
-        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled."""
+    def add(self, labels: Mapping[str, np.ndarray], rates: np.ndarray, unmatured: Mapping[str, int]) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled;
+        unmatured: task -> how many of the labels had not matured."""
         for task, values in labels.items():
             observed = ~np.isnan(values)
             known, weights = values[observed], 1 / rates[observed]
-            sums = (len(known), float(known.sum()), float(weights.sum()), float(weights @ known))
-            self.merge(SplitCounts(0, *({task: each} for each in sums)))
-        self.rows += len(rates)
+            self.merge(
+                SplitCounts(
+                    observed={task: len(known)},
+                    label_sum={task: float(known.sum())},
+                    weight={task: float(weights.sum())},
+                    weighted_sum={task: float(weights @ known)},
+                )
+            )
+        self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))
 
     def merge(self, other: SplitCounts) -> None:
         """Adds what another one counted."""
         self.rows += other.rows
-        for name in ("observed", "label_sum", "weight", "weighted_sum"):
+        for name in ("observed", "label_sum", "weight", "weighted_sum", "unmatured"):
             mine = getattr(self, name)
             for task, each in getattr(other, name).items():
                 mine[task] = mine.get(task, 0) + each
@@ -69,7 +82,7 @@ class EncodeJob:
     encoded: Path
 
 
-def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
+def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
     pipeline = fitted(job.state)
@@ -83,7 +96,7 @@ def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) ->
             if wanted.any():
                 inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
                 labels = labels_of(inside, job.known_by[name])
-                counts[name].add(labels, sampling_rates(inside))
+                counts[name].add(labels, sampling_rates(inside), unmatured(inside, job.known_by[name]))
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():

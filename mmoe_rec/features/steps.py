@@ -1,5 +1,6 @@
-"""The steps of a feature build, each a job of independent tasks on an engine: learn, answer, encode.
+"""The steps of a feature build, each a job of independent tasks on an engine: requests, learn, answer, encode.
 
+    requests parts of the log      -> one time for each request (see `mmoe_rec.features.requests`)
     learn    parts of the logs     -> counts, merged here; events and look-ups, to partitions of keys through files
     answer   partitions of keys    -> answers, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
@@ -27,13 +28,14 @@ from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import AnswerJob, Partition, answer_partition
 from mmoe_rec.features.answers import AnswerExchange, Blocks
-from mmoe_rec.features.checks import check_times, place
+from mmoe_rec.features.checks import check_requests, check_times, place
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.learn import (
     DUPLICATES,
     LearnJob,
     Learnt,
+    Reader,
     Window,
     events_of,
     learn_part,
@@ -42,7 +44,6 @@ from mmoe_rec.features.learn import (
 from mmoe_rec.features.log import (
     ROWS_PER_PART,
     BadFile,
-    EventReader,
     EventRows,
     LeftOut,
     Log,
@@ -50,6 +51,7 @@ from mmoe_rec.features.log import (
     LogReader,
 )
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.requests import OneTimeReader, Requests, RequestsJob, find_requests
 from mmoe_rec.features.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.progress import bar
 from mmoe_rec.schema import Schema
@@ -71,6 +73,7 @@ class BuildOptions:
     skip_bad_files: bool = False
     duplicates: Literal["error", "keep"] = "error"
     future_times: Literal["error", "keep"] = "error"
+    several_times: Literal["first", "error"] = "first"
 
 
 DEFAULTS = BuildOptions()
@@ -126,13 +129,14 @@ def _without_files(log: Source, addresses: Collection[str]) -> Source:
 class Steps:
     """The steps of one build, in a scratch folder that is removed at the end. Use it as a context.
 
-    logs: as they are read, without files that turned out to be bad.
+    logs: as they are read, without files that turned out to be bad; requests: what was found out about them.
     """
 
     def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
         self.logs, self.windows, self.scratch = logs, windows, scratch
         self._stack = ExitStack()
         self._learnt = Learnt()
+        self.requests = Requests()
 
     def __enter__(self) -> Steps:
         options = self.logs.options
@@ -151,25 +155,45 @@ class Steps:
         # A row of the log is both an event and a look-up.
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
-    def learn(self, statistics: bool) -> Learnt:
-        """Reads the logs once; `statistics`: whether vocabularies and the like are counted.
+    def learn(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Learnt:
+        """Finds the times of requests, then reads the logs once.
 
-        Raises UserError for a bad file, unless such files are skipped, and for rows that occur twice.
+        statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
+        before: such a folder of the files that are not read.
+
+        Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
+        several users, or times where that is wanted.
         """
-        while (learnt := self._learn(statistics)).bad:
+        while (learnt := self._read_all(statistics, kept, before)).bad:
             self.logs = self.logs.without(learnt.bad)
             shutil.rmtree(self.scratch, ignore_errors=True)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
+        check_requests(self.logs.log, self.requests, self.logs.options.several_times == "error")
         if self.logs.options.duplicates == "error":
             self._check_duplicates()
         return learnt
 
+    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Learnt:
+        self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self._parts, self._run)
+        if self.requests.bad and not self.logs.options.skip_bad_files:
+            raise self.requests.bad[0]
+        return Learnt(bad=self.requests.bad) if self.requests.bad else self._learn(statistics)
+
+    def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
+        runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self._parts)
+        return RequestsJob(runs, Exchange(self.scratch / "first_times", len(blocks)), blocks, before, kept)
+
+    @property
+    def _reader(self) -> LogReader | OneTimeReader:
+        job, reader = self._requests_job(None, None), self.logs.log.reader
+        return OneTimeReader(reader, job.first_times, job.blocks) if self.requests.moved else reader
+
     def _learn(self, statistics: bool) -> Learnt:
-        options, log = self.logs.options, self.logs.log
+        options = self.logs.options
         look = options.duplicates == "error"
         job = LearnJob(self.logs.schema, self.windows, self._events, statistics, look)
-        readers: dict[str | None, LogReader | EventReader] = {None: log.reader}
+        readers: dict[str | None, Reader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self._parts]
         for events in self.logs.events:
             readers[events.name] = events.reader
@@ -263,8 +287,8 @@ class Steps:
         """
         job = EncodeJob(state, self.windows, known_by, self._answers, folder)
         tasks = list(enumerate(self._parts))
-        counts = {name: SplitCounts() for name in self.windows}
-        function = partial(encode_part, job, self.logs.log.reader)
+        counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
+        function = partial(encode_part, job, self._reader)
         for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
             for name, each in part.items():
                 counts[name].merge(each)

@@ -14,7 +14,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
     """Files, rows and times of the log, files left out, and for each split its rows, different users, and labels."""
-    splits = {name: _split(each, sums.layout) for name, each in sums.splits.items()}
+    told = manifest.get("splits", {})
+    splits = {name: _split(each, sums.layout, told.get(name, {})) for name, each in sums.splits.items()}
     return {
         "log": manifest.get("log"),
         "digest": manifest.get("digest"),
@@ -26,6 +27,7 @@ def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
         "left_out": [
             {"file": str(each["file"]), "reason": str(each["reason"])} for each in manifest.get("left_out", [])
         ],
+        "requests": manifest.get("requests"),
         "splits": splits,
     }
 
@@ -51,13 +53,15 @@ def time_of(microseconds: int) -> str:
     return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="seconds")
 
 
-def _split(sums: SplitSums, layout: Layout) -> dict[str, Any]:
+def _split(sums: SplitSums, layout: Layout, told: Mapping[str, Any]) -> dict[str, Any]:
     who = {f"{name}s": {"count": count.count(), "exact": count.exact} for name, count in sums.who.items()}
     return {
         "rows": sums.labels.rows,
         **who,
         "first_request": time_of(sums.first),
         "last_request": time_of(sums.last),
+        "labels_known_by": time_of(told["known_by"]) if told.get("known_by") is not None else None,
+        "unmatured": {name: count for name, count in told.get("unmatured", {}).items() if count},
         "tasks": _tasks(sums.labels, layout),
     }
 

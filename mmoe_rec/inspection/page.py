@@ -11,7 +11,7 @@ from mmoe_rec.inspection.feature_table import feature_table, psi_badge
 from mmoe_rec.inspection.findings import drift_beyond_noise, moved, shown_and_folded
 from mmoe_rec.inspection.markup import Markup, breakable, joined, prose, tag
 from mmoe_rec.inspection.tables import embedding_tables, grid
-from mmoe_rec.inspection.words import NONE, count, day, percent, rate
+from mmoe_rec.inspection.words import NONE, count, day, percent, rate, requests_told, unmatured_told
 
 _DRAWN = 12  # features whose drift is drawn
 
@@ -93,6 +93,14 @@ def _rows(overview: dict[str, Any]) -> Markup:
         files = [[tag("code", each["file"]), each["reason"]] for each in overview["left_out"]]
         title = tag("h3", tag("span", str(len(files)), class_="badge problem"), " files of the log left out")
         parts.append(tag("div", title, grid([("file", ""), ("reason", "")], files), class_="card"))
+    notes = [told] if (told := requests_told(overview["requests"])) else []
+    notes += [
+        f"{name}: {unmatured_told(task, number, split['labels_known_by'])}"
+        for name, split in overview["splits"].items()
+        for task, number in split["unmatured"].items()
+    ]
+    if notes:
+        parts.append(tag("div", tag("ul", *(tag("li", note) for note in notes)), class_="card"))
     outside = (overview["rows"] or 0) - overview["rows_in_splits"]
     numbers = {
         "files": overview["files"],

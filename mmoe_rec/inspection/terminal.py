@@ -13,7 +13,17 @@ from rich.text import Text
 
 from mmoe_rec.inspection.explanations import CHECKS
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
-from mmoe_rec.inspection.words import NONE, count, day, fixed, percent, rate, size
+from mmoe_rec.inspection.words import (
+    NONE,
+    count,
+    day,
+    fixed,
+    percent,
+    rate,
+    requests_told,
+    size,
+    unmatured_told,
+)
 
 _WIDE = 110  # fewer columns do not hold all that there is to say of a feature
 _NAME = 32  # letters of a name before it may be broken
@@ -27,8 +37,13 @@ def show(health: dict[str, Any], width: int) -> Iterator[RenderableType]:
         f"{overview['files'] or 0:,} files, {overview['rows'] or 0:,} rows, "
         f"{day(overview['first_request'])} to {day(overview['last_request'])} UTC"
     )
+    if told := requests_told(overview["requests"]):
+        yield Text(told, style="yellow")
     yield _splits(overview["splits"])
     yield _labels(overview["splits"])
+    for name, split in overview["splits"].items():
+        for task, number in split["unmatured"].items():
+            yield Text(f"{name}: {unmatured_told(task, number, split['labels_known_by'])}", style="yellow")
     yield _features(health, narrow=width < _WIDE)
     yield _tables(health["tables"])
     yield from _findings(health)

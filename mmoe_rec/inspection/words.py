@@ -43,6 +43,29 @@ def size(value: float) -> str:
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
+def requests_told(requests: Mapping[str, Any] | None) -> str | None:
+    """How many requests have several times, of a manifest's `requests`; None where none has."""
+    if not requests or not requests["several_times"]:
+        return None
+    return (
+        f"{requests['several_times']:,} of {requests['count']:,} requests have rows of several times, up to "
+        f"{span(requests['longest_microseconds'])} apart: all rows of a request take its first time"
+    )
+
+
+def unmatured_told(task: str, labels: int, known_by: str | None) -> str:
+    """How many labels of a split do not count, as they had not matured."""
+    return f"{labels:,} label{'s' * (labels != 1)} of {task} had not matured by {day(known_by)} UTC and do not count"
+
+
+def span(microseconds: int) -> str:
+    """A time in a unit that makes it a small number."""
+    for unit, size_of in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("seconds", 1e6)):
+        if microseconds >= 2 * size_of:
+            return f"{microseconds / size_of:.1f} {unit}"
+    return f"{microseconds / 1e6:g} seconds"
+
+
 def day(time: str | None) -> str:
     """The day and minute of an ISO time."""
     return NONE if time is None else time[:16].replace("T", " ")

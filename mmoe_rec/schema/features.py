@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
@@ -140,13 +140,21 @@ class CounterFeature(_Remembering):
     by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
     outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
         ("positives", "rate", "recency"),
-        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label; "
+        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
         "recency: log(1 + days since the last row with a positive label became known), missing if never",
     )
     window_days: tuple[Days | None, ...] = Field(
         (None,), min_length=1, description="trailing windows; null is all of the past"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outputs_of_events(cls, values: Any) -> Any:
+        """The default of events, which have no labels, is without a rate."""
+        if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
+            return {**values, "outputs": ("positives", "recency")}
+        return values
 
     @model_validator(mode="after")
     def _rate_has_labels(self) -> Self:

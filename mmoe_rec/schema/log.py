@@ -32,6 +32,10 @@ class Columns(Section):
     request: str | None = Field(
         None, description="column with the request's id; without one, a user's rows of one instant form a request"
     )
+    request_scope: Literal["log", "user"] = Field(
+        "log",
+        description="log: a request id is one request's in the whole log; user: ids are a user's own, such as 1, 2, 3",
+    )
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
         None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"
     )

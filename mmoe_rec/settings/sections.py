@@ -66,6 +66,9 @@ class Data(Section):
     future_times: Literal["error", "keep"] = Field(
         "error", description="what to do about times later than now, most likely of another unit"
     )
+    several_times: Literal["first", "error"] = Field(
+        "first", description="what to do if rows of a request have several times: take the first for all, or stop"
+    )
 
 
 class Training(Section):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -112,6 +113,23 @@ def random_log(seed: int, rows: int = 300, strings: bool = False, days: float = 
             "slot": pa.array(rng.integers(0, 3, rows)),
         }
     )
+
+
+def with_requests(table: pa.Table, seed: int = 0, spread: int = 2 * DAY) -> pa.Table:
+    """Rows of a user and instant as a request whose rows have later times, but for one."""
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({"user": table["user"].to_pylist(), "time": times_of(table)})
+    number = frame.groupby(["user", "time"]).ngroup().to_numpy()
+    first = frame.groupby(["user", "time"]).cumcount().to_numpy() == 0
+    later = np.where(first | (rng.random(len(frame)) < 0.3), 0, rng.integers(0, spread, len(frame)))
+    table = table.append_column("request", pa.array(number))
+    return at_times(table, times_of(table) + later).take(pa.array(rng.permutation(len(frame))))
+
+
+def at_times(table: pa.Table, times: np.ndarray) -> pa.Table:
+    """The rows at other times, microseconds."""
+    place = table.column_names.index("time")
+    return table.set_column(place, "time", pa.array(times).cast(UTC_MICROSECONDS))
 
 
 def log_rows(table: pa.Table, schema: Schema) -> LogRows:

@@ -20,6 +20,7 @@ from small_logs import (
     save_memories,
     schema_of,
     times_of,
+    with_requests,
     write_log,
 )
 
@@ -29,7 +30,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import answers, log, splits, steps
 from mmoe_rec.features.build import Prepared, prepare
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.pipeline import in_window
+from mmoe_rec.features.pipeline import FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.steps import BuildOptions
 
@@ -83,6 +84,27 @@ def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, s
             np.testing.assert_allclose(kept[name].to_numpy(), mine[name].to_numpy(), rtol=1e-14, err_msg=name)
 
 
+def test_stretches_beyond_the_last_row_forget_nothing(tmp_path):
+    """Where labels mature long after the log's end, requests right after it ask for what was known by then."""
+    late = {"label": "liked", "objective": "satisfaction", "matures_after_days": 9}
+    features = {
+        "item": ALL_KINDS["item"],
+        "n": {"kind": "counter", "task": "liked", "by": ["brand"], "window_days": [None, 0.5]},
+        "last": {"kind": "history", "task": "liked", "of": "item", "length": 2, "at_least": 0},
+    }
+    schema = schema_of(features, tasks=SCHEMA.model_dump()["tasks"] | {"liked": late})
+    source = str(write_log(tmp_path / "log", random_log(0)))
+    windows = {"train": (None, START + 9 * DAY + DAY // 2), "validation": (START + 9 * DAY + DAY // 2, None)}
+    windows = {**windows, "test": windows["validation"]}
+    few, all_at_once = (
+        prepare(source, schema, windows, tmp_path / str(rows), BuildOptions(rows_in_memory=rows))
+        for rows in (15, 10**6)
+    )
+    after = START + 10 * DAY
+    asking = log_rows(random_log(0).set_column(2, "time", pa.array([after] * 300, pa.timestamp("us", "UTC"))), schema)
+    assert_same(*(FeaturePipeline.load(each.serving).encode(asking) for each in (few, all_at_once)))
+
+
 def test_no_order_of_files_changes_state_or_encoding(tmp_path, small_pieces):
     table = random_log(6, rows=400)
     parts = _cut(table, 50, 120, 300)
@@ -103,10 +125,13 @@ def ray_is_running():
 
 
 def _alike_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
-    source = str(write_log(tmp_path / "log", *_cut(random_log(7, rows=400), 100, 150)))
-    alone = prepare(source, SCHEMA, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    source = str(write_log(tmp_path / "log", *_cut(with_requests(random_log(7, rows=400)), 100, 150)))
+    columns = SCHEMA.columns.model_copy(update={"request": "request"})
+    schema = SCHEMA.model_copy(update={"columns": columns})
+    alone = prepare(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    assert alone.manifest["requests"]["several_times"] > 10
     options = BuildOptions(engine=engine, workers=2, rows_in_memory=300)
-    assert files_of(prepare(source, SCHEMA, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
+    assert files_of(prepare(source, schema, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
 
 
 def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:

@@ -17,9 +17,10 @@ from pipelines.ingest_movielens import LOG as MOVIELENS
 ROWS = 3000
 
 
-def _times(rng: np.random.Generator, first: datetime, days: float) -> pa.Array:
+def _times(rng: np.random.Generator, first: datetime, days: float, request: np.ndarray) -> pa.Array:
     start = int(first.replace(tzinfo=UTC).timestamp() * 1e6)
-    return pa.array(start + np.sort((rng.uniform(0, days, ROWS) * DAY).astype(np.int64)), pa.timestamp("us", tz="UTC"))
+    times = start + np.sort((rng.uniform(0, days, ROWS) * DAY).astype(np.int64))
+    return pa.array(times[request], pa.timestamp("us", tz="UTC"))
 
 
 def _prepare(config: str, table: pa.Table, tmp_path: Path, *overrides: str) -> Prepared:
@@ -43,10 +44,11 @@ def test_movielens(tmp_path):
     rng = np.random.default_rng(0)
     rated = rng.integers(0, 2, ROWS)
     genres = ["Action", "Drama", "Film-Noir"]
+    request = np.arange(ROWS) // 5
     columns = {
-        "request_id": np.arange(ROWS) // 5,
-        "request_time": _times(rng, datetime(2000, 4, 25), 250),
-        "user_id": rng.integers(1, 40, ROWS),
+        "request_id": request,
+        "request_time": _times(rng, datetime(2000, 4, 25), 250, 5 * request),
+        "user_id": rng.integers(1, 40, ROWS)[request],
         "movie_id": rng.integers(1, 60, ROWS),
         "gender": rng.choice(["F", "M"], ROWS),
         "age": rng.choice([1, 18, 25], ROWS),
@@ -73,14 +75,16 @@ def test_movielens(tmp_path):
 def test_the_template(tmp_path, strings):
     rng = np.random.default_rng(0)
     clicked, surveyed = rng.integers(0, 2, ROWS), rng.random(ROWS) < 0.2
-    viewers, videos = rng.integers(-(2**63), 2**63 - 1, 40)[rng.integers(0, 40, ROWS)], -rng.integers(1, 60, ROWS)
+    page = np.arange(ROWS) // 7
+    viewers = rng.integers(-(2**63), 2**63 - 1, 40)[rng.integers(0, 40, ROWS)][page]
+    videos = -rng.integers(1, 60, ROWS)
     as_id = (lambda values: pa.array([f"id {value}" for value in values])) if strings else pa.array
-    times = _times(rng, datetime(2024, 3, 1), 90)
+    times = _times(rng, datetime(2024, 3, 1), 90, 7 * page)
     columns = {
         "viewer": as_id(viewers),
         "video": as_id(videos),
         "shown_at": times,
-        "page_view": as_id(np.arange(ROWS) // 7),
+        "page_view": as_id(page),
         "country": rng.choice(["DE", "FR"], ROWS),
         "device": rng.choice(["phone", "tv"], ROWS),
         "channel": rng.integers(0, 9, ROWS),

@@ -145,3 +145,26 @@ def test_changed_events_are_built_again(tmp_path):
     assert first["events"] == {"purchases": {"files": 1, "rows": 200}}
     write_log(path, _events(1, rows=150))
     assert prepare(log, _schema(path), WINDOWS, tmp_path / "work").manifest["events"]["purchases"]["rows"] == 150
+
+
+def test_an_event_is_seen_by_requests_after_its_instant(tmp_path):
+    """Not by those of the same microsecond."""
+    moments = START + np.array([0, 1, 2, DAY])
+    log = LOG.slice(0, 4).set_column(2, "time", pa.array(moments).cast(LOG["time"].type))
+    log = log.set_column(0, "user", pa.array([5] * 4)).set_column(1, "item", pa.array([1] * 4))
+    features = {
+        "item": ALL_KINDS["item"],
+        # Without outputs: those that events have.
+        "n": {"kind": "counter", "events": "purchases", "by": ["user"], "window_days": [None, 0.5]},
+        "bought": {"kind": "history", "events": "purchases", "of": "item"},
+    }
+    events = pa.table({"user": [5], "item": [1], "bought_at": pa.array(moments[1:2]).cast(LOG["time"].type)})
+    place = str(write_log(tmp_path / "purchases", events))
+    schema = schema_of(features, events={"purchases": {"path": place, "time": "bought_at"}})
+    rows = list(EventRows("purchases", Log(str(write_log(tmp_path / "log", log)), schema)).stream())
+    pipeline = fit_in_memory(schema, [log_rows(log, schema)], (None, UNTIL), {"purchases": rows})
+    counter, history = (raw_answers(pipeline.memory_encoders[name], log_rows(log, schema)) for name in ("n", "bought"))
+    assert list(counter) == ["n_positives", "n_positives_0p5d", "n_recency"]
+    np.testing.assert_allclose(np.expm1(counter["n_positives"]), [0, 0, 1, 1])
+    np.testing.assert_allclose(np.expm1(counter["n_positives_0p5d"]), [0, 0, 1, 0])
+    np.testing.assert_array_equal(history["bought"].lengths, [0, 0, 1, 1])

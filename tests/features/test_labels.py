@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,7 +16,19 @@ from mmoe_rec.features.build import prepare
 from mmoe_rec.features.labels import labels_of
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.features.rows import LogRows
-from tests.features.small_logs import BASE, DAY, LATE_DAYS, START, log_rows, random_log, schema_of, write_log
+from tests.features.small_logs import (
+    BASE,
+    DAY,
+    LATE_DAYS,
+    START,
+    fit,
+    log_rows,
+    random_log,
+    raw_answers,
+    schema_of,
+    times_of,
+    write_log,
+)
 
 FEATURES = {"item": {"kind": "id", "column": "item"}}
 
@@ -82,6 +95,63 @@ def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
         column = table[f"label.{name}"]
         assert observed[name] == len(column) - column.null_count > 0
     assert observed["liked"] < observed["click_and_liked"] < observed["click"]
+
+
+COUNTED = {
+    "item": {"kind": "id", "column": "item", "min_count": 1},
+    "rate": {"kind": "counter", "task": "liked", "by": ["brand"], "outputs": ["rows", "rate"], "smoothing": 2.0},
+    "last": {"kind": "history", "task": "liked", "of": "item", "length": 1000},
+}
+
+
+@pytest.mark.parametrize("click_days", [0.0, LATE_DAYS + 1.5])
+@pytest.mark.parametrize("at_least", [1.0, 0.0])
+def test_counters_and_histories_of_a_satisfaction_know_the_engaged_rows_alone(
+    click_days: float, at_least: float
+) -> None:
+    """Its label says nothing elsewhere, here mostly 0; and nobody knows it before it is known who engaged."""
+    table = random_log(3)
+    click = np.array([each == 1 for each in table["click"].to_pylist()])
+    liked = np.where(click, np.arange(len(click)) % 3 > 0, np.arange(len(click)) % 9 == 0).astype(float)
+    table = table.set_column(table.column_names.index("liked"), "liked", pa.array(liked))
+    given = tasks(observed_when=None)
+    given["click"] = given["click"] | {"matures_after_days": click_days}
+    features = COUNTED | {"last": COUNTED["last"] | {"at_least": at_least}}
+    pipeline = fit(table, schema_of(features, tasks=given), START + 8 * DAY)
+    rows = log_rows(table, pipeline.schema)
+    late = round(max(LATE_DAYS, click_days) * DAY)
+    records = list(zip(table.to_pylist(), rows.times().tolist(), click.tolist(), strict=True))
+    training = [row["liked"] for row, time, engaged in records if engaged and time + late <= START + 8 * DAY]
+    assert pipeline.encoders["rate"].prior == pytest.approx(np.mean(training), rel=1e-12)
+    found = {name: raw_answers(pipeline.memory_encoders[name], rows) for name in ("rate", "last")}
+    for row, (asking, now, _) in enumerate(records):
+        known = [other for other, time, engaged in records if engaged and time + late <= now]
+        labels = [other["liked"] for other in known if other["brand"] == asking["brand"]]
+        rate = (sum(labels) + 2 * np.mean(training)) / (len(labels) + 2)
+        assert found["rate"]["rate_rows"][row] == pytest.approx(np.log1p(len(labels)))
+        assert found["rate"]["rate_rate"][row] == pytest.approx(rate, rel=1e-9)
+        liked_by_user = [other for other in known if other["user"] == asking["user"] and other["liked"] >= at_least]
+        assert found["last"]["last"].lengths[row] == len(liked_by_user)
+
+
+def test_labels_that_had_not_matured_are_counted(tmp_path: Path) -> None:
+    """Of each split's rows, those whose label the log holds already."""
+    table = random_log(3, rows=600)
+    schema = schema_of(FEATURES, tasks=tasks())
+    edges = [START + days * DAY for days in (6, 8)]
+    windows = {"train": (None, edges[0]), "validation": (edges[0], edges[1]), "test": (edges[1], None)}
+    prepared = prepare(str(write_log(tmp_path / "log", table)), schema, windows, tmp_path / "work")
+    last = int(times_of(table).max())
+    for split, (start, end) in windows.items():
+        told = prepared.manifest["splits"][split]
+        assert told["known_by"] == (edges[0] if split == "train" else last)
+        late = [
+            row["click"] == 1 and row["liked"] is not None and time + LATE_DAYS * DAY > told["known_by"]
+            for row, time in zip(table.to_pylist(), times_of(table).tolist(), strict=True)
+            if (start or 0) <= time < (end or last + 1)
+        ]
+        assert told["unmatured"] == {"click": 0, "liked": sum(late), "spent": 0}
+        assert sum(late) > 0
 
 
 def test_a_layout_written_before_given_was_known_is_read() -> None:

@@ -1,0 +1,192 @@
+"""Builds features of a drawn log, extends them, and compares what they are with the naive reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.progress import Progress
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import answers, build, known_requests, learn, log, requests, splits, steps
+from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.counter import CounterEncoder
+from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.extend import extend
+from mmoe_rec.features.history import HistoryEncoder
+from mmoe_rec.features.numbers import CLIP
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.schema import Schema
+from tests.features.drawn_logs import DrawnLog, draw
+from tests.features.naive_features import NaiveFeatures
+
+TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
+# What a log that is drawn may lack.
+_LACKS = ("split is empty", "lies in a split", "have no rows")
+
+
+@contextmanager
+def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in (steps, learn, requests, known_requests):
+            stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
+        stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
+        stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))
+        stack.enter_context(patch.object(splits, "ROWS_PER_GROUP", 16))
+        # A task that nothing can be learnt of has labels to compare too.
+        stack.enter_context(patch.object(build, "check_classes", lambda *_: None))
+        # Thousands of small builds, of which nothing is to be seen and nothing has to last.
+        stack.enter_context(patch.object(steps, "bar", lambda: Progress(disable=True)))
+        stack.enter_context(patch.object(os, "fsync", lambda _: None))
+        yield
+
+
+def compare(seed: int, folder: Path) -> int:
+    """Numbers of values compared in the log of a seed, 0 where it has too little to build features of.
+
+    Raises AssertionError where one differs.
+    """
+    drawn = draw(seed)
+    drawn.settings["events"]["bought"]["path"] = str(folder / "events")
+    schema = Schema.model_validate(drawn.settings)
+    options, compared, means = BuildOptions(**drawn.options), 0, {}
+    place = str(folder / "log"), schema, drawn.windows, folder / "work", options
+    with _small_pieces(drawn):
+        for stage in range(drawn.stages):
+            drawn.write(folder, stage)
+            try:
+                if stage == 0:
+                    prepared = prepare(*place)
+                elif (extended := extend(*place)) is None:
+                    continue
+                else:
+                    prepared = extended.prepared
+            except UserError as error:
+                if any(lack in str(error) for lack in _LACKS):
+                    return compared
+                raise AssertionError(f"log {seed}: {error}") from error
+            comparison = _Comparison(drawn, stage, prepared)
+            means = means or comparison.overall_means()
+            compared += comparison.compare(means)
+    return compared
+
+
+class _Comparison:
+    """Encoded rows of a stage beside the reference for all rows written so far."""
+
+    def __init__(self, drawn: DrawnLog, stage: int, prepared: Prepared) -> None:
+        self.drawn, self.prepared = drawn, prepared
+        log, events = (each[each["stage"] <= stage] for each in (drawn.log, drawn.events))
+        self.naive = NaiveFeatures(drawn.settings, log, {"bought": events})
+        self.pipeline = FeaturePipeline.load(prepared.serving, memories=False)
+        self.place = {row["row"]: place for place, row in enumerate(self.naive.rows)}
+        seen = {self.naive.request(row) for row in self.naive.rows if row["stage"] < stage}
+        self.new = [row for row in self.naive.rows if row["stage"] == stage and self.naive.request(row) not in seen]
+        self.last = max(row["time"] for row in self.naive.rows)
+        self.compared = 0
+
+    def overall_means(self) -> dict[str, float]:
+        """Of each counter's task."""
+        start, end = self.drawn.windows["train"]
+        means = {}
+        for name, encoder in self.pipeline.memory_encoders.items():
+            if isinstance(encoder, CounterEncoder):
+                task = encoder.feature.task
+                mean = 0.0 if task is None else self.naive.overall_mean(task, start, end)
+                # Where labels are fractions, each is rounded to 2^-13 of itself.
+                largest = 0.0 if task != "spent" else max(abs(row["spent"] or 0) for row in self.naive.rows)
+                self._close(encoder.prior, mean, f"overall mean of {name}", 2**-13 * largest)
+                means[name] = encoder.prior
+        return means
+
+    def compare(self, means: dict[str, float]) -> int:
+        """Compares all splits; gives the number of values."""
+        counters = {name: self.naive.counter(name, mean) for name, mean in means.items()}
+        histories = {
+            name: self.naive.history(name, self._table_rows(encoder))
+            for name, encoder in self.pipeline.memory_encoders.items()
+            if isinstance(encoder, HistoryEncoder)
+        }
+        for split, (start, end) in self.drawn.windows.items():
+            expected = [
+                row
+                for row in self.new
+                if (start is None or start <= row["time"]) and (end is None or row["time"] < end)
+            ]
+            table = self._encoded(split)
+            rows = table["sampling_rate"].to_pylist() if table.num_rows else []
+            assert rows == [row["row"] for row in expected], self._says(f"rows of {split}")
+            if not rows:
+                continue
+            places = [self.place[row] for row in rows]
+            encoded = Encoded.from_arrow(table, self.prepared.layout)
+            self._labels(table, expected, split)
+            for name, values in counters.items():
+                self._counter(name, [values[place] for place in places], encoded)
+            for name, lists in histories.items():
+                self._history(name, [lists[place] for place in places], encoded)
+        return self.compared
+
+    def _encoded(self, split: str) -> pa.Table:
+        folder = self.prepared.split(split)
+        return pq.read_table(folder) if folder.is_dir() else pa.table({})
+
+    def _table_rows(self, encoder: HistoryEncoder) -> dict[Any, int]:
+        every = (row["item"] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
+        items = list(dict.fromkeys(every))
+        array = pa.array(items, self.drawn.types["item"])
+        return dict(zip(items, encoder.owner.encode(array).tolist(), strict=True))
+
+    def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
+        known_by = self.drawn.windows["train"][1] if split == "train" else self.last
+        for task in self.drawn.settings["tasks"]:
+            expected = [
+                self.naive.label(row, task) if row["time"] + self.naive.matures_after(task) <= known_by else None
+                for row in rows
+            ]
+            single = [None if each is None else float(np.float32(each)) for each in expected]
+            assert table[f"label.{task}"].to_pylist() == single, self._says(f"labels {task} of {split}")
+            self.compared += len(rows)
+
+    def _counter(self, name: str, expected: list[dict], encoded: Encoded) -> None:
+        encoder = self.pipeline.encoders[name]
+        assert isinstance(encoder, CounterEncoder)
+        names = [each.name for each in self.prepared.layout.dense]
+        wanted = [(output, days) for output in encoder.feature.outputs for days in encoder.feature.window_days]
+        wanted = [(output, None if output == "recency" else days) for output, days in wanted]
+        for output, days in dict.fromkeys(wanted):
+            suffix = "" if days is None else f"_{days:g}d".replace(".", "p")
+            answer = f"{name}_{output}{suffix}"
+            numbers = encoder.numbers[answer].standardiser
+            values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)
+            scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
+            found = encoded.dense[:, names.index(answer)]
+            largest = TOLERANCE * max(1, np.nan_to_num(np.abs(values)).max())
+            self._close(found * numbers.deviation, scaled * numbers.deviation, answer, largest)
+            if numbers.has_missing:
+                missing = encoded.dense[:, names.index(f"{answer}_missing")]
+                assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
+
+    def _history(self, name: str, expected: list[list[int]], encoded: Encoded) -> None:
+        found = encoded.ids[name]
+        assert isinstance(found, Ragged)
+        ends = np.cumsum(found.lengths)
+        lists = [found.values[end - length : end].tolist() for end, length in zip(ends, found.lengths, strict=True)]
+        assert lists == expected, self._says(name)
+        self.compared += len(lists)
+
+    def _close(self, found: Any, expected: Any, what: str, tolerance: float) -> None:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 + tolerance, err_msg=self._says(what))
+        self.compared += np.size(found)
+
+    def _says(self, what: str) -> str:
+        seed = self.drawn.seed
+        return f"{what} of log {seed}; again: python -m tests.benchmarks.point_in_time --logs 1 --first {seed}"
