@@ -43,7 +43,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 6
+FORMAT = 7
 
 
 class FeaturePipeline:
