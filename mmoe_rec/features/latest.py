@@ -109,7 +109,7 @@ def _order_by_values(table: pa.Table) -> np.ndarray:
     for name in table.column_names:
         values = table.column(name).to_pandas()
         if pa.types.is_nested(table.schema.field(name).type):
-            values = values.map(repr)
+            values = values.map(lambda each: None if each is None else repr(each.tolist()))
         ranks.append(pd.factorize(values, sort=True)[0])
     return np.lexsort(ranks[::-1])
 
