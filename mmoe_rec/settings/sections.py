@@ -87,7 +87,9 @@ class Training(Section):
     validations_per_epoch: int = Field(2, ge=1, description="times an epoch that the validation rows are scored")
     patience: int = Field(4, ge=1, description="validations without a better result until training stops")
     select_by: Literal["auc", "loss"] = Field(
-        "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
+        "auc",
+        description="best model: highest mean AUC over the binary tasks with 50 validation rows of either label (loss, "
+        "where there is none), or lowest weighted loss",
     )
     calibration: Literal["none", "temperature", "isotonic"] = Field(
         "none", description="how probabilities are corrected on the validation rows after training"
