@@ -221,6 +221,7 @@ class Steps:
             events=self._events,
             answers=self._answers,
             rows_in_memory=options.rows_in_memory,
+            scratch=self.scratch / "pieces",
         )
         tasks = [
             Partition(name, number, self._sent(group, number))
