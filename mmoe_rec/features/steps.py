@@ -207,6 +207,7 @@ class Steps:
         pipeline: with complete vocabularies; where `training` is given, it counts answers of rows requested then.
         before: folder with memories to go on from.
         """
+        pipeline.learn_units(self._learnt.label_units)
         state = self.scratch / "state"
         state.mkdir(parents=True)
         pipeline.save(state)
