@@ -90,11 +90,6 @@ class ExactSums:
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
 
-    def minus(self, other: ExactSums) -> ExactSums:
-        """Differences from N other sums."""
-        one, two = self.over(other.units), other.over(self.units)
-        return ExactSums(one.units, one.limbs - two.limbs)
-
     def rounded(self) -> np.ndarray:
         """(N,) float64: the nearest to each sum, of two that are as near the even one; infinite beyond the largest."""
         if self.units == (0,):

@@ -129,16 +129,16 @@ class CounterMemory(Memory):
 
         before: events, by their index, as of which totals are taken off.
         """
-        rows = np.append(self.rows, np.int32(0))
-        found = rows[index] if before is None else rows[index] - rows[before]
+        rows = self._difference(self.rows, index, before)
         if self.label_sum is None:
-            return found, found
+            return rows, rows
         if isinstance(self.label_sum, ExactSums):
-            sums = self.label_sum.append(ExactSums.zeros(1))
-            exact = sums.take(index) if before is None else sums.take(index).minus(sums.take(before))
-            return found, exact.rounded()
-        whole = np.append(self.label_sum, 0.0)
-        return found, whole[index] if before is None else whole[index] - whole[before]
+            return rows, self.label_sum.each(lambda limb: self._difference(limb, index, before)).rounded()
+        return rows, self._difference(self.label_sum, index, before)
+
+    def _difference(self, totals: np.ndarray, index: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        found = _at(totals, index, 0)
+        return found if before is None else found - _at(totals, before, 0)
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class CounterMemory(Memory):
         """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
         last_positive = self.events.known if self.label_sum is None else self.last_positive
         assert last_positive is not None
-        return np.append(last_positive, NEVER)[index]
+        return _at(last_positive, index, NEVER)
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
@@ -214,7 +214,7 @@ class HistoryMemory(Memory):
     def last(self, asked: LookUps, length: int) -> Ragged:
         """The last `length` items that were known at N look-ups, oldest first."""
         last = self.joined(asked).last()
-        lengths = np.minimum(np.append(self._within_key, -1)[last] + 1, length)
+        lengths = np.minimum(_at(self._within_key, last, -1) + 1, length)
         return Ragged(self.items[consecutive(last + 1 - lengths, lengths)], lengths.astype(np.int32))
 
     @cached_property
@@ -255,6 +255,13 @@ def _running_labels(
     if isinstance(labels, ExactSums):
         return labels.each(lambda limb: _running(runs, limb, kept))
     return None if labels is None else _running(runs, labels, kept).astype(np.float64, copy=False)
+
+
+def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
+    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
+    found = values[index] if len(values) else np.zeros(len(index), values.dtype)
+    found[index < 0] = nothing
+    return found
 
 
 def _appended(one: np.ndarray | ExactSums | None, other: np.ndarray | ExactSums | None) -> Any:

@@ -68,9 +68,9 @@ def test_a_sum_of_many_is_as_exact(seed):
     exact = ExactSums.of(values)
     order = rng.permutation(1000)
     running = exact.take(order).each(np.cumsum)
-    assert running.take(np.array([-1])).rounded()[0] == math.fsum(values)
-    difference = running.take(np.array([900])).minus(running.take(np.array([100])))
-    assert difference.rounded()[0] == math.fsum(values[order][101:901])
+    assert running.rounded()[-1] == math.fsum(values)
+    difference = running.each(lambda limb: limb[900:] - limb[:100])
+    assert difference.rounded().tolist() == [math.fsum(values[order][n + 1 : n + 901]) for n in range(100)]
 
 
 def test_halves_are_rounded_to_even():
