@@ -14,7 +14,7 @@ import numpy as np
 
 BITS = 32
 _MASK = np.uint64(2**BITS - 1)
-_AT_A_TIME = 8192
+_AT_A_TIME = 8192  # so many numbers stay in the processor's cache
 
 
 class ExactSums:
@@ -38,26 +38,21 @@ class ExactSums:
     @staticmethod
     def of(values: np.ndarray) -> ExactSums:
         """(N,) finite float64 numbers."""
-        whole, exponent = whole_numbers(values)
-        return ExactSums.of_scaled(whole, exponent)
+        return ExactSums.of_scaled(*whole_numbers(values))
 
     @staticmethod
     def of_scaled(whole: np.ndarray, exponent: np.ndarray) -> ExactSums:
         """`whole` times 2^`exponent`, (N,) int64 each."""
-        size = np.abs(whole).view(np.uint64)
-        unit, shift = exponent >> 5, (exponent & (BITS - 1)).view(np.uint64)
-        low, high = (size & _MASK) << shift, (size >> np.uint64(BITS)) << shift
-        middle = (low >> np.uint64(BITS)) + (high & _MASK)
-        digits = (low & _MASK, middle & _MASK, (high >> np.uint64(BITS)) + (middle >> np.uint64(BITS)))
-        signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
-        limbs: dict[int, np.ndarray] = {}
-        units = np.unique(unit[whole != 0]).tolist()
-        for first in units:
-            for j, digit in enumerate(signed, first):
-                limb = digit if len(units) == 1 else np.where(unit == first, digit, 0)
-                if limb.any():
-                    limbs[j] = limbs[j] + limb if j in limbs else limb
-        return ExactSums.from_limbs(limbs, len(whole))
+        parts = [
+            _split(whole[start : start + _AT_A_TIME], exponent[start : start + _AT_A_TIME])
+            for start in range(0, len(whole), _AT_A_TIME)
+        ]
+        sums = ExactSums.zeros(len(whole), set().union(*parts))
+        for number, part in enumerate(parts):
+            start = number * _AT_A_TIME
+            for unit, limb in part.items():
+                sums.limbs[sums.units.index(unit), start : start + _AT_A_TIME] = limb
+        return sums
 
     @staticmethod
     def from_limbs(limbs: Mapping[int, np.ndarray], size: int) -> ExactSums:
@@ -94,17 +89,17 @@ class ExactSums:
         """(N,) float64: the nearest to each sum, of two that are as near the even one; infinite beyond the largest."""
         if self.units == (0,):
             return self.limbs[0].astype(np.float64)
-        # So many at a time stay in the processor's cache.
         limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
         return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
 
     def _rounded(self, limbs: np.ndarray) -> np.ndarray:
         digits = self._digits(limbs)
-        negative = digits[-1] < 0
-        if negative.any():
-            digits = self._digits(np.where(negative, -limbs, limbs))
-        sizes = _nearest(digits.view(np.uint64), self.units[0])
-        return np.where(negative, -sizes, sizes)
+        values, wrong = _nearest_at_once(digits, self.units[0])
+        if wrong.any():
+            negative = digits[-1, wrong] < 0
+            sizes = _nearest(self._digits(np.where(negative, -limbs[:, wrong], limbs[:, wrong])), self.units[0])
+            values[wrong] = np.where(negative, -sizes, sizes)
+        return values
 
     def _digits(self, limbs: np.ndarray) -> np.ndarray:
         """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
@@ -114,6 +109,26 @@ class ExactSums:
             digits[place + 1] += digits[place] >> BITS
             digits[place] &= np.int64(_MASK)
         return digits
+
+
+def _split(whole: np.ndarray, exponent: np.ndarray) -> dict[int, np.ndarray]:
+    """Limbs, by unit, of `whole` times 2^`exponent`, (N,) int64 each."""
+    size = np.abs(whole).view(np.uint64)
+    unit, shift = exponent >> 5, (exponent & (BITS - 1)).view(np.uint64)
+    low, high = (size & _MASK) << shift, (size >> np.uint64(BITS)) << shift
+    middle = (low >> np.uint64(BITS)) + (high & _MASK)
+    digits = (low & _MASK, middle & _MASK, (high >> np.uint64(BITS)) + (middle >> np.uint64(BITS)))
+    signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
+    limbs: dict[int, np.ndarray] = {}
+    least = unit.min()
+    firsts = np.flatnonzero(np.bincount(unit - least)) + least
+    for first in firsts.tolist():
+        here = unit == first
+        for j, digit in enumerate(signed, first):
+            limb = digit if len(firsts) == 1 else np.where(here, digit, 0)
+            if limb.any():
+                limbs[j] = limbs[j] + limb if j in limbs else limb
+    return limbs
 
 
 def whole_numbers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +142,29 @@ def units_of(values: np.ndarray) -> set[int]:
     return set(ExactSums.of(values[~np.isnan(values)]).units)
 
 
+def _nearest_at_once(digits: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) float64 nearest to numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit), by an addition
+    that is rounded once, and (N,) bool where that is not enough, as the first digits are zero or too many."""
+    digits = np.concatenate([np.zeros((4, digits.shape[1]), np.int64), digits])
+    above = (digits[-1] << BITS) + digits[-2]
+    few = np.abs(above) < 2**20
+    whole = np.where(few, (above << BITS) + digits[-3], above)
+    rest = np.where(few, digits[-4], digits[-3]) << BITS | np.where(few, digits[-5], digits[-4])
+    more = rest & 2**11 - 1 != 0
+    if len(digits) > 8:
+        more |= np.where(few, digits[:-5].any(axis=0), digits[:-4].any(axis=0))
+    # What is dropped leaves an odd number of 53 bits, which no rounding of the sum takes for a half.
+    rest = (rest.view(np.uint64) >> np.uint64(11)).view(np.int64) | more
+    values = whole.astype(np.float64) + rest.astype(np.float64) * 2.0**-53
+    size = np.abs(whole)
+    with np.errstate(over="ignore"):
+        values = np.ldexp(values, BITS * (unit + len(digits) - 4 - np.where(few, 3, 2)))
+    return values, (size < 4) & (rest != 0) | (size > 2**53)
+
+
 def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
-    """(N,) float64 nearest to numbers of (P, N) uint64 digits, of which the first stand for 2^(32 unit)."""
-    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.uint64), digits])
+    """(N,) float64 nearest to positive numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
+    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
     leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
     leading = np.maximum(leading, 2)
     first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
