@@ -114,7 +114,7 @@ class ExactSums:
 def _split(whole: np.ndarray, exponent: np.ndarray) -> dict[int, np.ndarray]:
     """Limbs, by unit, of `whole` times 2^`exponent`, (N,) int64 each."""
     size = np.abs(whole).view(np.uint64)
-    unit, shift = exponent >> 5, (exponent & (BITS - 1)).view(np.uint64)
+    unit, shift = exponent // BITS, (exponent & (BITS - 1)).view(np.uint64)
     low, high = (size & _MASK) << shift, (size >> np.uint64(BITS)) << shift
     middle = (low >> np.uint64(BITS)) + (high & _MASK)
     digits = (low & _MASK, middle & _MASK, (high >> np.uint64(BITS)) + (middle >> np.uint64(BITS)))

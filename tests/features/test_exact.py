@@ -46,7 +46,7 @@ def any_labels(rng: np.random.Generator, size: int) -> np.ndarray:
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(values=st.lists(numbers, min_size=1, max_size=12), opposites=st.integers(0, 12))
 def test_a_sum_is_the_float_nearest_to_the_true_one(values, opposites):
     array = np.array(values + [-value for value in values[:opposites]])

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_logs import DAY, START, fit, random_log, schema_of
 
@@ -22,6 +22,7 @@ def moments_of(*parts: np.ndarray) -> Moments:
     return whole
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9).map(float), min_size=1),
     cuts=st.lists(st.integers(0, 60), max_size=3).map(sorted),

@@ -216,6 +216,7 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
     assert sorted(np.concatenate(asked)) == list(range(900))
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 30), max_size=8), rows=st.integers(1, 20))
 def test_batches_hold_all_rows_in_order(sizes, rows):
     edges = np.cumsum([0, *sizes])
