@@ -85,7 +85,9 @@ class CounterMemory(Memory):
         if not len(key):
             return self
         rows = None  # of each event
-        labels = None if label is None else ExactSums.of(label) if isinstance(self.label_sum, ExactSums) else label
+        labels: np.ndarray | ExactSums | None = label
+        if label is not None and isinstance(self.label_sum, ExactSums):
+            labels = ExactSums.of(label).over(self.units)
         positive = None
         if label is not None and self.last_positive is not None:
             positive = np.where(label > 0, known, NEVER)
@@ -96,8 +98,6 @@ class CounterMemory(Memory):
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-        elif isinstance(self.label_sum, ExactSums):
-            labels = _appended(self.label_sum, labels)
         if len(self.events) or not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
