@@ -7,6 +7,7 @@ So what is exchanged never has to fit into memory, and workers need nothing in c
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,11 @@ class _OpenFiles(threading.local):
                 del self._readers[next(iter(self._readers))]
         self._readers[key] = reader  # the last that will be closed
         return reader
+
+    def close(self, folder: Path) -> None:
+        """Lets go of the files in a folder: those that are open still take their room on disk once they are removed."""
+        for key in [key for key in self._readers if folder in Path(key[0]).parents]:
+            del self._readers[key]
 
 
 _FILES = _OpenFiles()
@@ -80,6 +86,11 @@ class Exchange:
         """The rows for a receiver as one table; None if there are none."""
         tables = list(self.receive(channel, receiver))
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
+
+    def remove(self) -> None:
+        """Removes all that was sent, once no other thread receives any more."""
+        _FILES.close(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
