@@ -19,7 +19,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, small: SmallModel) -> dict[str, str]:
-    """What identifies a model that was registered twice: the store's address, and the run and id of its last version."""
+    """Of a model that was registered twice: the store's address, and what identifies its last version."""
     import mlflow
 
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"

@@ -30,7 +30,7 @@ from mmoe_rec.settings import Model, Training
 from mmoe_rec.settings.differences import differences
 from mmoe_rec.training.validation import Validation
 
-FORMAT = 1
+FORMAT = 2
 _DESCRIPTION = "training.json"
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
