@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Path:
     """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's.
 
-    artifact: the folder that the ranker was loaded from. Raises UserError where its tasks mean something else than those
-    of the settings.
+    artifact: the folder that the ranker was loaded from. Raises UserError where its tasks mean something else than
+    those of the settings.
     """
     schema = ranker.pipeline.schema
     _check_tasks(settings, schema)
