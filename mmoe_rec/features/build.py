@@ -31,6 +31,7 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.features.zones import zone_rules
 from mmoe_rec.schema import Schema
 
 
@@ -129,7 +130,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, or splits; not with what a model makes of them."""
+    the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.partition) for file in each.files],
@@ -138,7 +139,7 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
         for each in logs.all
     ]
     # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    text = json.dumps([FORMAT, found, logs.schema.identity(), windows])
+    text = json.dumps([FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
