@@ -22,7 +22,7 @@ from mmoe_rec.files import FoundFile, first_line, is_remote, open_file, path_val
 from mmoe_rec.schema import Schema
 
 _OPEN_AT_ONCE = 16
-_LARGEST_LABEL = float(np.finfo(np.float32).max)  # encoded rows hold labels as float32
+_LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 Partition = tuple[tuple[str, int | str | None], ...]
 
 

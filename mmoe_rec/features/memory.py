@@ -267,7 +267,9 @@ def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
 def _appended(one: np.ndarray | ExactSums | None, other: np.ndarray | ExactSums | None) -> Any:
     if isinstance(one, ExactSums) and isinstance(other, ExactSums):
         return one.append(other)
-    return None if one is None or other is None else np.append(one, other)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.append(one, other)
+    return None
 
 
 def _taken(values: np.ndarray | ExactSums | None, index: np.ndarray) -> Any:

@@ -34,7 +34,8 @@ class FeatureInputs:
 def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
     """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
     owner: dict[str, str] = {}
-    for each in (*layout.ids, *layout.dense):
+    inputs: tuple[IdInput | DenseInput, ...] = (*layout.ids, *layout.dense)
+    for each in inputs:
         owner[each.name] = each.feature or each.name
         if owner[each.name] not in schema.features:
             raise ValueError(f"input '{each.name}' belongs to none of the features {', '.join(schema.features)}")
