@@ -26,8 +26,8 @@ def check_times(log: Log, learnt: Learnt) -> None:
         )
 
 
-def check_requests(log: Log, requests: Requests, one_time: bool) -> None:
-    """Raises UserError where a request has several users, or several times and `one_time` is wanted."""
+def check_requests(log: Log, requests: Requests) -> None:
+    """Raises UserError where a request has several users, or several times where an example of that was looked for."""
     columns = log.schema.columns
     if (clash := requests.users_clash) is not None:
         raise UserError(
@@ -35,7 +35,7 @@ def check_requests(log: Log, requests: Requests, one_time: bool) -> None:
             "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
             "are a user's own"
         )
-    if one_time and (clash := requests.times_clash) is not None:
+    if (clash := requests.times_clash) is not None:
         raise UserError(
             f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
             "the request's time into all its rows, or set data.several_times to first, which takes the first for all"

@@ -169,7 +169,7 @@ class Steps:
             shutil.rmtree(self.scratch, ignore_errors=True)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
-        check_requests(self.logs.log, self.requests, self.logs.options.several_times == "error")
+        check_requests(self.logs.log, self.requests)
         if self.logs.options.duplicates == "error":
             self._check_duplicates()
         return learnt
@@ -182,7 +182,9 @@ class Steps:
 
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
         runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self._parts)
-        return RequestsJob(runs, Exchange(self.scratch / "first_times", len(blocks)), blocks, before, kept)
+        first_times = Exchange(self.scratch / "first_times", len(blocks))
+        one_time = self.logs.options.several_times == "error"
+        return RequestsJob(runs, first_times, blocks, before, kept, one_time)
 
     @property
     def _reader(self) -> LogReader | OneTimeReader:
