@@ -24,7 +24,7 @@ from mmoe_rec.features.learn import Window, events_of, look_ups_of
 from mmoe_rec.features.pipeline import in_window
 
 Group = Sequence[MemoryEncoder[Any]]
-_PIECES_AT_MOST = 128  # of one division: a file is written for all of them, so it has a batch for each
+_PIECES_AT_MOST = 1024  # of one division: what is held of it at a time is written as a batch for each
 _ROOM = 1.1  # for pieces that are larger than the sample says
 
 
@@ -98,21 +98,31 @@ class Received:
 
     def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
         """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
-        look_ups = np.zeros(exchange.receivers, np.int64)
-        channel = look_ups_of(self.group[0].name)
-        for turn, table in enumerate(batches(self.look_ups(), rows_in_memory)):
-            places: list[np.ndarray] = []
-            for moments in self.moments(table):
-                place = np.where(in_window(moments, self.window), np.searchsorted(edges, moments, "right"), -1)
-                needed = np.logical_and.reduce([place >= 0, *(place != other for other in places)])
-                look_ups += exchange.send(channel, (turn, len(places)), table.filter(pa.array(needed)), place[needed])
-                places.append(place)
-        events = np.zeros((1 + len(self.unlabelled), exchange.receivers), np.int64)
-        for number, encoder in enumerate(self.unlabelled):
-            for turn, table in enumerate(batches(self.events(encoder), rows_in_memory)):
-                piece = np.searchsorted(edges, table["known"].to_numpy(), "right")
-                events[number] += exchange.send(events_of(encoder.name), (turn, 0), table, piece)
-        return look_ups + events.max(axis=0)
+        tables = batches(self.look_ups(), rows_in_memory)
+        turns = (self._to_pieces(table, self.moments(table), edges) for table in tables)
+        look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
+        most = np.zeros(exchange.receivers, np.int64)
+        for encoder in self.unlabelled:
+            tables = batches(self.events(encoder), rows_in_memory)
+            turns = (self._to_pieces(table, [table["known"].to_numpy()], edges) for table in tables)
+            most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
+        return look_ups + most
+
+    def _to_pieces(
+        self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray
+    ) -> tuple[pa.Table, np.ndarray]:
+        """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
+        rows, pieces = [], []
+        places: list[np.ndarray] = []
+        for each in moments:
+            place = np.where(in_window(each, self.window), np.searchsorted(edges, each, "right"), -1)
+            needed = np.flatnonzero(np.logical_and.reduce([place >= 0, *(place != other for other in places)]))
+            places.append(place)
+            rows.append(needed)
+            pieces.append(place[needed])
+        if len(moments) == 1 and len(rows[0]) == table.num_rows:
+            return table, pieces[0]
+        return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
 
     def moments(self, look_ups: pa.Table) -> list[np.ndarray]:
         """(N,) int64 each: when N look-ups ask, and when they are known as events."""

@@ -264,15 +264,13 @@ def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
     return found
 
 
-def _appended(one: np.ndarray | ExactSums | None, other: np.ndarray | ExactSums | None) -> Any:
-    if isinstance(one, ExactSums) and isinstance(other, ExactSums):
+def _appended(one: Any, other: Any) -> Any:
+    if isinstance(one, ExactSums):
         return one.append(other)
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return np.append(one, other)
-    return None
+    return None if one is None else np.append(one, other)
 
 
-def _taken(values: np.ndarray | ExactSums | None, index: np.ndarray) -> Any:
+def _taken(values: Any, index: np.ndarray) -> Any:
     if isinstance(values, ExactSums):
         return values.take(index)
     return None if values is None else values[index]

@@ -185,28 +185,25 @@ def test_no_choice_changes_sums_of_fractions(tmp_path, seed, rows_in_memory):
 @pytest.mark.parametrize("rows_in_memory", [30, 10**6])
 def test_added_days_give_the_sums_of_all_days(tmp_path, rows_in_memory):
     table = log_with_outliers(3)
-    days = times_of(table) // DAY - START // DAY
-    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "one")
+    days = (times_of(table) - START) // DAY
+    # The labels of the first days are whole numbers: later ones need further units.
+    spent = table["spent"].to_numpy()
+    spent = pa.array(np.where(days < 6, np.rint(spent), spent), from_pandas=True)
+    table = table.set_column(table.column_names.index("spent"), "spent", spent)
+    first = {
+        "train": (START, START + 3 * DAY),
+        "validation": (START + 3 * DAY, START + 4 * DAY),
+        "test": (START + 4 * DAY, None),
+    }
     options = BuildOptions(rows_in_memory=rows_in_memory)
-    # The first day's labels are whole numbers: later ones need further limbs.
-    for day, number in ((6, 0), (8, 1), (99, 2)):
-        edges = {6: 0, 8: 6, 99: 8}
-        inside = (days >= edges[day]) & (days < day)
-        pq.write_table(table.filter(pa.array(inside)), write_log(tmp_path / "log") / f"{number}.parquet")
-        if number == 0:
-            grown = prepare(
-                str(tmp_path / "log"),
-                SCHEMA,
-                {**WINDOWS, "validation": WINDOWS["test"]}
-                | {
-                    "train": (START, START + 3 * DAY),
-                    "validation": (START + 3 * DAY, START + 4 * DAY),
-                    "test": (START + 4 * DAY, None),
-                },
-                tmp_path / "two",
-                options,
-            )
-        else:
-            extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "two", options)
+    parts = [table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8)]
+    log = str(write_log(tmp_path / "log", parts[0]))
+    grown = prepare(log, SCHEMA, first, tmp_path / "two", options)
+    (before,) = _folders(grown.folder).values()
+    for number, part in enumerate(parts[1:], 1):
+        pq.write_table(part, tmp_path / "log" / f"{number}.parquet")
+        assert extend(log, SCHEMA, WINDOWS, tmp_path / "two", options) is not None
+    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "one")
     memories = _folders(whole.folder)
     assert memories == _folders(grown.folder)
+    assert set(before.column_names) < set(memories["serving/spent_of_brand.memory"].column_names)
