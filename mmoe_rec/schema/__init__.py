@@ -5,6 +5,7 @@ These models are the `columns`, `roles`, `tasks` and `features` sections of a se
 """
 
 from mmoe_rec.schema.features import (
+    MAX_TABLE_ROWS,
     CounterFeature,
     CrossFeature,
     EventLog,
@@ -22,6 +23,7 @@ from mmoe_rec.schema.section import Section
 
 __all__ = [
     "EVENT",
+    "MAX_TABLE_ROWS",
     "Columns",
     "CounterFeature",
     "CrossFeature",
