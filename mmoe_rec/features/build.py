@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.checks import check_classes, check_splits
+from mmoe_rec.features.checks import check_apart, check_classes, check_splits
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
@@ -78,8 +78,10 @@ def prepare(
         windows: request times [start, end) in microseconds of each split.
 
     Raises:
-        UserError: the log can't be read, a split is empty, or a binary task has one class in training.
+        UserError: the log can't be read or would take in what is built, a split is empty, or a binary task has one
+            class in training.
     """
+    check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
@@ -95,7 +97,8 @@ def prepare(
 def at_hand(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Prepared | None:
-    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read."""
+    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read or holds it."""
+    check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     return prepared if _stands(prepared, fingerprint_of(Logs(log_source, schema, options), windows), options) else None
 

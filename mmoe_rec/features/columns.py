@@ -85,8 +85,12 @@ def column_uses(schema: Schema) -> dict[str, Use]:
 
 
 def event_uses(schema: Schema, events: str) -> dict[str, Use]:
-    """What each column that a log of events must have is read as; the time column goes by its name in that log."""
-    uses: dict[str, Use] = {schema.events[events].time: "time"}
+    """What each column that a log of events must have is read as; the time column goes by its name in that log.
+
+    Raises UserError where the time column is a key as well.
+    """
+    time = schema.events[events].time
+    uses: dict[str, Use] = {}
     for feature in schema.features.values():
         if isinstance(feature, CounterFeature) and feature.events == events:
             uses |= dict.fromkeys(feature.by, "key")
@@ -94,7 +98,12 @@ def event_uses(schema: Schema, events: str) -> dict[str, Use]:
             item = schema.features[feature.of]
             assert isinstance(item, IdFeature)
             uses |= {schema.columns.user: "key", item.column: "key"}
-    return uses
+    if time in uses:
+        raise UserError(
+            f"column '{time}' of events '{events}' is both the time and a key of counters or histories; add a column "
+            "to that log"
+        )
+    return {time: "time", **uses}
 
 
 def _use_of(feature: Feature) -> Use | None:
@@ -138,7 +147,7 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
             return pa.int64()
         if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
             return pa.string()
-        if use == "any" and pt.is_floating(kind):
+        if use == "any" and (pt.is_floating(kind) or pt.is_decimal(kind)):
             return pa.float64()
     if use == "number" and (_is_number(kind) or pt.is_boolean(kind)):
         return pa.float64()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_logs import DAY, START, fit, log_rows, random_log, schema_of
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import ids
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.ids import ragged
@@ -314,6 +315,17 @@ def test_nanoseconds_stay_apart_though_not_every_integer_is_a_float64():
         np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
     _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 1}, x=pa.array(times[:, None].tolist()))
     np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
+
+
+def test_a_vocabulary_that_no_table_can_hold_is_refused(monkeypatch):
+    feature = {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 3}
+    for rows, fits in ((7, True), (6, False)):  # one is for missing ids
+        monkeypatch.setattr(ids, "MAX_TABLE_ROWS", rows)
+        if fits:
+            assert _fitted(feature, x=pa.array([5, 6, 7]))[0].layout.table("f").rows == rows
+            continue
+        with pytest.raises(UserError, match="feature 'f' has 3 ids and 3 `oov_buckets`; a table has at most 6 rows"):
+            _fitted(feature, x=pa.array([5, 6, 7]))
 
 
 # vector
