@@ -40,8 +40,8 @@ class SplitCounts:
         for task, values in labels.items():
             observed = ~np.isnan(values)
             known, weights = values[observed], 1 / rates[observed]
-            sums = (len(known), float(known.sum()), float(weights.sum()), float(weights @ known))
-            self.merge(SplitCounts(0, *({task: each} for each in sums)))
+            label_sum, weight, weighted = (float(each) for each in (known.sum(), weights.sum(), weights @ known))
+            self.merge(SplitCounts(0, {task: len(known)}, {task: label_sum}, {task: weight}, {task: weighted}))
         self.rows += len(rates)
 
     def merge(self, other: SplitCounts) -> None:
