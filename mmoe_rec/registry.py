@@ -49,8 +49,8 @@ def local_model(address: str, uri: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # of the client of a storage, or that it is not installed
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{address}' can't be loaded: {reason}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"'{address}' can't be loaded ({reason})") from None
     found = _artifact_in(folder)
     if found is None:
         raise UserError(f"'{address}' is not a ranking model: it holds no model.json")

@@ -251,11 +251,10 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.serving.ranker import Ranker
-    from pipelines.truth import check_tasks, test_rows
+    from pipelines.truth import test_rows
 
-    check_tasks(settings, found.folder)
     ranker = Ranker.load(found.folder)
-    rows = EncodedRows(test_rows(settings, found.folder, ranker.about.fingerprint), ranker.layout)
+    rows = EncodedRows(test_rows(settings, found.folder, ranker), ranker.layout)
     scored = score_rows(
         ranker.model,
         ranker.layout,

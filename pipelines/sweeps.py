@@ -44,11 +44,10 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.plots import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
-    from pipelines.truth import check_tasks, test_rows
+    from pipelines.truth import test_rows
 
-    check_tasks(settings, model.folder)
     ranker = Ranker.load(model.folder)
-    encoded = EncodedRows(test_rows(settings, model.folder, ranker.about.fingerprint), ranker.layout)
+    encoded = EncodedRows(test_rows(settings, model.folder, ranker), ranker.layout)
     found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
     with atomic_file(out / "sweep.json") as file:
         file.write_text(json.dumps([asdict(each) for each in found], indent=1), encoding="utf-8")

@@ -19,17 +19,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, small: SmallModel) -> dict[str, str]:
-    """What identifies a model that was registered twice: the store's address, run and id of its last version."""
+    """Of a model that was registered twice: the store's address, and what identifies its last version."""
     import mlflow
 
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     for _ in range(2):
         with tracking.open_run(uri, "models") as run:
             tracking.register(run, small.folder, "small", "champion")
-    found = mlflow.MlflowClient().get_model_version("small", "2")
     assert run.run_id is not None
-    logged = mlflow.MlflowClient().get_logged_model(found.model_id)
-    return {"uri": uri, "run": run.run_id, "id": found.model_id, "files": logged.artifact_location}
+    version = mlflow.MlflowClient().get_model_version("small", "2")
+    logged = mlflow.MlflowClient().get_logged_model(version.source.removeprefix("models:/"))
+    return {"uri": uri, "run": run.run_id, "id": logged.model_id, "files": logged.artifact_location}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, small: SmallModel) -> dict[s
         ("models:/small/LATEST", "run"),
         ("models:/{id}", "run"),
         ("models:/small/2/artifacts/model", "run"),
-        ("models:/small@champion/artifacts", "run"),
+        ("models:/small@champion/artifacts/model", "run"),
         ("runs:/{run}/ranking_model", None),
         ("{files}", None),
         ("{path}", None),

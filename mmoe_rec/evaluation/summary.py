@@ -74,7 +74,8 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     those of two summaries side by side.
 
     Returns:
-        Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have.
+        Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have. There is no `score`
+        where relevance is by other weights in a than in b, as the two rankings had different truths.
 
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.
@@ -87,6 +88,9 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
             "both models measured on the same rows"
         )
     metrics_a, metrics_b = metrics_of(a), metrics_of(b)
+    weights_a, weights_b = ({task.name: task.weight for task in each.tasks if task.weight} for each in (a, b))
+    if weights_a != weights_b:
+        del metrics_a["score"]
     users = len(a.tables["ranking"])
 
     def difference(counts: np.ndarray) -> Values:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.checks import check_classes, check_splits, empty_split
+from mmoe_rec.features.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
@@ -32,6 +32,7 @@ from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.features.taken import Taken
+from mmoe_rec.features.zones import zone_rules
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 
@@ -126,9 +127,10 @@ def prepare(
         going_on: whether a model goes on from the features at hand, so that these stay although files are gone.
 
     Raises:
-        UserError: the log can't be read, a split is empty, a binary task has one class in training, or features would
-            be replaced that hold rows of files that are gone.
+        UserError: the log can't be read or would take in what is built, a split is empty, a binary task has one class
+            in training, or features would be replaced that hold rows of files that are gone.
     """
+    check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
@@ -167,8 +169,9 @@ def at_hand(
 ) -> Prepared | None:
     """Features of this schema and these splits that hold all files of the log as they are, where they are there.
 
-    They may also hold rows of files that are gone. Raises UserError if the log can't be read.
+    They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
+    check_apart(log_source, schema, work)
     prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
     built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
     return prepared if built and _may_stand(prepared, options) else None
@@ -202,7 +205,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, or splits; not with what a model makes of them."""
+    the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.partition) for file in each.files],
@@ -211,13 +214,13 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
         for each in logs.all
     ]
     # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    text = json.dumps([FORMAT, found, logs.schema.identity(), windows])
+    text = json.dumps([FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
-    text = json.dumps([FORMAT, schema.identity(), windows])
+    text = json.dumps([FORMAT, zone_rules(schema), schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

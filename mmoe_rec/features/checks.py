@@ -17,9 +17,33 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.requests import Clash, Requests
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.files import is_remote, local_path
+from mmoe_rec.local_files import would_find
 from mmoe_rec.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
+# One of each kind of Parquet files that are written to `data.work`.
+_WRITTEN = (
+    "features/counts/x.parquet",
+    "features/encoded/train/part-00000.parquet",
+    "features/serving/latest.user.parquet",
+    "features/serving/x.memory/part-00000.parquet",
+    "model/features/latest.user.parquet",
+    "model/features/x.memory/part-00000.parquet",
+    "evaluation/ranking.parquet",
+    "evaluation/encoded/test/part-00000.parquet",
+)
+
+
+def check_apart(log_source: str, schema: Schema, work: Path) -> None:
+    """Raises UserError where a log would read what is written to the folder `work`."""
+    sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    for setting, source in sources.items():
+        if not is_remote(source) and would_find(local_path(source), [work / each for each in _WRITTEN]):
+            raise UserError(
+                f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
+                "the log; set `data.work` to a folder that lies outside"
+            )
 
 
 def check_readings(log: Log) -> None:
@@ -49,8 +73,8 @@ def check_times(log: Log, learnt: Learnt) -> None:
         )
 
 
-def check_requests(log: Log, requests: Requests, one_time: bool) -> None:
-    """Raises UserError where a request has several users, or several times and `one_time` is wanted."""
+def check_requests(log: Log, requests: Requests) -> None:
+    """Raises UserError where a request has several users, or several times where an example of that was looked for."""
     columns = log.schema.columns
     if (clash := requests.users_clash) is not None:
         raise UserError(
@@ -58,7 +82,7 @@ def check_requests(log: Log, requests: Requests, one_time: bool) -> None:
             "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
             "are a user's own"
         )
-    if one_time and (clash := requests.times_clash) is not None:
+    if (clash := requests.times_clash) is not None:
         raise UserError(
             f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
             "the request's time into all its rows, or set data.several_times to first, which takes the first for all"
@@ -135,6 +159,8 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             reasons = [f"column '{task.label}' is null in all training rows"]
             if task.observed_when is not None:
                 reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
             if task.matures_after_days:
                 reasons.append(
                     f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"

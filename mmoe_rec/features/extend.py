@@ -44,7 +44,7 @@ from mmoe_rec.features.build import (
     settings_of,
     vocabularies,
 )
-from mmoe_rec.features.checks import place
+from mmoe_rec.features.checks import check_apart, place
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.learn import Learnt, Window
@@ -92,6 +92,7 @@ def extend(
             are not later than old ones, or in no split; new events may be those of a file that is gone; no new file can
             be used, or the log can't be read.
     """
+    check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     if not (prepared.folder / "manifest.json").is_file():
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")

@@ -66,7 +66,7 @@ class NumericEncoder(Encoder):
         """Makes mean and deviation, or the buckets' edges."""
         self.number.finish()
         if self.feature.transform == "buckets":
-            self.edges = self.number.histogram.quantiles(self.feature.buckets)
+            self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def outline(self) -> Outline:
         """One dense input (and its indicator), or one id input: row 0 is missing, the buckets follow."""

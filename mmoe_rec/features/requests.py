@@ -37,7 +37,8 @@ class RequestsJob:
     """What the tasks of this step share.
 
     runs: exchange of rows by request; first_times: exchange of those whose time is not their request's, by block of
-    rows; before: folder with the requests of the days before, or None; kept: folder that gets all requests, or None.
+    rows; before: folder with the requests of the days before, or None; kept: folder that gets all requests, or None;
+    one_time: whether an example of several times is wanted.
     """
 
     runs: Exchange
@@ -45,6 +46,7 @@ class RequestsJob:
     blocks: Blocks
     before: Path | None
     kept: Path | None
+    one_time: bool
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def find_requests(job: RequestsJob, log: Log, parts: Sequence[LogPart], run: Run
         partitions = range(job.runs.receivers)
         for part in run(partial(_find, job), partitions, [1] * len(partitions), "times of requests"):
             found.merge(part)
+        shutil.rmtree(job.runs.folder, ignore_errors=True)
     return found
 
 
@@ -231,7 +234,9 @@ def _find(job: RequestsJob, partition: int) -> Requests:
     found.continued, found.continued_rows = int(continued.sum()), int(known.rows[continued].sum())
     found.begin = int(known.first[~continued].min(initial=_GREATEST))
     if known.several_times.any():
-        found.times_clash = _send_first_times(job, partition, known, found)
+        found.moved = _send_first_times(job, partition, known)
+        if job.one_time:
+            found.times_clash = _clash(job.runs, partition, known, "time", known.first)
     if (known.greatest > known.least).any():
         found.users_clash = _clash(job.runs, partition, known, "user", one_user)
     return found
@@ -246,9 +251,9 @@ def _known(runs: Exchange, partition: int) -> KnownRequests:
     return known.merged(waiting)
 
 
-def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests, found: Requests) -> Clash | None:
-    """Sends each row whose time is not its request's, and gives the first such row with one of the request's time."""
-    turn, waiting = 0, 0
+def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests) -> int:
+    """Sends each row whose time is not its request's; gives their number."""
+    moved, turn, waiting = 0, 0, 0
     tables: list[pa.Table] = []
 
     def send() -> None:
@@ -267,11 +272,11 @@ def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests, fo
             within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
             row = np.repeat(table["row"].to_numpy()[wrong], rows) + within
             tables.append(pa.table({"row": row, "time": np.repeat(first[wrong], rows)}))
-            waiting, found.moved = waiting + len(row), found.moved + len(row)
+            waiting, moved = waiting + len(row), moved + len(row)
             if waiting >= ROWS_PER_PART:
                 send()
     send()
-    return _clash(job.runs, partition, known, "time", known.first)
+    return moved
 
 
 def _clash(runs: Exchange, partition: int, known: KnownRequests, column: str, agreed: np.ndarray) -> Clash | None:

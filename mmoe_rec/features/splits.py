@@ -27,8 +27,8 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Rows of a split, and per task the observed labels, their sum, and the labels that had not matured; the first two
-    again with rows that weigh 1 / their rate of sampling.
+    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh 1 / their rate of
+    sampling; and the labels that had not matured.
 
     known_by: when labels must have matured to count, microseconds.
     """
@@ -42,14 +42,20 @@ class SplitCounts:
     known_by: int | None = None
 
     def add(self, labels: Mapping[str, np.ndarray], rates: np.ndarray, unmatured: Mapping[str, int]) -> None:
-        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled."""
-        self.merge(SplitCounts(unmatured=dict(unmatured)))
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled;
+        unmatured: task -> how many of the labels had not matured."""
         for task, values in labels.items():
             observed = ~np.isnan(values)
             known, weights = values[observed], 1 / rates[observed]
-            sums = (len(known), float(known.sum()), float(weights.sum()), float(weights @ known))
-            self.merge(SplitCounts(0, *({task: each} for each in sums)))
-        self.rows += len(rates)
+            self.merge(
+                SplitCounts(
+                    observed={task: len(known)},
+                    label_sum={task: float(known.sum())},
+                    weight={task: float(weights.sum())},
+                    weighted_sum={task: float(weights @ known)},
+                )
+            )
+        self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))
 
     def merge(self, other: SplitCounts) -> None:
         """Adds what another one counted."""

@@ -189,7 +189,7 @@ class Steps:
             self.leave_out(learnt.bad)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
-        check_requests(self.logs.log, self.requests, self.logs.options.several_times == "error")
+        check_requests(self.logs.log, self.requests)
         if self.logs.options.duplicates == "error":
             self._check_duplicates()
         return learnt
@@ -209,7 +209,9 @@ class Steps:
 
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
         runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self._parts)
-        return RequestsJob(runs, Exchange(self.scratch / "first_times", len(blocks)), blocks, before, kept)
+        first_times = Exchange(self.scratch / "first_times", len(blocks))
+        one_time = self.logs.options.several_times == "error"
+        return RequestsJob(runs, first_times, blocks, before, kept, one_time)
 
     @property
     def _reader(self) -> LogReader | OneTimeReader:
@@ -258,6 +260,7 @@ class Steps:
         pipeline: with complete vocabularies; where `training` is given, it counts answers of rows requested then.
         before: folder with memories to go on from.
         """
+        pipeline.learn_units(self._learnt.label_units)
         state = self.scratch / "state"
         state.mkdir(parents=True)
         pipeline.save(state)
@@ -272,6 +275,7 @@ class Steps:
             events=self._events,
             answers=self._answers,
             rows_in_memory=options.rows_in_memory,
+            scratch=self.scratch / "pieces",
         )
         tasks = [
             Partition(name, number, self._sent(group, number))

@@ -13,6 +13,8 @@ from mmoe_rec.features.log_checks import format_time
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import Schema, VectorFeature
 
+_LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
+
 
 @dataclass
 class Wrong:
@@ -144,9 +146,11 @@ def _label_check(task: str, label: str, kind: str) -> ValueCheck:
         return ValueCheck(
             label,
             lambda rows: rows.numbers(label),
-            np.isinf,
+            lambda values: np.abs(values) > _LARGEST_LABEL,
             lambda found: (
-                f"label column '{label}' of task '{task}' holds an infinite value; make it null ({found.count} rows)"
+                f"label column '{label}' of task '{task}' holds "
+                f"{'an infinite value' if np.isinf(found.first) else f'{found.first:g}, too large for 32 bits'}; "
+                f"make it null ({found.count} rows)"
             ),
         )
     return ValueCheck(

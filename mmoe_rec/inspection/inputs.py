@@ -33,11 +33,11 @@ class FeatureInputs:
 
 def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
     """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
-    owner: dict[str, str] = {}
-    for each in (*layout.ids, *layout.dense):
-        owner[each.name] = each.feature or each.name
-        if owner[each.name] not in schema.features:
-            raise ValueError(f"input '{each.name}' belongs to none of the features {', '.join(schema.features)}")
+    owner = {each.name: each.feature or each.name for each in layout.ids}
+    owner |= {each.name: each.feature or each.name for each in layout.dense}
+    for name, feature_name in owner.items():
+        if feature_name not in schema.features:
+            raise ValueError(f"input '{name}' belongs to none of the features {', '.join(schema.features)}")
     return [
         FeatureInputs(
             name,

@@ -7,6 +7,7 @@ the weights of losses, is kept apart (`choices.py`).
 
 from mmoe_rec.schema.choices import FeatureSettings, TaskSettings
 from mmoe_rec.schema.features import (
+    MAX_TABLE_ROWS,
     CounterFeature,
     CrossFeature,
     EventLog,
@@ -25,6 +26,7 @@ from mmoe_rec.schema.section import Section
 __all__ = [
     "CHOICES",
     "EVENT",
+    "MAX_TABLE_ROWS",
     "Columns",
     "CounterFeature",
     "CrossFeature",

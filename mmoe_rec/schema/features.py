@@ -10,16 +10,27 @@ from pydantic import Field, field_validator, model_validator
 from mmoe_rec.schema.section import Section
 
 Days = Annotated[float, Field(gt=0, le=36_500)]
+MAX_TABLE_ROWS = 2**31
+"""Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
 
 
 class _Vocabulary(Section):
     column: str = Field(description="column that the feature reads")
     min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, description="hashed buckets that unknown ids share")
+    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
     table: str | None = Field(
         None, description="name of another id feature whose vocabulary and embedding table this one shares"
     )
+
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> Self:
+        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
+            raise ValueError(
+                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
+                f"has at most {MAX_TABLE_ROWS:,}"
+            )
+        return self
 
 
 class IdFeature(_Vocabulary):
@@ -92,7 +103,7 @@ class CrossFeature(Section):
 
     kind: Literal["cross"]
     columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
-    buckets: int = Field(10_000, ge=2, description="hashed rows of the embedding table")
+    buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
 
     @field_validator("columns")
     @classmethod

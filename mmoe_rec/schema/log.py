@@ -76,8 +76,8 @@ class Task(Section):
     )
 
 
-# A row of an event log, as a task: its label is always 1 and known at once.
-EVENT = Task(label="(event)", kind="binary")
+# A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
+EVENT = Task(label="\0event", kind="binary")
 
 
 _RESERVED = frozenset({"score", "ranking"})

@@ -3,17 +3,18 @@ python -m tests.benchmarks.point_in_time --logs 1 --first 17
 
 Draws small logs at random and compares counters, histories and labels with a naive reference in pandas that shares no
 code with the package (`tests/features/naive_features.py`). The test suite does so for the first 200. Prints one line of
-JSON; a log that differs is named, and the second command runs it again.
+JSON, also where Ctrl-C ends it sooner; a log that differs is named, and the second command runs it again.
 """
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from mmoe_rec.progress import bar, say
 from tests.features.compared_logs import TOLERANCE, compare
 
 
@@ -24,21 +25,21 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")
     arguments = parser.parse_args()
     differing: list[int] = []
-    built = compared = 0
+    done = built = compared = 0
     begin = time.perf_counter()
-    for seed in range(arguments.first, arguments.first + arguments.logs):
-        folder = Path(tempfile.mkdtemp(prefix="point-in-time-"))
-        try:
-            values = compare(seed, folder)
-            built, compared = built + (values > 0), compared + values
-        except AssertionError as error:
-            differing.append(seed)
-            print(f"log {seed} differs: {error}", file=sys.stderr)
-        finally:
-            shutil.rmtree(folder)
+    with bar() as progress, suppress(KeyboardInterrupt):
+        for seed in progress.track(range(arguments.first, arguments.first + arguments.logs), description="logs"):
+            with tempfile.TemporaryDirectory(prefix="point-in-time-") as folder:
+                try:
+                    values = compare(seed, Path(folder))
+                    built, compared = built + (values > 0), compared + values
+                except AssertionError as error:
+                    differing.append(seed)
+                    say(f"log {seed} differs: {error}")
+            done += 1
     result = {
         "benchmark": "point_in_time",
-        "logs": arguments.logs,
+        "logs": done,
         "built": built,
         "values_compared": compared,
         "tolerance": TOLERANCE,

@@ -374,6 +374,8 @@ def test_paired_differences_are_narrower_than_the_intervals_of_either(log: Log) 
     assert compare(a, a, resamples=20)["score"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     with pytest.raises(UserError, match="measured on the same rows"):
         compare(a, log.take(np.flatnonzero(log.users > 0)).measure(), resamples=20)
+    heavier = replace(log, tasks=(replace(log.tasks[0], weight=9.0), *log.tasks[1:]))
+    assert set(compare(a, heavier.measure(), resamples=20)) == set(compare(a, a, resamples=20)) - {"score"}
 
 
 def test_flat_names_suit_mlflow(log: Log) -> None:

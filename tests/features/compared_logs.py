@@ -23,14 +23,16 @@ from mmoe_rec.features.extend import extend
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.steps import BuildOptions
 from mmoe_rec.schema import Schema
 from tests.features.drawn_logs import DrawnLog, draw
-from tests.features.naive_features import NaiveFeatures
+from tests.features.naive_features import DAY, NaiveFeatures
+from tests.features.small_logs import raw_answers
 
 TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
 # What a log that is drawn may lack.
-_LACKS = ("split is empty", "has one class in training", "no observed label", "lies in a split", "have no rows")
+_LACKS = ("split is empty", "lies in a split", "have no rows")
 
 
 @contextmanager
@@ -133,7 +135,26 @@ class _Comparison:
                 self._counter(name, [values[place] for place in places], encoded)
             for name, lists in histories.items():
                 self._history(name, [lists[place] for place in places], encoded)
+        self._requests_to_come(means)
         return self.compared
+
+    def _requests_to_come(self, means: dict[str, float]) -> None:
+        """What is remembered for the server."""
+        asking = self.naive.later(6, [self.last + after for after in (1, DAY // 2, 4 * DAY)])
+        columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
+        table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
+        rows = LogRows(table, self.pipeline.schema)
+        for name, encoder in FeaturePipeline.load(self.prepared.serving).memory_encoders.items():
+            found = raw_answers(encoder, rows)
+            if isinstance(encoder, HistoryEncoder):
+                lists = self.naive.history(name, self._table_rows(encoder), asking)
+                self._same_lists(name, found[name], lists)
+                continue
+            for place, expected in enumerate(self.naive.counter(name, means[name], asking)):
+                for answer, values in found.items():
+                    output, days = self._meant(encoder, answer)
+                    value = np.nan if expected[output, days] is None else expected[output, days]
+                    self._close(values[place], value, f"{answer} to come", TOLERANCE * max(1, abs(value)))
 
     def _encoded(self, split: str) -> pa.Table:
         folder = self.prepared.split(split)
@@ -152,19 +173,15 @@ class _Comparison:
                 self.naive.label(row, task) if row["time"] + self.naive.matures_after(task) <= known_by else None
                 for row in rows
             ]
-            single = [None if each is None else float(np.float32(each)) for each in expected]
-            assert table[f"label.{task}"].to_pylist() == single, self._says(f"labels {task} of {split}")
+            assert table[f"label.{task}"].to_pylist() == expected, self._says(f"labels {task} of {split}")
             self.compared += len(rows)
 
     def _counter(self, name: str, expected: list[dict], encoded: Encoded) -> None:
         encoder = self.pipeline.encoders[name]
         assert isinstance(encoder, CounterEncoder)
         names = [each.name for each in self.prepared.layout.dense]
-        wanted = [(output, days) for output in encoder.feature.outputs for days in encoder.feature.window_days]
-        wanted = [(output, None if output == "recency" else days) for output, days in wanted]
-        for output, days in dict.fromkeys(wanted):
-            suffix = "" if days is None else f"_{days:g}d".replace(".", "p")
-            answer = f"{name}_{output}{suffix}"
+        for answer in encoder.answer_names:
+            output, days = self._meant(encoder, answer)
             numbers = encoder.numbers[answer].standardiser
             values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
@@ -175,8 +192,19 @@ class _Comparison:
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
 
+    def _meant(self, encoder: CounterEncoder, answer: str) -> tuple[str, float | None]:
+        """The output and the days of an answer, by its name."""
+        names = {
+            f"{encoder.name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p")): (output, days)
+            for output in encoder.feature.outputs
+            for days in (None, *encoder.feature.window_days)
+        }
+        return names[answer]
+
     def _history(self, name: str, expected: list[list[int]], encoded: Encoded) -> None:
-        found = encoded.ids[name]
+        self._same_lists(name, encoded.ids[name], expected)
+
+    def _same_lists(self, name: str, found: Any, expected: list[list[int]]) -> None:
         assert isinstance(found, Ragged)
         ends = np.cumsum(found.lengths)
         lists = [found.values[end - length : end].tolist() for end, length in zip(ends, found.lengths, strict=True)]

@@ -69,6 +69,10 @@ class NaiveFeatures:
                 labels.append(label)
         return sum(labels) / len(labels) if labels else 0.0
 
+    def later(self, rows: int, moments: list[int]) -> list[Row]:
+        """The log's first rows, at each of some moments."""
+        return [{**row, self.columns["time"]: moment} for moment in moments for row in self.rows[:rows]]
+
     def _remembered(self, feature: Row) -> list[tuple[Row, int, float]]:
         """Rows, the moments from which they are known, and labels."""
         if feature.get("events") is not None:
@@ -82,11 +86,13 @@ class NaiveFeatures:
                 found.append((row, known, label))
         return found
 
-    def counter(self, name: str, overall_mean: float) -> list[dict[tuple[str, float | None], float | None]]:
-        """For each row of the log, (output, days of the window) -> value; a recency has no window."""
+    def counter(
+        self, name: str, overall_mean: float, asking: list[Row] | None = None
+    ) -> list[dict[tuple[str, float | None], float | None]]:
+        """For each row that asks, or of the log, (output, days of the window) -> value; a recency has no window."""
         feature = self.features[name]
         remembered = self._remembered(feature)
-        return [self._count(feature, remembered, row, overall_mean) for row in self.rows]
+        return [self._count(feature, remembered, row, overall_mean) for row in (asking or self.rows)]
 
     def _count(
         self, feature: Row, remembered: list[tuple[Row, int, float]], row: Row, overall_mean: float
@@ -108,13 +114,13 @@ class NaiveFeatures:
         result["recency", None] = math.log1p((now - max(positive)) / DAY) if positive else None
         return result
 
-    def history(self, name: str, table_row: dict[Any, int]) -> list[list[int]]:
-        """For each row of the log, table rows of the last candidates, oldest first; of one instant, by table row."""
+    def history(self, name: str, table_row: dict[Any, int], asking: list[Row] | None = None) -> list[list[int]]:
+        """For each row that asks, table rows of the last candidates, oldest first; of one instant, by table row."""
         feature = self.features[name]
         user, item = self.columns["user"], self.features[feature["of"]]["column"]
         remembered = self._remembered(feature)
         result = []
-        for row in self.rows:
+        for row in asking or self.rows:
             known = [
                 (known, table_row[other[item]])
                 for other, known, label in remembered

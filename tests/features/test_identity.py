@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,23 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
 )
 def test_another_meaning_of_rows_takes_other_features(work: Path, sections: dict[str, Any]) -> None:
     assert found(work, settings_of(work, **sections)) is None
+
+
+def test_other_rules_of_a_time_zone_take_other_features(work: Path, tmp_path: Path) -> None:
+    """As after an update of the machine's time zone database."""
+    settings = settings_of(work)
+    assert found(work, settings) is not None
+    (zone,) = [place for place in map(Path, zoneinfo.TZPATH) if (place / "Europe" / "Berlin").is_file()][:1]
+    (tmp_path / "Europe").mkdir()
+    shutil.copy(zone / "Europe" / "Moscow", tmp_path / "Europe" / "Berlin")
+    try:
+        zoneinfo.reset_tzpath([str(tmp_path)])
+        zoneinfo.ZoneInfo.clear_cache()
+        assert found(work, settings) is None
+    finally:
+        zoneinfo.reset_tzpath()
+        zoneinfo.ZoneInfo.clear_cache()
+    assert found(work, settings) is not None
 
 
 def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:

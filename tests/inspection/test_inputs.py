@@ -55,14 +55,14 @@ def test_an_indicator_belongs_to_the_number_of_its_feature():
     schema = SCHEMA.model_copy(update={"features": dict.fromkeys(("price", "price_missing"), SCHEMA.features["price"])})
     names = ("price", "price_missing", "price_missing_missing")
     dense = (*map(DenseInput, names[:2]), DenseInput(names[2], feature="price_missing"))
-    layout = Layout((), (), dense, (TaskOutput("click", "binary", "engagement"),))
+    layout = Layout((), (), dense, (TaskOutput("click", "binary"),))
     (price,), (other,) = (each.numbers for each in feature_inputs(schema, layout))
     assert (price.place, price.indicator) == (0, None)
     assert (other.place, other.indicator) == (1, 2)
 
 
 def test_an_input_of_no_feature_is_refused():
-    layout = Layout((), (IdInput("other", "other"),), (), (TaskOutput("click", "binary", "engagement"),))
+    layout = Layout((), (IdInput("other", "other"),), (), (TaskOutput("click", "binary"),))
     with pytest.raises(ValueError, match="input 'other' belongs to none of the features"):
         feature_inputs(SCHEMA, layout)
 

@@ -273,8 +273,9 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     monkeypatch.setattr(scoring, "score_rows", lambda *a, **k: scored.append(score(*a, **k)) or scored[-1])
     weights = {"click": 0.25, "liked": 2.0}
     options = [f"--tasks.{task}.score_weight={weight}" for task, weight in weights.items()]
-    id_of = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion").model_id
-    for out, address in (("one", "models:/learnable/latest"), ("two", f"models:/{id_of}")):
+    by_id = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion").source
+    assert by_id.startswith("models:/m-")
+    for out, address in (("one", "models:/learnable/latest"), ("two", by_id)):
         arguments = ["--config", str(world.config), "--model", address, "--out", str(tmp_path / out), *options]
         evaluate.main(arguments)
     found, before = metrics(tmp_path / "one"), metrics(evaluated)

@@ -19,10 +19,10 @@ from mmoe_rec.training.ranks import process_group
 from tests.training.learnable import CPU, LAYOUT, MODEL, TRAINING, learnable_rows, scores, trained, write_prepared
 
 TASKS = (
-    TaskOutput("click", "binary", "engagement"),
-    TaskOutput("kept", "binary", "satisfaction", given="click"),
-    TaskOutput("stars", "regression", "satisfaction", mean=3.0),
-    TaskOutput("survey", "binary", "satisfaction"),
+    TaskOutput("click", "binary"),
+    TaskOutput("kept", "binary", given="click"),
+    TaskOutput("stars", "regression", mean=3.0),
+    TaskOutput("survey", "binary"),
 )
 
 
@@ -30,7 +30,7 @@ def manifest(labels: dict[str, np.ndarray], rates: np.ndarray) -> dict:
     """A manifest of training rows that were counted in two parts."""
     counts = SplitCounts()
     for part in (slice(0, 100), slice(100, None)):
-        counts.add({name: values[part] for name, values in labels.items()}, rates[part])
+        counts.add({name: values[part] for name, values in labels.items()}, rates[part], {})
     return {"splits": {"train": asdict(counts)}}
 
 
@@ -75,7 +75,7 @@ def test_a_short_training_ends_near_a_rate_far_from_a_half(tmp_path: Path, rate:
 def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(tmp_path: Path) -> None:
     prepared = write_prepared(tmp_path / "data", LAYOUT)
     with process_group(CPU):
-        trainer = Trainer(prepared, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
+        trainer = Trainer(prepared, LAYOUT, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
         bias = trainer.sharded.model.module.mixture.towers.output_bias.detach()
         rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
         assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
