@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    from mmoe_rec.features.checks import empty_split
     from pipelines.steps import extend_features, prepare_features
 
     if not arguments.extend:
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"added {extended.rows:,} rows of {extended.files:,} new files")
     if extended.new_ids:
         print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
+    if extended.gone:
+        print(f"files that are gone from the log stay counted: {len(extended.gone):,}, such as '{extended.gone[0]}'")
+    if empty := [name for name in ("train", "validation") if not extended.prepared.manifest["splits"][name]["rows"]]:
+        print(f"no model can be trained on these: {empty_split(empty[0], extended.prepared.folder)}")
+        return
     options = shlex.join(["--config", arguments.config, "--from", _champion(settings), *arguments.overrides])
     print(f"next: python -m pipelines.train {options}")
 

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from mmoe_rec.training.warm_start import WarmStart
 
 
-def prepare_features(settings: Settings) -> Prepared:
-    """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(*log_and_place(settings))
+def prepare_features(settings: Settings, going_on: bool = False) -> Prepared:
+    """Fitted features and encoded rows; what is there already is taken if it is still right.
+
+    going_on: whether a model goes on from these features, see `mmoe_rec.features.build.prepare`.
+    """
+    return prepare(*log_and_place(settings), going_on=going_on)
 
 
 def extend_features(settings: Settings) -> Extended | None:
@@ -77,7 +80,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
 
     device = pick_device(settings.training.device)
     with process_group(device, settings.training.timeout_minutes) as ranks:
-        ranks.after_first(lambda: prepare_features(settings))
+        ranks.after_first(lambda: prepare_features(settings, going_on or start is not None))
         checkpoint = latest_checkpoint(checkpoints) if resume else None
         if resume and (finished := Finished.read(checkpoints)) is not None:
             return replace(finished.trained(settings), before=True) if ranks.first else None
@@ -145,12 +148,7 @@ def _check_training_rows(settings: Settings, found: Prepared | None, start: str 
             "model, run python -m pipelines.features with --extend first"
         )
     if found is not None:
-        empty = [name for name in ("train", "validation") if not found.manifest["splits"][name]["rows"]]
-        if empty:
-            raise UserError(
-                f"the features in '{found.folder}' have no {empty[0]} rows: they were extended by new rows only, and "
-                f"none of these lies in that split; extend them by more rows, with `split` set around them"
-            )
+        found.require_rows("train", "validation")
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import at_hand, encode_with
+from mmoe_rec.features.build import Prepared, at_hand, encode_with
 from mmoe_rec.features.steps import Logs
+from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
@@ -27,12 +28,19 @@ def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Path:
     _check_tasks(settings, schema)
     prepared = at_hand(*log_and_place(settings))
     if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
+        prepared.require_rows("test")
         return prepared.split("test")
     # The logs are the settings': the model's may have lain elsewhere, and not have been sampled.
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
     schema = schema.model_copy(update={"events": events, "columns": columns})
-    logs = Logs(settings.data.log, schema, build_options(settings))
+    types = [ranker.pipeline.key_types] * (1 + len(events))
+    logs = Logs(settings.data.log, schema, build_options(settings), types)
+    if gone := Prepared(Path(settings.data.work) / "features").gone(logs):
+        say(
+            "the model's features are not at hand, so counters and histories remember the files of the log as it is: "
+            f"{len(gone):,} that the features at hand hold are gone, such as '{gone[0]}'"
+        )
     encoded = Path(settings.data.work) / "evaluation" / "encoded"
     encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
     return encoded / "test"

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipelines.steps import prepare_features
     from pipelines.tuning import Study
 
-    tuned = Study(settings, prepare_features(settings), with_values).run(arguments.trials)
+    prepared = prepare_features(settings)
+    prepared.require_rows("train", "validation")
+    tuned = Study(settings, prepared, with_values).run(arguments.trials)
     print(f"{tuned.trials} trials, of which {tuned.pruned} were cut short and {tuned.failed} failed")
     print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
     print(f"next: python -m pipelines.train --config {tuned.file}")

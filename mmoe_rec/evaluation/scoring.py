@@ -101,7 +101,7 @@ def score_rows(
     tables: list[pa.Table] = []
     experts = UtilisationSums(model.experts_in_use)
     with bar() as progress:
-        task = progress.add_task("scoring", total=rows.rows)
+        task = progress.add_task("scoring", total=min(rows.rows, rows.rows if first is None else first))
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             outputs = model(make_batch(part.encoded, layout, torchrec=False), top_k=top_k, usable=usable)
             logits = calibration.apply(outputs.logits, names)

@@ -2,7 +2,7 @@
 
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, rows and labels of each split
-        files.json             the files of the logs that were taken in
+        files.json             the files of the logs that were taken in or left out (see `mmoe_rec.features.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
         requests/              times and users of requests, so that rows of one that come with later days are recognised
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.checks import check_apart, check_classes, check_splits
+from mmoe_rec.features.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
@@ -31,7 +31,9 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.features.taken import Taken
 from mmoe_rec.features.zones import zone_rules
+from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 
 
@@ -62,51 +64,121 @@ class Prepared:
 
     def is_built_from(self, fingerprint: str) -> bool:
         """Whether the folder is there and of this fingerprint, or was extended to what a build of it would cover."""
+        manifest = self._manifest_or_none
+        return fingerprint in (manifest.get("fingerprint"), manifest.get("extends", {}).get("stands_for"))
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether days were added, so that there may be no log from which these features could be built anew."""
+        return "extends" in self._manifest_or_none
+
+    def still_holds(self, logs: Logs, windows: dict[str, Window]) -> bool:
+        """Whether these are features of the log by this schema and these splits that hold all its files as they are.
+
+        Files that are gone, or that were left out, don't matter.
+        """
+        manifest = self._manifest_or_none
+        if manifest.get("settings") != settings_of(logs.schema, windows) or manifest.get("log") != logs.log.source:
+            return False
+        try:
+            changes = Taken.read(self.folder).changes(logs)
+        except UserError:
+            return False
+        return not any(each.changed or each.new - each.mended for each in changes)
+
+    def gone(self, logs: Logs) -> list[str]:
+        """Files that these features hold and the logs don't."""
+        try:
+            return [address for each in Taken.read(self.folder).changes(logs) for address in each.gone]
+        except UserError:  # no features
+            return []
+
+    def require_rows(self, *splits: str) -> None:
+        """Raises UserError where a split has no rows, as it may be after an extension."""
+        counts = self.manifest["splits"]
+        for name in splits:
+            if name in counts and not counts[name]["rows"]:
+                raise UserError(empty_split(name, self.folder))
+
+    @property
+    def _manifest_or_none(self) -> dict:
         try:
             manifest = self.manifest
-            return fingerprint in (manifest["fingerprint"], manifest.get("extends", {}).get("stands_for"))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
 
 def prepare(
-    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
+    log_source: str,
+    schema: Schema,
+    windows: dict[str, Window],
+    work: Path,
+    options: BuildOptions = DEFAULTS,
+    *,
+    going_on: bool = False,
 ) -> Prepared:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
+    Features to which days were added stay where files are gone since, as `at_hand` says; others are built anew.
+
     Args:
         windows: request times [start, end) in microseconds of each split.
+        going_on: whether a model goes on from the features at hand, so that these stay although files are gone.
 
     Raises:
-        UserError: the log can't be read or would take in what is built, a split is empty, or a binary task has one
-            class in training.
+        UserError: the log can't be read or would take in what is built, a split is empty, a binary task has one class
+            in training, or features would be replaced that hold rows of files that are gone.
     """
     check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
-    if not _stands(prepared, fingerprint, options):
+
+    def stand() -> bool:
+        may_lack_files = going_on or prepared.is_extended
+        built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
+        return built and _may_stand(prepared, options)
+
+    if not stand():
         with one_at_a_time(prepared.folder):
             # Another process may have built them while this one waited.
-            if not _stands(prepared, fingerprint, options):
+            if not stand():
+                _check_replaceable(prepared, logs)
                 with atomic_folder(prepared.folder) as folder:
                     _build(logs, windows, folder, fingerprint)
     return prepared
 
 
+def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
+    """Raises UserError where files are gone that extended features hold; of others it says that they are gone."""
+    gone = prepared.gone(logs)
+    if gone and not prepared.is_extended:
+        say(f"files that the features hold are gone ({len(gone):,}, such as '{gone[0]}'): they are built anew without")
+    elif gone:
+        raise UserError(
+            f"the features in '{prepared.folder}' are not of this log and these settings, and hold rows of files that "
+            f"are gone ({len(gone):,}, such as '{gone[0]}'), which building them anew would lose. To go on from them, "
+            "add new files with --extend, or take settings back; to build features from the log as it is, remove that "
+            "folder first"
+        )
+
+
 def at_hand(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Prepared | None:
-    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read or holds it."""
+    """Features of this schema and these splits that hold all files of the log as they are, where they are there.
+
+    They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
+    """
     check_apart(log_source, schema, work)
-    prepared = Prepared(work / "features")
-    return prepared if _stands(prepared, fingerprint_of(Logs(log_source, schema, options), windows), options) else None
+    prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
+    built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
+    return prepared if built and _may_stand(prepared, options) else None
 
 
-def _stands(prepared: Prepared, fingerprint: str, options: BuildOptions) -> bool:
-    """Whether features are those of a fingerprint, and may be: a build anew says which requests may not be so."""
-    if not prepared.is_built_from(fingerprint):
-        return False
+def _may_stand(prepared: Prepared, options: BuildOptions) -> bool:
+    """Whether features may be as they are: a build anew says which requests may not be so."""
     return options.several_times == "first" or not (prepared.manifest["requests"] or {}).get("several_times")
 
 
@@ -146,16 +218,22 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
+    """A fingerprint of all that features depend on besides the logs."""
+    text = json.dumps([FORMAT, zone_rules(schema), schema.identity(), windows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
     _, end = windows["train"]
     assert end is not None
     serving, counts = folder / "serving", folder / "counts"
     for each in (serving, counts):
         each.mkdir()
-    save_files(logs, folder)
     with Steps(logs, windows, folder / "scratch") as steps:
         learnt = steps.learn(statistics=True, kept=folder / "requests")
         logs = steps.logs
+        taken = Taken.of(logs, learnt.spans)
         check_splits(learnt, windows, logs.log.source)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(learnt.counts, learnt.key_types)
@@ -169,9 +247,11 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         known_by = {"train": end, "validation": learnt.last[0], "test": learnt.last[0]}
         splits = steps.encode(serving, folder / "encoded", known_by)
     check_classes(logs.schema, splits["train"])
+    taken.write(folder)
     manifest = {
         "fingerprint": fingerprint,
-        **describe(logs, learnt, steps.requests, splits),
+        "settings": settings_of(logs.schema, windows),
+        **describe(logs, taken, learnt, steps.requests, splits),
         "vocabularies": vocabularies(pipeline),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -189,12 +269,6 @@ def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
         counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
 
 
-def save_files(logs: Logs, folder: Path) -> None:
-    """Writes which files the interaction log and then each log of events has."""
-    found = [[(file.address, file.bytes, file.version, file.partition) for file in each.files] for each in logs.all]
-    (folder / "files.json").write_text(json.dumps(found), encoding="utf-8")
-
-
 def save_latest(learnt: Learnt, folder: Path) -> None:
     """Writes the latest attributes of users and candidates."""
     for name, parts in (("user", learnt.users), ("candidate", learnt.candidates)):
@@ -202,15 +276,19 @@ def save_latest(learnt: Learnt, folder: Path) -> None:
         pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def describe(logs: Logs, learnt: Learnt, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
-    """What a manifest says of the logs and of what was encoded."""
+def describe(logs: Logs, taken: Taken, learnt: Learnt, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
+    """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
+    log, *events = taken.logs
     return {
         "log": logs.log.source,
-        "digest": logs.log.digest(),
-        "files": len(logs.log.files),
-        "rows": logs.log.rows,
-        "events": {each.name: {"files": len(each.files), "rows": each.rows} for each in logs.events},
-        "left_out": [{"file": left.address, "reason": left.reason} for each in logs.all for left in each.left_out],
+        "digest": log.digest,
+        "files": len(log.files),
+        "rows": log.rows,
+        "events": {
+            each.name: {"files": len(its.files), "rows": its.rows}
+            for each, its in zip(logs.events, events, strict=True)
+        },
+        "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
         "request_microseconds": [learnt.first[0], learnt.last[0]],

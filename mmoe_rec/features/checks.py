@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import Log, format_time
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.requests import Clash, Requests
+from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.files import is_remote, local_path
 from mmoe_rec.local_files import would_find
@@ -39,6 +44,23 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
             )
+
+
+def check_readings(log: Log) -> None:
+    """Raises UserError where a feature or a task can't read columns of such types: tried on no rows, before all are
+    read."""
+    columns = {column: pa.array([], log.types.get(column, pa.null())) for column in log.uses}
+    rows = LogRows(pa.table(columns), log.schema)
+    readers: dict[str, Callable[[], object]] = {
+        f"feature '{name}'": partial(encoder.learn, rows, 0)
+        for name, encoder in FeaturePipeline(log.schema).encoders.items()
+    }
+    readers |= {f"task '{name}'": partial(rows.labels, task, 0) for name, task in log.schema.tasks.items()}
+    for name, read in readers.items():
+        try:
+            read()
+        except UserError as error:
+            raise UserError(f"{name} can't be read from the log '{log.source}': {error}") from None
 
 
 def check_times(log: Log, learnt: Learnt) -> None:
@@ -118,6 +140,15 @@ def check_splits(learnt: Learnt, windows: Mapping[str, Window], source: str) -> 
                 f"{format_time(learnt.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
                 "inside (and `columns.time_unit`, if these times are wrong)"
             )
+
+
+def empty_split(split: str, folder: Path) -> str:
+    """What to say of features without rows of a split, which only an extension leaves behind."""
+    return (
+        f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
+        "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
+        "them with --extend, or set another `data.work`, where features are built anew from all files of the log"
+    )
 
 
 def check_classes(schema: Schema, counts: SplitCounts) -> None:

@@ -13,13 +13,18 @@ then.
 Only new rows are encoded, into the splits of the settings. Earlier rows whose labels have matured since are not encoded
 again, but counters and histories get to know these labels on time. Nothing looks for a request that has the same
 candidate in an old and in a new file.
+
+No old file is needed: one that is gone stays counted, one that was written again is refused. A file that was left out
+counts as new once it is mended, so it is taken in where all its requests are later, and stays left out otherwise. Since
+events may come late, those of a file that is gone could come again, in a file of another name or merged with others:
+where new files hold as many events of its time as it did, they are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,20 +40,21 @@ from mmoe_rec.features.build import (
     fingerprint_of,
     load_counts,
     save_counts,
-    save_files,
     save_latest,
+    settings_of,
     vocabularies,
 )
 from mmoe_rec.features.checks import check_apart, place
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.learn import Learnt, Window
-from mmoe_rec.features.log import format_time
+from mmoe_rec.features.log import BadFile, format_time
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.features.taken import Changes, Taken
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.differences import differences
 
@@ -57,12 +63,17 @@ ANEW = "build the features anew, without --extend"
 
 @dataclass(frozen=True)
 class Extended:
-    """Features after new files were added. rows: of the interaction log that were new; new_ids: by feature."""
+    """Features after new files were added.
+
+    rows: of the interaction log that were new; new_ids: by feature; gone: files that the features hold and the log
+    does not.
+    """
 
     prepared: Prepared
     files: int
     rows: int
     new_ids: Mapping[str, int]
+    gone: Sequence[str]
 
 
 def extend(
@@ -78,23 +89,30 @@ def extend(
 
     Raises:
         UserError: there are no features to extend, or they are of another schema; an old file has changed; new requests
-            are not later than old ones, or in no split; or the log can't be read.
+            are not later than old ones, or in no split; new events may be those of a file that is gone; no new file can
+            be used, or the log can't be read.
     """
     check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     if not (prepared.folder / "manifest.json").is_file():
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
-    logs = Logs(log_source, schema, options)
     with one_at_a_time(prepared.folder):
         _check_schema(prepared, schema)
-        old_files = _unchanged_files(prepared, logs)
-        new_files = sum(len(each.files) for each in logs.all) - sum(map(len, old_files))
-        if not new_files:
+        taken = Taken.read(prepared.folder)
+        logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
+        changes = taken.changes(logs)
+        _check_unchanged(changes, logs)
+        if not any(each.new for each in changes):
+            if bad := [left for each in changes for left in each.bad]:
+                raise UserError(
+                    f"none of the new files of the log '{log_source}' can be used; the first: {bad[0].reason}"
+                )
             return None
         with atomic_folder(prepared.folder) as folder:
-            extended = _Extension(prepared, logs, logs.rest(old_files), windows, folder)
-            rows, new_ids = extended.build()
-    return Extended(prepared, new_files, rows, new_ids)
+            extension = _Extension(prepared, logs, taken, changes, windows, folder)
+            new_ids = extension.build()
+    new, gone = extension.new, [address for each in changes for address in each.gone]
+    return Extended(prepared, sum(len(each.files) for each in new.all), new.log.rows, new_ids, gone)
 
 
 def _check_schema(prepared: Prepared, schema: Schema) -> None:
@@ -112,49 +130,45 @@ def _check_schema(prepared: Prepared, schema: Schema) -> None:
         )
 
 
-def _unchanged_files(prepared: Prepared, logs: Logs) -> list[set[str]]:
-    """Addresses of the files that the features hold, for each log. Raises UserError where one is not as it was."""
-    try:
-        recorded = json.loads((prepared.folder / "files.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"the features in '{prepared.folder}' have no record of the log's files (files.json), as an earlier "
-            f"version built them; {ANEW}"
-        ) from None
-    for log, files in zip(logs.all, recorded, strict=True):
-        now = {file.address: file for file in log.files}
-        left_out = {each.address: each.reason for each in log.left_out}
-        for address, size, version, partition in files:
-            file = now.get(address)
-            if file is None:
-                what = f"can't be used any more ({left_out[address]})" if address in left_out else "is gone"
-            elif (file.bytes, file.version, [list(pair) for pair in file.partition]) != (size, version, partition):
-                what = "has changed"
-            else:
-                continue
-            raise UserError(f"'{address}' {what} since the features were built from it; put it back, or {ANEW}")
-    return [{address for address, *_ in files} for files in recorded]
+def _check_unchanged(changes: Sequence[Changes], logs: Logs) -> None:
+    reasons = {each.address: each.reason for log in logs.all for each in log.left_out}
+    for address in (address for each in changes for address in each.changed):
+        what = f"can't be used any more ({reasons[address]})" if address in reasons else "has changed"
+        raise UserError(f"'{address}' {what} since the features were built from it; put it back, or {ANEW}")
 
 
 class _Extension:
-    """One extension. logs: all files; new: the same, but only new files are read."""
+    """One extension. logs: all files; changes: of each log's files; new: the same logs, but only new files are read."""
 
-    def __init__(self, before: Prepared, logs: Logs, new: Logs, windows: dict[str, Window], folder: Path) -> None:
-        self.before, self.logs, self.new, self.windows, self.folder = before, logs, new, windows, folder
+    def __init__(
+        self,
+        before: Prepared,
+        logs: Logs,
+        taken: Taken,
+        changes: Sequence[Changes],
+        windows: dict[str, Window],
+        folder: Path,
+    ) -> None:
+        self.before, self.logs, self.taken, self.changes = before, logs, taken, changes
+        self.windows, self.folder = windows, folder
+        self.new = logs.rest([log.found.keys() - each.new for log, each in zip(logs.all, changes, strict=True)])
         self.manifest = before.manifest
         self.first, self.last = self.manifest["request_microseconds"]
 
-    def build(self) -> tuple[int, dict[str, int]]:
-        """Writes the new folder; gives the number of new rows, and of new ids of each feature."""
+    def build(self) -> dict[str, int]:
+        """Writes the new folder; gives the number of new ids of each feature."""
         serving, counts = self.folder / "serving", self.folder / "counts"
         for each in (serving, counts):
             each.mkdir()
-        save_files(self.logs, self.folder)
         with Steps(self.new, self._new_windows, self.folder / "scratch") as steps:
-            old_requests = self.before.folder / "requests" if self._has_requests else None
-            learnt = steps.learn(statistics=True, kept=self.folder / "requests", before=old_requests)
+            learnt = self._learn(steps)
+            if late := self._late_mended(learnt):
+                steps.leave_out(late)
+                learnt = self._learn(steps)
             self.new, requests = steps.logs, steps.requests
+            self.taken = self.taken.with_new(self.new, learnt.spans)
             self._check_times(learnt, requests)
+            self._check_events(learnt)
             self._check_splits(learnt)
             pipeline = self._load()
             pipeline.merge(learnt.counts, learnt.key_types)
@@ -169,8 +183,13 @@ class _Extension:
             assert train_end is not None
             known_by = {"train": train_end, "validation": learnt.last[0], "test": learnt.last[0]}
             splits = steps.encode(serving, self.folder / "encoded", known_by)
+        self.taken.write(self.folder)
         self._write_manifest(pipeline, learnt, requests, splits, new_ids)
-        return self.new.log.rows, new_ids
+        return new_ids
+
+    def _learn(self, steps: Steps) -> Learnt:
+        old_requests = self.before.folder / "requests" if self._has_requests else None
+        return steps.learn(statistics=True, kept=self.folder / "requests", before=old_requests)
 
     @property
     def _has_requests(self) -> bool:
@@ -192,6 +211,40 @@ class _Extension:
             reason = str(error).splitlines()[0]
             raise UserError(f"the features in '{self.before.folder}' are damaged: {reason}; {ANEW}") from None
         return pipeline
+
+    def _late_mended(self, learnt: Learnt) -> list[BadFile]:
+        """Files that were left out and are good by now, but have requests that are not later than all before."""
+        return [
+            BadFile(
+                f"'{address}' was left out before and holds requests from {format_time(span[0])} on, but the features "
+                f"hold requests up to {format_time(self.last)}, so what its rows could have known is no longer "
+                f"remembered; to take it in, {ANEW}",
+                address,
+            )
+            for (source, address), span in sorted(learnt.spans.items(), key=lambda each: each[0][1])
+            if source is None and address in self.changes[0].mended and span[0] <= self.last
+        ]
+
+    def _check_events(self, learnt: Learnt) -> None:
+        """Raises UserError where new files hold as many events of the time of a file that is gone as that one did."""
+        for log, before, changes in zip(self.new.events, self.taken.logs[1:], self.changes[1:], strict=True):
+            times: dict[str, np.ndarray] = {}
+            for old in (before.files[address] for address in changes.gone):
+                found: dict[str, int] = {}
+                for file in log.files:
+                    first, last = learnt.spans.get((log.name, file.address), (0, -1))
+                    if old.first is None or old.last is None or first > old.last or last < old.first:
+                        continue
+                    if file.address not in times:
+                        times[file.address] = log.times(file)
+                    inside = (times[file.address] >= old.first) & (times[file.address] <= old.last)
+                    found[file.address] = int(inside.sum())
+                if found and sum(found.values()) >= old.rows:
+                    raise UserError(
+                        f"'{max(found, key=lambda address: found[address])}' holds events '{log.name}' of the time of "
+                        f"'{old.address}', which is gone, and there are as many as it held ({old.rows:,}): if they are "
+                        f"the same, they would count twice; put that file back, or {ANEW}"
+                    )
 
     def _check_times(self, learnt: Learnt, requests: Requests) -> None:
         first = requests.begin if self._has_requests else learnt.first[0]
@@ -236,16 +289,14 @@ class _Extension:
         splits: dict[str, SplitCounts],
         new_ids: dict[str, int],
     ) -> None:
-        bad = {each["file"]: each for each in self.manifest["left_out"]}
-        bad |= {e.address: {"file": e.address, "reason": e.reason} for log in self.new.all for e in log.left_out}
         learnt.first = (self.first, 0)
         stands_for, before = fingerprint_of(self.logs, self.windows), self.manifest["fingerprint"]
         # Not that of a build of all files, whose ids have other rows: a model tells its features by the fingerprint.
         fingerprint = hashlib.sha256(f"{before} {stands_for}".encode()).hexdigest()[:16]
         manifest = {
             "fingerprint": fingerprint,
-            **describe(self.logs.rest([bad] * len(self.logs.all)), learnt, requests, splits),
-            "left_out": list(bad.values()),
+            "settings": settings_of(self.logs.schema, self.windows),
+            **describe(self.logs, self.taken, learnt, requests, splits),
             "vocabularies": vocabularies(pipeline),
             "extends": {
                 "fingerprint": before,

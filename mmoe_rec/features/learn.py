@@ -20,6 +20,7 @@ from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
+from mmoe_rec.features.log_parts import Noticed
 from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
 from mmoe_rec.features.requests import OneTimeReader
 from mmoe_rec.features.rows import LogRows
@@ -67,7 +68,8 @@ class Learnt:
 
     counts, key_types, label_units: as in `FeaturePipeline`; first, last: request times, with the number of a row of
     each; rows: of each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to
-    each partition; bad: files that could not be read.
+    each partition; spans: (log of events or None, file) -> first and last time of its rows; bad: problems of files that
+    could not be read, in which case nothing else is learnt of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Learnt:
     users: LatestParts | None = None
     candidates: LatestParts | None = None
     sent: dict[str, np.ndarray] = field(default_factory=dict)
+    spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
 
     def merge(self, other: Learnt) -> None:
@@ -98,6 +101,9 @@ class Learnt:
         self.candidates = _merged(self.candidates, other.candidates)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
+        for file, span in other.spans.items():
+            mine = self.spans.get(file, span)
+            self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
         self.bad += other.bad
 
 
@@ -112,30 +118,35 @@ def learn_part(job: LearnJob, readers: Mapping[str | None, Reader], task: tuple[
     """Learns a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
-    return _learn_log(job, reader, part) if source is None else _learn_events(job, reader, source, part)
+    noticed = Noticed()
+    if source is None:
+        learnt = _learn_log(job, reader, part, noticed)
+    else:
+        learnt = _learn_events(job, reader, source, part, noticed)
+    learnt.spans = {(source, address): span for address, span in noticed.spans.items()}
+    return Learnt(bad=noticed.bad) if noticed.bad else learnt
 
 
-def _learn_log(job: LearnJob, reader: Reader, part: LogPart) -> Learnt:
+def _learn_log(job: LearnJob, reader: Reader, part: LogPart, noticed: Noticed) -> Learnt:
     schema = job.schema
     pipeline, learnt = FeaturePipeline(schema), Learnt()
     learnt.users = LatestParts(schema, "user")
     learnt.candidates = LatestParts(schema, "candidate")
     sender = _Sender(job, part)
     row = part.start
-    try:
-        for rows in reader.read(part):
-            times = rows.times()
-            learnt.first = min(learnt.first, (int(times.min()), row + int(times.argmin())))
-            learnt.last = max(learnt.last, (int(times.max()), row + int(times.argmax())))
-            for split, window in job.windows.items():
-                learnt.rows[split] += int(in_window(times, window).sum())
-            learnt.users.add(rows)
-            learnt.candidates.add(rows)
-            _learn_statistics(job, pipeline, rows)
-            sender.add(pipeline, rows, row)
-            row += len(rows)
-    except BadFile as error:
-        return Learnt(bad=[error])
+    for rows in reader.read(part, noticed):
+        if noticed.bad:
+            continue  # read on for further bad files; what is good is learnt without them
+        times = rows.times()
+        learnt.first = min(learnt.first, (int(times.min()), row + int(times.argmin())))
+        learnt.last = max(learnt.last, (int(times.max()), row + int(times.argmax())))
+        for split, window in job.windows.items():
+            learnt.rows[split] += int(in_window(times, window).sum())
+        learnt.users.add(rows)
+        learnt.candidates.add(rows)
+        _learn_statistics(job, pipeline, rows)
+        sender.add(pipeline, rows, row)
+        row += len(rows)
     sender.flush()
     learnt.counts = pipeline.counts if job.statistics else {}
     learnt.key_types, learnt.label_units, learnt.sent = pipeline.key_types, pipeline.label_units, sender.sent
@@ -152,14 +163,12 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def _learn_events(job: LearnJob, reader: Reader, source: str, part: LogPart) -> Learnt:
+def _learn_events(job: LearnJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Learnt:
     pipeline = FeaturePipeline(job.schema)
     sender = _Sender(job, part, source)
-    try:
-        for rows in reader.read(part):
+    for rows in reader.read(part, noticed):
+        if not noticed.bad:
             sender.add(pipeline, rows, None)
-    except BadFile as error:
-        return Learnt(bad=[error])
     sender.flush()
     return Learnt(sent=sender.sent)
 

@@ -5,34 +5,33 @@ A `Log` knows the files and cuts them into `LogPart`s; its `reader` reads any pa
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Generic, NoReturn, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import Use, canonical, column_uses, event_uses
+from mmoe_rec.features.columns import Use, column_uses, event_uses
 from mmoe_rec.features.log_checks import (
     BadFile,
     LeftOut,
     LogFile,
-    Partition,
-    ValueCheck,
-    Wrong,
     check_files,
-    event_value_checks,
+    digest_of,
     format_time,  # noqa: F401 - offered here with what it describes
-    log_value_checks,
     open_parquet,
+    word_of,
+    words_of,
 )
+from mmoe_rec.features.log_parts import LogPart, Noticed, Piece, cut
+from mmoe_rec.features.log_values import file_column, first_row, next_batch
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.files import FoundFile, find_files, first_line
+from mmoe_rec.features.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
+from mmoe_rec.files import FoundFile, find_files
 from mmoe_rec.schema import EVENT, Schema
 
 ROWS_AT_A_TIME = 131_072
@@ -40,75 +39,161 @@ ROWS_PER_PART = 262_144
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive row groups of one file, their rows, and the columns that stand in the file's path."""
+class _Reader:
+    """Reads parts of a log; small and picklable.
 
-    address: str
-    groups: tuple[int, ...]
-    partition: Partition
-    rows: int
-
-
-@dataclass(frozen=True)
-class LogPart:
-    """Consecutive rows of a log; `start` is the number of the first."""
-
-    start: int
-    rows: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class LogReader:
-    """Reads parts of an interaction log; small and picklable.
-
-    uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; requests after it are an
-    error.
+    uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
+    types: of the columns in all files, as words.
     """
 
     schema: Schema
     uses: dict[str, Use]
     now: int
+    types: dict[str, str] = field(default_factory=dict, kw_only=True)
 
-    def read(self, part: LogPart) -> Iterator[LogRows]:
+    @property
+    def time(self) -> str:
+        """The column with the rows' time."""
+        return self.schema.columns.time
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        raise NotImplementedError
+
+    def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
+        """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
+        checks, waiting = self.checks, list[pa.Table]()
+        for piece in part.pieces:
+            try:
+                for table in self._checked(piece, checks, noticed):
+                    if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
+                        yield _together(waiting)
+                        waiting = []
+                    waiting.append(table)
+            except BadFile as problem:
+                if noticed is None:
+                    raise problem.explained() from None
+                noticed.bad.append(problem)
+        if waiting:
+            yield _together(waiting)
+
+    def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
+        for _, table in _piece_tables(piece, self.uses, self.schema.columns.time_unit, self.types):
+            rows = LogRows(table, self.schema)
+            for number, check in enumerate(checks):
+                if _is_wrong(rows, check, piece.address):
+                    raise WrongValues(self, piece, number)
+            if noticed is not None:
+                noticed.add_times(piece.address, rows.times(self.time))
+            yield table
+
+
+@dataclass(frozen=True)
+class LogReader(_Reader):
+    """Reads parts of an interaction log."""
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
+
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked.
+
+        noticed: takes note of bad files, whose rows are left out from there on, instead of an error.
 
         Raises:
             BadFile: a file is damaged, has changed, or holds values that can't be.
             UserError: a remote place can't be reached.
         """
-        checks = [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
-        for table in _tables(part, self.uses, self.schema, checks):
+        for table in self._tables(part, noticed):
             yield LogRows(table, self.schema)
 
 
 @dataclass(frozen=True)
-class EventReader:
-    """Reads parts of a log of events; small and picklable."""
+class EventReader(_Reader):
+    """Reads parts of the log of events of that name."""
 
     name: str
-    schema: Schema
-    uses: dict[str, Use]
-    now: int
 
-    def read(self, part: LogPart) -> Iterator[LogRows]:
-        """Batches of events, as rows of the task `EVENT` at the time of each event. Raises as `LogReader.read`."""
-        time = self.schema.events[self.name].time
-        for table in _tables(part, self.uses, self.schema, event_value_checks(time, self.now)):
-            keys = {column: table.column(column) for column in self.uses if column != time}
+    @property
+    def time(self) -> str:
+        """The column with the events' time."""
+        return self.schema.events[self.name].time
+
+    @property
+    def checks(self) -> list[ValueCheck]:
+        """What the values must hold."""
+        return event_value_checks(self.time, self.now)
+
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
+        """Batches of events, as rows of the task `EVENT` at the time of each event; otherwise as `LogReader.read`."""
+        for table in self._tables(part, noticed):
+            keys = {column: table.column(column) for column in self.uses if column != self.time}
             label = pa.array(np.ones(table.num_rows))
-            named = {**keys, self.schema.columns.time: table.column(time), EVENT.label: label}
+            named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}
             yield LogRows(pa.table(named), self.schema)
+
+
+class WrongValues(BadFile):
+    """Values that can't be, found by check number `check` of a reader in a piece of a file."""
+
+    def __init__(self, reader: _Reader, piece: Piece, check: int) -> None:
+        super().__init__(f"'{piece.address}' holds values that can't be", piece.address)
+        self.reader, self.piece, self.check = reader, piece, check
+
+    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
+        return WrongValues, (self.reader, self.piece, self.check)
+
+    def explained(self) -> BadFile:
+        """Says how much of the whole file is wrong, however the log was cut into parts; reads the column."""
+        reader, check, address, found = self.reader, self.reader.checks[self.check], self.address, Wrong()
+        try:
+            with open_parquet(address) as parquet:
+                groups = tuple(range(parquet.metadata.num_row_groups))
+                partition = tuple(pair for pair in self.piece.partition if pair[0] == check.column)
+                whole = Piece(address, groups, partition, parquet.metadata.num_rows)
+            uses = {check.column: reader.uses[check.column]}
+            for start, table in _piece_tables(whole, uses, reader.schema.columns.time_unit, reader.types):
+                values = check.values(LogRows(table, reader.schema))
+                found.add(values, check.wrong(values), start)
+        except BadFile as problem:
+            return problem
+        if not found.count:
+            return _changed(address)
+        return BadFile(f"'{address}': {check.says(found)}{first_row(found.row)}", address)
 
 
 Reader = TypeVar("Reader", LogReader, EventReader)
 
 
 class _Files(Generic[Reader]):
-    """Rows of files, read in parts. files: those that were checked; reader: what reads a part of them."""
+    """Rows of files, read in parts.
 
+    found: all files that are there; files: those that were checked, and not left out; types: of their columns; reader:
+    reads a part of them.
+    """
+
+    source: str
+    schema: Schema
+    uses: dict[str, Use]
+    found: dict[str, FoundFile]
     files: list[LogFile]
+    left_out: list[LeftOut]
+    types: dict[str, pa.DataType]
     reader: Reader
+
+    def _open(
+        self, found: Sequence[FoundFile], skip_bad_files: bool, left_out: Sequence[LeftOut], types: Mapping[str, str]
+    ) -> None:
+        self.found = {file.address: file for file in found}
+        wanted = [file for file in found if file.address not in {each.address for each in left_out}]
+        unit = self.schema.columns.time_unit
+        self.files, self.types, bad = check_files(wanted, self.uses, unit, skip_bad_files, types)
+        self.left_out = [*left_out, *bad]
+        if not self.files:
+            raise none_usable(self.source, self.left_out)
 
     @property
     def rows(self) -> int:
@@ -117,12 +202,26 @@ class _Files(Generic[Reader]):
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
         """The files as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
-        return _parts(self.files, rows_per_part)
+        return cut(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
         """All rows in order, see the reader."""
         for part in self.parts():
             yield from self.reader.read(part)
+
+    def check_unchanged(self) -> None:
+        """Raises BadFile where a file has been written again since the log was opened; one may be gone by now."""
+        now = {file.address: (file.bytes, file.version) for file in find_files(self.source)}
+        for file in self.files:
+            if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
+                raise _changed(file.address)
+
+    def without(self, bad: Mapping[str, LeftOut]) -> Self:
+        """The same log, of which files at further addresses are left out. Types stay those of all files."""
+        fewer = copy.copy(self)
+        fewer.files = [file for file in self.files if file.address not in bad]
+        fewer.left_out = [*self.left_out, *(bad[file.address] for file in self.files if file.address in bad)]
+        return fewer
 
 
 class Log(_Files[LogReader]):
@@ -132,6 +231,7 @@ class Log(_Files[LogReader]):
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
         skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
         left_out: files that are not even opened.
+        types: of columns in words, as they have to be; by default as most files have them.
         now: microseconds since 1970 UTC; later requests are an error when read. By default in a day's time.
 
     Raises:
@@ -146,23 +246,21 @@ class Log(_Files[LogReader]):
         *,
         skip_bad_files: bool = False,
         left_out: Sequence[LeftOut] = (),
+        types: Mapping[str, str] | None = None,
         now: int | None = None,
     ) -> None:
         self.source = source
         self.schema = schema
         self.uses = column_uses(schema)
         self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
-        self.files, self.types, self.left_out = _open_files(
-            source, find_files(source), self.uses, schema, skip_bad_files, left_out
-        )
+        self._open(find_files(source), skip_bad_files, left_out, types or {})
         if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
-        self.reader = LogReader(schema, self.uses, self.now)
+        self.reader = LogReader(schema, self.uses, self.now, types=words_of(self.types))
 
     def digest(self) -> str:
         """A fingerprint of file names, sizes and row counts."""
-        text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in self.files)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of((file.address, file.bytes, file.rows) for file in self.files)
 
 
 class EventRows(_Files[EventReader]):
@@ -171,84 +269,39 @@ class EventRows(_Files[EventReader]):
     Args and errors: as `Log`, whose `now` it shares.
     """
 
-    def __init__(self, name: str, log: Log, *, skip_bad_files: bool = False, left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        log: Log,
+        *,
+        skip_bad_files: bool = False,
+        left_out: Sequence[LeftOut] = (),
+        types: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.schema = name, log.schema
         self.time = self.schema.events[name].time
         self.uses = event_uses(self.schema, name)
-        source = self.schema.events[name].path
-        found = find_files(source, f"data.events.{name}.path")
-        self.files, types, self.left_out = _open_files(source, found, self.uses, self.schema, skip_bad_files, left_out)
-        for column, kind in types.items():
+        self.source = self.schema.events[name].path
+        self._open(find_files(self.source, f"data.events.{name}.path"), skip_bad_files, left_out, types or {})
+        for column, kind in self.types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
-        self.reader = EventReader(name, self.schema, self.uses, log.now)
+        self.reader = EventReader(self.schema, self.uses, log.now, name, types=words_of(self.types))
+
+    def times(self, file: LogFile) -> np.ndarray:
+        """(rows,) int64 microseconds of the events of one file."""
+        reader, parts = replace(self.reader, uses={self.time: "time"}), cut([file], file.rows)
+        found = [rows.times() for part in parts for rows in reader.read(part)]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _open_files(
-    source: str,
-    found: Sequence[FoundFile],
-    uses: dict[str, Use],
-    schema: Schema,
-    skip_bad_files: bool,
-    left_out: Sequence[LeftOut],
-) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
-    not_opened = {each.address for each in left_out}
-    wanted = [file for file in found if file.address not in not_opened]
-    files, types, bad = check_files(wanted, uses, schema.columns.time_unit, skip_bad_files)
-    if not files:
-        first = min((*left_out, *bad), key=lambda each: each.address)
-        raise UserError(f"none of the {len(found)} files of the log '{source}' can be used; the first: {first.reason}")
-    return files, types, [*left_out, *bad]
-
-
-def _parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    parts: list[LogPart] = []
-    pieces: list[Piece] = []
-    start, rows = 0, 0
-
-    def finish() -> None:
-        nonlocal start, rows
-        if pieces:
-            parts.append(LogPart(start, rows, tuple(pieces)))
-        pieces.clear()
-        start, rows = start + rows, 0
-
-    for file in files:
-        groups: list[int] = []
-        rows_before = rows
-        for group, group_rows in enumerate(file.group_rows):
-            if not group_rows:
-                continue
-            groups.append(group)
-            rows += group_rows
-            if rows >= rows_per_part:
-                pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
-                finish()
-                groups, rows_before = [], 0
-        if groups:
-            pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
-    finish()
-    return parts
-
-
-def _tables(part: LogPart, uses: dict[str, Use], schema: Schema, checks: Sequence[ValueCheck]) -> Iterator[pa.Table]:
-    """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
-    waiting: list[pa.Table] = []
-    for piece in part.pieces:
-        for _, table in _piece_tables(piece, uses, schema.columns.time_unit):
-            rows = LogRows(table, schema)
-            for check in checks:
-                if _is_wrong(rows, check, piece.address):
-                    _raise_wrong(piece, check, uses, schema)
-            if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
-                yield _together(waiting)
-                waiting = []
-            waiting.append(table)
-    if waiting:
-        yield _together(waiting)
+def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
+    """The error where all files of a log are left out."""
+    first = min(left_out, key=lambda each: each.address)
+    return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
 
 
 def _together(tables: list[pa.Table]) -> pa.Table:
@@ -257,7 +310,9 @@ def _together(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
-def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
+def _piece_tables(
+    piece: Piece, uses: dict[str, Use], time_unit: str | None, types: dict[str, str]
+) -> Iterator[tuple[int, pa.Table]]:
     """Batches in canonical types, each with the number of its first row within the file."""
     address, partition = piece.address, dict(piece.partition)
     in_file = [column for column in uses if column not in partition]
@@ -266,59 +321,21 @@ def _piece_tables(piece: Piece, uses: dict[str, Use], time_unit: str | None) -> 
         group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         there = sum(group_rows[group] for group in piece.groups if group < len(group_rows))
         if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
-            raise BadFile(f"'{address}' has changed since the log was opened; start again", address)
+            raise _changed(address)
         start = sum(group_rows[: piece.groups[0]])
         batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
-        while (batch := _next(batches, address)) is not None:
+        while (batch := next_batch(batches, address, parquet.schema_arrow)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in partition.items()}
-            yield start, pa.table({c: _canonical(address, c, use, raw[c], time_unit, start) for c, use in uses.items()})
+            columns = {c: file_column(address, c, use, raw[c], time_unit, start) for c, use in uses.items()}
+            if any(c in types and word_of(each.type) not in (types[c], None) for c, each in columns.items()):
+                raise _changed(address)
+            yield start, pa.table(columns)
             start += batch.num_rows
 
 
-def _next(batches: Iterator[pa.RecordBatch], address: str) -> pa.RecordBatch | None:
-    try:
-        return next(batches, None)
-    except (pa.ArrowException, OSError) as error:
-        raise BadFile(f"'{address}' is damaged: {first_line(error)}; write the file again", address) from None
-
-
-def _canonical(address: str, column: str, use: Use, values: pa.Array, time_unit: str | None, start: int) -> pa.Array:
-    try:
-        return _valid(column, use, values, time_unit)
-    except UserError as error:
-        fine, wrong = 0, len(values)  # the first rows that can be read, and that can't
-        while wrong - fine > 1:
-            middle = (fine + wrong) // 2
-            try:
-                _valid(column, use, values[:middle], time_unit)
-                fine = middle
-            except UserError:
-                wrong = middle
-        raise BadFile(f"'{address}': {first_line(error)}{_first_row(start + fine)}", address) from None
-
-
-def _valid(column: str, use: Use, values: pa.Array, time_unit: str | None) -> pa.Array:
-    array = canonical(column, use, values, time_unit, coded=True)
-    try:
-        if pt.is_dictionary(array.type):
-            return _with_valid_words(array)
-        if array.type == pa.list_(pa.string()):
-            array.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"column '{column}' holds text that is not UTF-8: {error}") from None
-    return array
-
-
-def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
-    try:
-        array.dictionary.validate(full=True)
-    except pa.ArrowInvalid:
-        # The word may be one of other rows of the file.
-        decoded = array.dictionary_decode()
-        decoded.validate(full=True)
-        return decoded.dictionary_encode()
-    return array
+def _changed(address: str) -> BadFile:
+    return BadFile(f"'{address}' has changed since the log was opened; start again", address)
 
 
 def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:
@@ -326,20 +343,3 @@ def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:
         return bool(check.wrong(check.values(rows)).any())
     except UserError as error:
         raise BadFile(f"'{address}': {error}", address) from None
-
-
-def _raise_wrong(piece: Piece, check: ValueCheck, uses: dict[str, Use], schema: Schema) -> NoReturn:
-    """Says how much of the whole file is wrong, however the log was cut into parts."""
-    address, found = piece.address, Wrong()
-    with open_parquet(address) as parquet:
-        groups = tuple(range(parquet.metadata.num_row_groups))
-        partition = tuple(pair for pair in piece.partition if pair[0] == check.column)
-        whole = Piece(address, groups, partition, parquet.metadata.num_rows)
-    for start, table in _piece_tables(whole, {check.column: uses[check.column]}, schema.columns.time_unit):
-        values = check.values(LogRows(table, schema))
-        found.add(values, check.wrong(values), start)
-    raise BadFile(f"'{address}': {check.says(found)}{_first_row(found.row)}", address)
-
-
-def _first_row(row: int) -> str:
-    return f" (the first is row {row} of the file, counted from 0)"

@@ -1,15 +1,19 @@
-"""Whether a log's files are good: footers when a log is opened, values while it is read.
+"""Whether a log's files are good, as far as their footers tell when the log is opened.
 
-Every problem of one file is a `BadFile` that names the file, the column and the rows.
+Every problem of one file is a `BadFile` that names the file, the column and the rows. What the values tell while the
+log is read is in `mmoe_rec.features.value_checks`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +21,9 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.columns import Use, canonical_type
-from mmoe_rec.features.rows import LogRows
 from mmoe_rec.files import FoundFile, first_line, is_remote, open_file, path_values
-from mmoe_rec.schema import Schema
 
 _OPEN_AT_ONCE = 16
-_LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 Partition = tuple[tuple[str, int | str | None], ...]
 
 
@@ -33,8 +34,12 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
         super().__init__(message)
         self.address = address
 
-    def __reduce__(self) -> tuple[type[BadFile], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
         return BadFile, (str(self), self.address)
+
+    def explained(self) -> BadFile:
+        """The error with all that there is to say, which may have to be read first."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,35 @@ def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.Parquet
         yield stack.enter_context(parquet)
 
 
+def word_of(kind: pa.DataType) -> str | None:
+    """A canonical type in a word; None for that of a column which is null throughout."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_list(kind):  # whatever a file calls the elements
+        return f"list<{kind.value_type}>"
+    return None if pa.types.is_null(kind) else str(kind)
+
+
+def words_of(types: Mapping[str, pa.DataType]) -> dict[str, str]:
+    """The types of columns in words, as far as they are known."""
+    return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
+
+
+def digest_of(files: Iterable[tuple[str, int, int]]) -> str:
+    """A fingerprint of files' names, sizes and row counts."""
+    text = "\n".join(f"{PurePath(address).name} {size} {rows}" for address, size, rows in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def check_files(
-    found: Sequence[FoundFile], uses: dict[str, Use], time_unit: str | None, skip_bad_files: bool
+    found: Sequence[FoundFile],
+    uses: dict[str, Use],
+    time_unit: str | None,
+    skip_bad_files: bool,
+    known: Mapping[str, str],
 ) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
     """Reads every file's footer once.
+
+    known: types of columns, in words, that features were fitted to; other columns have that of most files.
 
     Returns:
         the files, each column's canonical type (none for a column that is null everywhere), and what was left out.
@@ -114,14 +144,15 @@ def check_files(
     footers = _footers(found, uses, time_unit)
     problems = {each.address: each for each in footers if isinstance(each, BadFile)}
     good = [each for each in footers if isinstance(each, _Footer)]
-    integers = _integers_in_paths(good)
+    integers = _integers_in_paths(good) - {column for column, word in known.items() if word == "string"}
+    integers |= {column for column, word in known.items() if word == "int64"}
     for footer in good:
         try:
             _add_kinds_in_path(footer, uses, time_unit, integers)
         except BadFile as problem:
             problems[footer.found.address] = problem
     good = [each for each in good if each.found.address not in problems]
-    types, deviating = _majority(good, uses)
+    types, deviating = _common_types(good, uses, known)
     problems |= deviating
     bad = [problems[file.address] for file in found if file.address in problems]
     if bad and not skip_bad_files:
@@ -200,15 +231,18 @@ def _add_kinds_in_path(footer: _Footer, uses: dict[str, Use], time_unit: str | N
         return
     address = footer.found.address
     for column, value in footer.in_path.items():
-        found = pa.null() if value is None else pa.int64() if column in integers else pa.string()
+        integer = column in integers and value is not None and _is_integer(value)
+        found = pa.null() if value is None else pa.int64() if integer else pa.string()
         try:
             footer.kinds[column] = canonical_type(column, uses[column], found, time_unit)
         except UserError as error:
             raise BadFile(f"'{address}': {error}, in the file's path", address) from None
 
 
-def _majority(footers: Sequence[_Footer], uses: dict[str, Use]) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """The type of each column that most files have (the first of equals), and the files that have another."""
+def _common_types(
+    footers: Sequence[_Footer], uses: dict[str, Use], known: Mapping[str, str]
+) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
+    """The known type of each column, or that which most files have (the first of equals), and files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
@@ -217,116 +251,19 @@ def _majority(footers: Sequence[_Footer], uses: dict[str, Use]) -> tuple[dict[st
         if not having:
             continue
         counts = Counter(kind for kind, _ in having)
-        types[column], count = counts.most_common(1)[0]
-        example = next(address for kind, address in having if kind == types[column])
+        common, count = counts.most_common(1)[0]
+        there = f"'{next(address for kind, address in having if kind == common)}'"
+        share = f" ({count} of {len(having)} files have {common})"
+        word = word_of(common)
+        if column in known:
+            word, there, share = known[column], "the fitted features", ""
         for kind, address in having:
-            if kind != types[column]:
-                message = (
-                    f"column '{column}' changes its type: {types[column]} in '{example}', {kind} in '{address}'; "
-                    f"write all files with one type ({count} of {len(having)} files have {types[column]})"
-                )
-                deviating.setdefault(address, BadFile(message, address))
-    return types, deviating
-
-
-@dataclass
-class Wrong:
-    """The wrong values of a column in one file: how many rows, the first one's number and value, and the range."""
-
-    count: int = 0
-    row: int = 0
-    first: float = 0
-    least: float = 0
-    largest: float = 0
-
-    def add(self, values: np.ndarray, mask: np.ndarray, start: int) -> None:
-        """Counts the rows of `values` (N,) where `mask` (N,) is true; the first of them is the file's row `start`."""
-        if not mask.any():
-            return
-        wrong = values[mask]
-        if not self.count:
-            self.row, self.first = start + int(mask.argmax()), wrong[0]
-            self.least, self.largest = wrong[0], wrong[0]
-        self.count += len(wrong)
-        self.least, self.largest = min(self.least, wrong.min()), max(self.largest, wrong.max())
-
-
-@dataclass(frozen=True)
-class ValueCheck:
-    """A check of one column: `values` (N,) of rows, which of them are `wrong`, and what one `says` of those."""
-
-    column: str
-    values: Callable[[LogRows], np.ndarray]
-    wrong: Callable[[np.ndarray], np.ndarray]
-    says: Callable[[Wrong], str]
-
-
-def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
-    """What a log's values must hold so that features and labels mean something."""
-    columns = schema.columns
-    keys = filter(None, (columns.user, columns.candidate, columns.time, columns.request))
-    checks = [_no_null(column, "every row needs one") for column in keys]
-    checks.append(_no_future(columns.time, now, "requests"))
-    if (rate := columns.sampling_rate) is not None:
-        checks.append(
-            ValueCheck(
-                rate,
-                lambda rows: rows.numbers(rate),
-                lambda values: ~((values > 0) & (values <= 1)),
-                lambda found: (
-                    f"column '{rate}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
-                    f"({found.count} rows are not above 0 and at most 1); fix the data or remove columns.sampling_rate"
-                ),
+            if word_of(kind) == word:
+                types[column] = kind
+                continue
+            message = (
+                f"column '{column}' changes its type: {word} in {there}, {kind} in '{address}'; "
+                f"write all files with one type{share}"
             )
-        )
-    return checks + [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
-
-
-def event_value_checks(time: str, now: int) -> list[ValueCheck]:
-    """What the values of a log of events must hold."""
-    return [_no_null(time, "every event needs a time"), _no_future(time, now, "events")]
-
-
-def _no_null(column: str, need: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False),
-        lambda nulls: nulls,
-        lambda found: f"column '{column}' is null in {found.count} rows; {need}",
-    )
-
-
-def _no_future(column: str, now: int, what: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.times(column),
-        lambda times: times > now,
-        lambda found: (
-            f"column '{column}' holds {found.count} {what} of the future: {what} from "
-            f"{format_time(int(found.least))} to {format_time(int(found.largest))}, later than {format_time(now)}; "
-            "fix the data, or set `columns.time_unit` if the column holds integers of another unit"
-        ),
-    )
-
-
-def _label_check(task: str, label: str, kind: str) -> ValueCheck:
-    if kind == "regression":
-        return ValueCheck(
-            label,
-            lambda rows: rows.numbers(label),
-            lambda values: np.abs(values) > _LARGEST_LABEL,
-            lambda found: (
-                f"label column '{label}' of task '{task}' holds "
-                f"{'an infinite value' if np.isinf(found.first) else f'{found.first:g}, too large for 32 bits'}; "
-                f"make it null ({found.count} rows)"
-            ),
-        )
-    return ValueCheck(
-        label,
-        lambda rows: rows.numbers(label),
-        lambda values: ~np.isnan(values) & (values != 0) & (values != 1),
-        lambda found: (
-            f"label column '{label}' of binary task '{task}' holds {found.first:g} "
-            f"({found.count} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
-        ),
-    )
+            deviating.setdefault(address, BadFile(message, address))
+    return types, deviating

@@ -16,6 +16,9 @@ from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.schema import NumericFeature, TimeFeature, VectorFeature
 
+_CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
+_LAST_DAY = int(np.datetime64("9999-12-31", "us").astype(np.int64))
+
 
 class DenseNumber:
     """A standardised number, with an indicator input where training rows had missing values."""
@@ -182,6 +185,9 @@ class TimeEncoder(Encoder):
         first = np.append(len(every) > 0, every[1:] != every[:-1])
         times, number = every[first], np.cumsum(first) - 1
         missing = times == np.iinfo(np.int64).min
+        # Time zones go by a calendar that ends with the year 9999; it repeats, days of the week included.
+        late = np.flatnonzero(times > _LAST_DAY)
+        times[late] -= -(-(times[late] - _LAST_DAY) // _CALENDAR_CYCLE) * _CALENDAR_CYCLE
         local = pd.DatetimeIndex(pa.array(np.where(missing, 0, times), pa.timestamp("us")).to_numpy())
         local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
         parts = {"hour": lambda: local.hour, "weekday": lambda: local.day_of_week}

@@ -43,7 +43,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 7
+FORMAT = 8
 
 
 class FeaturePipeline:

@@ -24,6 +24,7 @@ from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.known_requests import KnownRequests, RequestWriter, read_requests
 from mmoe_rec.features.log import ROWS_PER_PART, BadFile, Log, LogPart, LogReader
+from mmoe_rec.features.log_parts import Noticed
 from mmoe_rec.features.rows import LogRows
 
 RUNS, FIRST_TIMES = "runs", "first_times"
@@ -118,10 +119,10 @@ class OneTimeReader:
     first_times: Exchange
     blocks: Blocks
 
-    def read(self, part: LogPart) -> Iterator[LogRows]:
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """As `LogReader.read`."""
         row, at_hand = part.start, (-1, np.empty(0, np.int64), np.empty(0, np.int64))
-        for rows in self.reader.read(part):
+        for rows in self.reader.read(part, noticed):
             times = None
             first_block, last_block = self.blocks.holding(np.array([row, row + len(rows) - 1]))
             for block in range(first_block, last_block + 1):
@@ -174,18 +175,18 @@ def find_requests(job: RequestsJob, log: Log, parts: Sequence[LogPart], run: Run
 
 def _send_runs(runs: Exchange, reader: LogReader, part: LogPart) -> list[BadFile]:
     """Sends a part's rows, many at a time: a part may be larger than usual, as a row group is never divided."""
-    row, turn, waiting, rows_waiting = part.start, 0, [], 0
-    try:
-        for rows in reader.read(part):
-            waiting.append(_runs_of(rows, row))
-            row, rows_waiting = row + len(rows), rows_waiting + len(rows)
-            if rows_waiting >= ROWS_PER_PART:
-                _send(runs, (part.start, turn), waiting)
-                turn, waiting, rows_waiting = turn + 1, [], 0
-    except BadFile as error:
-        return [error]
-    _send(runs, (part.start, turn), waiting)
-    return []
+    row, turn, waiting, rows_waiting, noticed = part.start, 0, [], 0, Noticed()
+    for rows in reader.read(part, noticed):
+        if noticed.bad:
+            continue
+        waiting.append(_runs_of(rows, row))
+        row, rows_waiting = row + len(rows), rows_waiting + len(rows)
+        if rows_waiting >= ROWS_PER_PART:
+            _send(runs, (part.start, turn), waiting)
+            turn, waiting, rows_waiting = turn + 1, [], 0
+    if not noticed.bad:
+        _send(runs, (part.start, turn), waiting)
+    return noticed.bad
 
 
 def _send(runs: Exchange, sender: tuple[int, int], tables: Sequence[pa.Table]) -> None:

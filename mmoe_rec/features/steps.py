@@ -28,7 +28,8 @@ from mmoe_rec.engines import Engine, EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.answer import AnswerJob, Partition, answer_partition
 from mmoe_rec.features.answers import AnswerExchange, Blocks
-from mmoe_rec.features.checks import check_requests, check_times, place
+from mmoe_rec.features.checks import check_readings, check_requests, check_times, place
+from mmoe_rec.features.duplicates import repeats
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.exchange import Exchange
 from mmoe_rec.features.learn import (
@@ -49,6 +50,7 @@ from mmoe_rec.features.log import (
     Log,
     LogPart,
     LogReader,
+    none_usable,
 )
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.requests import OneTimeReader, Requests, RequestsJob, find_requests
@@ -80,15 +82,25 @@ DEFAULTS = BuildOptions()
 
 
 class Logs:
-    """An interaction log with its logs of events. Files left out so far stay left out."""
+    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`.
 
-    def __init__(self, source: str, schema: Schema, options: BuildOptions, left_out: Sequence[LeftOut] = ()) -> None:
-        self.schema, self.options, self.left_out = schema, options, tuple(left_out)
+    types: of the columns of each of them, as `Log` takes them.
+    """
+
+    only_new = False
+
+    def __init__(
+        self, source: str, schema: Schema, options: BuildOptions, types: Sequence[Mapping[str, str]] | None = None
+    ) -> None:
+        self.schema, self.options = schema, options
         skip = options.skip_bad_files
         now = None if options.future_times == "error" else _NEVER
-        self.log = Log(source, schema, skip_bad_files=skip, left_out=self.left_out, now=now)
-        self.events = [EventRows(name, self.log, skip_bad_files=skip, left_out=self.left_out) for name in schema.events]
-        self._not_read: Sequence[Collection[str]] = ()
+        of_log, *of_events = types or [{}] * (1 + len(schema.events))
+        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=now)
+        self.events = [
+            EventRows(name, self.log, skip_bad_files=skip, types=each)
+            for name, each in zip(schema.events, of_events, strict=True)
+        ]
 
     @property
     def all(self) -> list[Log | EventRows]:
@@ -101,10 +113,17 @@ class Logs:
         return sum(each.rows for each in self.all)
 
     def without(self, bad: Sequence[BadFile]) -> Logs:
-        """The same logs without further files."""
-        left_out = {error.address: LeftOut(error.address, str(error)) for error in bad}
-        logs = Logs(self.log.source, self.schema, self.options, [*self.left_out, *left_out.values()])
-        return logs.rest(self._not_read) if self._not_read else logs
+        """The same logs without further files. Raises UserError where nothing is left to read of one."""
+        first = {error.address: error for error in reversed(bad)}  # many parts of a file may tell of it
+        reasons = {address: LeftOut(address, str(error.explained())) for address, error in first.items()}
+        fewer = copy.copy(self)
+        fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
+        for log, before in zip(fewer.all, self.all, strict=True):
+            if before.files and not log.files and (log is fewer.log or not self.only_new):
+                raise none_usable(log.source, log.left_out)
+        if not fewer.log.rows:
+            raise UserError(f"the log '{self.log.source}' has no rows")
+        return fewer
 
     def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
         """The same logs, of which some files are not read: addresses for each of `all`.
@@ -112,7 +131,7 @@ class Logs:
         Raises UserError where the other files of the interaction log have no rows.
         """
         rest = copy.copy(self)
-        rest._not_read = not_read
+        rest.only_new = True
         rest.log = _without_files(self.log, not_read[0])
         rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
         if not rest.log.rows:
@@ -156,7 +175,8 @@ class Steps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def learn(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Learnt:
-        """Finds the times of requests, then reads the logs once.
+        """Finds the times of requests and reads the logs, and both once more without bad files where some are skipped.
+
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
         before: such a folder of the files that are not read.
@@ -164,9 +184,9 @@ class Steps:
         Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
         several users, or times where that is wanted.
         """
+        check_readings(self.logs.log)
         while (learnt := self._read_all(statistics, kept, before)).bad:
-            self.logs = self.logs.without(learnt.bad)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.leave_out(learnt.bad)
         self._learnt = learnt
         check_times(self.logs.log, learnt)
         check_requests(self.logs.log, self.requests)
@@ -174,11 +194,18 @@ class Steps:
             self._check_duplicates()
         return learnt
 
+    def leave_out(self, bad: Sequence[BadFile]) -> None:
+        """Forgets what was learnt, and reads without further files from now on."""
+        self.logs = self.logs.without(bad)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
     def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Learnt:
         self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self._parts, self._run)
-        if self.requests.bad and not self.logs.options.skip_bad_files:
-            raise self.requests.bad[0]
-        return Learnt(bad=self.requests.bad) if self.requests.bad else self._learn(statistics)
+        bad = self.requests.bad
+        if bad and not self.logs.options.skip_bad_files:
+            raise bad[0].explained()
+        learnt = self._learn(statistics)  # which finds further bad files at once
+        return Learnt(bad=[*bad, *learnt.bad]) if bad else learnt
 
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
         runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self._parts)
@@ -203,7 +230,7 @@ class Steps:
         learnt = Learnt()
         for part in self._run(partial(learn_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
             if part.bad and not options.skip_bad_files:
-                raise part.bad[0]
+                raise part.bad[0].explained()
             learnt.merge(part)
         return learnt
 
@@ -215,14 +242,14 @@ class Steps:
     def _check_duplicates(self) -> None:
         partitions = range(self._partitions)
         sizes = self._learnt.sent[DUPLICATES].tolist()
-        found = list(self._run(partial(_repeats, self._events), partitions, sizes, "looking for duplicates"))
-        if repeats := sum(count for count, _ in found):
+        found = list(self._run(partial(repeats, self._events), partitions, sizes, "looking for duplicates"))
+        if repeated := sum(count for count, _ in found):
             columns, log = self.logs.schema.columns, self.logs.log
             first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
             raise UserError(
                 f"{second} repeats request and candidate (columns {names} and '{columns.candidate}') of {first}; "
-                f"{repeats:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"
+                f"{repeated:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"
             )
 
     def answer(
@@ -288,6 +315,8 @@ class Steps:
         """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
 
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+
+        Raises UserError for a file that has changed meanwhile: what was learnt of its rows is no longer theirs.
         """
         job = EncodeJob(state, self.windows, known_by, self._answers, folder)
         tasks = list(enumerate(self._parts))
@@ -296,6 +325,8 @@ class Steps:
         for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
             for name, each in part.items():
                 counts[name].merge(each)
+        for log in self.logs.all:
+            log.check_unchanged()
         folder.mkdir(exist_ok=True)
         layout = FeaturePipeline.load(state, memories=False).layout
         (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
@@ -304,24 +335,10 @@ class Steps:
     def _run(
         self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
     ) -> Iterator[Result]:
+        if not tasks:
+            return
         with bar() as progress:
             task = progress.add_task(what, total=sum(sizes))
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
                 progress.advance(task, size)
                 yield result
-
-
-def _repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] | None]:
-    """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
-    table = exchange.receive_all(DUPLICATES, partition)
-    if table is None:
-        return 0, None
-    key = table["key"].to_numpy()
-    in_order = np.sort(key)
-    if not (in_order[1:] == in_order[:-1]).any():
-        return 0, None
-    order = np.argsort(key, kind="stable")
-    repeats = np.flatnonzero(in_order[1:] == in_order[:-1])
-    row = table["row"].to_numpy()[order]
-    first = repeats[np.argmin(row[repeats + 1])]
-    return len(repeats), (int(row[first]), int(row[first + 1]))

@@ -19,7 +19,8 @@ _BATCH_VALUES = 1 << 24
 
 
 def collect(prepared: Prepared, schema: Schema) -> Sums:
-    """Sums of all encoded rows. Raises UserError for encoded rows that are missing or can't be read."""
+    """Sums of all encoded rows. Raises UserError for a split without rows, and for rows that can't be read."""
+    prepared.require_rows(*SPLITS)
     layout = prepared.layout
     splits = {name: EncodedRows(prepared.split(name), layout) for name in SPLITS}
     sums = Sums(layout, feature_inputs(schema, layout), _grids(splits["train"], layout))

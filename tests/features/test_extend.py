@@ -25,6 +25,7 @@ from mmoe_rec.features.build import Prepared, at_hand
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.inspection.collect import collect
 from mmoe_rec.schema import Schema
 
 
@@ -215,6 +216,21 @@ def test_a_split_without_new_rows_has_no_folder(growing):
     extended = growing.extend()
     assert sorted(path.name for path in (extended.prepared.folder / "encoded").iterdir()) == ["layout.json", "test"]
     assert extended.prepared.manifest["splits"]["train"]["rows"] == 0
+
+
+def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
+    growing.add(8, 10)
+    prepared = growing.extend().prepared
+    message = (
+        r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data.work`"
+    )
+    for needs_rows in (lambda: prepared.require_rows("train", "validation"), lambda: collect(prepared, growing.schema)):
+        with pytest.raises(UserError, match=message):
+            needs_rows()
+    prepared.require_rows("test")
+    collect(growing.prepare("another"), growing.schema)
+    growing.add(10, 12.1)
+    collect(growing.extend(windows_of(11, 11.5)).prepared, growing.schema)
 
 
 def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):

@@ -17,7 +17,7 @@ import yaml
 
 from mmoe_rec import registry
 from mmoe_rec.serving.ranker import Ranker
-from pipelines import evaluate, features, train
+from pipelines import evaluate, features, inspect, train
 from tests.features.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
@@ -159,8 +159,11 @@ def test_features_without_training_rows_are_not_trained_on(
     features.main([*config, "--extend"])
     printed = capsys.readouterr().out
     assert "  train: no rows" in printed
-    told = _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
-    assert "have no train rows: they were extended by new rows only" in told
+    helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
+    assert printed.splitlines()[-1].startswith("no model can be trained on these: ")
+    assert helps in printed.splitlines()[-1]
+    assert helps in _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
+    assert helps in _refused(capsys, inspect.main, *config)
 
 
 def test_the_better_model_takes_the_alias(days: Days) -> None:

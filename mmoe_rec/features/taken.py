@@ -1,0 +1,171 @@
+"""Which files features hold, `files.json`: so that days can be added, and features be recognised after files are gone.
+
+Counters, histories and vocabularies hold what was counted of a file for good, and no file is read again. So a file that
+is gone, as old ones are where a log is kept for some weeks only, changes nothing. One that was written again does: its
+old rows were counted. A file that was left out was not; it counts as new once it has been mended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.log import EventRows, Log
+from mmoe_rec.features.log_checks import LeftOut, digest_of, words_of
+from mmoe_rec.features.steps import Logs
+from mmoe_rec.files import FoundFile
+
+Span = tuple[int, int]
+Spans = Mapping[tuple[str | None, str], Span]
+"""(name of a log of events or None, file) -> first and last time of its rows, microseconds."""
+
+
+@dataclass(frozen=True)
+class TakenFile:
+    """A file whose rows were counted. first, last: their times, microseconds; None without rows."""
+
+    address: str
+    bytes: int
+    version: str
+    partition: tuple[tuple[str, int | str | None], ...]
+    rows: int
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class LeftOutFile:
+    """A file that was left out, as it was then."""
+
+    address: str
+    bytes: int
+    version: str
+    reason: str
+
+
+@dataclass
+class TakenLog:
+    """The files of one log by address, and the types of its columns in words."""
+
+    files: dict[str, TakenFile] = field(default_factory=dict)
+    left_out: dict[str, LeftOutFile] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files.values())
+
+    @property
+    def digest(self) -> str:
+        """As `Log.digest`, of all files that were taken in."""
+        return digest_of((address, file.bytes, file.rows) for address, file in sorted(self.files.items()))
+
+
+@dataclass
+class Changes:
+    """What has become of one log's files. gone: taken in before; new: to be read, of which `mended` were left out."""
+
+    gone: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    new: set[str] = field(default_factory=set)
+    mended: set[str] = field(default_factory=set)
+    bad: list[LeftOut] = field(default_factory=list)
+    """New files that can't be used."""
+
+
+@dataclass
+class Taken:
+    """The files of the interaction log, and then of each log of events."""
+
+    logs: list[TakenLog]
+
+    @staticmethod
+    def of(logs: Logs, spans: Spans) -> Taken:
+        """All files of logs that were read, and those left out."""
+        return Taken([TakenLog() for _ in logs.all]).with_new(logs, spans)
+
+    @staticmethod
+    def read(folder: Path) -> Taken:
+        """What `write` wrote. Raises UserError where it is missing, damaged or of another version."""
+        try:
+            found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+            return Taken([_log_from(each) for each in found["logs"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"the features in '{folder}' have no record of the log's files (files.json) that this version reads; "
+                "build them anew, without --extend"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Writes `files.json`."""
+        logs = [
+            {
+                "files": [asdict(file) for file in log.files.values()],
+                "left_out": [asdict(file) for file in log.left_out.values()],
+                "types": log.types,
+            }
+            for log in self.logs
+        ]
+        (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
+
+    def changes(self, logs: Logs) -> list[Changes]:
+        """What has become of the files of each log; of those that are in both, should the settings have changed."""
+        return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
+
+    def with_new(self, logs: Logs, spans: Spans) -> Taken:
+        """With the files that `logs` reads, and those that are left out as long as they are there."""
+        return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
+
+    @property
+    def left_out(self) -> list[LeftOutFile]:
+        """All files that were left out, each once, though it may belong to several logs."""
+        found = {file.address: file for log in reversed(self.logs) for file in log.left_out.values()}
+        return [found[address] for address in sorted(found)]
+
+
+def _log_from(tree: Mapping[str, Any]) -> TakenLog:
+    files = [TakenFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
+    left_out = [LeftOutFile(**each) for each in tree["left_out"]]
+    return TakenLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
+
+
+def _changes(taken: TakenLog, log: Log | EventRows) -> Changes:
+    found, usable = Changes(), {file.address: file for file in log.files}
+    for address, file in taken.files.items():
+        if address not in log.found:
+            found.gone.append(address)
+        elif not _same(file, log.found[address]) or (address in usable and usable[address].partition != file.partition):
+            found.changed.append(address)
+    for address in log.found.keys() - taken.files.keys():
+        before = taken.left_out.get(address)
+        if address in usable and (before is None or not _same(before, log.found[address])):
+            found.new.add(address)
+            if before is not None:
+                found.mended.add(address)
+    known: Collection[str] = taken.files.keys() | taken.left_out.keys()
+    found.bad = [each for each in log.left_out if each.address not in known]
+    return found
+
+
+def _same(before: TakenFile | LeftOutFile, now: FoundFile) -> bool:
+    return (before.bytes, before.version) == (now.bytes, now.version)
+
+
+def _with_new(taken: TakenLog, log: Log | EventRows, spans: Spans) -> TakenLog:
+    name = log.name if isinstance(log, EventRows) else None
+    files = dict(taken.files)
+    for file in log.files:
+        first, last = spans.get((name, file.address), (None, None))
+        files[file.address] = TakenFile(file.address, file.bytes, file.version, file.partition, file.rows, first, last)
+    left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
+    for each in log.left_out:
+        now = log.found.get(each.address)
+        if now is not None and each.address not in taken.files:
+            left_out[each.address] = LeftOutFile(each.address, now.bytes, now.version, each.reason)
+    left_out = {address: file for address, file in left_out.items() if address not in files}
+    return TakenLog(files, left_out, taken.types | words_of(log.types))
