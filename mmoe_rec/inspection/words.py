@@ -55,7 +55,8 @@ def requests_told(requests: Mapping[str, Any] | None) -> str | None:
 
 def unmatured_told(task: str, labels: int, known_by: str | None) -> str:
     """How many labels of a split do not count, as they had not matured."""
-    return f"{labels:,} label{'s' * (labels != 1)} of {task} had not matured by {day(known_by)} UTC and do not count"
+    noun, verb = ("label", "does") if labels == 1 else ("labels", "do")
+    return f"{labels:,} {noun} of {task} had not matured by {day(known_by)} UTC and {verb} not count"
 
 
 def span(microseconds: int) -> str:
