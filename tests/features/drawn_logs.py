@@ -51,7 +51,7 @@ class DrawnLog:
 def draw(seed: int) -> DrawnLog:
     """The log of a seed."""
     rng = np.random.default_rng(seed)
-    stages = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
+    stages = int(rng.choice([1, 2, 3], p=[0.7, 0.25, 0.05]))
     settings = _settings(rng, stages)
     log = _log(rng, settings)
     first = _first_times(log, settings["columns"])
@@ -70,11 +70,12 @@ def draw(seed: int) -> DrawnLog:
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
+        "duplicates": str(rng.choice(["error", "keep"])),
         "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.1, 0.25, 0.25, 0.4])),
     }
     small = {
         "batch": int(rng.choice([5, 16, 1000])),
-        "part": int(rng.choice([10, 30, 1000], p=[0.2, 0.3, 0.5])),
+        "part": int(rng.choice([10, 30, 1000], p=[0.15, 0.25, 0.6])),
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
