@@ -6,7 +6,6 @@ such as AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
 
 from __future__ import annotations
 
-import glob
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.local_files import MAGIC, find_local, is_hidden, is_hidden_from
 
 FIRST_ANSWER_SECONDS = 15.0
 """A remote place that has not answered by then counts as unreachable, however often its library would try again."""
@@ -37,7 +37,6 @@ _VERSION_KEYS = (
     "updated",
     "created",
 )
-_MAGIC = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ def is_remote(address: str) -> bool:
 def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     """Parquet files of a folder (also nested), a glob or a single file, sorted by address.
 
-    What writers leave behind is left out, see `_is_hidden`; a glob that names hidden files gets them.
+    What writers leave behind is left out, see `is_hidden`; a glob that names hidden files gets them.
 
     Args:
         setting: the setting that holds `source`, for messages.
 
     Raises:
-        UserError: nothing is there, or the place can't be reached.
+        UserError: nothing is there, a folder may not be read, a link leads in a circle, or the place can't be reached.
     """
     found, is_folder = _find_remote(source) if is_remote(source) else _find_local(local_path(source))
     if not found:
@@ -106,20 +105,8 @@ def local_path(address: str) -> str:
 
 
 def _find_local(source: str) -> tuple[list[FoundFile], bool]:
-    path = Path(source)
-    if path.is_dir():
-        return [_local_file(file) for file in _files_within(path)], True
-    if path.is_file():
-        return [_local_file(path)], False
-    files: set[Path] = set()
-    for match in map(Path, glob.glob(source, recursive=True)):
-        files.update(_files_within(match) if match.is_dir() else [match])
-    return [_local_file(file) for file in files if not _is_hidden_from(source, str(file))], False
-
-
-def _files_within(folder: Path) -> list[Path]:
-    # A folder may be called *.parquet as well.
-    return [f for f in folder.rglob("*.parquet") if not _is_hidden(f.relative_to(folder)) and not f.is_dir()]
+    found, is_folder = find_local(source)
+    return [_local_file(file) for file in found], is_folder
 
 
 def _local_file(path: Path) -> FoundFile:
@@ -138,7 +125,7 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         system.invalidate_cache()
         top = _first_answer(source, lambda: _info(system, path))
         if top is None:
-            found = _matches(system, source, path) if _MAGIC & set(path) else []
+            found = _matches(system, source, path) if MAGIC & set(path) else []
         elif top["type"] == "directory":
             found = _infos_within(system, path)
         else:
@@ -162,7 +149,7 @@ def _infos_within(system: Any, folder: str) -> list[dict[str, Any]]:
     return [
         info
         for name, info in found.items()
-        if name.endswith(".parquet") and not _is_hidden(PurePath(name[len(folder.rstrip("/")) + 1 :]))
+        if name.endswith(".parquet") and not is_hidden(PurePath(name[len(folder.rstrip("/")) + 1 :]))
     ]
 
 
@@ -174,27 +161,13 @@ def _matches(system: Any, source: str, pattern: str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, info in matches.items():
         within = _infos_within(system, name) if info["type"] == "directory" else [info]
-        found |= {each["name"]: each for each in within if not _is_hidden_from(pattern, each["name"])}
+        found |= {each["name"]: each for each in within if not is_hidden_from(pattern, each["name"])}
     return list(found.values())
 
 
 def _version(system: Any, info: dict[str, Any]) -> str:
     found = next((info[key] for key in _VERSION_KEYS if info.get(key)), None)
     return str(found if found is not None else system.ukey(info["name"]))
-
-
-def _is_hidden(path: PurePath) -> bool:
-    """Whether a file is one that writers leave behind: `_temporary/...`, `.log.1a2b.tmp/...`; not Hive's `__`."""
-    return path.name.startswith((".", "_")) or any(part.startswith(".") or part == "_temporary" for part in path.parts)
-
-
-def _is_hidden_from(pattern: str, path: str) -> bool:
-    """Whether the part of `path` that a glob leaves open is hidden, and the glob names no hidden part itself."""
-    parts = PurePath(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if _MAGIC & set(part)), len(parts))
-    if any(part.startswith((".", "_")) for part in parts[fixed:]):
-        return False
-    return _is_hidden(PurePath(*PurePath(path).parts[fixed:]))
 
 
 def _protocol(address: str) -> str:

@@ -140,8 +140,8 @@ def open_run(
     if not active:
         yield Run(run_id)
         return
-    mlflow = _connect(uri)
-    with _calling(uri):
+    mlflow = connect(uri)
+    with calling(uri):
         _make_store(mlflow, uri)
         experiment_id = _experiment(mlflow, uri, experiment)
         tags = None if key is None else {KEY_TAG: key}
@@ -168,8 +168,8 @@ def open_run(
 
 def mark_killed(uri: str, run_id: str) -> None:
     """Says of a run that was left open that it was killed."""
-    mlflow = _connect(uri)
-    with _calling(uri):
+    mlflow = connect(uri)
+    with calling(uri):
         mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 
@@ -199,7 +199,7 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
     uri, unread = mlflow.get_tracking_uri(), io.StringIO()
-    with _calling(uri), redirect_stderr(unread), _no_bytecode(), tempfile.TemporaryDirectory() as scratch:
+    with calling(uri), redirect_stderr(unread), _no_bytecode(), tempfile.TemporaryDirectory() as scratch:
         arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
@@ -209,46 +209,6 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
     return str(registered.version)
 
 
-def local_model(address: str, uri: str) -> Path:
-    """The artifact folder at an address: a folder's path, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/...`.
-
-    Raises UserError for a folder without a model, or an address that the registry at `uri` does not know.
-    """
-    if not address.startswith(("models:/", "runs:/")):
-        if not Path(address, "model.json").is_file():
-            raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
-        return Path(address)
-    store = sqlite_file(uri)
-    if store is not None and not store.is_file():
-        raise UserError(
-            f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
-        )
-    mlflow = _connect(uri)
-    with _calling(uri, address):
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-    found = sorted(folder.glob("model.json")) or sorted(folder.glob("artifacts/*/model.json"))
-    if not found:
-        raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
-    return found[0].parent
-
-
-def run_of(address: str, uri: str) -> str | None:
-    """The run that made a registered model, None for any other address.
-
-    Raises UserError for an unknown name or alias.
-    """
-    if not address.startswith("models:/"):
-        return None
-    name, at, alias = address.removeprefix("models:/").partition("@")
-    model, _, number = name.partition("/")
-    mlflow = _connect(uri)
-    with _calling(uri, address):
-        client = mlflow.MlflowClient()
-        found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(model, number)
-    run_id: str | None = found.run_id
-    return run_id
-
-
 def sqlite_file(uri: str) -> Path | None:
     """The database file of a SQLite address; None for any other address."""
     parsed = urlparse(uri)
@@ -256,7 +216,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(parsed.path[1:]) if parsed.scheme == "sqlite" else None
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """The mlflow module, set to an address."""
     store = sqlite_file(uri)
     if store is not None:
@@ -298,7 +258,7 @@ def _experiment(mlflow: Any, uri: str, name: str) -> str:
 
 
 @contextmanager
-def _calling(uri: str, address: str | None = None) -> Iterator[None]:
+def calling(uri: str, address: str | None = None) -> Iterator[None]:
     """Quiet MLflow; what it raises becomes a UserError."""
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException

@@ -52,11 +52,11 @@ def _categorical(layout: Layout) -> np.ndarray:
 
 
 def _matrix(rows: EncodedRows, layout: Layout) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """All inputs but placement and lists as (N, F) float32, labels (N, T), candidates (N,)."""
+    """All inputs but placement and lists as (N, F) float32, labels (N, T) float64, candidates (N,)."""
     dense = [index for index, each in enumerate(layout.dense) if not each.placement]
     names = _columns(layout)
     x = np.empty((rows.rows, len(dense) + len(names)), np.float32)
-    labels = np.empty((rows.rows, len(layout.tasks)), np.float32)
+    labels = np.empty((rows.rows, len(layout.tasks)))
     candidates, start = [], 0
     for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate",)):
         end = start + len(part)

@@ -17,6 +17,8 @@ DRIVER = "libnvidia-ml.so.1"
 SYSTEM_LIBRARIES = {"libstdc++.so.6": "libstdc++6", "libgcc_s.so.1": "libgcc-s1", "libz.so.1": "zlib1g"}
 """Shared libraries beyond the C library that the wheels of pyproject.toml do not bring, and their Debian packages."""
 GIB = 2**30
+PYTHONS = (3, 11), (3, 14)
+"""The oldest and the newest Python, as `requires-python` in pyproject.toml says."""
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -79,11 +81,13 @@ class Probe:
 
 
 def check_python(version: tuple[int, int, int]) -> Check:
-    """Python 3.11 or 3.12."""
+    """One of `PYTHONS`."""
     found = ".".join(map(str, version))
-    if (3, 11) <= version[:2] <= (3, 12):
+    oldest, newest = PYTHONS
+    if oldest <= version[:2] <= newest:
         return Check("Python", "ok", found)
-    fix = "uv run --python 3.11 --extra cpu python -m pipelines.doctor  # Python 3.11 or 3.12"
+    named = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+    fix = f"uv run --python 3.11 --extra cpu python -m pipelines.doctor  # Python {named}"
     return Check("Python", "fail", found, fix)
 
 

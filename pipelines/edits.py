@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
+from mmoe_rec.registry import find_model
 from mmoe_rec.settings import Model, Settings
 from pipelines.finished import CHALLENGER
 
@@ -38,7 +39,8 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
-    folder = tracking.local_model(address, settings.tracking.uri)
+    found = find_model(address, settings.tracking.uri)
+    folder = found.folder
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact
 
@@ -56,9 +58,8 @@ def edit_model(
         assert mask is not None, "one of the three is given"
         state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
     rewrite_artifact(folder, out, model, state)
-    origin = tracking.run_of(address, settings.tracking.uri)
     with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="edit_experts") as run:
-        run.set_tags({"edited_from": address, "edited_from.run": origin or "unknown", "edit": done})
+        run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
         version = tracking.register(run, out, settings.registered_model, CHALLENGER)
     own = model.experts.task_count * len(about.tasks)
     registered = f"models:/{settings.registered_model}/{version}"

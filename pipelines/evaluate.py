@@ -28,12 +28,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
+    from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
     from pipelines.steps import evaluate_model
 
     out = Path(arguments.out or Path(settings.data.work) / "evaluation")
     evaluated = evaluate_model(settings, arguments.model, out)
     Console().print(results_table({settings.name: evaluated.summary}))
+    for note in told([evaluated.summary]):
+        print(f"note: {note}")
+    for warning in warnings(evaluated.summary):
+        print(f"warning: {warning}")
     print(f"metrics: {out / 'metrics.json'}")
 
 

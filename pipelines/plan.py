@@ -21,7 +21,7 @@ from mmoe_rec.errors import UserError, exit_with_message
 from pipelines.command import count, read_command
 
 if TYPE_CHECKING:
-    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.settings import Settings
     from mmoe_rec.training.planning import Machines, PaperPlan
 
@@ -79,18 +79,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _layout(settings: Settings) -> tuple[Layout, str]:
+def _layout(settings: Settings) -> tuple[ModelLayout, str]:
     """The layout, and where its sizes come from."""
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.features.sizes import largest_layout
+    from mmoe_rec.model.layout import ModelLayout
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():
-        return Layout.read(built), f"of the features in '{built.parent}'"
-    return largest_layout(settings.schema_), "the largest that the settings allow; features are not built yet"
+        layout, where = Layout.read(built), f"of the features in '{built.parent}'"
+    else:
+        layout = largest_layout(settings.schema_)
+        where = "the largest that the settings allow; features are not built yet"
+    return ModelLayout.of(layout, settings), where
 
 
-def _print_tables(layout: Layout) -> None:
+def _print_tables(layout: ModelLayout) -> None:
     from mmoe_rec.model.tables import used_tables
     from mmoe_rec.training.planning import table_bytes
 

@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
+    from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
     from pipelines.baselines import evaluate_baselines
     from pipelines.steps import Trained, evaluate_model, train_model
+    from pipelines.validations import told_of
 
     console = Console()
     started = time.perf_counter()
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("2/5  features, training, registration")
     trained = train_model(settings)
     assert isinstance(trained, Trained), "the quickstart runs in one process"
+    for part in told_of(trained, settings):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     console.rule("3/5  evaluation on later weeks")
     evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
     console.rule("4/5  two baselines on the same rows and features")
@@ -78,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for position, (candidate, score) in enumerate(ranking, start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
     console.print(results_table({"MMoE": evaluated.summary, **baselines}))
+    for note in told([evaluated.summary, *baselines.values()]):
+        print(f"note: {note}")
+    for warning in warnings(evaluated.summary):
+        print(f"warning: {warning}")
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
         f"{trained.waiting:.1%} of it waiting for data"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
+from mmoe_rec.features.build import Prepared, at_hand, prepare
 from mmoe_rec.features.extend import Extended, extend
 from mmoe_rec.features.learn import Window
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.features.steps import BuildOptions
 from mmoe_rec.progress import say
+from mmoe_rec.registry import find_model
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from pipelines.finished import CHALLENGER, Finished, Trained, training_key
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.checkpoint import Checkpoint
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
 
 def prepare_features(settings: Settings) -> Prepared:
     """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(*_log_and_place(settings))
+    return prepare(*log_and_place(settings))
 
 
 def extend_features(settings: Settings) -> Extended | None:
     """Adds new files of the log to the features at hand; None where there are none."""
-    return extend(*_log_and_place(settings))
+    return extend(*log_and_place(settings))
 
 
-def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
+def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
     data = settings.data
     return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
 
@@ -63,12 +64,12 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     on from the last checkpoint, where there is one; a training that has come to its end is not begun again.
     """
     # A wrong log or address is told of before torch is loaded.
-    found = at_hand(*_log_and_place(settings))
+    found = at_hand(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     going_on = resume and (checkpoints / "latest.json").is_file()
-    folder = None if start is None or going_on else tracking.local_model(start, settings.tracking.uri)
+    origin = None if start is None or going_on else find_model(start, settings.tracking.uri)
     _check_training_rows(settings, found, start)
-    warm_start = None if folder is None or found is None else _warm_start(settings, found, folder)
+    warm_start = None if origin is None or found is None else _warm_start(settings, found, origin.folder)
 
     from mmoe_rec.devices import pick_device
     from mmoe_rec.training.checkpoint import latest_checkpoint
@@ -82,43 +83,45 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
             return replace(finished.trained(settings), before=True) if ranks.first else None
         if ranks.first:
             Finished.forget(checkpoints)
-        return _train(settings, ranks.first, device, start, warm_start, resume, checkpoint)
+        tags = {} if origin is None else {"warm_start": str(start), "warm_start.run": origin.run_id or "unknown"}
+        return _train(settings, ranks.first, device, tags, warm_start, resume, checkpoint)
 
 
 def _train(
     settings: Settings,
     first: bool,
     device: torch.device,
-    start: str | None,
+    tags: dict[str, str],
     warm_start: WarmStart | None,
     resume: bool,
     checkpoint: Checkpoint | None,
 ) -> Trained | None:
     import torch.distributed as dist
 
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.checkpoint import Origin, fixed_settings
     from mmoe_rec.training.loop import Trainer
 
     work = Path(settings.data.work)
     prepared = Prepared(work / "features")
     run_id = None
-    origin = Origin(fixed_settings(settings.model, settings.training), prepared.manifest["fingerprint"])
+    layout = ModelLayout.of(prepared.layout, settings)
+    origin = Origin(fixed_settings(settings.model, settings.training, layout), prepared.manifest["fingerprint"])
     if checkpoint is not None:
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
     key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
     with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
         _log_start(run, settings, prepared)
-        if first and start is not None and checkpoint is None:
-            # An alias such as `champion` will point at the new model soon.
-            origin_run = tracking.run_of(start, settings.tracking.uri)
-            run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
+        if checkpoint is None:
+            run.set_tags(tags)
 
         def draw(found: Validation, step: int) -> None:
-            _draw_gates(run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png")
+            _draw_gates(run, layout, found.experts, f"plots/gates/step_{step:07}.png")
 
         trainer = Trainer(
             prepared,
+            layout,
             settings.model,
             settings.training,
             device,
@@ -131,7 +134,7 @@ def _train(
         )
         result = trainer.run()
         dist.barrier()
-        return _finish(run, settings, prepared, result) if first else None
+        return _finish(run, settings, prepared, layout, result) if first else None
 
 
 def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
@@ -151,16 +154,18 @@ def _check_training_rows(settings: Settings, found: Prepared | None, start: str 
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.serving.artifact import read_artifact
     from mmoe_rec.settings import Model
     from mmoe_rec.training.warm_start import WarmStart
 
-    return WarmStart(folder, Model.model_validate(read_artifact(folder).model), prepared, settings.model)
+    structure = Model.model_validate(read_artifact(folder).model)
+    return WarmStart(folder, structure, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
 def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> None:
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
-    run.log_params(settings.model_dump(mode="json", include=sections))
+    run.log_params({**settings.model_dump(mode="json", include=sections), **settings.choices})
     run.log_text(settings.to_yaml(), "settings.yaml")
     run.log_dict(prepared.manifest, "data.json")
     manifest = prepared.manifest
@@ -170,18 +175,20 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 
 
-def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
+def _finish(
+    run: tracking.Run, settings: Settings, prepared: Prepared, layout: ModelLayout, result: TrainingResult
+) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
     from mmoe_rec.training.sharding import load_plain
 
-    work, layout, best = Path(settings.data.work), prepared.layout, result.best
+    work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
     _draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
-    run.log_text("\n".join(findings or ["no expert is dead and no gate has collapsed"]) + "\n", "experts.txt")
+    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
     run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
@@ -241,57 +248,42 @@ class Evaluated:
 def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
     # A wrong address is told of before torch is loaded.
-    artifact = tracking.local_model(address, settings.tracking.uri)
+    found = find_model(address, settings.tracking.uri)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.serving.ranker import Ranker
+    from pipelines.truth import test_rows
 
-    ranker = Ranker.load(artifact)
-    rows = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    ranker = Ranker.load(found.folder)
+    rows = EncodedRows(test_rows(settings, found.folder, ranker), ranker.layout)
     scored = score_rows(
         ranker.model,
         ranker.layout,
         rows,
         settings.evaluation.batch_size,
         calibration=ranker.calibration,
+        relevance={name: task.score_weight for name, task in settings.tasks.items()},
         weighted=settings.training.sampling_correction == "weights",
     )
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
     summary["sampling_correction"] = settings.training.sampling_correction
+    summary["relevance_weights"] = dict(scored.relevance)
+    summary["score_weights"] = {task.name: task.score_weight for task in ranker.layout.tasks}
     evaluated = Evaluated(scored, sums, summary)
     sums.save(out / "sums")
     with atomic_file(out / "metrics.json") as file:
         file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    _log_evaluation(settings, address, evaluated, out)
+    _log_evaluation(settings, found.run_id, evaluated, out)
     return evaluated
 
 
-def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
-    """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
-    prepared = at_hand(*_log_and_place(settings))
-    if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
-        return prepared.split("test")
-    pipeline = FeaturePipeline.load(artifact / "features", memories=False)
-    if set(pipeline.schema.tasks) != set(settings.tasks):
-        raise UserError(
-            f"the model predicts {', '.join(pipeline.schema.tasks)}; the settings have {', '.join(settings.tasks)}"
-        )
-    # The logs are the settings': the model's may have lain elsewhere.
-    events = {name: settings.data.events.get(name, event) for name, event in pipeline.schema.events.items()}
-    logs = Logs(settings.data.log, pipeline.schema.model_copy(update={"events": events}), build_options(settings))
-    encoded = Path(settings.data.work) / "evaluation" / "encoded"
-    encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
-    return encoded / "test"
-
-
-def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:
+def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
     from mmoe_rec.evaluation.plots import calibration_figure
     from mmoe_rec.evaluation.summary import flatten
 
     layout = evaluated.scored.layout
-    run_id = tracking.run_of(address, settings.tracking.uri)
     with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
+from mmoe_rec.registry import find_model
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ class Swept:
 
 def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
-    artifact = tracking.local_model(address, settings.tracking.uri)
+    model = find_model(address, settings.tracking.uri)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.plots import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
-    from pipelines.steps import test_rows
+    from pipelines.truth import test_rows
 
-    ranker = Ranker.load(artifact)
-    encoded = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
+    ranker = Ranker.load(model.folder)
+    encoded = EncodedRows(test_rows(settings, model.folder, ranker), ranker.layout)
     found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
     with atomic_file(out / "sweep.json") as file:
         file.write_text(json.dumps([asdict(each) for each in found], indent=1), encoding="utf-8")
@@ -55,8 +56,9 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
         [each.k for each in by_k], [each.milliseconds for each in by_k], [each.tasks for each in by_k]
     )
     figure.savefig(out / "sweep.png")
-    run_id = tracking.run_of(address, settings.tracking.uri)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="sweep_experts", run_id=run_id) as run:
+    with tracking.open_run(
+        settings.tracking.uri, settings.experiment, run_name="sweep_experts", run_id=model.run_id
+    ) as run:
         run.log_artifact(out / "sweep.json", "experts")
         run.log_figure(figure, "experts/sweep.png")
     return found

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    from rich.console import Console
+
     from pipelines.steps import train_model
+    from pipelines.validations import told_of
 
     trained = train_model(settings, arguments.start, arguments.resume)
     if trained is None:
@@ -41,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("this training has come to its end before; without --resume another one begins")
     if trained.started_from is not None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
-    print(f"best validation, at step {trained.best_step}: {_text(trained.best)}")
-    for sentence in trained.best.experts.findings(list(settings.tasks)):
-        print(f"note: {sentence}")
+    for part in told_of(trained, settings):
+        Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
+    if note := trained.best.experts.note(settings.model.gates.routing):
+        print(f"note: {note}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     print(f"model: {trained.artifact}, registered as {trained.address}")
     if not trained.promoted:

@@ -50,7 +50,7 @@ class Study:
         self.folder = Path(settings.data.work) / "tuning"
         self.folder.mkdir(parents=True, exist_ok=True)
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
-        text = json.dumps([depends, prepared.manifest["fingerprint"]], sort_keys=True)
+        text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._study = optuna.create_study(
             storage=f"sqlite:///{self.folder / 'study.db'}",
@@ -135,30 +135,33 @@ class Study:
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
         """What the training reached; None where it was cut short."""
         from mmoe_rec.devices import pick_device
+        from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import process_group
         from mmoe_rec.training.validation import Validation
 
         device = pick_device(settings.training.device)
-        layout, select_by = self.prepared.layout, settings.training.select_by
+        layout = ModelLayout.of(self.prepared.layout, settings)
+        # Trials are told apart by one measure, whatever weights of losses they try.
+        judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
         uri, experiment = settings.tracking.uri, settings.experiment
         with (
             process_group(device, settings.training.timeout_minutes),
             tracking.open_run(uri, experiment, run_name=f"trial {trial.number + 1}", parent=parent) as run,
         ):
             trial.set_user_attr("run_id", run.run_id)
-            run.log_params(settings.model_dump(mode="json", include={"model", "training"}))
+            run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
             run.set_tags({f"tuned.{setting}": value for setting, value in values.items()})
 
             validations = itertools.count()
 
             def watch(found: Validation, _: int) -> None:
-                trial.report(found.objective(select_by, layout), next(validations))
+                trial.report(found.objective(select_by, judge), next(validations))
                 if trial.should_prune():
                     raise self._optuna.TrialPruned
 
             trainer = Trainer(
-                self.prepared, settings.model, settings.training, device, folder, run.log_metrics, watch=watch
+                self.prepared, layout, settings.model, settings.training, device, folder, run.log_metrics, watch=watch
             )
             try:
                 result = trainer.run()
@@ -167,7 +170,7 @@ class Study:
                 return None
             assert result.best is not None
             run.log_metrics({f"best.{metric}": value for metric, value in result.best.flat().items()}, result.best_step)
-            return result.best.objective(select_by, layout)
+            return result.best.objective(select_by, judge)
 
     def _best(self) -> Tuned:
         states = self._optuna.trial.TrialState

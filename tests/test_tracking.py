@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe_rec import tracking
+from mmoe_rec import registry, tracking
 from mmoe_rec.errors import UserError
 from tests.serving.small_model import SmallModel
 
@@ -95,11 +95,11 @@ def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: py
     assert capfd.readouterr() == ("", "")
     assert torch.get_num_threads() == threads
     assert versions == ["1", "2"]
-    assert tracking.run_of("models:/small@champion", uri) == tracking.run_of("models:/small/2", uri) == run.run_id
-    assert tracking.run_of(str(small.folder), uri) is None
-    folder = tracking.local_model("models:/small@champion", uri)
+    assert registry.run_of("models:/small@champion", uri) == registry.run_of("models:/small/2", uri) == run.run_id
+    assert registry.run_of(str(small.folder), uri) is None
+    folder = registry.local_model("models:/small@champion", uri)
     assert {path.name for path in folder.iterdir()} == {path.name for path in small.folder.iterdir()}
-    assert tracking.local_model("models:/small/1", uri) != folder
+    assert registry.local_model("models:/small/1", uri) != folder
     model = folder.parents[1]
     endings = {path.suffix for path in model.rglob("*") if path.is_file()}
     assert not endings & {".pkl", ".pt", ".pth", ".pyc"}
@@ -115,11 +115,11 @@ def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Pat
     with tracking.open_run(uri, "models") as run, pytest.raises(UserError, match="holds no model"):
         tracking.register(run, tmp_path, "broken", "champion")
     with pytest.raises(UserError, match="broken"):
-        tracking.local_model("models:/broken@champion", uri)
+        registry.local_model("models:/broken@champion", uri)
 
 
 def test_local_model_takes_a_folder(small: SmallModel) -> None:
-    assert tracking.local_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
+    assert registry.local_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,15 @@ def test_unknown_addresses(uri: str, address: str, message: str) -> None:
     with tracking.open_run(uri, "exists"):
         pass
     with pytest.raises(UserError, match=message):
-        tracking.local_model(address, uri)
+        registry.local_model(address, uri)
     if address.startswith("models:/"):
         with pytest.raises(UserError, match="can't be loaded"):
-            tracking.run_of(address, uri)
+            registry.run_of(address, uri)
 
 
 def test_looking_up_makes_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no MLflow store"):
-        tracking.local_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        registry.local_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert not list(tmp_path.iterdir())
 
 

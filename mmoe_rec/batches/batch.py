@@ -72,9 +72,10 @@ class Batch:
     """B rows of a `Layout`.
 
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
-    `layout.dense`; labels: (B, T) float32, 0 where unobserved; observed: (B, T) bool; position: where a reader goes on
-    once this batch is done; None for rows that are not read in a training order; weights: (B,) float32 of the rows in
-    the loss; None where all count alike.
+    `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
+    (B, T) bool; position: where a reader goes on once this batch is done; None for rows that are not read in a training
+    order; weights: (B,) float32 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
+    row's user, where something is judged by user.
     """
 
     ids: Any
@@ -83,6 +84,7 @@ class Batch:
     observed: Tensor
     position: Position | None = None
     weights: Tensor | None = None
+    users: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -112,7 +114,8 @@ class Batch:
         return replace(self, **{name: change(getattr(self, name)) for name in self._parts()})
 
     def _parts(self) -> list[str]:
-        return ["ids", "dense", "labels", "observed", *([] if self.weights is None else ["weights"])]
+        optional = [name for name in ("weights", "users") if getattr(self, name) is not None]
+        return ["ids", "dense", "labels", "observed", *optional]
 
 
 def make_batch(
@@ -121,14 +124,15 @@ def make_batch(
     labels: np.ndarray | None = None,
     position: Position | None = None,
     weights: np.ndarray | None = None,
+    users: np.ndarray | None = None,
     *,
     torchrec: bool,
 ) -> Batch:
     """Encoded rows and their labels as a batch.
 
-    labels: (B, T) float32 with NaN where unobserved; None leaves every label unobserved. weights: (B,) float32 of the
-    rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError when inputs, labels, weights and layout do not
-    fit each other.
+    labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
+    float32 of the rows; users: (B,) int64 hashes of theirs. torchrec: give ids as a KeyedJaggedTensor. Raises
+    ValueError when inputs, labels, weights and layout do not fit each other.
     """
     rows = len(encoded)
     values, lengths, totals = _key_major([_input(encoded, each.name) for each in layout.ids], rows)
@@ -137,19 +141,21 @@ def make_batch(
         observed = torch.zeros(rows, len(layout.tasks), dtype=torch.bool)
         known = torch.zeros(rows, len(layout.tasks))
     else:
-        given = _float_tensor(labels, (rows, len(layout.tasks)), "labels")
+        precision = np.float64 if labels.dtype == np.float64 else np.float32
+        given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
         observed = ~given.isnan()
         known = given.masked_fill(~observed, 0.0)
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
+    rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
     keys = [each.name for each in layout.ids]
     if not torchrec:
-        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position, rows_weights)
+        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position, rows_weights, rows_users)
 
     from torchrec import KeyedJaggedTensor
 
     # The totals are known on the host; without them torchrec would read them back from the device.
     ids = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=rows, length_per_key=totals)
-    return Batch(ids, dense, known, observed, position, rows_weights)
+    return Batch(ids, dense, known, observed, position, rows_weights, rows_users)
 
 
 def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
@@ -158,11 +164,13 @@ def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
     return encoded.ids[name]
 
 
-def _float_tensor(values: np.ndarray, shape: tuple[int, ...], what: str) -> Tensor:
+def _float_tensor(
+    values: np.ndarray, shape: tuple[int, ...], what: str, precision: type[np.floating[Any]] = np.float32
+) -> Tensor:
     if values.shape != shape:
         raise ValueError(f"{what}: expected shape {shape} (rows x columns of the layout), found {values.shape}")
-    # Copies only what is not contiguous, not float32, or read-only (as arrays from Arrow are).
-    return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+    # Copies only what is not contiguous, of another type, or read-only (as arrays from Arrow are).
+    return torch.from_numpy(np.require(values, precision, ["C", "W"]))
 
 
 def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tensor, Tensor, list[int]]:

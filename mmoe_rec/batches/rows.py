@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import IDS, Encoded, join
+from mmoe_rec.features.arrays import one_array
+from mmoe_rec.features.encoded import IDS, Encoded, join, label_types
+from mmoe_rec.features.hashing import hash_column
 from mmoe_rec.features.layout import Layout
 
 ADVICE = "run python -m pipelines.features again"
@@ -25,13 +27,15 @@ ADVICE = "run python -m pipelines.features again"
 class Rows:
     """N encoded rows with their labels.
 
-    labels: (N, T) float32 in the order of `layout.tasks`, NaN is unobserved; weights: (N,) float32, 1 / the rate at
-    which a row was kept when the log was sampled, where they were asked for.
+    labels: (N, T) float32, or float64 where a task is a regression, in the order of `layout.tasks`, NaN is unobserved.
+    Where they were asked for: weights: (N,) float32, 1 / the rate at which a row was kept when the log was sampled;
+    users: (N,) int64, a hash of each row's user.
     """
 
     encoded: Encoded
     labels: np.ndarray
     weights: np.ndarray | None = None
+    users: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,12 +43,14 @@ class Rows:
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start to stop (exclusive, at most N), as views."""
         weights = None if self.weights is None else self.weights[start:stop]
-        return Rows(self.encoded.slice(start, stop), self.labels[start:stop], weights)
+        users = None if self.users is None else self.users[start:stop]
+        return Rows(self.encoded.slice(start, stop), self.labels[start:stop], weights, users)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The given rows, in the given order, as copies."""
         weights = None if self.weights is None else self.weights[rows]
-        return Rows(self.encoded.take(rows), self.labels[rows], weights)
+        users = None if self.users is None else self.users[rows]
+        return Rows(self.encoded.take(rows), self.labels[rows], weights, users)
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -52,15 +58,17 @@ class Rows:
         ids = {name: join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
         dense = np.concatenate([part.encoded.dense for part in parts])
         weights = [part.weights for part in parts if part.weights is not None]
+        users = [part.users for part in parts if part.users is not None]
         labels = np.concatenate([part.labels for part in parts])
-        return Rows(Encoded(ids, dense), labels, np.concatenate(weights) if weights else None)
+        more = (np.concatenate(each) if each else None for each in (weights, users))
+        return Rows(Encoded(ids, dense), labels, *more)
 
 
 class EncodedRows:
     """The encoded rows of a folder, files in order of their names.
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
-    weighted: rows have weights by the rate at which they were sampled.
+    weighted: rows have weights by the rate at which they were sampled; with_users: rows have the hashes of their users.
 
     `rows`: number of rows; `groups`: (file index, row group index) of every row group that has rows, in file order;
     `group_rows`: (len(groups),) int64, the rows of each; `fingerprint`: of all footers, so of the values' statistics
@@ -68,17 +76,22 @@ class EncodedRows:
     that cannot be read, or one without a column of the layout.
     """
 
-    def __init__(self, folder: Path, layout: Layout, *, outcomes: bool = False, weighted: bool = False) -> None:
+    def __init__(
+        self, folder: Path, layout: Layout, *, outcomes: bool = False, weighted: bool = False, with_users: bool = False
+    ) -> None:
         self.layout = layout
-        self._weighted = weighted
-        self._labels = [f"label.{task.learnt_from if outcomes else task.name}" for task in layout.tasks]
+        self._weighted, self._with_users = weighted, with_users
+        learnt = [task.learnt_from if outcomes else task.name for task in layout.tasks]
+        labels = {f"label.{name}": label_types(layout)[name] for name in learnt}
+        self._labels = list(labels)
+        self._label_type = np.result_type(*(each.to_pandas_dtype() for each in labels.values()))
         self._files = _parquet_files(folder)
         self._metadata = [_footer(file) for file in self._files]
         self.fingerprint = _fingerprint(self._files)
-        types = _column_types(layout) | dict.fromkeys(self._labels, pa.float32())
+        types = _column_types(layout) | labels
         if weighted:
             types["sampling_rate"] = pa.float32()
-        self._columns = list(types)
+        self._columns = [*types, *(["user"] if with_users else [])]
         for file, metadata in zip(self._files, self._metadata, strict=True):
             schema = metadata.schema.to_arrow_schema()
             _require(file, schema, self._columns)
@@ -142,11 +155,12 @@ class EncodedRows:
                 raise UserError(f"'{file}' has nulls in the column '{name}', which must have none; {ADVICE}")
 
     def _convert(self, table: pa.Table) -> Rows:
-        labels = np.empty((table.num_rows, len(self.layout.tasks)), np.float32)
+        labels = np.empty((table.num_rows, len(self.layout.tasks)), self._label_type)
         for index, name in enumerate(self._labels):
             labels[:, index] = table.column(name).to_numpy()
         weights = 1 / table.column("sampling_rate").to_numpy() if self._weighted else None
-        return Rows(Encoded.from_arrow(table, self.layout), labels, weights)
+        users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
+        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users)
 
 
 def _column_types(layout: Layout) -> dict[str, pa.DataType]:

@@ -72,6 +72,21 @@ class RankedLists:
         return RankedLists(request, requests, gain[order], position, run, position[_starts(run)], np.bincount(run))
 
 
+def ranks_nothing(lists: RankedLists) -> dict[str, np.ndarray]:
+    """The requests of which every order is as good as any other: why -> (Q,) bool, each under the first that holds.
+
+    `of_one_row`; `without_relevant_row`; `of_equal_relevance`, where all rows have the same positive gain. NDCG and
+    reciprocal rank are 1, or undefined, for whatever scores.
+    """
+    largest, least = np.full(lists.requests, -np.inf), np.full(lists.requests, np.inf)
+    np.maximum.at(largest, lists.request, lists.gain)
+    np.minimum.at(least, lists.request, lists.gain)
+    single = np.bincount(lists.request, minlength=lists.requests) == 1
+    irrelevant = ~single & (largest == 0)
+    equal = ~single & ~irrelevant & (least == largest)
+    return {"of_one_row": single, "without_relevant_row": irrelevant, "of_equal_relevance": equal}
+
+
 def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
     """Normalised discounted cumulative gain of the first `cutoff` rows, with linear gains.
 

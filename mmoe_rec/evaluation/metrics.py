@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from scipy.sparse import csr_matrix
 
 from mmoe_rec.evaluation.grouped import grouped_auc
+from mmoe_rec.evaluation.spread import Spread
 from mmoe_rec.evaluation.sums import NDCG_CUTOFFS, EvaluationSums, TaskSpec
 
 
@@ -39,7 +40,7 @@ def _task_metrics(sums: EvaluationSums, task: TaskSpec, users: pa.ChunkedArray) 
 
 
 class ScoreMetrics:
-    """NDCG and mean reciprocal rank: the mean over requests with at least one relevant row."""
+    """NDCG and mean reciprocal rank: the mean over requests whose rows differ in relevance."""
 
     def __init__(self, ranking: pa.Table) -> None:
         self._names = [*(f"ndcg_at_{cutoff}" for cutoff in NDCG_CUTOFFS), "reciprocal_rank"]
@@ -57,20 +58,22 @@ class RegressionMetrics:
     """Root mean squared error, mean absolute error and the coefficient of determination, over observed rows."""
 
     def __init__(self, table: pa.Table, users: pa.ChunkedArray) -> None:
-        names = ["weight", "label", "label_squared", "squared_error", "absolute_error"]
+        names = ["weight", "squared_error", "absolute_error"]
         self._columns = _UserColumns(table, users, names)
+        self._spread = Spread(
+            *_UserColumns(table, users, ["weight", "label", "label_spread"]).values,
+            *_UserColumns(table, users, ["least_label"], np.inf).values,
+            *_UserColumns(table, users, ["largest_label"], -np.inf).values,
+        )
 
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """See `Metrics`."""
         total = self._columns.totals(counts)
         mean_squared_error = _ratio(total["squared_error"], total["weight"])
-        mean_square = _ratio(total["label_squared"], total["weight"])
-        variance = mean_square - _ratio(total["label"], total["weight"]) ** 2
-        variance[variance <= 1e-12 * mean_square] = 0.0  # equal labels: what is left is rounding
         return {
             "rmse": np.sqrt(mean_squared_error),
             "mae": _ratio(total["absolute_error"], total["weight"]),
-            "r2": 1 - _ratio(mean_squared_error, variance),
+            "r2": 1 - _ratio(mean_squared_error, self._spread.variance(counts)),
         }
 
 
@@ -124,16 +127,16 @@ class BinaryMetrics:
 
 
 class _UserColumns:
-    """Sums per user, aligned to all users: users without a row of this table have 0."""
+    """Sums per user, aligned to all users: `values` (names, U) float64, `absent` for users without a row."""
 
-    def __init__(self, table: pa.Table, users: pa.ChunkedArray, names: list[str]) -> None:
+    def __init__(self, table: pa.Table, users: pa.ChunkedArray, names: list[str], absent: float = 0.0) -> None:
         self._names = names
-        self._values = np.zeros((len(names), len(users)))
-        self._values[:, _index(table["user"], users)] = [table[name].to_numpy() for name in names]
+        self.values = np.full((len(names), len(users)), absent)
+        self.values[:, _index(table["user"], users)] = [table[name].to_numpy() for name in names]
 
     def totals(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Column name -> (R,) float64, the sum over users counted `counts` (U, R) times."""
-        return dict(zip(self._names, self._values @ counts, strict=True))
+        return dict(zip(self._names, self.values @ counts, strict=True))
 
 
 def _index(ids: pa.ChunkedArray, users: pa.ChunkedArray) -> np.ndarray:

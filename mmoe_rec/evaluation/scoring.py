@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import fuse, predictions, with_outcomes
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
@@ -27,10 +28,11 @@ class Scored:
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
     (N,) log score; experts: how the tasks used them; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where
-    unobserved; weights: (N,) of the rows, None where all count alike.
+    unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of the rows, None where all
+    count alike.
     """
 
-    layout: Layout
+    layout: ModelLayout
     users: pa.Array
     requests: pa.Array
     candidates: pa.Array
@@ -39,6 +41,7 @@ class Scored:
     score: np.ndarray
     experts: Utilisation
     outcomes: dict[str, np.ndarray]
+    relevance: Mapping[str, float]
     weights: np.ndarray | None = None
 
     def measure(self) -> EvaluationSums:
@@ -47,7 +50,7 @@ class Scored:
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
-        specs = [TaskSpec(task.name, task.kind, task.score_weight) for task in self.layout.tasks]  # type: ignore[arg-type]
+        specs = [TaskSpec(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
         specs += [TaskSpec(name, "binary", 0.0) for name in self.layout.outcomes]
         return measure(
             specs,
@@ -60,8 +63,8 @@ class Scored:
         )
 
     def with_predictions(self, values: np.ndarray) -> Scored:
-        """The same rows with another model's predictions (N, T), fused by the same weights."""
-        weights = np.array([task.score_weight for task in self.layout.tasks])
+        """The same rows with another model's predictions (N, T), fused by the weights of what a row is worth."""
+        weights = np.array([self.relevance[task.name] for task in self.layout.tasks])
         score = np.log(np.clip(values, 1e-12, None)) @ weights
         return replace(self, predictions=values, score=score)
 
@@ -69,11 +72,12 @@ class Scored:
 @torch.inference_mode()
 def score_rows(
     model: RankingModel,
-    layout: Layout,
+    layout: ModelLayout,
     rows: EncodedRows,
     batch_size: int,
     *,
     calibration: Calibration = UNCALIBRATED,
+    relevance: Mapping[str, float] | None = None,
     weighted: bool = False,
     top_k: int | None = None,
     usable: torch.Tensor | None = None,
@@ -81,13 +85,17 @@ def score_rows(
 ) -> Scored:
     """Scores all rows without placement, in fp32, under a progress bar.
 
-    weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate. top_k:
-    experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run; first:
-    score so many batches as hold the first rows, instead of all.
+    The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
+    is worth, against which rankings are measured, so that models of other weights are measured alike; None takes the
+    model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
+    top_k: experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run;
+    first: score so many batches as hold the first rows, instead of all.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
     weights = [task.score_weight for task in layout.tasks]
+    if relevance is None:
+        relevance = dict(zip(names, weights, strict=True))
     more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
@@ -116,5 +124,6 @@ def score_rows(
         score,
         experts.result(),
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
+        relevance,
         1 / ids.column("sampling_rate").to_numpy() if weighted else None,
     )

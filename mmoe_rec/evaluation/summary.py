@@ -7,17 +7,17 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_bins, expected_calibration_error
 from mmoe_rec.evaluation.metrics import BinaryMetrics, Metrics, metrics_of
+from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec
-
-_NEEDS_TWO_USERS = "There is one user: intervals need at least two."
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All metrics of a model, each `{"value", "low", "high"}` with a 95% bootstrap interval over users.
 
-    A metric that is undefined has the value None, and a `note` beside it says why. The expected calibration error has
-    no interval: it is a mean of absolute values, which resampling biases upward.
+    A metric that is undefined has the value None, and a `note` beside it says why; so has one without an
+    interval. The expected calibration error never has one: it is a mean of absolute values, which resampling biases
+    upward.
 
     Args:
         sums: of all rows.
@@ -26,7 +26,8 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
 
     Returns:
         `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with `ndcg_at_5`, `ndcg_at_10`,
-        `mrr` and `requests_without_relevant_row`; and under `tasks`, by name, `kind`, `rows` (observed) and
+        `mrr` and the requests that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and
+        `requests_of_equal_relevance`; and under `tasks`, by name, `kind`, `rows` (observed) and
 
         for a binary task `positives`, `logloss` (nats), `normalised_entropy`, `auc`, `gauc_user`, `gauc_request`,
         `calibration` (sum of predictions / sum of labels), `ece`, `calibration_bins` (10 of equal mass), and the groups
@@ -44,13 +45,13 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
     for name, metric in point:
         headline[name][metric] = with_interval(point[name, metric][0], replicates[name, metric], users)
 
-    requests, ranked = _total(ranking["requests"]), _total(ranking["ranked_requests"])
-    score: dict[str, Any] = headline["score"] | {"requests_without_relevant_row": requests - ranked}
-    if ranked == 0:
-        score["note"] = "No request has a relevant row: NDCG and MRR are undefined."
+    requests = _total(ranking["requests"])
+    score: dict[str, Any] = headline["score"] | {name: _total(ranking[name]) for name in LEFT_OUT}
+    score |= _noted(score_note(score, requests, users))
     tasks = {}
     for task in sums.tasks:
-        tasks[task.name] = _describe(sums, task) | headline[task.name]
+        described = _describe(sums, task) | headline[task.name]
+        tasks[task.name] = described | _noted(task_note(described, users))
         task_metrics = metrics[task.name]
         if isinstance(task_metrics, BinaryMetrics):
             tasks[task.name] |= _left_out(sums, task, task_metrics) | _calibration(sums, task, resamples, seed)
@@ -63,7 +64,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
         "tasks": tasks,
         "score": score,
     }
-    return summary | ({"note": _NEEDS_TWO_USERS} if users == 1 else {})
+    return summary | _noted(NEEDS_TWO_USERS if users == 1 else None)
 
 
 def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     those of two summaries side by side.
 
     Returns:
-        Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have.
+        Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have. There is no `score`
+        where relevance is by other weights in a than in b, as the two rankings had different truths.
 
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.
@@ -86,6 +88,9 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
             "both models measured on the same rows"
         )
     metrics_a, metrics_b = metrics_of(a), metrics_of(b)
+    weights_a, weights_b = ({task.name: task.weight for task in each.tasks if task.weight} for each in (a, b))
+    if weights_a != weights_b:
+        del metrics_a["score"]
     users = len(a.tables["ranking"])
 
     def difference(counts: np.ndarray) -> Values:
@@ -125,20 +130,14 @@ def _evaluate(metrics: dict[str, Metrics], counts: np.ndarray) -> Values:
 
 
 def _describe(sums: EvaluationSums, task: TaskSpec) -> dict[str, Any]:
-    """What was observed of a task, and why metrics are undefined if they are."""
+    """What was observed of a task."""
     table = sums.tables[f"{task.name}.users"]
-    rows = _total(table["rows"])
-    description: dict[str, Any] = {"kind": task.kind, "rows": rows}
-    if task.kind == "binary":
-        description["positives"] = _total(table["positives"])
-    if rows == 0:
-        description["note"] = "No row has an observed label: all metrics are undefined."
-    elif task.kind == "binary" and description["positives"] in (0, rows):
-        label = int(description["positives"] > 0)
-        description["note"] = f"All {rows:,} labels are {label}: AUC, GAUC and normalised entropy are undefined."
-        if label == 0:
-            description["note"] += " So is calibration."
-    return description
+    positives = {"positives": _total(table["positives"])} if task.kind == "binary" else {}
+    return {"kind": task.kind, "rows": _total(table["rows"])} | positives
+
+
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"note": note}
 
 
 def _calibration(sums: EvaluationSums, task: TaskSpec, resamples: int, seed: int) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, ndcg, reciprocal_rank
+from mmoe_rec.evaluation import spread
+from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, ndcg, ranks_nothing, reciprocal_rank
 from mmoe_rec.evaluation.rows import Rows, TaskSpec, check_rows
 
 __all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "TaskSpec", "measure", "merge_all"]
@@ -32,9 +33,10 @@ BINS_PER_LOGIT = 1024
 LARGEST_LOGIT = 32  # probabilities from 1.3e-14 to 1 - 1.3e-14
 NDCG_CUTOFFS = (5, 10)
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "sums.json"
 _KEYS = ("user", "bin")
+_MERGED = {"least_label": "min", "largest_label": "max"}  # all other columns are added up
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class EvaluationSums:
         tasks: what was measured.
         tables: table name -> rows sorted by their keys:
 
-            `ranking`, one row a user: `rows`, `requests`, `ranked_requests` (those with a relevant row), and over these
-            the sums of `ndcg_at_5`, `ndcg_at_10` and `reciprocal_rank`.
+            `ranking`, one row a user: `rows`, `requests`; how many of these rank nothing, each counted under the first
+            that holds: `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the
+            others, `ranked_requests`, and over them the sums of `ndcg_at_5`, `ndcg_at_10` and `reciprocal_rank`.
 
-            `TASK.users`, one row a user with an observed label: `rows`; the weighted sums `weight`, `label`,
-            `label_squared`, `prediction`, and `logloss` (nats; binary) or `squared_error` and `absolute_error`
-            (regression); for a binary task also `positives`, `requests`, `single_class_requests`, `request_auc_rows`
-            (rows of requests with both classes) and `request_auc` (each such request's AUC x its rows).
+            `TASK.users`, one row a user with an observed label: `rows`; the weighted sums `weight`, `label` and
+            `prediction`; of a regression those of `squared_error` and `absolute_error`, the squares about the user's
+            mean label (`label_spread`, see `spread`), and `least_label` and `largest_label`; of a binary task those of
+            `logloss` (nats), `positives`, `requests`, `single_class_requests`, `request_auc_rows` (rows of requests
+            with both classes) and `request_auc` (each such request's AUC x its rows).
 
             `TASK.histogram`, one row a user and bin of the logit, binary tasks only: `rows`, `positives`, and the
             weighted sums `weight`, `label`, `prediction`.
@@ -142,7 +146,8 @@ def measure(
     """Sums of N rows. All rows of a request have to be in one call; rows may come in any order.
 
     A row's relevance for NDCG and MRR is max(0, sum over tasks of task weight x label), where an unobserved label and a
-    negative label of a regression count as 0.
+    negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance, ranks
+    nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
 
     Args:
         tasks: one or more, with distinct names.
@@ -172,10 +177,12 @@ def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
     lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
     metrics = {f"ndcg_at_{cutoff}": ndcg(lists, cutoff) for cutoff in NDCG_CUTOFFS}
     metrics["reciprocal_rank"] = reciprocal_rank(lists)
-    ranked = ~np.isnan(metrics["reciprocal_rank"])
+    left_out = ranks_nothing(lists)
+    ranked = ~np.any(list(left_out.values()), axis=0)
     columns = {
         "rows": np.bincount(rows.request, minlength=requests),
         "requests": np.ones(requests, dtype=np.int64),
+        **{f"requests_{why}": each.astype(np.int64) for why, each in left_out.items()},
         "ranked_requests": ranked.astype(np.int64),
         **{name: np.where(ranked, values, 0.0) for name, values in metrics.items()},
     }
@@ -198,12 +205,12 @@ def _user_table(task: TaskSpec, rows: Rows) -> pa.Table:
         "rows": np.ones(len(label), dtype=np.int64),
         "weight": weight,
         "label": weight * label,
-        "label_squared": weight * label**2,
         "prediction": weight * prediction,
     }
     if task.kind == "regression":
         columns["squared_error"] = weight * (prediction - label) ** 2
         columns["absolute_error"] = weight * np.abs(prediction - label)
+        columns |= {spread.COLUMN: np.zeros(len(label)), "least_label": label, "largest_label": label}
         return pa.table({"user": rows.users.take(pa.array(rows.user[observed])), **columns})
     clipped = _clip(raw)
     columns["logloss"] = -weight * np.where(label == 1, np.log(clipped), np.log1p(-clipped))
@@ -264,9 +271,12 @@ def _logit_bin(probability: np.ndarray) -> np.ndarray:
 
 
 def _sum_by_key(table: pa.Table) -> pa.Table:
-    """Add up rows with equal keys, and sort by key. One thread: equal input gives equal output to the last bit."""
+    """Merge rows with equal keys, and sort by key. One thread: equal input gives equal output to the last bit."""
     keys = [name for name in _KEYS if name in table.column_names]
     sums = [name for name in table.column_names if name not in keys]
-    grouped = table.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in sums])
-    grouped = grouped.select([*keys, *(f"{name}_sum" for name in sums)]).rename_columns([*keys, *sums])
+    if spread.COLUMN in sums:
+        table = spread.merged_spread(table)
+    how = [(name, _MERGED.get(name, "sum")) for name in sums]
+    grouped = table.group_by(keys, use_threads=False).aggregate(how)
+    grouped = grouped.select([*keys, *(f"{name}_{each}" for name, each in how)]).rename_columns([*keys, *sums])
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()

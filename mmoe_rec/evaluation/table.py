@@ -17,7 +17,8 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     Values stand with half the width of their 95% interval; the summary has the exact ends, which need not lie evenly.
 
     Args:
-        columns: name of the model -> its `summary.summarise`. A metric that a model lacks shows as a dash.
+        columns: name of the model -> its `summary.summarise`. A metric that a model lacks, or that is
+            undefined, shows as a dash; `notes.told` says why.
     """
     caption = "± half the 95% interval, bootstrap over users"
     table = Table(show_header=True, header_style="bold", caption=caption)
@@ -27,7 +28,7 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     sections = {name: None for summary in columns.values() for name in summary["tasks"]}
     for section in (*sections, "score"):
         groups = [_group(summary, section) for summary in columns.values()]
-        shown = [metric for metric in _SHOWN if any(_value(group, metric) is not None for group in groups)]
+        shown = [metric for metric in _SHOWN if any(metric in group for group in groups)]
         table.add_row(Text(section, style="bold"))
         for metric in shown:
             table.add_row(f"  {_label(metric)}", *_cells(metric, groups), end_section=metric == shown[-1])

@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.features.answers import AnswerExchange, take
+from mmoe_rec.features.division import Received
 from mmoe_rec.features.encoded import SharedRagged
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.exchange import Exchange, key_range
 from mmoe_rec.features.learn import Window
 from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window, read_memory, write_memory
-from mmoe_rec.features.stretches import Received, stretches
+from mmoe_rec.features.stretches import stretches
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class AnswerJob:
     state: folder of the fitted vocabularies; before: folder with the memories to go on from, or None; windows: of the
     splits; training: request times whose answers make statistics, None where these are at hand; memories: folder that
     gets what requests at `end` or later can ask for; events, answers: where events and look-ups come from, and where
-    answers go; rows_in_memory: of a partition at a time.
+    answers go; rows_in_memory: of a partition at a time; scratch: folder for those of partitions that have more.
     """
 
     state: Path
@@ -46,6 +47,7 @@ class AnswerJob:
     events: Exchange
     answers: AnswerExchange
     rows_in_memory: int
+    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str
     group = fitted(job.state).key_groups[partition.group]
     counting = FeaturePipeline(fitted(job.state).schema).memory_encoders
     memories: dict[str, Memory] = {encoder.name: _memory_before(job, encoder, partition) for encoder in group}
-    received = Received(job.events, group, partition.number)
-    edges = received.edges(-(-partition.rows // job.rows_in_memory))
-    for turn, stretch in enumerate(stretches(received, edges, list(job.windows.values()))):
+    received = Received(job.events, partition.number, group, (None, None), partition.rows)
+    scratch = job.scratch / partition.group / f"{partition.number}"
+    splits = list(job.windows.values())
+
+    def held() -> int:
+        return max((len(memory.events) for memory in memories.values()), default=0)
+
+    for turn, stretch in enumerate(stretches(received, splits, job.rows_in_memory, scratch, held)):
         inside = None if job.training is None else np.flatnonzero(in_window(stretch.times, job.training))
         found: dict[str, np.ndarray | SharedRagged] = {}
         for encoder in group:
@@ -73,9 +80,9 @@ def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str
             if inside is not None and encoder.answer_counts:
                 counting[encoder.name].learn_answers(take(answers, inside))
             found |= answers
-            if turn < len(edges):
+            if stretch.until is not None:
                 # No later than requests that will be asked: labels may become known long after the last row.
-                memories[encoder.name] = encoder.compacted(memory, min(edges[turn], job.end))
+                memories[encoder.name] = encoder.compacted(memory, min(stretch.until, job.end))
             else:
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)
         if len(stretch.rows):

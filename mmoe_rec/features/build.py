@@ -6,7 +6,7 @@
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
         requests/              times and users of requests, so that rows of one that come with later days are recognised
-        encoded/layout.json    order of the model's inputs
+        encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
 
 The folder appears whole or not at all.
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.checks import check_classes, check_splits
+from mmoe_rec.features.checks import check_apart, check_classes, check_splits
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import format_time
@@ -31,6 +31,7 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.features.requests import Requests
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.features.zones import zone_rules
 from mmoe_rec.schema import Schema
 
 
@@ -42,7 +43,7 @@ class Prepared:
 
     @property
     def layout(self) -> Layout:
-        """Order of the model's inputs."""
+        """Order of the rows' inputs and labels."""
         return Layout.read(self.folder / "encoded")
 
     @property
@@ -77,8 +78,10 @@ def prepare(
         windows: request times [start, end) in microseconds of each split.
 
     Raises:
-        UserError: the log can't be read, a split is empty, or a binary task has one class in training.
+        UserError: the log can't be read or would take in what is built, a split is empty, or a binary task has one
+            class in training.
     """
+    check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
@@ -94,7 +97,8 @@ def prepare(
 def at_hand(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Prepared | None:
-    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read."""
+    """What `prepare` would give, where it is there already. Raises UserError if the log can't be read or holds it."""
+    check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     return prepared if _stands(prepared, fingerprint_of(Logs(log_source, schema, options), windows), options) else None
 
@@ -128,7 +132,8 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
 
 
 def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
-    """Changes when a file of the logs is written again, even with the same size, and with schema or splits."""
+    """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
+    the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.partition) for file in each.files],
@@ -136,7 +141,8 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
         ]
         for each in logs.all
     ]
-    text = json.dumps([FORMAT, found, logs.schema.model_dump(mode="json"), windows], sort_keys=True)
+    # Keys in the order of the settings: that of features and tasks is the order of the layout.
+    text = json.dumps([FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

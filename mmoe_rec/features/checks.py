@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
@@ -11,9 +12,33 @@ from mmoe_rec.features.learn import Learnt, Window
 from mmoe_rec.features.log import Log, format_time
 from mmoe_rec.features.requests import Clash, Requests
 from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.files import is_remote, local_path
+from mmoe_rec.local_files import would_find
 from mmoe_rec.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
+# One of each kind of Parquet files that are written to `data.work`.
+_WRITTEN = (
+    "features/counts/x.parquet",
+    "features/encoded/train/part-00000.parquet",
+    "features/serving/latest.user.parquet",
+    "features/serving/x.memory/part-00000.parquet",
+    "model/features/latest.user.parquet",
+    "model/features/x.memory/part-00000.parquet",
+    "evaluation/ranking.parquet",
+    "evaluation/encoded/test/part-00000.parquet",
+)
+
+
+def check_apart(log_source: str, schema: Schema, work: Path) -> None:
+    """Raises UserError where a log would read what is written to the folder `work`."""
+    sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    for setting, source in sources.items():
+        if not is_remote(source) and would_find(local_path(source), [work / each for each in _WRITTEN]):
+            raise UserError(
+                f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
+                "the log; set `data.work` to a folder that lies outside"
+            )
 
 
 def check_times(log: Log, learnt: Learnt) -> None:

@@ -5,7 +5,7 @@
 | ids, keys of counters and crosses, user, candidate, request | int64 or string |
 | lists of ids | list<int64> or list<string> |
 | numbers, labels | float64 |
-| vectors | list<float32> |
+| vectors | list<float64> |
 | times | timestamp[us, UTC] |
 """
 
@@ -85,8 +85,12 @@ def column_uses(schema: Schema) -> dict[str, Use]:
 
 
 def event_uses(schema: Schema, events: str) -> dict[str, Use]:
-    """What each column that a log of events must have is read as; the time column goes by its name in that log."""
-    uses: dict[str, Use] = {schema.events[events].time: "time"}
+    """What each column that a log of events must have is read as; the time column goes by its name in that log.
+
+    Raises UserError where the time column is a key as well.
+    """
+    time = schema.events[events].time
+    uses: dict[str, Use] = {}
     for feature in schema.features.values():
         if isinstance(feature, CounterFeature) and feature.events == events:
             uses |= dict.fromkeys(feature.by, "key")
@@ -94,7 +98,12 @@ def event_uses(schema: Schema, events: str) -> dict[str, Use]:
             item = schema.features[feature.of]
             assert isinstance(item, IdFeature)
             uses |= {schema.columns.user: "key", item.column: "key"}
-    return uses
+    if time in uses:
+        raise UserError(
+            f"column '{time}' of events '{events}' is both the time and a key of counters or histories; add a column "
+            "to that log"
+        )
+    return {time: "time", **uses}
 
 
 def _use_of(feature: Feature) -> Use | None:
@@ -138,9 +147,9 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
             return pa.int64()
         if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
             return pa.string()
-        if use == "any" and pt.is_floating(kind):
+        if use == "any" and (pt.is_floating(kind) or pt.is_decimal(kind)):
             return pa.float64()
-    if use == "number" and (pt.is_integer(kind) or pt.is_boolean(kind) or pt.is_floating(kind) or pt.is_decimal(kind)):
+    if use == "number" and (_is_number(kind) or pt.is_boolean(kind)):
         return pa.float64()
     if use == "time" and (pt.is_timestamp(kind) or pt.is_date(kind) or (pt.is_integer(kind) and time_unit)):
         return UTC_MICROSECONDS
@@ -149,10 +158,14 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
             return pa.null()
         if use == "keys":
             return pa.list_(canonical_type(column, "key", kind.value_type))
-        if use == "vector" and (pt.is_floating(kind.value_type) or pt.is_integer(kind.value_type)):
-            return pa.list_(pa.float32())
+        if use == "vector" and _is_number(kind.value_type):
+            return pa.list_(pa.float64())
     hint = _HINTS.get((use, str(kind)), "")
     raise UserError(f"column '{column}' must hold {_EXPECTED[use]}, found {found}{hint}")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
 
 
 def canonical(
@@ -178,7 +191,8 @@ def canonical(
         if target == UTC_MICROSECONDS and pt.is_timestamp(array.type) and array.type.unit == "ns":
             # Truncation to microseconds is no loss that a log means.
             return pc.cast(array, target, safe=False)
-        array = array if array.type == target else array.cast(target)
+        # The number nearest to an integer is what is meant, also beyond 2^53, where not every integer is a float64.
+        array = array if array.type == target else array.cast(target, safe=use not in ("number", "vector"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None
     return array.dictionary_encode() if coded and target == pa.string() else array

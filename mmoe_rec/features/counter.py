@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 from mmoe_rec.features.encoder import Answers, Inputs, MemoryEncoder, Outline, State
 from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.memory import NEVER, CounterMemory
+from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.numeric import DenseNumber
 from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows, maturity
@@ -26,10 +27,18 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.source = feature.events
         self.name, self.feature, self.task = name, feature, schema.source_task(feature)
         self.prior = 0.0
-        self.counts = NumberHistogram()
+        self.counts = Moments()
         self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
         self.matures_after = maturity(self.task, schema)
-        self.memory = CounterMemory.empty(labels=self.source is None, recency="recency" in feature.outputs)
+        self.memory = CounterMemory.empty(self.source is None, "recency" in feature.outputs, self._fractions)
+
+    @property
+    def _fractions(self) -> bool:
+        return self.source is None and self.task.kind == "regression"
+
+    def make_room(self, units: Collection[int]) -> None:
+        """Gives the exact sums of fractions, in all memories from now on, the units of any label."""
+        self.memory = self.memory.with_room(units)
 
     def _answer_names(self) -> list[str]:
         names = []
@@ -40,13 +49,13 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return names + ([f"{self.name}_recency"] if "recency" in self.feature.outputs else [])
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the training rows' labels for the overall mean; a sum of fractions would depend on the rows' order."""
+        """Adds the training rows' labels to the overall mean."""
         if self.source is None:
             self.counts.add(rows.labels(self.task, known_by))
 
     def finish(self) -> None:
         """Makes the overall mean."""
-        self.prior = self.counts.standardiser().mean
+        self.prior = self.counts.mean
 
     @property
     def by(self) -> tuple[str, ...]:
@@ -81,8 +90,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """Further labels."""
         key, known = events["key"].to_numpy(), events["known"].to_numpy()
         label = None if self.source is not None else events["label"].to_numpy()
-        fractions = self.task.kind == "regression"
-        return memory.extended(key, known, label, fractions=fractions, in_order=in_order)
+        return memory.extended(key, known, label, in_order)
 
     def compacted(self, memory: CounterMemory, moment: int) -> CounterMemory:
         """The totals of each key as of `moment` and within the longest window before it, and what comes later."""
@@ -91,7 +99,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         """A saved memory."""
-        return CounterMemory.from_columns(columns, floor)
+        memory = CounterMemory.from_columns(columns, floor, self._fractions)
+        return memory.with_room(self.memory.units)
 
     @property
     def answer_names(self) -> tuple[str, ...]:
@@ -105,10 +114,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         result: dict[str, np.ndarray] = {}
         windows = self.feature.window_days if set(self.feature.outputs) != {"recency"} else ()
         for window in windows:
-            count, label_sum = memory.totals(last)
-            if window is not None:
-                count_before, sum_before = memory.totals(join.last(round(window * MICROSECONDS_PER_DAY)))
-                count, label_sum = count - count_before, label_sum - sum_before
+            before = None if window is None else join.last(round(window * MICROSECONDS_PER_DAY))
+            count, label_sum = memory.totals(last, before)
             for output in self.feature.outputs:
                 if output != "recency":
                     result[f"{self.name}_{output}{_suffix(window)}"] = self._statistic(output, count, label_sum)

@@ -13,6 +13,15 @@ from mmoe_rec.features.arrays import one_array
 from mmoe_rec.features.layout import Layout
 
 
+def label_types(layout: Layout) -> dict[str, pa.DataType]:
+    """Name of each task and outcome -> type of its encoded labels.
+
+    A regression's are float64: between float32 numbers of 1.7e9, as of times in seconds, there are steps of 128.
+    """
+    kinds = {task.name: task.kind for task in layout.tasks} | dict.fromkeys(layout.outcomes, "binary")
+    return {name: pa.float64() if kind == "regression" else pa.float32() for name, kind in kinds.items()}
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Any number of ids a row. values: (sum of lengths,) int64; lengths: (N,) int32."""

@@ -1,14 +1,16 @@
 """An all-to-all exchange of rows between steps of a feature build, through files.
 
-Senders write one Arrow IPC file each, with a record batch for every receiver; a receiver reads its batch of all files.
-So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
+Senders write one Arrow IPC file each, with a record batch for every receiver in each turn; a receiver reads its batches
+of all files. So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,11 @@ class _OpenFiles(threading.local):
         self._readers[key] = reader  # the last that will be closed
         return reader
 
+    def close(self, folder: Path) -> None:
+        """Lets go of the files in a folder: those that are open still take their room on disk once they are removed."""
+        for key in [key for key in self._readers if folder in Path(key[0]).parents]:
+            del self._readers[key]
+
 
 _FILES = _OpenFiles()
 
@@ -51,35 +58,53 @@ class Exchange:
 
         The rows that a receiver gets keep their order.
         """
-        rows = np.bincount(receiver, minlength=self.receivers)
-        if not table.num_rows:
-            return rows
-        if (receiver[1:] < receiver[:-1]).any():
-            small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
-            table = table.take(pa.array(np.argsort(small, kind="stable")))
-        table = table.combine_chunks()
-        ends = np.cumsum(rows)
-        folder = self.folder / channel
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
-        whole = table.to_batches()[0]
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            for start, end in zip(ends - rows, ends, strict=True):
-                writer.write_batch(whole.slice(start, end - start))
-        return rows
+        return self.send_in_turns(channel, sender, [(table, receiver)])
+
+    def send_in_turns(self, channel: str, sender: Sender, turns: Iterable[tuple[pa.Table, np.ndarray]]) -> np.ndarray:
+        """Sends tables of one schema, as `send` does each, through one file: receivers have few files to open."""
+        total = np.zeros(self.receivers, np.int64)
+        path = self.folder / channel / f"{sender[0]:012d}-{sender[1]:04d}.arrow"
+        with ExitStack() as stack:
+            writer = None
+            for table, receiver in turns:
+                rows = np.bincount(receiver, minlength=self.receivers)
+                total += rows
+                if not table.num_rows:
+                    continue
+                if writer is None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(pa.OSFile(str(path), "wb"))
+                    writer = stack.enter_context(pa.ipc.new_file(file, table.schema))
+                whole, ends = self._in_order(table, receiver).combine_chunks().to_batches()[0], np.cumsum(rows)
+                for start, end in zip(ends - rows, ends, strict=True):
+                    writer.write_batch(whole.slice(start, end - start))
+        return total
+
+    def _in_order(self, table: pa.Table, receiver: np.ndarray) -> pa.Table:
+        if (receiver[1:] >= receiver[:-1]).all():
+            return table
+        small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
+        return table.take(pa.array(np.argsort(small, kind="stable")))
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
         """The rows for a receiver, sender by sender in order."""
         folder = self.folder / channel
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            batch = _FILES.opened(os.path.join(folder, name)).get_batch(receiver)
-            if batch.num_rows:
-                yield pa.Table.from_batches([batch])
+            reader = _FILES.opened(os.path.join(folder, name))
+            for number in range(receiver, reader.num_record_batches, self.receivers):
+                batch = reader.get_batch(number)
+                if batch.num_rows:
+                    yield pa.Table.from_batches([batch])
 
     def receive_all(self, channel: str, receiver: int) -> pa.Table | None:
         """The rows for a receiver as one table; None if there are none."""
         tables = list(self.receive(channel, receiver))
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
+
+    def remove(self) -> None:
+        """Removes all that was sent, once no other thread receives any more."""
+        _FILES.close(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:

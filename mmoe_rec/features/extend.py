@@ -39,7 +39,7 @@ from mmoe_rec.features.build import (
     save_latest,
     vocabularies,
 )
-from mmoe_rec.features.checks import place
+from mmoe_rec.features.checks import check_apart, place
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.learn import Learnt, Window
@@ -80,6 +80,7 @@ def extend(
         UserError: there are no features to extend, or they are of another schema; an old file has changed; new requests
             are not later than old ones, or in no split; or the log can't be read.
     """
+    check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     if not (prepared.folder / "manifest.json").is_file():
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
@@ -98,8 +99,12 @@ def extend(
 
 def _check_schema(prepared: Prepared, schema: Schema) -> None:
     before = FeaturePipeline.load(prepared.serving, memories=False).schema
-    one, other = (each.model_dump(mode="json") for each in (before, schema))
-    if found := next(differences(one, other), None):
+    found = next(differences(before.identity(), schema.identity()), None)
+    for section in ("tasks", "events"):  # layouts and files follow their order
+        old_order, order = list(getattr(before, section)), list(getattr(schema, section))
+        if found is None and old_order != order:
+            found = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
+    if found is not None:
         where, old, new = found
         raise UserError(
             f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or take the "

@@ -12,7 +12,7 @@ from mmoe_rec.features.encoder import Encoder, Inputs, Outline, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.vocabulary import IdCounts, Vocabulary
-from mmoe_rec.schema import CrossFeature, IdFeature, IdsFeature
+from mmoe_rec.schema import MAX_TABLE_ROWS, CrossFeature, IdFeature, IdsFeature
 
 
 class VocabularyOwner:
@@ -25,15 +25,24 @@ class VocabularyOwner:
         self.vocabulary = Vocabulary(pa.array([], pa.int64()), feature.oov_buckets)
 
     def finish(self) -> None:
-        """Turns counts into the vocabulary."""
+        """Turns counts into the vocabulary. Raises UserError where it is too large for a table."""
         feature = self.feature
         self.vocabulary = self.counts.vocabulary(feature.min_count, feature.max_size, feature.oov_buckets)
+        self._check_size()
 
     def grow(self) -> int:
-        """Gives ids that the counts now have often enough rows at the end; gives their number."""
+        """Gives ids that the counts now have often enough rows at the end; gives their number. Raises as `finish`."""
         before, feature = len(self.vocabulary.known), self.feature
         self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
+        self._check_size()
         return len(self.vocabulary.known) - before
+
+    def _check_size(self) -> None:
+        if self.vocabulary.rows > MAX_TABLE_ROWS:
+            raise UserError(
+                f"feature '{self.name}' has {len(self.vocabulary.known):,} ids and {self.feature.oov_buckets:,} "
+                f"`oov_buckets`; a table has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
+            )
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows. Raises UserError naming the feature for ids of another type than trained on."""
@@ -44,7 +53,7 @@ class VocabularyOwner:
 
     def table(self) -> Table:
         """The embedding table."""
-        return Table(self.name, self.vocabulary.rows, self.feature.dim)
+        return Table(self.name, self.vocabulary.rows)
 
     def state(self) -> State:
         """Known ids in the order of their rows."""
@@ -148,7 +157,7 @@ class CrossEncoder(Encoder):
 
     def outline(self) -> Outline:
         """One id input with a table of `buckets` rows."""
-        table = Table(self.name, self.feature.buckets, self.feature.dim)
+        table = Table(self.name, self.feature.buckets)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:

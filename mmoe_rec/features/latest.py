@@ -30,7 +30,9 @@ class LatestParts:
 
     def add(self, rows: LogRows) -> None:
         """Takes the rows' values where they are later than those known."""
-        self._take(_latest(rows.table.select(self.columns).append_column(_TIME, pa.array(rows.times())), self.key))
+        # Numbers as names: a log may have columns of any.
+        table = rows.table.select(self.columns).rename_columns([str(place) for place in range(len(self.columns))])
+        self._take(_latest(table.append_column(_TIME, pa.array(rows.times()))))
 
     def merge(self, other: LatestParts) -> None:
         """Takes another one's values where they are later."""
@@ -44,22 +46,23 @@ class LatestParts:
             self._waiting = [self._together()]
 
     def _together(self) -> pa.Table:
-        return _latest(pa.concat_tables(self._waiting, promote_options="permissive").combine_chunks(), self.key)
+        return _latest(pa.concat_tables(self._waiting, promote_options="permissive").combine_chunks())
 
     def finish(self) -> LatestValues:
         """The table of latest values, ordered by key."""
-        return LatestValues(self.key, self._together().drop_columns([_TIME]).sort_by(self.key).combine_chunks())
+        table = self._together().drop_columns([_TIME]).sort_by(_KEY).combine_chunks()
+        return LatestValues(self.key, table.rename_columns(self.columns))
 
 
 _ROWS_WAITING = 131_072
-_TIME = "(time)"
+_TIME, _KEY = "time", "0"
 
 
-def _latest(table: pa.Table, key: str) -> pa.Table:
+def _latest(table: pa.Table) -> pa.Table:
     """The last row of each key, with strings decoded."""
-    table = _without_repeats(table, [_TIME, key])
+    table = _without_repeats(table, [_TIME, _KEY])
     times = table.column(_TIME).to_numpy()
-    group, keys = pd.factorize(hash_column(one_array(table.column(key))))
+    group, keys = pd.factorize(hash_column(one_array(table.column(_KEY))))
     last = np.full(len(keys), np.iinfo(np.int64).min)
     np.maximum.at(last, group, times)
     rows = np.flatnonzero(times == last[group])
@@ -109,7 +112,7 @@ def _order_by_values(table: pa.Table) -> np.ndarray:
     for name in table.column_names:
         values = table.column(name).to_pandas()
         if pa.types.is_nested(table.schema.field(name).type):
-            values = values.map(repr)
+            values = values.map(lambda each: None if each is None else repr(each.tolist()))
         ranks.append(pd.factorize(values, sort=True)[0])
     return np.lexsort(ranks[::-1])
 

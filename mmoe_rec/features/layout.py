@@ -1,49 +1,58 @@
 """The shape of encoded rows: which id inputs, dense inputs, tables and tasks there are, in one fixed order.
 
-Features write rows in this layout, batches carry them, the model is built from it. It is saved as JSON beside encoded
-rows and inside a served model.
+Features write rows in this layout and batches carry them; it is saved as JSON beside encoded rows. What a model makes
+of it, widths and weights, is no part of it: see `mmoe_rec.model.layout`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.schema import outcome_name
 
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding table: `rows` x `dim` float32."""
+    """What ids are looked up in: ids 0 to rows - 1. feature: whose it is, where that has another name."""
 
     name: str
     rows: int
-    dim: int
+    feature: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class IdInput:
-    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros."""
+    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros.
+
+    feature: whose it is, where that has another name.
+    """
 
     name: str
     table: str
     many: bool = False
     placement: bool = False
+    feature: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class DenseInput:
-    """One float32 number a row. edges: rising quantiles of its training values, at which a model may bend."""
+    """One float32 number a row.
+
+    edges: rising quantiles of its training values, at which a model may bend; feature: as of an `IdInput`.
+    """
 
     name: str
     placement: bool = False
     edges: tuple[float, ...] = ()
+    feature: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """One logit a row; `objective`, `loss_weight`, `score_weight` and `given` as in `mmoe_rec.schema.Task`.
+    """One logit a row; `kind` and `given` as in `mmoe_rec.schema.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
     decide how much a task counts, and predicts in the label's own unit.
@@ -51,12 +60,9 @@ class TaskOutput:
 
     name: str
     kind: str
-    objective: str
-    loss_weight: float = 1.0
-    score_weight: float = 1.0
-    mean: float = 0.0
-    deviation: float = 1.0
-    given: str | None = None
+    mean: float = field(default=0.0, kw_only=True)
+    deviation: float = field(default=1.0, kw_only=True)
+    given: str | None = field(default=None, kw_only=True)
 
     @property
     def learnt_from(self) -> str:
@@ -66,7 +72,7 @@ class TaskOutput:
 
 @dataclass(frozen=True)
 class Layout:
-    """Inputs and outputs of a model. The order of the tuples is the order of every tensor made from them."""
+    """Inputs and labels of rows. The order of the tuples is the order of every tensor made from them."""
 
     tables: tuple[Table, ...]
     ids: tuple[IdInput, ...]
@@ -92,11 +98,6 @@ class Layout:
         """Names of the dense inputs that describe placement, or of all others."""
         return [each.name for each in self.dense if each.placement == placement]
 
-    def width(self, placement: bool) -> int:
-        """Number of model inputs: the embeddings' widths plus the dense inputs."""
-        embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
-        return embedded + len(self.dense_names(placement))
-
     def to_json(self) -> str:
         """JSON that `from_json` reads back."""
         return json.dumps(asdict(self), indent=1)
@@ -108,11 +109,16 @@ class Layout:
         return Layout(
             tables=tuple(Table(**each) for each in tree["tables"]),
             ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(each["name"], each["placement"], tuple(each["edges"])) for each in tree["dense"]),
+            dense=tuple(DenseInput(**{**each, "edges": tuple(each["edges"])}) for each in tree["dense"]),
             tasks=tuple(TaskOutput(**each) for each in tree["tasks"]),
         )
 
     @staticmethod
     def read(folder: Path) -> Layout:
-        """The layout saved in a folder of encoded rows or of a model."""
-        return Layout.from_json((folder / "layout.json").read_text(encoding="utf-8"))
+        """The layout saved in a folder of encoded rows. Raises UserError for a file of another version."""
+        path = folder / "layout.json"
+        text = path.read_text(encoding="utf-8")
+        try:
+            return Layout.from_json(text)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"'{path}' is damaged or of another version: build the features anew") from None

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import Counts
+from mmoe_rec.features.exact import units_of
 from mmoe_rec.features.exchange import Exchange, partition_of
 from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
@@ -64,13 +65,14 @@ class LearnJob:
 class Learnt:
     """What was learnt of parts of the log; parts are merged in any order.
 
-    counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of each; rows: of
-    each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition;
-    bad: files that could not be read.
+    counts, key_types, label_units: as in `FeaturePipeline`; first, last: request times, with the number of a row of
+    each; rows: of each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to
+    each partition; bad: files that could not be read.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
     key_types: dict[str, str] = field(default_factory=dict)
+    label_units: dict[str, set[int]] = field(default_factory=dict)
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
     rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -87,6 +89,8 @@ class Learnt:
             else:
                 self.counts[name] = counts
         self.key_types |= other.key_types
+        for task, units in other.label_units.items():
+            self.label_units[task] = self.label_units.get(task, set()) | units
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         for split, count in other.rows.items():
             self.rows[split] += count
@@ -134,7 +138,7 @@ def _learn_log(job: LearnJob, reader: Reader, part: LogPart) -> Learnt:
         return Learnt(bad=[error])
     sender.flush()
     learnt.counts = pipeline.counts if job.statistics else {}
-    learnt.key_types, learnt.sent = pipeline.key_types, sender.sent
+    learnt.key_types, learnt.label_units, learnt.sent = pipeline.key_types, pipeline.label_units, sender.sent
     return learnt
 
 
@@ -199,6 +203,8 @@ class _Sender:
             for task, encoder in labelled.items():
                 if task not in labels:
                     labels[task] = encoder.labels(rows)
+                    if labels[task].dtype == np.float64:
+                        pipeline.learn_units({task: units_of(labels[task])})
                 look_ups[label_of(task)] = labels[task]
             if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}

@@ -22,6 +22,7 @@ from mmoe_rec.files import FoundFile, first_line, is_remote, open_file, path_val
 from mmoe_rec.schema import Schema
 
 _OPEN_AT_ONCE = 16
+_LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 Partition = tuple[tuple[str, int | str | None], ...]
 
 
@@ -313,9 +314,11 @@ def _label_check(task: str, label: str, kind: str) -> ValueCheck:
         return ValueCheck(
             label,
             lambda rows: rows.numbers(label),
-            np.isinf,
+            lambda values: np.abs(values) > _LARGEST_LABEL,
             lambda found: (
-                f"label column '{label}' of task '{task}' holds an infinite value; make it null ({found.count} rows)"
+                f"label column '{label}' of task '{task}' holds "
+                f"{'an infinite value' if np.isinf(found.first) else f'{found.first:g}, too large for 32 bits'}; "
+                f"make it null ({found.count} rows)"
             ),
         )
     return ValueCheck(

@@ -7,16 +7,19 @@ next day's state, and events that do not fit into memory are taken in one stretc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mmoe_rec.features.encoded import Ragged, consecutive
 from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs
+from mmoe_rec.features.exact import ExactSums
 from mmoe_rec.features.sorting import sorted_order
 
+_LIMB = "label_sum."
 NEVER = np.iinfo(np.int64).min
 
 
@@ -45,16 +48,17 @@ class Memory:
 class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
-    rows, label_sum: (E,) int32 and float64, of all events of the key so far; last_positive: (E,) int64 moment of its
-    last positive one, `NEVER` without; None where nobody asks for it. Where each event counts 1, as in a log of events,
-    rows and moments say it all, and both are None.
+    rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
+    numbers, `ExactSums` where they may be any; last_positive: (E,) int64 moment of its last positive one, `NEVER`
+    without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
+    all, and both are None.
     """
 
     def __init__(
         self,
         events: KnownEvents,
         rows: np.ndarray,
-        label_sum: np.ndarray | None,
+        label_sum: np.ndarray | ExactSums | None,
         last_positive: np.ndarray | None,
         floor: int | None = None,
     ) -> None:
@@ -62,54 +66,48 @@ class CounterMemory(Memory):
         self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
     @staticmethod
-    def empty(labels: bool = True, recency: bool = True) -> CounterMemory:
-        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for."""
+    def empty(labels: bool = True, recency: bool = True, fractions: bool = False) -> CounterMemory:
+        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
+        fractions: whether labels may be other than whole numbers."""
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
         last_positive = none if labels and recency else None
-        return CounterMemory(events, none.astype(np.int32), np.empty(0) if labels else None, last_positive)
+        sums = ExactSums.zeros(0) if fractions else np.empty(0)
+        return CounterMemory(events, none.astype(np.int32), sums if labels else None, last_positive)
 
     def extended(
-        self,
-        key: np.ndarray,
-        known: np.ndarray,
-        label: np.ndarray | None,
-        *,
-        fractions: bool = False,
-        in_order: bool = False,
+        self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
     ) -> CounterMemory:
         """These events and further ones, (E,) uint64, int64 and numbers (None where each counts 1), in any order.
 
-        fractions: whether labels may be other than whole numbers, so that sums depend on the order of adding. in_order:
-        whether the further events are sorted by key and known time.
+        in_order: whether the further events are sorted by key and known time.
         """
         if not len(key):
             return self
         rows = None  # of each event
+        labels: np.ndarray | ExactSums | None = label
+        if label is not None and isinstance(self.label_sum, ExactSums):
+            labels = ExactSums.of(label).over(self.units)
         positive = None
         if label is not None and self.last_positive is not None:
             positive = np.where(label > 0, known, NEVER)
         if len(self.events):
             # The events at hand as what each added to its key's totals.
             rows = np.append(self._steps(self.rows), np.ones(len(key), np.int32))
-            if label is not None and self.label_sum is not None:
-                label = np.append(self._steps(self.label_sum), label)
+            labels = _appended(self._label_steps(), labels)
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-        if len(self.events) or fractions or not in_order:
-            order = sorted_order(key, known, label if fractions else None)
+        if len(self.events) or not in_order:
+            order = sorted_order(key, known)
             key, known = key[order], known[order]
-            rows, label, positive = (None if each is None else each[order] for each in (rows, label, positive))
+            rows, labels, positive = (_taken(each, order) for each in (rows, labels, positive))
         runs = Runs(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
-        label_sum = None
-        if label is not None:
-            label_sum = _running_fractions(runs, label)[kept] if fractions else _running(runs, label, kept)
         return CounterMemory(
             KnownEvents(key[kept], known[kept]),
             _running(runs, rows, kept).astype(np.int32),
-            None if label_sum is None else label_sum.astype(np.float64, copy=False),
+            _running_labels(runs, labels, kept),
             None if positive is None else _running_last(runs, positive)[kept],
             self.floor,
         )
@@ -121,16 +119,43 @@ class CounterMemory(Memory):
         steps[first] = totals[first]
         return steps
 
-    def totals(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1."""
-        rows = np.append(self.rows, np.int32(0))[index]
-        return rows, rows if self.label_sum is None else np.append(self.label_sum, 0.0)[index]
+    def _label_steps(self) -> np.ndarray | ExactSums | None:
+        if isinstance(self.label_sum, ExactSums):
+            return self.label_sum.each(self._steps)
+        return None if self.label_sum is None else self._steps(self.label_sum)
+
+    def totals(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
+
+        before: events, by their index, as of which totals are taken off.
+        """
+        rows = self._difference(self.rows, index, before)
+        if self.label_sum is None:
+            return rows, rows
+        if isinstance(self.label_sum, ExactSums):
+            return rows, self.label_sum.each(lambda limb: self._difference(limb, index, before)).rounded()
+        return rows, self._difference(self.label_sum, index, before)
+
+    def _difference(self, totals: np.ndarray, index: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        found = _at(totals, index, 0)
+        return found if before is None else found - _at(totals, before, 0)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Of the exact sums of labels, where they may be other than whole numbers."""
+        return self.label_sum.units if isinstance(self.label_sum, ExactSums) else ()
+
+    def with_room(self, units: Collection[int]) -> CounterMemory:
+        """The same memory, with further units for exact sums: what is written then has the same columns everywhere."""
+        if not isinstance(self.label_sum, ExactSums):
+            return self
+        return CounterMemory(self.events, self.rows, self.label_sum.over(units), self.last_positive, self.floor)
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
         """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
         last_positive = self.events.known if self.label_sum is None else self.last_positive
         assert last_positive is not None
-        return np.append(last_positive, NEVER)[index]
+        return _at(last_positive, index, NEVER)
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
@@ -138,22 +163,30 @@ class CounterMemory(Memory):
         return CounterMemory(
             KnownEvents(self.events.key[needed], self.events.known[needed]),
             self.rows[needed],
-            None if self.label_sum is None else self.label_sum[needed],
-            None if self.last_positive is None else self.last_positive[needed],
+            _taken(self.label_sum, needed),
+            _taken(self.last_positive, needed),
             self._later_floor(moment),
         )
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
         columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
-        labels = {"label_sum": self.label_sum, "last_positive": self.last_positive}
-        return columns | {name: each for name, each in labels.items() if each is not None}
+        if isinstance(self.label_sum, ExactSums):
+            limbs = zip(self.label_sum.units, self.label_sum.limbs, strict=True)
+            columns |= {f"{_LIMB}{unit}": limb for unit, limb in limbs}
+        elif self.label_sum is not None:
+            columns["label_sum"] = self.label_sum
+        return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
 
     @staticmethod
-    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
-        """The memory that `to_columns` gave."""
+    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None, fractions: bool = False) -> CounterMemory:
+        """The memory that `to_columns` gave; `fractions`: whether labels may be other than whole numbers."""
         events = KnownEvents(columns["key"], columns["known"])
-        return CounterMemory(events, columns["rows"], columns.get("label_sum"), columns.get("last_positive"), floor)
+        label_sum: np.ndarray | ExactSums | None = columns.get("label_sum")
+        if fractions:
+            limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
+            label_sum = ExactSums.from_limbs(limbs, len(events))
+        return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor)
 
 
 class HistoryMemory(Memory):
@@ -181,7 +214,7 @@ class HistoryMemory(Memory):
     def last(self, asked: LookUps, length: int) -> Ragged:
         """The last `length` items that were known at N look-ups, oldest first."""
         last = self.joined(asked).last()
-        lengths = np.minimum(np.append(self._within_key, -1)[last] + 1, length)
+        lengths = np.minimum(_at(self._within_key, last, -1) + 1, length)
         return Ragged(self.items[consecutive(last + 1 - lengths, lengths)], lengths.astype(np.int32))
 
     @cached_property
@@ -216,10 +249,31 @@ def _running(runs: Runs, values: np.ndarray | None, kept: np.ndarray) -> np.ndar
     return total[kept + 1] - total[runs.starts][run]
 
 
-def _running_fractions(runs: Runs, values: np.ndarray) -> np.ndarray:
-    """(E,) sum of any `values` so far within each run: fractions are rounded as they are added, so each run is summed
-    by itself."""
-    return pd.Series(values).groupby(runs.number).cumsum().to_numpy()
+def _running_labels(
+    runs: Runs, labels: np.ndarray | ExactSums | None, kept: np.ndarray
+) -> np.ndarray | ExactSums | None:
+    if isinstance(labels, ExactSums):
+        return labels.each(lambda limb: _running(runs, limb, kept))
+    return None if labels is None else _running(runs, labels, kept).astype(np.float64, copy=False)
+
+
+def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
+    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
+    found = values[index] if len(values) else np.zeros(len(index), values.dtype)
+    found[index < 0] = nothing
+    return found
+
+
+def _appended(one: Any, other: Any) -> Any:
+    if isinstance(one, ExactSums):
+        return one.append(other)
+    return None if one is None else np.append(one, other)
+
+
+def _taken(values: Any, index: np.ndarray) -> Any:
+    if isinstance(values, ExactSums):
+        return values.take(index)
+    return None if values is None else values[index]
 
 
 def _running_last(runs: Runs, moments: np.ndarray) -> np.ndarray:

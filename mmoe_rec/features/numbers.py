@@ -1,4 +1,4 @@
-"""Statistics of numbers that do not depend on the order of rows: a histogram of values rounded to 13 bits."""
+"""Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values."""
 
 from __future__ import annotations
 
@@ -7,127 +7,192 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-_KEPT_BITS = 12  # of the fraction
+_VALUES_KEPT = 2**16
+_MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
 _WAITING_AT_MOST = 64  # counted arrays, before they are added up
 CLIP = 10.0
 EDGES = 17
-_SPAN_COUNTED = 2**18
 _LARGEST = 1e150  # its square is still finite
+_ROUNDING = 8 * np.finfo(np.float64).eps  # values that differ by less, relative to the largest, are one
+_DROPPED = b"dropped_bits"
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """(V,) rising int64 keys, the bits of float64 values without the last `dropped`, and (V,) int64 counts of each."""
+
+    keys: np.ndarray
+    counts: np.ndarray
+    dropped: int
+
+    def coarser(self, dropped: int) -> _Counted:
+        """With at least so many bits dropped. To drop some and then more is to drop them at once."""
+        if dropped <= self.dropped:
+            return self
+        return _summed(self.keys >> (dropped - self.dropped), self.counts, dropped)
+
+    def bounded(self) -> _Counted:
+        """With as few bits dropped as leave no more than `_VALUES_KEPT` keys."""
+        fewest, enough = self.dropped, _MOST_DROPPED
+        if len(self.keys) <= _VALUES_KEPT:
+            return self
+        while enough - fewest > 1:
+            middle = (fewest + enough) // 2
+            keys = self.keys >> (middle - self.dropped)
+            if 1 + np.count_nonzero(keys[1:] != keys[:-1]) > _VALUES_KEPT:
+                fewest = middle
+            else:
+                enough = middle
+        return self.coarser(enough)
 
 
 class NumberHistogram:
-    """Counts of values rounded to a relative precision of 2^-13; a mergeable partial fit.
+    """Counts of values: exact up to 65,536 different ones, of more by their leading bits; a mergeable partial fit.
 
-    Rounding bounds the number of distinct values, so memory does not grow with the log, and counts are integers, so
+    Only as many last bits are dropped as bound the number of values, and those that differ in dropped bits alone are
+    counted together. How many bits that takes follows from the values, whatever their order, and counts are integers:
     any order of rows and any partition give the same mean, deviation and quantiles.
     """
 
     def __init__(self) -> None:
         self.missing = 0
-        self._sums = np.empty(0), np.empty(0, np.int64)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._sums = _Counted(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+        self._waiting: list[_Counted] = []
 
     def add(self, values: np.ndarray) -> None:
-        """Counts (N,) float32 or float64 values; NaN and infinities count as missing, beyond +-1e150 as +-1e150."""
+        """Counts (N,) float32 or float64 values; NaN and infinities count as missing."""
         finite = np.isfinite(values)
         if not finite.all():
             values = values[finite]
             self.missing += len(finite) - len(values)
-        self._take([_counted(values)])
+        dropped = max(each.dropped for each in (self._sums, *self._waiting))
+        self._take([_counted(values.astype(np.float64, copy=False), dropped).bounded()])
 
     def merge(self, other: NumberHistogram) -> None:
         """Adds what another histogram counted."""
         self.missing += other.missing
         self._take([other._sums, *other._waiting])
 
-    def _take(self, counted: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def _take(self, counted: list[_Counted]) -> None:
         self._waiting += counted
         if len(self._waiting) > _WAITING_AT_MOST:
             self._sum()
 
-    def _sum(self) -> tuple[np.ndarray, np.ndarray]:
+    def _sum(self) -> _Counted:
         if self._waiting:
             parts = [self._sums, *self._waiting]
-            values, inverse = np.unique(np.concatenate([each for each, _ in parts]), return_inverse=True)
-            counts = np.bincount(inverse, np.concatenate([counts for _, counts in parts]), len(values))
-            self._sums, self._waiting = (values, counts.astype(np.int64)), []
+            dropped = max(part.dropped for part in parts)
+            parts = [part.coarser(dropped) for part in parts]
+            keys, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "counts"))
+            self._sums, self._waiting = _summed(keys, counts, dropped).bounded(), []
         return self._sums
 
     @property
+    def _bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(V,) float64 least and largest number of each key, and how often it occurs, in the order of the numbers."""
+        sums = self._sum()
+        inner = sums.keys << sums.dropped  # nearest to zero
+        outer = (inner | ((1 << sums.dropped) - 1)).view(np.float64)
+        inner = inner.view(np.float64)
+        order = np.argsort(inner, kind="stable")  # as bits, negative numbers rise towards minus infinity
+        negative = np.signbit(inner)
+        least, largest = np.where(negative, outer, inner), np.where(negative, inner, outer)
+        return least[order], largest[order], sums.counts[order]
+
+    @property
     def values(self) -> np.ndarray:
-        """(V,) float64 distinct rounded values, rising."""
-        return self._sum()[0]
+        """(V,) float64 distinct values, rising; where bits were dropped, the middle of what they may have been."""
+        least, largest, _ = self._bins
+        return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
 
     @property
     def counts(self) -> np.ndarray:
         """(V,) int64 how often each occurs."""
-        return self._sum()[1]
+        return self._bins[2]
 
     def to_table(self) -> pa.Table:
-        """value (null for missing ones) and count."""
-        values = pa.array(np.append(self.values, np.nan), from_pandas=True)
-        return pa.table({"value": values, "count": np.append(self.counts, self.missing)})
+        """key (null for missing values) and count; the number of dropped bits is among the table's metadata."""
+        sums = self._sum()
+        keys = pa.array(np.append(sums.keys, 0), mask=np.append(np.zeros(len(sums.keys), bool), True))
+        table = pa.table({"key": keys, "count": np.append(sums.counts, self.missing)})
+        return table.replace_schema_metadata({_DROPPED: str(sums.dropped)})
 
     @staticmethod
     def from_table(table: pa.Table) -> NumberHistogram:
         """The histogram that `to_table` gave."""
         histogram = NumberHistogram()
-        counts = table["count"].to_numpy()
-        histogram._sums = table["value"].to_numpy()[:-1], counts[:-1]
+        counts, keys = table["count"].to_numpy(), table["key"].combine_chunks().drop_null().to_numpy()
+        histogram._sums = _Counted(keys, counts[:-1], int(table.schema.metadata[_DROPPED]))
         histogram.missing = int(counts[-1])
         return histogram
 
     def standardiser(self) -> Standardiser:
-        """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal."""
-        total = self.counts.sum()
-        if total == 0:
-            return Standardiser(0.0, 1.0, self.missing > 0, ())
-        mean = float((self.values * self.counts).sum() / total)
-        deviation = float(np.sqrt((np.square(self.values - mean) * self.counts).sum() / total))
-        if deviation <= 1e-12 * np.abs(self.values).max():
-            return Standardiser(mean, 1.0, self.missing > 0, ())
-        scaled = np.clip((self._spread_quantiles(EDGES) - mean) / deviation, -CLIP, CLIP)
-        return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32)).tolist()))
+        """Mean and deviation of the counted values; (0, 1) where there are none, deviation 1 where they are equal.
 
-    def _spread_quantiles(self, count: int) -> np.ndarray:
-        """Least, largest and `count` - 2 quantiles by the square root of each value's count.
-
-        The root keeps edges for rare values where most rows share one value, as counters do at zero.
+        Values beyond +-1e150 count as +-1e150.
         """
-        share = np.cumsum(np.sqrt(self.counts))
-        positions = np.searchsorted(share, np.linspace(0.0, 1.0, count) * share[-1])
-        return self.values[np.minimum(positions, len(self.values) - 1)]
+        values, counts = np.clip(self.values, -_LARGEST, _LARGEST), self.counts
+        if not len(values):
+            return Standardiser(0.0, 1.0, self.missing > 0, ())
+        # Sums of distances, not of values: what values differ by may be small beside the values themselves.
+        median = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
+        mean = float(median + ((values - median) * counts).sum() / counts.sum())
+        largest = float(np.abs(values - mean).max())
+        if largest <= _ROUNDING * np.abs(values).max():
+            return Standardiser(mean, 1.0, self.missing > 0, ())
+        deviation = float(largest * np.sqrt((np.square((values - mean) / largest) * counts).sum() / counts.sum()))
+        scaled = np.clip((_spread_quantiles(values, counts, EDGES) - mean) / deviation, -CLIP, CLIP)
+        return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
-    def quantiles(self, buckets: int) -> np.ndarray:
-        """Sorted distinct inner edges, at most `buckets` - 1, that cut the values into parts of equal mass."""
-        if not len(self.values):
-            return np.empty(0)
-        share = np.cumsum(self.counts) / self.counts.sum()
-        positions = np.searchsorted(share, np.arange(1, buckets) / buckets)
-        return np.unique(self.values[np.minimum(positions, len(self.values) - 1)])
+    def bucket_edges(self, buckets: int) -> np.ndarray:
+        """Rising inner edges that cut the values into `buckets` parts of about equal mass; fewer only if values are.
+
+        No part is empty and a value that many rows share takes no edges from others: up to `buckets` different values
+        all have a part of their own. An edge lies halfway between two values, so that one that was rounded on its way,
+        say to float32, falls into the same part.
+        """
+        least, largest, counts = self._bins
+        ends = _equal_parts(counts, min(buckets, len(counts)))[:-1]
+        low, high = largest[ends - 1], least[ends]
+        return np.maximum(low, np.minimum(low / 2 + high / 2, np.nextafter(high, -np.inf)))
 
 
-def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rounded values, float64, of (N,) finite float32 or float64 ones, and how often each is there."""
-    whole, fraction = (np.int32, 23) if values.dtype == np.float32 else (np.int64, 52)
-    dropped = fraction - _KEPT_BITS
-    bits = values.view(whole) + (1 << (dropped - 1))
-    np.right_shift(bits, dropped, out=bits)
-    # As bits of numbers, zero is far from all others, which often lie so near to each other that each has a counter.
-    other = bits[bits != 0]
-    least = other.min(initial=np.iinfo(whole).max)
-    span = int(other.max(initial=least)) - int(least) + 1
-    if span > _SPAN_COUNTED:
-        distinct, counts = np.unique(bits, return_counts=True)
-    else:
-        counts = np.bincount(other - least, minlength=span)
-        found = np.flatnonzero(counts)
-        zero = int(len(other) < len(bits))
-        distinct = np.append(found + least, np.zeros(zero, np.int64))
-        counts = np.append(counts[found], np.full(zero, len(bits) - len(other)))
-    rounded = (distinct.astype(whole) << dropped).view(values.dtype).astype(np.float64)
-    largest = min(_LARGEST, float(np.finfo(values.dtype).max))
-    return np.clip(rounded, -largest, largest) + 0.0, counts  # 0 and -0 are one
+def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
+    """Least, largest and `count` - 2 quantiles by the square root of each value's count.
+
+    The root keeps edges for rare values where most rows share one value, as counters do at zero.
+    """
+    share = np.cumsum(np.sqrt(counts))
+    positions = np.searchsorted(share, np.linspace(0.0, 1.0, count) * share[-1])
+    return values[np.minimum(positions, len(values) - 1)]
+
+
+def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
+    """(parts,) int64 where each part of (V,) counts ends (exclusive); each has an equal share of what is left to it."""
+    share = np.append(0, np.cumsum(counts))
+    ends = np.zeros(parts + 1, np.int64)
+    for part in range(parts):
+        left = parts - part
+        goal = share[ends[part]] + (share[-1] - share[ends[part]]) / left
+        over = int(np.searchsorted(share, goal))
+        nearest = over - (share[over] - goal > goal - share[over - 1])
+        ends[part + 1] = min(max(nearest, ends[part] + 1), len(counts) - (left - 1))
+    return ends[1:]
+
+
+def _counted(values: np.ndarray, dropped: int) -> _Counted:
+    """(N,) finite float64 values, counted by their bits without the last `dropped`."""
+    bits = (values + 0.0).view(np.int64)  # 0 and -0 are one
+    # Faster than to sort all values, as there are most often few different ones.
+    found = pa.array(bits >> dropped).value_counts()
+    return _summed(found.field("values").to_numpy(), found.field("counts").to_numpy(), dropped)
+
+
+def _summed(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
+    order = np.argsort(keys, kind="stable")  # which merges runs that are sorted already
+    keys = keys[order]
+    first = np.flatnonzero(np.append(len(keys) > 0, keys[1:] != keys[:-1]))
+    return _Counted(keys[first], np.add.reduceat(counts[order], first) if len(first) else counts, dropped)
 
 
 @dataclass(frozen=True)
@@ -144,11 +209,13 @@ class Standardiser:
     edges: tuple[float, ...] = ()
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """(N,) float32; missing values become 0, the mean."""
-        scaled = values - self.mean
-        scaled /= self.deviation
+        """(N,) float32 of float32 or float64 values; missing values become 0, the mean."""
+        # In float64: what values differ by may be small beside the values themselves.
+        scaled = np.subtract(values, self.mean, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            scaled /= self.deviation
         np.clip(scaled, -CLIP, CLIP, out=scaled)
         finite = np.isfinite(values)
         if not finite.all():
             scaled[~finite] = 0.0
-        return scaled.astype(np.float32, copy=False)
+        return scaled.astype(np.float32)

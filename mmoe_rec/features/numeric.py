@@ -63,13 +63,13 @@ class NumericEncoder(Encoder):
         """Makes mean and deviation, or the buckets' edges."""
         self.number.finish()
         if self.feature.transform == "buckets":
-            self.edges = self.number.histogram.quantiles(self.feature.buckets)
+            self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def outline(self) -> Outline:
         """One dense input (and its indicator), or one id input: row 0 is missing, the buckets follow."""
         if self.feature.transform != "buckets":
             return Outline(dense=self.number.inputs())
-        table = Table(self.name, len(self.edges) + 2, self.feature.dim)
+        table = Table(self.name, len(self.edges) + 2)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
@@ -171,7 +171,7 @@ class TimeEncoder(Encoder):
         """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
         sizes = {"hour": 25, "weekday": 8}
         parts = [part for part in self.feature.parts if part in sizes]
-        tables = tuple(Table(f"{self.name}_{part}", sizes[part], self.feature.dim) for part in parts)
+        tables = tuple(Table(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
         ids = tuple((table.name, table.name, False) for table in tables)
         return Outline(tables, ids, self.age.inputs() if "age" in self.feature.parts else ())
 

@@ -7,7 +7,7 @@ files for what each counter and history remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.memory import Memory
-from mmoe_rec.features.numbers import NumberHistogram
+from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.schema import (
@@ -63,9 +63,11 @@ class FeaturePipeline:
         self.encoders = {name: self._encoder(name) for name in schema.features}
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
+        # Task -> units that exact sums of its labels need, of those that are counted and may be fractions.
+        self.label_units: dict[str, set[int]] = {}
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
-        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind == "regression"}
+        self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -121,14 +123,14 @@ class FeaturePipeline:
     def counts(self) -> dict[str, Counts]:
         """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
-        labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
+        labels = {f"label.{name}": moments for name, moments in self._labels.items()}
         return {name: counts for name, counts in (features | labels).items() if counts is not None}
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts training rows. Labels that become known later than `known_by` (microseconds) don't count."""
         self.learn_types(rows)
-        for name, histogram in self._labels.items():
-            histogram.add(rows.labels(self.schema.tasks[name], known_by))
+        for name, moments in self._labels.items():
+            moments.add(rows.labels(self.schema.tasks[name], known_by))
         for encoder in self.encoders.values():
             encoder.learn(rows, known_by)
 
@@ -139,6 +141,14 @@ class FeaturePipeline:
             if pa.types.is_int64(kind) or pa.types.is_string(kind):
                 self.key_types[field.name] = str(kind)
 
+    def learn_units(self, units: Mapping[str, Collection[int]]) -> None:
+        """Notes units that exact sums of tasks' labels need (see `mmoe_rec.features.exact`), before any is added."""
+        for task, each in units.items():
+            self.label_units[task] = self.label_units.get(task, set()) | set(each)
+        for encoder in self.encoders.values():
+            if isinstance(encoder, CounterEncoder) and encoder.label in self.label_units:
+                encoder.make_room(self.label_units[encoder.label])
+
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""
         for name, mine in self.counts.items():
@@ -147,9 +157,8 @@ class FeaturePipeline:
 
     def finish(self) -> None:
         """Makes vocabularies and statistics of what was counted."""
-        for name, histogram in self._labels.items():
-            scale = histogram.standardiser()
-            self.label_scales[name] = (scale.mean, scale.deviation)
+        for name, moments in self._labels.items():
+            self.label_scales[name] = (moments.mean, moments.deviation)
         for encoder in self.encoders.values():
             encoder.finish()
 
@@ -173,7 +182,7 @@ class FeaturePipeline:
 
     @cached_property
     def layout(self) -> Layout:
-        """The inputs that `encode` gives and the tasks that the model predicts; asked for once all is fitted."""
+        """The inputs that `encode` gives and the tasks that rows have labels of; asked for once all is fitted."""
         tables: list[Table] = []
         ids: list[IdInput] = []
         dense: list[DenseInput] = []
@@ -181,20 +190,12 @@ class FeaturePipeline:
             placement = self.schema.role_of(name) == "placement"
             outline = encoder.outline()
             tables += outline.tables
-            ids += [IdInput(each, table, many, placement) for each, table, many in outline.ids]
-            dense += [replace(each, placement=placement) for each in outline.dense]
-        tasks = [
-            TaskOutput(
-                name,
-                task.kind,
-                task.objective,
-                task.loss_weight,
-                task.score_weight,
-                *self.label_scales.get(name, (0.0, 1.0)),
-                task.given,
-            )
-            for name, task in self.schema.tasks.items()
-        ]
+            ids += [IdInput(each, table, many, placement, feature=name) for each, table, many in outline.ids]
+            dense += [replace(each, placement=placement, feature=name) for each in outline.dense]
+        tasks = []
+        for name, task in self.schema.tasks.items():
+            mean, deviation = self.label_scales.get(name, (0.0, 1.0))
+            tasks.append(TaskOutput(name, task.kind, mean=mean, deviation=deviation, given=task.given))
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
     def encode(self, rows: LogRows) -> Encoded:
@@ -230,7 +231,8 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        learnt = {"key_types": self.key_types, "label_scales": self.label_scales}
+        units = {name: sorted(each) for name, each in self.label_units.items()}
+        learnt = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
         text = {"format": FORMAT, "schema": schema, **learnt, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
@@ -248,6 +250,7 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
         pipeline.key_types = text["key_types"]
+        pipeline.learn_units(text["label_units"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         try:
             for name, saved in text["encoders"].items():

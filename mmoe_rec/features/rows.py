@@ -125,12 +125,33 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
         return np.zeros(len(column), bool)
     wanted: object = value
     if pt.is_string(column.type):
+        if isinstance(value, bool | float):
+            said = str(value).lower()
+            raise UserError(
+                f"an `observed_when` compares column '{name}', which holds text, with {said}; write `equals` in quotes"
+            )
         wanted = str(value)
     elif isinstance(value, str):
         raise UserError(
             f"an `observed_when` compares column '{name}', which holds numbers, with the string '{value}'; "
             "write `equals` without quotes"
         )
-    elif isinstance(value, bool):
-        wanted = int(value)
-    return pc.fill_null(pc.equal(column, pa.scalar(wanted)), False).to_numpy(zero_copy_only=False)
+    else:
+        wanted = _as_number(value, column.type)
+        if wanted is None:
+            held = "64-bit integers" if pt.is_integer(column.type) else "64-bit floating-point numbers"
+            raise UserError(
+                f"an `observed_when` compares column '{name}', which holds {held}, with {value}, which is none; "
+                "give `equals` a value that the column can hold"
+            )
+    return pc.fill_null(pc.equal(column, pa.scalar(wanted, column.type)), False).to_numpy(zero_copy_only=False)
+
+
+def _as_number(value: float, kind: pa.DataType) -> int | float | None:
+    """The value as one of a column's type; None where the type has none that equals it."""
+    if pt.is_integer(kind):
+        return int(value) if value == int(value) and -(2**63) <= value < 2**63 else None
+    try:
+        return float(value) if float(value) == value else None
+    except OverflowError:
+        return None

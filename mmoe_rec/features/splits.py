@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.features.answer import fitted
 from mmoe_rec.features.answers import AnswerExchange, AnswerReader
+from mmoe_rec.features.encoded import label_types
 from mmoe_rec.features.labels import labels_of, unmatured
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.learn import Window
@@ -26,7 +27,8 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Rows of a split, and per task the observed labels, their sum, and the labels that had not matured.
+    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh 1 / their rate of
+    sampling; and the labels that had not matured.
 
     known_by: when labels must have matured to count, microseconds.
     """
@@ -34,25 +36,34 @@ class SplitCounts:
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    weighted_sum: dict[str, float] = field(default_factory=dict)
     unmatured: dict[str, int] = field(default_factory=dict)
     known_by: int | None = None
 
-    def add(self, labels: Mapping[str, np.ndarray], unmatured: Mapping[str, int]) -> None:
-        """Counts the labels of a batch: task -> (N,) float64, NaN where unobserved."""
-        self.merge(SplitCounts(unmatured=dict(unmatured)))
+    def add(self, labels: Mapping[str, np.ndarray], rates: np.ndarray, unmatured: Mapping[str, int]) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled;
+        unmatured: task -> how many of the labels had not matured."""
         for task, values in labels.items():
-            known = values[~np.isnan(values)]
-            self.merge(SplitCounts(0, {task: len(known)}, {task: float(known.sum())}))
-        self.rows += len(next(iter(labels.values())))
+            observed = ~np.isnan(values)
+            known, weights = values[observed], 1 / rates[observed]
+            self.merge(
+                SplitCounts(
+                    observed={task: len(known)},
+                    label_sum={task: float(known.sum())},
+                    weight={task: float(weights.sum())},
+                    weighted_sum={task: float(weights @ known)},
+                )
+            )
+        self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))
 
     def merge(self, other: SplitCounts) -> None:
         """Adds what another one counted."""
         self.rows += other.rows
-        for task, observed in other.observed.items():
-            self.observed[task] = self.observed.get(task, 0) + observed
-            self.label_sum[task] = self.label_sum.get(task, 0.0) + other.label_sum[task]
-        for task, count in other.unmatured.items():
-            self.unmatured[task] = self.unmatured.get(task, 0) + count
+        for name in ("observed", "label_sum", "weight", "weighted_sum", "unmatured"):
+            mine = getattr(self, name)
+            for task, each in getattr(other, name).items():
+                mine[task] = mine.get(task, 0) + each
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
             if wanted.any():
                 inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
                 labels = labels_of(inside, job.known_by[name])
-                counts[name].add(labels, unmatured(inside, job.known_by[name]))
+                counts[name].add(labels, sampling_rates(inside), unmatured(inside, job.known_by[name]))
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():
@@ -97,16 +108,22 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
     columns = pipeline.encode(rows).to_arrow(layout)
     inputs = set(columns)
+    types = label_types(layout)
     for task, values in labels.items():
-        columns[f"label.{task}"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
+        columns[f"label.{task}"] = pa.array(values, types[task], mask=np.isnan(values))
     names = rows.schema.columns
     columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
-    rate = np.ones(len(rows)) if names.sampling_rate is None else rows.numbers(names.sampling_rate)
-    columns["sampling_rate"] = pa.array(rate.astype(np.float32))
+    columns["sampling_rate"] = pa.array(sampling_rates(rows).astype(np.float32))
     # Columns that say that they have no nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def sampling_rates(rows: LogRows) -> np.ndarray:
+    """(N,) float64, the rate at which rows like each were kept; 1 where the log has no such column."""
+    name = rows.schema.columns.sampling_rate
+    return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 
 class _SplitWriter:

@@ -233,6 +233,7 @@ class Steps:
         pipeline: with complete vocabularies; where `training` is given, it counts answers of rows requested then.
         before: folder with memories to go on from.
         """
+        pipeline.learn_units(self._learnt.label_units)
         state = self.scratch / "state"
         state.mkdir(parents=True)
         pipeline.save(state)
@@ -247,6 +248,7 @@ class Steps:
             events=self._events,
             answers=self._answers,
             rows_in_memory=options.rows_in_memory,
+            scratch=self.scratch / "pieces",
         )
         tasks = [
             Partition(name, number, self._sent(group, number))

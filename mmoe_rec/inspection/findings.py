@@ -1,13 +1,16 @@
 """What is suspicious in a data set, in words.
 
-A finding is a `problem` if training would be wrong or without meaning, a `warning` if one should know of it.
+A finding is a `problem` if training would be wrong or without meaning, a `warning` if one should know of it. They come
+in order of what they cost (`costs.py`); only the first of many warnings are shown at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
+
+from mmoe_rec.inspection import costs
 
 LEAK_AUC = 0.98
 UNKNOWN = 0.20
@@ -19,19 +22,28 @@ FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
 _ERRORS = 3.0  # standard errors by which rates must differ
+_SHOWN = 5  # warnings before the rest is folded
 
 Health = Mapping[str, Any]
 Finding = dict[str, Any]
 
 
 def find(health: Health) -> list[Finding]:
-    """All findings, problems first, each with what it is about and which check found it."""
+    """All findings, problems first, the costliest of each first, with what it is about and which check found it."""
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
     found += [*_files(health), *_labels(health)]
     for feature in health["features"]:
         found += [*_constants(feature), *_coverage(feature), *_unknown(feature)]
     found += [*_drifts(health), *_empty_tables(health)]
-    return sorted(found, key=lambda each: str(each["severity"]))
+    return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
+
+
+def shown_and_folded(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """All problems and the costliest warnings; the other warnings. One warning is not folded alone."""
+    problems = [each for each in findings if each["severity"] == "problem"]
+    warnings = [each for each in findings if each["severity"] != "problem"]
+    kept = len(warnings) if len(warnings) <= _SHOWN + 1 else _SHOWN
+    return problems + warnings[:kept], warnings[kept:]
 
 
 def flags_of(health: Health, feature: str) -> list[str]:
@@ -45,8 +57,8 @@ def drift_beyond_noise(each: Mapping[str, Any]) -> float:
     return 0.0 if each["psi"] is None else float(each["psi"] - each["psi_noise"])
 
 
-def _finding(severity: str, check: str, about: str, message: str) -> Finding:
-    return {"severity": severity, "check": check, "about": about, "message": message}
+def _finding(severity: str, check: str, about: str, message: str, cost: float = 0.0) -> Finding:
+    return {"severity": severity, "check": check, "about": about, "message": message, "cost": cost}
 
 
 def _files(health: Health) -> Iterator[Finding]:
@@ -80,7 +92,8 @@ def _labels(health: Health) -> Iterator[Finding]:
             message = (
                 f"the rate of task '{name}' changes more than {RATE_CHANGE:g} times between splits: {', '.join(rates)}"
             )
-            yield _finding("warning", "rate", name, message)
+            told = sorted(splits[split]["tasks"][name]["rate"] for split in sum(changed, ()))
+            yield _finding("warning", "rate", name, message, costs.of_rates(told[0], told[-1]))
 
 
 def _differ(one: Health, other: Health, kind: str) -> bool:
@@ -132,7 +145,7 @@ def _coverage(feature: Health) -> Iterator[Finding]:
         ]
         if low:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
-            yield _finding("warning", "coverage", feature["name"], message)
+            yield _finding("warning", "coverage", feature["name"], message, costs.of_missing(feature, each))
             return
 
 
@@ -144,18 +157,18 @@ def _unknown(feature: Health) -> Iterator[Finding]:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own{known}"
         )
-        yield _finding("warning", "unknown", feature["name"], message)
+        yield _finding("warning", "unknown", feature["name"], message, costs.of_unknown(feature))
 
 
 def _drifts(health: Health) -> Iterator[Finding]:
     worst = [max(feature["inputs"], key=drift_beyond_noise) for feature in health["features"] if feature["inputs"]]
     features = [feature for feature in health["features"] if feature["inputs"]]
     drifted = [pair for pair in zip(features, worst, strict=True) if drift_beyond_noise(pair[1]) > STRONG_DRIFT]
-    for feature, each in sorted(drifted, key=lambda pair: -pair[1]["psi"]):
+    for feature, each in sorted(drifted, key=lambda pair: -pair[1]["psi"]):  # of equal cost, the stronger first
         message = (
             f"feature '{feature['name']}' drifts strongly, PSI {each['psi']:.2f}{_by(feature, each)}: {moved(each)}"
         )
-        yield _finding("warning", "drift", feature["name"], message)
+        yield _finding("warning", "drift", feature["name"], message, costs.of_drift(feature, each))
 
 
 def moved(each: Mapping[str, Any]) -> str:

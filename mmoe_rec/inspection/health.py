@@ -30,14 +30,14 @@ SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
 
 
-def health_of(name: str, prepared: Prepared, schema: Schema, sums: Sums) -> dict[str, Any]:
-    """The health of the data set of that name, ready for JSON."""
+def health_of(name: str, prepared: Prepared, schema: Schema, sums: Sums, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The health of the data set of that name, ready for JSON. dims: table -> width that a model gives it."""
     manifest = prepared.manifest
     health = {
         "name": name,
         "overview": overview(manifest, sums),
         "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
-        "tables": _tables(sums),
+        "tables": _tables(sums, dims),
         "weeks": weeks(sums),
     }
     found: dict[str, Any] = plain({**health, "findings": find(health)})
@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
 def _feature(
     feature: FeatureInputs, schema: Schema, sums: Sums, prepared: Prepared, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    meaning = meaning_of(schema, feature.name)
+    meaning, keys = meaning_of(schema, feature.name), schema.columns
     inputs = [_id_input(each, feature, meaning, sums, prepared) for each in feature.ids]
     inputs += [_number_input(each, feature, sums) for each in feature.numbers]
     return {
@@ -66,6 +66,7 @@ def _feature(
         "kind": feature.kind,
         "role": feature.role,
         "columns": feature.columns,
+        "is_key": feature.kind == "id" and feature.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
         "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,
@@ -135,7 +136,7 @@ def _drift(labels: list[str], train: np.ndarray, test: np.ndarray) -> dict[str, 
     }
 
 
-def _tables(sums: Sums) -> list[dict[str, Any]]:
+def _tables(sums: Sums, dims: Mapping[str, int]) -> list[dict[str, Any]]:
     tables = []
     for table in sums.layout.tables:
         users = [each.name for each in sums.layout.ids if each.table == table.name]
@@ -149,8 +150,8 @@ def _tables(sums: Sums) -> list[dict[str, Any]]:
                 "inputs": users,
                 "hashed": hashed,
                 "rows": table.rows,
-                "dim": table.dim,
-                "bytes": table.rows * table.dim * _FLOAT_BYTES,
+                "dim": dims[table.name],
+                "bytes": table.rows * dims[table.name] * _FLOAT_BYTES,
                 "optimizer_bytes": table.rows * _FLOAT_BYTES,
                 "rows_seen": int(seen.sum()),
                 "never_seen": 1 - float(seen.mean()),

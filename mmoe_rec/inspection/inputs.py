@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
 from mmoe_rec.inspection.ids import Meaning
 from mmoe_rec.schema import CrossFeature, Feature, HistoryFeature, IdFeature, IdsFeature, Schema, read_columns
-
-# What an input's name adds to its feature's.
-_ENDINGS = {
-    "time": r"_(hour|weekday|age)(_missing)?",
-    "vector": r"_\d+",
-    "numeric": r"(_missing)?",
-    "counter": r"_(positives|rows|rate|recency)(_\w+)?",
-}
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,11 @@ class FeatureInputs:
 
 def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
     """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
-    names = [each.name for each in layout.ids] + [each.name for each in layout.dense]
-    owner = {name: _owner(name, schema) for name in names}
+    owner = {each.name: each.feature or each.name for each in layout.ids}
+    owner |= {each.name: each.feature or each.name for each in layout.dense}
+    for name, feature_name in owner.items():
+        if feature_name not in schema.features:
+            raise ValueError(f"input '{name}' belongs to none of the features {', '.join(schema.features)}")
     return [
         FeatureInputs(
             name,
@@ -70,18 +64,6 @@ def _columns(schema: Schema, feature: Feature) -> tuple[str, ...]:
     if isinstance(feature, HistoryFeature):
         return (schema.columns.user, *read_columns(schema.features[feature.of]))
     return read_columns(feature) or (schema.columns.time,)
-
-
-def _owner(name: str, schema: Schema) -> str:
-    if name in schema.features:
-        return name
-    for feature, each in schema.features.items():
-        if re.fullmatch(re.escape(feature) + _ENDINGS.get(each.kind, ""), name):
-            return feature
-    begins = [feature for feature in schema.features if name.startswith(feature + "_")]
-    if not begins:
-        raise ValueError(f"input '{name}' belongs to none of the features {', '.join(schema.features)}")
-    return max(begins, key=len)
 
 
 def _numbers(dense: tuple[DenseInput, ...], names: set[str]) -> tuple[NumberInput, ...]:

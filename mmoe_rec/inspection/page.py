@@ -8,13 +8,12 @@ from typing import Any
 from mmoe_rec.inspection.charts import shares_chart, weeks_chart
 from mmoe_rec.inspection.explanations import CHECKS, MEASURES
 from mmoe_rec.inspection.feature_table import feature_table, psi_badge
-from mmoe_rec.inspection.findings import drift_beyond_noise, moved
+from mmoe_rec.inspection.findings import drift_beyond_noise, moved, shown_and_folded
 from mmoe_rec.inspection.markup import Markup, breakable, joined, prose, tag
 from mmoe_rec.inspection.tables import embedding_tables, grid
 from mmoe_rec.inspection.words import NONE, count, day, percent, rate, requests_told, unmatured_told
 
 _DRAWN = 12  # features whose drift is drawn
-_LISTED = 6  # findings of one kind before the rest is folded
 
 _SECTIONS = {
     "rows": "Rows and labels",
@@ -63,22 +62,25 @@ def _verdict(findings: list[dict[str, Any]]) -> Markup:
         return tag("div", tag("strong", "Nothing suspicious found"), tag("p", words), class_="card verdict")
     numbers = {word: sum(each["severity"] == word for each in findings) for word in ("problem", "warning")}
     said = [f"{number} {word}{'s' * (number != 1)}" for word, number in numbers.items() if number]
-    checks = dict.fromkeys(each["check"] for each in findings)
-    items = [_check(name, [each for each in findings if each["check"] == name]) for name in checks]
-    worst = findings[0]["severity"]
-    heading = tag("strong", f"{' and '.join(said)} found")
-    return tag("div", heading, tag("ul", *items, class_="findings"), class_=f"card verdict {worst}")
+    shown, folded = shown_and_folded(findings)
+    parts = [tag("strong", f"{' and '.join(said)} found"), _checks(shown)]
+    if folded:
+        words = f"{len(folded)} more warnings, which cost less"
+        parts.append(tag("details", tag("summary", words), _checks(folded)))
+    return tag("div", *parts, class_=f"card verdict {findings[0]['severity']}")
+
+
+def _checks(findings: list[dict[str, Any]]) -> Markup:
+    names = dict.fromkeys(each["check"] for each in findings)
+    items = [_check(name, [each for each in findings if each["check"] == name]) for name in names]
+    return tag("ul", *items, class_="findings")
 
 
 def _check(name: str, findings: list[dict[str, Any]]) -> Markup:
     title, advice = CHECKS[name]
     badge = tag("span", str(len(findings)), class_=f"badge {findings[0]['severity']}")
     messages = [tag("li", prose(_sentence(each["message"]))) for each in findings]
-    shown = tag("ul", *messages[:_LISTED])
-    if messages[_LISTED:]:
-        more = tag("summary", f"{len(messages) - _LISTED} more")
-        shown = joined(shown, tag("details", more, tag("ul", *messages[_LISTED:])))
-    return tag("li", tag("h3", badge, title), tag("p", prose(advice), class_="muted small"), shown)
+    return tag("li", tag("h3", badge, title), tag("p", prose(advice), class_="muted small"), tag("ul", *messages))
 
 
 def _sentence(words: str) -> str:

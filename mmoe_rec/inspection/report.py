@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from mmoe_rec.inspection.page import page
 from mmoe_rec.schema import Schema
 
 
-def inspect(name: str, prepared: Prepared, schema: Schema) -> dict[str, Any]:
-    """The health of the data set of that name, as `mmoe_rec.inspection.health` describes it. Raises UserError for
-    encoded rows that are missing or can't be read."""
-    return health_of(name, prepared, schema, collect(prepared, schema))
+def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The health of the data set of that name, as `mmoe_rec.inspection.health` describes it.
+
+    dims: table -> width that a model gives it. Raises UserError for encoded rows that are missing or can't be read.
+    """
+    return health_of(name, prepared, schema, collect(prepared, schema), dims)
 
 
 def write(health: dict[str, Any], folder: Path) -> None:

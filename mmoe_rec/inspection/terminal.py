@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of
+from mmoe_rec.inspection.explanations import CHECKS
+from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
 from mmoe_rec.inspection.words import (
     NONE,
     count,
@@ -146,6 +148,11 @@ def _findings(health: dict[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"left out: {each['file']}: {each['reason']}", style="bold red")
     if not health["findings"]:
         yield Text("nothing suspicious found", style="bold green")
-    for each in health["findings"]:
+    shown, folded = shown_and_folded(health["findings"])
+    for each in shown:
         style = "bold red" if each["severity"] == "problem" else "yellow"
         yield Text.assemble((f"{each['severity']}: ", style), each["message"])
+    if folded:
+        kinds = Counter(CHECKS[each["check"]][0].lower() for each in folded)
+        named = ", ".join(f"{name} ({number})" for name, number in kinds.most_common())
+        yield Text(f"{len(folded)} more warnings, which cost less: {named}; the report has them", style="dim")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.bottom import Bottom
 from mmoe_rec.model.gates import Gates, RoutingRule
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
 from mmoe_rec.model.precision import for_products
 from mmoe_rec.model.routing import Routing
@@ -36,7 +36,11 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """Of B rows: logits (B, T) float32, and where each level of experts sent them, the last level's routing last."""
+    """Of B rows: logits (B, T), and where each level of experts sent them, the last level's routing last.
+
+    Logits are float32; of a `RankingModel` with a regression float64, as a float32 in the label's own unit may have
+    steps wider than the labels' deviation.
+    """
 
     logits: Tensor
     routings: tuple[Routing, ...]
@@ -108,19 +112,21 @@ class RankingModel(nn.Module):
     is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`.
     """
 
-    def __init__(self, tables: nn.Module, layout: Layout, mixture: Mixture) -> None:
+    def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture) -> None:
         super().__init__()
         self.tables = tables
         self.dense_columns: Tensor
         self.placement_columns: Tensor
+        self.dims = {each.name: layout.table(each.table).dim for each in layout.ids}
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
             self.register_buffer(name, torch.tensor(columns, dtype=torch.int64), persistent=False)
         self.scale: Tensor
         self.mean: Tensor
-        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks]), persistent=False)
-        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks]), persistent=False)
+        units = torch.float64 if any(task.kind == "regression" for task in layout.tasks) else torch.float32
+        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks], dtype=units), False)
+        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks], dtype=units), False)
         self.mixture = mixture
         self.tasks = len(layout.tasks)
 
@@ -146,12 +152,12 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
-        embeddings = by_name(self.tables(batch.ids))
+        embeddings = by_name(self.tables(batch.ids), self.dims)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
-        return Outputs(torch.addcmul(self.mean, outputs.logits, self.scale), outputs.routings)
+        return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 
-def build_model(layout: Layout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
+def build_model(layout: ModelLayout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
     """The model that the `model` section of the settings describes; the dense part's weights follow from the seed.
 
     Raises UserError for a layout without inputs besides placement.

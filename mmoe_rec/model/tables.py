@@ -2,7 +2,8 @@
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
 `mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
-an input (no id gives zeros), and answer by input name.
+an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
+`mmoe_rec.model.padding`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import KeyedIds
-from mmoe_rec.features.layout import IdInput, Layout, Table
+from mmoe_rec.features.layout import IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.padding import from_stored, stored_width
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
 INITIAL_DEVIATION = 0.01
@@ -22,13 +25,13 @@ INITIAL_DEVIATION = 0.01
 BLOCK_ROWS = 65_536
 
 
-def used_tables(layout: Layout) -> list[Table]:
+def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
     """The tables that an id input looks up, in layout order."""
     used = {each.table for each in layout.ids}
     return [table for table in layout.tables if table.name in used]
 
 
-def initial_rows(table: Table, seed: int, first: int, last: int) -> Tensor:
+def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
     """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
 
     A function of seed, table name and row alone, so that any sharding over any number of ranks starts equal.
@@ -47,7 +50,7 @@ def initial_rows(table: Table, seed: int, first: int, last: int) -> Tensor:
 class PlainTables(nn.Module):
     """One `torch.nn.EmbeddingBag` per table. The counterpart of torchrec's EmbeddingBagCollection."""
 
-    def __init__(self, tables: tuple[Table, ...], ids: tuple[IdInput, ...], seed: int = 0) -> None:
+    def __init__(self, tables: tuple[EmbeddingTable, ...], ids: tuple[IdInput, ...], seed: int = 0) -> None:
         super().__init__()
         self.embedding_bags = nn.ModuleDict()
         used = {each.table for each in ids}
@@ -64,12 +67,12 @@ class PlainTables(nn.Module):
         return {name: self.embedding_bags[table](*ids.column(name)) for name, table in self.table_of.items()}
 
 
-def plain_tables(layout: Layout, seed: int = 0) -> PlainTables:
+def plain_tables(layout: ModelLayout, seed: int = 0) -> PlainTables:
     """The tables of a layout on this process alone."""
     return PlainTables(layout.tables, layout.ids, seed)
 
 
-def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.Module:
+def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
@@ -85,7 +88,7 @@ def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.M
         EmbeddingBagConfig(
             name=table.name,
             num_embeddings=table.rows,
-            embedding_dim=table.dim,
+            embedding_dim=stored_width(table.dim),
             feature_names=[each.name for each in layout.ids if each.table == table.name],
             pooling=PoolingType.MEAN,
             init_fn=_zeros,
@@ -96,16 +99,16 @@ def torchrec_tables(layout: Layout, device: torch.device | str = "meta") -> nn.M
     return collection
 
 
-def by_name(embeddings: Any) -> dict[str, Tensor]:
+def by_name(embeddings: Any, dims: dict[str, int]) -> dict[str, Tensor]:
     """What a collection of either form answers: input name -> (B, dim) float32.
 
-    The order of a sharded collection's own output follows the sharding plan.
+    dims: width of each input's embedding. The order of a sharded collection's own output follows the sharding plan.
     """
     if isinstance(embeddings, dict):
         return embeddings
     # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
     parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
-    return dict(zip(embeddings.keys(), parts, strict=True))
+    return {name: from_stored(part, dims[name]) for name, part in zip(embeddings.keys(), parts, strict=True)}
 
 
 def _zeros(weight: Tensor) -> Tensor:

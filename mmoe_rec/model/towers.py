@@ -20,6 +20,13 @@ class Towers(nn.Module):
         widths = [inputs, *units, 1]
         self.layers = nn.ModuleList(StackedLinear(tasks, width, below) for width, below in pairwise(widths))
 
+    @property
+    def output_bias(self) -> nn.Parameter:
+        """(T, 1) what is added to each task's logit last."""
+        last = self.layers[-1]
+        assert isinstance(last, StackedLinear)
+        return last.bias
+
     def forward(self, gated: Tensor) -> Tensor:
         """(B, T, U) -> logits (B, T)."""
         parts = list(gated.unbind(1))

@@ -1,4 +1,4 @@
-"""How much each task uses each expert: what the gates of the last level did over many rows, and what looks wrong."""
+"""How much each task uses each expert: what the gates of the last level did over many rows, in words too."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmoe_rec.model.mmoe import Outputs
 
 # A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
 POLARISED = 0.8
-# An expert with less than this share of the mean load is dead.
-DEAD = 0.05
+# An expert with less than this share of the mean load is hardly used.
+HARDLY = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,43 @@ class Utilisation:
                 metrics[f"gates.{name}.expert_{expert}.load"] = float(self.loads[task, expert])
         return metrics
 
+    @property
+    def hardly_used(self) -> list[int]:
+        """Experts with less than HARDLY of the mean load."""
+        loads = self.total_loads
+        return (loads < HARDLY * _numbers(loads).mean()).nonzero().flatten().tolist()
+
     def findings(self, tasks: list[str]) -> list[str]:
-        """A sentence for each expert that is dead and each gate that has collapsed."""
-        loads, found = self.total_loads, []
-        mean = float(_numbers(loads).mean())
-        for expert in (loads < DEAD * mean).nonzero().flatten().tolist():
-            found.append(
-                f"expert {expert} is dead: it gets {loads[expert]:.2%} of the load, where an even share is "
-                f"{mean:.1%}; model.gates.balance or fewer experts help"
-            )
+        """For the record: a sentence for each expert that is hardly used, and for each gate that settles on one."""
+        loads = self.total_loads
+        found = [
+            f"expert {expert} is hardly used: it gets {loads[expert]:.2%} of the load, where an even share is "
+            f"{_numbers(loads).mean():.1%}; what it costs is its computation, not the predictions"
+            for expert in self.hardly_used
+        ]
         for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
             if polarised:
                 expert = int(weights.nan_to_num().argmax())
                 found.append(
-                    f"the gate of '{name}' has collapsed: {weights[expert]:.0%} of its weight goes to expert {expert}; "
-                    "model.gates.dropout of 0.1 helps"
+                    f"the gate of '{name}' settles on expert {expert} with {weights[expert]:.0%} of its weight: good "
+                    f"predictions, until that expert fails in serving; model.gates.dropout of 0.1 spreads the weight"
                 )
         return found
+
+    def note(self, routing: str) -> str | None:
+        """What of it is worth a line on the terminal: that gates which choose experts leave some unchosen.
+
+        With soft gates unused experts and polarised gates cost no accuracy, and what evens them brings none, on large
+        and small logs alike (`tests/benchmarks/LOG.md`). Where gates choose, many experts are wanted for capacity.
+        """
+        experts = self.hardly_used
+        if routing == "soft" or not experts:
+            return None
+        count = len(_numbers(self.total_loads))
+        return (
+            f"gates choose {count - len(experts)} of {count} experts, and hardly ever {', '.join(map(str, experts))}: "
+            "if you want their capacity, set model.gates.balance, else have fewer experts"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""

@@ -1,10 +1,13 @@
 """What the columns of an interaction log mean: roles, tasks, observed-rules and features.
 
 These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
-`mmoe_rec.features` turns them into model inputs.
+`mmoe_rec.features` turns them into model inputs. A `Schema` identifies features; what a model makes of them, such as
+the weights of losses, is kept apart (`choices.py`).
 """
 
+from mmoe_rec.schema.choices import FeatureSettings, TaskSettings
 from mmoe_rec.schema.features import (
+    MAX_TABLE_ROWS,
     CounterFeature,
     CrossFeature,
     EventLog,
@@ -17,16 +20,19 @@ from mmoe_rec.schema.features import (
     VectorFeature,
     read_columns,
 )
-from mmoe_rec.schema.log import EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task, outcome_name
+from mmoe_rec.schema.log import CHOICES, EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task, outcome_name
 from mmoe_rec.schema.section import Section
 
 __all__ = [
+    "CHOICES",
     "EVENT",
+    "MAX_TABLE_ROWS",
     "Columns",
     "CounterFeature",
     "CrossFeature",
     "EventLog",
     "Feature",
+    "FeatureSettings",
     "HistoryFeature",
     "IdFeature",
     "IdsFeature",
@@ -38,6 +44,7 @@ __all__ = [
     "Schema",
     "Section",
     "Task",
+    "TaskSettings",
     "TimeFeature",
     "VectorFeature",
     "outcome_name",

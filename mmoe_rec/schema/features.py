@@ -1,4 +1,4 @@
-"""The kinds of features."""
+"""The kinds of features: what each means. What a model makes of them is in `mmoe_rec.schema.choices`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,44 @@ from pydantic import Field, field_validator, model_validator
 from mmoe_rec.schema.section import Section
 
 Days = Annotated[float, Field(gt=0, le=36_500)]
+MAX_TABLE_ROWS = 2**31
+"""Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
 
 
-class _Embedded(Section):
-    dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
-
-
-class _Vocabulary(_Embedded):
+class _Vocabulary(Section):
     column: str = Field(description="column that the feature reads")
     min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, description="hashed buckets that unknown ids share")
+    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
     table: str | None = Field(
         None, description="name of another id feature whose vocabulary and embedding table this one shares"
     )
 
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> Self:
+        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
+            raise ValueError(
+                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
+                f"has at most {MAX_TABLE_ROWS:,}"
+            )
+        return self
+
 
 class IdFeature(_Vocabulary):
-    """One id a row, embedded."""
+    """One id a row."""
 
     kind: Literal["id"]
 
 
 class IdsFeature(_Vocabulary):
-    """A list of ids a row, embedded and averaged."""
+    """A list of ids a row."""
 
     kind: Literal["ids"]
     max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
 
 
-class NumericFeature(_Embedded):
-    """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
+class NumericFeature(Section):
+    """A number, standardised or as its quantile bucket; missing values get an indicator."""
 
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
@@ -60,8 +67,8 @@ class VectorFeature(Section):
     size: int = Field(ge=1, description="length of every list")
 
 
-class TimeFeature(_Embedded):
-    """Hour and weekday as embeddings, age in days as a number."""
+class TimeFeature(Section):
+    """Hour and weekday as ids, age in days as a number."""
 
     kind: Literal["time"]
     column: str | None = Field(None, description="timestamp column; null is the request's time")
@@ -69,7 +76,6 @@ class TimeFeature(_Embedded):
         ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
     )
     timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
-    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
 
     @field_validator("parts")
     @classmethod
@@ -92,12 +98,12 @@ class TimeFeature(_Embedded):
         return self
 
 
-class CrossFeature(_Embedded):
-    """The hashed combination of two or more columns, embedded."""
+class CrossFeature(Section):
+    """The hashed combination of two or more columns."""
 
     kind: Literal["cross"]
     columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
-    buckets: int = Field(10_000, ge=2, description="hashed rows of the embedding table")
+    buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
 
     @field_validator("columns")
     @classmethod

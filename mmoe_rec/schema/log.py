@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,7 +67,6 @@ class Task(Section):
 
     label: str = Field(description="column with the label; null means unobserved")
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
-    objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(
         None, description="binary task without which this one cannot be; the two are learnt from all rows (ESMM 2018)"
@@ -75,14 +74,10 @@ class Task(Section):
     matures_after_days: float = Field(
         0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
     )
-    loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
-    score_weight: float = Field(
-        1.0, ge=0, description="weight in the score exp(sum of weight x log probability); 0 leaves the task out"
-    )
 
 
-# A row of an event log, as a task: its label is always 1 and known at once.
-EVENT = Task(label="(event)", kind="binary", objective="engagement")
+# A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
+EVENT = Task(label="\0event", kind="binary")
 
 
 _RESERVED = frozenset({"score", "ranking"})
@@ -93,14 +88,29 @@ def outcome_name(given: str, task: str) -> str:
     return f"{given}_and_{task}"
 
 
+# Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
+CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim"})}
+
+
 class Schema(Section):
-    """The meaning of a log: everything that features need to know of the settings, checked for consistency."""
+    """The meaning of a log: everything that features need to know of the settings, checked for consistency.
+
+    It is made of the sections of a settings file as they are; keys that say what a model makes of features and tasks
+    (see `mmoe_rec.schema.choices`) are not part of it, so that nothing built from rows can depend on them.
+    """
 
     columns: Columns
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)
     features: dict[str, Feature] = Field(min_length=1)
     events: dict[str, EventLog] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_choices(cls, sections: Any) -> Any:
+        if not isinstance(sections, dict):
+            return sections
+        return {name: _meaning(each, CHOICES[name]) if name in CHOICES else each for name, each in sections.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -248,8 +258,22 @@ class Schema(Section):
             return feature.table or name
         return name
 
+    def identity(self) -> dict[str, Any]:
+        """What features depend on, as JSON values. Where a log of events lies is not among it, but its files are."""
+        return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
+
     def input_columns(self) -> dict[str, Role]:
         """Columns that the features read, with their role; what a request may give."""
         read = {column for feature in self.features.values() for column in read_columns(feature)}
         read |= {self.columns.user, self.columns.candidate, self.columns.time}
         return {column: role for column, role in self.column_roles.items() if column in read}
+
+
+def _meaning(section: Any, choices: frozenset[str]) -> Any:
+    """A section of names and what stands under each, without choices."""
+    if not isinstance(section, dict):
+        return section
+    return {
+        name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
+        for name, each in section.items()
+    }

@@ -1,9 +1,22 @@
 """What all sections of a settings file have in common."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """A strict, immutable part of the settings: an unknown key is an error."""
+    """A strict, immutable part of the settings: an unknown key is an error, and so is a value of another type.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    Nothing is made of text, true or false but what they are; a whole number may stand where any number may.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_as_tuples(cls, values: Any) -> Any:
+        # YAML and JSON have lists only.
+        if isinstance(values, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return values

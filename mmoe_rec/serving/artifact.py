@@ -1,8 +1,8 @@
 """The artifact folder: all that is needed to score, as plain data.
 
     <folder>/
-        model.json             format, name, model section, tasks, limits, origin of the features, time of the tables
-        layout.json            order of the model's inputs and outputs
+        model.json             format, name, model section, limits, origin of the features, time of the tables
+        layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
         weights.safetensors    float32 weights by name
         calibration.json       what makes probabilities of the weights' logits, where the model was calibrated
         settings.yaml          the resolved settings that the model was trained with
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.serving.example import example_request
 
 if TYPE_CHECKING:
@@ -33,22 +34,12 @@ if TYPE_CHECKING:
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.settings import Model, Settings
 
-FORMAT = 3
-
-
-@dataclass(frozen=True)
-class ServedTask:
-    """A task as the score needs it; see `mmoe_rec.schema.Task`."""
-
-    name: str
-    kind: str
-    objective: str
-    score_weight: float
+FORMAT = 4
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `model.json` says.
+    """What `model.json` says, and the layout of the model.
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
     tables_as_of: ISO time of the last logged request that counters, histories and latest values know.
@@ -56,10 +47,15 @@ class Artifact:
 
     name: str
     model: dict[str, Any]
-    tasks: tuple[ServedTask, ...]
+    layout: ModelLayout
     max_candidates: int
     fingerprint: str
     tables_as_of: str
+
+    @property
+    def tasks(self) -> tuple[ModelTask, ...]:
+        """The tasks that the model predicts."""
+        return self.layout.tasks
 
 
 def write_artifact(
@@ -83,7 +79,7 @@ def write_artifact(
     about = Artifact(
         name=settings.name,
         model=settings.model.model_dump(mode="json"),
-        tasks=tuple(ServedTask(t.name, t.kind, t.objective, t.score_weight) for t in prepared.layout.tasks),
+        layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=_tables_as_of(prepared),
@@ -91,9 +87,9 @@ def write_artifact(
     with atomic_folder(folder) as target:
         _write_weights(target / "weights.safetensors", state_dict)
         shutil.copytree(prepared.serving, target / "features")
-        (target / "layout.json").write_text(prepared.layout.to_json(), encoding="utf-8")
+        (target / "layout.json").write_text(about.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        _write_json(target / "model.json", {"format": FORMAT, **asdict(about)})
+        _write_about(target, about)
         if calibration is not None and calibration.tasks:
             _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / "example_request.json", example_request(target / "features", about.tables_as_of))
@@ -113,7 +109,7 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
         shutil.copytree(folder, made, dirs_exist_ok=True)
         _write_weights(made / "weights.safetensors", state_dict)
         (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        _write_json(made / "model.json", {"format": FORMAT, **asdict(about)})
+        _write_about(made, about)
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -124,8 +120,7 @@ def read_artifact(folder: Path) -> Artifact:
         raise UserError(f"'{folder}' holds no model (model.json)") from None
     if tree.pop("format", None) != FORMAT:
         raise UserError(f"'{folder}' holds a model of another format than this version reads ({FORMAT})")
-    tasks = tuple(ServedTask(**each) for each in tree.pop("tasks"))
-    return Artifact(tasks=tasks, **tree)
+    return Artifact(layout=ModelLayout.read(folder), **tree)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -153,6 +148,12 @@ def read_calibration(folder: Path) -> Calibration:
         return UNCALIBRATED
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
+
+
+def _write_about(folder: Path, about: Artifact) -> None:
+    tree = asdict(about)
+    del tree["layout"]  # which is a file of its own
+    _write_json(folder / "model.json", {"format": FORMAT, **tree})
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class GuardedModel:
         return ExpertChoice(top_k, tuple(sorted(set(masked))))
 
     def logits(self, batch: Batch, choice: ExpertChoice = ExpertChoice()) -> tuple[Tensor, list[str]]:
-        """Logits (B, T) float32, and a sentence for each thing that went wrong.
+        """Logits (B, T), and a sentence for each thing that went wrong.
 
         Raises RuntimeError where the model fails for another reason than an expert.
         """

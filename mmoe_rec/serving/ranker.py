@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import log_predictions, predictions, with_outcomes
 from mmoe_rec.model.tables import PlainTables
@@ -63,14 +63,13 @@ class Ranker:
     def __init__(
         self,
         about: Artifact,
-        layout: Layout,
         model: RankingModel,
         calibration: Calibration,
         pipeline: FeaturePipeline,
         features: Path,
     ):
         self.about = about
-        self.layout = layout
+        self.layout = about.layout
         self.model = model.eval()
         self.guarded = GuardedModel(model, [task.name for task in about.tasks])
         self.calibration = calibration
@@ -84,12 +83,11 @@ class Ranker:
         """Reads an artifact folder. Raises UserError for one that is incomplete or of another format."""
         folder = Path(folder)
         about = read_artifact(folder)
-        layout = Layout.read(folder)
         pipeline = FeaturePipeline.load(folder / "features")
-        if pipeline.layout != layout:
+        if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = _load_model(layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        ranker = Ranker(about, layout, model, read_calibration(folder), pipeline, folder / "features")
+        model = _load_model(about.layout, Model.model_validate(about.model), folder / "weights.safetensors")
+        ranker = Ranker(about, model, read_calibration(folder), pipeline, folder / "features")
         # Builds the indexes that encoders make at their first use, so that no request waits for them.
         ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
         return ranker
@@ -142,8 +140,9 @@ class Ranker:
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions (N, T) float32 and log scores (N,) float64 of rows in canonical types (see `features.columns`).
+        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `features.columns`).
 
+        Predictions are float32, or float64 where a task is a regression.
         Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
         ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
         """
@@ -167,7 +166,7 @@ class Ranker:
         return values, log_scores, warnings
 
     def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
-        """Calibrated logits (n, T) float32 of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
+        """Calibrated logits (n, T) of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
         if len(rows) > ROWS_AT_A_TIME:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
@@ -175,7 +174,7 @@ class Ranker:
         return self.calibration.apply(logits, self.names), warnings
 
 
-def _load_model(layout: Layout, section: Model, path: Path) -> RankingModel:
+def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:
     weights = read_weights(path)
     # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
     stubs = tuple(replace(table, rows=1) for table in layout.tables)

@@ -56,6 +56,8 @@ def to_arrow(
         if use == "number" and {type(value) for value in values} <= _NUMBERS:
             # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions.
             values = [None if value is None else float(value) for value in values]
+        if use == "vector":
+            values = [_floats(value) for value in values]
         array = canonical(column, use, pa.array(values))
     except (*_NOT_ARROW, UserError):
         raise _mismatch(column, values, _wanted(use, expected)) from None
@@ -63,6 +65,12 @@ def to_arrow(
     if expected is not None and not pt.is_null(array.type) and _element(array.type) != _element(expected):
         raise _mismatch(column, values, _wanted(use, expected))
     return array
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, list) and {type(each) for each in value} <= _NUMBERS:
+        return [None if each is None else float(each) for each in value]
+    return value
 
 
 def check_count(name: str, value: Any) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.serving.artifact import ServedTask
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.serving.errors import RequestError
 
 
-def fused_weights(tasks: Sequence[ServedTask], given: Mapping[str, Any] | None) -> np.ndarray:
+def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
     """(T,) float64 weights of the tasks in the score.
 
     Raises RequestError for an unknown name, a weight that is negative or no finite number, or weights that leave every

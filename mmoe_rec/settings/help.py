@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import EventLog, Task
+from mmoe_rec.schema import EventLog, TaskSettings
 from mmoe_rec.settings.messages import feature_kinds, without_none
 from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
 
@@ -29,8 +29,8 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield f"\n{prefix}{name}: {(inner.__doc__ or '').strip()}"
             yield from _describe(inner, f"{prefix}{name}.")
         elif name == "tasks":
-            yield f"\ntasks.NAME: {(Task.__doc__ or '').strip()}"
-            yield from _describe(Task, "tasks.NAME.")
+            yield f"\ntasks.NAME: {(TaskSettings.__doc__ or '').strip()}"
+            yield from _describe(TaskSettings, "tasks.NAME.")
         elif name == "events" and model is Data:
             yield f"\ndata.events.NAME: {(EventLog.__doc__ or '').strip()}"
             yield from _describe(EventLog, "data.events.NAME.")
@@ -41,7 +41,7 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
             for kind, section in feature_kinds().items():
                 yield f"\nfeatures.NAME (kind: {kind}): {(section.__doc__ or '').strip()}"
                 yield from _describe(section, "features.NAME.")
-        elif name != "kind" or model is Task:
+        elif name != "kind" or model is TaskSettings:
             yield f"  --{prefix}{name}  {_default(field)}\n        {field.description}"
 
 

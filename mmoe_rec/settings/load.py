@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.messages import explain
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.yaml_text import load_yaml
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -24,7 +25,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"settings file '{path}' {what}; start from configs/template.yaml")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
+        tree = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"settings file '{path}' is not valid YAML: {_yaml_problem(error)}") from None
     except OSError as error:
@@ -37,19 +38,6 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(explain(error, tree, str(path)))) from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is written twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -74,7 +62,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
                 raise UserError(f"'--{key}' needs a value")
             text = rest.pop(0)
         try:
-            yield key.split("."), yaml.load(text, _StrictLoader)
+            yield key.split("."), load_yaml(text)
         except yaml.YAMLError:
             raise UserError(f"the value '{text}' of '--{key}' is not valid YAML") from None
 

@@ -8,11 +8,13 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import Feature, Section
+from mmoe_rec.schema import FeatureSettings, Section
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.yaml_text import load_yaml
 
 
 def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:
@@ -36,6 +38,8 @@ def _sentence(kind: str, location: list[str], problem: Any, tree: Any) -> str:
         return f"'{'.'.join(location[:-2])}' has the key {location[-2]}, which is not text; put it in quotes"
     if location[-2:-1] == ["equals"]:
         return f"'{name.rpartition('.')[0]}' must be a number, text, true or false{found}"
+    if location[-2:-1] in (["low"], ["high"]):
+        return f"'{name.rpartition('.')[0]}' must be a number{found}{_unquoted('float_type', problem['input'])}"
     match kind:
         case "extra_forbidden":
             keys = valid_keys(location[:-1], tree)
@@ -55,7 +59,7 @@ def _sentence(kind: str, location: list[str], problem: Any, tree: Any) -> str:
         case "model_type" | "model_attributes_type":
             text = f"'{name}' must hold keys ({', '.join(valid_keys(location, tree)) or 'kind and others'}){found}"
         case _ if kind in _EXPECTED:
-            text = f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}"
+            text = f"'{name}' must be {_EXPECTED[kind].format(**context)}{found}{_unquoted(kind, problem['input'])}"
         case _:
             message = problem["msg"].removeprefix("Value error, ")
             joint = " " if message.startswith(("must", "lists")) else ": "
@@ -87,9 +91,24 @@ _EXPECTED = {
 
 
 def _found(value: Any) -> str:
+    """What was found, as YAML writes it."""
     if value is None:
         return ", found nothing (null)"
-    return f", found {value!r}" if isinstance(value, str | int | float | list | tuple) and len(repr(value)) < 80 else ""
+    if isinstance(value, bool):
+        return f", found {str(value).lower()}"
+    found = repr(list(value) if isinstance(value, tuple) else value)
+    return f", found {found}" if isinstance(value, str | int | float | list | tuple) and len(found) < 80 else ""
+
+
+def _unquoted(kind: str, value: Any) -> str:
+    wanted = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}.get(kind)
+    if wanted is None or not isinstance(value, str):
+        return ""
+    try:
+        meant = load_yaml(value)
+    except yaml.YAMLError:
+        return ""
+    return "; write it without quotes" if type(meant) in wanted else ""
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -167,5 +186,5 @@ def without_none(annotation: Any) -> Any:
 
 
 def feature_kinds() -> dict[str, type[Section]]:
-    union = typing.get_args(Feature)[0]
+    union = typing.get_args(FeatureSettings)[0]
     return {typing.get_args(m.model_fields["kind"].annotation)[0]: m for m in typing.get_args(union)}

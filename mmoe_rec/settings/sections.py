@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime
-from typing import Any, Literal
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmoe_rec.schema import Columns, EventLog, Feature, Roles, Schema, Section, Task
+from mmoe_rec.schema import CHOICES, Columns, EventLog, FeatureSettings, Roles, Schema, Section, TaskSettings
 from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.yaml_text import dump_yaml
+
+
+def _as_time(value: Any) -> datetime | None:
+    """A date or time of YAML, or text in ISO 8601; UTC unless it has an offset."""
+    if isinstance(value, str) and not value.isdigit():
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value)
+    elif isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if value is None:
+        return None
+    if not isinstance(value, datetime):
+        raise ValueError("must be a time such as 2024-01-31 or 2024-01-31T18:00:00")
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+Time = Annotated[datetime, BeforeValidator(_as_time)]
 
 
 class Split(Section):
     """Training rows lie before `train_end`, validation rows before `validation_end`, test rows before `test_end`."""
 
-    train_start: datetime | None = Field(None, description="first request time to train on; null is the log's begin")
-    train_end: datetime = Field(description="end of training (exclusive), UTC unless an offset is given")
-    validation_end: datetime = Field(description="end of validation (exclusive)")
-    test_end: datetime | None = Field(None, description="end of test (exclusive); null is the log's end")
-
-    @field_validator("*")
-    @classmethod
-    def _utc(cls, value: datetime | None) -> datetime | None:
-        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+    train_start: Time | None = Field(None, description="first request time to train on; null is the log's begin")
+    train_end: Time = Field(description="end of training (exclusive), UTC unless an offset is given")
+    validation_end: Time = Field(description="end of validation (exclusive)")
+    test_end: Time | None = Field(None, description="end of test (exclusive); null is the log's end")
 
     @model_validator(mode="after")
     def _ordered(self) -> Split:
@@ -70,6 +83,13 @@ class Data(Section):
         "first", description="what to do if rows of a request have several times: take the first for all, or stop"
     )
 
+    @field_validator("work")
+    @classmethod
+    def _local(cls, work: str) -> str:
+        if "://" in work:
+            raise ValueError("must be a folder of this machine, or one that is mounted like one")
+        return work
+
 
 class Training(Section):
     """How the model is trained."""
@@ -87,7 +107,9 @@ class Training(Section):
     validations_per_epoch: int = Field(2, ge=1, description="times an epoch that the validation rows are scored")
     patience: int = Field(4, ge=1, description="validations without a better result until training stops")
     select_by: Literal["auc", "loss"] = Field(
-        "auc", description="best model: highest mean AUC over the binary tasks, or lowest weighted loss"
+        "auc",
+        description="best model: highest mean AUC over the binary tasks with 50 validation rows of either label (loss, "
+        "where there is none), or lowest weighted loss",
     )
     calibration: Literal["none", "temperature", "isotonic"] = Field(
         "none", description="how probabilities are corrected on the validation rows after training"
@@ -156,18 +178,28 @@ class Search(Section):
         return self
 
 
+# What can be tried of tasks and features, without building features anew.
+_SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
+
+
 class Tuning(Section):
     """The search for better settings by `python -m pipelines.tune`."""
 
-    search: dict[str, Search] = Field({}, description="name of a setting of model or training -> values to try")
+    search: dict[str, Search] = Field(
+        {}, description="name of a setting that features do not depend on, such as model.experts.count -> values to try"
+    )
     startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
 
     @field_validator("search")
     @classmethod
     def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
         for name in search:
-            if name.partition(".")[0] not in ("model", "training"):
-                raise ValueError(f"'{name}' is no setting of model or training, such as training.learning_rate")
+            section, _, rest = name.partition(".")
+            if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
+                raise ValueError(
+                    f"'{name}' can't be tried; what can are settings of model and training, such as "
+                    "training.learning_rate, and tasks.NAME.loss_weight, tasks.NAME.score_weight and features.NAME.dim"
+                )
         return search
 
 
@@ -178,8 +210,8 @@ class Settings(Section):
     data: Data
     columns: Columns
     roles: Roles = Roles()
-    tasks: dict[str, Task] = Field(min_length=1, description="name -> task")
-    features: dict[str, Feature] = Field(min_length=1, description="name -> feature")
+    tasks: dict[str, TaskSettings] = Field(min_length=1, description="name -> task")
+    features: dict[str, FeatureSettings] = Field(min_length=1, description="name -> feature")
     split: Split
     model: Model = Model()
     training: Training = Training()
@@ -191,6 +223,14 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check_schema(self) -> Settings:
         _ = self.schema_
+        for name in self.tuning.search:
+            section, _, rest = name.partition(".")
+            known = getattr(self, section) if section in CHOICES else None
+            if known is not None and (asked := rest.rpartition(".")[0]) not in known:
+                raise ValueError(
+                    f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
+                    f"{', '.join(known)}"
+                )
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError(
                 "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row"
@@ -200,13 +240,20 @@ class Settings(Section):
     @property
     def schema_(self) -> Schema:
         """The part that says what the log means."""
-        return Schema(
-            columns=self.columns,
-            roles=self.roles,
-            tasks=self.tasks,
-            features=self.features,
-            events=self.data.events,
-        )
+        sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
+        return Schema(**sections, events=self.data.events)
+
+    @property
+    def choices(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What the model makes of tasks and features: `tasks` or `features` -> name -> key -> value."""
+        sections = self.model_dump(mode="json", include=set(CHOICES))
+        return {
+            section: {
+                name: {key: value for key, value in each.items() if key in CHOICES[section]}
+                for name, each in named.items()
+            }
+            for section, named in sections.items()
+        }
 
     @property
     def experiment(self) -> str:
@@ -220,4 +267,4 @@ class Settings(Section):
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML; `load_settings` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return dump_yaml(self.model_dump(mode="json"))

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.batches.position import Position
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.settings.differences import differences
 from mmoe_rec.training.validation import Validation
 
-FORMAT = 1
+FORMAT = 2
 _DESCRIPTION = "training.json"
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
@@ -58,10 +59,14 @@ class Origin:
             )
 
 
-def fixed_settings(model: Model, training: Training) -> dict[str, Any]:
-    """The settings on which a training's result depends."""
-    tree = training.model_dump(mode="json", exclude=_FREE)
-    return {"model": model.model_dump(mode="json"), "training": tree}
+def fixed_settings(model: Model, training: Training, layout: ModelLayout) -> dict[str, Any]:
+    """The settings on which a training's result depends, besides those that identify its features."""
+    return {
+        "model": model.model_dump(mode="json"),
+        "training": training.model_dump(mode="json", exclude=_FREE),
+        "tasks": {task.name: {"loss_weight": task.loss_weight} for task in layout.tasks},
+        "features": {table.feature or table.name: {"dim": table.dim} for table in layout.tables},
+    }
 
 
 @dataclass(frozen=True)

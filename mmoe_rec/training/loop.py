@@ -26,13 +26,14 @@ from mmoe_rec.batches.reader import EncodedRows, TrainingReader
 from mmoe_rec.devices import use_bf16
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.bad_batches import BadBatches
 from mmoe_rec.training.balance import Balancing
+from mmoe_rec.training.base_rates import base_rates, start_at
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -43,6 +44,7 @@ from mmoe_rec.training.checkpoint import (
     step_folder,
 )
 from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.own_labels import share_kept
 from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import Steps
@@ -78,9 +80,10 @@ class TrainingResult:
 class Trainer:
     """Trains one model; `run` leaves checkpoints in a folder, the best one's among them. Needs a process group.
 
-    log_metrics: called with metrics and the step; on rank 0 it may write them down. warm_start: the weights to start
-    from, by default random ones. resume: a checkpoint to go on from instead. origin: what checkpoints say of it all.
-    watch: called with each validation and its step; what it raises ends the training.
+    layout: that of the prepared rows, with what the model makes of it. log_metrics: called with metrics and the step;
+    on rank 0 it may write them down. warm_start: the weights to start from, by default random ones. resume: a
+    checkpoint to go on from instead. origin: what checkpoints say of it all. watch: called with each validation and its
+    step; what it raises ends the training.
 
     Raises:
         UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -89,6 +92,7 @@ class Trainer:
     def __init__(
         self,
         prepared: Prepared,
+        layout: ModelLayout,
         model_settings: Model,
         settings: Training,
         device: torch.device,
@@ -101,13 +105,14 @@ class Trainer:
     ) -> None:
         self.settings, self.device, self.origin = settings, device, origin
         self.log_metrics, self.watch = log_metrics, watch
-        self.layout: Layout = prepared.layout
+        self.layout = layout
         self._tasks = [task.name for task in self.layout.tasks]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
+        self._one_in = share_kept(self.validation_reader.rows.rows)
         self.position = self.reader.position(0)
-        self.sharded = self._sharded(model_settings, warm_start)
+        self.sharded = self._sharded(model_settings, warm_start, prepared)
         self.optimizer, self._dense_optimizer = _optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
@@ -134,7 +139,9 @@ class Trainer:
     def _reader(self, prepared: Prepared, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
         return TrainingReader(
-            EncodedRows(prepared.split(split), self.layout, outcomes=True, weighted=weighted),
+            EncodedRows(
+                prepared.split(split), self.layout, outcomes=True, weighted=weighted, with_users=split == "validation"
+            ),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -142,11 +149,14 @@ class Trainer:
             world_size=self.world_size,
         )
 
-    def _sharded(self, model_settings: Model, warm_start: WarmStart | None) -> Sharded:
+    def _sharded(self, model_settings: Model, warm_start: WarmStart | None, prepared: Prepared) -> Sharded:
         tables = torchrec_tables(self.layout, torch.device("meta"))
         model = build_model(self.layout, model_settings, tables, self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
+        else:
+            weighted = self.settings.sampling_correction == "weights"
+            start_at(model.mixture.towers, base_rates(prepared.manifest, self.layout.tasks, weighted))
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         return shard(
@@ -224,7 +234,9 @@ class Trainer:
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         for rows, position in reader.resume(start, epochs):
-            batch = make_batch(rows.encoded, self.layout, rows.labels, position, rows.weights, torchrec=True)
+            batch = make_batch(
+                rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=True
+            )
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
@@ -266,7 +278,7 @@ class Trainer:
         """
         start = time.perf_counter()
         batches = Prefetch(self._batches(self.validation_reader, self.validation_reader.position(0), 1))
-        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
+        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop, self._one_in)
         meter.leave_out(time.perf_counter() - start)
         if found is None:
             return False

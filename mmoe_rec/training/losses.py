@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import logit_of_both
 from mmoe_rec.training.task_weights import loss_factors
 
@@ -18,7 +19,7 @@ def masked_loss(
     labels: Tensor,
     observed: Tensor,
     *,
-    tasks: Sequence[TaskOutput],
+    tasks: Sequence[ModelTask],
     global_counts: Tensor,
     world_size: int = 1,
     weights: Tensor | None = None,
@@ -26,10 +27,10 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss over the observed labels: the total to differentiate, and each task's plain sum.
 
-    logits, labels: (B, T) float32; observed: (B, T) bool; tasks: T, each with its kind and weight; global_counts: (T,)
-    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float32 of the rows, None
-    where all count alike; log_variances: (T,), where task weights are learnt (see `task_weights`). Returns a scalar and
-    (T,) detached sums over this rank's rows.
+    logits, labels: (B, T) float32, or float64 where a task is a regression; observed: (B, T) bool; tasks: T, each with
+    its kind and weight; global_counts: (T,) observed rows of this step over all ranks, or the sums of their weights;
+    weights: (B,) float32 of the rows, None where all count alike; log_variances: (T,), where task weights are learnt
+    (see `task_weights`). Returns a scalar and (T,) detached sums over this rank's rows.
 
     The total is world_size * sum_t weight_t * sum_t / global_counts_t: gradients are averaged over ranks afterwards
     (by data parallelism and by sharded tables alike), so the factor makes them those of the global mean. A task without

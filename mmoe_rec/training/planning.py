@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout, Table
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.padding import COLUMNS, stored_width
 from mmoe_rec.model.tables import used_tables
 
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
@@ -72,7 +73,7 @@ def sharders() -> list[Any]:
     return [EmbeddingBagCollectionSharder()]
 
 
-def planner(layout: Layout, machines: Machines, batch_size: int, stats: Any = None) -> Any:
+def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any = None) -> Any:
     """torchrec's planner. batch_size: rows a rank and step; stats: is told of the plan."""
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -107,7 +108,7 @@ def planner(layout: Layout, machines: Machines, batch_size: int, stats: Any = No
     )
 
 
-def plan_on_paper(model: nn.Module, layout: Layout, machines: Machines, batch_size: int) -> PaperPlan:
+def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, batch_size: int) -> PaperPlan:
     """The plan for machines that need not be there. model: over `torchrec_tables` on the device "meta".
 
     Raises UserError, with the reason and what would help, when the tables don't fit.
@@ -163,12 +164,12 @@ def alike(ranks: Sequence[tuple[int, str]]) -> list[str]:
     return lines
 
 
-def table_bytes(table: Table) -> int:
-    """Of weights, and of row-wise Adagrad's one number a row."""
-    return table.rows * (table.dim + 1) * _FLOAT
+def table_bytes(table: EmbeddingTable) -> int:
+    """Of weights as they are stored, and of row-wise Adagrad's one number a row."""
+    return table.rows * (stored_width(table.dim) + 1) * _FLOAT
 
 
-def does_not_fit(layout: Layout, machines: Machines) -> UserError:
+def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
     """Why the tables don't fit, and which setting would make them."""
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
@@ -183,9 +184,9 @@ def does_not_fit(layout: Layout, machines: Machines) -> UserError:
         machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
         ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
         ways.append(f"use {ranks} ranks")
-    if room > 0 and (rows := int(room * 0.9) // ((largest.dim + 1) * _FLOAT)) < largest.rows:
+    if room > 0 and (rows := int(room * 0.9) // ((stored_width(largest.dim) + 1) * _FLOAT)) < largest.rows:
         ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
-    narrower = int(largest.dim * 0.9 * (offered / needed))
+    narrower = int(largest.dim * 0.9 * (offered / needed)) // COLUMNS * COLUMNS  # other widths take no less
     if 0 < narrower < largest.dim:
         ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
     return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout, Table
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.padding import from_stored, stored_width, to_stored
 from mmoe_rec.model.tables import initial_rows, used_tables
 from mmoe_rec.training.fbgemm import share_cpuinfo
 from mmoe_rec.training.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
 
-FirstRows = Callable[[Table, int, int], Tensor]
+FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
 
 
@@ -47,7 +48,7 @@ class Sharded:
 
 def shard(
     model: nn.Module,
-    layout: Layout,
+    layout: ModelLayout,
     device: torch.device,
     *,
     batch_size: int,
@@ -82,7 +83,7 @@ def shard(
     return Sharded(parallel, parallel.fused_optimizer, plan_text(plan))
 
 
-def _plan(model: nn.Module, layout: Layout, device: torch.device, batch_size: int) -> Any:
+def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -102,11 +103,11 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _fill_tables(parallel: Any, layout: Layout, first_rows: FirstRows) -> None:
+def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
         for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
-            weights.copy_(first_rows(table, first, first + len(weights)))
+            weights.copy_(to_stored(first_rows(table, first, first + len(weights))))
 
 
 def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
@@ -124,9 +125,21 @@ def load_plain(model: nn.Module, folder: Path) -> None:
 
     if not (folder / ".metadata").is_file():
         raise UserError(f"'{folder}' holds no complete checkpoint")
-    state = {"model": model.state_dict()}
+    state = {"model": {name: _as_stored(name, weight) for name, weight in model.state_dict().items()}}
     with warnings.catch_warnings():
         # That is what is meant here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    model.load_state_dict(state["model"])
+    expected = model.state_dict()
+    model.load_state_dict(
+        {
+            name: from_stored(weight, expected[name].shape[1]) if name.startswith("tables.") else weight
+            for name, weight in state["model"].items()
+        }
+    )
+
+
+def _as_stored(name: str, weight: Tensor) -> Tensor:
+    """Where a weight of a plain model is read to, before it has its own width."""
+    padded = name.startswith("tables.") and stored_width(weight.shape[1]) != weight.shape[1]
+    return torch.empty(len(weight), stored_width(weight.shape[1])) if padded else weight

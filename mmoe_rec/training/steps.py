@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.training.balance import Balancing, loads_of, split_loads
@@ -53,7 +53,7 @@ class Steps:
         self,
         sharded: Sharded,
         optimizer: Any,
-        layout: Layout,
+        layout: ModelLayout,
         device: torch.device,
         *,
         bf16: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,15 +13,20 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.training.losses import row_losses
+from mmoe_rec.training.own_labels import OwnLabels
 from mmoe_rec.training.stop import StopRequest
 
 # Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
 BINS_PER_UNIT = 256
 LARGEST_LOGIT = 32
 BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
+# Rows of the rarer label below which an AUC says little: at 50, one of .75 has a standard error of about .03 (Hanley
+# and McNeil, 1982), more than states of one training differ by.
+FEWEST = 50
 
 
 @dataclass(frozen=True)
@@ -30,47 +35,63 @@ class Validation:
 
     loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
     from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label and not
-    weighted; experts: how the tasks used them.
+    weighted; experts: how the tasks used them. Of binary tasks, over the rows of their own label: gauc, the mean AUC of
+    users by their rows; calibration, predicted / observed, weighted as in training; rarer, how many rows have the label
+    that is rarer.
     """
 
     loss: dict[str, float]
     auc: dict[str, float]
     experts: Utilisation
+    gauc: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, float] = field(default_factory=dict)
+    rarer: dict[str, int] = field(default_factory=dict)
 
-    def objective(self, select_by: str, layout: Layout) -> float:
-        """What the best model has the most of: mean AUC, or minus the weighted loss."""
-        if select_by == "auc" and self.auc:
-            return sum(self.auc.values()) / len(self.auc)
+    def told_by_auc(self, select_by: str) -> list[str]:
+        """The tasks whose AUC decides which model is best: those with FEWEST rows of either label. None: by loss."""
+        return [task for task in self.auc if select_by == "auc" and self.rarer.get(task, FEWEST) >= FEWEST]
+
+    def objective(self, select_by: str, layout: ModelLayout) -> float:
+        """What the best model has the most of: mean AUC of `told_by_auc`, or minus the weighted loss."""
+        if told := self.told_by_auc(select_by):
+            return sum(self.auc[task] for task in told) / len(told)
         tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
         return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
-        return {"loss": self.loss, "auc": self.auc, "experts": self.experts.to_dict()}
+        more = {"gauc": self.gauc, "calibration": self.calibration, "rarer": self.rarer}
+        return {"loss": self.loss, "auc": self.auc, "experts": self.experts.to_dict(), **more}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> Validation:
         """The validation that `to_dict` gave."""
-        return Validation(tree["loss"], tree["auc"], Utilisation.from_dict(tree["experts"]))
+        return Validation(**{**tree, "experts": Utilisation.from_dict(tree["experts"])})
 
     def flat(self) -> dict[str, float]:
-        """Losses and areas by name, for tracking."""
-        losses = {f"validation.{task}.loss": value for task, value in self.loss.items()}
-        return losses | {f"validation.{task}.auc": value for task, value in self.auc.items()}
+        """Losses, areas and calibration by name, for tracking."""
+        names = ("loss", "auc", "gauc", "calibration")
+        return {f"validation.{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
 @torch.no_grad()
 def validate(
-    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
+    model: RankingModel,
+    batches: Iterable[Batch],
+    layout: Layout,
+    device: torch.device,
+    stop: StopRequest | None = None,
+    one_in: int = 1,
 ) -> Validation | None:
     """Scores this rank's batches without placement and adds up over all ranks. A collective call.
 
-    Gives None as soon as a rank was asked to stop.
+    one_in: GAUC is that of one user in so many. Gives None as soon as a rank was asked to stop.
     """
     tasks = layout.tasks
     counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
     loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
     utilisation = UtilisationSums(model.experts_in_use)
+    own_labels = OwnLabels(layout, one_in)
     model.eval()
     for each in batches:
         if stop is not None and _any_rank(stop.asked is not None, device):
@@ -83,15 +104,25 @@ def validate(
         losses = row_losses(logits, batch.labels, tasks) * batch.observed
         loss[:, 0] += (losses if batch.weights is None else losses * batch.weights[:, None]).double().sum(0).cpu()
         loss[:, 1] += batch.observed_weights.double().cpu()
-        _count(counts, logits.cpu(), batch.labels.cpu(), _of_own_label(batch, layout).cpu())
+        own = _of_own_label(batch, layout)
+        own_labels.add(logits, batch, own)
+        _count(counts, logits.cpu(), batch.labels.cpu(), own.cpu())
     model.train()
     for total in (counts, loss, utilisation.sums):
         _add_up(total, device)
+    own_labels.exchange(device)
     if utilisation.sums[-1] == 0:
         raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
     means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
     areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
-    return Validation(means, {name: area for name, area in areas.items() if area is not None}, utilisation.result())
+    return Validation(
+        means,
+        {name: area for name, area in areas.items() if area is not None},
+        utilisation.result(),
+        own_labels.gauc(),
+        own_labels.calibration(),
+        {task.name: int(counts[t].sum(1).min()) for t, task in enumerate(tasks) if task.kind == "binary"},
+    )
 
 
 def _of_own_label(batch: Batch, layout: Layout) -> Tensor:

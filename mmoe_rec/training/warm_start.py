@@ -8,6 +8,7 @@ the first steps are as large as in any training; lower learning rates suit few n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.ids import VocabularyOwner
-from mmoe_rec.features.layout import Layout, Table
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.settings import Model
 from mmoe_rec.settings.differences import differences
 
 # Settings without a weight of their own, by the last part of their name.
-_FREE = frozenset({"dropout", "loss_weight", "score_weight", "objective", "path", "given"})
+_FREE = frozenset({"dropout", "given"})
 _FREE |= {"top_k", "random_top_k", "serving_top_k", "noise", "compute"}
 _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 
@@ -40,6 +41,7 @@ class WarmStart:
         folder: the artifact.
         structure: the `model` section that it was made with.
         prepared: the features of the model that is to start.
+        layout: theirs, with what the model that is to start makes of it.
         settings: the `model` section of the model that is to start.
 
     Raises:
@@ -47,21 +49,26 @@ class WarmStart:
             first such difference is named.
     """
 
-    def __init__(self, folder: Path, structure: Model, prepared: Prepared, settings: Model) -> None:
-        self.folder, self.layout = folder, prepared.layout
+    def __init__(
+        self, folder: Path, structure: Model, prepared: Prepared, layout: ModelLayout, settings: Model
+    ) -> None:
+        self.folder, self.layout = folder, layout
+        before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)
         new = FeaturePipeline.load(prepared.serving, memories=False)
-        found = next(_structures(structure, settings), None) or next(_misfits(old, new), None)
+        found = next(
+            itertools.chain(_structures(structure, settings), _misfits(old, new), _widths(before, layout)), None
+        )
         if found is not None:
             raise UserError(
                 f"the model in '{folder}' can't be started from: {found}; start from a model of the features that "
                 "these were extended from, or train without --from"
             )
-        self._known = {table.name: table.rows for table in old.layout.tables}
+        self._known = {table.name: table.rows for table in before.tables}
         # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
         self._copied = {name: _buckets_of_new_ids(old.owners[name], owner) for name, owner in new.owners.items()}
 
-    def rows(self, table: Table, first: int, last: int) -> Tensor:
+    def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
         """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32.
 
         Reads these rows and the hashed buckets only, so that each rank may take its own part of a large table.
@@ -117,8 +124,7 @@ def _structures(one: Model, other: Model) -> Iterator[str]:
 
 def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     """What else than new ids distinguishes the features, each as a part of a sentence."""
-    its_tree, tree = (each.schema.model_dump(mode="json") for each in (old, new))
-    for where, its, theirs in differences(its_tree, tree):
+    for where, its, theirs in differences(old.schema.identity(), new.schema.identity()):
         if where.rpartition(".")[2] not in _FREE:
             yield f"its setting '{where}' is {its}, and {theirs} in the features"
     for name, owner in old.owners.items():
@@ -133,11 +139,20 @@ def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     for name, scale in old.label_scales.items():
         if scale != new.label_scales[name]:
             yield f"the labels of its task '{name}' have another mean or deviation"
-    if _shape(old.layout) != _shape(new.layout):
+
+
+def _widths(old: ModelLayout, new: ModelLayout) -> Iterator[str]:
+    """What distinguishes the shapes of models on features that fit otherwise."""
+    dims = {table.name: table.dim for table in new.tables}
+    for table in old.tables:
+        if dims.get(table.name, table.dim) != table.dim:
+            where = f"features.{table.feature or table.name}.dim"
+            yield f"its setting '{where}' is {table.dim}, and {dims[table.name]} in the settings"
+    if _shape(old) != _shape(new):
         yield "its inputs or tasks come in another order"
 
 
-def _shape(layout: Layout) -> tuple[Any, ...]:
+def _shape(layout: ModelLayout) -> tuple[Any, ...]:
     """All that must be equal: not the sizes of tables, nor the weights of tasks."""
     tables = tuple(replace(table, rows=0) for table in layout.tables)
     tasks = tuple((task.name, task.kind, task.mean, task.deviation) for task in layout.tasks)

@@ -11,10 +11,10 @@ from mmoe_rec.features.encoded import Encoded, Ragged
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 
 LAYOUT = Layout(
-    tables=(Table("items", 1000, 4),),
+    tables=(Table("items", 1000),),
     ids=(IdInput("item", "items"), IdInput("history", "items", many=True), IdInput("slot", "items", placement=True)),
     dense=(DenseInput("price"), DenseInput("age")),
-    tasks=(TaskOutput("click", "binary", "engagement"), TaskOutput("stars", "regression", "satisfaction")),
+    tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression")),
 )
 
 
@@ -42,7 +42,7 @@ def table(rows: range) -> pa.Table:
     )
     columns = encoded.to_arrow(LAYOUT)
     columns["label.click"] = pa.array([float(row) for row in rows], pa.float32())
-    columns["label.stars"] = pa.array([stars(row) for row in rows], pa.float32())
+    columns["label.stars"] = pa.array([stars(row) for row in rows], pa.float64())
     columns["sampling_rate"] = pa.array([1 / (1 + row % 4) for row in rows], pa.float32())
     columns["user"] = pa.array([f"user {row}" for row in rows], pa.string())
     return pa.table(columns)
@@ -90,4 +90,5 @@ def assert_values(rows: Rows) -> None:
         np.testing.assert_equal(rows.labels[i, 1], np.nan if copy or stars(row) is None else stars(row))
     assert begin == len(ragged.values)
     assert ragged.values.dtype == slot.dtype == np.int64
-    assert rows.encoded.dense.dtype == rows.labels.dtype == np.float32
+    assert rows.encoded.dense.dtype == np.float32
+    assert rows.labels.dtype == np.float64  # stars are a regression

@@ -166,7 +166,10 @@ def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path
     layout = replace(LAYOUT, tasks=(click, replace(stars, kind="binary", given="click")))
     both = pa.array([0.0, 1.0, None], pa.float32())
     (tmp_path / "rows").mkdir()
-    pq.write_table(table(range(3)).append_column("label.click_and_stars", both), tmp_path / "rows" / "0.parquet")
+    rows = table(range(3)).append_column("label.click_and_stars", both)
+    place = rows.schema.get_field_index("label.stars")
+    rows = rows.set_column(place, "label.stars", rows["label.stars"].cast(pa.float32()))  # binary here
+    pq.write_table(rows, tmp_path / "rows" / "0.parquet")
     own, learnt = (EncodedRows(tmp_path / "rows", layout, outcomes=each) for each in (False, True))
     np.testing.assert_equal(own.read_row_groups([(0, 0)]).labels[:, 1], [np.nan, 1.0, 2.0])
     np.testing.assert_equal(learnt.read_row_groups([(0, 0)]).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])

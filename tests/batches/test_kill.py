@@ -55,7 +55,7 @@ def batches(folder: Path, stage: int, rank: int) -> list[dict[str, Any]]:
 def kill(folder: Path, stage: int, ranks: list[BaseProcess], chance: random.Random) -> None:
     """Kills all ranks, in any order, some time after each has written some batches."""
     least = chance.randint(1, 25)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while min(len(batches(folder, stage, rank)) for rank in range(len(ranks))) < least:
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -48,7 +48,7 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     """One training: what its gates do on validation rows, and how well it ranks test rows in each way of scoring."""
     import torch
 
-    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.settings import load_settings
@@ -59,10 +59,10 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
 
     settings = load_settings(CONFIG, list(overrides))
     prepared, device = prepare_features(settings), torch.device("cpu")
-    layout: Layout = prepared.layout
+    layout = ModelLayout.of(prepared.layout, settings)
     with tempfile.TemporaryDirectory() as folder, process_group(device):
         result = Trainer(
-            prepared, settings.model, settings.training, device, Path(folder), lambda metrics, step: None
+            prepared, layout, settings.model, settings.training, device, Path(folder), lambda metrics, step: None
         ).run()
         model = build_model(layout, settings.model, plain_tables(layout))
         load_plain(model, result.best_checkpoint)

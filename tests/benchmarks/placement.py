@@ -42,7 +42,8 @@ from scipy.special import expit
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.evaluation.grouped import RankedLists, ndcg
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model
@@ -79,16 +80,16 @@ class Options:
     placement_units: tuple[int, ...] = (16,)
 
 
-def layout_of(way: str) -> Layout:
+def layout_of(way: str) -> ModelLayout:
     """The inputs of a way: numbers of user and item and the item's id in all, position in three."""
-    tables = (Table("item", ITEMS, 8), Table("position", LIST, 4))
+    tables = (EmbeddingTable("item", ITEMS, 8), EmbeddingTable("position", LIST, 4))
     ids = (IdInput("item", "item"), IdInput("position", "position", placement=way != "input"))
     inputs = 1 if way in ("none", "oracle") else 2
     dense = tuple(DenseInput(f"number_{index}") for index in range(2 * NUMBERS))
-    return Layout(tables[:inputs], ids[:inputs], dense, (TaskOutput("click", "binary", "engagement"),))
+    return ModelLayout(tables[:inputs], ids[:inputs], dense, (ModelTask("click", "binary", "engagement"),))
 
 
-def encoded_rows(requests: Requests, layout: Layout, position: np.ndarray) -> Encoded:
+def encoded_rows(requests: Requests, layout: ModelLayout, position: np.ndarray) -> Encoded:
     """The inputs of all rows, with the given positions (R, LIST) where the layout has them."""
     ids = {"item": requests.item.ravel(), "position": position.ravel()}
     return Encoded({each.name: ids[each.name] for each in layout.ids}, requests.numbers.reshape(-1, 2 * NUMBERS))

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch.distributed as dist
 
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
 from mmoe_rec.training.ranks import process_group
@@ -43,13 +46,13 @@ MODEL = Model.model_validate(
 TRAINING = Training(device="cpu", batch_size=BATCH, validations_per_epoch=1)
 
 
-def layout(table_rows: int) -> Layout:
+def layout(table_rows: int) -> ModelLayout:
     """A table for each id."""
-    return Layout(
-        tuple(Table(name, table_rows, DIM) for name in ID_NAMES),
+    return ModelLayout(
+        tuple(EmbeddingTable(name, table_rows, DIM) for name in ID_NAMES),
         tuple(IdInput(name, name) for name in ID_NAMES),
         tuple(DenseInput(name) for name in NUMBER_NAMES),
-        tuple(TaskOutput(f"task{index}", "binary", "engagement") for index in range(TASKS)),
+        tuple(ModelTask(f"task{index}", "binary", "engagement") for index in range(TASKS)),
     )
 
 
@@ -59,11 +62,16 @@ def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     columns = encoded.to_arrow(layout(table_rows))
     for index, labels in enumerate(rows.labels.T):
         columns[f"label.task{index}"] = pa.array(labels, pa.float32())
+    columns["user"] = pa.array(np.arange(len(rows.labels)) // 20)
     table = pa.table(columns)
     for split, count in (("train", len(table)), ("validation", BATCH)):
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(table.slice(0, count), folder / "encoded" / split / "part-00000.parquet", row_group_size=65_536)
-    (folder / "encoded" / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
+    (folder / "encoded" / "layout.json").write_text(layout(table_rows).of_rows().to_json(), encoding="utf-8")
+    (folder / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
+    counts = SplitCounts()
+    counts.add({f"task{index}": labels for index, labels in enumerate(rows.labels.T)}, np.ones(len(rows.labels)), {})
+    (folder / "manifest.json").write_text(json.dumps({"splits": {"train": asdict(counts)}}), encoding="utf-8")
 
 
 def train(features: Path) -> float:
@@ -76,7 +84,7 @@ def train(features: Path) -> float:
             times.append((step, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        Trainer(Prepared(features), MODEL, TRAINING, device, Path(folder), log).run()
+        Trainer(Prepared(features), ModelLayout.read(features), MODEL, TRAINING, device, Path(folder), log).run()
         first = dist.get_rank() == 0
     (begin, started), (end, ended) = times[0], times[-1]
     return (end - begin) * BATCH / (ended - started) if first else 0.0

@@ -14,7 +14,7 @@ from mmoe_rec.evaluation.fit_calibration import FLATTEST, fit_calibration, isoto
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.calibration import TaskCalibration
 
-TASK = TaskOutput("click", "binary", "engagement")
+TASK = TaskOutput("click", "binary")
 
 
 def drawn(true_logit: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_labels_told_apart_without_an_error_stay_between_0_and_1() -> None:
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
 def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Method) -> None:
-    tasks = [TASK, TaskOutput("spent", "regression", "engagement"), TaskOutput("liked", "binary", "satisfaction")]
+    tasks = [TASK, TaskOutput("spent", "regression"), TaskOutput("liked", "binary")]
     random = np.random.default_rng(10)
     logits = random.normal(size=(20_000, 3)).astype(np.float32)
     labels = np.stack([drawn(logits[:, i] - 1, seed=i) for i in range(3)], axis=1).astype(np.float32)

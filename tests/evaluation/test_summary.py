@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulated_log import BOUGHT, Log, simulate
+from simulated_log import BOUGHT, SPENT, Log, simulate
 from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.notes import told, warnings
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.summary import compare, flatten, summarise
-from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure
+from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure, merge_all
 
 
 def value(log: Log, task: str, metric: str) -> float:
@@ -110,19 +111,119 @@ def test_groups_left_out_are_counted(log: Log) -> None:
         assert found[name] == {"count": len(single), "share_of_rows": pytest.approx(share)}
 
 
-def test_requests_without_a_relevant_row_are_left_out_and_counted(log: Log) -> None:
+def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     relevant = (
-        np.nan_to_num(log.labels["bought"]) + np.nan_to_num(log.labels["liked"]) + np.nan_to_num(log.labels["spent"])
+        np.nan_to_num(log.labels["bought"])
+        + 0.5 * np.nan_to_num(log.labels["liked"])
+        + 0.1 * np.nan_to_num(log.labels["spent"])
     )
-    naive = []
+    relevant[log.requests < 20 * 1_000_003] = 1.0  # whole requests of equal relevance
+    labels = {"bought": relevant, "liked": np.zeros(len(relevant)), "spent": np.zeros(len(relevant))}
+    log = replace(log, tasks=(replace(SPENT, name="bought", weight=1.0), *log.tasks[1:]), labels=labels)
+    naive, left_out = (
+        [],
+        {"requests_of_one_row": 0, "requests_without_relevant_row": 0, "requests_of_equal_relevance": 0},
+    )
     for request in np.unique(log.requests):
         rows = np.flatnonzero(log.requests == request)
-        ranked = relevant[rows[np.argsort(-log.score[rows])]] > 0
-        if ranked.any():
-            naive.append(1 / (np.argmax(ranked) + 1))
-    score = summarise(log.measure(), resamples=1)["score"]
-    assert score["mrr"]["value"] == pytest.approx(np.mean(naive))
-    assert score["requests_without_relevant_row"] == len(np.unique(log.requests)) - len(naive) > 0
+        ranked = relevant[rows[np.argsort(-log.score[rows])]]
+        if len(rows) == 1:
+            left_out["requests_of_one_row"] += 1
+        elif (ranked == 0).all():
+            left_out["requests_without_relevant_row"] += 1
+        elif len(set(ranked)) == 1:
+            left_out["requests_of_equal_relevance"] += 1
+        else:
+            naive.append(1 / (np.argmax(ranked > 0) + 1))
+    summary = summarise(log.measure(), resamples=1)
+    assert summary["score"]["mrr"]["value"] == pytest.approx(np.mean(naive))
+    assert {name: summary["score"][name] for name in left_out} == left_out
+    assert min(left_out.values()) > 0
+    total = sum(left_out.values())
+    assert any(
+        note.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for note in told([summary])
+    )
+
+
+def test_lists_of_one_have_neither_ndcg_nor_a_gauc_by_request(log: Log) -> None:
+    alone = replace(log, requests=np.arange(len(log.score)))
+    summary = summarise(alone.measure(), resamples=20)
+    for metric in ("ndcg_at_5", "ndcg_at_10", "mrr"):
+        assert summary["score"][metric] == {"value": None, "low": None, "high": None}
+    assert summary["score"]["requests_of_one_row"] == len(log.score)
+    assert "a list of one ranks nothing" in summary["score"]["note"]
+    assert summary["tasks"]["bought"]["gauc_request"]["value"] is None
+    assert summary["tasks"]["bought"]["gauc_user"]["value"] is not None
+    assert summary["tasks"]["bought"]["note"] == "No request has rows of both labels: GAUC by request is undefined."
+    assert [note for note in told([summary, summary]) if note.startswith("score: ")] == [
+        f"score: {summary['score']['note']}"
+    ]
+
+
+def test_lists_of_equal_relevance_have_no_ndcg(log: Log) -> None:
+    labels = {"bought": np.ones(len(log.score)), "liked": np.zeros(len(log.score)), "spent": np.zeros(len(log.score))}
+    score = summarise(replace(log, labels=labels).measure(), resamples=20)["score"]
+    assert score["mrr"]["value"] is None
+    assert "No request has rows that differ in relevance" in score["note"]
+
+
+def test_what_has_no_interval_is_said_and_why() -> None:
+    """Two users, one of which has a single class: half of the resamples have no AUC by user."""
+    task = TaskSpec("bought", "binary")
+    label = np.array([0.0, 1.0, 0.0, 0.0])
+    score = np.array([0.2, 0.7, 0.3, 0.4])
+    summary = summarise(measure((task,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": score}, {"bought": label}, score=score))
+    found = summary["tasks"]["bought"]
+    assert found["auc"]["value"] == 1
+    assert found["auc"]["low"] is None
+    assert "auc, gauc_user, gauc_request" in found["note"]
+    assert "no interval" in found["note"]
+    assert "no interval" in summary["score"]["note"]
+
+
+def test_what_is_wrong_with_a_model_is_told(log: Log) -> None:
+    assert [each for each in warnings(summarise(log.measure(), 100)) if "'bought'" in each] == []
+    turned = replace(log, predictions=log.predictions | {"bought": 1 - log.predictions["bought"]})
+    found = [each for each in warnings(summarise(turned.measure(), 100)) if "'bought'" in each]
+    assert any("the AUC of 'bought' is 0." in each and "below .5" in each for each in found)
+    low = replace(log, predictions=log.predictions | {"bought": 0.1 * log.predictions["bought"]})
+    (far,) = (each for each in warnings(summarise(low.measure(), 100)) if "'bought'" in each)
+    assert far.startswith("the probabilities of 'bought' are too low: 0.1")
+
+
+def with_mean(log: Log, mean: float, deviation: float) -> Log:
+    """Labels and predictions of `spent` moved to another mean and deviation."""
+    label = log.labels["spent"]
+    moved = mean + deviation * (label - np.nanmean(label)) / np.nanstd(label)
+    error = deviation * np.random.default_rng(3).normal(size=len(label))
+    predicted = np.nan_to_num(moved + 0.3 * error, nan=mean)
+    return replace(log, labels=log.labels | {"spent": moved}, predictions=log.predictions | {"spent": predicted})
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1.7e9, 100.0), (-1.7e9, 100.0), (1e12, 1.0), (0.0, 1e-9)])
+def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, deviation: float) -> None:
+    """The tolerance is that of sums of 1e12, between which float64 has steps of .0001 deviations."""
+    log = with_mean(log, mean, deviation)
+    _, label, prediction = log.observed("spent")
+    found = summarise(log.measure(), resamples=100)["tasks"]["spent"]
+    assert found["r2"]["value"] == pytest.approx(r2_score(label - mean, prediction - mean), rel=1e-5)
+    assert found["rmse"]["value"] == pytest.approx(root_mean_squared_error(label, prediction), rel=1e-6)
+    assert found["r2"]["low"] < found["r2"]["value"] < found["r2"]["high"]
+    assert "note" not in found
+
+
+def test_a_resampled_r2_is_that_of_the_redrawn_rows(log: Log) -> None:
+    log = with_mean(replace(log, weight=np.random.default_rng(5).uniform(0.5, 30, len(log.score))), 1.7e9, 100.0)
+    parts = [log.take(np.flatnonzero(log.requests // 1_000_003 % 5 == part)).measure() for part in range(5)]
+    sums = merge_all(parts)
+    counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
+    found = metrics_of(sums)["spent"].at(counts)["r2"]
+    drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
+    rows, label, prediction = log.observed("spent")
+    for draw in range(3):
+        times = np.array([drawn[user][draw] for user in log.users[rows]]) * log.weight[rows]
+        expected = r2_score(label - 1.7e9, prediction - 1.7e9, sample_weight=times)
+        assert found[draw] == pytest.approx(expected, rel=1e-6)
 
 
 def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
@@ -194,6 +295,7 @@ def test_constant_labels_of_a_regression_have_no_r2(log: Log) -> None:
     log = replace(log, labels=log.labels | {"spent": constant})
     found = summarise(log.measure(), resamples=20)["tasks"]["spent"]
     assert found["r2"]["value"] is None
+    assert "labels are equal: R2 is undefined" in found["note"]
     assert found["mae"]["value"] == pytest.approx(np.abs(log.predictions["spent"] - constant).mean())
 
 
@@ -272,6 +374,8 @@ def test_paired_differences_are_narrower_than_the_intervals_of_either(log: Log) 
     assert compare(a, a, resamples=20)["score"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     with pytest.raises(UserError, match="measured on the same rows"):
         compare(a, log.take(np.flatnonzero(log.users > 0)).measure(), resamples=20)
+    heavier = replace(log, tasks=(replace(log.tasks[0], weight=9.0), *log.tasks[1:]))
+    assert set(compare(a, heavier.measure(), resamples=20)) == set(compare(a, a, resamples=20)) - {"score"}
 
 
 def test_flat_names_suit_mlflow(log: Log) -> None:

@@ -25,7 +25,9 @@ def assert_same(found: EvaluationSums, expected: EvaluationSums) -> None:
         for column in table.column_names:
             left, right = found.tables[name][column], table[column]
             if pa.types.is_floating(table.schema.field(column).type):
-                np.testing.assert_allclose(left.to_numpy(), right.to_numpy(), rtol=1e-12, atol=1e-14)
+                # A spread is as good as the rounding of the labels' mean, where few labels lie together.
+                atol = 1e-11 if column == "label_spread" else 1e-14
+                np.testing.assert_allclose(left.to_numpy(), right.to_numpy(), rtol=1e-12, atol=atol)
             else:
                 assert left.equals(right), f"{name}.{column}"
 

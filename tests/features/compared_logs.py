@@ -173,8 +173,7 @@ class _Comparison:
                 self.naive.label(row, task) if row["time"] + self.naive.matures_after(task) <= known_by else None
                 for row in rows
             ]
-            single = [None if each is None else float(np.float32(each)) for each in expected]
-            assert table[f"label.{task}"].to_pylist() == single, self._says(f"labels {task} of {split}")
+            assert table[f"label.{task}"].to_pylist() == expected, self._says(f"labels {task} of {split}")
             self.compared += len(rows)
 
     def _counter(self, name: str, expected: list[dict], encoded: Encoded) -> None:

@@ -222,6 +222,12 @@ def test_an_infinite_label(tmp_path):
     _refuses("label column 'spent' of task 'spent' holds an infinite value; make it null", log, tmp_path)
 
 
+def test_a_label_that_would_be_infinite_in_encoded_rows(tmp_path):
+    log = write_log(tmp_path / "log", _replace(TABLE, "spent", pa.array([1.0, -1e39] * 150)))
+    message = "label column 'spent' of task 'spent' holds -1e\\+39, too large for 32 bits; make it null"
+    _refuses(message + r" \(150 rows\)", log, tmp_path)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_task_of_one_class(tmp_path, label):
     log = write_log(tmp_path / "log", _replace(TABLE, "click", pa.array([label] * 300)))

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,13 @@ from mmoe_rec import engines
 from mmoe_rec.engines import EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import answers, log, splits, steps
-from mmoe_rec.features.build import Prepared, prepare
+from mmoe_rec.features.build import Prepared, at_hand, prepare
 from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.extend import extend
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.schema import Schema
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = {
@@ -80,8 +83,7 @@ def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, s
         kept, mine = pq.read_table(prepared.serving / file.name), pq.read_table(file)
         assert kept.schema.metadata == mine.schema.metadata
         for name in mine.column_names:
-            # Sums of fractions that were added in stretches of time may differ in the last bit.
-            np.testing.assert_allclose(kept[name].to_numpy(), mine[name].to_numpy(), rtol=1e-14, err_msg=name)
+            np.testing.assert_array_equal(kept[name].to_numpy(), mine[name].to_numpy(), err_msg=name)
 
 
 def test_stretches_beyond_the_last_row_forget_nothing(tmp_path):
@@ -208,3 +210,71 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
 
 def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
     assert killed_builds(tmp_path, kills=3) >= 3
+
+
+def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_path):
+    source = write_log(tmp_path / "log", random_log(0, 300))
+    events = {"purchases": {"path": str(tmp_path), "time": "time"}}
+    inside, apart = source / "work", tmp_path / "apart"
+    own = r"`data.log` '.*/log' takes in what is written to `data.work` '.*/log/work'.*set `data.work` to a folder that"
+    theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work` '.*/apart'"
+    for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
+        for built in (prepare, at_hand, extend):
+            with pytest.raises(UserError, match=message):
+                built(str(source), schema, WINDOWS, work)
+        assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"user": "(time)", "item": "(event)", "brand": "a.b", "price": "a", "tags": "a.b.c", "time": "row"},
+        {"user": "key", "item": "known", "brand": "time", "price": "label", "tags": "value", "time": "0"},
+        {"user": "der\nNutzer", "item": "'item'", "brand": 'a "b"', "price": " ", "tags": "ключ/🙂", "time": "\\t"},
+        {"user": "element", "item": "list", "brand": "{brand}", "price": "%s", "tags": "*", "age": "id.item"},
+    ],
+)
+def test_names_of_columns_change_nothing(tmp_path, names):
+    events = random_log(1, 200).rename_columns({"time": "at"})
+    features = ALL_KINDS | {
+        "bought": {"kind": "history", "events": "bought", "of": "item"},
+        "brand_bought": {
+            "kind": "counter",
+            "events": "bought",
+            "by": ["user", "brand"],
+            "outputs": ["rows", "recency"],
+        },
+    }
+    prepared = []
+    for renamed in ({}, names):
+        folder = tmp_path / str(len(prepared))
+        source = write_log(folder / "log", _renamed(random_log(0, 300), renamed))
+        bought = write_log(folder / "bought", _renamed(events, renamed))
+        tree = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}}).model_dump(mode="json")
+        schema = Schema.model_validate(_with_columns(tree, renamed))
+        prepared.append(prepare(str(source), schema, WINDOWS, folder / "work"))
+    plain, odd = prepared
+    for split in WINDOWS:
+        assert_same(_encoded(plain, split)[0], _encoded(odd, split)[0])
+        assert _encoded(plain, split)[1].equals(_encoded(odd, split)[1])
+    for role in ("user", "candidate"):
+        plain_latest, odd_latest = (pq.read_table(each.serving / f"latest.{role}.parquet") for each in prepared)
+        assert odd_latest.equals(_renamed(plain_latest, names))
+
+
+def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:
+    return table.rename_columns([names.get(name, name) for name in table.column_names])
+
+
+def _with_columns(tree: Any, names: dict[str, str]) -> Any:
+    """A schema's tree with other names of columns, wherever one is named."""
+    naming = {"column", "columns", "by", "user", "candidate", "context", "placement", "time", "label"}
+
+    def change(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: change(name, each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [change(key, each) for each in value]
+        return names.get(value, value) if key in naming and isinstance(value, str) else value
+
+    return change("", tree)

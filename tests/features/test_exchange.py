@@ -1,5 +1,7 @@
 """The exchange of rows through files: every row arrives once, in order, at the receiver it was sent to."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
@@ -34,3 +36,20 @@ def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
     for key, number in zip(array.tolist(), partition.tolist(), strict=True):
         least, end = key_range(number, partitions)
         assert least <= key < end
+
+
+def test_what_is_removed_takes_no_room_on_disk_any_more(tmp_path):
+    exchange, other = Exchange(tmp_path / "rows", 1), Exchange(tmp_path / "rows of another", 1)
+    for each in (exchange, other):
+        each.send("rows", (0, 0), pa.table({"row": [1, 2]}), np.zeros(2, np.int64))
+        assert len(list(each.receive("rows", 0))) == 1
+
+    def opened(folder) -> list[str]:
+        found = (os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))
+        return [path for path in found if f"{folder}/" in path]
+
+    assert len(opened(exchange.folder)) == len(opened(other.folder)) == 1
+    exchange.remove()
+    assert not exchange.folder.exists()
+    assert not opened(exchange.folder)
+    assert len(opened(other.folder)) == 1

@@ -63,7 +63,7 @@ def _write_last_again(log: Growing) -> None:
 
 def _change_schema(log: Growing) -> None:
     tree = log.schema.model_dump()
-    tree["features"]["item"]["dim"] = 3
+    tree["features"]["item"]["oov_buckets"] = 3
     log.schema = Schema.model_validate(tree)
 
 
@@ -91,7 +91,7 @@ def _only_events(log: Growing) -> None:
         (_write_last_again, r"row 0 of '.*last.parquet' was requested .* 1 of 1 new rows"),
         (
             _change_schema,
-            r"setting 'features.item.dim' is 16 in the features in '.*' and 3 now; build the features anew",
+            r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the features anew",
         ),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
         (_change_type, r"column 'item' changes its type"),
@@ -176,7 +176,7 @@ def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growin
     new = files_of(growing.work)
     assert json.loads(new["features/manifest.json"])["extends"]
     kills = 0
-    for share in np.random.default_rng(0).uniform(0, 1, 8):
+    for share in np.random.default_rng(0).uniform(0, 1, 100):
         shutil.rmtree(growing.work)
         shutil.copytree(tmp_path / "old", growing.work)
         job = begin()
@@ -185,4 +185,6 @@ def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growin
         kills += job.wait() == -signal.SIGKILL
         found = {name: each for name, each in files_of(growing.work).items() if not name.startswith(".")}
         assert found in (old, new)
-    assert kills >= 3
+        if kills == 5:
+            return
+    raise AssertionError("all but a few came to their end before they were killed")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_logs import DAY, START, fit, log_rows, random_log, schema_of
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import ids
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.ids import ragged
@@ -232,12 +233,11 @@ def test_numbers_are_standardised(values, transform):
         numbers = np.sign(numbers) * np.log(1 + np.abs(numbers))
     used = numbers[~np.array(missing)]
     mean, deviation = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
-    # Each value is rounded to 2^-13 of itself, so the statistics are off by no more than that of the largest.
-    slack = np.abs(used).max(initial=0.0) * 2**-12
+    slack = np.abs(used).max(initial=0.0) * 1e-13
     found = pipeline.encoders["f"].number.standardiser
     assert found.mean == pytest.approx(mean, abs=slack + 1e-300)
-    if deviation > 8 * slack:
-        assert found.deviation == pytest.approx(deviation, abs=slack)
+    if deviation > 100 * slack:
+        assert found.deviation == pytest.approx(deviation, rel=1e-6)
     expected = np.where(missing, 0.0, np.clip((numbers - found.mean) / found.deviation, -10, 10))
     np.testing.assert_allclose(encoded.dense[:, 0], expected, rtol=1e-5, atol=1e-6)
     assert encoded.dense.shape[1] == (2 if any(missing) else 1)
@@ -285,6 +285,47 @@ def test_buckets_hold_equal_shares():
     feature = {"kind": "numeric", "column": "x", "transform": "buckets", "buckets": 8}
     _, _, encoded = _fitted(feature, x=pa.array(values))
     assert np.bincount(encoded.ids["f"], minlength=9)[1:].tolist() == pytest.approx([500] * 8, abs=5)
+
+
+def test_two_values_are_two_buckets():
+    feature = {"kind": "numeric", "column": "x", "transform": "buckets"}
+    for low, high in ((20001, 30003), (0.1, 0.2), (1.99, 2.0), (-7, -6), (0, 1), (1, 2)):
+        values = pa.array([float(high), float(low)] * 3)
+        _, _, encoded = _fitted(feature, x=values)
+        assert encoded.ids["f"].tolist() == [2, 1] * 3
+
+
+def test_seconds_of_one_day_stay_apart():
+    seconds = 1_700_000_000 + np.arange(0, 86_400, 600)
+    expected = (seconds - seconds.mean()) / seconds.std()
+    for kind in (pa.int64(), pa.float64(), pa.decimal128(18, 3)):
+        _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.array(seconds.tolist(), kind))
+        np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-5)
+    lists = pa.array(seconds.reshape(-1, 2).tolist())
+    for kind in (pa.int64(), pa.float64(), pa.decimal128(38, 3)):
+        _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=lists.cast(pa.list_(kind)))
+        np.testing.assert_allclose(encoded.dense.ravel(), expected, atol=1e-5)
+
+
+def test_nanoseconds_stay_apart_though_not_every_integer_is_a_float64():
+    times = 1_700_000_000_000_000_001 + np.arange(100) * 10**6
+    expected = (np.arange(100) - 49.5) / np.arange(100).std()
+    for kind in (pa.int64(), pa.uint64()):
+        _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.array(times, kind))
+        np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
+    _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 1}, x=pa.array(times[:, None].tolist()))
+    np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
+
+
+def test_a_vocabulary_that_no_table_can_hold_is_refused(monkeypatch):
+    feature = {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 3}
+    for rows, fits in ((7, True), (6, False)):  # one is for missing ids
+        monkeypatch.setattr(ids, "MAX_TABLE_ROWS", rows)
+        if fits:
+            assert _fitted(feature, x=pa.array([5, 6, 7]))[0].layout.table("f").rows == rows
+            continue
+        with pytest.raises(UserError, match="feature 'f' has 3 ids and 3 `oov_buckets`; a table has at most 6 rows"):
+            _fitted(feature, x=pa.array([5, 6, 7]))
 
 
 # vector

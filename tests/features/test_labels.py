@@ -155,9 +155,7 @@ def test_labels_that_had_not_matured_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_layout_written_before_given_was_known_is_read() -> None:
-    layout = Layout(
-        (), (), (), (TaskOutput("click", "binary", "engagement"), TaskOutput("liked", "binary", "engagement"))
-    )
+    layout = Layout((), (), (), (TaskOutput("click", "binary"), TaskOutput("liked", "binary")))
     tree = asdict(layout)
     for task in tree["tasks"]:
         del task["given"]

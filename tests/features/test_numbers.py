@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features.numbers import NumberHistogram, Standardiser
-
-PRECISION = 2.0**-12
+from mmoe_rec.features.numbers import EDGES, NumberHistogram, Standardiser
 
 
 def _histogram(*parts: np.ndarray) -> NumberHistogram:
@@ -28,39 +26,131 @@ def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     shuffled = np.random.default_rng(seed).permutation(whole)
     one, other = _histogram(whole), _histogram(*np.split(shuffled, cuts))
     assert one.standardiser() == other.standardiser()
-    assert one.quantiles(7).tolist() == other.quantiles(7).tolist()
+    assert one.bucket_edges(7).tolist() == other.bucket_edges(7).tolist()
     assert np.isfinite([one.standardiser().mean, one.standardiser().deviation]).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(st.floats(-1e9, 1e9).map(lambda value: round(value, 6)), min_size=1, max_size=200))
-def test_mean_deviation_and_quantiles_equal_numpys(values):
+def test_mean_and_deviation_equal_numpys(values):
     exact = np.array(values)
-    histogram = _histogram(exact)
-    slack = np.abs(exact).max() * PRECISION + 1e-300
-    found = histogram.standardiser()
+    found = _histogram(exact).standardiser()
+    slack = np.abs(exact).max() * 1e-13
     assert found.mean == pytest.approx(exact.mean(), abs=slack)
-    if exact.std() > 8 * slack:
-        assert found.deviation == pytest.approx(exact.std(), abs=slack)
-    expected = np.quantile(exact, np.arange(1, 8) / 8, method="inverted_cdf")
-    edges = histogram.quantiles(8)
-    for quantile in expected:
-        assert np.abs(edges - quantile).min() <= abs(quantile) * PRECISION + 1e-300
+    if len(set(values)) > 1 and exact.std() > 100 * slack:
+        assert found.deviation == pytest.approx(exact.std(), rel=1e-6)
 
 
-def test_rounding_is_relative_and_bounds_the_number_of_values():
-    values = np.random.default_rng(0).uniform(1, 2, 200_000)
-    histogram = _histogram(values, -values)
-    assert len(histogram.values) <= 2 * (2**12 + 1)
-    assert histogram.counts.sum() == 400_000
-    exact = np.array([1.0, 0.5, 3.0, -7.0, 0.0, 1024.0])
-    assert sorted(_histogram(exact).values) == sorted(exact)
+@pytest.mark.parametrize("offset", [0.0, 1.7e9, -1.7e9, 1.7e15, 1.7e18])
+def test_a_small_spread_around_a_large_offset_is_kept(offset):
+    values = offset + np.random.default_rng(0).integers(-500, 500, 3000) * max(1.0, np.spacing(offset))
+    found = _histogram(values).standardiser()
+    distance = values - offset
+    assert found.mean - offset == pytest.approx(distance.mean(), abs=distance.std() * 0.01)
+    assert found.deviation == pytest.approx(distance.std(), rel=1e-5)
+    expected = (distance - distance.mean()) / distance.std()
+    np.testing.assert_allclose(found.apply(values), expected, atol=0.01)
+    assert len(found.edges) == EDGES
 
 
-def test_a_value_is_rounded_to_the_nearest():
-    values = np.random.default_rng(0).lognormal(sigma=20, size=2000) * np.random.default_rng(1).choice([-1, 1], 2000)
-    for value in values:
-        assert abs(_histogram(np.array([value])).values[0] - value) <= abs(value) * 2.0**-13
+def test_the_spread_of_more_values_than_are_kept_is_theirs():
+    values = 1.7e9 + np.random.default_rng(0).uniform(0, 86_400, 200_000)
+    histogram = _histogram(*np.split(values, 5))
+    assert len(histogram.values) <= 2**16
+    assert histogram.counts.sum() == 200_000
+    found = histogram.standardiser()
+    assert found.mean == pytest.approx(values.mean(), abs=1.0)
+    assert found.deviation == pytest.approx(values.std(), rel=1e-4)
+
+
+def test_rounding_noise_is_no_spread():
+    assert _histogram(np.array([0.1 + 0.2, 0.3])).standardiser().deviation == 1.0
+
+
+# More values than are kept, drawn once: signs, magnitudes, whole numbers and many repeats.
+_MANY = np.concatenate(
+    [
+        np.random.default_rng(0).normal(size=40_000),
+        np.random.default_rng(1).lognormal(sigma=20, size=40_000) * -1,
+        np.arange(40_000.0),
+        np.full(40_000, 7.25),
+        [0.0, -0.0, np.nan, np.inf, 1e300, -1e300, 5e-324],
+    ]
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(0, len(_MANY)), max_size=6).map(sorted), seed=st.integers(0, 99), joined=st.booleans())
+def test_bounding_the_values_does_not_depend_on_the_order(cuts, seed, joined):
+    parts = np.split(np.random.default_rng(seed).permutation(_MANY), cuts)
+    if joined:
+        other = NumberHistogram()
+        for part in reversed(parts):
+            other.merge(NumberHistogram.from_table(_histogram(part).to_table()))
+    else:
+        other = _histogram(*parts)
+    whole = _histogram(_MANY)
+    assert len(whole.values) <= 2**16
+    assert other.to_table().equals(whole.to_table(), check_metadata=True)
+
+
+def test_a_value_of_many_is_rounded_by_little():
+    values = np.random.default_rng(0).lognormal(sigma=20, size=70_000) * np.random.default_rng(1).choice(
+        [-1, 1], 70_000
+    )
+    found = _histogram(values).values
+    nearest = np.clip(np.searchsorted(found, values), 1, len(found) - 1)
+    distance = np.minimum(np.abs(found[nearest] - values), np.abs(found[nearest - 1] - values))
+    assert (distance <= np.abs(values) * 2.0**-9).all()
+
+
+_DISTINCT = {
+    "near": [20001.0, 30003.0],
+    "prices": [1.99, 2.99, 3.99, 4.99, 5.99, 6.99, 7.99, 9.99],
+    "float32": np.float32([1.99, 2.99, 9.99]).astype(np.float64).tolist(),
+    "negative": [-9.99, -9.98, -1.0, 0.0, 1e-300, 1.0, 1.0 + 2**-52],
+    "seconds": [1.7e9 + each for each in range(8)],
+    "nanoseconds": [1.7e18 + 256 * each for each in range(8)],
+    "huge": [-1.7e308, -1e200, 5e-324, 1e-310, 1e200, 1.7e308],
+}
+
+
+@pytest.mark.parametrize("values", _DISTINCT.values(), ids=_DISTINCT)
+def test_different_values_have_buckets_of_their_own(values):
+    exact = np.array(values)
+    counts = 10 ** np.random.default_rng(0).integers(0, 5, len(values))  # of which one may have most rows
+    edges = _histogram(np.repeat(exact, counts)).bucket_edges(len(values))
+    assert np.searchsorted(edges, np.sort(exact)).tolist() == list(range(len(values)))
+
+
+def test_zero_has_one_bucket_whatever_its_sign():
+    edges = _histogram(np.array([-1.0, -0.0, 0.0, 1.0])).bucket_edges(8)
+    assert np.searchsorted(edges, [-1.0, -0.0, 0.0, 1.0]).tolist() == [0, 1, 1, 2]
+
+
+def test_a_value_and_what_float32_makes_of_it_are_in_one_bucket():
+    prices = np.arange(100, 10_000, 7) / 100
+    for stored in (prices, prices.astype(np.float32)):
+        edges = _histogram(stored).bucket_edges(4096)
+        assert np.searchsorted(edges, prices).tolist() == np.searchsorted(edges, prices.astype(np.float32)).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([*map(float, range(-6, 7)), 0.1, 0.2, 0.3]), min_size=1, max_size=200),
+    buckets=st.integers(2, 12),
+)
+def test_there_are_as_many_buckets_as_asked_for_and_none_is_empty(values, buckets):
+    exact = np.array(values)
+    found = np.searchsorted(_histogram(exact).bucket_edges(buckets), exact)
+    assert np.unique(found).tolist() == list(range(min(buckets, len(set(values)))))
+
+
+def test_buckets_of_more_values_than_are_kept_have_equal_shares():
+    values = np.random.default_rng(0).lognormal(sigma=3, size=200_000)
+    edges = _histogram(*np.split(values, 4)).bucket_edges(100)
+    shares = np.bincount(np.searchsorted(edges, values), minlength=100)
+    assert shares.tolist() == pytest.approx([2000] * 100, abs=100)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +161,7 @@ def test_edges_rise_from_the_least_to_the_largest_standardised_value(values):
     assert (np.diff(edges) > 0).all()
     if len(set(values)) > 1 and len(edges):
         scaled = np.clip((np.array(values) - found.mean) / found.deviation, -10, 10)
-        slack = np.abs(values).max() / found.deviation * PRECISION + 1e-5
+        slack = np.abs(values).max() / found.deviation * 1e-13 + 1e-5
         assert edges[[0, -1]] == pytest.approx([scaled.min(), scaled.max()], abs=slack)
 
 

@@ -44,25 +44,26 @@ SCHEMA = Schema.model_validate(
     }
 )
 
+DIMS = {"item": 8, "user_item": 4, "when_weekday": 4}
 LAYOUT = Layout(
-    tables=(Table("item", ITEMS, 8), Table("user_item", 1000, 4), Table("when_weekday", 8, 4)),
+    tables=(Table("item", ITEMS), Table("user_item", 1000), Table("when_weekday", 8, feature="when")),
     ids=(
         IdInput("item", "item"),
         IdInput("tags", "item", many=True),
         IdInput("user_item", "user_item"),
-        IdInput("when_weekday", "when_weekday"),
+        IdInput("when_weekday", "when_weekday", feature="when"),
     ),
     dense=(
         DenseInput("price", edges=EDGES),
-        DenseInput("price_missing"),
+        DenseInput("price_missing", feature="price"),
         DenseInput("weight", edges=EDGES),
-        DenseInput("look_0"),
-        DenseInput("look_1"),
-        DenseInput("item_click_rate", edges=EDGES),
+        DenseInput("look_0", feature="look"),
+        DenseInput("look_1", feature="look"),
+        DenseInput("item_click_rate", edges=EDGES, feature="item_click"),
     ),
     tasks=(
-        TaskOutput("click", "binary", "engagement"),
-        TaskOutput("stars", "regression", "satisfaction", mean=3.0, deviation=1.0),
+        TaskOutput("click", "binary"),
+        TaskOutput("stars", "regression", mean=3.0, deviation=1.0),
     ),
 )
 
@@ -127,7 +128,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> Prepared:
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
     """The health of rows that are written to a folder."""
-    return inspect("made up", write(folder, frames, **manifest), SCHEMA)
+    return inspect("made up", write(folder, frames, **manifest), SCHEMA, DIMS)
 
 
 def changed(seed: int, change: Change) -> Frames:
@@ -136,6 +137,18 @@ def changed(seed: int, change: Change) -> Frames:
     for split, frame in frames.items():
         change(split, frame)
     return frames
+
+
+def drifting(split: str, frame: pd.DataFrame) -> None:
+    """Drift in all that can drift, and half of the candidates unknown."""
+    if split != "test":
+        return
+    for column in ("dense.price", "dense.weight", "dense.look_0", "dense.item_click_rate"):
+        frame[column] += 2
+    frame["id.when_weekday"] = 1 + frame["id.when_weekday"] % 3
+    frame["id.user_item"] %= 3
+    frame["id.tags"] = [[5 + number % 3] for number in range(len(frame))]
+    frame.loc[frame.index % 100 < 51, "id.item"] = 2
 
 
 def feature(health: dict, name: str) -> dict:
@@ -159,7 +172,7 @@ def _table(frame: pd.DataFrame) -> pa.Table:
     for name in frame:
         kind = name.split(".")[0]
         values = frame[name].astype(np.float32) if kind == "dense" else frame[name]
-        wanted = IDS if name == "id.tags" else types.get(kind)
+        wanted = {"id.tags": IDS, "label.stars": pa.float64()}.get(name, types.get(kind))
         if kind == "time":
             values, wanted = values.dt.tz_convert(None).to_numpy(), pa.timestamp("us", tz="UTC")
         columns[name] = pa.array(values, type=wanted, from_pandas=True)

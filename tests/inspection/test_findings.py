@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.inspection.encoded_data import changed, found, health_of_frames, part, random_frames
+from mmoe_rec.inspection.costs import LEAST, importance, of_drift, of_unknown
+from mmoe_rec.inspection.findings import shown_and_folded
+from tests.inspection.encoded_data import changed, drifting, found, health_of_frames, part, random_frames
 
 
 def message(health: dict, check: str) -> str:
@@ -69,6 +71,36 @@ def test_ids_that_training_does_not_know_are_found(tmp_path):
     health = health_of_frames(tmp_path, changed(10, shift))
     assert found(health, "unknown") == ["item"]
     assert "of the ids of feature 'item' in test rows" in message(health, "unknown")
+
+
+def test_what_costs_most_comes_first_and_the_rest_is_folded(tmp_path):
+    findings = health_of_frames(tmp_path, changed(14, drifting))["findings"]
+    shown, folded = shown_and_folded(findings)
+    assert (shown[0]["check"], shown[0]["about"]) == ("unknown", "item")
+    assert shown[0]["cost"] == pytest.approx(0.51 + 0.49 * 0.2, abs=0.02)  # a fifth is unknown anyway
+    assert [*shown, *folded] == findings
+    assert [len(shown), len(folded)] == [5, len(findings) - 5]
+    costs = [each["cost"] for each in findings]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] >= 0
+
+
+def test_problems_are_never_folded_nor_is_one_warning_alone():
+    warning, problem = ({"severity": word, "cost": 0.0} for word in ("warning", "problem"))
+    assert shown_and_folded([problem] * 9 + [warning] * 6) == ([problem] * 9 + [warning] * 6, [])
+    assert shown_and_folded([problem] * 9 + [warning] * 7) == ([problem] * 9 + [warning] * 5, [warning] * 2)
+    assert shown_and_folded([]) == ([], [])
+
+
+def test_costs_are_those_of_rows_and_importance():
+    feature = {"auc": {"click": 0.75, "like": None}, "unknown": {"train": 0.0, "test": 0.4}, "is_key": False}
+    assert importance(feature) == 0.5
+    assert of_unknown(feature) == pytest.approx(0.4 * 0.5)
+    assert of_unknown({**feature, "is_key": True}) == pytest.approx(0.4)
+    assert of_unknown({**feature, "auc": {"click": None}}) == pytest.approx(0.4 * LEAST)
+    # Only the last bin has more than twice the share that it had in training.
+    bins = [{"train": 0.6, "test": 0.3}, {"train": 0.3, "test": 0.35}, {"train": 0.1, "test": 0.35}]
+    assert of_drift(feature, {"bins": bins}) == pytest.approx(0.25 * 0.5)
 
 
 def test_constants_rare_values_and_empty_tables_are_found(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, TaskOutput
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.ids import Meaning
 from mmoe_rec.inspection.inputs import feature_inputs, meaning_of
 from mmoe_rec.schema import Schema
@@ -16,54 +17,54 @@ SCHEMA = Schema.model_validate(
             "a": {"kind": "id", "column": "c", "oov_buckets": 3},
             "a_b": {"kind": "counter", "task": "click", "by": ["c"], "window_days": [None, 0.5]},
             "a_b_rows": {"kind": "id", "column": "c", "table": "a"},
+            "item": {"kind": "counter", "task": "click", "by": ["c"]},
+            "item_rate": {"kind": "counter", "task": "click", "by": ["u"]},
             "price": {"kind": "numeric", "column": "price"},
             "price_0": {"kind": "vector", "column": "text", "size": 2},
-            "price_missing": {"kind": "numeric", "column": "age"},
             "coarse": {"kind": "numeric", "column": "age", "transform": "buckets"},
             "seen": {"kind": "history", "task": "click", "of": "a"},
             "both": {"kind": "cross", "columns": ["u", "c"]},
             "when": {"kind": "time", "parts": ["hour", "weekday"]},
+            "when_old": {"kind": "time", "parts": ["age"], "column": "t"},
         },
     }
 )
-IDS = ("a", "a_b_rows", "coarse", "seen", "both", "when_hour", "when_weekday")
-DENSE = (
-    "a_b_positives a_b_rate a_b_positives_0p5d a_b_rate_0p5d a_b_recency a_b_recency_missing "
-    "price price_0_0 price_0_1 price_missing price_missing_missing"
-)
 
 
-def layout(dense: list[str]) -> Layout:
-    """A layout with these dense inputs."""
-    numbers = tuple(DenseInput(name) for name in dense)
-    return Layout(
-        (), tuple(IdInput(name, name) for name in IDS), numbers, (TaskOutput("click", "binary", "engagement"),)
-    )
-
-
-def test_inputs_find_their_features():
-    features = {each.name: each for each in feature_inputs(SCHEMA, layout(DENSE.split()))}
+def test_inputs_of_a_pipeline_find_their_features():
+    """The counter 'item' has an input 'item_rate', which is also the name of another counter."""
+    features = {each.name: each for each in feature_inputs(SCHEMA, FeaturePipeline(SCHEMA).layout)}
     assert list(features) == list(SCHEMA.features)
     numbers = {name: [each.name for each in feature.numbers] for name, feature in features.items() if feature.numbers}
     assert numbers == {
         "a_b": ["a_b_positives", "a_b_rate", "a_b_positives_0p5d", "a_b_rate_0p5d", "a_b_recency"],
+        "item": ["item_positives", "item_rate", "item_recency"],
+        "item_rate": ["item_rate_positives", "item_rate_rate", "item_rate_recency"],
         "price": ["price"],
         "price_0": ["price_0_0", "price_0_1"],
-        "price_missing": ["price_missing"],
+        "when_old": ["when_old_age"],
     }
     ids = {name: [each.name for each in feature.ids] for name, feature in features.items() if feature.ids}
-    assert ids == {**{name: [name] for name in IDS[:5]}, "when": ["when_hour", "when_weekday"]}
-    (price,), (age,) = features["price"].numbers, features["price_missing"].numbers
-    assert price.indicator is None
-    assert (age.place, age.indicator) == (9, 10)
-    assert features["a_b"].numbers[-1].indicator == 5
+    single = ("a", "a_b_rows", "coarse", "seen", "both")
+    assert ids == {**{name: [name] for name in single}, "when": ["when_hour", "when_weekday"]}
     assert features["seen"].columns == ("u", "c")
     assert features["when"].columns == ("t",)
 
 
+def test_an_indicator_belongs_to_the_number_of_its_feature():
+    schema = SCHEMA.model_copy(update={"features": dict.fromkeys(("price", "price_missing"), SCHEMA.features["price"])})
+    names = ("price", "price_missing", "price_missing_missing")
+    dense = (*map(DenseInput, names[:2]), DenseInput(names[2], feature="price_missing"))
+    layout = Layout((), (), dense, (TaskOutput("click", "binary"),))
+    (price,), (other,) = (each.numbers for each in feature_inputs(schema, layout))
+    assert (price.place, price.indicator) == (0, None)
+    assert (other.place, other.indicator) == (1, 2)
+
+
 def test_an_input_of_no_feature_is_refused():
+    layout = Layout((), (IdInput("other", "other"),), (), (TaskOutput("click", "binary"),))
     with pytest.raises(ValueError, match="input 'other' belongs to none of the features"):
-        feature_inputs(SCHEMA, layout(["other"]))
+        feature_inputs(SCHEMA, layout)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.console import Console
 from mmoe_rec.inspection.page import page
 from mmoe_rec.inspection.report import write
 from mmoe_rec.inspection.terminal import show
-from tests.inspection.encoded_data import changed, health_of_frames, random_frames
+from tests.inspection.encoded_data import changed, drifting, health_of_frames, random_frames
 
 EVIL = "<script>alert('x')</script>\"&"
 VOID = {"meta", "br", "wbr"}
@@ -87,6 +87,20 @@ def test_the_page_says_what_is_wrong_or_that_nothing_is(health, tmp_path):
         assert words in text
     assert "Nothing suspicious found" not in text
     assert "Nothing suspicious found" in page(health_of_frames(tmp_path, random_frames(5)))
+
+
+def test_warnings_that_cost_less_are_folded(tmp_path):
+    health = health_of_frames(tmp_path, changed(14, drifting))
+    text = page(health)
+    parsed(text)
+    more = len(health["findings"]) - 5
+    assert text.index("Ids that training does not know") < text.index(f"<summary>{more} more warnings, which cost less")
+    console = Console(width=120, record=True, file=io.StringIO())
+    for part in show(health, 120):
+        console.print(part)
+    told = console.export_text()
+    assert told.count("warning: ") == 5
+    assert f"{more} more warnings, which cost less: strong drift from training to test (" in told
 
 
 def test_files_are_json_without_nan_and_the_page(health, tmp_path):

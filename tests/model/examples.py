@@ -8,13 +8,20 @@ import numpy as np
 from torch import nn
 
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.settings import Model
 
-LAYOUT = Layout(
+LAYOUT = ModelLayout(
     # Widths and sizes differ so that a sharding plan moves the tables out of layout order.
-    tables=(Table("t0", 40, 4), Table("t1", 90, 8), Table("t2", 60, 16), Table("t3", 200, 8), Table("t4", 30, 4)),
+    tables=(
+        EmbeddingTable("t0", 40, 4),
+        EmbeddingTable("t1", 90, 8),
+        EmbeddingTable("t2", 60, 16),
+        EmbeddingTable("t3", 200, 8),
+        EmbeddingTable("t4", 30, 4),
+    ),
     ids=(
         IdInput("user", "t0"),
         IdInput("tags", "t1", many=True),
@@ -29,15 +36,15 @@ LAYOUT = Layout(
         DenseInput("price", edges=(-0.5, 1.0)),
     ),
     tasks=(
-        TaskOutput("click", "binary", "engagement", 1.0, 1.0),
-        TaskOutput("like", "binary", "satisfaction", 2.0, 0.5),
-        TaskOutput("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, deviation=0.7),
+        ModelTask("click", "binary", "engagement", 1.0, 1.0),
+        ModelTask("like", "binary", "satisfaction", 2.0, 0.5),
+        ModelTask("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, deviation=0.7),
     ),
 )
 KINDS = [task.kind for task in LAYOUT.tasks]
 
 
-def random_rows(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Encoded, np.ndarray]:
+def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[Encoded, np.ndarray]:
     """Rows of a layout, and labels (rows, T) of which about a third are unobserved (NaN)."""
     random = np.random.default_rng(seed)
     ids: dict[str, np.ndarray | Ragged] = {}
@@ -59,7 +66,7 @@ def is_weight(name: str) -> bool:
     return not name.endswith(("masked", "ramp", "selection_bias"))
 
 
-def small_model(tables: nn.Module, layout: Layout = LAYOUT, **changes: object) -> RankingModel:
+def small_model(tables: nn.Module, layout: ModelLayout = LAYOUT, **changes: object) -> RankingModel:
     """A model of a few units, with dense weights that are the same on every call.
 
     changes: settings of the model section, such as `experts={"count": 4}`.

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from mmoe_rec.model.bottom import Bottom
@@ -70,3 +71,11 @@ def test_gradient_reaches_embeddings_through_crosses_but_not_numbers_through_ben
     assert x.grad.abs().sum() == 0
     bottom(x)[:, :3].sum().backward()
     assert (x.grad.abs() > 0).all()
+
+
+def test_edges_may_lie_near_to_each_other_far_from_zero():
+    edges = np.float32([3.0, 3.000002, 3.000006, 9.9999, 10.0])
+    x = np.float32([[2.9], [3.000001], [3.000004], [3.000006], [9.99995], [10.0]])
+    parts = PiecewiseLinear([edges.tolist()])(torch.from_numpy(x)).numpy()
+    low, high, exact = edges[:-1].astype(float), edges[1:].astype(float), x.astype(float)
+    np.testing.assert_allclose(parts, np.clip((exact - low) / (high - low), 0, 1), atol=1e-6)

@@ -14,7 +14,7 @@ import torch
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.settings import Model
@@ -27,7 +27,7 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def reference_inputs(weights: Weights, encoded: Encoded, layout: Layout, row: int, placement: bool) -> np.ndarray:
+def reference_inputs(weights: Weights, encoded: Encoded, layout: ModelLayout, row: int, placement: bool) -> np.ndarray:
     parts = []
     for each in layout.ids:
         if each.placement == placement:
@@ -50,7 +50,7 @@ def reference_layers(weights: Weights, prefix: str, x: np.ndarray, group: int) -
     return x
 
 
-def reference_bottom(weights: Weights, x: np.ndarray, layout: Layout, piecewise: bool) -> np.ndarray:
+def reference_bottom(weights: Weights, x: np.ndarray, layout: ModelLayout, piecewise: bool) -> np.ndarray:
     """Crosses, then each number's reach into the intervals between its edges, then one hidden layer."""
     crossed, layer = x, 0
     while f"mixture.bottom.crosses.up.{layer}.weight" in weights:
@@ -68,7 +68,7 @@ def reference_bottom(weights: Weights, x: np.ndarray, layout: Layout, piecewise:
 
 
 def reference_logits(
-    model: RankingModel, encoded: Encoded, layout: Layout, placement: bool, piecewise: bool = False
+    model: RankingModel, encoded: Encoded, layout: ModelLayout, placement: bool, piecewise: bool = False
 ) -> np.ndarray:
     """Logits, and a regression's prediction in its own unit."""
     weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
@@ -95,7 +95,7 @@ def reference_logits(
     return logits * [task.deviation for task in layout.tasks] + [task.mean for task in layout.tasks]
 
 
-def plain_batch(rows: int, seed: int = 0, layout: Layout = LAYOUT) -> tuple[Encoded, Batch]:
+def plain_batch(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[Encoded, Batch]:
     encoded, labels = random_rows(rows, seed, layout)
     return encoded, make_batch(encoded, layout, labels, torchrec=False)
 
@@ -117,7 +117,7 @@ def test_equals_the_naive_reference(training: bool, changes: dict[str, Any]) -> 
             parameter.mul_(3)  # far from the small first weights, where every mistake shows
     encoded, batch = plain_batch(9)
     logits = model(batch).logits
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.float64  # a rating is a regression
     piecewise = changes.get("bottom", {}).get("piecewise", False)
     expected = reference_logits(model, encoded, LAYOUT, placement=training, piecewise=piecewise)
     np.testing.assert_allclose(logits.detach().numpy(), expected, atol=2e-5, rtol=2e-5)
@@ -143,13 +143,13 @@ def test_placement_counts_in_training_alone_unless_asked_for() -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout((), (), LAYOUT.dense, LAYOUT.tasks),
-        Layout(LAYOUT.tables, LAYOUT.ids, (), LAYOUT.tasks),
-        Layout(LAYOUT.tables, LAYOUT.ids[:-1], LAYOUT.dense[:1], LAYOUT.tasks[:1]),
+        ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks),
+        ModelLayout(LAYOUT.tables, LAYOUT.ids, (), LAYOUT.tasks),
+        ModelLayout(LAYOUT.tables, LAYOUT.ids[:-1], LAYOUT.dense[:1], LAYOUT.tasks[:1]),
     ],
     ids=["no ids", "no dense", "no placement, one task"],
 )
-def test_parts_may_be_missing(layout: Layout) -> None:
+def test_parts_may_be_missing(layout: ModelLayout) -> None:
     model = small_model(plain_tables(layout), layout)
     assert (model.mixture.placement is None) == (layout.width(placement=True) == 0)
     encoded, batch = plain_batch(6, 1, layout)
@@ -164,7 +164,7 @@ def test_parts_may_be_missing(layout: Layout) -> None:
 
 def test_placement_alone_is_refused() -> None:
     with pytest.raises(UserError, match="no feature describes user, candidate or context"):
-        small_model(plain_tables(LAYOUT), Layout((), (), LAYOUT.dense[1:2], LAYOUT.tasks))
+        small_model(plain_tables(LAYOUT), ModelLayout((), (), LAYOUT.dense[1:2], LAYOUT.tasks))
 
 
 def test_bf16_autocast_stays_near_fp32() -> None:
@@ -173,7 +173,7 @@ def test_bf16_autocast_stays_near_fp32() -> None:
     exact = model(batch).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = model(batch).logits
-    assert rounded.dtype == torch.float32
+    assert rounded.dtype == torch.float64
     torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0.02)
     rounded.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.features.layout import Table
 from mmoe_rec.model import tables as tables_module
+from mmoe_rec.model.layout import EmbeddingTable
 from mmoe_rec.model.tables import INITIAL_DEVIATION, initial_rows, plain_tables, torchrec_tables
 from tests.model.examples import LAYOUT, random_rows
 
@@ -39,7 +39,7 @@ def test_an_input_without_ids_gives_zeros() -> None:
 
 def test_first_weights_do_not_depend_on_how_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "BLOCK_ROWS", 7)
-    table = Table("t", 40, 3)
+    table = EmbeddingTable("t", 40, 3)
     whole = initial_rows(table, 1, 0, 40)
     for bounds in ([0, 20, 40], [0, 7, 14, 40], [0, 5, 6, 33, 40]):
         parts = [initial_rows(table, 1, a, b) for a, b in pairwise(bounds)]
@@ -48,9 +48,13 @@ def test_first_weights_do_not_depend_on_how_rows_are_divided(monkeypatch: pytest
 
 def test_first_weights_differ_by_seed_table_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "BLOCK_ROWS", 500)
-    table = Table("t", 1000, 8)
+    table = EmbeddingTable("t", 1000, 8)
     weights = initial_rows(table, 1, 0, 1000)
     assert weights.std().item() == pytest.approx(INITIAL_DEVIATION, rel=0.05)
-    others = [initial_rows(table, 2, 0, 1000), initial_rows(Table("u", 1000, 8), 1, 0, 1000), weights.roll(500, 0)]
+    others = [
+        initial_rows(table, 2, 0, 1000),
+        initial_rows(EmbeddingTable("u", 1000, 8), 1, 0, 1000),
+        weights.roll(500, 0),
+    ]
     for other in others:
         assert abs(np.corrcoef(weights.flatten(), other.flatten())[0, 1]) < 0.1

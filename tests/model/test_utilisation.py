@@ -55,15 +55,24 @@ def test_experts_that_a_task_does_not_see_are_left_out() -> None:
     assert "gates.b.expert_1.weight" not in found.flat(["a", "b"])
 
 
-def test_what_is_wrong_is_told_in_words() -> None:
+def test_what_gates_do_is_told_in_words() -> None:
     found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
     assert found.polarised == [True, False]
-    assert found.findings(["bought", "liked"]) == [
-        "expert 3 is dead: it gets 0.00% of the load, where an even share is 25.0%; model.gates.balance or fewer "
-        "experts help",
-        "the gate of 'bought' has collapsed: 90% of its weight goes to expert 0; model.gates.dropout of 0.1 helps",
-    ]
+    assert found.hardly_used == [3]
+    dead, settled = found.findings(["bought", "liked"])
+    assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
+    assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
     assert found.flat(["bought", "liked"])["gates.polarised_share"] == 0.5
+
+
+def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:
+    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0])
+    assert found.note("soft") is None
+    for routing in ("top_k", "shared_route", "expert_choice"):
+        note = found.note(routing)
+        assert note is not None
+        assert note.startswith("gates choose 2 of 4 experts, and hardly ever 2, 3:")
+    assert used([0.9, 0.1], [0.3, 0.7]).note("top_k") is None
 
 
 def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:

@@ -7,7 +7,7 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec import tracking
+from mmoe_rec import registry
 from pipelines import features, inspect, train
 from tests.pipelines.learnable_log import learnable_log, write_files
 
@@ -46,7 +46,7 @@ def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
 
     train.main([*options, "--training.epochs", "1", "--training.batch_size", "2048"])
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
-    run = mlflow.get_run(tracking.run_of("models:/learnable@champion", uri))
+    run = mlflow.get_run(registry.run_of("models:/learnable@champion", uri))
     assert run.data.tags["data.files_left_out"] == "2"
     manifest = json.loads(Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/data.json")).read_text())
     assert manifest["left_out"] == listed

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmoe_rec import tracking
+from mmoe_rec import registry
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.scoring import Scored, score_rows
 from mmoe_rec.features.build import Prepared
@@ -58,7 +58,7 @@ def test_validation_rows_are_predicted_right_on_average(world: World) -> None:
 
 def test_the_registered_model_is_calibrated(world: World) -> None:
     uri = f"sqlite:///{world.folder / 'mlflow.db'}"
-    registered = Ranker.load(tracking.local_model("models:/learnable@champion", uri))
+    registered = Ranker.load(registry.local_model("models:/learnable@champion", uri))
     assert registered.calibration == world.ranker.calibration
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from pipelines import checks, doctor
 from pipelines.checks import GIB, Check, Installer, Probe
@@ -36,13 +37,23 @@ def test_requirements_name_both_builds_and_what_torchrec_needs_besides_them():
 
 @pytest.mark.parametrize(
     ("version", "status"),
-    [((3, 10, 13), "fail"), ((3, 11, 0), "ok"), ((3, 12, 9), "ok"), ((3, 13, 0), "fail"), ((4, 11, 0), "fail")],
+    [
+        ((3, 10, 13), "fail"),
+        ((3, 11, 0), "ok"),
+        ((3, 12, 9), "ok"),
+        ((3, 13, 5), "ok"),
+        ((3, 14, 1), "ok"),
+        ((3, 15, 0), "fail"),
+        ((4, 11, 0), "fail"),
+    ],
 )
 def test_python_version(version, status):
     check = checks.check_python(version)
     assert check.status == status
     assert check.found == ".".join(map(str, version))
     assert check.fix.startswith("uv run --python 3.11 --extra cpu") == (status == "fail")
+    required = tomllib.loads((doctor.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    assert SpecifierSet(required).contains(".".join(map(str, version))) == (status == "ok")
 
 
 @pytest.mark.parametrize(
@@ -235,10 +246,8 @@ def test_a_crash_while_importing_is_reported_with_its_stage(monkeypatch):
 
 def test_a_process_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 1)
-    program = """print('{"stage": "import torch"}', flush=True); import time; time.sleep(30)"""
-    started = time.perf_counter()
+    program = """print('{"stage": "import torch"}', flush=True); import time; time.sleep(3600)"""
     probe = _probe_with(monkeypatch, program)
-    assert time.perf_counter() - started < 20
     assert (probe.stage, probe.error) == ("import torch", "no answer after 1 seconds")
 
 

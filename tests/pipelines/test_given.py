@@ -138,6 +138,7 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
 def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
     """Its log variances are no part of it, as its optimizers are none."""
     from mmoe_rec.features.build import Prepared
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.settings import load_settings
@@ -145,8 +146,9 @@ def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Pat
 
     settings = load_settings(folder / "settings.yaml")
     prepared, served = Prepared(folder / "work" / "features"), Ranker.load(folder / "work" / "model").model
-    started = build_model(prepared.layout, settings.model, plain_tables(prepared.layout, 5), 5)
-    WarmStart(folder / "work" / "model", settings.model, prepared, settings.model).fill(started)
+    layout = ModelLayout.of(prepared.layout, settings)
+    started = build_model(layout, settings.model, plain_tables(layout, 5), 5)
+    WarmStart(folder / "work" / "model", settings.model, prepared, layout, settings.model).fill(started)
     expected = served.state_dict()
     assert set(started.state_dict()) == set(expected)
     for name, weight in started.state_dict().items():

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec import tracking
+from mmoe_rec import registry
 from mmoe_rec.serving.ranker import Ranker
 from pipelines import evaluate, features, train
 from tests.features.small_logs import files_of
@@ -102,8 +102,8 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     assert version.version in (2, "2")
     run = mlflow.get_run(version.run_id)
     assert run.data.tags["warm_start"] == "models:/learnable@champion"
-    assert run.data.tags["warm_start.run"] == tracking.run_of("models:/learnable/1", days.uri)
-    one, two = (Ranker.load(tracking.local_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
+    assert run.data.tags["warm_start.run"] == registry.run_of("models:/learnable/1", days.uri)
+    one, two = (Ranker.load(registry.local_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
     first = json.loads(days.first["manifest.json"])
     assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint

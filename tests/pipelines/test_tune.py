@@ -19,6 +19,8 @@ SEARCH = {
     "training.table_learning_rate": {"choices": [1e-8, 0.1]},
     "model.experts.count": {"low": 1, "high": 3},
     "model.experts.units": {"choices": [[8], [8, 4]]},
+    "tasks.liked.loss_weight": {"low": 0.5, "high": 2.0},
+    "features.item.dim": {"choices": [4, 8]},
 }
 
 
@@ -79,9 +81,13 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
     assert settings.training.learning_rate == float(winner.data.params["training.learning_rate"])
     assert settings.training.learning_rate > 1e-4
     assert str(settings.model.experts.count) == winner.data.params["model.experts.count"]
+    assert str(settings.tasks["liked"].loss_weight) == winner.data.params["tasks.liked.loss_weight"]
+    assert str(settings.features["item"].dim) == winner.data.params["features.item.dim"]
     assert not list((tmp_path / "work" / "tuning").glob("trial-*")), "no weights are left"
 
+    features = (tmp_path / "work" / "features" / "manifest.json").stat()
     train.main(["--config", str(best)])
+    assert (tmp_path / "work" / "features" / "manifest.json").stat() == features, "they are not built anew"
     assert "registered as models:/learnable@champion" in capsys.readouterr().out
 
     # Enough trials: nothing is tried again.
@@ -89,11 +95,32 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
     assert len([each for each in runs(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 8
 
 
+def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Path) -> None:
+    """By its own weights, the trial with the smallest ones would always have the smallest loss."""
+    config = search_in(tmp_path, {"tasks.liked.loss_weight": {"choices": [0.01]}})
+    options = ["--training.select_by", "loss", "--tasks.liked.loss_weight", "3", "--training.epochs", "1"]
+    tune.main(["--config", str(config), "--trials", "1", *options])
+    parent, trial = runs(tmp_path)
+    losses = {task: trial.data.metrics[f"best.validation.{task}.loss"] for task in ("click", "liked")}
+    assert parent.data.metrics["best.objective"] == pytest.approx(-(losses["click"] + 3 * losses["liked"]))
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
         ({}, "has nothing to search: list settings under tuning.search"),
-        ({"data.workers": {"low": 1, "high": 2}}, "'data.workers' is no setting of model or training"),
+        (
+            {"data.workers": {"low": 1, "high": 2}},
+            "'data.workers' can't be tried; what can are settings",
+        ),
+        (
+            {"tasks.click.label": {"choices": ["click"]}},
+            "'tasks.click.label' can't be tried; .*loss_weight",
+        ),
+        ({"tasks.click.objective": {"choices": ["engagement"]}}, "'tasks.click.objective' can't be tried"),
+        ({"tasks.lik.loss_weight": {"low": 0.1, "high": 1}}, "there is no task 'lik'; tasks are: click, liked"),
+        ({"tasks.click.loss_weight": {"low": -1.0, "high": 1}}, "'tasks.click.loss_weight' must be at least 0"),
+        ({"features.item_click.dim": {"low": 4, "high": 8}}, "unknown key 'features.item_click.dim'"),
         ({"training.lerning_rate": {"low": 0.1, "high": 0.2}}, "lerning_rate.*learning_rate"),
         ({"model.experts.count": {"low": 0, "high": 2}}, "model.experts.*at least one expert"),
         ({"model.experts.count": {"low": 3}}, "give either `choices`, or both `low` and `high`"),

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_WITHIN_S = 120
+START_WITHIN_S = 600
+ANSWER_WITHIN_S = 300
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Server:
             f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as reply:
                 return reply.status, json.load(reply)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
@@ -47,6 +48,7 @@ def running_server(address: str, uri: str, folder: Path) -> Iterator[Server]:
     words = [str(programs / "mlflow"), "models", "serve", "-m", address, "--env-manager", "local", "--port", str(port)]
     # MLflow leaves the addresses that this process used in its environment, and looks for uvicorn on PATH.
     own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    own["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"] = str(ANSWER_WITHIN_S)
     env = {**own, "MLFLOW_TRACKING_URI": uri, "PATH": f"{programs}{os.pathsep}{own['PATH']}"}
     log = folder / "server.log"
     with running_program(words, f"http://127.0.0.1:{port}/ping", log, cwd=folder, env=env) as process:
@@ -78,13 +80,13 @@ def running_program(
         # It leads a session, so that all it started ends with it; it may have ended by itself.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(300)
 
 
 def answers(page: str) -> bool:
     """Whether a page is served."""
     try:
-        with urllib.request.urlopen(page, timeout=5) as reply:
+        with urllib.request.urlopen(page, timeout=30) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

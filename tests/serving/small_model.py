@@ -11,6 +11,7 @@ from mmoe_rec.features.log import Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.serving.artifact import write_artifact
@@ -47,7 +48,7 @@ class SmallModel:
         write_log(work / "log", random_log(1, rows=600, strings=strings))
         schema = self.settings.schema_
         self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work)
-        layout = self.prepared.layout
+        layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
         for parameter in self.model.tables.parameters():
             # Initial embeddings are so small that a wrong one would go unnoticed.

@@ -16,6 +16,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.features.columns import UTC_MICROSECONDS
+from mmoe_rec.features.encoded import label_types
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.score import fuse, predictions
@@ -84,7 +85,7 @@ def test_a_calibrated_model_answers_as_offline_evaluation(
 ) -> None:
     table, rows = small.later_rows()
     columns = small.full_pipeline().encode(rows).to_arrow(calibrated.layout)
-    columns |= {f"label.{name}": pa.nulls(len(rows), pa.float32()) for name in calibrated.names}
+    columns |= {f"label.{name}": pa.nulls(len(rows), type_) for name, type_ in label_types(calibrated.layout).items()}
     columns |= {name: pa.array(range(len(rows))) for name in COLUMNS}
     pq.write_table(pa.table(columns), tmp_path / "0.parquet")
     encoded = EncodedRows(tmp_path, calibrated.layout)
@@ -220,7 +221,10 @@ def test_task_weights(ranker: Ranker, given: dict | None, weights: list[float]) 
 def test_huge_weights_still_rank(ranker: Ranker) -> None:
     ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, task_weights={"click": 1e6})
     reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
-    assert reply["order"] == np.argsort(-in_request_order(ranking, ranker)[0][:, 0], kind="stable").tolist()
+    assert sorted(reply["order"]) == list(range(len(ITEMS)))
+    clicks = in_request_order(ranking, ranker)[0][:, 0]
+    assert (np.diff(clicks[reply["order"]]) < 1e-5).all()
+    assert np.ptp(clicks) > 1e-3
 
 
 def test_string_ids(tmp_path: Path) -> None:

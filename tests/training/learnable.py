@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.features.encoded import Encoded, Ragged, label_types
+from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
@@ -49,14 +51,14 @@ TRAINING = Training.model_validate(
 )
 
 
-def regression(name: str) -> TaskOutput:
+def regression(name: str) -> ModelTask:
     """A regression whose label has a large unit."""
-    return TaskOutput(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
+    return ModelTask(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
 
 
-def five_tasks() -> tuple[TaskOutput, ...]:
+def five_tasks() -> tuple[ModelTask, ...]:
     """Four binary tasks and a regression."""
-    binary = [TaskOutput(f"task{i}", "binary", "engagement") for i in range(4)]
+    binary = [ModelTask(f"task{i}", "binary", "engagement") for i in range(4)]
     return (*binary, regression("rating"))
 
 
@@ -77,9 +79,10 @@ LAYOUTS = {
 }
 
 
-def learnable_rows(layout: Layout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
+def learnable_rows(layout: ModelLayout, rows: int, seed: int) -> tuple[Encoded, np.ndarray]:
     """Random inputs, of which each adds to each task's logit; a third of the labels (rows, T) is NaN."""
     encoded, labels = random_rows(rows, seed, layout)
+    labels = labels.astype(np.float64)
     # The effects are the same for every seed of the rows.
     effects = np.random.default_rng(1)
     logits = np.zeros(labels.shape)
@@ -111,11 +114,12 @@ def _mean_effect(ids: np.ndarray | Ragged, effect: np.ndarray) -> np.ndarray:
     return total / np.maximum(ids.lengths, 1)[:, None]
 
 
-def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
+def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
     """The folder that `prepare` would make, with as much in it as training reads.
 
     labels: split -> labels instead of the learnable ones.
     """
+    counts = {split: SplitCounts() for split in ROWS}
     for seed, (split, rows) in enumerate(ROWS.items()):
         encoded, drawn = learnable_rows(layout, rows, seed)
         values = (labels or {}).get(split, drawn)
@@ -124,12 +128,23 @@ def write_prepared(folder: Path, layout: Layout, labels: dict[str, np.ndarray] |
         for name, (given, task) in layout.outcomes.items():
             known[name] = np.where(values[:, given] == 0, 0.0, np.where(values[:, given] == 1, values[:, task], np.nan))
         for name, column in known.items():
-            columns[f"label.{name}"] = pa.array(column, pa.float32(), mask=np.isnan(column))
-        columns["sampling_rate"] = pa.array(np.where(values[:, 0] == 0, 0.25, 1.0), pa.float32())
+            columns[f"label.{name}"] = pa.array(column, label_types(layout)[name], mask=np.isnan(column))
+        columns["user"] = pa.array(np.arange(rows) // 20)
+        rates = np.where(values[:, 0] == 0, 0.25, 1.0)
+        counts[split].add(known, rates, {})
+        columns["sampling_rate"] = pa.array(rates, pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)
-    (folder / "encoded" / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    (folder / "encoded" / "layout.json").write_text(layout.of_rows().to_json(), encoding="utf-8")
+    (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+    manifest = {"splits": {split: asdict(each) for split, each in counts.items()}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return Prepared(folder)
+
+
+def layout_of(prepared: Prepared) -> ModelLayout:
+    """The layout that `write_prepared` was given."""
+    return ModelLayout.read(prepared.folder)
 
 
 @dataclass
@@ -144,10 +159,10 @@ class Trained:
 
     def model(self) -> RankingModel:
         """The plain model of the checkpoint."""
-        return plain_model(self.prepared.layout, self.checkpoint, self.model_settings)
+        return plain_model(layout_of(self.prepared), self.checkpoint, self.model_settings)
 
 
-def plain_model(layout: Layout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
+def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
     """The plain model of a checkpoint."""
     plain = build_model(layout, model, plain_tables(layout, seed=99), seed=99)
     load_plain(plain, checkpoint)
@@ -162,6 +177,7 @@ def trained(
     with process_group(device):
         result = Trainer(
             prepared,
+            layout_of(prepared),
             model,
             TRAINING.model_copy(update=changes),
             device,

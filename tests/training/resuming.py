@@ -12,7 +12,7 @@ from mmoe_rec.settings import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
-from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, plain_model
+from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, layout_of, plain_model
 from tests.training.ranks import join
 
 # Dropouts draw from the random state of a rank, and the gates' bias moves from step to step.
@@ -56,7 +56,9 @@ def train_in_group(
 ) -> TrainingResult:
     """The same on each of the ranks that have joined."""
     settings = TRAINING.model_copy(update=CHANGES | changes)
-    trainer = Trainer(prepared, model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder))
+    trainer = Trainer(
+        prepared, layout_of(prepared), model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder)
+    )
     step = trainer._step
 
     def watched(*arguments: object) -> bool | None:
@@ -88,4 +90,4 @@ def weights(prepared: Prepared, folder: Path, model: Model) -> dict[str, torch.T
     assert found is not None
     assert found.state.step == STEPS
     best = folder / f"step-{found.state.best_step:08d}"
-    return plain_model(prepared.layout, best, model).state_dict()
+    return plain_model(layout_of(prepared), best, model).state_dict()

@@ -30,7 +30,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def best(prepared: Prepared, result: TrainingResult) -> RankingModel:
-    return plain_model(prepared.layout, result.best_checkpoint, DROPS)
+    return plain_model(LAYOUT, result.best_checkpoint, DROPS)
 
 
 @pytest.fixture(scope="module")
@@ -230,16 +230,25 @@ def test_damage_is_named(prepared: Prepared, tmp_path: Path, file: str, text: st
 
 
 def test_other_settings_or_features_are_refused(tmp_path: Path) -> None:
-    origin = Origin(fixed_settings(DROPS, TRAINING), "abc", "run")
+    origin = Origin(fixed_settings(DROPS, TRAINING, LAYOUT), "abc", "run")
     origin = Origin(**json.loads(json.dumps(origin.__dict__)))  # as it comes from a file
     free = {"device": "cuda", "checkpoint_steps": 7, "checkpoints_kept": 9, "calibration": "isotonic"}
     elsewhere = TRAINING.model_copy(update=free)
-    origin.check(Origin(fixed_settings(DROPS, elsewhere), "abc"), tmp_path)
-    other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5})), "abc")
+    origin.check(Origin(fixed_settings(DROPS, elsewhere, LAYOUT), "abc"), tmp_path)
+    other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5}), LAYOUT), "abc")
     with pytest.raises(UserError, match=r"begun with training.learning_rate 0.01, now it is 0.5"):
         origin.check(other, tmp_path)
     with pytest.raises(UserError, match=r'begun with model.gates.routing "top_k", now it is "soft"'):
-        origin.check(Origin(fixed_settings(MODEL, TRAINING), "abc"), tmp_path)
+        origin.check(Origin(fixed_settings(MODEL, TRAINING, LAYOUT), "abc"), tmp_path)
+    click, *others = LAYOUT.tasks
+    weighted = replace(LAYOUT, tasks=(replace(click, score_weight=9.0), *others))
+    origin.check(Origin(fixed_settings(DROPS, TRAINING, weighted), "abc"), tmp_path)
+    weighted = replace(LAYOUT, tasks=(replace(click, loss_weight=9.0), *others))
+    with pytest.raises(UserError, match=r"was begun with tasks.click.loss_weight 1.0, now it is 9.0"):
+        origin.check(Origin(fixed_settings(DROPS, TRAINING, weighted), "abc"), tmp_path)
+    wider = replace(LAYOUT, tables=(replace(LAYOUT.tables[0], dim=12), *LAYOUT.tables[1:]))
+    with pytest.raises(UserError, match=r"was begun with features.t0.dim 4, now it is 12"):
+        origin.check(Origin(fixed_settings(DROPS, TRAINING, wider), "abc"), tmp_path)
     with pytest.raises(UserError, match="its features are not those"):
         origin.check(replace(origin, features="abd"), tmp_path)
 

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.settings import Model
 from mmoe_rec.training import loop
@@ -33,6 +33,7 @@ from tests.training.learnable import (
     ROWS,
     TRAINING,
     Trained,
+    layout_of,
     learnable_rows,
     plain_model,
     scores,
@@ -56,7 +57,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[Trainer]:
     """A trainer whose steps a test takes itself."""
     with process_group(CPU):
-        yield Trainer(prepared, MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None)
+        yield Trainer(
+            prepared, layout_of(prepared), MODEL, TRAINING.model_copy(update=changes), CPU, folder, lambda *_: None
+        )
 
 
 def meter(one: Trainer) -> Meter:
@@ -197,7 +200,7 @@ def judge(found: Trained) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: Path) -> None:
-    layout: Layout = LAYOUTS[name]
+    layout: ModelLayout = LAYOUTS[name]
     epochs = 4  # of tasks that have nothing in common, so that a small model takes its time
     found = trained(write_prepared(tmp_path / "data", layout), tmp_path / "best", epochs=epochs)
     quality = judge(found)
@@ -210,13 +213,13 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
 
-def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mean", "deviation"), [(400.0, 700.0), (1.7e9, 100.0)])
+def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path, mean: float, deviation: float) -> None:
     quality = []
-    for unit in (1.0, 1000.0):
-        *others, rating = LAYOUT.tasks
-        rating = replace(rating, mean=rating.mean * unit, deviation=rating.deviation * unit)
-        layout = replace(LAYOUT, tasks=(*others, rating))
-        folder = tmp_path / f"{unit:g}"
+    *others, rating = LAYOUT.tasks
+    for task in (rating, replace(rating, mean=mean, deviation=deviation)):
+        layout = replace(LAYOUT, tasks=(*others, task))
+        folder = tmp_path / f"{task.deviation:g}"
         quality.append(judge(trained(write_prepared(folder / "data", layout), folder / "best")))
     assert quality[1] == pytest.approx(quality[0], abs=0.01)
 

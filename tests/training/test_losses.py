@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.training.losses import masked_loss
 
 TASKS = (
-    TaskOutput("clicked", "binary", "engagement"),
-    TaskOutput("watched", "regression", "engagement", loss_weight=0.5, mean=2.0, deviation=1.5),
-    TaskOutput("liked", "binary", "satisfaction", loss_weight=2.0),
+    ModelTask("clicked", "binary", "engagement"),
+    ModelTask("watched", "regression", "engagement", loss_weight=0.5, mean=2.0, deviation=1.5),
+    ModelTask("liked", "binary", "satisfaction", loss_weight=2.0),
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,13 @@ from tests.training.ranks import join, spawn
 
 
 def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
-    started = time.monotonic()
     try:
         with join(rank, world, port):
             if rank == 1:
                 os._exit(0)
             dist.all_reduce(torch.ones(1))
     except UserError as error:
-        (folder / "said").write_text(f"{time.monotonic() - started} {error}")
+        (folder / "said").write_text(str(error))
 
 
 def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
@@ -38,8 +36,7 @@ def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
 
 def test_a_lost_rank_is_named(tmp_path: Path) -> None:
     spawn(_leave_rank_0_alone, tmp_path)
-    seconds, _, said = (tmp_path / "said").read_text().partition(" ")
-    assert float(seconds) < 30
+    said = (tmp_path / "said").read_text()
     assert said.startswith("rank 1 of 2 ended or does not answer; rank 0 can't go on alone, --resume can (")
 
 

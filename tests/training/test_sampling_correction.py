@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.model.layout import ModelLayout
 from tests.training.learnable import LAYOUTS, ROWS, Trained, learnable_rows, scores, trained, write_prepared
 
 # Without placement, which would hold a part of the mean.
@@ -34,7 +34,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepared
 
 
-def mean_prediction(found: Trained, whole: Layout) -> tuple[float, float]:
+def mean_prediction(found: Trained, whole: ModelLayout) -> tuple[float, float]:
     """Of all validation rows, sampled or not, and their rate of clicks."""
     from mmoe_rec.batches.batch import make_batch
 

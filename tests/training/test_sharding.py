@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import IdInput, Layout, Table
+from mmoe_rec.features.layout import IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import load_plain, shard
@@ -84,7 +85,7 @@ def test_the_process_group_ends(one_rank: Path) -> None:
 
 
 def test_a_layout_without_tables(tmp_path: Path) -> None:
-    layout = Layout((), (), LAYOUT.dense, LAYOUT.tasks)
+    layout = ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks)
     encoded, labels = random_rows(8, layout=layout)
     batch = make_batch(encoded, layout, labels, torchrec=True)
     with process_group(CPU):
@@ -102,7 +103,7 @@ def test_a_layout_without_tables(tmp_path: Path) -> None:
 
 
 def test_tables_beyond_memory_are_named_as_such() -> None:
-    layout = Layout((Table("t", 2**36, 64),), (IdInput("a", "t"),), (), LAYOUT.tasks)
+    layout = ModelLayout((EmbeddingTable("t", 2**36, 64),), (IdInput("a", "t"),), (), LAYOUT.tasks)
     with process_group(CPU), pytest.raises(UserError, match=r"16640\.0 GiB with.*do not fit.*`max_size`.* of .t. to"):
         shard(small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=8, table_learning_rate=0.1)
 

@@ -166,7 +166,7 @@ def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> N
 
     with process_group(CPU):
         settings = TRAINING.model_copy(update=LEARNT | {"weight_decay": 0.25})
-        trainer = Trainer(prepared, MODEL, settings, CPU, tmp_path, lambda *_: None)
+        trainer = Trainer(prepared, LAYOUT, MODEL, settings, CPU, tmp_path, lambda *_: None)
         decays = {}
         for group in trainer._dense_optimizer.param_groups:
             decays |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.hashing import mix
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, Validation, auc, validate
+from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, FEWEST, Validation, auc, validate
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, GIVEN
 
@@ -49,10 +51,12 @@ def validated(
     labels: np.ndarray,
     gates: np.ndarray,
     parts: int = 3,
-    layout: Layout = LAYOUT,
+    layout: ModelLayout = LAYOUT,
     weights: np.ndarray | None = None,
+    users: np.ndarray | None = None,
+    one_in: int = 1,
 ) -> Validation:
-    """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates and (N,) weights, in batches."""
+    """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates, (N,) weights and users, in batches."""
     model = Told()
     dense = np.concatenate([logits, gates.reshape(len(logits), -1)], axis=1).astype(np.float32)
     batches = []
@@ -60,10 +64,12 @@ def validated(
         known = ~np.isnan(labels[rows])
         label = torch.from_numpy(np.where(known, labels[rows], 0).astype(np.float32))
         weight = None if weights is None else torch.from_numpy(weights[rows])
-        batches.append(Batch(None, torch.from_numpy(dense[rows]), label, torch.from_numpy(known), weights=weight))
+        who = None if users is None else torch.from_numpy(users[rows])
+        seen = torch.from_numpy(known)
+        batches.append(Batch(None, torch.from_numpy(dense[rows]), label, seen, weights=weight, users=who))
     for batch in batches:
         batch.to = lambda device, batch=batch: batch  # type: ignore[method-assign, misc]
-    found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
+    found = validate(model, batches, layout, CPU, one_in=one_in)  # type: ignore[arg-type]
     assert model.training
     return found
 
@@ -170,6 +176,67 @@ def test_huge_logits_count_at_the_ends() -> None:
     signs = np.where(np.isnan(labels), 0, 2 * (labels > 0) - 1)
     assert validated(signs * 1e6, labels, gates).auc == {"click": 1.0, "like": 1.0}
     assert validated(signs * -1e6, labels, gates).auc == {"click": 0.0, "like": 0.0}
+
+
+def naive_gauc(users: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> float:
+    total, rows = 0.0, 0
+    for user in np.unique(users):
+        mine = (users == user) & ~np.isnan(labels)
+        if len(np.unique(labels[mine])) == 2:
+            total += mine.sum() * roc_auc_score(labels[mine], logits[mine])
+            rows += mine.sum()
+    return total / rows
+
+
+def test_gauc_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> None:
+    logits, labels, gates = example(2_000)
+    labels[:, 0] = np.where(labels[:, 0] == 1, np.random.default_rng(2).random(2_000) < 0.2, labels[:, 0])
+    users = np.random.default_rng(1).integers(-(2**62), 2**62, 90)[np.random.default_rng(3).integers(0, 90, 2_000)]
+    logits = logits.round(1)  # ties
+    weights = np.random.default_rng(5).uniform(1, 9, len(logits)).astype(np.float32)
+    found = validated(logits, labels, gates, weights=weights, users=users)
+    for index, name in enumerate(("click", "like")):
+        known = ~np.isnan(labels[:, index])
+        label, w = labels[known, index], weights[known].astype(np.float64)
+        assert found.gauc[name] == pytest.approx(naive_gauc(users, logits[:, index], labels[:, index]), rel=1e-9)
+        predicted = w @ (1 / (1 + np.exp(-logits[known, index].astype(np.float64))))
+        assert found.calibration[name] == pytest.approx(predicted / (w @ label), rel=1e-6)
+        assert found.rarer[name] == min((label == 0).sum(), (label == 1).sum())
+    assert set(found.gauc) == set(found.calibration) == set(found.rarer) == {"click", "like"}
+
+
+def test_gauc_of_a_share_of_the_users_is_that_of_these_users() -> None:
+    logits, labels, gates = example(2_000)
+    users = mix(np.random.default_rng(3).integers(0, 90, 2_000).astype(np.uint64)).view(np.int64)
+    kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(3) == 0
+    found = validated(logits, labels, gates, users=users, one_in=3)
+    assert 0.1 < kept.mean() < 0.6
+    expected = naive_gauc(users[kept], logits[kept, 0], labels[kept, 0])
+    assert found.gauc["click"] == pytest.approx(expected, rel=1e-9)
+    assert "click" not in validated(logits, labels, gates).gauc
+
+
+def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:
+    logits, labels, gates = example(2_000)
+    rare = np.flatnonzero(labels[:, 0] == 1)[FEWEST - 1 :]
+    labels[rare, 0] = 0.0
+    found = validated(logits, labels, gates)
+    assert found.rarer["click"] == FEWEST - 1
+    assert found.told_by_auc("auc") == ["like"]
+    assert found.objective("auc", LAYOUT) == found.auc["like"]
+    labels[:, 1] = labels[:, 0]
+    alone = validated(logits, labels, gates)
+    assert alone.told_by_auc("auc") == []
+    assert alone.objective("auc", LAYOUT) == alone.objective("loss", LAYOUT) < 0
+
+
+def test_what_is_saved_is_read_back() -> None:
+    logits, labels, gates = example(300)
+    found = validated(logits, labels, gates, users=np.arange(300) // 7)
+    read = Validation.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert read.flat() == found.flat()
+    assert read.rarer == found.rarer
+    assert "validation.click.gauc" in found.flat()
 
 
 def test_without_any_binary_task_selection_is_by_loss() -> None:

@@ -20,10 +20,10 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, prepare
 from mmoe_rec.features.extend import extend
-from mmoe_rec.features.layout import Table
 from mmoe_rec.features.log import Log
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.settings import Model
@@ -46,13 +46,21 @@ class Grown:
     prepared: Prepared
     rows: LogRows
 
-    def warm_start(self, settings: Model | None = None, prepared: Prepared | None = None) -> WarmStart:
+    @property
+    def layout(self) -> ModelLayout:
+        """The grown layout, with what the settings make of it."""
+        return ModelLayout.of(self.prepared.layout, self.small.settings)
+
+    def warm_start(self, settings: Model | None = None, other: SmallModel | None = None) -> WarmStart:
+        """Starts with another structure, or with other features."""
         made_with = self.small.settings.model
-        return WarmStart(self.small.folder, made_with, prepared or self.prepared, settings or made_with)
+        prepared = self.prepared if other is None else other.prepared
+        layout = self.layout if other is None else ModelLayout.of(prepared.layout, other.settings)
+        return WarmStart(self.small.folder, made_with, prepared, layout, settings or made_with)
 
     def plain(self) -> RankingModel:
         """A model of the grown features with other random weights."""
-        layout = self.prepared.layout
+        layout = self.layout
         return build_model(layout, self.small.settings.model, plain_tables(layout, 99), 99).eval()
 
     def outputs(self, model: RankingModel, prepared: Prepared) -> torch.Tensor:
@@ -99,7 +107,7 @@ def test_first_outputs_are_those_of_the_other_model(grown: Grown) -> None:
 
     # New rows that start at random would be noticed.
     weight = model.get_parameter("tables.embedding_bags.item.weight")
-    known, table = grown.before.layout.table("item").rows, grown.prepared.layout.table("item")
+    known, table = grown.before.layout.table("item").rows, grown.layout.table("item")
     with torch.no_grad():
         weight[known:] = initial_rows(table, 0, known, table.rows)
     assert (grown.outputs(model, grown.prepared) - expected).abs().max() > 1e-3
@@ -109,7 +117,7 @@ def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
     old = FeaturePipeline.load(grown.before.serving, memories=False).owners["item"]
     new = FeaturePipeline.load(grown.prepared.serving, memories=False).owners["item"].vocabulary
     weights = load_file(grown.small.folder / "weights.safetensors")["tables.embedding_bags.item.weight"]
-    table = grown.prepared.layout.table("item")
+    table = grown.layout.table("item")
     rows = grown.warm_start().rows(table, 0, table.rows)
     assert torch.equal(rows[: len(weights)], weights)
     for place, item in enumerate(new.known.to_pylist()):
@@ -120,16 +128,16 @@ def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
 
 def test_any_range_of_rows_is_that_part_of_all(grown: Grown) -> None:
     start = grown.warm_start()
-    for table in grown.prepared.layout.tables:
+    for table in grown.layout.tables:
         whole = start.rows(table, 0, table.rows)
         for first in range(0, table.rows + 1, 3):
             for last in range(first, table.rows + 1, 2):
                 assert torch.equal(start.rows(table, first, last), whole[first:last])
 
 
-def _shard(prepared: Prepared, artifact: Path, structure: Model, out: Path) -> str:
+def _shard(prepared: Prepared, layout: ModelLayout, artifact: Path, structure: Model, out: Path) -> str:
     """Shards a started model, saves it, and gives the plan."""
-    start, layout = WarmStart(artifact, structure, prepared, structure), prepared.layout
+    start = WarmStart(artifact, structure, prepared, layout, structure)
     with process_group(CPU):
         model = build_model(layout, structure, torchrec_tables(layout), seed=99)
         start.fill_dense(model)
@@ -138,18 +146,20 @@ def _shard(prepared: Prepared, artifact: Path, structure: Model, out: Path) -> s
     return sharded.plan
 
 
-def _join_and_shard(rank: int, port: int, prepared: Prepared, artifact: Path, structure: Model, out: Path) -> None:
+def _join_and_shard(
+    rank: int, port: int, prepared: Prepared, layout: ModelLayout, artifact: Path, structure: Model, out: Path
+) -> None:
     environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    plan = _shard(prepared, artifact, structure, out)
+    plan = _shard(prepared, layout, artifact, structure, out)
     assert "rank 0" in plan
     assert "rank 1" in plan
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, world: int) -> None:
-    arguments = (grown.prepared, grown.small.folder, grown.small.settings.model, tmp_path / "saved")
+    arguments = (grown.prepared, grown.layout, grown.small.folder, grown.small.settings.model, tmp_path / "saved")
     if world == 1:
         _shard(*arguments)
     else:
@@ -193,7 +203,7 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sections", "log", "message"),
     [
-        (_with({"item": {**ALL_KINDS["item"], "dim": 3}}), 1, r"'features.item.dim' is 16, and 3 in the features"),
+        (_with({"item": {**ALL_KINDS["item"], "dim": 3}}), 1, r"'features.item.dim' is 16, and 3 in the settings"),
         (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
         (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
         (_with({}), 2, r"the ids of its feature 'item' have other rows"),
@@ -209,7 +219,7 @@ def test_other_features_are_refused(
         schema, windows = other.settings.schema_, other.settings.split.windows()
         other.prepared = prepare(other.settings.data.log, schema, windows, tmp_path)
     with pytest.raises(UserError, match=message):
-        grown.warm_start(prepared=other.prepared)
+        grown.warm_start(other=other)
 
 
 def test_other_tasks_are_refused(grown: Grown, tmp_path: Path) -> None:
@@ -217,7 +227,7 @@ def test_other_tasks_are_refused(grown: Grown, tmp_path: Path) -> None:
     tasks["more"] = {"label": "click", "objective": "engagement"}
     other = SmallModel(tmp_path, tasks=tasks)
     with pytest.raises(UserError, match=r"its setting 'tasks.more' is missing, and there in the features"):
-        grown.warm_start(prepared=other.prepared)
+        grown.warm_start(other=other)
 
 
 def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
@@ -228,7 +238,7 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     settings = one.settings
     prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), tmp_path / "other")
     with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
-        WarmStart(one.folder, settings.model, prepared, settings.model)
+        WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
 def test_a_model_of_more_ids_is_refused(grown: Grown, tmp_path: Path) -> None:
@@ -238,15 +248,15 @@ def test_a_model_of_more_ids_is_refused(grown: Grown, tmp_path: Path) -> None:
     shutil.copytree(grown.prepared.serving, folder / "features")
     settings = grown.small.settings.model
     with pytest.raises(UserError, match=r"its feature 'item' knows \d+ ids, and \d+ in the features"):
-        WarmStart(folder, settings, grown.before, settings)
+        WarmStart(folder, settings, grown.before, grown.layout, settings)
 
 
 def test_weights_that_cannot_be_read(grown: Grown, tmp_path: Path) -> None:
     shutil.copytree(grown.small.folder, tmp_path / "model")
     settings = grown.small.settings.model
-    start = WarmStart(tmp_path / "model", settings, grown.prepared, settings)
+    start = WarmStart(tmp_path / "model", settings, grown.prepared, grown.layout, settings)
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"the weights of the model in '.*' can't be read"):
-        start.rows(Table("item", 20, 16), 0, 5)
+        start.rows(EmbeddingTable("item", 20, 16), 0, 5)
     with pytest.raises(UserError, match=r"the weights of the model in '.*' can't be read"):
         start.fill_dense(grown.plain())

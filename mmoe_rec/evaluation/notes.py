@@ -1,0 +1,120 @@
+"""Why a metric is undefined, or has no interval, in words: no number is missing without a reason."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NEEDS_TWO_USERS = "There is one user: intervals need at least two."
+LEFT_OUT = {
+    "requests_of_one_row": "{} of one row",
+    "requests_without_relevant_row": "{} without a relevant row",
+    "requests_of_equal_relevance": "{} whose rows are equally relevant",
+}
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which one is told
+_NOTHING = {"value": None, "low": None, "high": None}
+
+
+def task_note(task: Mapping[str, Any], users: int) -> str | None:
+    """Of a task: `kind`, `rows`, a binary one's `positives`, and its metrics as `value`, `low` and `high`."""
+    rows = task["rows"]
+    if rows == 0:
+        return "No row has an observed label: all metrics are undefined."
+    if task["kind"] == "regression":
+        found = [] if _value(task, "r2") is not None else [f"All {rows:,} labels are equal: R2 is undefined."]
+    else:
+        found = _binary(task)
+    return _joined([*found, *_without_interval(task, users)])
+
+
+def score_note(score: Mapping[str, Any], requests: int, users: int) -> str | None:
+    """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`), of so many."""
+    single, irrelevant, equal = (score[name] for name in LEFT_OUT)
+    if single + irrelevant + equal < requests:
+        return _joined(_without_interval(score, users))
+    if single == requests:
+        why = "Every request has one row, and a list of one ranks nothing"
+    elif not equal:
+        why = "No request has a relevant row among several"
+    else:
+        why = "No request has rows that differ in relevance"
+    return f"{why}: NDCG and MRR are undefined."
+
+
+def told(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The notes of summaries of the same rows for people, each once, with what it is about; then what is left out."""
+    found = [each["note"] for each in summaries if "note" in each]
+    for each in summaries:
+        groups = {**each["tasks"], "score": each["score"]}
+        found += [f"{name}: {group['note']}" for name, group in groups.items() if "note" in group]
+        found += _left_out(each)
+    return list(dict.fromkeys(found))
+
+
+def _left_out(summary: Mapping[str, Any]) -> list[str]:
+    counts = {name: summary["score"][name] for name in LEFT_OUT}
+    total = sum(counts.values())
+    if not 0 < total < summary["requests"]:
+        return []  # With none left, the note says why.
+    which = ", ".join(LEFT_OUT[name].format(f"{count:,}") for name, count in counts.items() if count)
+    return [f"score: {total:,} of {summary['requests']:,} requests rank nothing and are left out: {which}."]
+
+
+def _binary(task: Mapping[str, Any]) -> list[str]:
+    rows, positives = task["rows"], task["positives"]
+    if positives in (0, rows):
+        label = int(positives > 0)
+        also = " So is calibration." if label == 0 else ""
+        return [f"All {rows:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"]
+    return [
+        f"No {group} has rows of both labels: GAUC by {group} is undefined."
+        for group in ("user", "request")
+        if _value(task, f"gauc_{group}") is None
+    ]
+
+
+def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:
+    """What is defined, but not in enough of the resamples; with one user nothing has an interval."""
+    intervals = {name: each for name, each in metrics.items() if isinstance(each, dict) and "low" in each}
+    bare = [name for name, each in intervals.items() if each["value"] is not None and each["low"] is None]
+    if users < 2 or not bare:
+        return []
+    verb = "has" if len(bare) == 1 else "have"
+    return [f"{', '.join(bare)} {verb} no interval: undefined in more than 5% of the resamples of users."]
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> float | None:
+    value: float | None = metrics[name]["value"]
+    return value
+
+
+def _joined(sentences: list[str]) -> str | None:
+    return " ".join(sentences) or None
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence for each task that ranks no better than chance, and for each whose probabilities are far off.
+
+    Far off is beyond `FURTHEST`, where the 95% interval does not hold 1 either.
+    """
+    found = []
+    for name, task in summary["tasks"].items():
+        auc, ratio = task.get("auc", _NOTHING), task.get("calibration", _NOTHING)
+        if auc["value"] is not None and auc["value"] < 0.5:
+            interval = "" if auc["low"] is None else f" ({auc['low']:.3f} to {auc['high']:.3f})"
+            found.append(
+                f"the AUC of '{name}' is {auc['value']:.3f}{interval}, below .5: it ranks no better than chance"
+            )
+        if _is_far(ratio):
+            interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            too = "high" if ratio["value"] > 1 else "low"
+            found.append(
+                f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
+                "training.calibration corrects them, and so may longer training"
+            )
+    return found
+
+
+def _is_far(ratio: Mapping[str, float | None]) -> bool:
+    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    if value is None or 1 / FURTHEST <= value <= FURTHEST:
+        return False
+    return low is None or high is None or not low <= 1 <= high

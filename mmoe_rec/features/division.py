@@ -1,0 +1,153 @@
+"""A partition of keys that is too large for memory, divided by time into pieces that are not.
+
+A key may have most of a log's rows, so more partitions would not do. The partition is read twice, to sample its times
+and to write each row to the pieces that need it; what is still too large is divided again. Each piece is then read from
+its own files, so what is read grows with the rows, and not with the rows times the pieces. A single moment cannot be
+divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.events import known_at
+from mmoe_rec.features.exchange import Exchange
+from mmoe_rec.features.learn import Window, events_of, look_ups_of
+from mmoe_rec.features.pipeline import in_window
+
+Group = Sequence[MemoryEncoder[Any]]
+_PIECES_AT_MOST = 1024  # of one division: what is held of it at a time is written as a batch for each
+_ROOM = 1.1  # for pieces that are larger than the sample says
+
+
+@dataclass(frozen=True)
+class Received:
+    """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one.
+
+    rows: look-ups, and the events of one counter or history, which are held in memory at a time.
+    """
+
+    exchange: Exchange
+    number: int
+    group: Group
+    window: Window
+    rows: int
+
+    def look_ups(self) -> Iterator[pa.Table]:
+        """key, time, row, and labels by which rows are events; the rows that ask within the window rise."""
+        return self.exchange.receive(look_ups_of(self.group[0].name), self.number)
+
+    def events(self, encoder: MemoryEncoder[Any]) -> Iterator[pa.Table]:
+        """Events of a counter or history that are not look-ups too."""
+        return self.exchange.receive(events_of(encoder.name), self.number)
+
+    @property
+    def unlabelled(self) -> list[MemoryEncoder[Any]]:
+        """Those of the group whose events are not look-ups too."""
+        return [encoder for encoder in self.group if encoder.label is None]
+
+    @property
+    def is_a_moment(self) -> bool:
+        """Whether the window is so short that it cannot be divided."""
+        start, end = self.window
+        return start is not None and end is not None and end - start <= 1
+
+    def divided(self, rows_in_memory: int, scratch: Path) -> Iterator[Received]:
+        """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`.
+
+        A piece is there until the next one is asked for.
+        """
+        if self.rows <= rows_in_memory or self.is_a_moment:
+            yield self
+            return
+        edges = self._edges(rows_in_memory)
+        windows = list(pairwise([self.window[0], *edges, self.window[1]]))
+        exchange = Exchange(scratch / "pieces", len(windows))
+        try:
+            rows = self._send(exchange, np.array(edges), rows_in_memory)
+            for number, window in enumerate(windows):
+                piece = Received(exchange, number, self.group, window, int(rows[number]))
+                yield from piece.divided(rows_in_memory, scratch / f"{number}")
+        finally:
+            exchange.remove()
+
+    def _edges(self, rows_in_memory: int) -> list[int]:
+        """Moments that divide the window into about equal pieces, from a sample of its times."""
+        # An event that becomes known late is in two pieces: of its look-up, and of when it is known.
+        copies = 1 + sum(each > 1 for each in self._matures_after)
+        pieces = min(int(_ROOM * copies * self.rows / rows_in_memory) + 1, _PIECES_AT_MOST)
+        step = 1 + pieces
+        samples = [moments[::step] for table in self.look_ups() for moments in self.moments(table)]
+        samples += [t["known"].to_numpy()[::step] for encoder in self.unlabelled for t in self.events(encoder)]
+        times = np.concatenate(samples)
+        times = np.sort(times[in_window(times, self.window)])
+        edges = times[np.arange(1, pieces) * len(times) // pieces]
+        # A moment that would fill a piece becomes one of its own.
+        many = np.searchsorted(times, edges, "right") - np.searchsorted(times, edges) >= len(times) // pieces
+        edges = np.unique(np.append(edges, edges[many] + 1))
+        start, end = self.window
+        return [edge for edge in edges.tolist() if (start is None or edge > start) and (end is None or edge < end)]
+
+    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
+        """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
+        tables = batches(self.look_ups(), rows_in_memory)
+        turns = (self._to_pieces(table, self.moments(table), edges) for table in tables)
+        look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
+        most = np.zeros(exchange.receivers, np.int64)
+        for encoder in self.unlabelled:
+            tables = batches(self.events(encoder), rows_in_memory)
+            turns = (self._to_pieces(table, [table["known"].to_numpy()], edges) for table in tables)
+            most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
+        return look_ups + most
+
+    def _to_pieces(
+        self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray
+    ) -> tuple[pa.Table, np.ndarray]:
+        """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
+        rows, pieces = [], []
+        places: list[np.ndarray] = []
+        for each in moments:
+            place = np.where(in_window(each, self.window), np.searchsorted(edges, each, "right"), -1)
+            needed = np.flatnonzero(np.logical_and.reduce([place >= 0, *(place != other for other in places)]))
+            places.append(place)
+            rows.append(needed)
+            pieces.append(place[needed])
+        if len(moments) == 1 and len(rows[0]) == table.num_rows:
+            return table, pieces[0]
+        return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
+
+    def moments(self, look_ups: pa.Table) -> list[np.ndarray]:
+        """(N,) int64 each: when N look-ups ask, and when they are known as events."""
+        time = look_ups["time"].to_numpy()
+        return [time, *(known_at(time, each) for each in self._matures_after)]
+
+    @property
+    def _matures_after(self) -> list[int]:
+        return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
+
+
+def batches(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of all tables, in order, as few tables of at most `rows` rows."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        for start in range(0, table.num_rows, rows):
+            piece = table.slice(start, rows)
+            if sum(map(len, waiting)) + len(piece) > rows:
+                yield together(waiting)
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield together(waiting)
+
+
+def together(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables (at least one), in order."""
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()

@@ -1,0 +1,180 @@
+"""Sums of float64 numbers without rounding, so that no order of adding and no difference of two sums loses anything.
+
+A number is a whole multiple of 2^-1074, cut into limbs: whole numbers of 2^(32 j), each below 2^32. Limbs are added up
+as int64, which is exact for 2^31 numbers; a sum is rounded once, when it is asked for, to the nearest float64. (The
+idea is Kulisch's long accumulator; carries wait until the rounding, as in Neal, "Fast exact summation using small and
+large superaccumulators", 2015.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+
+BITS = 32
+_MASK = np.uint64(2**BITS - 1)
+_AT_A_TIME = 8192  # so many numbers stay in the processor's cache
+
+
+class ExactSums:
+    """N exact sums.
+
+    units: the j of each of L limbs, rising, 0 among them; others are zero. limbs: (L, N) int64.
+    """
+
+    def __init__(self, units: Sequence[int], limbs: np.ndarray) -> None:
+        self.units, self.limbs = tuple(units), limbs
+
+    def __len__(self) -> int:
+        return self.limbs.shape[1]
+
+    @staticmethod
+    def zeros(size: int, units: Collection[int] = ()) -> ExactSums:
+        """Sums of nothing, with room for these units."""
+        units = sorted({0, *units})
+        return ExactSums(units, np.zeros((len(units), size), np.int64))
+
+    @staticmethod
+    def of(values: np.ndarray) -> ExactSums:
+        """(N,) finite float64 numbers."""
+        return ExactSums.of_scaled(*whole_numbers(values))
+
+    @staticmethod
+    def of_scaled(whole: np.ndarray, exponent: np.ndarray) -> ExactSums:
+        """`whole` times 2^`exponent`, (N,) int64 each."""
+        parts = [
+            _split(whole[start : start + _AT_A_TIME], exponent[start : start + _AT_A_TIME])
+            for start in range(0, len(whole), _AT_A_TIME)
+        ]
+        sums = ExactSums.zeros(len(whole), set().union(*parts))
+        for number, part in enumerate(parts):
+            start = number * _AT_A_TIME
+            for unit, limb in part.items():
+                sums.limbs[sums.units.index(unit), start : start + _AT_A_TIME] = limb
+        return sums
+
+    @staticmethod
+    def from_limbs(limbs: Mapping[int, np.ndarray], size: int) -> ExactSums:
+        """unit -> (N,) int64."""
+        sums = ExactSums.zeros(size, limbs)
+        for unit, limb in zip(sums.units, sums.limbs, strict=True):
+            if unit in limbs:
+                limb[:] = limbs[unit]
+        return sums
+
+    def over(self, units: Collection[int]) -> ExactSums:
+        """The same sums, with limbs for further units."""
+        missing = set(units) - set(self.units)
+        if not missing:
+            return self
+        wider = ExactSums.zeros(len(self), missing | set(self.units))
+        wider.limbs[np.searchsorted(wider.units, self.units)] = self.limbs
+        return wider
+
+    def each(self, of: Callable[[np.ndarray], np.ndarray]) -> ExactSums:
+        """What a linear function, of (N,) int64 to (K,) int64, makes of the sums."""
+        return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
+
+    def take(self, index: np.ndarray) -> ExactSums:
+        """The sums at (K,) indices, or where (N,) bool is true."""
+        return ExactSums(self.units, self.limbs[:, index])
+
+    def append(self, other: ExactSums) -> ExactSums:
+        """These sums and others."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
+
+    def rounded(self) -> np.ndarray:
+        """(N,) float64: the nearest to each sum, of two that are as near the even one; infinite beyond the largest."""
+        if self.units == (0,):
+            return self.limbs[0].astype(np.float64)
+        limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
+        return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
+
+    def _rounded(self, limbs: np.ndarray) -> np.ndarray:
+        digits = self._digits(limbs)
+        values, wrong = _nearest_at_once(digits, self.units[0])
+        if wrong.any():
+            negative = digits[-1, wrong] < 0
+            sizes = _nearest(self._digits(np.where(negative, -limbs[:, wrong], limbs[:, wrong])), self.units[0])
+            values[wrong] = np.where(negative, -sizes, sizes)
+        return values
+
+    def _digits(self, limbs: np.ndarray) -> np.ndarray:
+        """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
+        digits = np.zeros((self.units[-1] - self.units[0] + 2, limbs.shape[1]), np.int64)
+        digits[np.array(self.units) - self.units[0]] = limbs
+        for place in range(len(digits) - 1):
+            digits[place + 1] += digits[place] >> BITS
+            digits[place] &= np.int64(_MASK)
+        return digits
+
+
+def _split(whole: np.ndarray, exponent: np.ndarray) -> dict[int, np.ndarray]:
+    """Limbs, by unit, of `whole` times 2^`exponent`, (N,) int64 each."""
+    size = np.abs(whole).view(np.uint64)
+    unit, shift = exponent // BITS, (exponent & (BITS - 1)).view(np.uint64)
+    low, high = (size & _MASK) << shift, (size >> np.uint64(BITS)) << shift
+    middle = (low >> np.uint64(BITS)) + (high & _MASK)
+    digits = (low & _MASK, middle & _MASK, (high >> np.uint64(BITS)) + (middle >> np.uint64(BITS)))
+    signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
+    limbs: dict[int, np.ndarray] = {}
+    least = unit.min()
+    firsts = np.flatnonzero(np.bincount(unit - least)) + least
+    for first in firsts.tolist():
+        here = unit == first
+        for j, digit in enumerate(signed, first):
+            limb = digit if len(firsts) == 1 else np.where(here, digit, 0)
+            if limb.any():
+                limbs[j] = limbs[j] + limb if j in limbs else limb
+    return limbs
+
+
+def whole_numbers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers of at most 53 bits and exponents of 2, (N,) int64 each, whose products are the finite `values`."""
+    fraction, exponent = np.frexp(values)
+    return (fraction * 2.0**53).astype(np.int64), exponent.astype(np.int64) - 53
+
+
+def units_of(values: np.ndarray) -> set[int]:
+    """Units that exact sums of (N,) float64 numbers, without those that are NaN, need."""
+    return set(ExactSums.of(values[~np.isnan(values)]).units)
+
+
+def _nearest_at_once(digits: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) float64 nearest to numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit), by an addition
+    that is rounded once, and (N,) bool where that is not enough, as the first digits are zero or too many."""
+    digits = np.concatenate([np.zeros((4, digits.shape[1]), np.int64), digits])
+    above = (digits[-1] << BITS) + digits[-2]
+    few = np.abs(above) < 2**20
+    whole = np.where(few, (above << BITS) + digits[-3], above)
+    rest = np.where(few, digits[-4], digits[-3]) << BITS | np.where(few, digits[-5], digits[-4])
+    more = rest & 2**11 - 1 != 0
+    if len(digits) > 8:
+        more |= np.where(few, digits[:-5].any(axis=0), digits[:-4].any(axis=0))
+    # What is dropped leaves an odd number of 53 bits, which no rounding of the sum takes for a half.
+    rest = (rest.view(np.uint64) >> np.uint64(11)).view(np.int64) | more
+    values = whole.astype(np.float64) + rest.astype(np.float64) * 2.0**-53
+    size = np.abs(whole)
+    with np.errstate(over="ignore"):
+        values = np.ldexp(values, BITS * (unit + len(digits) - 4 - np.where(few, 3, 2)))
+    return values, (size < 4) & (rest != 0) | (size > 2**53)
+
+
+def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
+    """(N,) float64 nearest to positive numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
+    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
+    leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
+    leading = np.maximum(leading, 2)
+    first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
+    below = np.logical_or.accumulate(digits != 0, axis=0)
+    more = np.take_along_axis(below, np.maximum(leading - 3, 0)[None], 0)[0]
+    # The first 64 bits, and whether there is anything below them: half of them decides how 53 are rounded.
+    empty = BITS - np.frexp(first.astype(np.float64))[1].astype(np.uint64)
+    head = (((first << np.uint64(BITS)) | second) << empty) | (third >> (np.uint64(BITS) - empty))
+    more |= (third << empty) & _MASK != 0
+    head = (head >> np.uint64(1)) | (head & np.uint64(1)) | more
+    exponent = 1 - empty.astype(np.int64) + BITS * (leading - 3 + unit)
+    with np.errstate(over="ignore"):
+        return np.ldexp(head.astype(np.int64).astype(np.float64), exponent)

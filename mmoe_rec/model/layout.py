@@ -1,0 +1,114 @@
+"""What a model makes of a layout of rows: how wide each table is, and what each task counts in loss and score.
+
+The rows are the same whatever is chosen here, so these values come from the settings when a model is made, and are
+saved as JSON inside a served model. Code that only reads rows takes the plain `Layout` and never sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings import Settings
+
+
+@dataclass(frozen=True)
+class EmbeddingTable(Table):
+    """An embedding table: `rows` x `dim` float32."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class ModelTask(TaskOutput):
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.TaskSettings`."""
+
+    objective: str
+    loss_weight: float = 1.0
+    score_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelLayout(Layout):
+    """Inputs and outputs of a model."""
+
+    tables: tuple[EmbeddingTable, ...]
+    tasks: tuple[ModelTask, ...]
+
+    @staticmethod
+    def of(layout: Layout, settings: Settings) -> ModelLayout:
+        """The layout of rows with what the settings make of it.
+
+        Raises UserError where the settings lack a feature or task of the rows.
+        """
+        tables, tasks = [], []
+        for table in layout.tables:
+            name = table.feature or table.name
+            dim = getattr(settings.features.get(name), "dim", None)
+            if dim is None:
+                raise _unknown("feature", name)
+            tables.append(EmbeddingTable(**vars(table), dim=dim))
+        for task in layout.tasks:
+            chosen = settings.tasks.get(task.name)
+            if chosen is None:
+                raise _unknown("task", task.name)
+            tasks.append(_model_task(task, chosen.objective, chosen.loss_weight, chosen.score_weight))
+        return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks))
+
+    def of_rows(self) -> Layout:
+        """The layout of the rows alone."""
+        return Layout(
+            tables=tuple(Table(each.name, each.rows, feature=each.feature) for each in self.tables),
+            ids=self.ids,
+            dense=self.dense,
+            tasks=tuple(
+                TaskOutput(each.name, each.kind, mean=each.mean, deviation=each.deviation, given=each.given)
+                for each in self.tasks
+            ),
+        )
+
+    def table(self, name: str) -> EmbeddingTable:
+        """The table of that name."""
+        return next(table for table in self.tables if table.name == name)
+
+    def width(self, placement: bool) -> int:
+        """Number of model inputs: the embeddings' widths plus the dense inputs."""
+        embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
+        return embedded + len(self.dense_names(placement))
+
+    @staticmethod
+    def from_json(text: str) -> ModelLayout:
+        """The layout that `to_json` wrote."""
+        tree = json.loads(text)
+        return ModelLayout(
+            tables=tuple(EmbeddingTable(**each) for each in tree["tables"]),
+            ids=tuple(IdInput(**each) for each in tree["ids"]),
+            dense=tuple(DenseInput(each["name"], each["placement"], tuple(each["edges"])) for each in tree["dense"]),
+            tasks=tuple(ModelTask(**each) for each in tree["tasks"]),
+        )
+
+    @staticmethod
+    def read(folder: Path) -> ModelLayout:
+        """The layout saved in the folder of a model. Raises UserError for one that is missing or damaged."""
+        path = folder / "layout.json"
+        try:
+            return ModelLayout.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"'{path}' is missing or damaged: it does not hold the layout of a model") from None
+
+
+def _model_task(task: TaskOutput, objective: str, loss_weight: float, score_weight: float) -> ModelTask:
+    return ModelTask(**vars(task), objective=objective, loss_weight=loss_weight, score_weight=score_weight)
+
+
+def _unknown(what: str, name: str) -> UserError:
+    return UserError(
+        f"the features at hand have the {what} '{name}', which the settings do not have: build the features anew, or "
+        "take the setting back"
+    )

@@ -1,0 +1,128 @@
+"""Models by their address: which folder holds the artifact, and which run made it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.tracking import calling, connect, sqlite_file
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """The artifact folder of a model, and the run that made it, where that is known and was not deleted."""
+
+    folder: Path
+    run_id: str | None
+
+
+def find_model(address: str, uri: str) -> FoundModel:
+    """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `local_model`).
+
+    What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
+    """
+    pinned = _pinned(address, uri)
+    return FoundModel(local_model(pinned, uri), run_of(pinned, uri))
+
+
+def local_model(address: str, uri: str) -> Path:
+    """The artifact folder at an address.
+
+    address: a folder's path, of the artifact or of the MLflow model that holds it; `models:/NAME@ALIAS`,
+    `models:/NAME/VERSION`, `models:/NAME/latest`, `models:/m-ID`; `runs:/RUN/PATH`; or an address of files that MLflow
+    can download, such as `mlflow-artifacts:/...`, `file:///...` and `s3://...`.
+
+    Raises UserError for a folder without a model, or an address that MLflow at `uri` does not know or can't read.
+    """
+    if Path(address).exists() or _scheme(address) is None:
+        found = _artifact_in(Path(address))
+        if found is None:
+            raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
+        return found
+    mlflow = _registry(address, uri)
+    try:
+        with calling(uri, address):
+            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+    except UserError:
+        raise
+    except Exception as error:  # of the client of a storage, or that it is not installed
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"'{address}' can't be loaded ({reason})") from None
+    found = _artifact_in(folder)
+    if found is None:
+        raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
+    return found
+
+
+def run_of(address: str, uri: str) -> str | None:
+    """The run that made a model of the registry, None for any other address and where it was deleted.
+
+    Raises UserError for an unknown name or alias.
+    """
+    if _scheme(address) != "models":
+        return None
+    mlflow = _registry(address, uri)
+    with calling(uri, address):
+        name, version, _ = _resolved(mlflow, address)
+        client = mlflow.MlflowClient()
+        run_id: str | None = (
+            client.get_logged_model(name).source_run_id
+            if version is None
+            else client.get_model_version(name, version).run_id
+        )
+    return run_id if run_id and _is_there(mlflow, uri, run_id) else None
+
+
+def _pinned(address: str, uri: str) -> str:
+    """An address of the registry that does not move, any other one as it is."""
+    if _scheme(address) != "models" or Path(address).exists():
+        return address
+    mlflow = _registry(address, uri)
+    with calling(uri, address):
+        return "/".join(["models:", *filter(None, _resolved(mlflow, address))])
+
+
+def _resolved(mlflow: Any, address: str) -> tuple[str, str | None, str]:
+    """Name and version of a registered model, or the id of a model and None; and a path in it, which may be empty."""
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    model, path = ModelsArtifactRepository.split_models_uri(address)
+    name, *version = get_model_name_and_version(mlflow.MlflowClient(), model)
+    return name, str(version[0]) if version else None, path
+
+
+def _registry(address: str, uri: str) -> Any:
+    store = sqlite_file(uri)
+    if _scheme(address) in ("models", "runs") and store is not None and not store.is_file():
+        raise UserError(
+            f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
+        )
+    return connect(uri)
+
+
+def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    with calling(uri):
+        try:
+            return bool(mlflow.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+
+def _artifact_in(folder: Path) -> Path | None:
+    """The artifact folder that a folder is, or that an MLflow model in it holds."""
+    found = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
+    return found[0].parent if found else None
+
+
+def _scheme(address: str) -> str | None:
+    """What stands before the colon of an address, None for a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", address)
+    return found[1].lower() if found else None

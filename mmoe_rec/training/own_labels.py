@@ -1,0 +1,90 @@
+"""What validation says of binary tasks besides loss and AUC: calibration and GAUC, over the rows of a task's own label.
+
+Sums are kept by every rank. GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange
+them, of a share of the users, drawn by a hash of their ids, so that they are at most about ROWS_KEPT.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmoe_rec.batches.batch import Batch
+from mmoe_rec.features.layout import Layout
+
+ROWS_KEPT = 1_000_000
+
+
+def share_kept(rows: int) -> int:
+    """One user in so many is kept of so many rows; 1 is all."""
+    return max(1, math.ceil(rows / ROWS_KEPT))
+
+
+class OwnLabels:
+    """Adds up batches of this rank; `exchange` makes it those of all ranks.
+
+    one_in: of so many users one is kept for GAUC.
+    """
+
+    def __init__(self, layout: Layout, one_in: int) -> None:
+        self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
+        self._names = [layout.tasks[index].name for index in self._binary]
+        self._one_in = one_in
+        self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
+        # Of each batch: users, and per task logits and labels, NaN where unobserved.
+        self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, logits: Tensor, batch: Batch, own: Tensor) -> None:
+        """logits (B, T) and own (B, T) bool, the rows of each task's own label, on any device."""
+        logits, labels, known = (each[:, self._binary].double().cpu() for each in (logits, batch.labels, own))
+        weights = known if batch.weights is None else known * batch.weights.double().cpu()[:, None]
+        self._sums += torch.stack([(weights * logits.sigmoid()).sum(0), (weights * labels).sum(0)], dim=1)
+        if batch.users is not None:
+            users = batch.users.cpu().numpy()
+            # The upper half of a hash has nothing to do with which rank or batch a row is in.
+            kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(self._one_in) == 0
+            seen = torch.where(known > 0, labels, torch.nan)
+            self._kept.append((users[kept], logits.numpy()[kept].astype(np.float32), seen.numpy()[kept]))
+
+    def exchange(self, device: torch.device) -> None:
+        """A collective call."""
+        if dist.get_world_size() > 1:
+            sums = self._sums.to(device)
+            dist.all_reduce(sums)
+            self._sums = sums.cpu()
+            parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, self._kept)
+            self._kept = [each for part in parts for each in part]
+
+    def calibration(self) -> dict[str, float]:
+        """Task -> sum of predictions / sum of labels, both weighted as the loss; not where no label is 1."""
+        pairs = zip(self._names, self._sums.tolist(), strict=True)
+        return {name: predicted / labels for name, (predicted, labels) in pairs if labels > 0}
+
+    def gauc(self) -> dict[str, float]:
+        """Task -> mean AUC of users weighted by their rows; not where no user has both labels."""
+        if not self._kept:
+            return {}
+        users, logits, labels = (np.concatenate(each) for each in zip(*self._kept, strict=True))
+        found = {name: _gauc(users, logits[:, t], labels[:, t]) for t, name in enumerate(self._names)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _gauc(users: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """Of (N,) rows, NaN labels are unobserved; by the ranks of each user's positive rows, ties sharing a mean rank."""
+    rows = pd.DataFrame({"user": users, "logit": logits, "label": labels}).dropna(subset="label")
+    by_user = rows.groupby("user")
+    ranks = by_user["logit"].rank().where(rows["label"] == 1, 0.0)
+    total = by_user["label"].count()
+    positives, rank_sum = by_user["label"].sum(), ranks.groupby(rows["user"]).sum()
+    pairs = positives * (total - positives)
+    both = pairs > 0
+    if not both.any():
+        return None
+    areas = (rank_sum - positives * (positives + 1) / 2)[both] / pairs[both]
+    return float((areas * total[both]).sum() / total[both].sum())

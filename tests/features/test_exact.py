@@ -1,0 +1,209 @@
+"""Exact sums, against `fractions` and `math.fsum`, and the counters that rest on them, against a loop over rows."""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_logs import (
+    DAY,
+    START,
+    log_rows,
+    random_log,
+    raw_answers,
+    remember,
+    schema_of,
+    stream_of,
+    times_of,
+    write_log,
+)
+
+from mmoe_rec.features.build import prepare
+from mmoe_rec.features.events import LookUps
+from mmoe_rec.features.exact import ExactSums, units_of
+from mmoe_rec.features.extend import extend
+from mmoe_rec.features.memory import CounterMemory
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.steps import BuildOptions
+
+# Outliers beside which small labels are lost, numbers of all bits, the least and largest ones, and exact opposites.
+LABELS = np.array([1e17, -1e17, 1e-9, -1e-9, 0.1, 0.5, 3.0, -7.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
+WINDOW = 5
+
+
+def any_labels(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Some of one size, some of all, some of those above."""
+    kinds = [rng.normal(size=size), np.ldexp(rng.normal(size=size), rng.integers(-1074, 900, size))]
+    return np.choose(rng.integers(0, 3, size), [*kinds, rng.choice(LABELS, size)])
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.lists(numbers, min_size=1, max_size=12), opposites=st.integers(0, 12))
+def test_a_sum_is_the_float_nearest_to_the_true_one(values, opposites):
+    array = np.array(values + [-value for value in values[:opposites]])
+    exact = ExactSums.of(array)
+    np.testing.assert_array_equal(exact.rounded(), array)
+    total = exact.each(lambda limb: limb.sum(keepdims=True)).rounded()
+    true = sum(map(Fraction, array.tolist()))
+    try:
+        expected = float(true)
+    except OverflowError:
+        expected = math.inf if true > 0 else -math.inf
+    assert total.tolist() == [expected]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_sum_of_many_is_as_exact(seed):
+    rng = np.random.default_rng(seed)
+    values = any_labels(rng, 1000) if seed % 2 else np.ldexp(rng.integers(-(2**53), 2**53, 1000), -1074)
+    exact = ExactSums.of(values)
+    order = rng.permutation(1000)
+    running = exact.take(order).each(np.cumsum)
+    assert running.rounded()[-1] == math.fsum(values)
+    difference = running.each(lambda limb: limb[900:] - limb[:100])
+    assert difference.rounded().tolist() == [math.fsum(values[order][n + 1 : n + 901]) for n in range(100)]
+
+
+def test_halves_are_rounded_to_even():
+    half = 2.0**-53
+    for values in ([1.0, half], [1.0 + 2 * half, half], [1.0, half, 5e-324], [-1.0, -half], [1.0, half, -5e-324]):
+        total = ExactSums.of(np.array(values)).each(lambda limb: limb.sum(keepdims=True))
+        assert total.rounded()[0] == math.fsum(values)
+
+
+def test_numbers_alike_need_few_units():
+    assert units_of(np.array([5.0, 2.0**31, 0.0, np.nan])) == {0}
+    assert units_of(np.array([12.5, 99.75])) == {-1, 0}
+    assert units_of(np.round(np.random.default_rng(0).lognormal(3, 1, 1000), 2)) == {-2, -1, 0}
+
+
+def _told(memory: CounterMemory, keys: np.ndarray, times: np.ndarray) -> list[np.ndarray]:
+    asked = LookUps.sort(keys, times)
+    join = memory.joined(asked)
+    last = join.last()
+    return [each[asked.number] for each in (*memory.totals(last), *memory.totals(last, join.last(WINDOW)))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 80), cuts=st.lists(st.integers(-3, 30), max_size=4).map(sorted))
+def test_a_memory_sums_windows_as_a_loop_does_however_it_is_extended(seed, size, cuts):
+    rng = np.random.default_rng(seed)
+    key, known, label = rng.integers(0, 3, size).astype(np.uint64), rng.integers(0, 25, size), any_labels(rng, size)
+    keys, times = np.repeat(np.arange(4, dtype=np.uint64), 30), np.tile(np.arange(30), 4)
+    expected: list[list[float]] = [[], [], [], []]
+    for asked, now in zip(keys, times, strict=True):
+        for place, since in enumerate((-1, now - WINDOW)):
+            inside = (key == asked) & (known <= now) & (known > since)
+            expected[2 * place].append(int(inside.sum()))
+            expected[2 * place + 1].append(math.fsum(label[inside]))
+    whole = CounterMemory.empty(fractions=True).extended(key, known, label)
+    np.testing.assert_array_equal(_told(whole, keys, times), expected)
+    memory, order = CounterMemory.empty(fractions=True), rng.permutation(size)
+    edges = [-(10**6), *cuts, 10**6]
+    for start, end in pairwise(edges):
+        inside = order[(known[order] >= start) & (known[order] < end)]
+        memory = memory.extended(key[inside], known[inside], label[inside])
+        wanted = (times >= start) & (times < end)
+        told = _told(memory, keys[wanted], times[wanted])
+        np.testing.assert_array_equal(told, np.array(expected)[:, wanted])
+        memory = CounterMemory.from_columns(memory.compacted(end, WINDOW).to_columns(), end, fractions=True)
+
+
+FEATURES = {
+    "item": {"kind": "id", "column": "item", "min_count": 1},
+    "spent_of_brand": {
+        "kind": "counter",
+        "task": "spent",
+        "by": ["brand"],
+        "outputs": ["positives", "rate"],
+        "window_days": [None, 1, 2.5],
+    },
+}
+SCHEMA = schema_of(FEATURES)
+WINDOWS = {
+    "train": (START, START + 5 * DAY),
+    "validation": (START + 5 * DAY, START + 6 * DAY),
+    "test": (START + 6 * DAY, None),
+}
+
+
+def log_with_outliers(seed: int, rows: int = 400) -> pa.Table:
+    """A random log whose `spent` is small but for a few rows."""
+    rng, table = np.random.default_rng(seed), random_log(seed, rows)
+    small = np.round(rng.lognormal(size=rows), 2) * rng.choice([1, 1, 1e-9], rows)
+    spent = np.where(rng.random(rows) < 0.02, rng.choice([1e17, -1e17, 1e30], rows), small)
+    column = pa.array(spent, mask=rng.random(rows) < 0.1)
+    return table.set_column(table.column_names.index("spent"), "spent", column)
+
+
+def test_counters_of_outliers_equal_a_loop():
+    table = log_with_outliers(0)
+    pipeline = FeaturePipeline(SCHEMA)
+    remember(pipeline, stream_of([table], SCHEMA))
+    found = raw_answers(pipeline.encoders["spent_of_brand"], log_rows(table, SCHEMA))
+    times, brand = times_of(table), np.array(table["brand"].to_pylist())
+    spent = table["spent"].to_numpy()
+    for suffix, window in (("", 10**18), ("_1d", DAY), ("_2p5d", 5 * DAY // 2)):
+        for row, now in enumerate(times):
+            known = times + 1
+            inside = (brand == brand[row]) & (known <= now) & (known > now - window) & ~np.isnan(spent)
+            total = math.fsum(spent[inside])
+            assert found[f"spent_of_brand_positives{suffix}"][row] == np.log1p(max(total, 0.0))
+
+
+def _folders(prepared: Path) -> dict[str, pa.Table]:
+    return {str(each.relative_to(prepared)): pq.read_table(each) for each in sorted(prepared.glob("*/*.memory"))}
+
+
+@pytest.mark.parametrize("rows_in_memory", [30, 100])
+@pytest.mark.parametrize("seed", range(2))
+def test_no_choice_changes_sums_of_fractions(tmp_path, seed, rows_in_memory):
+    table = log_with_outliers(seed)
+    source = str(write_log(tmp_path / "log", table))
+    shuffled = table.take(pa.array(np.random.default_rng(seed).permutation(table.num_rows)))
+    other = str(write_log(tmp_path / "other", shuffled.slice(0, 90), shuffled.slice(90)))
+    one = prepare(source, SCHEMA, WINDOWS, tmp_path / "one")
+    two = prepare(other, SCHEMA, WINDOWS, tmp_path / "two", BuildOptions(rows_in_memory=rows_in_memory))
+    order = [(name, "ascending") for name in ("time", "user", "candidate")]
+    for split in WINDOWS:
+        assert pq.read_table(one.split(split)).sort_by(order).equals(pq.read_table(two.split(split)).sort_by(order))
+    memories = _folders(one.folder)
+    assert memories
+    assert memories == _folders(two.folder)
+    assert one.layout == two.layout
+
+
+@pytest.mark.parametrize("rows_in_memory", [30, 10**6])
+def test_added_days_give_the_sums_of_all_days(tmp_path, rows_in_memory):
+    table = log_with_outliers(3)
+    days = (times_of(table) - START) // DAY
+    # The labels of the first days are whole numbers: later ones need further units.
+    spent = table["spent"].to_numpy()
+    spent = pa.array(np.where(days < 6, np.rint(spent), spent), from_pandas=True)
+    table = table.set_column(table.column_names.index("spent"), "spent", spent)
+    first = {
+        "train": (START, START + 3 * DAY),
+        "validation": (START + 3 * DAY, START + 4 * DAY),
+        "test": (START + 4 * DAY, None),
+    }
+    options = BuildOptions(rows_in_memory=rows_in_memory)
+    parts = [table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8)]
+    log = str(write_log(tmp_path / "log", parts[0]))
+    grown = prepare(log, SCHEMA, first, tmp_path / "two", options)
+    (before,) = _folders(grown.folder).values()
+    for number, part in enumerate(parts[1:], 1):
+        pq.write_table(part, tmp_path / "log" / f"{number}.parquet")
+        assert extend(log, SCHEMA, WINDOWS, tmp_path / "two", options) is not None
+    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "one")
+    memories = _folders(whole.folder)
+    assert memories == _folders(grown.folder)
+    assert set(before.column_names) < set(memories["serving/spent_of_brand.memory"].column_names)

@@ -1,0 +1,146 @@
+"""What identifies features: what rows mean does, what a model makes of them does not."""
+
+from __future__ import annotations
+
+import shutil
+import zoneinfo
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.build import Prepared, at_hand, prepare
+from mmoe_rec.features.extend import extend
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.settings import Settings
+from tests.features.small_logs import ALL_KINDS, BASE, random_log, write_log
+from tests.serving.small_model import small_settings
+
+EVENTS = {"seen": {"kind": "counter", "events": "views", "by": ["item"], "outputs": ["rows"]}}
+
+
+def settings_of(work: Path, path: str = "log", **sections: Any) -> Settings:
+    """Settings of the log in a folder, whose rows are read as events too, from a path in it."""
+    features = {**sections.pop("features", ALL_KINDS), **EVENTS}
+    events = {"views": {"path": str(work / path), "time": "time"}}
+    data = {"log": str(work / "log"), "work": str(work), "events": events}
+    return small_settings(work, data=data, features=features, **sections)
+
+
+def changed(section: str, name: str, **keys: Any) -> dict[str, Any]:
+    """A section with other keys of one task or feature."""
+    whole = {"tasks": BASE["tasks"], "features": ALL_KINDS}[section]
+    return {section: {**whole, name: {**whole[name], **keys}}}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a log, and its features."""
+    folder = tmp_path_factory.mktemp("identity")
+    write_log(folder / "log", random_log(1, rows=600))
+    settings = settings_of(folder)
+    prepare(settings.data.log, settings.schema_, settings.split.windows(), folder)
+    return folder
+
+
+def found(work: Path, settings: Settings) -> Prepared | None:
+    return at_hand(settings.data.log, settings.schema_, settings.split.windows(), work)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        changed("tasks", "click", loss_weight=0.25),
+        changed("tasks", "liked", score_weight=3.0),
+        changed("tasks", "spent", objective="satisfaction"),
+        *(changed("features", name, dim=6) for name in ("item", "tags", "price_bucket", "when", "user_brand", "slot")),
+        {"path": "log/*.parquet"},
+    ],
+    ids=str,
+)
+def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sections: dict[str, Any]) -> None:
+    settings = settings_of(work, **sections)
+    assert found(work, settings) is not None
+    assert extend(settings.data.log, settings.schema_, settings.split.windows(), work) is None, "nothing is new"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        changed("tasks", "liked", matures_after_days=1),
+        changed("tasks", "liked", given="click"),
+        {"tasks": dict(reversed(BASE["tasks"].items()))},
+        {"features": dict(reversed(ALL_KINDS.items()))},
+        changed("features", "item", oov_buckets=5),
+        changed("features", "when", timezone="UTC"),
+        {"roles": {**BASE["roles"], "placement": [], "context": ["born", "slot"]}},
+    ],
+    ids=str,
+)
+def test_another_meaning_of_rows_takes_other_features(work: Path, sections: dict[str, Any]) -> None:
+    assert found(work, settings_of(work, **sections)) is None
+
+
+def test_other_rules_of_a_time_zone_take_other_features(work: Path, tmp_path: Path) -> None:
+    """As after an update of the machine's time zone database."""
+    settings = settings_of(work)
+    assert found(work, settings) is not None
+    (zone,) = [place for place in map(Path, zoneinfo.TZPATH) if (place / "Europe" / "Berlin").is_file()][:1]
+    (tmp_path / "Europe").mkdir()
+    shutil.copy(zone / "Europe" / "Moscow", tmp_path / "Europe" / "Berlin")
+    try:
+        zoneinfo.reset_tzpath([str(tmp_path)])
+        zoneinfo.ZoneInfo.clear_cache()
+        assert found(work, settings) is None
+    finally:
+        zoneinfo.reset_tzpath()
+        zoneinfo.ZoneInfo.clear_cache()
+    assert found(work, settings) is not None
+
+
+def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:
+    files = [path for path in (work / "features").rglob("*.json") if path.name != "files.json"]
+    assert {"layout.json", "pipeline.json", "manifest.json"} <= {path.name for path in files}
+    for path in files:
+        for key in ("dim", "loss_weight", "score_weight", "objective"):
+            assert f'"{key}"' not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
+    sections = changed("tasks", "click", loss_weight=0.25, score_weight=2.0) | changed("features", "when", dim=6)
+    settings = settings_of(work, **sections)
+    prepared = found(work, settings)
+    assert prepared is not None
+    layout = ModelLayout.of(prepared.layout, settings)
+    assert {table.name: table.dim for table in layout.tables} == {
+        "item": 16,
+        "brand": 16,
+        "tags": 16,
+        "price_bucket": 16,
+        "when_hour": 6,
+        "when_weekday": 6,
+        "born_weekday": 4,
+        "user_brand": 16,
+        "slot": 16,
+    }
+    weights = [(task.name, task.objective, task.loss_weight, task.score_weight) for task in layout.tasks]
+    assert weights == [
+        ("click", "engagement", 0.25, 2.0),
+        ("liked", "satisfaction", 1.0, 1.0),
+        ("spent", "engagement", 1.0, 1.0),
+    ]
+    assert layout.of_rows() == prepared.layout
+    assert ModelLayout.from_json(layout.to_json()) == layout
+
+
+def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None:
+    settings = settings_of(work, tasks=dict(reversed(BASE["tasks"].items())))
+    with pytest.raises(UserError, match=r"'tasks' is in the order click, liked, spent .* in the order spent, liked"):
+        extend(settings.data.log, settings.schema_, settings.split.windows(), work)
+
+
+def test_settings_of_other_features_are_told_of(work: Path) -> None:
+    settings = settings_of(work, features={name: each for name, each in ALL_KINDS.items() if name != "when"})
+    with pytest.raises(UserError, match=r"have the feature 'when', which the settings do not have"):
+        ModelLayout.of(Prepared(work / "features").layout, settings)

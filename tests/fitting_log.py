@@ -1,0 +1,86 @@
+"""Random rows that fit any settings: every column that they name, of a type that they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.features.columns import UTC_MICROSECONDS, Use, column_uses, event_uses
+from mmoe_rec.schema import VectorFeature
+from mmoe_rec.settings import Settings
+
+DAY = 86_400_000_000
+CANDIDATES = 6  # of a request
+
+
+def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) -> list[str]:
+    """Writes an interaction log and all logs of events; gives the overrides that name them."""
+    rng = np.random.default_rng(0)
+    schema = settings.schema_
+    windows = settings.split.windows()
+    _, train_end = windows["train"]
+    _, validation_end = windows["validation"]
+    assert train_end is not None
+    assert validation_end is not None
+    maturing = max(int(task.matures_after_days * DAY) for task in schema.tasks.values())
+    first, last = train_end - maturing - 30 * DAY, windows["test"][1] or validation_end + 7 * DAY
+    times = np.linspace(first, last, requests, endpoint=False).astype(np.int64).repeat(CANDIDATES)
+    names, rows = schema.columns, requests * CANDIDATES
+    columns = {name: _column(use, times, rng) for name, use in column_uses(schema).items()}
+    columns[names.user] = pa.array(rng.integers(0, 30, requests).repeat(CANDIDATES))
+    columns[names.candidate] = pa.array(rng.random((requests, 40)).argsort(1)[:, :CANDIDATES].ravel())
+    columns[names.time] = _times(times, names.time_unit)
+    if names.request is not None:
+        columns[names.request] = pa.array(np.arange(requests).repeat(CANDIDATES))
+    if names.sampling_rate is not None:
+        columns[names.sampling_rate] = pa.array(rng.choice([0.25, 1.0], rows))
+    for feature in schema.features.values():
+        if isinstance(feature, VectorFeature):
+            columns[feature.column] = pa.array(list(rng.normal(size=(rows, feature.size))))
+    for task in schema.tasks.values():
+        if task.observed_when is not None:
+            columns[task.observed_when.column] = _seen(task.observed_when.equals, rng.random(rows) < 0.5)
+    for task in schema.tasks.values():
+        binary = task.kind == "binary"
+        columns[task.label] = pa.array(rng.integers(0, 2, rows) if binary else rng.exponential(size=rows))
+    _write(pa.table(columns), folder / "log")
+    overrides = ["--data.log", str(folder / "log")]
+    for name, log in schema.events.items():
+        found = {column: columns[column] for column in event_uses(schema, name) if column in columns}
+        _write(pa.table({**found, log.time: columns[names.time]}), folder / name)
+        overrides += [f"--data.events.{name}.path", str(folder / name)]
+    return overrides
+
+
+def _column(use: Use, times: np.ndarray, rng: np.random.Generator) -> pa.Array:
+    rows = len(times)
+    match use:
+        case "key":
+            return pa.array(rng.integers(0, 9, rows))
+        case "keys":
+            return pa.array([["a", "b", "c"][: rng.integers(0, 4)] for _ in range(rows)])
+        case "time":
+            return pa.array(times - rng.integers(0, 90 * DAY, rows)).cast(UTC_MICROSECONDS)
+        case _:
+            return pa.array(rng.lognormal(2, 1, rows))
+
+
+def _times(times: np.ndarray, unit: str | None) -> pa.Array:
+    stamps = pa.array(times).cast(UTC_MICROSECONDS)
+    return stamps if unit is None else stamps.cast(pa.timestamp(unit, tz="UTC"), safe=False).cast(pa.int64())
+
+
+def _seen(equals: object, seen: np.ndarray) -> pa.Array:
+    if isinstance(equals, bool):
+        return pa.array(seen == equals)
+    if isinstance(equals, str):
+        return pa.array(np.where(seen, equals, f"not {equals}"))
+    return pa.array(np.where(seen, equals, equals + 1))  # type: ignore[operator]
+
+
+def _write(table: pa.Table, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / "part.parquet")

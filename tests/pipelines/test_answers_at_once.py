@@ -1,0 +1,44 @@
+"""`--help` and mistakes are answered before anything is imported that takes long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pipelines.imports import ROOT, answer
+
+COMMANDS = sorted(path.stem for path in (ROOT / "pipelines").glob("*.py") if "def main(" in path.read_text())
+WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts"}
+
+
+def test_the_commands_are_found() -> None:
+    assert WITH_SETTINGS | {"quickstart", "doctor", "ingest_complete_journey"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str) -> None:
+    found = answer(f"pipelines.{name}", "--help")
+    assert (found.code, found.imported) == (0, ())
+    assert f"python -m pipelines.{name}" in found.out
+    assert ("--model.experts.count" in found.out) == (name in WITH_SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["features", "train", "evaluate", "inspect", "tune"])
+def test_a_missing_log_or_model(tmp_path: Path, name: str) -> None:
+    mistake = ["--model", "no/model"] if name == "evaluate" else ["--data.log", "no/log"]
+    work = ["--data.work", str(tmp_path / "work")]
+    found = answer(f"pipelines.{name}", "--config", "configs/template.yaml", *mistake, *work)
+    assert (found.code, found.imported) == (2, ())
+    assert found.err.startswith("error: ")
+    assert len(found.err.splitlines()) == 1
+
+
+def test_a_wrong_setting(tmp_path: Path) -> None:
+    tree = yaml.safe_load((ROOT / "configs" / "template.yaml").read_text(encoding="utf-8"))
+    tree["model"]["expert"] = {"count": 3}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    found = answer("pipelines.train", "--config", str(tmp_path / "wrong.yaml"))
+    assert (found.code, found.imported) == (2, ())
+    assert "model.expert" in found.err

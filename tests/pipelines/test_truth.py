@@ -1,0 +1,72 @@
+"""Test rows for a model whose features were made from another log than that of the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.serving.ranker import Ranker
+from pipelines import truth
+from tests.features.small_logs import BASE, random_log, write_log
+from tests.serving.small_model import SmallModel, small_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    return SmallModel(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def ranker(model: SmallModel) -> Ranker:
+    return Ranker.load(model.folder)
+
+
+def test_rows_at_hand_are_taken_whatever_they_are_worth(model: SmallModel, ranker: Ranker) -> None:
+    tasks = {**BASE["tasks"], "click": {**BASE["tasks"]["click"], "score_weight": 5.0, "loss_weight": 0.1}}
+    settings = model.settings.model_copy(update={"tasks": small_settings(Path("x"), tasks=tasks).tasks})
+    assert truth.test_rows(settings, model.folder, ranker) == model.prepared.split("test")
+
+
+def test_sampling_rates_are_those_of_the_settings(model: SmallModel, ranker: Ranker, tmp_path: Path) -> None:
+    """The model's own log had none, so its features know of no such column."""
+    log = random_log(1, rows=600)
+    rates = np.random.default_rng(0).choice([0.25, 0.5, 1.0], len(log))
+    write_log(tmp_path / "log", log.append_column("rate", pa.array(rates)))
+    settings = small_settings(tmp_path, columns={**BASE["columns"], "sampling_rate": "rate"})
+    rows = pq.read_table(truth.test_rows(settings, model.folder, ranker))
+    start, _ = settings.split.windows()["test"]
+    assert start is not None
+    times = log["time"].cast(pa.int64()).to_numpy()
+    assert sorted(rows["sampling_rate"].to_pylist()) == sorted(rates[times >= start].tolist())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"click": BASE["tasks"]["click"]}, r"the model predicts click, liked, spent; the settings have click"),
+        (
+            {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "label": "spent"}},
+            r"was trained with 'tasks.liked.label' \"liked\", and it is \"spent\" in the settings",
+        ),
+        (
+            {**BASE["tasks"], "liked": {"label": "liked", "objective": "satisfaction"}},
+            r"was trained with 'tasks.liked.observed_when",
+        ),
+        (
+            {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "given": "click"}},
+            r"'tasks.liked.given' missing, and it is \"click\"",
+        ),
+    ],
+)
+def test_other_labels_are_no_common_truth(
+    model: SmallModel, ranker: Ranker, tmp_path: Path, tasks: dict[str, Any], message: str
+) -> None:
+    features = {"item": {"kind": "id", "column": "item"}}
+    with pytest.raises(UserError, match=message):
+        truth.test_rows(small_settings(tmp_path, tasks=tasks, features=features), model.folder, ranker)

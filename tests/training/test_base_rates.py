@@ -1,0 +1,82 @@
+"""Towers begin at the base rates of the rows that they are trained on, and at nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit, logit
+
+from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.model.towers import Towers
+from mmoe_rec.training.base_rates import base_rates, start_at
+from mmoe_rec.training.loop import Trainer
+from mmoe_rec.training.ranks import process_group
+from tests.training.learnable import CPU, LAYOUT, MODEL, TRAINING, learnable_rows, scores, trained, write_prepared
+
+TASKS = (
+    TaskOutput("click", "binary"),
+    TaskOutput("kept", "binary", given="click"),
+    TaskOutput("stars", "regression", mean=3.0),
+    TaskOutput("survey", "binary"),
+)
+
+
+def manifest(labels: dict[str, np.ndarray], rates: np.ndarray) -> dict:
+    """A manifest of training rows that were counted in two parts."""
+    counts = SplitCounts()
+    for part in (slice(0, 100), slice(100, None)):
+        counts.add({name: values[part] for name, values in labels.items()}, rates[part], {})
+    return {"splits": {"train": asdict(counts)}}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rates_are_the_means_of_observed_labels(weighted: bool) -> None:
+    random = np.random.default_rng(0)
+    click = (random.random(3_000) < 0.01).astype(float)
+    kept = np.where(click == 1, random.random(3_000) < 0.7, np.nan)
+    rates = np.where(click == 1, 1.0, 0.2)
+    labels = {"click": click, "kept": kept, "stars": random.normal(3, 1, 3_000), "survey": np.full(3_000, np.nan)}
+    found = base_rates(manifest(labels, rates), TASKS, weighted)
+    weights = 1 / rates if weighted else np.ones(3_000)
+    expected = [((weights * click).sum() + 0.5) / (weights.sum() + 1)]
+    engaged = click == 1
+    expected.append((kept[engaged].sum() + 0.5) / (engaged.sum() + 1))  # clicks weigh 1
+    assert found[:2] == pytest.approx(expected, rel=1e-12)
+    assert found[2:] == [None, None]
+
+
+def test_towers_say_the_rates_of_no_input() -> None:
+    towers = Towers(4, 3, (2,))
+    start_at(towers, [0.005, 0.7, None, None])
+    with torch.no_grad():
+        towers.layers[-1].weight.zero_()
+        said = towers(torch.randn(5, 4, 3)).numpy()
+    np.testing.assert_allclose(said, np.tile([logit(0.005), logit(0.7), 0, 0], (5, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.005, 0.9])
+def test_a_short_training_ends_near_a_rate_far_from_a_half(tmp_path: Path, rate: float) -> None:
+    """Labels that no input explains: predictions have to come to the rate, and 20 steps are few."""
+    labels = {}
+    for seed, split in enumerate(("train", "validation")):
+        drawn = learnable_rows(LAYOUT, {"train": 12_000, "validation": 4_000}[split], seed)[1]
+        drawn[:, 0] = np.random.default_rng(seed).random(len(drawn)) < rate
+        labels[split] = drawn
+    found = trained(write_prepared(tmp_path / "data", LAYOUT, labels), tmp_path / "best", batch_size=600)
+    logits, known = scores(found.model(), found.prepared)
+    assert expit(logits[:, 0]).sum() / known[:, 0].sum() == pytest.approx(1, abs=0.35)
+
+
+def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path / "data", LAYOUT)
+    with process_group(CPU):
+        trainer = Trainer(prepared, LAYOUT, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
+        bias = trainer.sharded.model.module.mixture.towers.output_bias.detach()
+        rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
+        assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
+        trainer.checkpoints.close()
