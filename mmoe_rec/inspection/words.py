@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NONE = "–"  # noqa: RUF001 - a dash stands for a number that does not exist
+_DAY = 86_400_000_000
 
 
 def percent(share: float | None) -> str:
@@ -47,15 +48,18 @@ def requests_told(requests: Mapping[str, Any] | None) -> str | None:
     """How many requests have several times, of a manifest's `requests`; None where none has."""
     if not requests or not requests["several_times"]:
         return None
+    longest = requests["longest_microseconds"]
+    again = "; are ids used again?" if longest > _DAY else ""
     return (
         f"{requests['several_times']:,} of {requests['count']:,} requests have rows of several times, up to "
-        f"{span(requests['longest_microseconds'])} apart: all rows of a request take its first time"
+        f"{span(longest)} apart: all rows of a request take its first time{again}"
     )
 
 
 def unmatured_told(task: str, labels: int, known_by: str | None) -> str:
     """How many labels of a split do not count, as they had not matured."""
-    return f"{labels:,} label{'s' * (labels != 1)} of {task} had not matured by {day(known_by)} UTC and do not count"
+    noun, verb = ("label", "does") if labels == 1 else ("labels", "do")
+    return f"{labels:,} {noun} of {task} had not matured by {day(known_by)} UTC and {verb} not count"
 
 
 def span(microseconds: int) -> str:

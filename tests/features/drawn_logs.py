@@ -42,16 +42,18 @@ class DrawnLog:
         """Writes the files of a stage."""
         for name, table in (("log", self.log), ("events", self.events)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            for path, rows in table[table["stage"] == stage].groupby("file"):
-                columns = [column for column in rows.columns if column not in ("stage", "file")]
-                arrays = {each: pa.array(_nulls(rows[each]), self.types[each]) for each in columns}
-                pq.write_table(pa.table(arrays), folder / name / f"{path}.parquet", row_group_size=self.row_group)
+            rows = table[table["stage"] == stage]
+            columns = [column for column in rows.columns if column not in ("stage", "file")]
+            whole = pa.table({each: pa.array(_nulls(rows[each]), self.types[each]) for each in columns})
+            for path, places in rows.reset_index(drop=True).groupby("file").indices.items():
+                file = folder / name / f"{path}.parquet"
+                pq.write_table(whole.take(pa.array(places)), file, row_group_size=self.row_group)
 
 
 def draw(seed: int) -> DrawnLog:
     """The log of a seed."""
     rng = np.random.default_rng(seed)
-    stages = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
+    stages = int(rng.choice([1, 2, 3], p=[0.7, 0.25, 0.05]))
     settings = _settings(rng, stages)
     log = _log(rng, settings)
     first = _first_times(log, settings["columns"])
@@ -70,11 +72,12 @@ def draw(seed: int) -> DrawnLog:
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
-        "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.1, 0.25, 0.25, 0.4])),
+        "duplicates": str(rng.choice(["error", "keep"])),
+        "rows_in_memory": int(rng.choice([8, 16, 40, 10_000], p=[0.05, 0.2, 0.25, 0.5])),
     }
     small = {
         "batch": int(rng.choice([5, 16, 1000])),
-        "part": int(rng.choice([10, 30, 1000], p=[0.2, 0.3, 0.5])),
+        "part": int(rng.choice([10, 30, 1000], p=[0.15, 0.25, 0.6])),
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
@@ -241,4 +244,5 @@ def _with_nulls(rng: np.random.Generator, values: np.ndarray, share: float) -> n
 
 
 def _nulls(values: pd.Series) -> list[Any]:
-    return [None if pd.isna(value) else value for value in values.astype(object)]
+    # Missing numbers are NaN, which is not itself.
+    return [None if value != value else value for value in values.tolist()]  # noqa: PLR0124

@@ -133,10 +133,11 @@ class NaiveFeatures:
 
 
 def _rows(table: pd.DataFrame) -> list[Row]:
-    return [
-        {name: None if pd.isna(value) else value for name, value in row.items()}
-        for row in table.astype(object).to_dict("records")
-    ]
+    return [{name: _none_if_missing(value) for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _none_if_missing(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -115,7 +115,7 @@ def test_all_is_that_of_a_log_with_the_first_times(
     assert requests_told(plain) is None
     assert requests_told(told) == (
         f"{told['several_times']} of {told['count']} requests have rows of several times, up to 48.0 hours apart: all "
-        "rows of a request take its first time"
+        "rows of a request take its first time; are ids used again?"
     )
 
 

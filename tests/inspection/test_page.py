@@ -126,3 +126,23 @@ def test_the_terminal_shows_every_feature(health, width):
         described = f".* {feature['kind']} " if width == 120 else ""
         assert re.search(rf"^ {feature['name']} {described}", text, re.MULTILINE), feature["name"]
     assert "problem: " in text
+
+
+def test_requests_of_several_times_and_labels_that_had_not_matured_are_told(tmp_path):
+    requests = {"count": 1234, "several_times": 56, "longest_microseconds": 5_400_000_000}
+    splits = {"train": {"known_by": 1_714_521_600_000_000, "unmatured": {"like": 1, "click": 0}}}
+    health = health_of_frames(tmp_path, random_frames(22), requests=requests, splits=splits)
+    told = [
+        "56 of 1,234 requests have rows of several times, up to 90.0 minutes apart: all rows of a request take its "
+        "first time",
+        "train: 1 label of like had not matured by 2024-05-01 00:00 UTC and does not count",
+    ]
+    console = Console(width=200, file=io.StringIO())
+    for part in show(health, 200):
+        console.print(part)
+    for sentence in told:
+        assert sentence in console.file.getvalue()
+        assert sentence in page(health)
+    plain = health_of_frames(tmp_path / "plain", random_frames(22))
+    assert "several times" not in page(plain)
+    assert "had not matured" not in page(plain)
