@@ -44,7 +44,6 @@ from mmoe_rec.training.checkpoint import (
     step_folder,
 )
 from mmoe_rec.training.meter import Meter
-from mmoe_rec.training.own_labels import share_kept
 from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import Steps
@@ -110,7 +109,6 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
-        self._one_in = share_kept(self.validation_reader.rows.rows)
         self.position = self.reader.position(0)
         self.sharded = self._sharded(model_settings, warm_start, prepared)
         self.optimizer, self._dense_optimizer = _optimizers(self.sharded, settings)
@@ -278,7 +276,7 @@ class Trainer:
         """
         start = time.perf_counter()
         batches = Prefetch(self._batches(self.validation_reader, self.validation_reader.position(0), 1))
-        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop, self._one_in)
+        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.leave_out(time.perf_counter() - start)
         if found is None:
             return False

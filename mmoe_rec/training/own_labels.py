@@ -1,12 +1,12 @@
 """What validation says of binary tasks besides loss and AUC: calibration and GAUC, over the rows of a task's own label.
 
 Sums are kept by every rank. GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange
-them, of a share of the users, drawn by a hash of their ids, so that they are at most about ROWS_KEPT.
+them. Where these are more than ROWS_KEPT, it is that of a share of the users, drawn by a hash of their ids.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,26 +18,19 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.features.layout import Layout
 
 ROWS_KEPT = 1_000_000
-
-
-def share_kept(rows: int) -> int:
-    """One user in so many is kept of so many rows; 1 is all."""
-    return max(1, math.ceil(rows / ROWS_KEPT))
+# Of a batch: users (B,), and logits and labels (B, T) of the binary tasks, NaN where unobserved.
+Kept = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class OwnLabels:
-    """Adds up batches of this rank; `exchange` makes it those of all ranks.
+    """Adds up batches of this rank; `exchange` makes it those of all ranks."""
 
-    one_in: of so many users one is kept for GAUC.
-    """
-
-    def __init__(self, layout: Layout, one_in: int) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
         self._names = [layout.tasks[index].name for index in self._binary]
-        self._one_in = one_in
+        self._one_in = 1  # of so many users one is kept: a power of 2, so that fewer are some of those before
         self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
-        # Of each batch: users, and per task logits and labels, NaN where unobserved.
-        self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._kept: list[Kept] = []
 
     def add(self, logits: Tensor, batch: Batch, own: Tensor) -> None:
         """logits (B, T) and own (B, T) bool, the rows of each task's own label, on any device."""
@@ -45,11 +38,11 @@ class OwnLabels:
         weights = known if batch.weights is None else known * batch.weights.double().cpu()[:, None]
         self._sums += torch.stack([(weights * logits.sigmoid()).sum(0), (weights * labels).sum(0)], dim=1)
         if batch.users is not None:
-            users = batch.users.cpu().numpy()
-            # The upper half of a hash has nothing to do with which rank or batch a row is in.
-            kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(self._one_in) == 0
             seen = torch.where(known > 0, labels, torch.nan)
-            self._kept.append((users[kept], logits.numpy()[kept].astype(np.float32), seen.numpy()[kept]))
+            kept = batch.users.cpu().numpy(), logits.numpy().astype(np.float32), seen.numpy()
+            self._kept.append(_of_users(kept, self._one_in))
+            while sum(len(users) for users, _, _ in self._kept) > ROWS_KEPT // dist.get_world_size():
+                self._keep(2 * self._one_in)
 
     def exchange(self, device: torch.device) -> None:
         """A collective call."""
@@ -57,9 +50,13 @@ class OwnLabels:
             sums = self._sums.to(device)
             dist.all_reduce(sums)
             self._sums = sums.cpu()
-            parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, self._kept)
-            self._kept = [each for part in parts for each in part]
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (self._one_in, self._kept))
+            self._kept = [each for _, part in parts for each in part]
+            self._keep(max(one_in for one_in, _ in parts))
+
+    def _keep(self, one_in: int) -> None:
+        self._one_in, self._kept = one_in, [_of_users(each, one_in) for each in self._kept]
 
     def calibration(self) -> dict[str, float]:
         """Task -> sum of predictions / sum of labels, both weighted as the loss; not where no label is 1."""
@@ -73,6 +70,13 @@ class OwnLabels:
         users, logits, labels = (np.concatenate(each) for each in zip(*self._kept, strict=True))
         found = {name: _gauc(users, logits[:, t], labels[:, t]) for t, name in enumerate(self._names)}
         return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_users(kept: Kept, one_in: int) -> Kept:
+    """The rows of one user in so many, by the upper half of the hash: the lower one may tell ids apart elsewhere."""
+    users, logits, labels = kept
+    chosen = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(one_in) == 0
+    return users[chosen], logits[chosen], labels[chosen]
 
 
 def _gauc(users: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> float | None:

@@ -76,22 +76,17 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model: RankingModel,
-    batches: Iterable[Batch],
-    layout: Layout,
-    device: torch.device,
-    stop: StopRequest | None = None,
-    one_in: int = 1,
+    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
 ) -> Validation | None:
     """Scores this rank's batches without placement and adds up over all ranks. A collective call.
 
-    one_in: GAUC is that of one user in so many. Gives None as soon as a rank was asked to stop.
+    Gives None as soon as a rank was asked to stop.
     """
     tasks = layout.tasks
     counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
     loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
     utilisation = UtilisationSums(model.experts_in_use)
-    own_labels = OwnLabels(layout, one_in)
+    own_labels = OwnLabels(layout)
     model.eval()
     for each in batches:
         if stop is not None and _any_rank(stop.asked is not None, device):

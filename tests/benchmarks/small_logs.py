@@ -20,15 +20,12 @@ import numpy as np
 if TYPE_CHECKING:
     from mmoe_rec.settings import Settings
 
-SOFT = ["--model.gates.dropout", "0"]
-TOP = [*SOFT, "--model.gates.routing", "top_k", "--model.gates.top_k", "2"]
-LONG = ["--training.epochs", "4"]
+TOP = ["--model.gates.routing", "top_k", "--model.gates.top_k", "2"]
 WAYS = {
-    "soft": SOFT,
-    "soft, 4 epochs": [*SOFT, *LONG],
-    "soft, gate dropout .1, 4 epochs": [*LONG, "--model.gates.dropout", "0.1"],
-    "soft, balance loss, 4 epochs": [*SOFT, *LONG, "--model.gates.balance", "loss"],
-    "soft, 2 experts": [*SOFT, "--model.experts.count", "2"],
+    "as shipped": [],  # the slice's gates have dropout
+    "gate dropout .1": ["--model.gates.dropout", "0.1"],
+    "balance loss": ["--model.gates.balance", "loss"],
+    "2 experts": ["--model.experts.count", "2"],
     "top 2": TOP,
     "top 2, balance loss": [*TOP, "--model.gates.balance", "loss"],
 }

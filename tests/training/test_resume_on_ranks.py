@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmoe_rec.features.build import Prepared
+from mmoe_rec.training.checkpoint import latest_checkpoint
 from tests.model.examples import LAYOUT
 from tests.training.learnable import MODEL, write_prepared
 from tests.training.ranks import spawn
@@ -67,3 +68,13 @@ def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: 
         torch.testing.assert_close(
             resumed[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+def test_two_ranks_judge_the_rows_of_all(prepared: Prepared, folder: Path) -> None:
+    """GAUC and calibration of the last validation, at which weights differ by as little as above."""
+    one, two = (latest_checkpoint(folder / name).state.history[-1][1] for name in ("1", "1-2"))  # type: ignore[union-attr]
+    assert two.rarer == one.rarer
+    assert min(one.rarer.values()) > 100
+    for name in ("gauc", "calibration"):
+        assert getattr(two, name) == pytest.approx(getattr(one, name), rel=1e-3)
+        assert set(getattr(one, name)) == {"click", "like"}

@@ -18,6 +18,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
+from mmoe_rec.training import own_labels
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, FEWEST, Validation, auc, validate
 from tests.model.examples import LAYOUT
@@ -54,7 +55,6 @@ def validated(
     layout: ModelLayout = LAYOUT,
     weights: np.ndarray | None = None,
     users: np.ndarray | None = None,
-    one_in: int = 1,
 ) -> Validation:
     """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates, (N,) weights and users, in batches."""
     model = Told()
@@ -69,7 +69,7 @@ def validated(
         batches.append(Batch(None, torch.from_numpy(dense[rows]), label, seen, weights=weight, users=who))
     for batch in batches:
         batch.to = lambda device, batch=batch: batch  # type: ignore[method-assign, misc]
-    found = validate(model, batches, layout, CPU, one_in=one_in)  # type: ignore[arg-type]
+    found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
     assert model.training
     return found
 
@@ -205,12 +205,13 @@ def test_gauc_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> No
     assert set(found.gauc) == set(found.calibration) == set(found.rarer) == {"click", "like"}
 
 
-def test_gauc_of_a_share_of_the_users_is_that_of_these_users() -> None:
+def test_gauc_of_a_share_of_the_users_is_that_of_these_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_labels, "ROWS_KEPT", 700)  # of 2,000: a quarter of the users
     logits, labels, gates = example(2_000)
     users = mix(np.random.default_rng(3).integers(0, 90, 2_000).astype(np.uint64)).view(np.int64)
-    kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(3) == 0
-    found = validated(logits, labels, gates, users=users, one_in=3)
-    assert 0.1 < kept.mean() < 0.6
+    kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(4) == 0
+    assert kept.sum() <= 700 < ((users.view(np.uint64) >> np.uint64(32)) % np.uint64(2) == 0).sum()
+    found = validated(logits, labels, gates, users=users, parts=5)
     expected = naive_gauc(users[kept], logits[kept, 0], labels[kept, 0])
     assert found.gauc["click"] == pytest.approx(expected, rel=1e-9)
     assert "click" not in validated(logits, labels, gates).gauc
