@@ -29,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.inspection.report import inspect, write
     from mmoe_rec.inspection.terminal import show
-    from pipelines.steps import prepare_features
+    from pipelines.places import features_in_use
 
     out = Path(arguments.out or Path(settings.data.work) / "inspection")
-    health = inspect(settings.name, prepare_features(settings), settings.schema_)
+    with features_in_use(settings, "an inspection") as prepared:
+        health = inspect(settings.name, prepared, settings.schema_)
     write(health, out)
     console = Console()
     if not console.is_terminal:

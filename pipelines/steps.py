@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,15 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
 from mmoe_rec.features.extend import Extended, extend
-from mmoe_rec.features.learn import Window
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import say
-from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
-from pipelines.finished import CHALLENGER, Finished, Trained, training_key
+from mmoe_rec.training.origin import checksum, result_settings
+from pipelines.finished import Finished, Trained, training_key
+from pipelines.places import log_and_place, logs_for
+from pipelines.promotion import promote
+from pipelines.resuming import Course, begin, check_start, check_training_rows, local_start, something_left
 
 if TYPE_CHECKING:
     import torch
@@ -29,125 +33,103 @@ if TYPE_CHECKING:
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
-    from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
+    from mmoe_rec.training.origin import Origin
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
 
 def prepare_features(settings: Settings) -> Prepared:
     """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(*_log_and_place(settings))
+    return prepare(*log_and_place(settings))
 
 
 def extend_features(settings: Settings) -> Extended | None:
     """Adds new files of the log to the features at hand; None where there are none."""
-    return extend(*_log_and_place(settings))
-
-
-def _log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
-    data = settings.data
-    return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
-
-
-def build_options(settings: Settings) -> BuildOptions:
-    """How the settings want features to be built."""
-    names = [each.name for each in fields(BuildOptions)]
-    return BuildOptions(**{name: getattr(settings.data, name) for name in names})
+    return extend(*log_and_place(settings))
 
 
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from. It needs features at hand that were extended from that model's. resume: go
-    on from the last checkpoint, where there is one; a training that has come to its end is not begun again.
+    on from the last checkpoint, where there is one; a training that has come to its end is not begun again, unless the
+    features go on to a later day. Raises UserError where another process trains in `data.work`.
     """
     # A wrong log or address is told of before torch is loaded.
-    found = at_hand(*_log_and_place(settings))
+    found = at_hand(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
-    going_on = resume and (checkpoints / "latest.json").is_file()
-    folder = None if start is None or going_on else tracking.local_model(start, settings.tracking.uri)
-    _check_training_rows(settings, found, start)
-    warm_start = None if folder is None or found is None else _warm_start(settings, found, folder)
+    if not (resume and something_left(checkpoints)):
+        check_training_rows(settings, found, start)
+        if start is not None:
+            check_start(start, settings)
 
     from mmoe_rec.devices import pick_device
-    from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.ranks import process_group
 
     device = pick_device(settings.training.device)
-    with process_group(device, settings.training.timeout_minutes) as ranks:
-        ranks.after_first(lambda: prepare_features(settings))
-        checkpoint = latest_checkpoint(checkpoints) if resume else None
-        if resume and (finished := Finished.read(checkpoints)) is not None:
-            return replace(finished.trained(settings), before=True) if ranks.first else None
-        if ranks.first:
-            Finished.forget(checkpoints)
-        return _train(settings, ranks.first, device, start, warm_start, resume, checkpoint)
+    with (
+        process_group(device, settings.training.timeout_minutes) as ranks,
+        contextlib.ExitStack() as held,
+    ):
+        text = ranks.after_first(lambda: begin(settings, start, resume, held).to_json())
+        course = Course.from_json(text)
+        if course.kind == "at its end":
+            finished = Finished.read(checkpoints) if ranks.first else None
+            return None if finished is None else finished.trained(settings, before=True)
+        return _train(settings, ranks.first, device, course, resume)
 
 
-def _train(
-    settings: Settings,
-    first: bool,
-    device: torch.device,
-    start: str | None,
-    warm_start: WarmStart | None,
-    resume: bool,
-    checkpoint: Checkpoint | None,
-) -> Trained | None:
+def _train(settings: Settings, first: bool, device: torch.device, course: Course, resume: bool) -> Trained | None:
     import torch.distributed as dist
 
-    from mmoe_rec.training.checkpoint import Origin, fixed_settings
+    from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training.origin import Origin, fixed_settings
 
-    work = Path(settings.data.work)
-    prepared = Prepared(work / "features")
-    run_id = None
-    origin = Origin(fixed_settings(settings.model, settings.training), prepared.manifest["fingerprint"])
-    if checkpoint is not None:
+    work, start = Path(settings.data.work), course.start
+    prepared, checkpoints = Prepared(work / "features"), work / "checkpoints"
+    manifest = prepared.manifest
+    until = manifest["request_microseconds"][1]
+    origin = Origin(fixed_settings(settings), manifest["fingerprint"], until, start=start)
+    run_id, key, checkpoint, warm_start = None, None, None, None
+    if course.kind == "goes on":
+        checkpoint = latest_checkpoint(checkpoints)
+        assert checkpoint is not None, "the first rank has read it"
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
-    key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
+    elif start is not None:
+        warm_start = _warm_start(settings, prepared, local_start(start, settings))
+    if first and checkpoint is None:
+        key = training_key(checkpoints, origin, new=not resume)
     with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
         _log_start(run, settings, prepared)
-        if first and start is not None and checkpoint is None:
+        if start is not None:
             # An alias such as `champion` will point at the new model soon.
-            origin_run = tracking.run_of(start, settings.tracking.uri)
-            run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
+            tags = {"warm_start": start.address, "warm_start.model": start.exact}
+            run.set_tags({**tags, "warm_start.run": start.run or "unknown", "warm_start.weights": start.weights})
 
         def draw(found: Validation, step: int) -> None:
             _draw_gates(run, prepared.layout, found.experts, f"plots/gates/step_{step:07}.png")
 
+        origin = replace(origin, run_id=run.run_id)
         trainer = Trainer(
             prepared,
             settings.model,
             settings.training,
             device,
-            work / "checkpoints",
+            checkpoints,
             run.log_metrics,
             warm_start,
             checkpoint,
-            replace(origin, run_id=run.run_id),
+            origin,
             watch=draw,
         )
+        if first and checkpoint is None:
+            Finished.forget(checkpoints)
         result = trainer.run()
         dist.barrier()
-        return _finish(run, settings, prepared, result) if first else None
-
-
-def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
-    """Raises UserError where there is nothing to train on, or to go on from."""
-    if start is not None and found is None:
-        raise UserError(
-            f"'{settings.data.work}' has no features of this log, these features and this split: to go on from a "
-            "model, run python -m pipelines.features with --extend first"
-        )
-    if found is not None:
-        empty = [name for name in ("train", "validation") if not found.manifest["splits"][name]["rows"]]
-        if empty:
-            raise UserError(
-                f"the features in '{found.folder}' have no {empty[0]} rows: they were extended by new rows only, and "
-                f"none of these lies in that split; extend them by more rows, with `split` set around them"
-            )
+        return _finish(run, settings, prepared, result, origin) if first else None
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
@@ -170,7 +152,9 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
     run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
 
 
-def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult) -> Trained:
+def _finish(
+    run: tracking.Run, settings: Settings, prepared: Prepared, result: TrainingResult, origin: Origin
+) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
@@ -196,14 +180,19 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
         state_dict=model.state_dict(),
         calibration=calibration,
     )
+    promotion = promote(run, settings, prepared, model, work / "model")
     before = dict(result.history).get(0)
-    select_by = settings.training.select_by
-    better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
-    alias = settings.tracking.alias if better else CHALLENGER
-    run.set_tags({"promoted": better})
-    tracking.register(run, work / "model", settings.registered_model, alias)
-    started_from = None if before is None else before.to_dict()
-    finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
+    finished = Finished(
+        replace(origin, settings=result_settings(settings)),
+        checksum(work / "model" / "weights.safetensors"),
+        promotion.address,
+        best.to_dict(),
+        result.best_step,
+        result.rows_per_s,
+        result.waiting,
+        promotion.compared,
+        None if before is None else before.to_dict(),
+    )
     finished.write(work / "checkpoints")
     return finished.trained(settings)
 
@@ -248,15 +237,15 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(test_rows(settings, artifact, ranker.about.fingerprint), ranker.layout)
-    scored = score_rows(
-        ranker.model,
-        ranker.layout,
-        rows,
-        settings.evaluation.batch_size,
-        calibration=ranker.calibration,
-        weighted=settings.training.sampling_correction == "weights",
-    )
+    with test_rows(settings, artifact, ranker.about.fingerprint) as folder:
+        scored = score_rows(
+            ranker.model,
+            ranker.layout,
+            EncodedRows(folder, ranker.layout),
+            settings.evaluation.batch_size,
+            calibration=ranker.calibration,
+            weighted=settings.training.sampling_correction == "weights",
+        )
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
     summary["sampling_correction"] = settings.training.sampling_correction
@@ -268,22 +257,25 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     return evaluated
 
 
-def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Path:
-    """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's."""
-    prepared = at_hand(*_log_and_place(settings))
-    if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
-        return prepared.split("test")
+@contextlib.contextmanager
+def test_rows(settings: Settings, artifact: Path, fingerprint: str) -> Iterator[Path]:
+    """Encoded test rows, which nobody replaces meanwhile: those at hand if the model's features made them, else freshly
+    encoded with the model's."""
+    work, what = Path(settings.data.work), "an evaluation"
+    with reading(work / "features", what):
+        prepared = at_hand(*log_and_place(settings))
+        if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
+            yield prepared.split("test")
+            return
     pipeline = FeaturePipeline.load(artifact / "features", memories=False)
     if set(pipeline.schema.tasks) != set(settings.tasks):
         raise UserError(
             f"the model predicts {', '.join(pipeline.schema.tasks)}; the settings have {', '.join(settings.tasks)}"
         )
-    # The logs are the settings': the model's may have lain elsewhere.
-    events = {name: settings.data.events.get(name, event) for name, event in pipeline.schema.events.items()}
-    logs = Logs(settings.data.log, pipeline.schema.model_copy(update={"events": events}), build_options(settings))
-    encoded = Path(settings.data.work) / "evaluation" / "encoded"
-    encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
-    return encoded / "test"
+    logs, encoded = logs_for(settings, pipeline.schema), work / "evaluation" / "encoded"
+    with writing(encoded, what, "set `data.work` to another folder", queue=True):
+        encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
+        yield encoded / "test"
 
 
 def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out: Path) -> None:

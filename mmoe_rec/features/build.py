@@ -29,7 +29,11 @@ from mmoe_rec.features.log import format_time
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.locks import writing
 from mmoe_rec.schema import Schema
+
+# For those that come while features are built, and for those who would build them while they are read.
+BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def prepare(
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
     if not prepared.is_built_from(fingerprint):
-        with one_at_a_time(prepared.folder):
+        with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
             # Another process may have built them while this one waited.
             if not prepared.is_built_from(fingerprint):
                 with atomic_folder(prepared.folder) as folder:

@@ -28,6 +28,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import (
+    ADVICE,
+    BUILD,
     Prepared,
     describe,
     fingerprint_of,
@@ -46,6 +48,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
+from mmoe_rec.locks import writing
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.differences import differences
 
@@ -81,7 +84,7 @@ def extend(
     if not (prepared.folder / "manifest.json").is_file():
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
     logs = Logs(log_source, schema, options)
-    with one_at_a_time(prepared.folder):
+    with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
         _check_schema(prepared, schema)
         old_files = _unchanged_files(prepared, logs)
         new_files = sum(len(each.files) for each in logs.all) - sum(map(len, old_files))

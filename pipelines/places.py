@@ -1,0 +1,45 @@
+"""Where the settings say that a log lies and how features are to be built of it, and these while they are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from mmoe_rec.features.build import Prepared, at_hand, prepare
+from mmoe_rec.features.learn import Window
+from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.locks import reading
+from mmoe_rec.schema import Schema
+from mmoe_rec.settings import Settings
+
+
+def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
+    """The arguments of `prepare`, `extend` and `at_hand`."""
+    data = settings.data
+    return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
+
+
+def build_options(settings: Settings) -> BuildOptions:
+    """How the settings want features to be built."""
+    names = [each.name for each in fields(BuildOptions)]
+    return BuildOptions(**{name: getattr(settings.data, name) for name in names})
+
+
+def logs_for(settings: Settings, schema: Schema) -> Logs:
+    """The settings' logs, to be read by the schema of a model, whose own logs may have lain elsewhere."""
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    return Logs(settings.data.log, schema.model_copy(update={"events": events}), build_options(settings))
+
+
+@contextmanager
+def features_in_use(settings: Settings, what: str) -> Iterator[Prepared]:
+    """Features that are built, or taken from those at hand, and that nobody replaces meanwhile. what: uses them."""
+    while True:
+        prepared = prepare(*log_and_place(settings))
+        with reading(prepared.folder, what):
+            # Between the two another process may have built others.
+            if at_hand(*log_and_place(settings)) is not None:
+                yield prepared
+                return
