@@ -193,3 +193,52 @@ def test_weights_are_those_of_a_training_that_was_not_killed(world: World) -> No
     world.train(*champion, RESUME)
     again = load_file(world.folder / "work" / "model" / "weights.safetensors")
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+
+
+def test_a_later_day_begins_a_new_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same line every day, whatever became of the day before."""
+    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    world = World.of(tmp_path / "days")
+    world.train()
+    manifest = world.folder / "work" / "features" / "manifest.json"
+    first, start = manifest.read_bytes(), ("--from", str(other_model(world, "start")))
+    later = world.folder / "log" / "later.parquet"
+    shutil.copy(world.folder / "later.parquet", later)
+    told = refused(capsys, world, *start, RESUME, day="second")
+    assert "run python -m pipelines.features with --extend first" in told
+    assert manifest.read_bytes() == first, "features that can still be extended are not built anew"
+    later.unlink()
+
+    with dying_after(12):
+        world.train(*start)
+    world.add_a_day()
+    capsys.readouterr()
+    with dying_after(7):
+        world.train(*start, RESUME, day="second")
+    assert "the features go on to a later day than those of the training in" in capsys.readouterr().err
+    assert latest_step(world) == 5
+    world.train(*start, RESUME, day="second")
+    out = capsys.readouterr()
+    assert "a later day" not in out.err
+    assert "come to its end before" not in out.out
+    world.train(*start, RESUME, day="second")
+    assert capsys.readouterr().out.startswith("this training has come to its end before")
+
+
+def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without --from, features of all days are built anew."""
+    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    world = World.of(tmp_path / "days")
+    world.train()
+    (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")
+    capsys.readouterr()
+    world.train(RESUME, day="second")
+    assert "come to its end before" not in capsys.readouterr().out
+    world.train(RESUME, day="second")
+    assert "come to its end before" in capsys.readouterr().out
+    told = refused(capsys, world, RESUME)
+    assert "has come to its end, and is not the one asked for: it was begun with split." in told
