@@ -13,8 +13,12 @@ from mmoe_rec.tracking import calling, connect, sqlite_file
 
 @dataclass(frozen=True)
 class FoundModel:
-    """The artifact folder of a model, and the run that made it, where that is known and was not deleted."""
+    """The artifact folder of a model, and the run that made it, where that is known and was not deleted.
 
+    address: which stands for it for good, unlike one with an alias.
+    """
+
+    address: str
     folder: Path
     run_id: str | None
 
@@ -25,7 +29,14 @@ def find_model(address: str, uri: str) -> FoundModel:
     What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
     """
     pinned = _pinned(address, uri)
-    return FoundModel(local_model(pinned, uri), run_of(pinned, uri))
+    return FoundModel(pinned, local_model(pinned, uri), run_of(pinned, uri))
+
+
+def check_address(address: str, uri: str) -> None:
+    """Raises UserError for an address of the registry or a folder without a model, at little cost: fetches nothing."""
+    if Path(address).exists() or _scheme(address) is None:
+        local_model(address, uri)
+    _pinned(address, uri)
 
 
 def local_model(address: str, uri: str) -> Path:

@@ -178,8 +178,8 @@ def _run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
-def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
-    """Logs an artifact folder as the run's model, registers it and points the alias at it; gives the new version.
+def register(run: Run, artifact_folder: Path, name: str, alias: str | None = None) -> str:
+    """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
     Raises:
         UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
@@ -205,7 +205,8 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str) -> str:
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(logged.model_uri, name)
-        mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
 
 

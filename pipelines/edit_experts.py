@@ -41,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     import shlex
     from pathlib import Path
 
+    from mmoe_rec.locks import writing
     from pipelines.edits import edit_model
 
     out = Path(arguments.out or Path(settings.data.work) / "edited")
-    edited = edit_model(settings, arguments.model, out, arguments.add, arguments.copy, arguments.remove, arguments.mask)
+    what = (arguments.add, arguments.copy, arguments.remove, arguments.mask)
+    with writing(out, "an edit of experts", "name another folder by --out"):
+        edited = edit_model(settings, arguments.model, out, *what)
     print(f"{edited.done}; the model has {edited.experts} experts")
     print(f"model: {out}, registered as {edited.address}")
     changed = ["--model.experts.count", str(edited.shared)] if edited.shared != settings.model.experts.count else []

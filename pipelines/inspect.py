@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.inspection.report import inspect, write
     from mmoe_rec.inspection.terminal import show
     from mmoe_rec.model.layout import ModelLayout
-    from pipelines.steps import prepare_features
+    from pipelines.places import features_in_use
 
     out = Path(arguments.out or Path(settings.data.work) / "inspection")
-    prepared = prepare_features(settings)
-    dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
-    health = inspect(settings.name, prepared, settings.schema_, dims)
+    with features_in_use(settings, "an inspection") as prepared:
+        dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
+        health = inspect(settings.name, prepared, settings.schema_, dims)
     write(health, out)
     console = Console()
     if not console.is_terminal:

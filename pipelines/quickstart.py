@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
+    from mmoe_rec.locks import reading
     from pipelines.baselines import evaluate_baselines
     from pipelines.steps import Trained, evaluate_model, train_model
     from pipelines.validations import told_of
@@ -70,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("2/5  features, training, registration")
     trained = train_model(settings)
     assert isinstance(trained, Trained), "the quickstart runs in one process"
-    for part in told_of(trained, settings):
+    for part in (*told_of(trained, settings), *trained.compared):
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     console.rule("3/5  evaluation on later weeks")
-    evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
-    console.rule("4/5  two baselines on the same rows and features")
-    baselines = evaluate_baselines(settings, evaluated.scored)
+    with reading(Path(settings.data.work) / "features", "a quickstart"):
+        evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
+        console.rule("4/5  two baselines on the same rows and features")
+        baselines = evaluate_baselines(settings, evaluated.scored)
     console.rule("5/5  one candidate list")
     request, ranking = _rank_example(trained.artifact)
     console.print(f"household {request['user']}, {request['context']}")

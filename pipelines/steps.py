@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, at_hand, prepare
 from mmoe_rec.features.extend import Extended, extend
-from mmoe_rec.features.learn import Window
-from mmoe_rec.features.steps import BuildOptions
 from mmoe_rec.progress import say
-from mmoe_rec.registry import find_model
-from mmoe_rec.schema import Schema
+from mmoe_rec.registry import check_address, find_model, local_model
 from mmoe_rec.settings import Settings
-from pipelines.finished import CHALLENGER, Finished, Trained, training_key
+from mmoe_rec.training.origin import checksum, result_settings
+from pipelines.finished import Finished, Trained, training_key
+from pipelines.places import log_and_place
+from pipelines.promotion import promote
+from pipelines.resuming import Course, begin, check_training_rows, something_left
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +31,15 @@ if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.utilisation import Utilisation
-    from mmoe_rec.training.checkpoint import Checkpoint
     from mmoe_rec.training.loop import TrainingResult
+    from mmoe_rec.training.origin import Origin
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
 
-def prepare_features(settings: Settings, going_on: bool = False) -> Prepared:
-    """Fitted features and encoded rows; what is there already is taken if it is still right.
-
-    going_on: whether a model goes on from these features, see `mmoe_rec.features.build.prepare`.
-    """
-    return prepare(*log_and_place(settings), going_on=going_on)
+def prepare_features(settings: Settings) -> Prepared:
+    """Fitted features and encoded rows; what is there already is taken if it is still right."""
+    return prepare(*log_and_place(settings))
 
 
 def extend_features(settings: Settings) -> Extended | None:
@@ -49,106 +47,89 @@ def extend_features(settings: Settings) -> Extended | None:
     return extend(*log_and_place(settings))
 
 
-def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
-    data = settings.data
-    return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
-
-
-def build_options(settings: Settings) -> BuildOptions:
-    """How the settings want features to be built."""
-    names = [each.name for each in fields(BuildOptions)]
-    return BuildOptions(**{name: getattr(settings.data, name) for name in names})
-
-
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from. It needs features at hand that were extended from that model's. resume: go
-    on from the last checkpoint, where there is one; a training that has come to its end is not begun again.
+    on from the last checkpoint, where there is one; a training that has come to its end is not begun again, unless the
+    features go on to a later day. Raises UserError where another process trains in `data.work`.
     """
     # A wrong log or address is told of before torch is loaded.
     found = at_hand(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
-    going_on = resume and (checkpoints / "latest.json").is_file()
-    origin = None if start is None or going_on else find_model(start, settings.tracking.uri)
-    _check_training_rows(settings, found, start)
-    warm_start = None if origin is None or found is None else _warm_start(settings, found, origin.folder)
+    if not (resume and something_left(checkpoints)):
+        check_training_rows(settings, found, start)
+        if start is not None:
+            check_address(start, settings.tracking.uri)
 
     from mmoe_rec.devices import pick_device
-    from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.ranks import process_group
 
     device = pick_device(settings.training.device)
-    with process_group(device, settings.training.timeout_minutes) as ranks:
-        ranks.after_first(lambda: prepare_features(settings, going_on or start is not None))
-        checkpoint = latest_checkpoint(checkpoints) if resume else None
-        if resume and (finished := Finished.read(checkpoints)) is not None:
-            return replace(finished.trained(settings), before=True) if ranks.first else None
-        if ranks.first:
-            Finished.forget(checkpoints)
-        tags = {} if origin is None else {"warm_start": str(start), "warm_start.run": origin.run_id or "unknown"}
-        return _train(settings, ranks.first, device, tags, warm_start, resume, checkpoint)
+    with (
+        process_group(device, settings.training.timeout_minutes) as ranks,
+        contextlib.ExitStack() as held,
+    ):
+        text = ranks.after_first(lambda: begin(settings, start, resume, held).to_json())
+        course = Course.from_json(text)
+        if course.kind == "at its end":
+            finished = Finished.read(checkpoints) if ranks.first else None
+            return None if finished is None else finished.trained(settings, before=True)
+        return _train(settings, ranks.first, device, course, resume)
 
 
-def _train(
-    settings: Settings,
-    first: bool,
-    device: torch.device,
-    tags: dict[str, str],
-    warm_start: WarmStart | None,
-    resume: bool,
-    checkpoint: Checkpoint | None,
-) -> Trained | None:
+def _train(settings: Settings, first: bool, device: torch.device, course: Course, resume: bool) -> Trained | None:
     import torch.distributed as dist
 
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.training.checkpoint import Origin, fixed_settings
+    from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training.origin import Origin, fixed_settings
 
-    work = Path(settings.data.work)
-    prepared = Prepared(work / "features")
-    run_id = None
-    layout = ModelLayout.of(prepared.layout, settings)
-    origin = Origin(fixed_settings(settings.model, settings.training, layout), prepared.manifest["fingerprint"])
-    if checkpoint is not None:
+    work, start = Path(settings.data.work), course.start
+    prepared, checkpoints = Prepared(work / "features"), work / "checkpoints"
+    manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
+    until = manifest["request_microseconds"][1]
+    origin = Origin(fixed_settings(settings), manifest["fingerprint"], until, start=start)
+    run_id, key, checkpoint, warm_start = None, None, None, None
+    if course.kind == "goes on":
+        checkpoint = latest_checkpoint(checkpoints)
+        assert checkpoint is not None, "the first rank has read it"
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
-    key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
+    elif start is not None:
+        warm_start = _warm_start(settings, prepared, local_model(start.exact, settings.tracking.uri))
+    if first and checkpoint is None:
+        key = training_key(checkpoints, origin, new=not resume)
     with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
         _log_start(run, settings, prepared)
-        if checkpoint is None:
-            run.set_tags(tags)
+        if start is not None:
+            # An alias such as `champion` will point at the new model soon.
+            tags = {"warm_start": start.address, "warm_start.model": start.exact}
+            run.set_tags({**tags, "warm_start.run": start.run or "unknown", "warm_start.weights": start.weights})
 
         def draw(found: Validation, step: int) -> None:
             _draw_gates(run, layout, found.experts, f"plots/gates/step_{step:07}.png")
 
+        origin = replace(origin, run_id=run.run_id)
         trainer = Trainer(
             prepared,
             layout,
             settings.model,
             settings.training,
             device,
-            work / "checkpoints",
+            checkpoints,
             run.log_metrics,
             warm_start,
             checkpoint,
-            replace(origin, run_id=run.run_id),
+            origin,
             watch=draw,
         )
+        if first and checkpoint is None:
+            Finished.forget(checkpoints)
         result = trainer.run()
         dist.barrier()
-        return _finish(run, settings, prepared, layout, result) if first else None
-
-
-def _check_training_rows(settings: Settings, found: Prepared | None, start: str | None) -> None:
-    """Raises UserError where there is nothing to train on, or to go on from."""
-    if start is not None and found is None:
-        raise UserError(
-            f"'{settings.data.work}' has no features of this log, these features and this split: to go on from a "
-            "model, run python -m pipelines.features with --extend first"
-        )
-    if found is not None:
-        found.require_rows("train", "validation")
+        return _finish(run, settings, prepared, layout, result, origin) if first else None
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
@@ -174,7 +155,12 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
 
 
 def _finish(
-    run: tracking.Run, settings: Settings, prepared: Prepared, layout: ModelLayout, result: TrainingResult
+    run: tracking.Run,
+    settings: Settings,
+    prepared: Prepared,
+    layout: ModelLayout,
+    result: TrainingResult,
+    origin: Origin,
 ) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
@@ -201,14 +187,19 @@ def _finish(
         state_dict=model.state_dict(),
         calibration=calibration,
     )
+    promotion = promote(run, settings, prepared, model, work / "model")
     before = dict(result.history).get(0)
-    select_by = settings.training.select_by
-    better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
-    alias = settings.tracking.alias if better else CHALLENGER
-    run.set_tags({"promoted": better})
-    tracking.register(run, work / "model", settings.registered_model, alias)
-    started_from = None if before is None else before.to_dict()
-    finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
+    finished = Finished(
+        replace(origin, settings=result_settings(settings)),
+        checksum(work / "model" / "weights.safetensors"),
+        promotion.address,
+        best.to_dict(),
+        result.best_step,
+        result.rows_per_s,
+        result.waiting,
+        promotion.compared,
+        None if before is None else before.to_dict(),
+    )
     finished.write(work / "checkpoints")
     return finished.trained(settings)
 
@@ -254,16 +245,16 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     from pipelines.truth import test_rows
 
     ranker = Ranker.load(found.folder)
-    rows = EncodedRows(test_rows(settings, found.folder, ranker), ranker.layout)
-    scored = score_rows(
-        ranker.model,
-        ranker.layout,
-        rows,
-        settings.evaluation.batch_size,
-        calibration=ranker.calibration,
-        relevance={name: task.score_weight for name, task in settings.tasks.items()},
-        weighted=settings.training.sampling_correction == "weights",
-    )
+    with test_rows(settings, found.folder, ranker) as folder:
+        scored = score_rows(
+            ranker.model,
+            ranker.layout,
+            EncodedRows(folder, ranker.layout),
+            settings.evaluation.batch_size,
+            calibration=ranker.calibration,
+            relevance={name: task.score_weight for name, task in settings.tasks.items()},
+            weighted=settings.training.sampling_correction == "weights",
+        )
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
     summary["sampling_correction"] = settings.training.sampling_correction

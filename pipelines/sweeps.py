@@ -47,8 +47,9 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     from pipelines.truth import test_rows
 
     ranker = Ranker.load(model.folder)
-    encoded = EncodedRows(test_rows(settings, model.folder, ranker), ranker.layout)
-    found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
+    with test_rows(settings, model.folder, ranker) as folder:
+        encoded = EncodedRows(folder, ranker.layout)
+        found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
     with atomic_file(out / "sweep.json") as file:
         file.write_text(json.dumps([asdict(each) for each in found], indent=1), encoding="utf-8")
     by_k = [each for each in found if each.masked is None]

@@ -7,11 +7,15 @@ Fits features (or takes those at hand), trains the model over sharded tables, ke
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
-in every command that a cluster repeats. SIGTERM and Ctrl-C write a checkpoint and end with exit code 75.
+in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
+training that has come to its end; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
+end with exit code 75.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
-`python -m pipelines.features --extend`); optimizers start afresh. Only a model that does better on the validation rows
-than the one that it was started from takes over the alias; another one is registered as its challenger.
+`python -m pipelines.features --extend`); optimizers start afresh.
+
+The model takes over the alias if it does better on the validation rows than the one that holds it; another one is
+registered as its challenger. One process trains in a `data.work` at a time.
 """
 
 from __future__ import annotations
@@ -49,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if note := trained.best.experts.note(settings.model.gates.routing):
         print(f"note: {note}")
     print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
+    for sentence in trained.compared:
+        print(sentence)
     print(f"model: {trained.artifact}, registered as {trained.address}")
-    if not trained.promoted:
-        print(f"it does no better than the model it was started from: '{settings.tracking.alias}' stays where it was")
     options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
     print(f"next: python -m pipelines.evaluate {options}")
 

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import Prepared, at_hand, encode_with
-from mmoe_rec.features.steps import Logs
+from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
-from pipelines.steps import build_options, log_and_place
+from pipelines.places import log_and_place, logs_for
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.ranker import Ranker
 
 
-def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Path:
-    """Encoded test rows: those at hand if the model's features made them, else freshly encoded with the model's.
+@contextmanager
+def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Iterator[Path]:
+    """Encoded test rows, which nobody replaces meanwhile: those at hand if the model's features made them, else freshly
+    encoded with the model's.
 
     artifact: the folder that the ranker was loaded from. Raises UserError where its tasks mean something else than
     those of the settings.
     """
-    schema = ranker.pipeline.schema
-    _check_tasks(settings, schema)
-    prepared = at_hand(*log_and_place(settings))
-    if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
-        prepared.require_rows("test")
-        return prepared.split("test")
-    # The logs are the settings': the model's may have lain elsewhere, and not have been sampled.
-    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
-    columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
-    schema = schema.model_copy(update={"events": events, "columns": columns})
-    types = [ranker.pipeline.key_types] * (1 + len(events))
-    logs = Logs(settings.data.log, schema, build_options(settings), types)
-    if gone := Prepared(Path(settings.data.work) / "features").gone(logs):
+    _check_tasks(settings, ranker.pipeline.schema)
+    work, what = Path(settings.data.work), "an evaluation"
+    with reading(work / "features", what):
+        prepared = at_hand(*log_and_place(settings))
+        if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
+            prepared.require_rows("test")
+            yield prepared.split("test")
+            return
+    logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
+    if gone := Prepared(work / "features").gone(logs):
         say(
             "the model's features are not at hand, so counters and histories remember the files of the log as it is: "
             f"{len(gone):,} that the features at hand hold are gone, such as '{gone[0]}'"
         )
-    encoded = Path(settings.data.work) / "evaluation" / "encoded"
-    encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
-    return encoded / "test"
+    with writing(encoded, what, "set `data.work` to another folder", queue=True):
+        encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
+        yield encoded / "test"
 
 
 def _check_tasks(settings: Settings, schema: Schema) -> None:

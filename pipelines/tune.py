@@ -38,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, each in search.items():  # a value that is no valid one is told of at once
         for value in each.choices or (each.low, each.high):
             with_values({name: value})
-    from pipelines.steps import prepare_features
+    from pathlib import Path
+
+    from mmoe_rec.locks import writing
+    from pipelines.places import features_in_use
     from pipelines.tuning import Study
 
-    prepared = prepare_features(settings)
-    prepared.require_rows("train", "validation")
-    tuned = Study(settings, prepared, with_values).run(arguments.trials)
+    what, advice = "a search for settings", "set `data.work` to another folder"
+    with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
+        prepared.require_rows("train", "validation")
+        tuned = Study(settings, prepared, with_values).run(arguments.trials)
     print(f"{tuned.trials} trials, of which {tuned.pruned} were cut short and {tuned.failed} failed")
     print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
     print(f"next: python -m pipelines.train --config {tuned.file}")

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "allocation", "atomic", "progress", "devices", "settings", "schema", "files", "engines"}
+LEAVES = {"errors", "allocation", "atomic", "progress", "devices", "settings", "schema", "files", "engines", "locks"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
     "progress": set(),
     "files": {"errors"},
+    "locks": {"errors", "progress"},
     "allocation": set(),
     "engines": {"errors", "allocation"},
     "devices": {"errors", "settings"},

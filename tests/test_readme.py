@@ -212,7 +212,8 @@ def test_pip_command_is_that_of_the_doctor() -> None:
 def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> None:
     assert {"log", "purchases", "work"} <= {path.name for path in (folder / "data" / "complete_journey").iterdir()}
     train, evaluate = (next(text for line, text in said.items() if name in line) for name in (".train", ".evaluate"))
-    assert "registered as models:/complete_journey@champion" in train
+    # The quickstart has trained it before, so this one may do just as well as the model that holds the alias.
+    assert re.search("registered as models:/complete_journey@(champion|challenger)", train)
     assert "ndcg_at_10" in evaluate
     quick, fast = said["python -m pipelines.quickstart"], said["python -m pipelines.quickstart --fast"]
     assert "gradient boosting" in quick

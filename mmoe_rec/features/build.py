@@ -33,8 +33,12 @@ from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.features.taken import Taken
 from mmoe_rec.features.zones import zone_rules
+from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
+
+# For those that come while features are built, and for those who would build them while they are read.
+BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def prepare(
         return built and _may_stand(prepared, options)
 
     if not stand():
-        with one_at_a_time(prepared.folder):
+        with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
             # Another process may have built them while this one waited.
             if not stand():
                 _check_replaceable(prepared, logs)

@@ -35,6 +35,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.build import (
+    ADVICE,
+    BUILD,
     Prepared,
     describe,
     fingerprint_of,
@@ -55,6 +57,7 @@ from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
 from mmoe_rec.features.taken import Changes, Taken
+from mmoe_rec.locks import writing
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.differences import differences
 
@@ -96,7 +99,7 @@ def extend(
     prepared = Prepared(work / "features")
     if not (prepared.folder / "manifest.json").is_file():
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
-    with one_at_a_time(prepared.folder):
+    with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
         _check_schema(prepared, schema)
         taken = Taken.read(prepared.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])

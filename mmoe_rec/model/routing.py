@@ -30,14 +30,19 @@ class Routing(NamedTuple):
         """(B, E) bool, the experts that some gate chose for a row; None where all are."""
         return None if self.selected is None else self.selected.any(1)
 
-    def loads(self) -> Tensor:
+    def loads(self, counted: Tensor | None = None) -> Tensor:
         """(R, E) float32: the share of a router's choices that fall on each expert, without gradient.
 
-        Where every expert is used the mean probability takes the place of that share.
+        Where every expert is used the mean probability takes the place of that share. counted: (B,) float32, 1 for a
+        row that counts and 0 for another; None is 1 for all.
         """
         if self.selected is None:
-            return self.probabilities.detach().mean(0)
-        chosen = self.selected.sum(0).float()
+            probabilities = self.probabilities.detach()
+            if counted is None:
+                return probabilities.mean(0)
+            return torch.tensordot(counted, probabilities, dims=1) / counted.sum().clamp(min=1)
+        selected = self.selected.float()
+        chosen = selected.sum(0) if counted is None else torch.tensordot(counted, selected, dims=1)
         return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -124,7 +124,7 @@ class Training(Section):
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     on_bad_loss: Literal["stop", "skip"] = Field(
-        "stop", description="a loss that is not finite: stop with the batch saved, or skip the step and count it"
+        "stop", description="a loss or gradient that is not finite: stop with the batch saved, or skip and count it"
     )
     checkpoint_steps: int = Field(
         1000, ge=1, description="steps between checkpoints; there is also one after each validation"
@@ -154,7 +154,7 @@ class Tracking(Section):
     registered_model: str | None = Field(
         None, description="name in the model registry; null takes the settings' `name`"
     )
-    alias: str = Field("champion", description="alias that a newly registered model gets")
+    alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
 
 
 class Search(Section):

@@ -41,17 +41,18 @@ class Balancing:
         """Whether the loads of all ranks are asked for."""
         return self.weight > 0 or self.bias_rate > 0
 
-    def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor]) -> Tensor | float:
+    def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor], shares: Tensor) -> Tensor | float:
         """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
 
-        loads: (E,) of each level, over all ranks.
+        loads: (E,) of each level, over all ranks; shares: (B,) float32, what each row counts, of which the mean over
+        ranks sums to 1.
         """
         total: Tensor | float = 0.0
         if self.weight > 0:
             pairs = zip(routings, loads, strict=True)
-            total = total + self.weight * sum(balance_loss(*pair) for pair in pairs) / len(routings)
+            total = total + self.weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
         if self.z_weight > 0:
-            total = total + self.z_weight * sum(z_loss(routing) for routing in routings) / len(routings)
+            total = total + self.z_weight * sum(z_loss(routing, shares) for routing in routings) / len(routings)
         return total
 
     def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
@@ -66,9 +67,12 @@ class Balancing:
                 each.even_out(loads[index], self.bias_rate * share)
 
 
-def loads_of(routings: Sequence[Routing]) -> Tensor:
-    """(sum of E,) float32: the loads of all levels, one after the other, of this rank's rows."""
-    return torch.cat([expert_loads(routing) for routing in routings])
+def loads_of(routings: Sequence[Routing], counted: Tensor) -> Tensor:
+    """(sum of E,) float32: the loads of all levels, one after the other, times the number of rows that they are of.
+
+    counted: (B,) float32, 1 for a row that counts and 0 for another.
+    """
+    return counted.sum() * torch.cat([expert_loads(routing, counted) for routing in routings])
 
 
 def split_loads(loads: Tensor, routings: Sequence[Routing]) -> list[Tensor]:

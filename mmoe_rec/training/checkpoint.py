@@ -15,7 +15,7 @@ import json
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +25,12 @@ import torch.distributed as dist
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.batches.position import Position
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.settings import Model, Training
-from mmoe_rec.settings.differences import differences
+from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
 
 FORMAT = 2
 _DESCRIPTION = "training.json"
-# Where and how safely a training runs, and what is done after it, not what comes of its steps.
-_FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What was trained: the settings that must be the same to go on, as `fixed_settings` gives them, the fingerprint of
-    the fitted features, and the MLflow run."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    features: str = ""
-    run_id: str | None = None
-
-    def check(self, now: Origin, folder: Path) -> None:
-        """Raises UserError where the settings or features are others now than those of the checkpoint in a folder."""
-        for where, before, found in differences(self.settings, now.settings):
-            raise UserError(
-                f"the training of '{folder}' can't go on: it was begun with {where} {before}, now it is {found}; set "
-                "it back, or train from the start, without --resume"
-            )
-        if self.features != now.features:
-            raise UserError(
-                f"the training of '{folder}' can't go on: its features are not those of this log, these features and "
-                "this split; bring those back, or train from the start, without --resume"
-            )
-
-
-def fixed_settings(model: Model, training: Training, layout: ModelLayout) -> dict[str, Any]:
-    """The settings on which a training's result depends, besides those that identify its features."""
-    return {
-        "model": model.model_dump(mode="json"),
-        "training": training.model_dump(mode="json", exclude=_FREE),
-        "tasks": {task.name: {"loss_weight": task.loss_weight} for task in layout.tasks},
-        "features": {table.feature or table.name: {"dim": table.dim} for table in layout.tables},
-    }
+_LATEST = "latest.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,7 @@ class TrainingState:
             raise ValueError("another format")
         tree["position"] = Position.from_dict(tree["position"])
         tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
-        tree["origin"] = Origin(**tree["origin"])
+        tree["origin"] = Origin.from_dict(tree["origin"])
         return TrainingState(**tree)
 
 
@@ -118,18 +82,18 @@ class Checkpoint:
             return Checkpoint(folder, TrainingState.from_json(text))
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"'{folder}' holds no checkpoint that this version can read; train from the start"
+                f"'{folder}' holds no checkpoint that this version can read; train from the start, without --resume"
             ) from None
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint to go on from, None where there is none. Raises UserError where it is damaged."""
     try:
-        step = json.loads((folder / "latest.json").read_text(encoding="utf-8"))["step"]
+        step = json.loads((folder / _LATEST).read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"'{folder / 'latest.json'}' is damaged; train from the start") from None
+        raise UserError(f"'{folder / _LATEST}' is damaged; train from the start, without --resume") from None
     return Checkpoint.read(step_folder(folder, step))
 
 
@@ -142,7 +106,8 @@ class CheckpointWriter:
     """Writes checkpoints into a folder, one at a time, beside the training. A collective object: every rank has one.
 
     folder: all ranks see it; kept: so many of the last ones stay, and the best; before: the checkpoint that training
-    goes on from. What others of the folder there are is removed once the first new one is whole.
+    goes on from; None forgets which step another training in the folder had reached. What others of the folder there
+    are is removed once the first new one is whole.
     """
 
     def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
@@ -151,6 +116,9 @@ class CheckpointWriter:
         self._first = dist.get_rank() == 0
         if self._first:
             folder.mkdir(parents=True, exist_ok=True)
+            if before is None:
+                # Until a training has its first checkpoint, there is nothing to go on from.
+                (folder / _LATEST).unlink(missing_ok=True)
             for left in folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
         # The tensors of a checkpoint are exchanged by a thread: not in the group in which training does so.
@@ -180,7 +148,7 @@ class CheckpointWriter:
             return
         (temporary / _DESCRIPTION).write_text(state.to_json(), encoding="utf-8")
         put_folder(temporary, step_folder(self.folder, state.step))
-        with atomic_file(self.folder / "latest.json") as file:
+        with atomic_file(self.folder / _LATEST) as file:
             file.write_text(json.dumps({"step": state.step}), encoding="utf-8")
         self._steps = [*(step for step in self._steps if step < state.step), state.step]
         stay = {step_folder(self.folder, step) for step in [*self._steps[-self._kept :], state.best_step]}

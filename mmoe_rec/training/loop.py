@@ -37,13 +37,13 @@ from mmoe_rec.training.base_rates import base_rates, start_at
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
-    Origin,
     TrainingState,
     random_states,
     restore,
     step_folder,
 )
 from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import Steps

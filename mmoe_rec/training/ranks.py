@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -37,19 +38,26 @@ class Ranks:
         """Whether this is the rank that writes down what is common to all."""
         return self.rank == 0
 
-    def after_first(self, work: Callable[[], object]) -> None:
-        """Rank 0 does the work, however long it takes; the others wait for it. Raises UserError there if it failed."""
+    def after_first(self, work: Callable[[], str]) -> str:
+        """Rank 0 does the work, however long it takes; the others wait for it. Gives what it gave.
+
+        Raises UserError on all of them if it failed: where it had a sentence for the user, they have the same.
+        """
         if not self.first:
             self.store.wait(["first"], _DAYS_FOR_FEATURES)
-            if self.store.get("first") != b"done":
-                raise UserError("rank 0 has failed; its own message says why")
-            return
-        done = b"failed"
+            outcome = json.loads(self.store.get("first"))
+            if (failure := outcome["failure"]) is not None:
+                raise UserError(failure)
+            return str(outcome["result"])
+        result, failure = None, "rank 0 has failed; its own message says why"
         try:
-            work()
-            done = b"done"
+            result, failure = work(), None
+        except UserError as error:
+            failure = str(error)
+            raise
         finally:
-            self.store.set("first", done)
+            self.store.set("first", json.dumps({"result": result, "failure": failure}))
+        return result
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
 
-The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after the backward pass, in which tables are
-updated.
+The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
+updated. That of the dense part is done in `_forward`, so that a step whose gradient is not finite updates nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.sharding import Sharded
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.tables_last import TablesLast, nothing
 from mmoe_rec.training.task_weights import log_variances
 
 
@@ -30,8 +31,8 @@ class Step:
     """A batch that was trained on.
 
     losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of (or the sum of their
-    rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" (then
-    nothing was updated) or "gradient" (then the dense part was not).
+    rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" or
+    "gradient"; then nothing was updated.
     """
 
     batch: Batch
@@ -71,6 +72,7 @@ class Steps:
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
+        self._tables = TablesLast(sharded.model.module.mixture)
         self._pipeline: Any = (
             TrainPipelineSparseDist(
                 sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
@@ -104,49 +106,58 @@ class Steps:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
         observed = batch.observed_weights
+        # The copies that stretch an epoch's last batch have no labels.
+        counted = batch.observed.any(1).float()
         asked = torch.tensor([self._stop.asked is not None], device=self._device)
-        shared = torch.cat([observed, asked.to(observed)])
+        shared = torch.cat([observed, counted.sum()[None].to(observed), asked.to(observed)])
         added = self._add_up(shared)  # beside the forward pass
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
-        loads = loads_of(outputs.routings) if self._balancing.needs_loads else bad.new_empty(0)
+        loads = loads_of(outputs.routings, counted) if self._balancing.needs_loads else bad.new_empty(0)
         found = torch.cat([bad[None], loads])
         for each in (added, self._add_up(found)):
             if each is not None:
                 each.wait()
         bad = found[0]
+        rows = shared[-2].float().clamp(min=1)
         if self._balancing.needs_loads:
-            self._loads = split_loads(found[1:] / self._ranks, outputs.routings)
+            self._loads = split_loads(found[1:] / rows, outputs.routings)
         total, losses = masked_loss(
             logits,
             batch.labels,
             batch.observed,
             tasks=self._layout.tasks,
-            global_counts=shared[:-1],
+            global_counts=shared[:-2],
             world_size=self._ranks,
             weights=batch.weights,
             log_variances=log_variances(self._model.module),
         )
-        total = total + self._balancing.loss(outputs.routings, self._loads)
+        total = total + self._balancing.loss(outputs.routings, self._loads, counted * (self._ranks / rows))
         stopping, some_bad = (torch.stack([shared[-1].float(), bad]) > 0).tolist()
-        self._now = Step(batch, logits, losses, observed, stopping, "loss" if some_bad else None)
-        # A backward pass from a number does nothing, on any rank.
-        return torch.zeros((), requires_grad=True) if some_bad else total, self._now
+        if some_bad:
+            wrong: str | None = "loss"
+        else:
+            total.backward()
+            wrong = None if self._gradient_is_finite() else "gradient"
+        self._now = Step(batch, logits, losses, observed, stopping, wrong)
+        return nothing() if wrong else self._tables.rest(), self._now
+
+    def _gradient_is_finite(self) -> bool:
+        """On all ranks, once the dense part's backward pass is done; clips its gradient."""
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        bad = (~(norm.isfinite() & self._tables.finite.to(norm.device))).float()
+        if self._ranks > 1:  # the norm is the same on all of them, what goes to the tables is not
+            dist.all_reduce(bad)
+        return not bad
 
     def step(self) -> None:
-        """For the pipeline, after the backward pass."""
-        now = self._now
-        assert now is not None
-        if now.bad:
-            return
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        if norm.isfinite():
+        """For the pipeline, after the backward pass of the tables, which has updated them."""
+        assert self._now is not None
+        if self._now.bad is None:
             self._optimizer.step()
             self._balancing.after_step(self._model.module, self._loads, self._share)
-        else:
-            now.bad = "gradient"
 
     def _add_up(self, values: Tensor) -> Any:
         """Begins to add up over all ranks, in place; None with one."""

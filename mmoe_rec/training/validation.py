@@ -74,6 +74,49 @@ class Validation:
         return {f"validation.{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
+class ValidationSums:
+    """What a validation adds up: sums of several ranks may be added to each other.
+
+    experts: (T, E) bool, the experts that each task uses.
+    """
+
+    def __init__(self, layout: Layout, experts: Tensor) -> None:
+        self.layout = layout
+        self.counts = torch.zeros(len(layout.tasks), 2, BINS, dtype=torch.float64)
+        self.loss = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
+        self.utilisation = UtilisationSums(experts)
+        self.own_labels = OwnLabels(layout)
+
+    def add(self, outputs: Outputs, batch: Batch) -> None:
+        """Adds a batch that was scored without placement, its tasks in the order of the layout."""
+        logits = outputs.logits
+        self.utilisation.add(outputs, batch.observed.any(1))
+        losses = row_losses(logits, batch.labels, self.layout.tasks) * batch.observed
+        weighted = losses if batch.weights is None else losses * batch.weights[:, None]
+        self.loss[:, 0] += weighted.double().sum(0).cpu()
+        self.loss[:, 1] += batch.observed_weights.double().cpu()
+        own = _of_own_label(batch, self.layout)
+        self.own_labels.add(logits, batch, own)
+        _count(self.counts, logits.cpu(), batch.labels.cpu(), own.cpu())
+
+    def result(self) -> Validation:
+        """Of all rows that were added. Raises UserError where no label was observed."""
+        if self.utilisation.sums[-1] == 0:
+            raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
+        tasks, loss = self.layout.tasks, self.loss
+        means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
+        names = [task.name for task in tasks]
+        areas = {task.name: auc(*self.counts[t]) for t, task in enumerate(tasks) if task.kind == "binary"}
+        return Validation(
+            means,
+            {name: area for name, area in areas.items() if area is not None},
+            self.utilisation.result(),
+            self.own_labels.gauc(),
+            self.own_labels.calibration(),
+            {name: int(self.counts[t].sum(1).min()) for t, name in enumerate(names) if name in areas},
+        )
+
+
 @torch.no_grad()
 def validate(
     model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
@@ -82,42 +125,19 @@ def validate(
 
     Gives None as soon as a rank was asked to stop.
     """
-    tasks = layout.tasks
-    counts = torch.zeros(len(tasks), 2, BINS, dtype=torch.float64)
-    loss = torch.zeros(len(tasks), 2, dtype=torch.float64)
-    utilisation = UtilisationSums(model.experts_in_use)
-    own_labels = OwnLabels(layout)
+    sums = ValidationSums(layout, model.experts_in_use)
     model.eval()
     for each in batches:
         if stop is not None and _any_rank(stop.asked is not None, device):
             model.train()
             return None
         batch = each.to(device)
-        outputs: Outputs = model(batch)
-        logits = outputs.logits
-        utilisation.add(outputs, batch.observed.any(1))
-        losses = row_losses(logits, batch.labels, tasks) * batch.observed
-        loss[:, 0] += (losses if batch.weights is None else losses * batch.weights[:, None]).double().sum(0).cpu()
-        loss[:, 1] += batch.observed_weights.double().cpu()
-        own = _of_own_label(batch, layout)
-        own_labels.add(logits, batch, own)
-        _count(counts, logits.cpu(), batch.labels.cpu(), own.cpu())
+        sums.add(model(batch), batch)
     model.train()
-    for total in (counts, loss, utilisation.sums):
+    for total in (sums.counts, sums.loss, sums.utilisation.sums):
         _add_up(total, device)
-    own_labels.exchange(device)
-    if utilisation.sums[-1] == 0:
-        raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
-    means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
-    areas = {task.name: auc(*counts[t]) for t, task in enumerate(layout.tasks) if task.kind == "binary"}
-    return Validation(
-        means,
-        {name: area for name, area in areas.items() if area is not None},
-        utilisation.result(),
-        own_labels.gauc(),
-        own_labels.calibration(),
-        {task.name: int(counts[t].sum(1).min()) for t, task in enumerate(tasks) if task.kind == "binary"},
-    )
+    sums.own_labels.exchange(device)
+    return sums.result()
 
 
 def _of_own_label(batch: Batch, layout: Layout) -> Tensor:

@@ -185,7 +185,7 @@ def test_a_model_that_is_no_better_is_a_challenger(days: Days, capsys: pytest.Ca
     rates = ["--training.learning_rate", "1e-12", "--training.table_learning_rate", "1e-12"]
     train.main(["--config", str(days.config), "--from", "models:/learnable@champion", *rates])
     said = capsys.readouterr().out
-    assert "it does no better than the model it was started from: 'champion' stays where it was" in said
+    assert f"'champion' stays version {champion}; this model, version {int(champion) + 1}, is 'challenger'" in said
     assert "registered as models:/learnable@challenger" in said
     assert client.get_model_version_by_alias("learnable", "champion").version == champion
     assert int(client.get_model_version_by_alias("learnable", "challenger").version) == int(champion) + 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,12 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.training import loop
-from mmoe_rec.training.checkpoint import Checkpoint, Origin, fixed_settings, latest_checkpoint
+from mmoe_rec.training.checkpoint import Checkpoint, latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
+from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.stop import StopRequest
 from tests.model.examples import LAYOUT
-from tests.training.learnable import MODEL, TRAINING, plain_model, write_prepared
+from tests.training.learnable import CPU, TRAINING, plain_model, write_prepared
 from tests.training.resuming import DROPS, STEPS, CrashError, crash, train
 
 
@@ -229,28 +228,12 @@ def test_damage_is_named(prepared: Prepared, tmp_path: Path, file: str, text: st
         latest_checkpoint(tmp_path)
 
 
-def test_other_settings_or_features_are_refused(tmp_path: Path) -> None:
-    origin = Origin(fixed_settings(DROPS, TRAINING, LAYOUT), "abc", "run")
-    origin = Origin(**json.loads(json.dumps(origin.__dict__)))  # as it comes from a file
-    free = {"device": "cuda", "checkpoint_steps": 7, "checkpoints_kept": 9, "calibration": "isotonic"}
-    elsewhere = TRAINING.model_copy(update=free)
-    origin.check(Origin(fixed_settings(DROPS, elsewhere, LAYOUT), "abc"), tmp_path)
-    other = Origin(fixed_settings(DROPS, TRAINING.model_copy(update={"learning_rate": 0.5}), LAYOUT), "abc")
-    with pytest.raises(UserError, match=r"begun with training.learning_rate 0.01, now it is 0.5"):
-        origin.check(other, tmp_path)
-    with pytest.raises(UserError, match=r'begun with model.gates.routing "top_k", now it is "soft"'):
-        origin.check(Origin(fixed_settings(MODEL, TRAINING, LAYOUT), "abc"), tmp_path)
-    click, *others = LAYOUT.tasks
-    weighted = replace(LAYOUT, tasks=(replace(click, score_weight=9.0), *others))
-    origin.check(Origin(fixed_settings(DROPS, TRAINING, weighted), "abc"), tmp_path)
-    weighted = replace(LAYOUT, tasks=(replace(click, loss_weight=9.0), *others))
-    with pytest.raises(UserError, match=r"was begun with tasks.click.loss_weight 1.0, now it is 9.0"):
-        origin.check(Origin(fixed_settings(DROPS, TRAINING, weighted), "abc"), tmp_path)
-    wider = replace(LAYOUT, tables=(replace(LAYOUT.tables[0], dim=12), *LAYOUT.tables[1:]))
-    with pytest.raises(UserError, match=r"was begun with features.t0.dim 4, now it is 12"):
-        origin.check(Origin(fixed_settings(DROPS, TRAINING, wider), "abc"), tmp_path)
-    with pytest.raises(UserError, match="its features are not those"):
-        origin.check(replace(origin, features="abd"), tmp_path)
+def test_a_new_training_forgets_where_another_one_stood(prepared: Prepared, tmp_path: Path) -> None:
+    """A command that goes on after it was killed before its first checkpoint would else go on with the other one."""
+    train(prepared, tmp_path)
+    with process_group(CPU):
+        Trainer(prepared, DROPS, TRAINING, CPU, tmp_path, lambda *_: None)
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_what_is_read_is_what_was_written(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""What a training was begun with: its settings, features and start, by which a command sees whether it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.settings import Settings
+from mmoe_rec.settings.differences import differences
+
+# Where and how safely a training runs, and what is done after it, not what comes of its steps.
+_FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a training started from.
+
+    address: as it was given; exact: the same for good, where an alias stood; weights: their checksum; run: that made
+    them.
+    """
+
+    address: str
+    exact: str
+    weights: str
+    run: str | None = None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the address may stand for another model by now, not least for the one that the training gave."""
+        return self.address.startswith("models:/") and ("@" in self.address or self.address.endswith("/latest"))
+
+    def __str__(self) -> str:
+        return self.address if self.exact == self.address else f"{self.address} ({self.exact})"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a training was begun with.
+
+    settings: as `fixed_settings` gives them; features: fingerprint of the fitted ones; until: microseconds of the last
+    request that they know; run_id: the MLflow run; start: None where the first weights were random.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    features: str = ""
+    until: int = 0
+    run_id: str | None = None
+    start: Start | None = None
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> Origin:
+        """The origin that `dataclasses.asdict` gave."""
+        start = tree["start"]
+        return Origin(**{**tree, "start": None if start is None else Start(**start)})
+
+    def difference(self, now: Origin) -> str | None:
+        """What is other now, as the end of a sentence on the training; None where all is the same."""
+        return next(self._differences(now), None)
+
+    def _differences(self, now: Origin) -> Iterator[str]:
+        for where, before, found in differences(self.settings, now.settings):
+            yield f"it was begun with {where} {before}, now it is {found}; set it back"
+        if self.features != now.features:
+            yield "its features are not those of this log, these features and this split; bring those back"
+        one, other = self.start, now.start
+        if one is None and other is not None:
+            yield f"it was begun without --from, now it is --from {other}; leave that out"
+        elif one is not None and other is None:
+            yield f"it was begun with --from {one}, now there is none; give --from {one.address}"
+        elif one is not None and other is not None and one.weights != other.weights:
+            yield f"it was begun with --from {one}, now it is --from {other}; give --from {one.exact}"
+
+    def check(self, now: Origin, folder: Path) -> None:
+        """Raises UserError where anything is other now than for the checkpoint in a folder."""
+        if (found := self.difference(now)) is not None:
+            raise UserError(
+                f"the training of '{folder}' can't go on: {found}, or train from the start, without --resume"
+            )
+
+
+def fixed_settings(settings: Settings) -> dict[str, Any]:
+    """The settings on which a training's result depends."""
+    sections = {"columns", "roles", "tasks", "features", "model", "training"}
+    tree = settings.model_dump(mode="json", include=sections)
+    split = {name: time and time.astimezone(UTC).isoformat() for name, time in settings.split}
+    events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
+    training = {name: value for name, value in tree["training"].items() if name not in _FREE}
+    return {**tree, "training": training, "split": split, "data": {"events": events}}
+
+
+def result_settings(settings: Settings) -> dict[str, Any]:
+    """These, and the settings of what is made of a training's result."""
+    tree = fixed_settings(settings)
+    tree["training"]["calibration"] = settings.training.calibration
+    return tree | settings.model_dump(mode="json", include={"name", "serving", "tracking"})
+
+
+def checksum(file: Path) -> str:
+    """Of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:32]

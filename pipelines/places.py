@@ -1,0 +1,54 @@
+"""Where the settings say that a log lies and how features are to be built of it, and these while they are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from mmoe_rec.features.build import Prepared, at_hand, prepare
+from mmoe_rec.features.learn import Window
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.locks import reading
+from mmoe_rec.schema import Schema
+from mmoe_rec.settings import Settings
+
+
+def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
+    """The arguments of `prepare`, `extend` and `at_hand`."""
+    data = settings.data
+    return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
+
+
+def build_options(settings: Settings) -> BuildOptions:
+    """How the settings want features to be built."""
+    names = [each.name for each in fields(BuildOptions)]
+    return BuildOptions(**{name: getattr(settings.data, name) for name in names})
+
+
+def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
+    """The settings' logs, to be read by the features of a model, whose own may have lain elsewhere and not have been
+    sampled."""
+    schema = pipeline.schema
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
+    schema = schema.model_copy(update={"events": events, "columns": columns})
+    types = [pipeline.key_types] * (1 + len(events))
+    return Logs(settings.data.log, schema, build_options(settings), types)
+
+
+@contextmanager
+def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[Prepared]:
+    """Features that are built, or taken from those at hand, and that nobody replaces meanwhile.
+
+    what: uses them; going_on: whether a model goes on from these features, see `mmoe_rec.features.build.prepare`.
+    """
+    while True:
+        prepared = prepare(*log_and_place(settings), going_on=going_on)
+        with reading(prepared.folder, what):
+            # Between the two another process may have built others.
+            if at_hand(*log_and_place(settings)) is not None:
+                yield prepared
+                return

@@ -1,0 +1,201 @@
+"""Which model holds the alias after a training: the new one, if it does better than the holder on the same rows.
+
+The holder is validated by the settings' own `training.select_by` on the training's validation rows, before calibration,
+like the new model and by the same code. Its features may be others:
+
+- those of the training, or ones that these were extended from: the rows at hand give the holder's own outputs;
+- others: the validation rows are encoded anew by the holder's own features, which reads the log.
+
+A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
+way. One that can't be compared (other tasks, other rows, files that can't be fetched) keeps the alias. What holds it is
+looked up again right before it is moved, and compared anew if that is another model by then.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmoe_rec import tracking
+from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.build import Prepared, encode_with
+from mmoe_rec.progress import say
+from mmoe_rec.registry import local_model
+from mmoe_rec.settings import Settings
+from pipelines.finished import CHALLENGER
+from pipelines.places import logs_for
+
+if TYPE_CHECKING:
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a new model. address: in the registry; promoted: whether it holds the alias; compared: sentences
+    on how it did beside the model that held it, and on who holds it now."""
+
+    address: str
+    promoted: bool
+    compared: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model is better than the holder of the alias, with the sentence that says why."""
+
+    better: bool
+    reason: str
+
+
+def promote(
+    run: tracking.Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path
+) -> Promotion:
+    """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
+
+    model: that of the artifact. Raises UserError where the registry refuses.
+    """
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.uri
+    holder = holder_of(name, alias, uri)
+    if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
+        return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
+    number, comparison = tracking.register(run, artifact, name), Comparison(settings, prepared, model)
+    while True:
+        verdict = comparison.with_holder(holder)
+        now = holder_of(name, alias, uri)
+        if now == holder:
+            break
+        say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
+        holder = now
+    run.set_tags({"promoted": verdict.better, "compared": verdict.reason})
+    if verdict.better:
+        point(name, alias, number, uri)
+        said = f"'{alias}' is version {number} now, this model"
+        return Promotion(f"models:/{name}@{alias}", True, (verdict.reason, said))
+    assert holder is not None, "without a holder the new model is better"
+    stays = f"'{alias}' stays version {holder.number}"
+    if alias == CHALLENGER:
+        return Promotion(Version(name, number, run.run_id).address, False, (verdict.reason, stays))
+    point(name, CHALLENGER, number, uri)
+    said = f"{stays}; this model, version {number}, is '{CHALLENGER}'"
+    return Promotion(f"models:/{name}@{CHALLENGER}", False, (verdict.reason, said))
+
+
+class Comparison:
+    """Compares a new model with others on the validation rows of its training."""
+
+    def __init__(self, settings: Settings, prepared: Prepared, model: RankingModel) -> None:
+        from mmoe_rec.model.layout import ModelLayout
+
+        self.settings, self.prepared, self.model = settings, prepared, model
+        self.layout = ModelLayout.of(prepared.layout, settings)
+
+    def with_holder(self, holder: Version | None) -> Verdict:
+        """Whether the new model is better than the one that holds the alias."""
+        from mmoe_rec.serving.ranker import Ranker
+        from mmoe_rec.training.comparison import NotFiniteError
+
+        alias = self.settings.tracking.alias
+        if holder is None:
+            return Verdict(True, f"no model held '{alias}'")
+        who = f"version {holder.number}, which holds '{alias}',"
+        by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
+        try:
+            folder = local_model(holder.address, self.settings.tracking.uri)
+        except UserError as error:
+            return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
+        try:
+            ranker = Ranker.load(folder)
+        except (UserError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever another version has left
+            return Verdict(True, f"{who} can't be served any more: {' '.join(str(error).split())}")
+        try:
+            its = self._validation(ranker, folder, holder)
+        except UserError as error:
+            return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
+        except NotFiniteError:
+            return Verdict(True, f"{who} gives predictions that are not finite numbers")
+        return self._judge(its, holder)
+
+    def _judge(self, its: Validation, holder: Version) -> Verdict:
+        select_by, own = self.settings.training.select_by, self._own
+        values = [each.objective(select_by, self.layout) for each in (own, its)]
+        if told := own.told_by_auc(select_by):
+            measure = f"{'AUC' if len(told) == 1 else 'mean AUC'} of {', '.join(told)}"
+        else:
+            measure, values = "weighted loss (less is better)", [-value for value in values]
+        better = own.objective(select_by, self.layout) > its.objective(select_by, self.layout)
+        reason = (
+            f"{measure} on the same {self._labelled.rows:,} validation rows: {values[0]:.6g} of this model, "
+            f"{values[1]:.6g} of version {holder.number}"
+        )
+        return Verdict(better, reason)
+
+    @cached_property
+    def _labelled(self) -> EncodedRows:
+        from mmoe_rec.batches.reader import EncodedRows
+
+        weighted = self.settings.training.sampling_correction == "weights"
+        return EncodedRows(self.prepared.split("validation"), self.layout, outcomes=True, weighted=weighted)
+
+    @cached_property
+    def _own(self) -> Validation:
+        from mmoe_rec.batches.reader import EncodedRows
+
+        return self._validated(self.model, EncodedRows(self.prepared.split("validation"), self.layout))
+
+    def _validated(self, model: RankingModel, inputs: EncodedRows) -> Validation:
+        from mmoe_rec.training.comparison import validate_alone
+
+        return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
+
+    def _validation(self, ranker: Ranker, folder: Path, holder: Version) -> Validation:
+        """The holder's. Raises UserError where it is not of the same tasks and rows."""
+        from mmoe_rec.batches.reader import EncodedRows
+
+        its, tasks = ({(task.name, task.kind) for task in each.tasks} for each in (ranker.layout, self.layout))
+        if its != tasks:
+            names = [", ".join(task.name for task in each.tasks) for each in (ranker.layout, self.layout)]
+            raise UserError(f"it predicts {names[0]}, and the new model {names[1]}")
+        manifest, rows = self.prepared.manifest, self.prepared.split("validation")
+        if manifest["fingerprint"] == ranker.about.fingerprint:
+            return self._validated(ranker.model, EncodedRows(rows, ranker.layout))
+        if "extends" in manifest and (grown := self._grown(ranker, folder)) is not None:
+            model, layout = grown
+            return self._validated(model, EncodedRows(rows, layout))
+        say(f"encoding the validation rows for version {holder.number}, which has other features")
+        encoded = Path(self.settings.data.work) / "champion"
+        try:
+            self._encode(ranker, folder, encoded)
+            return self._validated(ranker.model, EncodedRows(encoded / "validation", ranker.layout))
+        finally:
+            shutil.rmtree(encoded, ignore_errors=True)
+
+    def _grown(self, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
+        """The holder and its layout on the features at hand, where these grew from its own: the same outputs."""
+        from mmoe_rec.model.mmoe import build_model
+        from mmoe_rec.model.tables import plain_tables
+        from mmoe_rec.settings import Model
+        from mmoe_rec.training.warm_start import WarmStart
+
+        structure = Model.model_validate(ranker.about.model)
+        rows = {table.name: table.rows for table in self.layout.tables}
+        tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
+        layout = replace(ranker.layout, tables=tables)
+        try:
+            start = WarmStart(folder, structure, self.prepared, layout, structure)
+        except UserError:
+            return None
+        model = build_model(layout, structure, plain_tables(layout))
+        start.fill(model)
+        return model, layout
+
+    def _encode(self, ranker: Ranker, folder: Path, encoded: Path) -> None:
+        windows = {"validation": self.settings.split.windows()["validation"]}
+        encode_with(folder / "features", logs_for(self.settings, ranker.pipeline), windows, encoded)

@@ -1,0 +1,159 @@
+"""What writes or reads a folder is not disturbed by another command of the same `data.work`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec import locks
+from mmoe_rec.locks import lock_file, reading, writing
+from mmoe_rec.settings import load_settings
+from pipelines import edit_experts, evaluate, features, inspect, steps, sweep_experts, train, tune
+from pipelines.places import features_in_use
+from pipelines.promotion import Promotion
+from tests.pipelines.short_trainings import World
+
+Main = Callable[[list[str]], None]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with features and a model's folder."""
+    world = World.of(tmp_path_factory.mktemp("world"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+        world.train()
+    return world
+
+
+@pytest.fixture
+def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(locks, "SECONDS_TO_LET_GO", 0.2)
+    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    return template
+
+
+def refused(capsys: pytest.CaptureFixture, main: Main, world: World, *words: str, day: str = "first") -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(world.folder / f"{day}.yaml"), *words])
+    assert ended.value.code == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    return line
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("words", [(), ("--resume",)])
+def test_a_second_training_is_refused_and_leaves_all_as_it_is(
+    world: World, capsys: pytest.CaptureFixture, words: tuple[str, ...]
+) -> None:
+    work = world.folder / "work"
+    with writing(work / "checkpoints", "a training", "wait"):
+        before = content(work)
+        told = refused(capsys, train.main, world, *words)
+        assert content(work) == before
+    assert f"'{work / 'checkpoints'}' is in use by a training (process {os.getpid()} on " in told
+    assert told.endswith("): wait until that has ended, or set `data.work` to another folder")
+
+
+def test_a_training_holds_its_folders_until_its_model_is_registered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, held = world.folder / "work", []
+
+    def promote(*_: Any) -> Promotion:
+        held.extend(name for name in ("checkpoints", "model", "features") if lock_file(work / name).is_file())
+        return Promotion("models:/learnable@champion", True, ())
+
+    monkeypatch.setattr(steps, "promote", promote)
+    world.train()
+    assert held == ["checkpoints", "model", "features"]
+    assert not list(work.glob(".*.lock"))
+
+
+def test_features_are_not_replaced_under_a_training(world: World, capsys: pytest.CaptureFixture) -> None:
+    folder = world.folder / "work" / "features"
+    later = world.folder / "log" / "later.parquet"
+    (world.folder / "later.parquet").rename(later)
+    try:
+        with reading(folder, "a training"):
+            before = content(folder)
+            for words in (("--extend",), ()):
+                told = refused(capsys, features.main, world, *words, day="second")
+                assert f"'{folder}' is in use by a training (process " in told
+            assert content(folder) == before
+    finally:
+        later.rename(world.folder / "later.parquet")
+
+
+def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each is stopped where it reads: by then nobody may replace the features."""
+    seen = []
+
+    class ReadError(Exception):
+        pass
+
+    def read(*_: Any, **__: Any) -> None:
+        assert lock_file(world.folder / "work" / "features").is_file()
+        seen.append(True)
+        raise ReadError
+
+    monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
+    monkeypatch.setattr("mmoe_rec.inspection.report.inspect", read)
+    monkeypatch.setattr("pipelines.tuning.Study.run", read)
+    model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
+    config = ["--config", str(world.folder / "first.yaml")]
+    search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
+    mains: list[tuple[Main, list[str]]] = [
+        (evaluate.main, model),
+        (sweep_experts.main, model),
+        (inspect.main, []),
+        (tune.main, search),
+    ]
+    for main, words in mains:
+        with pytest.raises(ReadError):
+            main([*config, *words])
+    assert len(seen) == 4
+    assert not list((world.folder / "work").glob(".*.lock"))
+
+
+def test_a_second_search_and_an_edit_into_a_folder_in_use_are_refused(
+    world: World, capsys: pytest.CaptureFixture
+) -> None:
+    work = world.folder / "work"
+    with writing(work / "tuning", "a search for settings", "wait"):
+        search = ("--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}')
+        assert "tuning' is in use by a search for settings (" in refused(capsys, tune.main, world, *search)
+    with writing(work / "model", "a training", "wait"):
+        edit = ("--model", str(work / "model"), "--mask", "1", "--out", str(work / "model"))
+        told = refused(capsys, edit_experts.main, world, *edit)
+    assert "model' is in use by a training (" in told
+    assert told.endswith("or name another folder by --out")
+
+
+def test_features_that_another_process_builds_meanwhile_are_not_taken(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between building and reading, another one may have built others in their place."""
+    from pipelines import places
+
+    settings, prepare, built = load_settings(world.folder / "first.yaml"), places.prepare, []
+
+    def replaced_once(*arguments: Any) -> Any:
+        prepared = prepare(*arguments)
+        built.append(prepared.manifest["fingerprint"])
+        if len(built) == 1:
+            other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
+            prepare(*places.log_and_place(other))
+        return prepared
+
+    monkeypatch.setattr(places, "prepare", replaced_once)
+    with features_in_use(settings, "a test") as prepared:
+        assert prepared.manifest["fingerprint"] == built[0] == built[1]

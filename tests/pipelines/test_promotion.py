@@ -1,0 +1,197 @@
+"""Which model holds the alias after a training: the better one on the same rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mmoe_rec import aliases, tracking
+from mmoe_rec.registry import local_model
+from pipelines import promotion
+from tests.pipelines.short_trainings import World
+
+# Which learn next to nothing.
+SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
+NAME = "learnable"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with two versions: one that has learnt nothing, and the champion."""
+    world = World.of(tmp_path_factory.mktemp("template"))
+    world.train(*SLOW, "--model.experts.count", "2")
+    world.train()
+    return world
+
+
+@pytest.fixture
+def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same, in which registering a model, which takes longer than to train it, is to count up."""
+
+    def register(run: tracking.Run, artifact: Path, name: str) -> str:
+        versions = client(template).search_model_versions(f"name='{NAME}'")
+        source = f"{versions[0].source}"
+        return str(client(template).create_model_version(name, source, run_id=run.run_id).version)
+
+    monkeypatch.setattr(promotion.tracking, "register", register)
+    aliases.point(NAME, "champion", "2", template.uri)
+    return template
+
+
+def client(world: World) -> Any:
+    return mlflow.MlflowClient(world.uri, world.uri)
+
+
+def holder(world: World, alias: str = "champion") -> str | None:
+    found = world.champion(alias)
+    return None if found is None else found.number
+
+
+def newest(world: World) -> str:
+    return str(max(int(each.version) for each in client(world).search_model_versions(f"name='{NAME}'")))
+
+
+def said(world: World) -> list[str]:
+    found: list[str] = json.loads((world.checkpoints / "finished.json").read_text())["compared"]
+    return found
+
+
+def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) -> None:
+    assert holder(template) == "2"
+    reason, now = said(template)
+    assert now == "'champion' is version 2 now, this model"
+    own, its = (float(part.split()[0]) for part in reason.partition("rows: ")[2].split(", "))
+    assert own > its
+    run = client(template).get_run(template.champion().run_id)  # type: ignore[union-attr]
+    assert own == pytest.approx(
+        sum(run.data.metrics[f"best.validation.{task}.auc"] for task in ("click", "liked")) / 2, abs=1e-5
+    )
+    rows = json.loads((template.folder / "work" / "features" / "manifest.json").read_text())["splits"]["validation"]
+    assert reason.startswith(f"mean AUC of click, liked on the same {rows['rows']:,} validation rows: ")
+
+
+def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.train(*SLOW)
+    version = newest(world)
+    assert holder(world) == "2"
+    assert holder(world, "challenger") == version
+    out = capsys.readouterr().out
+    assert f"'champion' stays version 2; this model, version {version}, is 'challenger'" in out
+    assert "registered as models:/learnable@challenger" in out
+
+
+def test_a_tie_leaves_the_alias(world: World) -> None:
+    world.train()
+    assert holder(world) == "2"
+    reason = said(world)[0]
+    own, its = (part.split()[0] for part in reason.partition("rows: ")[2].split(", "))
+    assert own == its
+
+
+def test_a_model_that_beats_its_start_but_not_the_holder_leaves_the_alias(world: World) -> None:
+    tiny = ("--training.learning_rate", "1e-4", "--training.table_learning_rate", "1e-4")
+    world.train("--from", "models:/learnable/1", "--model.experts.count", "2", *tiny, "--training.select_by", "loss")
+    finished = json.loads((world.checkpoints / "finished.json").read_text())
+    assert finished["best_step"] > 0, "it is better than what it was started from"
+    assert holder(world) == "2"
+    assert finished["compared"][0].startswith("weighted loss (less is better) on the same ")
+
+
+def test_a_holder_of_other_features_is_measured_on_its_own(world: World) -> None:
+    """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
+    world.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(world.folder / "elsewhere"))
+    assert holder(world) == "2"
+    (reason, _) = json.loads((world.folder / "elsewhere" / "checkpoints" / "finished.json").read_text())["compared"]
+    its = float(reason.split(", ")[-1].split()[0])
+    run = client(world).get_run(world.champion().run_id)  # type: ignore[union-attr]
+    areas = [run.data.metrics[f"best.validation.{task}.auc"] for task in ("click", "liked")]
+    assert its == pytest.approx(sum(areas) / 2, abs=1e-5)
+    assert not (world.folder / "elsewhere" / "champion").exists()
+
+
+def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
+    elsewhere = world.folder / "tasks"
+    text = (world.folder / "first.yaml").read_text().replace("liked:\n", "loved:\n", 1)
+    (world.folder / "loved.yaml").write_text(text)
+    world.train("--data.work", str(elsewhere), day="loved")
+    reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
+    assert "it predicts click, liked, and the new model click, loved" in reason
+    assert "point the alias at the new one yourself" in reason
+    assert now.startswith("'champion' stays version 2; ")
+    assert holder(world) == "2"
+
+
+@pytest.mark.parametrize("what", ["damaged", "another format", "not finite"])
+def test_a_holder_that_cannot_be_served_gives_way(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(local_model("models:/learnable/2", world.uri), folder)
+    weights = folder / "weights.safetensors"
+    if what == "damaged":
+        weights.write_bytes(b"short")
+    elif what == "another format":
+        (folder / "model.json").write_text('{"format": 1}')
+    else:
+        found = load_file(weights)
+        found = {name: each * 1e38 if "towers" in name else each for name, each in found.items()}
+        save_file(found, weights)
+
+    def taken(address: str, uri: str) -> Path:
+        return folder if address == "models:/learnable/2" else local_model(address, uri)
+
+    monkeypatch.setattr(promotion, "local_model", taken)
+    world.train(*SLOW)
+    assert holder(world) == newest(world)
+    assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
+
+
+def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(address: str, uri: str) -> Path:
+        raise promotion.UserError(f"'{address}' can't be loaded")
+
+    monkeypatch.setattr(promotion, "local_model", away)
+    world.train()
+    assert holder(world) == "2"
+    assert "can't be compared with: 'models:/learnable/2' can't be loaded" in said(world)[0]
+
+
+def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    aliases.point(NAME, "champion", "1", world.uri)
+    compare, asked = promotion.Comparison.with_holder, []
+
+    def meanwhile(self: promotion.Comparison, found: aliases.Version | None) -> promotion.Verdict:
+        assert found is not None
+        asked.append(found.number)
+        aliases.point(NAME, "champion", "2", world.uri)
+        return compare(self, found)
+
+    monkeypatch.setattr(promotion.Comparison, "with_holder", meanwhile)
+    world.train(*SLOW, "--training.seed", "5")
+    assert asked == ["1", "2"]
+    assert holder(world) == "2"
+
+
+def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client(world).delete_registered_model_alias(NAME, "champion")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.finished.Finished.write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.train()
+    version = newest(world)
+    assert holder(world) == version
+    world.train("--resume")
+    assert newest(world) == version == holder(world)
+    assert said(world) == [f"'champion' is version {version}, this model"]

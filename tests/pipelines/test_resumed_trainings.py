@@ -1,0 +1,244 @@
+"""`train --resume` goes on with the training that is asked for and with no other one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines import steps
+from pipelines.promotion import Promotion
+from tests.pipelines.short_trainings import World, dying_after, refused
+
+RESUME = "--resume"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with a trained champion."""
+    world = World.of(tmp_path_factory.mktemp("template"))
+    world.train()
+    return world
+
+
+@pytest.fixture
+def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same, in which a model is registered by name only, as registration takes longer than such a training."""
+
+    def promoted(*_: object) -> Promotion:
+        return Promotion("models:/learnable@champion", True, ("it is better",))
+
+    monkeypatch.setattr(steps, "promote", promoted)
+    shutil.rmtree(template.checkpoints, ignore_errors=True)
+    return template
+
+
+def other_model(world: World, name: str) -> Path:
+    """The champion's folder with other weights."""
+    folder = world.folder / name
+    if not folder.exists():
+        shutil.copytree(world.folder / "work" / "model", folder)
+        weights = load_file(folder / "weights.safetensors")
+        save_file({name: weight + 0.01 * weight.is_floating_point() for name, weight in weights.items()}, folder / "w")
+        (folder / "w").rename(folder / "weights.safetensors")
+    return folder
+
+
+def latest_step(world: World) -> int:
+    return int(json.loads((world.checkpoints / "latest.json").read_text())["step"])
+
+
+def test_another_start_is_refused_and_the_same_goes_on(world: World, capsys: pytest.CaptureFixture) -> None:
+    one, other = other_model(world, "one"), other_model(world, "other")
+    weights = load_file(other / "weights.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, other / "weights.safetensors")
+    with dying_after(12):
+        world.train("--from", str(one))
+    assert latest_step(world) == 10
+    told = refused(capsys, world, "--from", str(other), RESUME)
+    assert f"can't go on: it was begun with --from {one}, now it is --from {other}; give --from {one}" in told
+    told = refused(capsys, world, RESUME)
+    assert f"it was begun with --from {one}, now there is none" in told
+    assert latest_step(world) == 10
+    copy = world.folder / "copy"
+    shutil.copytree(one, copy)
+    world.train("--from", str(copy), RESUME)  # another name of the same weights
+    capsys.readouterr()
+    world.train("--from", str(one), RESUME)
+    assert capsys.readouterr().out.startswith("this training has come to its end before")
+    assert "it was begun with --from" in refused(capsys, world, "--from", str(other), RESUME)
+
+
+def test_a_folder_that_holds_another_model_by_now_is_another_start(world: World, capsys: pytest.CaptureFixture) -> None:
+    one = other_model(world, "changing")
+    with dying_after(12):
+        world.train("--from", str(one))
+    weights = load_file(one / "weights.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, one / "weights.safetensors")
+    assert f"can't go on: it was begun with --from {one}, now it is" in refused(
+        capsys, world, "--from", str(one), RESUME
+    )
+
+
+def test_a_start_where_there_was_none_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
+    with dying_after(12):
+        world.train()
+    told = refused(capsys, world, "--from", "models:/learnable@champion", RESUME)
+    assert (
+        "can't go on: it was begun without --from, now it is --from models:/learnable@champion (models:/learnable/1); "
+        "leave that out, or train from the start, without --resume" in told
+    )
+    world.train(RESUME)
+
+
+def test_an_alias_is_what_it_stood_for_when_the_training_began(
+    world: World, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = ("--from", "models:/learnable@champion")
+    with dying_after(12):
+        world.train(*champion)
+    monkeypatch.setattr("pipelines.resuming.resolve", lambda *_: pytest.fail("nothing is looked up again"))
+    world.train(*champion, RESUME)
+    world.train(*champion, RESUME)
+    assert "this training has come to its end before" in capsys.readouterr().out
+    monkeypatch.undo()
+    world.train("--from", "models:/learnable/1", RESUME)  # what it stood for
+    assert "this training has come to its end before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("training.learning_rate", "0.5", "training.learning_rate 0.01, now it is 0.5"),
+        ("training.calibration", "temperature", 'training.calibration "none", now it is "temperature"'),
+        ("tasks.click.score_weight", "3", "tasks.click.score_weight 1.0, now it is 3.0"),
+        ("tracking.registered_model", "another", 'tracking.registered_model missing, now it is "another"'),
+    ],
+)
+def test_other_settings_after_the_end_are_named(
+    world: World, capsys: pytest.CaptureFixture, setting: str, value: str, named: str
+) -> None:
+    world.train()
+    before = (world.checkpoints / "finished.json").read_bytes()
+    told = refused(capsys, world, RESUME, f"--{setting}", value)
+    assert "has come to its end, and is not the one asked for: it was begun with " + named in told
+    assert (world.checkpoints / "finished.json").read_bytes() == before
+    world.train(RESUME)
+    assert "come to its end before" in capsys.readouterr().out
+
+
+def test_other_features_are_not_built_for_a_training_that_cannot_go_on(
+    world: World, capsys: pytest.CaptureFixture
+) -> None:
+    with dying_after(12):
+        world.train()
+    manifest = world.folder / "work" / "features" / "manifest.json"
+    before = manifest.read_bytes()
+    told = refused(capsys, world, RESUME, "--split.validation_end", "2024-03-07T12:00")
+    assert "can't go on: it was begun with split.validation_end " in told
+    log = world.folder / "log" / "more.parquet"
+    shutil.copy(world.folder / "later.parquet", log)
+    try:
+        told = refused(capsys, world, RESUME)
+        assert "its features are not those of this log" in told
+    finally:
+        log.unlink()
+    assert manifest.read_bytes() == before
+
+
+def test_a_new_training_forgets_the_one_before(world: World, capsys: pytest.CaptureFixture) -> None:
+    with dying_after(32):
+        world.train()
+    assert latest_step(world) == 30
+    with dying_after(3):  # before its first checkpoint
+        world.train("--training.learning_rate", "0.02")
+    assert not (world.checkpoints / "latest.json").exists()
+    with dying_after(1):
+        world.train(RESUME)
+    world.train()
+    with dying_after(3):
+        world.train()
+    assert not (world.checkpoints / "finished.json").exists()
+    capsys.readouterr()
+    world.train(RESUME)
+    assert "come to its end before" not in capsys.readouterr().out
+
+
+def test_what_refuses_to_begin_forgets_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.train()
+    before = {file: file.read_bytes() for file in world.checkpoints.glob("*.json") if file.name != "key.json"}
+    assert "can't be started from" in refused(
+        capsys, world, "--from", "models:/learnable@champion", "--model.experts.count", "5"
+    )
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"best": {}}'])
+def test_an_end_that_cannot_be_read_is_named(world: World, capsys: pytest.CaptureFixture, text: str) -> None:
+    world.checkpoints.mkdir(exist_ok=True)
+    (world.checkpoints / "finished.json").write_text(text)
+    assert "finished.json' is damaged or of another version" in refused(capsys, world, RESUME)
+
+
+def test_weights_are_those_of_a_training_that_was_not_killed(world: World) -> None:
+    champion = ("--from", "models:/learnable@champion")
+    world.train(*champion)
+    whole = load_file(world.folder / "work" / "model" / "weights.safetensors")
+    with dying_after(17):
+        world.train(*champion)
+    world.train(*champion, RESUME)
+    again = load_file(world.folder / "work" / "model" / "weights.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+
+
+def test_a_later_day_begins_a_new_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same line every day, whatever became of the day before."""
+    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    world = World.of(tmp_path / "days")
+    world.train()
+    manifest = world.folder / "work" / "features" / "manifest.json"
+    first, start = manifest.read_bytes(), ("--from", str(other_model(world, "start")))
+    later = world.folder / "log" / "later.parquet"
+    shutil.copy(world.folder / "later.parquet", later)
+    told = refused(capsys, world, *start, RESUME, day="second")
+    assert "run python -m pipelines.features with --extend first" in told
+    assert manifest.read_bytes() == first, "features that can still be extended are not built anew"
+    later.unlink()
+
+    with dying_after(12):
+        world.train(*start)
+    world.add_a_day()
+    capsys.readouterr()
+    with dying_after(7):
+        world.train(*start, RESUME, day="second")
+    assert "the features go on to a later day than those of the training in" in capsys.readouterr().err
+    assert latest_step(world) == 5
+    world.train(*start, RESUME, day="second")
+    out = capsys.readouterr()
+    assert "a later day" not in out.err
+    assert "come to its end before" not in out.out
+    world.train(*start, RESUME, day="second")
+    assert capsys.readouterr().out.startswith("this training has come to its end before")
+
+
+def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without --from, features of all days are built anew."""
+    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    world = World.of(tmp_path / "days")
+    world.train()
+    (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")
+    capsys.readouterr()
+    world.train(RESUME, day="second")
+    assert "come to its end before" not in capsys.readouterr().out
+    world.train(RESUME, day="second")
+    assert "come to its end before" in capsys.readouterr().out
+    told = refused(capsys, world, RESUME)
+    assert "has come to its end, and is not the one asked for: it was begun with split." in told

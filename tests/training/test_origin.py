@@ -1,0 +1,120 @@
+"""By what a training is known again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.settings import Settings
+from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
+from tests.pipelines.learnable_log import settings_tree
+
+ALIAS = Start("models:/shop@champion", "models:/shop/3", "weights", "run")
+
+
+def settings(path: str = "", value: Any = None) -> Settings:
+    """Those of the learnable log, with one changed, such as `training.seed`."""
+    tree = settings_tree(Path("somewhere"))
+    *sections, name = path.split(".")
+    section = tree
+    for each in sections:
+        section = section.setdefault(each, {})
+    if path:
+        section[name] = value
+    return Settings.model_validate(tree)
+
+
+def origin(path: str = "", value: Any = None) -> Origin:
+    return Origin(fixed_settings(settings(path, value)), "features", 7, "run", ALIAS)
+
+
+def test_what_a_file_holds_is_the_same() -> None:
+    for each in (origin(), replace(origin(), start=None)):
+        again = Origin.from_dict(json.loads(json.dumps(asdict(each))))
+        assert again == each
+        assert each.difference(again) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("training.device", "cuda"),
+        ("training.checkpoint_steps", 7),
+        ("training.checkpoints_kept", 9),
+        ("training.calibration", "isotonic"),
+        ("evaluation.resamples", 60),
+        ("data.workers", 3),
+        ("split.validation_end", "2024-03-09T14:00:00+02:00"),  # the same instant
+    ],
+)
+def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp_path: Path) -> None:
+    origin().check(origin(name, value), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("training.learning_rate", 0.5, "it was begun with training.learning_rate 0.01, now it is 0.5; set it back"),
+        ("model.gates.dropout", 0.2, "begun with model.gates.dropout 0.0, now it is 0.2"),
+        ("tasks.click.loss_weight", 2.0, "begun with tasks.click.loss_weight 1.0, now it is 2.0"),
+        ("tasks.click.score_weight", 2.0, "begun with tasks.click.score_weight 1.0, now it is 2.0"),
+        ("tasks.liked.objective", "engagement", 'objective "satisfaction", now it is "engagement"'),
+        ("features.user.dim", 16, "begun with features.user.dim 8, now it is 16"),
+        ("split.train_end", "2024-03-07", 'split.train_end "2024-03-08T00:00:00.00:00", now it is "2024-03-07T'),
+        ("columns.sampling_rate", "rate", 'columns.sampling_rate missing, now it is "rate"'),
+    ],
+)
+def test_a_changed_setting_is_named(name: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"can't go on: .*{sentence}.*or train from the start, without --resume"):
+        origin().check(origin(name, value), tmp_path)
+
+
+def test_other_features_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its features are not those"):
+        origin().check(replace(origin(), features="others"), tmp_path)
+
+
+def test_starts_are_the_same_by_their_weights() -> None:
+    one = origin()
+    assert one.difference(replace(one, start=Start("some/folder", "some/folder", "weights"))) is None
+    found = one.difference(replace(one, start=Start("models:/shop@champion", "models:/shop/4", "others")))
+    assert found is not None
+    assert found.endswith(
+        "--from models:/shop@champion (models:/shop/3), now it is --from models:/shop@champion (models:/shop/4); "
+        "give --from models:/shop/3"
+    )
+    found = one.difference(replace(one, start=None))
+    assert found is not None
+    assert "now there is none; give --from models:/shop@champion" in found
+    found = replace(one, start=None).difference(one)
+    assert found is not None
+    assert found.startswith("it was begun without --from, now it is --from models:/shop@champion")
+
+
+def test_which_addresses_move() -> None:
+    addresses = {"models:/shop@champion": True, "models:/shop/latest": True, "models:/shop/3": False, "a@b": False}
+    for address, moves in addresses.items():
+        assert Start(address, address, "").moves == moves
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("training.calibration", "isotonic"), ("serving.max_candidates", 7), ("tracking.alias", "best"), ("name", "new")],
+)
+def test_what_is_made_of_the_result_is_known_too(name: str, value: Any) -> None:
+    one, other = (replace(origin(), settings=result_settings(each)) for each in (settings(), settings(name, value)))
+    found = one.difference(other)
+    assert found is not None
+    assert f"begun with {name} " in found
+
+
+def test_a_checksum_is_of_the_content(tmp_path: Path) -> None:
+    for name, text in (("a", "weights"), ("b", "weights"), ("c", "other")):
+        (tmp_path / name).write_text(text)
+    one, same, other = (checksum(tmp_path / name) for name in "abc")
+    assert one == same != other
