@@ -89,7 +89,7 @@ class ModelLayout(Layout):
         return ModelLayout(
             tables=tuple(EmbeddingTable(**each) for each in tree["tables"]),
             ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(each["name"], each["placement"], tuple(each["edges"])) for each in tree["dense"]),
+            dense=tuple(DenseInput(**{**each, "edges": tuple(each["edges"])}) for each in tree["dense"]),
             tasks=tuple(ModelTask(**each) for each in tree["tasks"]),
         )
 
