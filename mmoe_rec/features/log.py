@@ -190,8 +190,9 @@ class _Files(Generic[Reader]):
         self.found = {file.address: file for file in found}
         wanted = [file for file in found if file.address not in {each.address for each in left_out}]
         unit = self.schema.columns.time_unit
-        files, common, bad = check_files(wanted, self.uses, unit, skip_bad_files, types)
-        self.files, self.types, self.left_out = files, common, [*left_out, *bad]
+        checked = check_files(wanted, self.uses, unit, skip_bad_files, types)
+        self.files, self.types = checked[0], checked[1]
+        self.left_out = [*left_out, *checked[2]]
         if not self.files:
             raise none_usable(self.source, self.left_out)
 
