@@ -32,10 +32,7 @@ def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
 
 
 def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
-    """A row for each step and task; what is undefined is a dash.
-
-    history: (step, validation) of each; a training with many has the last ones and the best.
-    """
+    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
     table = Table(title="Validations", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
     table.caption_justify = "left"

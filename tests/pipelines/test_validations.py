@@ -1,0 +1,28 @@
+"""The table of a training's validations: every step and task, the chosen one marked, dashes for what is undefined."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from rich.console import Console
+
+from mmoe_rec.model.utilisation import Utilisation
+from mmoe_rec.training.validation import Validation
+from pipelines.validations import validations_table
+
+EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
+
+
+def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
+    history = [
+        (step, Validation({"click": 0.5, "stars": 1.25}, {"click": 0.6 + step / 1e4}, EVEN, {"click": 0.55}, {}))
+        for step in (100, 1200, 1300)
+    ]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(validations_table(history, 1200))
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert ["100", "click", "0.5000", "0.6100", "0.5500", "-"] in lines
+    assert ["1,200", "chosen", "click", "0.5000", "0.7200", "0.5500", "-"] in lines
+    assert ["1,300", "click", "0.5000", "0.7300", "0.5500", "-"] in lines
+    assert lines.count(["stars", "1.2500", "-", "-", "-"]) == 3
