@@ -104,7 +104,7 @@ class Comparison:
 
         alias = self.settings.tracking.alias
         if holder is None:
-            return Verdict(True, f"no model held '{alias}'")
+            return Verdict(True, f"no model held '{alias}' before")
         who = f"version {holder.number}, which holds '{alias}',"
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
