@@ -38,7 +38,7 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
-    folder = tracking.local_model(address, settings.tracking.uri)
+    folder = tracking.local_model(address, settings.tracking.address)
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact
 
@@ -56,8 +56,8 @@ def edit_model(
         assert mask is not None, "one of the three is given"
         state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
     rewrite_artifact(folder, out, model, state)
-    origin = tracking.run_of(address, settings.tracking.uri)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="edit_experts") as run:
+    origin = tracking.run_of(address, settings.tracking.address)
+    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
         run.set_tags({"edited_from": address, "edited_from.run": origin or "unknown", "edit": done})
         version = tracking.register(run, out, settings.registered_model, CHALLENGER)
     own = model.experts.task_count * len(about.tasks)

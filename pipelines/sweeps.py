@@ -39,7 +39,7 @@ class Swept:
 
 def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
-    artifact = tracking.local_model(address, settings.tracking.uri)
+    artifact = tracking.local_model(address, settings.tracking.address)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.plots import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
@@ -55,8 +55,10 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
         [each.k for each in by_k], [each.milliseconds for each in by_k], [each.tasks for each in by_k]
     )
     figure.savefig(out / "sweep.png")
-    run_id = tracking.run_of(address, settings.tracking.uri)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="sweep_experts", run_id=run_id) as run:
+    run_id = tracking.run_of(address, settings.tracking.address)
+    with tracking.open_run(
+        settings.tracking.address, settings.experiment, run_name="sweep_experts", run_id=run_id
+    ) as run:
         run.log_artifact(out / "sweep.json", "experts")
         run.log_figure(figure, "experts/sweep.png")
     return found
