@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,10 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     found = at_hand(*_log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     going_on = resume and (checkpoints / "latest.json").is_file()
-    folder = None if start is None or going_on else tracking.local_model(start, settings.tracking.uri)
+    folder = None if start is None or going_on else tracking.local_model(start, settings.tracking.address)
     _check_training_rows(settings, found, start)
     warm_start = None if folder is None or found is None else _warm_start(settings, found, folder)
+    _ask_mlflow(settings, resume)
 
     from mmoe_rec.devices import pick_device
     from mmoe_rec.training.checkpoint import latest_checkpoint
@@ -83,6 +85,16 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
         if ranks.first:
             Finished.forget(checkpoints)
         return _train(settings, ranks.first, device, start, warm_start, resume, checkpoint)
+
+
+def _ask_mlflow(settings: Settings, resume: bool) -> None:
+    """Raises UserError, before any work, where MLflow is away or would refuse a name. What waits for it is sent."""
+    work = Path(settings.data.work)
+    ended = resume and (work / "checkpoints" / "finished.json").is_file()
+    if int(os.environ.get("RANK", "0")) or (ended and not tracking.runs_waiting(work / "unsent")):
+        return
+    names = (settings.experiment, settings.registered_model, settings.tracking.alias)
+    tracking.check(settings.tracking.address, *names, unsent=work / "unsent")
 
 
 def _train(
@@ -107,11 +119,20 @@ def _train(
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
     key = training_key(work / "checkpoints", new=not resume) if first and checkpoint is None else None
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
+    with tracking.open_run(
+        settings.tracking.address,
+        settings.experiment,
+        run_id=run_id,
+        key=key,
+        active=first,
+        unsent=work / "unsent",
+    ) as run:
+        if first:
+            say(f"MLflow run: {run.address}")
         _log_start(run, settings, prepared)
         if first and start is not None and checkpoint is None:
             # An alias such as `champion` will point at the new model soon.
-            origin_run = tracking.run_of(start, settings.tracking.uri)
+            origin_run = tracking.run_of(start, settings.tracking.address)
             run.set_tags({"warm_start": start, "warm_start.run": origin_run or "unknown"})
 
         def draw(found: Validation, step: int) -> None:
@@ -201,7 +222,8 @@ def _finish(run: tracking.Run, settings: Settings, prepared: Prepared, result: T
     better = before is None or best.objective(select_by, layout) > before.objective(select_by, layout)
     alias = settings.tracking.alias if better else CHALLENGER
     run.set_tags({"promoted": better})
-    tracking.register(run, work / "model", settings.registered_model, alias)
+    with tracking.or_later(run, work / "model"):
+        tracking.register(run, work / "model", settings.registered_model, alias)
     started_from = None if before is None else before.to_dict()
     finished = Finished(best.to_dict(), result.best_step, result.rows_per_s, result.waiting, alias, started_from)
     finished.write(work / "checkpoints")
@@ -241,7 +263,7 @@ class Evaluated:
 def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
     # A wrong address is told of before torch is loaded.
-    artifact = tracking.local_model(address, settings.tracking.uri)
+    artifact = tracking.local_model(address, settings.tracking.address)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
@@ -291,8 +313,8 @@ def _log_evaluation(settings: Settings, address: str, evaluated: Evaluated, out:
     from mmoe_rec.evaluation.summary import flatten
 
     layout = evaluated.scored.layout
-    run_id = tracking.run_of(address, settings.tracking.uri)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="evaluation", run_id=run_id) as run:
+    run_id = tracking.run_of(address, settings.tracking.address)
+    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
         for task in layout.tasks:
