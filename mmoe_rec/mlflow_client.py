@@ -21,7 +21,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.outbox import UnreachableError
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
 # What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
 # files); a user cannot act on it.
@@ -64,10 +64,11 @@ def connect(uri: str) -> Any:
         import mlflow
         import mlflow.pyfunc
 
-    variable = os.environ.get(URI_VARIABLE)
+    # MLflow writes the addresses there, where they would pass for the user's.
+    variables = {name: os.environ.get(name) for name in _ADDRESSES}
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    _set_variables({URI_VARIABLE: variable})  # MLflow writes the address there, where it would pass for the user's
+    _set_variables(variables)
     return mlflow
 
 

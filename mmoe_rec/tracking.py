@@ -102,7 +102,7 @@ def open_run(
             yield run
         except BaseException as error:
             with suppress(UserError):  # it would take the place of what has happened
-                run.end("KILLED" if isinstance(error, StoppedError) else "FAILED")
+                run.end("KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED")
             raise
         else:
             run.end("FINISHED")
