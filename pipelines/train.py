@@ -7,7 +7,8 @@ Fits features (or takes those at hand), trains the model over sharded tables, ke
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
-in every command that a cluster repeats. SIGTERM and Ctrl-C write a checkpoint and end with exit code 75.
+in every command that a cluster repeats. SIGTERM and Ctrl-C write a checkpoint and end with exit code 75. So does the
+end of a training whose model could not be registered, as MLflow's server was away: --resume registers it.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `python -m pipelines.features --extend`); optimizers start afresh. Only a model that does better on the validation rows
