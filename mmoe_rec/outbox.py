@@ -122,7 +122,7 @@ class Outbox:
     def _keep(self, message: Message) -> None:
         number = self._waiting[-1] + 1 if self._waiting else 1
         place = self._place(number)
-        tree = {"kind": message.kind, "values": message.values}
+        tree: dict[str, Any] = {"kind": message.kind, "values": message.values}
         try:
             if message.file is not None:
                 tree["file"] = message.file.name

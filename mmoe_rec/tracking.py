@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ def check_names(experiment: str, model: str | None = None, alias: str = "champio
             raise MlflowException(f"MLflow would look for another model at '{address}'")
 
     of_alias = (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved)
-    rules = [("tracking.experiment", experiment, (validation._validate_experiment_name,))]
+    rules: list[tuple[str, str, tuple[Callable[[str], object], ...]]] = [
+        ("tracking.experiment", experiment, (validation._validate_experiment_name,))
+    ]
     if model is not None:
         rules.append(("tracking.alias", alias, of_alias))
         rules.append(("tracking.registered_model", model, (validation._validate_model_name, addressed)))
@@ -135,7 +137,8 @@ def _started(
             pause = min(2 * pause, 30.0)
     if unsent is not None:
         _send_left(mlflow, uri, unsent)
-    params, steps = {}, {}
+    params: dict[str, str] = {}
+    steps: dict[str, int] = {}
     with calling(uri):
         if run_id is None and key is not None:
             run_id = _run_with(mlflow, experiment_id, key)

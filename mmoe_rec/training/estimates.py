@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torchrec.distributed.planner.types import ShardEstimator, ShardingOption
+from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOption
 
 
 class OncePerSize(ShardEstimator):
@@ -23,7 +23,8 @@ class OncePerSize(ShardEstimator):
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
         """Sets `perf` of every part."""
         for option in sharding_options:
-            shards, first = option.shards, {}
+            shards = option.shards
+            first: dict[tuple[int, ...], Shard] = {}
             for shard in shards:
                 first.setdefault(tuple(shard.size), shard)
             option.shards = list(first.values())
