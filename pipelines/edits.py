@@ -38,6 +38,7 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
+    tracking.check_names(settings.experiment, settings.registered_model)
     folder = tracking.local_model(address, settings.tracking.address)
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact

@@ -286,7 +286,10 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     sums.save(out / "sums")
     with atomic_file(out / "metrics.json") as file:
         file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    _log_evaluation(settings, address, evaluated, out)
+    try:
+        _log_evaluation(settings, address, evaluated, out)
+    except tracking.UnreachableError as error:
+        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
 
 

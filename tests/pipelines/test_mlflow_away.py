@@ -13,7 +13,7 @@ import yaml
 from mmoe_rec import tracking
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.training.loop import Trainer
-from pipelines import train
+from pipelines import evaluate, steps, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.pipelines.mlflow_server import TrackingServer, tracking_server
 
@@ -146,6 +146,31 @@ def test_a_server_that_stays_away_is_told_afterwards(
     assert training.versions() == [(1,)]
     assert not list((training.work / "unsent").iterdir())
     assert "registered as models:/afterwards@champion" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_an_evaluation_is_not_lost(
+    server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_evaluation = steps._log_evaluation
+
+    def away(*arguments: Any) -> None:
+        server.door.shut()
+        try:
+            log_evaluation(*arguments)
+        finally:
+            server.door.open()
+
+    monkeypatch.setattr(steps, "_log_evaluation", away)
+    evaluate.main(["--config", str(whole.config), "--model", "models:/whole@champion"])
+    said = capsys.readouterr()
+    assert "auc" in said.out
+    out = whole.work / "evaluation"
+    assert (out / "metrics.json").is_file()
+    assert said.err.splitlines()[-1] == (
+        f"MLflow at '{server.uri}' does not answer (Connection refused): the evaluation is in '{out}', "
+        "but not in MLflow"
+    )
 
 
 def test_a_server_that_is_away_at_the_start_is_told_at_once(
