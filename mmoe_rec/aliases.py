@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmoe_rec.tracking import calling, connect
+from mmoe_rec.mlflow_client import BRIEF, calling, connect, limits
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Version:
 def holder_of(name: str, alias: str, uri: str) -> Version | None:
     """The version that holds an alias, None where none does. Raises UserError where MLflow does not answer."""
     mlflow = connect(uri)
-    with calling(uri):
+    with limits(BRIEF), calling(uri):
         client = mlflow.MlflowClient()
         try:
             number = client.get_registered_model(name).aliases.get(alias)
@@ -41,5 +41,5 @@ def holder_of(name: str, alias: str, uri: str) -> Version | None:
 def point(name: str, alias: str, number: str, uri: str) -> None:
     """Makes a version the one that holds an alias. Raises UserError where the registry refuses."""
     mlflow = connect(uri)
-    with calling(uri):
+    with limits(BRIEF), calling(uri):
         mlflow.MlflowClient().set_registered_model_alias(name, alias, number)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.tracking import calling, connect, sqlite_file
+from mmoe_rec.mlflow_client import FOR_MODELS, calling, connect, limits, sqlite_file
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def local_model(address: str, uri: str) -> Path:
         return found
     mlflow = _registry(address, uri)
     try:
-        with calling(uri, address):
+        with limits(FOR_MODELS), calling(uri, address):
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     except UserError:
         raise
@@ -76,7 +76,7 @@ def run_of(address: str, uri: str) -> str | None:
     if _scheme(address) != "models":
         return None
     mlflow = _registry(address, uri)
-    with calling(uri, address):
+    with limits(FOR_MODELS), calling(uri, address):
         name, version, _ = _resolved(mlflow, address)
         client = mlflow.MlflowClient()
         run_id: str | None = (
@@ -92,7 +92,7 @@ def _pinned(address: str, uri: str) -> str:
     if _scheme(address) != "models" or Path(address).exists():
         return address
     mlflow = _registry(address, uri)
-    with calling(uri, address):
+    with limits(FOR_MODELS), calling(uri, address):
         return "/".join(["models:", *filter(None, _resolved(mlflow, address))])
 
 
@@ -118,7 +118,7 @@ def _registry(address: str, uri: str) -> Any:
 def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
-    with calling(uri):
+    with limits(FOR_MODELS), calling(uri):
         try:
             return bool(mlflow.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:

@@ -1,121 +1,75 @@
-"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow.
-
-With a SQLite address, such as `sqlite:///mlflow.db`, everything lies beside the database file: runs, metrics and the
-registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would
-be `mlruns/` in whatever folder the command was started from). Another address is a server's, which has its own place.
-"""
+"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
 
 from __future__ import annotations
 
 import io
-import logging
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.mlflow_client import (
+    BRIEF,
+    FOR_MODELS,
+    calling,
+    connect,
+    first_line,
+    limits,
+    make_store,
+    shown,
+    sqlite_file,
+)
+from mmoe_rec.outbox import PATIENCE_SECONDS, Outbox, UnreachableError, runs_waiting
+from mmoe_rec.recording import Run, sender
 
-# What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
-# files); a user cannot act on it.
-QUIET_LOGGERS = {
-    "alembic": logging.WARNING,
-    "mlflow.store.db.utils": logging.WARNING,
-    "mlflow.tracking.fluent": logging.WARNING,
-    "mlflow.pyfunc": logging.ERROR,
-    "mlflow.models": logging.ERROR,
-    "mlflow.types": logging.ERROR,
-    "mlflow.utils.environment": logging.ERROR,
-}
 KEY_TAG = "training_key"
-_AT_ONCE = 100  # parameters that MLflow takes in one call
 
 
-class Run:
-    """A run that is being recorded; without MLflow (`mlflow` None) every call does nothing.
+def check(uri: str, experiment: str, model: str | None = None, alias: str = "champion", *, unsent: Path) -> None:
+    """Raises UserError where nobody answers at an address, or MLflow would refuse a name: before any work is done.
 
-    resumed: whether it was recorded before, so that it may be told again what it knows.
+    unsent: as in `open_run`.
     """
-
-    def __init__(self, run_id: str | None, mlflow: Any = None, resumed: bool = False) -> None:
-        self.run_id = run_id
-        self._mlflow, self._resumed = mlflow, resumed
-        self._known_until: dict[str, int] = {}
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Settings, nested ones under names such as `model.experts.count`.
-
-        In a resumed run, values that have changed go to the tag `resumed.NAME`: MLflow keeps the first ones.
-        """
-        if not self._mlflow:
-            return
-        params = dict(_flat(params))
-        known = self._mlflow.get_run(self.run_id).data.params
-        new = {name: str(value) for name, value in params.items() if name not in known}
-        names = list(new)
-        for start in range(0, len(names), _AT_ONCE):
-            self._mlflow.log_params({name: new[name] for name in names[start : start + _AT_ONCE]})
-        for name, value in params.items():
-            if name in known and known[name] != str(value):
-                self._mlflow.set_tag(f"resumed.{name}", str(value))
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step. In a resumed run those of steps that it knows are left out, as it took them before."""
-        if self._mlflow:
-            new = {name: value for name, value in metrics.items() if step is None or step > self._last_step(name)}
-            self._mlflow.log_metrics(new, step=step)
-
-    def _last_step(self, name: str) -> int:
-        """The last one of which the run knew a metric when it was resumed, -1 for none."""
-        if not self._resumed:
-            return -1
-        if name not in self._known_until:
-            known = self._mlflow.MlflowClient().get_metric_history(self.run_id, name)
-            self._known_until[name] = max((each.step for each in known), default=-1)
-        return self._known_until[name]
-
-    def log_text(self, text: str, name: str) -> None:
-        """A text file."""
-        if self._mlflow:
-            self._mlflow.log_text(text, name)
-
-    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
-        """A JSON or YAML file, by the name's ending."""
-        if self._mlflow:
-            self._mlflow.log_dict(dict(values), name)
-
-    def log_figure(self, figure: Any, name: str) -> None:
-        """A matplotlib figure."""
-        if self._mlflow:
-            self._mlflow.log_figure(figure, name)
-
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A file."""
-        if self._mlflow:
-            self._mlflow.log_artifact(str(path), folder)
-
-    def log_artifacts(self, path: str | Path, folder: str | None = None) -> None:
-        """All files of a folder."""
-        if self._mlflow:
-            self._mlflow.log_artifacts(str(path), folder)
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Names and values that describe the run."""
-        if self._mlflow:
-            self._mlflow.set_tags(dict(tags))
+    check_names(experiment, model, alias)
+    with limits(BRIEF):
+        mlflow = connect(uri)
+        with calling(uri):
+            make_store(mlflow, uri)
+            _existing(mlflow, experiment)
+        _send_left(mlflow, uri, unsent)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def check_names(experiment: str, model: str | None = None, alias: str = "champion") -> None:
+    """Raises UserError for a name that MLflow would refuse, by MLflow's own rules."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own imports
+        from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.utils.models import _parse_model_uri
+        from mlflow.utils import validation
+
+    def addressed(name: str) -> None:
+        if _parse_model_uri(address := f"models:/{name}@{alias}").name != name:
+            raise MlflowException(f"MLflow would look for another model at '{address}'")
+
+    of_alias = (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved)
+    rules: list[tuple[str, str, tuple[Callable[[str], object], ...]]] = [
+        ("tracking.experiment", experiment, (validation._validate_experiment_name,))
+    ]
+    if model is not None:
+        rules.append(("tracking.alias", alias, of_alias))
+        rules.append(("tracking.registered_model", model, (validation._validate_model_name, addressed)))
+    for setting, name, each_rule in rules:
+        try:
+            for rule in each_rule:
+                rule(name)
+        except MlflowException as error:
+            default = "" if setting == "tracking.alias" else " (by default the settings' `name`)"
+            raise UserError(f"'{setting}'{default} can't be '{name}' in MLflow: {first_line(error)}") from None
 
 
 @contextmanager
@@ -128,11 +82,15 @@ def open_run(
     key: str | None = None,
     parent: str | None = None,
     active: bool = True,
+    unsent: Path | None = None,
+    patience: float = 0.0,
 ) -> Iterator[Run]:
     """Records a run, or goes on with run `run_id`; it ends as finished, killed (if told to stop) or failed.
 
     key: marks the run from its first moment on; the next one with this key goes on with it. parent: id of the open run
-    that this one is a part of. active: False, on every rank but the first, gives a run that records nothing.
+    that this one is a part of. active: False, on every rank but the first, gives a run that records nothing. unsent:
+    folder in which messages wait while MLflow does not answer; those left there by any run are sent first. Without one,
+    a message that can't be sent raises UserError. patience: seconds to wait for MLflow to answer at the beginning.
 
     Raises:
         UserError: the address can't be used, the experiment was deleted, or there is no such run.
@@ -140,36 +98,111 @@ def open_run(
     if not active:
         yield Run(run_id)
         return
+    with limits(BRIEF):
+        run = _started(uri, experiment, run_name, run_id, key, parent, unsent, patience)
+        try:
+            yield run
+        except BaseException as error:
+            with suppress(UserError):  # it would take the place of what has happened
+                run.end("KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED")
+            raise
+        else:
+            run.end("FINISHED")
+        finally:
+            _leave(str(run.run_id))
+
+
+def _started(
+    uri: str,
+    experiment: str,
+    run_name: str | None,
+    run_id: str | None,
+    key: str | None,
+    parent: str | None,
+    unsent: Path | None,
+    patience: float,
+) -> Run:
     mlflow = connect(uri)
+    until, pause = time.monotonic() + patience, 1.0
+    while True:
+        try:
+            with calling(uri):
+                make_store(mlflow, uri)
+                experiment_id = _experiment(mlflow, uri, experiment)
+            break
+        except UnreachableError:
+            if time.monotonic() + pause > until:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+    if unsent is not None:
+        _send_left(mlflow, uri, unsent)
+    params: dict[str, str] = {}
+    steps: dict[str, int] = {}
     with calling(uri):
-        _make_store(mlflow, uri)
-        experiment_id = _experiment(mlflow, uri, experiment)
-        tags = None if key is None else {KEY_TAG: key}
         if run_id is None and key is not None:
             run_id = _run_with(mlflow, experiment_id, key)
+        if run_id is not None:
+            params, steps = _known(mlflow, run_id)
         started = (
             mlflow.start_run(run_id=run_id)
             if run_id is not None
             else mlflow.start_run(
                 experiment_id=experiment_id,
                 run_name=run_name,
-                tags=tags,
+                tags=None if key is None else {KEY_TAG: key},
                 parent_run_id=parent,
                 nested=parent is not None,
             )
         )
-    with started:
-        try:
-            yield Run(started.info.run_id, mlflow, resumed=run_id is not None)
-        except StoppedError:
-            mlflow.end_run("KILLED")
-            raise
+    run_id = started.info.run_id
+    place = f"{uri.rstrip('/')}/#/experiments/{started.info.experiment_id}/runs/{run_id}"
+    served = uri.startswith(("http://", "https://"))
+    address = shown(place) if served else f"{run_id} of experiment '{experiment}' in {shown(uri)}"
+    return Run(run_id, _outbox(mlflow, uri, run_id, unsent), address, params, steps)
+
+
+def _known(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int]]:
+    """The settings that a run knows, and the last step of each metric."""
+    found = mlflow.get_run(run_id)
+    if found.info.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow run '{run_id}' was deleted: restore it with `mlflow runs restore --run-id {run_id}`, or "
+            "train from the start, without --resume"
+        )
+    client = mlflow.MlflowClient()
+    history = {name: client.get_metric_history(run_id, name) for name in found.data.metrics}
+    return found.data.params, {name: max(each.step for each in steps) for name, steps in history.items() if steps}
+
+
+def _send_left(mlflow: Any, uri: str, unsent: Path) -> None:
+    for run_id in runs_waiting(unsent):
+        box = _outbox(mlflow, uri, run_id, unsent)
+        box.flush()
+        if isinstance(box.trouble, UnreachableError):
+            raise box.trouble
+
+
+def _outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
+    folder = None if unsent is None else unsent / run_id
+    return Outbox(folder, sender(mlflow, run_id, lambda: calling(uri, anything=True)))
+
+
+def _leave(run_id: str) -> None:
+    """MLflow's own notion of an open run ends, without the call to the server that its `end_run` makes."""
+    from mlflow.tracking import fluent
+
+    open_runs = fluent._active_run_stack.get()
+    open_runs[:] = [each for each in open_runs if each.info.run_id != run_id]
+    monitor = fluent.run_id_to_system_metrics_monitor.pop(run_id, None)
+    if monitor is not None:
+        monitor.finish()
 
 
 def mark_killed(uri: str, run_id: str) -> None:
     """Says of a run that was left open that it was killed."""
     mlflow = connect(uri)
-    with calling(uri):
+    with limits(BRIEF), calling(uri):
         mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 
@@ -182,11 +215,12 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
     Raises:
+        UnreachableError: MLflow does not answer.
         UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
     """
-    mlflow = run._mlflow
-    if mlflow is None:
+    if run.outbox is None:
         raise UserError("a model can be registered from a recorded run only")
+    import mlflow
     import torch
     from mlflow.models import set_signature
 
@@ -199,7 +233,13 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
 
     # Progress bars of local copies and "Successfully registered" come from no logger.
     uri, unread = mlflow.get_tracking_uri(), io.StringIO()
-    with calling(uri), redirect_stderr(unread), _no_bytecode(), tempfile.TemporaryDirectory() as scratch:
+    with (
+        limits(FOR_MODELS),
+        calling(uri, anything=True),
+        redirect_stderr(unread),
+        _no_bytecode(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
@@ -210,68 +250,43 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
     return str(registered.version)
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite address; None for any other address."""
-    parsed = urlparse(uri)
-    # As in SQLAlchemy: three slashes are followed by a relative path, four by an absolute one.
-    return Path(parsed.path[1:]) if parsed.scheme == "sqlite" else None
+@contextmanager
+def or_later(run: Run, artifact_folder: Path) -> Iterator[None]:
+    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
 
-
-def connect(uri: str) -> Any:
-    """The mlflow module, set to an address."""
-    store = sqlite_file(uri)
-    if store is not None:
-        try:
-            store.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"folder '{store.parent}' of the MLflow store can't be made: {error.strerror}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own imports
-        import mlflow
-        import mlflow.pyfunc
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    return mlflow
-
-
-def _make_store(mlflow: Any, uri: str) -> None:
-    """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
-    store = sqlite_file(uri)
-    if store is not None and not store.exists():
-        with atomic_file(store, replace=False) as temporary:
-            mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+    Raises:
+        StoppedError, UserError: it does not answer, or refuses: the model is not registered, and how it can be later.
+    """
+    run.flush(PATIENCE_SECONDS)
+    what = (
+        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
+    )
+    try:
+        yield
+    except UnreachableError as error:
+        raise StoppedError(f"{error}; {what} once MLflow answers") from None
+    except UserError as error:
+        raise UserError(f"{error}; {what} once that is put right") from None
 
 
 def _experiment(mlflow: Any, uri: str, name: str) -> str:
-    found = mlflow.get_experiment_by_name(name)
+    found = _existing(mlflow, name)
     if found is None:
         store = sqlite_file(uri)
         place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
         created: str = mlflow.create_experiment(name, artifact_location=place)
         return created
-    if found.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
-        )
     existing: str = found.experiment_id
     return existing
 
 
-@contextmanager
-def calling(uri: str, address: str | None = None) -> Iterator[None]:
-    """Quiet MLflow; what it raises becomes a UserError."""
-    import sqlalchemy.exc
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with _quiet():
-            yield
-    except MlflowException as error:
-        what = f"'{address}' can't be loaded from MLflow at '{uri}'" if address else f"MLflow at '{uri}' refuses"
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
-    except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise UserError(f"MLflow at '{uri}' can't be used: {str(error).splitlines()[0]}") from None
+def _existing(mlflow: Any, name: str) -> Any:
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
+        )
+    return found
 
 
 @contextmanager
@@ -282,17 +297,3 @@ def _no_bytecode() -> Iterator[None]:
         yield
     finally:
         sys.dont_write_bytecode = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
-    for name, level in QUIET_LOGGERS.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"mlflow\..*")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.settings import Settings, describe, load_settings
 
 
@@ -17,7 +20,7 @@ def read_command(
     doc: the command's docstring, shown by `--help` above all settings. The parsed arguments hold the overrides, as they
     were written, in `overrides`. Raises UserError for a wrong setting.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=doc,
         epilog="settings (in the YAML file, or as overrides):\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,9 +38,28 @@ def read_command(
     return arguments, load_settings(arguments.config, overrides)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all arguments and settings")
+
+
 def count(text: str) -> int:
     """A whole number from 1 on, for an argument's `type`."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(_checked(text, int, 1, None, "a whole number, 1 or more"))
+
+
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """Gives the `type` of an argument that is a number between two others, the ends included."""
+    return lambda text: _checked(text, float, low, high, f"a number between {low:,g} and {high:,g}")
+
+
+def _checked(text: str, kind: type[int] | type[float], low: float, high: float | None, what: str) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= (math.inf if high is None else high):
+        raise argparse.ArgumentTypeError(f"must be {what}, found '{text}'")
     return number

@@ -39,7 +39,8 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
-    found = find_model(address, settings.tracking.uri)
+    tracking.check_names(settings.experiment, settings.registered_model)
+    found = find_model(address, settings.tracking.address)
     folder = found.folder
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact
@@ -58,7 +59,7 @@ def edit_model(
         assert mask is not None, "one of the three is given"
         state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
     rewrite_artifact(folder, out, model, state)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="edit_experts") as run:
+    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
         run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
         version = tracking.register(run, out, settings.registered_model, CHALLENGER)
     own = model.experts.task_count * len(about.tasks)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.command import count, read_command
+from pipelines.command import count, number_between, read_command
 
 if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mmoe_rec.training.planning import Machines, PaperPlan
 
 GIB = 2**30
+MOST_RANKS = 16_384  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--world-size {arguments.world_size} is not a multiple of --local-world-size {arguments.local_world_size}"
         )
+    if arguments.world_size > MOST_RANKS:
+        raise UserError(f"--world-size {arguments.world_size} is more than a plan is made for, {MOST_RANKS:,}")
     import torch
 
     from mmoe_rec.model.mmoe import build_model
@@ -70,12 +73,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=count, required=True, metavar="N", help="processes, one for each GPU")
     parser.add_argument("--local-world-size", type=count, required=True, metavar="N", help="of these, on each machine")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    parser.add_argument("--hbm-gib", type=float, default=80, metavar="X", help="memory of a GPU (default: %(default)s)")
+    # Far beyond any machine on both sides; what lies between can be computed with.
+    memory, speed = number_between(0.01, 1e6), number_between(0.001, 1e6)
     parser.add_argument(
-        "--host-gib", type=float, default=512, metavar="X", help="main memory of a machine (default: %(default)s)"
+        "--hbm-gib", type=memory, default=80, metavar="X", help="memory of a GPU (default: %(default)s)"
     )
     parser.add_argument(
-        "--tflops", type=float, metavar="X", help="what a process reaches in bf16 products (default: 100; CPU: 0.4)"
+        "--host-gib", type=memory, default=512, metavar="X", help="main memory of a machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tflops", type=speed, metavar="X", help="what a process reaches in bf16 products (default: 100; CPU: 0.4)"
     )
 
 

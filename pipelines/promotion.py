@@ -62,7 +62,7 @@ def promote(
 
     model: that of the artifact. Raises UserError where the registry refuses.
     """
-    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.uri
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = holder_of(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
@@ -108,7 +108,7 @@ class Comparison:
         who = f"version {holder.number}, which holds '{alias}',"
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
-            folder = local_model(holder.address, self.settings.tracking.uri)
+            folder = local_model(holder.address, self.settings.tracking.address)
         except UserError as error:
             return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,10 +119,11 @@ def _next_commands(settings: Settings, address: str, request: dict) -> None:
     with atomic_file(body) as file:
         file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")
     print("\nnext:")
-    uri = settings.tracking.uri
-    print(f"  MLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001")
-    print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{body}")
-    print(f"  mlflow ui --backend-store-uri {uri}")
+    uri = settings.tracking.address
+    print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
+    print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(body))}")
+    served = uri.startswith(("http://", "https://"))
+    print(f"  see the runs at {uri}" if served else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def check_training_rows(settings: Settings, found: Prepared | None, start: str |
 
 def resolve(address: str, settings: Settings) -> Start:
     """The model at an address, with what stands for it for good. Raises UserError where there is none."""
-    found = find_model(address, settings.tracking.uri)
+    found = find_model(address, settings.tracking.address)
     weights = found.folder / "weights.safetensors"
     if not weights.is_file():
         raise UserError(f"the model at '{address}' has no weights (weights.safetensors)")

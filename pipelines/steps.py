@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     if not (resume and something_left(checkpoints)):
         check_training_rows(settings, found, start)
         if start is not None:
-            check_address(start, settings.tracking.uri)
+            check_address(start, settings.tracking.address)
+    _ask_mlflow(settings, resume)
 
     from mmoe_rec.devices import pick_device
     from mmoe_rec.training.ranks import process_group
@@ -76,6 +78,16 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
             finished = Finished.read(checkpoints) if ranks.first else None
             return None if finished is None else finished.trained(settings, before=True)
         return _train(settings, ranks.first, device, course, resume)
+
+
+def _ask_mlflow(settings: Settings, resume: bool) -> None:
+    """Raises UserError, before any work, where MLflow is away or would refuse a name. What waits for it is sent."""
+    work = Path(settings.data.work)
+    ended = resume and (work / "checkpoints" / "finished.json").is_file()
+    if int(os.environ.get("RANK", "0")) or (ended and not tracking.runs_waiting(work / "unsent")):
+        return
+    names = (settings.experiment, settings.registered_model, settings.tracking.alias)
+    tracking.check(settings.tracking.address, *names, unsent=work / "unsent")
 
 
 def _train(settings: Settings, first: bool, device: torch.device, course: Course, resume: bool) -> Trained | None:
@@ -98,10 +110,19 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
     elif start is not None:
-        warm_start = _warm_start(settings, prepared, local_model(start.exact, settings.tracking.uri))
+        warm_start = _warm_start(settings, prepared, local_model(start.exact, settings.tracking.address))
     if first and checkpoint is None:
         key = training_key(checkpoints, origin, new=not resume)
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_id=run_id, key=key, active=first) as run:
+    with tracking.open_run(
+        settings.tracking.address,
+        settings.experiment,
+        run_id=run_id,
+        key=key,
+        active=first,
+        unsent=work / "unsent",
+    ) as run:
+        if first:
+            say(f"MLflow run: {run.address}")
         _log_start(run, settings, prepared)
         if start is not None:
             # An alias such as `champion` will point at the new model soon.
@@ -187,7 +208,8 @@ def _finish(
         state_dict=model.state_dict(),
         calibration=calibration,
     )
-    promotion = promote(run, settings, prepared, model, work / "model")
+    with tracking.or_later(run, work / "model"):
+        promotion = promote(run, settings, prepared, model, work / "model")
     before = dict(result.history).get(0)
     finished = Finished(
         replace(origin, settings=result_settings(settings)),
@@ -237,7 +259,7 @@ class Evaluated:
 def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
     # A wrong address is told of before torch is loaded.
-    found = find_model(address, settings.tracking.uri)
+    found = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
@@ -264,7 +286,10 @@ def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
     sums.save(out / "sums")
     with atomic_file(out / "metrics.json") as file:
         file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    _log_evaluation(settings, found.run_id, evaluated, out)
+    try:
+        _log_evaluation(settings, found.run_id, evaluated, out)
+    except tracking.UnreachableError as error:
+        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
 
 
@@ -273,7 +298,7 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
     from mmoe_rec.evaluation.summary import flatten
 
     layout = evaluated.scored.layout
-    with tracking.open_run(settings.tracking.uri, settings.experiment, run_name="evaluation", run_id=run_id) as run:
+    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
         for task in layout.tasks:

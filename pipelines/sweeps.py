@@ -40,7 +40,7 @@ class Swept:
 
 def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
-    model = find_model(address, settings.tracking.uri)
+    model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.plots import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
@@ -58,7 +58,7 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     )
     figure.savefig(out / "sweep.png")
     with tracking.open_run(
-        settings.tracking.uri, settings.experiment, run_name="sweep_experts", run_id=model.run_id
+        settings.tracking.address, settings.experiment, run_name="sweep_experts", run_id=model.run_id
     ) as run:
         run.log_artifact(out / "sweep.json", "experts")
         run.log_figure(figure, "experts/sweep.png")

@@ -3,10 +3,10 @@
 Tries values for the settings under `tuning.search`, keeps those with the best validation result, and writes them, with
 all other settings, to `data.work`/tuning/best.yaml, which `python -m pipelines.train --config` takes. The next values
 follow from what was found so far (Optuna's tree-structured Parzen estimator); a trial that falls behind the median of
-those before it is cut short.
+those before it is cut short, and a combination that is not valid is left out, with the reason.
 
 Each trial is a run in MLflow, within one of the whole search. The search is kept in `data.work`/tuning/study.db: the
-same command, also after a kill, goes on until there are --trials of them. Test rows play no part.
+same command, also after a stop or a kill, goes on until there are --trials of them. Test rows play no part.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings import Search, Settings, load_settings
 from pipelines.command import count, read_command
+
+COMBINATIONS = 30  # with values of the other settings, that a value is tried in which is not valid by itself
 
 
 @exit_with_message()
@@ -35,22 +39,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = [f"--{name}={json.dumps(value)}" for name, value in values.items()]
         return load_settings(arguments.config, [*arguments.overrides, *chosen])
 
-    for name, each in search.items():  # a value that is no valid one is told of at once
-        for value in each.choices or (each.low, each.high):
-            with_values({name: value})
-    from pathlib import Path
-
+    _check_values(search, with_values)
+    from mmoe_rec import tracking
     from mmoe_rec.locks import writing
     from pipelines.places import features_in_use
     from pipelines.tuning import Study
 
+    tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
     with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
         prepared.require_rows("train", "validation")
         tuned = Study(settings, prepared, with_values).run(arguments.trials)
-    print(f"{tuned.trials} trials, of which {tuned.pruned} were cut short and {tuned.failed} failed")
+    not_valid = f", {tuned.not_valid} were no valid combinations" if tuned.not_valid else ""
+    print(f"{tuned.trials} trials, of which {tuned.cut_short} were cut short{not_valid} and {tuned.failed} failed")
     print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
     print(f"next: python -m pipelines.train --config {tuned.file}")
+
+
+def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, object]], Settings]) -> None:
+    """Raises UserError, at once, for a value that is valid neither alone nor with any of some values of the others."""
+    chance = random.Random(17)
+    for name, each in search.items():
+        for value in each.choices or (each.low, each.high):
+            try:
+                with_values({name: value})
+            except UserError as error:
+                others = {other: space for other, space in search.items() if other != name}
+                combinations = ({k: _one_of(v, chance) for k, v in others.items()} for _ in range(COMBINATIONS))
+                if not others or not any(_valid({**rest, name: value}, with_values) for rest in combinations):
+                    raise error from None
+
+
+def _one_of(space: Search, chance: random.Random) -> object:
+    return chance.choice(space.choices or (space.low, space.high))
+
+
+def _valid(values: dict[str, object], with_values: Callable[[dict[str, object]], Settings]) -> bool:
+    try:
+        with_values(values)
+    except UserError:
+        return False
+    return True
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.build import Prepared
 from mmoe_rec.progress import say
 from mmoe_rec.settings import Search, Settings
 
 Values = dict[str, Any]
 FAILURES_IN_A_ROW = 3
+NOT_VALID_IN_A_ROW = 20
+KILLS_OF_ONE_TRIAL = 3
+# What trials are marked with, beside the id of their run: why one was given up, which one it is instead of, and how
+# often its values were killed before.
+_RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
+Outcome = Literal["reached", "cut short", "not valid", "failed"]
+
+
+class NotValidError(UserError):
+    """Values that don't go together."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished search. best: setting -> value; value: what it reached; file: all settings with these, as YAML."""
+    """A finished search. best: setting -> value; value: what it reached; file: all settings with these, as YAML.
+
+    trials: all of them, of which so many were cut short, not valid, or failed.
+    """
 
     best: Values
     value: float
     file: Path
     trials: int
-    pruned: int
+    cut_short: int
+    not_valid: int
     failed: int
 
 
@@ -52,13 +67,7 @@ class Study:
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
         text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._study = optuna.create_study(
-            storage=f"sqlite:///{self.folder / 'study.db'}",
-            study_name=self.key,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=settings.tuning.startup_trials),
-        )
+        self._study = self._opened(self.folder / "study.db")
         # Another seed when the search goes on, as it would draw the same values again.
         seed = settings.training.seed + len(self._study.get_trials(deepcopy=False))
         self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=settings.tuning.startup_trials, seed=seed)
@@ -72,65 +81,138 @@ class Study:
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         return kind(search.low, search.high, log=search.log)
 
+    def _opened(self, file: Path) -> Any:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return self._optuna.create_study(
+                storage=f"sqlite:///{file}",
+                study_name=self.key,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=self._optuna.pruners.MedianPruner(n_startup_trials=self.settings.tuning.startup_trials),
+            )
+        except (SQLAlchemyError, self._optuna.exceptions.OptunaError, RuntimeError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(
+                f"the search in '{file}' can't be gone on with: {reason}; remove it to begin anew"
+            ) from None
+
     def run(self, trials: int) -> Tuned:
         """Tries until there are so many trials, those of earlier runs included.
 
-        Raises UserError where no trial came to its end, or several in a row failed.
+        Raises:
+            StoppedError: the search was asked to stop; the trial at hand will be tried again.
+            UserError: no trial came to its end, or several in a row failed or were not valid.
         """
-        uri, experiment = self.settings.tracking.uri, self.settings.experiment
-        with tracking.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}") as run:
+        uri, experiment = self.settings.tracking.address, self.settings.experiment
+        with tracking.open_run(
+            uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self._unsent
+        ) as run:
             assert run.run_id is not None
-            self._forget_killed()
-            failures = 0
-            while len(self._study.get_trials(deepcopy=False, states=self._ended())) < trials:
-                failures = failures + 1 if (error := self._try(run.run_id)) else 0
-                if error and failures == FAILURES_IN_A_ROW:
-                    raise UserError(f"{failures} trials in a row failed; the last one: {error}")
+            self._take_up_killed()
+            in_a_row = {"not valid": 0, "failed": 0}
+            while len(self._ended()) < trials:
+                outcome, said = self._try(run.run_id)
+                in_a_row = {each: many + 1 if each == outcome else 0 for each, many in in_a_row.items()}
+                if in_a_row["failed"] == FAILURES_IN_A_ROW:
+                    raise UserError(f"{FAILURES_IN_A_ROW} trials in a row failed; the last one: {said}")
+                if in_a_row["not valid"] == NOT_VALID_IN_A_ROW:
+                    raise UserError(
+                        f"{NOT_VALID_IN_A_ROW} combinations in a row were not valid: narrow tuning.search; the last "
+                        f"one: {said}"
+                    )
             tuned = self._best()
             run.log_params({f"best.{setting}": value for setting, value in tuned.best.items()})
             run.log_metrics({"best.objective": tuned.value})
             run.log_artifact(tuned.file)
             run.log_text(self._table(), "trials.csv")
+            run.flush(tracking.PATIENCE_SECONDS)
             return tuned
 
-    def _ended(self) -> tuple[Any, ...]:
-        states = self._optuna.trial.TrialState
-        return (states.COMPLETE, states.PRUNED, states.FAIL)
+    @property
+    def _unsent(self) -> Path:
+        return Path(self.settings.data.work) / "unsent"
 
-    def _forget_killed(self) -> None:
-        """Trials that a kill left open are tried again under a new number."""
+    def _ended(self) -> list[Any]:
+        """All trials that came to an end, but for those that will be or were tried again."""
+        states = self._optuna.trial.TrialState
+        trials = self._study.get_trials(deepcopy=False)
+        again = {each.user_attrs.get(_INSTEAD_OF) for each in trials}
+        ends = (states.COMPLETE, states.PRUNED, states.FAIL)
+        return [each for each in trials if each.state in ends and each.number not in again]
+
+    def _take_up_killed(self) -> None:
+        """Trials that a kill left open are tried again under a new number, unless they were killed each time."""
         states = self._optuna.trial.TrialState
         for trial in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            if "run_id" in trial.user_attrs:
-                tracking.mark_killed(self.settings.tracking.uri, trial.user_attrs["run_id"])
-            self._study.enqueue_trial(trial.params)
-            self._study.tell(trial.number, state=states.FAIL)
+            if _RUN in trial.user_attrs:
+                tracking.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
+            kills = trial.user_attrs.get(_KILLS, 0) + 1
+            if kills < KILLS_OF_ONE_TRIAL:
+                self._put_back(trial, kills)
+            else:
+                said = f"failed: the process was killed {kills} times while it tried these values"
+                say(f"trial {trial.number + 1}: {said}")
+                self._study.tell(trial.number, state=states.FAIL)
 
-    def _try(self, parent: str) -> str | None:
-        """One trial; gives what was wrong where it failed."""
-        states = self._optuna.trial.TrialState
+    def _put_back(self, trial: Any, kills: int) -> None:
+        """Has an open trial's values tried again."""
+        known = {each.user_attrs.get(_INSTEAD_OF) for each in self._study.get_trials(deepcopy=False)}
+        if trial.number not in known:  # else a kill came between the two calls
+            self._study.enqueue_trial(trial.params, user_attrs={_INSTEAD_OF: trial.number, _KILLS: kills})
+        self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+
+    def _try(self, parent: str) -> tuple[Outcome, str]:
+        """One trial: what became of it, in a word and at length."""
         trial = self._study.ask(self._spaces)
         values = {name: _plain(space, trial.params[name]) for name, space in self._spaces.items()}
-        settings = self.with_values(values)
         folder = self.folder / f"trial-{trial.number:04d}"
         shutil.rmtree(folder, ignore_errors=True)
-        error = None
+        again = f"trial {trial.number + 1} will be tried again: go on with the same command"
         try:
-            reached = self._train(trial, settings, values, folder, parent)
-            if reached is None:
-                self._study.tell(trial, state=states.PRUNED)
-                said = "cut short, as it fell behind"
-            else:
-                self._study.tell(trial, reached)
-                said = f"{reached:.4f}"
-        except UserError as failed:
-            self._study.tell(trial, state=states.FAIL)
-            error = str(failed)
-            said = f"failed: {error}"
+            outcome, said = self._tried(trial, values, folder, parent)
+        except (StoppedError, KeyboardInterrupt) as stopped:
+            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
+            who = str(stopped).partition(";")[0] or "SIGINT came"
+            raise StoppedError(f"{who}; {again}") from None
+        except tracking.UnreachableError as error:
+            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
+            raise UserError(f"{error}; {again}, once MLflow answers") from None
+        except Exception as error:  # not the user's fault, but the search shall not come to it again
+            trial.set_user_attr(_REASON, f"{type(error).__name__}: {error}")
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # weights that nobody needs; the best settings are trained again
-        say(f"trial {trial.number + 1}: {said} ({_as_text(values)})")
-        return error
+        what = said if outcome == "reached" else f"{outcome}: {said}"
+        say(f"trial {trial.number + 1}: {what} ({_as_text(values)})")
+        return outcome, said
+
+    def _tried(self, trial: Any, values: Values, folder: Path, parent: str) -> tuple[Outcome, str]:
+        states = self._optuna.trial.TrialState
+        try:
+            reached = self._train(trial, self._valid(values), values, folder, parent)
+        except tracking.UnreachableError:
+            raise
+        except UserError as error:
+            trial.set_user_attr(_REASON, str(error))
+            if isinstance(error, NotValidError):
+                self._study.tell(trial, state=states.PRUNED)
+                return "not valid", str(error)
+            self._study.tell(trial, state=states.FAIL)
+            return "failed", str(error)
+        if reached is None:
+            self._study.tell(trial, state=states.PRUNED)
+            return "cut short", "it fell behind"
+        self._study.tell(trial, reached)
+        return "reached", f"{reached:.4f}"
+
+    def _valid(self, values: Values) -> Settings:
+        try:
+            return self.with_values(values)
+        except UserError as error:
+            raise NotValidError(str(error)) from None
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
         """What the training reached; None where it was cut short."""
@@ -144,12 +226,19 @@ class Study:
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are told apart by one measure, whatever weights of losses they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
-        uri, experiment = settings.tracking.uri, settings.experiment
+        uri, experiment = settings.tracking.address, settings.experiment
         with (
             process_group(device, settings.training.timeout_minutes),
-            tracking.open_run(uri, experiment, run_name=f"trial {trial.number + 1}", parent=parent) as run,
+            tracking.open_run(
+                uri,
+                experiment,
+                run_name=f"trial {trial.number + 1}",
+                parent=parent,
+                unsent=self._unsent,
+                patience=tracking.PATIENCE_SECONDS,
+            ) as run,
         ):
-            trial.set_user_attr("run_id", run.run_id)
+            trial.set_user_attr(_RUN, run.run_id)
             run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
             run.set_tags({f"tuned.{setting}": value for setting, value in values.items()})
 
@@ -160,9 +249,17 @@ class Study:
                 if trial.should_prune():
                     raise self._optuna.TrialPruned
 
-            trainer = Trainer(
-                self.prepared, layout, settings.model, settings.training, device, folder, run.log_metrics, watch=watch
-            )
+            with _not_valid(run):
+                trainer = Trainer(
+                    self.prepared,
+                    layout,
+                    settings.model,
+                    settings.training,
+                    device,
+                    folder,
+                    run.log_metrics,
+                    watch=watch,
+                )
             try:
                 result = trainer.run()
             except self._optuna.TrialPruned:
@@ -174,20 +271,35 @@ class Study:
 
     def _best(self) -> Tuned:
         states = self._optuna.trial.TrialState
-        found = {state: self._study.get_trials(deepcopy=False, states=(state,)) for state in self._ended()}
-        if not found[states.COMPLETE]:
-            raise UserError("no trial came to its end; raise --trials, or narrow tuning.search")
+        ended = self._ended()
+        if not any(each.state == states.COMPLETE for each in ended):
+            reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
+            last = f" (the last reason: {reasons[-1]})" if reasons else ""
+            raise UserError(f"no trial came to its end{last}; raise --trials, or narrow tuning.search")
         best = self._study.best_trial
         values = {name: _plain(space, best.params[name]) for name, space in self._spaces.items()}
         file = self.folder / "best.yaml"
         with atomic_file(file) as path:
             path.write_text(self.with_values(values).to_yaml(), encoding="utf-8")
-        counts = (len(found[states.COMPLETE]), len(found[states.PRUNED]), len(found[states.FAIL]))
-        return Tuned(values, float(best.value), file, sum(counts), *counts[1:])
+        not_valid = sum(each.state == states.PRUNED and _REASON in each.user_attrs for each in ended)
+        cut_short = sum(each.state == states.PRUNED for each in ended) - not_valid
+        failed = sum(each.state == states.FAIL for each in ended)
+        return Tuned(values, float(best.value), file, len(ended), cut_short, not_valid, failed)
 
     def _table(self) -> str:
         """Of all trials, as CSV."""
-        return str(self._study.trials_dataframe(attrs=("number", "value", "params", "state")).to_csv(index=False))
+        table = self._study.trials_dataframe(attrs=("number", "value", "params", "state", "user_attrs"))
+        return str(table.to_csv(index=False))
+
+
+@contextlib.contextmanager
+def _not_valid(run: tracking.Run) -> Iterator[None]:
+    """Around the making of a model: where that can't be, its settings don't go together."""
+    try:
+        yield
+    except UserError as error:
+        run.set_tags({"not_valid": error})
+        raise NotValidError(str(error)) from None
 
 
 def _plain(space: Any, value: Any) -> Any:

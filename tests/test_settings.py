@@ -93,6 +93,26 @@ def test_defaults_and_names():
     assert settings.choices["tasks"]["click"] == {"objective": "engagement", "loss_weight": 1.0, "score_weight": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [
+        (None, None, "sqlite:///mlflow.db"),
+        (None, "", "sqlite:///mlflow.db"),
+        (None, " ", "sqlite:///mlflow.db"),
+        (None, "http://user:secret@there:5000", "http://user:secret@there:5000"),
+        ("sqlite:///mlflow.db", "http://there:5000", "sqlite:///mlflow.db"),
+        ("http://here:5000", "http://there:5000", "http://here:5000"),
+    ],
+)
+def test_mlflows_variable_counts_where_the_settings_say_nothing(monkeypatch, given, variable, address):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    settings = Settings.model_validate({**SMALL, "tracking": {"uri": given}})
+    assert settings.tracking.address == address
+    assert "secret" not in settings.to_yaml()
+
+
 def test_settings_do_not_change():
     settings = Settings.model_validate(SMALL)
     with pytest.raises(ValueError, match="frozen"):

@@ -1,5 +1,6 @@
 """Runs, the registry, and what is said of addresses that lead nowhere."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,127 @@ def test_sqlite_addresses() -> None:
     assert tracking.sqlite_file("sqlite:///mlflow.db") == Path("mlflow.db")
     assert tracking.sqlite_file("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
     assert tracking.sqlite_file("http://localhost:5000") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "team/shop", "champion"), "'tracking.registered_model' .*can't be 'team/shop' .*'/' or ':'"),
+        (("a", "shop:v2", "champion"), "'tracking.registered_model' .*can't be 'shop:v2'"),
+        (("a", "..", "champion"), "'tracking.registered_model' .*can't be '..'"),
+        (("a", " ", "champion"), "'tracking.registered_model' .*can't be ' '"),
+        (("a", "shop?", "champion"), r"look for another model at 'models:/shop\?@champion'"),
+        (("a", "shop", "latest"), "'tracking.alias' can't be 'latest' in MLflow: .*reserved"),
+        (("a", "shop", "v1"), "'tracking.alias' can't be 'v1' in MLflow: .*reserved"),
+        (("a", "shop", "the best"), "'tracking.alias' can't be 'the best'"),
+        (("a", "shop", ""), "'tracking.alias' can't be ''"),
+        (("x" * 501, "shop", "champion"), "'tracking.experiment' .*can't be 'xxx.*500"),
+    ],
+)
+def test_names_that_mlflow_refuses_are_told_first(
+    uri: str, tmp_path: Path, names: tuple[str, str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tracking.check(uri, *names, unsent=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shop", "Shop 2", "shop.eu-1", "läden", "a@b"])
+def test_names_that_pass_can_be_registered(uri: str, tmp_path: Path, small: SmallModel, name: str) -> None:
+    """The rules are the registry's own: what passes is taken."""
+    import mlflow
+
+    tracking.check(uri, "models", name, "champion-2", unsent=tmp_path)
+    client = mlflow.MlflowClient(uri)
+    client.create_registered_model(name)
+    client.create_model_version(name, str(small.folder))
+    client.set_registered_model_alias(name, "champion-2", "1")
+    assert str(client.get_model_version_by_alias(name, "champion-2").version) == "1"
+
+
+def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from pipelines import train
+    from tests.pipelines.learnable_log import write_files
+
+    config = write_files(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(config), "--tracking.registered_model", "team/shop"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) can't be 'team/shop'")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine")
+    before = dict(os.environ)
+    with tracking.open_run(f"sqlite:///{tmp_path / 'mlflow.db'}", "x"):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77", "the user's own counts"
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    after = dict(os.environ)
+    assert {name: value for name, value in after.items() if "MLFLOW" in name} == {
+        name: value for name, value in before.items() if "MLFLOW" in name
+    }
+
+
+def test_a_run_that_is_deleted_while_it_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri, unsent = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "unsent"
+    with tracking.open_run(uri, "x", unsent=unsent) as run:
+        run.log_metrics({"a": 1.0}, 1)
+        mlflow.MlflowClient(uri).delete_run(run.run_id)
+        for step in range(2, 5):
+            run.log_metrics({"a": 1.0}, step)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "refuses: The run" in said
+    assert f"is kept in '{unsent / str(run.run_id)}'" in said
+    with (
+        pytest.raises(UserError, match=f"'{run.run_id}' was deleted: restore it with `mlflow runs restore"),
+        tracking.open_run(uri, "x", run_id=run.run_id, unsent=unsent),
+    ):
+        pass
+    mlflow.MlflowClient(uri).restore_run(run.run_id)
+    with tracking.open_run(uri, "x", run_id=run.run_id, unsent=unsent) as again:
+        again.log_metrics({"a": 5.0}, 4)  # it took that step before
+        again.log_metrics({"a": 5.0}, 5)
+    history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
+    assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 5.0)]
+    assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own words, without its waiting for the lock."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    def locked(*_: object, **__: object) -> None:
+        raise MlflowException(
+            "(sqlite3.OperationalError) database is locked\n[SQL: SELECT ...]", TEMPORARILY_UNAVAILABLE
+        )
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with tracking.open_run(uri, "x", unsent=tmp_path / "unsent") as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlAlchemyStore, "log_batch", locked)
+            run.log_metrics({"a": 1.0}, 1)
+            assert str(run.outbox.trouble) == f"MLflow at '{uri}' does not answer (database is locked)"
+            run.log_text("x", "x.txt")
+        run.log_metrics({"a": 1.0}, 2)
+        run.flush(10)
+    history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
+    assert [each.step for each in history] == [1, 2]
+    assert not list((tmp_path / "unsent").iterdir())
+
+
+def test_passwords_are_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        tracking.check("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)
+    assert "secret" not in str(refused.value)
+    assert str(refused.value) == "MLflow at 'http://me:***@127.0.0.1:9' does not answer (Connection refused)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
@@ -149,12 +150,22 @@ class Serving(Section):
 class Tracking(Section):
     """Where MLflow keeps runs and models."""
 
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking and registry address")
+    uri: str | None = Field(
+        None,
+        min_length=1,
+        description="MLflow tracking and registry address; null takes the environment's MLFLOW_TRACKING_URI, else "
+        "sqlite:///mlflow.db",
+    )
     experiment: str | None = Field(None, description="MLflow experiment; null takes the settings' `name`")
     registered_model: str | None = Field(
         None, description="name in the model registry; null takes the settings' `name`"
     )
     alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
+
+    @property
+    def address(self) -> str:
+        """MLflow's address. That of the environment is not kept with the settings: it may hold a password."""
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
 
 
 class Search(Section):

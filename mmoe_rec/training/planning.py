@@ -16,6 +16,10 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.padding import COLUMNS, stored_width
 from mmoe_rec.model.tables import used_tables
 
+# The planner tries every combination of ways to spread the tables if there are so few, by ranks: each takes time that
+# grows with the ranks. Beyond that it goes from the best way of each table on to the next.
+_COMBINATIONS_BY_RANKS = 64_000
+_MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
 GIB = 2**30
 _FLOAT = 4
@@ -77,9 +81,14 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
     """torchrec's planner. batch_size: rows a rank and step; stats: is told of the plan."""
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+    from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+    from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
     from torchrec.distributed.types import ShardingType
+
+    from mmoe_rec.training.estimates import OncePerSize
 
     # Data parallel is left out (its optimizer state has other keys, so a table could not be resharded) and so is
     # column-wise (row-wise Adagrad would keep a state per shard of a row).
@@ -98,11 +107,23 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
         ),
         kernel_config=KernelConfig(compute_device=machines.device),
     )
+    constraints = {table.name: allowed for table in used_tables(layout)}
+    estimators = [
+        OncePerSize(EmbeddingPerfEstimator(topology, constraints)),
+        EmbeddingStorageEstimator(topology, constraints),
+    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
+        enumerator=EmbeddingEnumerator(topology, batch_size, constraints, estimator=estimators),
         storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        constraints={table.name: allowed for table in used_tables(layout)},
+        proposer=[
+            GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
+        constraints=constraints,
         stats=stats,
         debug=False,
     )
@@ -120,7 +141,14 @@ def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, bat
     try:
         plan = planner(layout, machines, batch_size, heard).plan(model, sharders())
     except PlannerError:
-        raise does_not_fit(layout, machines) from None
+        try:
+            planner(layout, machines, 1).plan(model, sharders())
+        except PlannerError:
+            raise does_not_fit(layout, machines) from None
+        raise UserError(
+            f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
+            "`training.batch_size` lower, or use more ranks"
+        ) from None
     return PaperPlan(plan_text(plan), heard.ranks(machines.world_size))
 
 

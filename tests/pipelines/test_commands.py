@@ -26,7 +26,7 @@ from mmoe_rec.evaluation import scoring
 from mmoe_rec.features.log import Log
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
-from pipelines import evaluate, features, train
+from pipelines import evaluate, features, steps, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 ROOT = Path(train.__file__).parents[1]
@@ -406,14 +406,21 @@ def test_a_damaged_model_is_named(world: World, capsys: pytest.CaptureFixture, t
     assert "weights.safetensors" in told
 
 
-def test_an_alias_that_the_registry_refuses_costs_no_model(
-    world: World, capsys: pytest.CaptureFixture, tmp_path: Path
+def test_what_the_registry_refuses_in_the_end_costs_no_model(
+    world: World, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
     shutil.copytree(world.folder / "work" / "features", work / "features")
     own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    told = refused(train.main, capsys, "--config", str(world.config), *own, "--tracking.alias", "latest")
-    assert "'latest'" in told
+    wrong = ["--config", str(world.config), *own, "--tracking.alias", "latest"]
+    assert "'tracking.alias' can't be 'latest'" in refused(train.main, capsys, *wrong), "before any work"
+    monkeypatch.setattr(steps, "_ask_mlflow", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        train.main(wrong)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "refuses: 'latest' alias name" in told
+    assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in told
     assert Ranker.load(work / "model").about.name == "learnable"
 
 

@@ -81,10 +81,93 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
+        (["--world-size", "0"], "argument --world-size: must be a whole number, 1 or more, found '0'; --help lists"),
+        (["--world-size", "-8"], "--world-size: must be a whole number, 1 or more, found '-8'"),
+        (["--world-size", "8.5"], "--world-size: must be a whole number, 1 or more, found '8.5'"),
+        (["--world-size", "nan"], "--world-size: must be a whole number, 1 or more, found 'nan'"),
+        (["--world-size", str(10**30)], "is more than a plan is made for"),
+        (["--world-size", "32768"], "--world-size 32768 is more than a plan is made for, 16,384"),
+        (["--world-size", "16", "--local-world-size", "0"], "--local-world-size: must be a whole number, 1 or more"),
+        (["--world-size", "4"], "--world-size 4 is not a multiple of --local-world-size 8"),
+        (["--local-world-size", "8"], "the following arguments are required: --world-size"),
+        *[
+            (["--world-size", "16", f"--{name}={value}"], f"--{name}: must be a number between {ends}, found '{value}'")
+            for name, ends in (
+                ("hbm-gib", "0.01 and 1e+06"),
+                ("host-gib", "0.01 and 1e+06"),
+                ("tflops", "0.001 and 1e+06"),
+            )
+            for value in ("0", "-80", "nan", "inf", "-inf", "1e308", "1e-300", "much", "")
+        ],
+        (["--world-size", "16", "--hbm-gib", "0.01"], "do not fit into 16 rank(s)"),
+        (["--world-size", "8", "--device", "cpu", "--host-gib", "0.01"], "do not fit into 8 rank(s)"),
+        (["--world-size", "128", "--training.batch_size", str(10**12)], "set `training.batch_size` lower"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
-    code, said = run(capsys, *arguments, "--local-world-size", "8")
+    local = [] if "--local-world-size" in arguments else ["--local-world-size", "8"]
+    code, said = run(capsys, *arguments, *local)
     assert code == 2
     assert said.count("\n") == 1
     assert message in said
+
+
+@pytest.mark.parametrize("arguments", [["--hbm-gib", "1e6"], ["--tflops", "0.001"], ["--training.batch_size", "2"]])
+def test_far_but_possible_numbers(capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
+    code, said = run(capsys, "--world-size", "128", "--local-world-size", "8", *arguments)
+    assert code == 0, said
+    assert "estimated step: " in said
+    assert "nan" not in said
+    assert "inf" not in said
+
+
+def test_the_time_of_a_part_is_estimated_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same estimates as torchrec's own, which asks for every part by itself."""
+    import torch
+    from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+
+    from mmoe_rec.features.sizes import largest_layout
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import torchrec_tables
+    from mmoe_rec.settings import load_settings
+    from mmoe_rec.training.planning import GIB, Machines, planner, sharders
+
+    settings = load_settings("configs/cluster.yaml", ["--features.viewer.max_size", "1000003"])
+    layout = largest_layout(settings.schema_)
+    model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
+    ours = planner(layout, Machines(24, 8, "cuda", 80 * GIB, 512 * GIB), 512)
+    theirs = EmbeddingEnumerator(ours._topology, 512, ours._constraints)
+    found, expected = (each.enumerate(model, sharders()) for each in (ours._enumerator, theirs))
+    assert len(found) == len(expected) > 6
+    sizes = 0
+    for one, other in zip(found, expected, strict=True):
+        assert (one.fqn, one.sharding_type) == (other.fqn, other.sharding_type)
+        assert [each.perf for each in one.shards] == [each.perf for each in other.shards]
+        assert [each.storage for each in one.shards] == [each.storage for each in other.shards]
+        sizes = max(sizes, len({tuple(each.size) for each in one.shards}))
+    assert sizes > 1, "the last part of a table is a smaller one"
+
+
+def test_thousands_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the seconds are counted, which depend on the machine, but what took minutes."""
+    from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+    from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+
+    estimate, partition = EmbeddingPerfEstimator.estimate, GreedyPerfPartitioner.partition
+    parts, partitions = [], []
+
+    def counted(self: EmbeddingPerfEstimator, options: list, *rest: object) -> None:
+        parts.append(sum(len(each.shards) for each in options))
+        estimate(self, options, *rest)
+
+    def counted_partition(self: GreedyPerfPartitioner, *arguments: object, **named: object) -> object:
+        partitions.append(1)
+        return partition(self, *arguments, **named)
+
+    monkeypatch.setattr(EmbeddingPerfEstimator, "estimate", counted)
+    monkeypatch.setattr(GreedyPerfPartitioner, "partition", counted_partition)
+    code, said = run(capsys, "--world-size", "2048", "--local-world-size", "8")
+    assert code == 0, said
+    assert "torchrun --nnodes 256 --nproc-per-node 8" in said
+    assert sum(parts) < 1000, "not each of 2,048 parts of every table"
+    assert len(partitions) < 60, "not every combination"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlflow
 import pytest
 
-from mmoe_rec.settings import load_settings
+from mmoe_rec import tracking
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.training.loop import Trainer
 from pipelines import train, tune
+from pipelines.tuning import NOT_VALID_IN_A_ROW, Study
 from tests.pipelines.learnable_log import write_files
 
 # At the lowest rates nothing is learnt.
@@ -50,28 +55,36 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
         started.append(trainer)
         if len(started) == 3:
             raise KeyboardInterrupt
+        if len(started) == 4:
+            raise StoppedError("SIGTERM came; step 3 of 9 is saved, go on with --resume")
         return run(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tune.main(["--config", str(config), "--trials", "8"])
+        for number, signal in ((3, "SIGINT"), (4, "SIGTERM")):
+            with pytest.raises(SystemExit) as ended:
+                tune.main(["--config", str(config), "--trials", "8"])
+            assert ended.value.code == 75
+            assert capsys.readouterr().err.splitlines()[-1] == (
+                f"stopped: {signal} came; trial {number} will be tried again: go on with the same command"
+            )
     tune.main(["--config", str(config), "--trials", "8"])
     said = capsys.readouterr()
     assert "8 trials, of which " in said.out
     parent, *trials = runs(tmp_path)
     assert parent.info.run_name == "tuning"
     assert parent.info.status == "FINISHED"
-    assert len(trials) == 8
+    assert [each.info.status for each in trials] == ["FINISHED"] * 2 + ["KILLED", "KILLED"] + ["FINISHED"] * 6
     assert {each.data.tags["mlflow.parentRunId"] for each in trials} == {parent.info.run_id}
     cut = [each for each in trials if "cut_short" in each.data.tags]
     assert cut, "those that learn nothing fall behind"
-    assert said.out.count(f"of which {len(cut)} were cut short and 1 failed") == 1
+    assert said.out.count(f"of which {len(cut)} were cut short and 0 failed") == 1
 
     # The interrupted values came next, under another number.
-    third, fourth = ({k: v for k, v in each.data.tags.items() if k.startswith("tuned.")} for each in trials[2:4])
-    assert third == fourth
-    assert set(third) == {f"tuned.{name}" for name in SEARCH}
+    tried = [{k: v for k, v in each.data.tags.items() if k.startswith("tuned.")} for each in trials]
+    assert tried[2] == tried[3] == tried[4] != tried[5]
+    assert set(tried[2]) == {f"tuned.{name}" for name in SEARCH}
+    trials = [each for each in trials if each.info.status == "FINISHED"]
 
     best = tmp_path / "work" / "tuning" / "best.yaml"
     settings = load_settings(best)
@@ -92,7 +105,139 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
 
     # Enough trials: nothing is tried again.
     tune.main(["--config", str(config), "--trials", "8"])
-    assert len([each for each in runs(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 8
+    assert len([each for each in runs(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 10
+
+
+def trained(values: dict[str, float]) -> Callable[..., Any]:
+    """In the place of training, which takes long: what a trial reaches, by its number of experts."""
+
+    def train(study: Study, trial: Any, settings: Settings, *_: Any) -> float:
+        value = values[str(settings.model.experts.count)]
+        if value < 0:
+            raise UserError("the loss is not finite")
+        return value
+
+    return train
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command for a search, without training; exit code and what was said."""
+
+    class Prepared:
+        manifest: ClassVar[dict[str, str]] = {"fingerprint": "f"}
+
+    def run(
+        capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
+    ) -> tuple[int, str, str]:
+        config = search_in(tmp_path, search)
+        monkeypatch.setattr("pipelines.steps.prepare_features", lambda _: Prepared())
+        monkeypatch.setattr(Study, "_train", train)
+        capsys.readouterr()
+        code = 0
+        try:
+            tune.main(["--config", str(config), "--trials", str(trials), *words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+EXPERTS = {"model.experts.count": {"low": 1, "high": 4}}
+TOP_K = ["--model.gates.routing", "top_k", "--model.gates.top_k", "1"]
+
+
+def test_a_combination_that_is_not_valid_is_left_out_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]
+) -> None:
+    search = {**EXPERTS, "model.gates.top_k": {"low": 1, "high": 4}}  # 4 is valid with 4 experts only
+    train = trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4})
+    code, out, err = study(capsys, search, 20, train, *TOP_K)
+    assert code == 0, err
+    (counts,) = re.findall(r"20 trials, of which 0 were cut short, (\d+) were no valid combinations and 0 failed", out)
+    left_out = re.findall(r"trial \d+: not valid: .*top_k.* \(model.experts.count (\d), model.gates.top_k (\d)\)", err)
+    assert len(left_out) == int(counts) > 0
+    assert all(int(experts) < int(k) for experts, k in left_out)
+    assert "best: 0.4000 with model.experts.count 4" in out
+    (table,) = tmp_path.glob("mlartifacts/**/trials.csv")
+    assert table.read_text().count("top_k") >= int(counts), "the reasons are kept"
+
+
+def test_a_search_without_any_valid_combination_ends(
+    capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_check_values", lambda *_: None)
+    search = {"model.gates.top_k": {"low": 5, "high": 9}}
+    code, _, err = study(capsys, search, 1000, trained({}), *TOP_K)
+    assert code == 2
+    assert len(re.findall(r"trial \d+: not valid: ", err)) == NOT_VALID_IN_A_ROW
+    assert "20 combinations in a row were not valid: narrow tuning.search; the last one: " in err.splitlines()[-1]
+    code, _, err = study(capsys, search, 22, trained({}), *TOP_K)
+    assert code == 2
+    assert re.findall(r"trial (\d+): not valid: ", err) == ["21", "22"], "it goes on where it was"
+    assert "no trial came to its end (the last reason: " in err.splitlines()[-1]
+
+
+def test_a_bug_in_one_trial_does_not_come_again(
+    capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]
+) -> None:
+    def broken(*_: Any) -> float:
+        raise ZeroDivisionError("boom")
+
+    with pytest.raises(ZeroDivisionError, match="boom"):
+        study(capsys, EXPERTS, 3, broken)
+    code, out, _ = study(capsys, EXPERTS, 3, trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4}))
+    assert code == 0
+    assert "3 trials, of which 0 were cut short and 1 failed" in out
+
+
+def test_a_trial_that_is_killed_comes_again_but_not_for_ever(
+    capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    tried = []
+
+    def killed(study: Study, trial: Any, settings: Settings, *_: Any) -> float:
+        tried.append(settings.model.experts.count)
+        raise Killed
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            study(capsys, EXPERTS, 4, killed)
+    assert len(set(tried)) == 1
+    code, out, err = study(capsys, EXPERTS, 4, trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4}))
+    assert code == 0, err
+    assert "trial 3: failed: the process was killed 3 times while it tried these values" in err
+    assert "4 trials, of which 0 were cut short and 1 failed" in out
+    assert re.findall(r"trial (\d+): 0", err) == ["4", "5", "6"]
+
+
+def test_a_trial_waits_for_mlflow(capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]) -> None:
+    def away(*_: Any) -> float:
+        raise tracking.UnreachableError("MLflow does not answer")
+
+    code, _, err = study(capsys, EXPERTS, 2, away)
+    assert code == 2
+    assert err == (
+        "error: MLflow does not answer; trial 1 will be tried again: go on with the same command, once MLflow answers\n"
+    )
+    code, out, _ = study(capsys, EXPERTS, 2, trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4}))
+    assert code == 0
+    assert "2 trials, of which 0 were cut short and 0 failed" in out
+
+
+def test_a_damaged_study_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "work" / "tuning").mkdir(parents=True)
+    (tmp_path / "work" / "tuning" / "study.db").write_text("no database, but long enough to look like one " * 10)
+    code, _, err = study(capsys, EXPERTS, 2, trained({}))
+    assert code == 2
+    assert re.fullmatch(r"error: the search in '.*study.db' can't be gone on with: .*; remove it to begin anew\n", err)
 
 
 def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Path) -> None:
@@ -132,8 +277,6 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
 def test_a_search_that_cannot_be_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture, search: dict[str, Any], message: str
 ) -> None:
-    import re
-
     config = search_in(tmp_path, search)
     with pytest.raises(SystemExit) as ended:
         tune.main(["--config", str(config)])

@@ -1,0 +1,133 @@
+"""A run that is being recorded: what it is told becomes messages, which MLflow gets now or once it answers again."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmoe_rec.outbox import Message, Outbox
+
+
+class Run:
+    """A run that is being recorded; without an outbox every call does nothing.
+
+    address: where to look at it; params, steps: what a resumed run knew when it was resumed, settings and the last step
+    of each metric, so that it may be told again what it knows.
+    """
+
+    def __init__(
+        self,
+        run_id: str | None,
+        outbox: Outbox | None = None,
+        address: str = "",
+        params: Mapping[str, str] | None = None,
+        steps: Mapping[str, int] | None = None,
+    ) -> None:
+        self.run_id, self.outbox, self.address = run_id, outbox, address
+        self._params, self._steps = params or {}, steps or {}
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings, nested ones under names such as `model.experts.count`.
+
+        In a resumed run, values that have changed go to the tag `resumed.NAME`: MLflow keeps the first ones.
+        """
+        given = {name: str(value) for name, value in _flat(params)}
+        self._put("params", {name: value for name, value in given.items() if name not in self._params})
+        changed = {name: value for name, value in given.items() if self._params.get(name, value) != value}
+        self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step. In a resumed run those of steps that it knows are left out, as it took them before."""
+        new = {name: float(each) for name, each in metrics.items() if step is None or step > self._steps.get(name, -1)}
+        if new:
+            # Sent twice, a number of one time and step is one number.
+            self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Names and values that describe the run."""
+        self._put("tags", {name: str(value) for name, value in tags.items()})
+
+    def log_text(self, text: str, name: str) -> None:
+        """A text file."""
+        self._put_file(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
+        """A JSON file."""
+        self.log_text(json.dumps(values, indent=2), name)
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """A matplotlib figure."""
+        if self.outbox is not None:
+            self._put_file(name, figure.savefig)
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """A file."""
+        self._put("file", {"folder": folder}, Path(path))
+
+    def log_artifacts(self, path: str | Path, folder: str | None = None) -> None:
+        """All files of a folder."""
+        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
+            within = PurePosixPath(folder or "", file.relative_to(path).parent.as_posix())
+            self.log_artifact(file, None if within == PurePosixPath() else str(within))
+
+    def end(self, status: str) -> None:
+        """The run has ended as FINISHED, KILLED or FAILED."""
+        self._put("end", {"status": status, "time": _now()})
+
+    def flush(self, seconds: float = 0.0) -> None:
+        """Sends what waits, for so long while MLflow does not answer."""
+        if self.outbox is not None:
+            self.outbox.flush(seconds)
+
+    def _put_file(self, name: str, write: Callable[[Path], object]) -> None:
+        if self.outbox is None:
+            return
+        folder, _, name = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch, name))
+            self.log_artifact(Path(scratch, name), folder or None)
+
+    def _put(self, kind: Any, values: dict[str, Any], file: Path | None = None) -> None:
+        if self.outbox is not None and values:
+            self.outbox.put(Message(kind, values, file))
+
+
+def sender(mlflow: Any, run_id: str, calling: Callable[[], AbstractContextManager[None]]) -> Callable[[Message], None]:
+    """What delivers a run's messages to MLflow. calling: the context of each call, in which errors are translated."""
+    client, entities = mlflow.MlflowClient(), mlflow.entities
+
+    def send(message: Message) -> None:
+        values = message.values
+        with calling():
+            match message.kind:
+                case "params":
+                    client.log_batch(run_id, params=[entities.Param(*each) for each in values.items()])
+                case "metrics":
+                    at, step = values["time"], values["step"]
+                    numbers = [entities.Metric(name, value, at, step) for name, value in values["metrics"].items()]
+                    client.log_batch(run_id, metrics=numbers)
+                case "tags":
+                    client.log_batch(run_id, tags=[entities.RunTag(*each) for each in values.items()])
+                case "file":
+                    client.log_artifact(run_id, str(message.file), values["folder"])
+                case "end":
+                    client.set_terminated(run_id, values["status"], values["time"])
+
+    return send
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,186 @@
+"""Trainings while MLflow's server is away: nothing of them is lost, and all is told in one sentence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmoe_rec import tracking
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.training.loop import Trainer
+from pipelines import evaluate, steps, train
+from tests.pipelines.learnable_log import settings_tree, write_files
+from tests.pipelines.mlflow_server import TrackingServer, tracking_server
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
+    write_files(folder)
+    return folder / "log"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    with tracking_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+class Training:
+    """The command in a folder of its own. at_validation: number of a validation -> what happens before it."""
+
+    def __init__(self, folder: Path, log: Path, server: TrackingServer, name: str) -> None:
+        tree = settings_tree(folder, data={"log": str(log), "work": str(folder / "work")})
+        tree |= {"name": name, "tracking": {"uri": server.uri}}
+        self.work, self.server, self.name = folder / "work", server, name
+        self.config = folder / "settings.yaml"
+        self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+    def run(self, *words: str, at_validation: dict[int, Callable[[], None]] | None = None) -> int:
+        """Its exit code."""
+        validate, validations = Trainer._validate, iter(range(100))
+
+        def watched(trainer: Trainer, *arguments: Any) -> Any:
+            (at_validation or {}).get(next(validations), lambda: None)()
+            return validate(trainer, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_validate", watched)
+            try:
+                train.main(["--config", str(self.config), *words])
+            except SystemExit as end:
+                return int(end.code or 0)
+        return 0
+
+    def metrics(self) -> list[tuple[Any, ...]]:
+        """All of training and validation: name, step and value in the order in which they were measured."""
+        return self.server.query(
+            "select key, step, value from metrics join runs using (run_uuid) join experiments using (experiment_id) "
+            "where experiments.name = ? and key not like '%waiting%' and key not like '%rows_per_s%' "
+            "order by key, timestamp, step",
+            self.name,
+        )
+
+    def status(self) -> list[tuple[Any, ...]]:
+        """Of all of its runs."""
+        return self.server.query(
+            "select status from runs join experiments using (experiment_id) where experiments.name = ?", self.name
+        )
+
+    def versions(self) -> list[tuple[Any, ...]]:
+        """Of the model."""
+        return self.server.query("select version from model_versions where name = ?", self.name)
+
+    def plots(self) -> set[str]:
+        """Names of the figures that the server holds."""
+        (run,) = self.server.query(
+            "select run_uuid from runs join experiments using (experiment_id) where experiments.name = ?", self.name
+        )
+        return {path.name for path in self.server.folder.glob(f"files/*/{run[0]}/artifacts/plots/**/*.png")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, log: Path, server: TrackingServer) -> Training:
+    """The training while the server answers all the time."""
+    training = Training(tmp_path_factory.mktemp("whole"), log, server, "whole")
+    assert training.run() == 0
+    return training
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_comes_back_misses_nothing(
+    tmp_path: Path, log: Path, server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture
+) -> None:
+    training = Training(tmp_path, log, server, "back")
+    assert training.run(at_validation={0: server.door.shut, 2: server.door.open}) == 0
+    assert training.metrics() == whole.metrics()
+    assert training.plots() == whole.plots()
+    assert len(training.plots()) > 3
+    assert training.status() == [("FINISHED",)]
+    assert training.versions() == [(1,)]
+    assert not (training.work / "unsent").exists() or not list((training.work / "unsent").iterdir())
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.count("does not answer (Connection refused). The command goes on") == 1
+    assert f"MLflow run: {server.uri}/#/experiments/" in said.err
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_stays_away_is_told_afterwards(
+    tmp_path: Path,
+    log: Path,
+    server: TrackingServer,
+    whole: Training,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1.5)
+    training = Training(tmp_path, log, server, "afterwards")
+    assert training.run(at_validation={0: server.door.shut}) == 75
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        f"stopped: MLflow at '{server.uri}' does not answer (Connection refused); the trained model in "
+        f"'{training.work / 'model'}' is whole but not registered: the same command with --resume does it once MLflow "
+        "answers"
+    )
+    Ranker.load(training.work / "model")
+    assert training.versions() == []
+
+    started = time.monotonic()
+    assert training.run("--resume") == 2
+    assert time.monotonic() - started < 30, "it is told at once"
+    said = capsys.readouterr().err
+    assert said == f"error: MLflow at '{server.uri}' does not answer (Connection refused)\n"
+
+    server.door.open()
+    assert training.run("--resume") == 0
+    assert training.metrics() == whole.metrics()
+    assert training.plots() == whole.plots()
+    assert training.status() == [("FINISHED",)]
+    assert training.versions() == [(1,)]
+    assert not list((training.work / "unsent").iterdir())
+    assert "registered as models:/afterwards@champion" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_an_evaluation_is_not_lost(
+    server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_evaluation = steps._log_evaluation
+
+    def away(*arguments: Any) -> None:
+        server.door.shut()
+        try:
+            log_evaluation(*arguments)
+        finally:
+            server.door.open()
+
+    monkeypatch.setattr(steps, "_log_evaluation", away)
+    evaluate.main(["--config", str(whole.config), "--model", "models:/whole@champion"])
+    said = capsys.readouterr()
+    assert "auc" in said.out
+    out = whole.work / "evaluation"
+    assert (out / "metrics.json").is_file()
+    assert said.err.splitlines()[-1] == (
+        f"MLflow at '{server.uri}' does not answer (Connection refused): the evaluation is in '{out}', "
+        "but not in MLflow"
+    )
+
+
+def test_a_server_that_is_away_at_the_start_is_told_at_once(
+    tmp_path: Path, log: Path, server: TrackingServer, capsys: pytest.CaptureFixture
+) -> None:
+    training = Training(tmp_path, log, server, "start")
+    server.door.shut()
+    try:
+        assert training.run() == 2
+    finally:
+        server.door.open()
+    assert capsys.readouterr().err == f"error: MLflow at '{server.uri}' does not answer (Connection refused)\n"
+    assert not training.work.exists(), "no features are built for it"
