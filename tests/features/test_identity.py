@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import zoneinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import build
 from mmoe_rec.features.build import Prepared, at_hand, prepare
 from mmoe_rec.features.extend import extend
+from mmoe_rec.features.zones import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.settings import Settings
 from tests.features.small_logs import ALL_KINDS, BASE, random_log, write_log
@@ -82,21 +82,23 @@ def test_another_meaning_of_rows_takes_other_features(work: Path, sections: dict
     assert found(work, settings_of(work, **sections)) is None
 
 
-def test_other_rules_of_a_time_zone_take_other_features(work: Path, tmp_path: Path) -> None:
+def test_other_rules_of_a_time_zone_take_other_features(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an update of the machine's time zone database."""
     settings = settings_of(work)
+    assert zone_rules(settings.schema_).keys() == {"Europe/Berlin"}, "UTC has no rules"
     assert found(work, settings) is not None
-    (zone,) = [place for place in map(Path, zoneinfo.TZPATH) if (place / "Europe" / "Berlin").is_file()][:1]
-    (tmp_path / "Europe").mkdir()
-    shutil.copy(zone / "Europe" / "Moscow", tmp_path / "Europe" / "Berlin")
-    try:
-        zoneinfo.reset_tzpath([str(tmp_path)])
-        zoneinfo.ZoneInfo.clear_cache()
-        assert found(work, settings) is None
-    finally:
-        zoneinfo.reset_tzpath()
-        zoneinfo.ZoneInfo.clear_cache()
-    assert found(work, settings) is not None
+    monkeypatch.setattr(build, "zone_rules", lambda _: {"Europe/Berlin": "others"})
+    assert found(work, settings) is None
+
+
+def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
+    zones = ("Europe/Berlin", "Europe/Moscow", "America/New_York", "US/Eastern", "Asia/Kolkata")
+    rules: dict[str, str] = {}
+    for zone in zones:
+        rules |= zone_rules(settings_of(work, **changed("features", "when", timezone=zone)).schema_)
+    assert set(rules) == set(zones)
+    assert rules["America/New_York"] == rules["US/Eastern"], "two names of one zone"
+    assert len(set(rules.values())) == len(zones) - 1
 
 
 def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:

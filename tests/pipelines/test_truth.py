@@ -30,7 +30,8 @@ def ranker(model: SmallModel) -> Ranker:
 def test_rows_at_hand_are_taken_whatever_they_are_worth(model: SmallModel, ranker: Ranker) -> None:
     tasks = {**BASE["tasks"], "click": {**BASE["tasks"]["click"], "score_weight": 5.0, "loss_weight": 0.1}}
     settings = model.settings.model_copy(update={"tasks": small_settings(Path("x"), tasks=tasks).tasks})
-    assert truth.test_rows(settings, model.folder, ranker) == model.prepared.split("test")
+    with truth.test_rows(settings, model.folder, ranker) as folder:
+        assert folder == model.prepared.split("test")
 
 
 def test_sampling_rates_are_those_of_the_settings(model: SmallModel, ranker: Ranker, tmp_path: Path) -> None:
@@ -39,7 +40,8 @@ def test_sampling_rates_are_those_of_the_settings(model: SmallModel, ranker: Ran
     rates = np.random.default_rng(0).choice([0.25, 0.5, 1.0], len(log))
     write_log(tmp_path / "log", log.append_column("rate", pa.array(rates)))
     settings = small_settings(tmp_path, columns={**BASE["columns"], "sampling_rate": "rate"})
-    rows = pq.read_table(truth.test_rows(settings, model.folder, ranker))
+    with truth.test_rows(settings, model.folder, ranker) as folder:
+        rows = pq.read_table(folder)
     start, _ = settings.split.windows()["test"]
     assert start is not None
     times = log["time"].cast(pa.int64()).to_numpy()
@@ -68,5 +70,6 @@ def test_other_labels_are_no_common_truth(
     model: SmallModel, ranker: Ranker, tmp_path: Path, tasks: dict[str, Any], message: str
 ) -> None:
     features = {"item": {"kind": "id", "column": "item"}}
-    with pytest.raises(UserError, match=message):
-        truth.test_rows(small_settings(tmp_path, tasks=tasks, features=features), model.folder, ranker)
+    settings = small_settings(tmp_path, tasks=tasks, features=features)
+    with pytest.raises(UserError, match=message), truth.test_rows(settings, model.folder, ranker):
+        pass
