@@ -190,9 +190,9 @@ class _Files(Generic[Reader]):
         self.found = {file.address: file for file in found}
         wanted = [file for file in found if file.address not in {each.address for each in left_out}]
         unit = self.schema.columns.time_unit
-        checked = check_files(wanted, self.uses, unit, skip_bad_files, types)
-        self.files, self.types = checked[0], checked[1]
-        self.left_out = [*left_out, *checked[2]]
+        bad: list[LeftOut]
+        self.files, self.types, bad = check_files(wanted, self.uses, unit, skip_bad_files, types)
+        self.left_out = [*left_out, *bad]
         if not self.files:
             raise none_usable(self.source, self.left_out)
 
