@@ -18,6 +18,7 @@ from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.schema import CounterFeature, Schema
 
 _FOREVER = np.iinfo(np.int64).max
+_ROUNDING = 1e-12
 
 
 class CounterEncoder(MemoryEncoder[CounterMemory]):
@@ -125,6 +126,15 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
         return result
 
+    def distances(self, name: str, values: np.ndarray) -> np.ndarray:
+        """(N,) rates of a regression's labels from the overall mean, beside which they may differ by little."""
+        if self.task.kind == "binary" or not name.startswith(f"{self.name}_rate"):
+            return values
+        distances = values - self.prior
+        # Sums of equal labels differ in their last bits.
+        distances[np.abs(distances) <= _ROUNDING * abs(self.prior)] = 0.0
+        return distances
+
     def _statistic(self, output: str, count: np.ndarray, label_sum: np.ndarray) -> np.ndarray:
         match output:
             case "positives":
@@ -159,7 +169,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         given = {name for name in self.numbers if rows.has(name)}
         answers = {} if len(given) == len(self.numbers) else self.look_up(rows)
         for name, number in self.numbers.items():
-            values = rows.numbers(name) if name in given else answers[name]
+            values = self.distances(name, rows.numbers(name)) if name in given else answers[name]
             assert isinstance(values, np.ndarray)
             dense |= number.encode(values)
         return Inputs(dense=dense)

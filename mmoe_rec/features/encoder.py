@@ -151,6 +151,10 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
         """The memory that `Memory.to_columns` gave."""
 
+    def distances(self, name: str, values: np.ndarray) -> np.ndarray:
+        """(N,) answers as they are exchanged: from where they lie, if in float32 they would be one number."""
+        return values
+
     @property
     def answer_counts(self) -> dict[str, Any]:
         """What statistics of answers are made from: answer -> counts."""
@@ -173,6 +177,6 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         return {
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)
-            else each.astype(np.float32)[asked.number]
+            else self.distances(name, each).astype(np.float32)[asked.number]
             for name, each in self.known(memory, asked).items()
         }

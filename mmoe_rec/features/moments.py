@@ -69,9 +69,9 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation, 1 where numbers are equal: those of training are float32."""
+        """The standard deviation, 1 where numbers are equal but for the last bits of a float64."""
         spread = self.count * self.squares - self.total**2  # count^2 times the variance
-        if spread * 2**48 <= self.total**2:
+        if spread * 2**98 <= self.total**2:
             return 1.0
         more = max(0, 128 - spread.bit_length())
         return float(Fraction(math.isqrt(spread << 2 * more), self.count << _SCALE + more))

@@ -184,6 +184,8 @@ class _Comparison:
             output, days = self._meant(encoder, answer)
             numbers = encoder.numbers[answer].standardiser
             values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)
+            if output == "rate" and encoder.task.kind == "regression":
+                values = values - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
             found = encoded.dense[:, names.index(answer)]
             largest = TOLERANCE * max(1, np.nan_to_num(np.abs(values)).max())

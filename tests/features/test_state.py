@@ -25,7 +25,9 @@ from small_logs import (
 )
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.labels import labels_of
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.splits import encoded_table
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY
@@ -180,6 +182,27 @@ def test_a_request_may_bring_its_own_history_and_statistics():
 def _at(table: pa.Table, moment: int) -> pa.Table:
     column = pa.array([moment] * table.num_rows).cast(table["time"].type)
     return table.set_column(table.column_names.index("time"), "time", column)
+
+
+def test_labels_and_rates_that_differ_by_little_stay_apart():
+    log = random_log(3)
+    spent = np.round(100 * np.nan_to_num(log["spent"].to_numpy()))
+    far = log.set_column(log.column_names.index("spent"), "spent", pa.array(1.7e9 + spent))
+    near = log.set_column(log.column_names.index("spent"), "spent", pa.array(spent))
+    found = []
+    for table in (near, far):
+        pipeline = fit(table, SCHEMA, UNTIL)
+        rows = log_rows(table, SCHEMA)
+        place = [each.name for each in pipeline.layout.dense].index("brand_spent_rate")
+        labels = labels_of(rows, UNTIL + 1000 * DAY)
+        encoded = encoded_table(pipeline, pipeline.layout, rows, labels)
+        task = next(each for each in pipeline.layout.tasks if each.name == "spent")
+        label = encoded["label.spent"].to_numpy()
+        found.append((pipeline.encode(rows).dense[:, place], (label - task.mean) / task.deviation))
+        assert len(np.unique(label)) == len(np.unique(table["spent"].to_numpy()))
+    for one, other in zip(*found, strict=True):
+        assert np.ptp(one) > 1
+        np.testing.assert_allclose(other, one, atol=2e-3)
 
 
 def test_the_scale_of_a_regressions_labels_comes_from_training_rows(tmp_path):
