@@ -41,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     _check_values(search, with_values)
     from mmoe_rec import tracking
+    from mmoe_rec.features.build import at_hand
     from mmoe_rec.locks import writing
-    from pipelines.places import features_in_use
+    from pipelines.places import features_in_use, log_and_place
+
+    at_hand(*log_and_place(settings))  # a wrong log is told of before MLflow and optuna are loaded
     from pipelines.tuning import Study
 
     tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")

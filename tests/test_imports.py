@@ -7,11 +7,13 @@ import pytest
 
 PACKAGE = Path("mmoe_rec")
 LEAVES = {"errors", "allocation", "atomic", "progress", "devices", "settings", "schema", "files", "engines", "locks"}
+LEAVES |= {"local_files"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
     "progress": set(),
-    "files": {"errors"},
+    "local_files": {"errors"},
+    "files": {"errors", "local_files"},
     "locks": {"errors", "progress"},
     "allocation": set(),
     "engines": {"errors", "allocation"},

@@ -156,7 +156,7 @@ def test_a_column_without_any_value_gives_the_missing_row():
 def test_a_shared_table_takes_the_owners_rows():
     schema = schema_of(
         {
-            "owner": {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 2, "dim": 3},
+            "owner": {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 2},
             "guest": {"kind": "id", "column": "y", "table": "owner"},
             "guests": {"kind": "ids", "column": "z", "table": "owner"},
         },
@@ -168,7 +168,7 @@ def test_a_shared_table_takes_the_owners_rows():
     assert encoded.ids["owner"].tolist() == [3, 4]
     assert encoded.ids["guest"].tolist() == [4, 3]
     assert encoded.ids["guests"].values.tolist() == [4, 3]
-    assert [(table.name, table.rows, table.dim) for table in pipeline.layout.tables] == [("owner", 5, 3)]
+    assert [(table.name, table.rows) for table in pipeline.layout.tables] == [("owner", 5)]
 
 
 _LISTS = st.lists(st.none() | st.lists(st.none() | _INTEGERS, max_size=6), min_size=1, max_size=12)

@@ -24,7 +24,7 @@ from mmoe_rec.features import log as log_module
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.log import BadFile, EventRows, Log, LogPart, LogReader
 from mmoe_rec.features.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import EVENT, Schema
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}
 TABLE = random_log(0)
@@ -248,7 +248,7 @@ def test_events_are_read_in_parts_too(tmp_path):
     found = _table(rows for part in parts for rows in reader.read(part))
     assert found.equals(_table(purchases.stream()))
     assert found["time"].to_pylist() == TABLE["time"].to_pylist()
-    assert found["(event)"].to_pylist() == [1.0] * 300
+    assert found[EVENT.label].to_pylist() == [1.0] * 300
 
 
 # Remote

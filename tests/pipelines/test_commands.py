@@ -289,7 +289,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     expected = []
     for request in np.unique(rows.requests.to_numpy()):
         mine = rows.requests.to_numpy() == request
-        if worth[mine].any():
+        if np.ptp(worth[mine]) > 0:  # else every order is as good
             expected.append(ndcg_score([worth[mine]], [rows.score[mine]], k=5))
     assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert world.run().data.metrics["test.score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
@@ -442,7 +442,7 @@ def test_training_that_dies_keeps_the_old_model(
     assert not [path for path in work.rglob("*") if path.name.startswith(".") and path.name.endswith(".tmp")]
     assert not torch.distributed.is_initialized()
     (run,) = mlflow.search_runs(experiment_names=["learnable"], output_format="list")
-    assert run.info.status == "FAILED"
+    assert run.info.status == "KILLED"
 
 
 def test_steps_load_without_torch_and_mlflow() -> None:

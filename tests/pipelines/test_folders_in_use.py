@@ -146,8 +146,8 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
 
     settings, prepare, built = load_settings(world.folder / "first.yaml"), places.prepare, []
 
-    def replaced_once(*arguments: Any) -> Any:
-        prepared = prepare(*arguments)
+    def replaced_once(*arguments: Any, going_on: bool) -> Any:
+        prepared = prepare(*arguments, going_on=going_on)
         built.append(prepared.manifest["fingerprint"])
         if len(built) == 1:
             other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])

@@ -127,13 +127,14 @@ def test_the_time_of_a_part_is_estimated_once_for_each_size(monkeypatch: pytest.
     from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
     from mmoe_rec.features.sizes import largest_layout
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables
     from mmoe_rec.settings import load_settings
     from mmoe_rec.training.planning import GIB, Machines, planner, sharders
 
     settings = load_settings("configs/cluster.yaml", ["--features.viewer.max_size", "1000003"])
-    layout = largest_layout(settings.schema_)
+    layout = ModelLayout.of(largest_layout(settings.schema_), settings)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
     ours = planner(layout, Machines(24, 8, "cuda", 80 * GIB, 512 * GIB), 512)
     theirs = EmbeddingEnumerator(ours._topology, 512, ours._constraints)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,11 +128,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     class Prepared:
         manifest: ClassVar[dict[str, str]] = {"fingerprint": "f"}
 
+        def require_rows(self, *splits: str) -> None:
+            assert splits == ("train", "validation")
+
     def run(
         capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
     ) -> tuple[int, str, str]:
         config = search_in(tmp_path, search)
-        monkeypatch.setattr("pipelines.steps.prepare_features", lambda _: Prepared())
+        monkeypatch.setattr("pipelines.places.features_in_use", lambda *_: nullcontext(Prepared()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
         code = 0

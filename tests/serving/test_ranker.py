@@ -224,7 +224,7 @@ def test_huge_weights_still_rank(ranker: Ranker) -> None:
     assert sorted(reply["order"]) == list(range(len(ITEMS)))
     clicks = in_request_order(ranking, ranker)[0][:, 0]
     assert (np.diff(clicks[reply["order"]]) < 1e-5).all()
-    assert np.ptp(clicks) > 1e-3
+    assert np.ptp(clicks) > 1e-4
 
 
 def test_string_ids(tmp_path: Path) -> None:

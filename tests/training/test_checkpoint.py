@@ -232,7 +232,7 @@ def test_a_new_training_forgets_where_another_one_stood(prepared: Prepared, tmp_
     """A command that goes on after it was killed before its first checkpoint would else go on with the other one."""
     train(prepared, tmp_path)
     with process_group(CPU):
-        Trainer(prepared, DROPS, TRAINING, CPU, tmp_path, lambda *_: None)
+        Trainer(prepared, LAYOUT, DROPS, TRAINING, CPU, tmp_path, lambda *_: None)
     assert latest_checkpoint(tmp_path) is None
 
 
