@@ -274,7 +274,8 @@ class _Extension:
             )
 
     def _add_latest(self, learnt: Learnt) -> None:
-        """Old values as of the last old request: each new row is later."""
+        """Old values as of the last old request: rows of requests since are later. Those of earlier requests only tell
+        of users and candidates that were unknown."""
         schema, found = self.logs.schema, (learnt.users, learnt.candidates)
         for role, parts in zip(("user", "candidate"), found, strict=True):
             assert parts is not None

@@ -257,7 +257,7 @@ def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
     for file in files:
         name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
         pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
-        with pytest.raises(UserError, match="takes in what is written to `data.work` 'work'"):
+        with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
             check_apart(pattern, schema, Path("work"))
     # Logs may lie beside what is written.
     check_apart("work/*/*.parquet", schema, Path("work"))
