@@ -121,7 +121,7 @@ def extend(
 def _check_schema(prepared: Prepared, schema: Schema) -> None:
     before = FeaturePipeline.load(prepared.serving, memories=False).schema
     found = next(differences(before.identity(), schema.identity()), None)
-    for section in ("tasks", "events"):  # layouts and files follow their order
+    for section in ("tasks", "features", "events"):  # layouts, look-ups and files follow their order
         old_order, order = list(getattr(before, section)), list(getattr(schema, section))
         if found is None and old_order != order:
             found = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
