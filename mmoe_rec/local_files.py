@@ -121,7 +121,7 @@ class _Tree:
         elif part == os.pardir and rest:
             yield from self._matches(folder / part, rest)
             return
-        for entry in self._entries(folder):
+        for entry in self._entries(folder, part):
             name = entry.path.name
             if part == "**":
                 if entry.is_folder and not name.startswith("."):
@@ -132,8 +132,9 @@ class _Tree:
                 else:
                     yield entry
 
-    def _entries(self, folder: Path) -> Iterator[_Entry]:
-        """What is in a folder. A link that leads nowhere is an error, but one to a Parquet file, whose reader tells."""
+    def _entries(self, folder: Path, pattern: str = "*") -> Iterator[_Entry]:
+        """What is in a folder. A link that leads nowhere is an error where its name matches `pattern`, but one to a
+        Parquet file, whose reader tells."""
         names = set()
         if folder.is_dir():
             with os.scandir(folder) as entries:
@@ -143,7 +144,7 @@ class _Tree:
                         yield _Entry(folder / entry.name, True)
                     elif entry.is_file() or (entry.is_symlink() and entry.name.endswith(".parquet")):
                         yield _Entry(folder / entry.name, False)
-                    elif entry.is_symlink() and not entry.name.startswith((".", "_")):
+                    elif entry.is_symlink() and _is_wanted(entry.name, pattern):
                         raise UserError(
                             f"'{folder / entry.name}' is a link to '{os.readlink(entry.path)}', which is not there: "
                             "files may be missing; bring back what it leads to, or remove the link"
@@ -161,6 +162,10 @@ class _Tree:
             return path.is_dir()
         inside = os.path.join(os.path.realpath(path), "")
         return any(file.startswith(inside) for file in self.planted)
+
+
+def _is_wanted(name: str, pattern: str) -> bool:
+    return not name.startswith((".", "_")) and fnmatchcase(name, pattern)
 
 
 def _entered(folder: Path, above: tuple[_Identity, ...]) -> tuple[_Identity, ...]:

@@ -35,7 +35,9 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
     schema = schema.model_copy(update={"events": events, "columns": columns})
-    types = [pipeline.key_types] * (1 + len(events))
+    # The time of events may have the name of a key of the log.
+    kinds = pipeline.key_types
+    types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in events.values())]
     return Logs(settings.data.log, schema, build_options(settings), types)
 
 

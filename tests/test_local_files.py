@@ -71,6 +71,7 @@ def test_a_link_that_leads_nowhere_is_told(log):
     for source in (log, log / "*", log / "**/*.parquet"):
         with pytest.raises(UserError, match=r"'.*/log/b' is a link to '../gone', which is not there"):
             find_files(str(source))
+    assert _found(log / "[ac]*/*.parquet") == [str(log / each) for each in ("a/0.parquet", "a/3.parquet")]
     (log / "b").unlink()
     (log / "_b").symlink_to("../gone")  # hidden, as what writers leave behind
     (log / "c.parquet").symlink_to("../gone.parquet")  # whose reader tells, or leaves it out with others that are bad

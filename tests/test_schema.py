@@ -169,6 +169,14 @@ def test_names_are_words():
     _schema(("Größe_2", {"kind": "id", "column": "c"}))
 
 
+def test_names_differ_in_more_than_case():
+    _refuses(
+        "features 'Größe' and 'größe' differ only in upper and lower case",
+        ("Größe", {"kind": "id", "column": "c"}),
+        ("größe", {"kind": "id", "column": "c"}),
+    )
+
+
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
@@ -179,6 +187,10 @@ def test_names_are_words():
         (_feature("cross", columns=["u", "u"]), "lists u twice"),
         (_feature("counter", task="click", by=["u"], outputs=["rate", "rate"]), "lists rate twice"),
         (_feature("counter", task="click", by=["u"], window_days=[None, None]), "lists null twice"),
+        (
+            _feature("counter", task="click", by=["u"], window_days=[1, 0.0416667, 0.04166667]),
+            "lists 0.0416667 and 0.04166667, but windows are named by their first six digits",
+        ),
         (_feature("counter", task="click", by=["u"], window_days=[-1]), "greater than 0"),
         (_feature("counter", task="click", by=["u"], smoothing=float("inf")), "finite"),
     ],

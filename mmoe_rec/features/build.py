@@ -97,6 +97,13 @@ class Prepared:
         except UserError:  # no features
             return []
 
+    def left_out(self, logs: Logs) -> list[str]:
+        """Files that these features left out and the logs hold as they were then."""
+        try:
+            return Taken.read(self.folder).left_out_of(logs)
+        except UserError:  # no features
+            return []
+
     def require_rows(self, *splits: str) -> None:
         """Raises UserError where a split has no rows, as it may be after an extension."""
         counts = self.manifest["splits"]
@@ -142,7 +149,7 @@ def prepare(
     def stand() -> bool:
         may_lack_files = going_on or prepared.is_extended
         built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
-        return built and _may_stand(prepared, options)
+        return built and _may_stand(prepared, logs)
 
     if not stand():
         with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
@@ -178,12 +185,18 @@ def at_hand(
     check_apart(log_source, schema, work)
     prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
     built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
-    return prepared if built and _may_stand(prepared, options) else None
+    return prepared if built and _may_stand(prepared, logs) else None
 
 
-def _may_stand(prepared: Prepared, options: BuildOptions) -> bool:
-    """Whether features may be as they are: a build anew says which requests may not be so."""
-    return options.several_times == "first" or not (prepared.manifest["requests"] or {}).get("several_times")
+def _may_stand(prepared: Prepared, logs: Logs) -> bool:
+    """Whether features may be as they are: a build anew says which requests, or which files of the log, may not be so.
+
+    A file that an extension left out may be fine by now but for its times, and would be no reason to lose days.
+    """
+    options, requests = logs.options, prepared.manifest["requests"] or {}
+    if options.several_times == "error" and requests.get("several_times"):
+        return False
+    return options.skip_bad_files or prepared.is_extended or not prepared.left_out(logs)
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:

@@ -26,12 +26,14 @@ _YEAR = 365 * 86_400_000_000
 _WRITTEN = (
     "features/counts/x.parquet",
     "features/encoded/train/part-00000.parquet",
+    "features/requests/part-00000.parquet",
     "features/serving/latest.user.parquet",
     "features/serving/x.memory/part-00000.parquet",
     "model/features/latest.user.parquet",
     "model/features/x.memory/part-00000.parquet",
-    "evaluation/ranking.parquet",
+    "evaluation/sums/ranking.parquet",
     "evaluation/encoded/test/part-00000.parquet",
+    "champion/validation/part-00000.parquet",
 )
 
 

@@ -24,11 +24,13 @@ class _OpenFiles(threading.local):
     """Files that this thread has opened of late: the receivers that it stands for read the same ones in turn."""
 
     def __init__(self) -> None:
-        self._readers: dict[tuple[str, int], pa.ipc.RecordBatchFileReader] = {}
+        self._readers: dict[tuple[str, int, int], pa.ipc.RecordBatchFileReader] = {}
 
     def opened(self, path: str) -> pa.ipc.RecordBatchFileReader:
         """A reader of the file. It is not mapped: what is mapped would count as memory as long as it is open."""
-        key = path, os.stat(path).st_mtime_ns
+        found = os.stat(path)
+        # The clock of a file system may be coarse. A file that is open keeps its number, also once it is removed.
+        key = path, found.st_ino, found.st_mtime_ns
         reader = self._readers.pop(key, None)
         if reader is None:
             reader = pa.ipc.open_file(pa.OSFile(path))

@@ -121,7 +121,7 @@ def extend(
 def _check_schema(prepared: Prepared, schema: Schema) -> None:
     before = FeaturePipeline.load(prepared.serving, memories=False).schema
     found = next(differences(before.identity(), schema.identity()), None)
-    for section in ("tasks", "events"):  # layouts and files follow their order
+    for section in ("tasks", "features", "events"):  # layouts, look-ups and files follow their order
         old_order, order = list(getattr(before, section)), list(getattr(schema, section))
         if found is None and old_order != order:
             found = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
@@ -172,7 +172,7 @@ class _Extension:
             self.taken = self.taken.with_new(self.new, learnt.spans)
             self._check_times(learnt, requests)
             self._check_events(learnt)
-            self._check_splits(learnt)
+            self._check_splits(learnt, requests)
             pipeline = self._load()
             pipeline.merge(learnt.counts, learnt.key_types)
             new_ids = pipeline.grow()
@@ -265,16 +265,25 @@ class _Extension:
             f"{self.new.log.rows:,} new rows: what such rows could have known is no longer remembered; {ANEW}"
         )
 
-    def _check_splits(self, learnt: Learnt) -> None:
-        if not any(learnt.rows.values()):
+    def _check_splits(self, learnt: Learnt, requests: Requests) -> None:
+        if any(learnt.rows.values()):
+            return
+        first, rows = requests.begin if self._has_requests else learnt.first[0], self.new.log.rows
+        if first > learnt.last[0]:  # no request is new
             raise UserError(
-                f"none of the {self.new.log.rows:,} new rows lies in a split: they were requested from "
-                f"{format_time(learnt.first[0])} to {format_time(learnt.last[0])}; set `split.train_start`, "
-                "`split.train_end`, `split.validation_end` and `split.test_end` around them"
+                f"all {rows:,} new rows belong to requests of the files before, by column "
+                f"'{self.logs.schema.columns.request}', so none of them would be encoded: give each request an id of "
+                "its own if ids were used again, or add these rows together with those of new requests"
             )
+        raise UserError(
+            f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "
+            f"{format_time(learnt.last[0])}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
+            "`split.test_end` around them"
+        )
 
     def _add_latest(self, learnt: Learnt) -> None:
-        """Old values as of the last old request: each new row is later."""
+        """Old values as of the last old request: rows of requests since are later. Those of earlier requests only tell
+        of users and candidates that were unknown."""
         schema, found = self.logs.schema, (learnt.users, learnt.candidates)
         for role, parts in zip(("user", "candidate"), found, strict=True):
             assert parts is not None

@@ -177,7 +177,6 @@ class Steps:
     def learn(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Learnt:
         """Finds the times of requests and reads the logs, and both once more without bad files where some are skipped.
 
-
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
         before: such a folder of the files that are not read.
 

@@ -117,6 +117,15 @@ class Taken:
         """What has become of the files of each log; of those that are in both, should the settings have changed."""
         return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
 
+    def left_out_of(self, logs: Logs) -> list[str]:
+        """Files that were left out and that the logs hold as they were then."""
+        return [
+            address
+            for taken, log in zip(self.logs, logs.all, strict=False)
+            for address, file in taken.left_out.items()
+            if address in log.found and _same(file, log.found[address])
+        ]
+
     def with_new(self, logs: Logs, spans: Spans) -> Taken:
         """With the files that `logs` reads, and those that are left out as long as they are there."""
         return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])

@@ -178,6 +178,15 @@ class CounterFeature(_Remembering):
     def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
         return _distinct(values)
 
+    @field_validator("window_days")
+    @classmethod
+    def _each_named(cls, windows: tuple[float | None, ...]) -> tuple[float | None, ...]:
+        names: dict[str, float] = {}
+        for window in filter(None, windows):
+            if (other := names.setdefault(f"{window:g}", window)) != window:
+                raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
+        return windows
+
 
 def _distinct(values: tuple) -> tuple:
     twice = [value for index, value in enumerate(values) if value in values[:index]]

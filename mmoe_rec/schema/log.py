@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -119,6 +119,8 @@ class Schema(Section):
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
+        self._check_case(self.tasks, "task")
+        self._check_case(self.features, "feature")
         for name in _RESERVED.intersection(self.tasks):
             raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
         self._check_given()
@@ -136,6 +138,16 @@ class Schema(Section):
                 self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
             self.role_of(name)
         return self
+
+    def _check_case(self, names: Iterable[str], what: str) -> None:
+        """Files are named by tasks and features, and not all machines tell upper from lower case."""
+        seen: dict[str, str] = {}
+        for name in names:
+            if (other := seen.setdefault(name.casefold(), name)) != name:
+                raise ValueError(
+                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which names of files on some "
+                    "machines do not tell apart; rename one"
+                )
 
     def _check_given(self) -> None:
         taken = dict.fromkeys(self.tasks, "a task")

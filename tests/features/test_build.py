@@ -1,5 +1,6 @@
 """A build in steps: whatever it is divided into and wherever it runs, it gives what one process in memory would."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mmoe_rec.engines import EngineName, open_engine
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import answers, log, splits, steps
 from mmoe_rec.features.build import Prepared, at_hand, prepare
+from mmoe_rec.features.checks import check_apart
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.extend import extend
 from mmoe_rec.features.pipeline import FeaturePipeline, in_window
@@ -208,6 +210,24 @@ def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
     assert again.manifest == prepared.manifest
 
 
+def test_features_that_leave_out_a_bad_file_do_not_stand_where_none_may_be_skipped(tmp_path):
+    table = random_log(11, rows=300)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([7.0] * table.num_rows))
+    folder = write_log(tmp_path / "log", table.slice(0, 150), wrong, table.slice(150))
+    place = str(folder), SCHEMA, WINDOWS, tmp_path / "work"
+    skipping = BuildOptions(skip_bad_files=True)
+    prepared = prepare(*place, skipping)
+    assert at_hand(*place) is None
+    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' .* holds 7"):
+        prepare(*place)
+    # What was built stays, and stands where bad files may be skipped.
+    assert at_hand(*place, skipping) == prepared
+    (folder / "1.parquet").unlink()
+    rest = prepare(*place)
+    assert rest.manifest["left_out"] == []
+    assert at_hand(*place) == rest
+
+
 def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
     assert killed_builds(tmp_path, kills=3) >= 3
 
@@ -223,6 +243,24 @@ def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_pat
             with pytest.raises(UserError, match=message):
                 built(str(source), schema, WINDOWS, work)
         assert not work.exists()
+
+
+def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
+    schema = schema_of(ALL_KINDS, columns=columns)
+    table = with_requests(random_log(0, 300), spread=1)
+    built = prepare(str(write_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work")
+    files = [file.relative_to(tmp_path / "work") for file in built.folder.rglob("*.parquet")]
+    assert {file.parts[1] for file in files} == {"counts", "encoded", "requests", "serving"}
+    shutil.rmtree(tmp_path / "work")
+    for file in files:
+        name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
+        pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
+        with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
+            check_apart(pattern, schema, Path("work"))
+    # Logs may lie beside what is written.
+    check_apart("work/*/*.parquet", schema, Path("work"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The exchange of rows through files: every row arrives once, in order, at the receiver it was sent to."""
 
 import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -53,3 +54,12 @@ def test_what_is_removed_takes_no_room_on_disk_any_more(tmp_path):
     assert not exchange.folder.exists()
     assert not opened(exchange.folder)
     assert len(opened(other.folder)) == 1
+
+
+def test_a_file_that_is_written_again_is_read_again_however_coarse_the_clock(tmp_path):
+    for rows in ([1, 2], [3, 4]):
+        exchange = Exchange(tmp_path / "rows", 1)
+        exchange.send("rows", (0, 0), pa.table({"row": rows}), np.zeros(2, np.int64))
+        os.utime(next((tmp_path / "rows" / "rows").iterdir()), ns=(0, 0))
+        assert exchange.receive_all("rows", 0)["row"].to_pylist() == rows
+        shutil.rmtree(tmp_path / "rows")

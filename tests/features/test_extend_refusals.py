@@ -74,6 +74,12 @@ def _drop_feature(log: Growing) -> None:
     log.schema = Schema.model_validate(tree)
 
 
+def _swap_features(log: Growing) -> None:
+    tree = log.schema.model_dump()
+    tree["features"] = dict(reversed(tree["features"].items()))
+    log.schema = Schema.model_validate(tree)
+
+
 def _change_type(log: Growing) -> None:
     items = pa.array([str(each) for each in log.table["item"].to_pylist()])
     pq.write_table(log.table.set_column(1, "item", items), log.folder / "log" / "strings.parquet")
@@ -95,6 +101,10 @@ def _only_events(log: Growing) -> None:
             r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the features anew",
         ),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
+        (
+            _swap_features,
+            r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, bought",
+        ),
         (_change_type, r"column 'item' changes its type"),
         (_only_events, r"the new files of the log '.*' have no rows"),
         (lambda log: (log.work / "features" / "files.json").unlink(), r"no record of the log's files \(files.json\)"),

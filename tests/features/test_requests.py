@@ -18,7 +18,7 @@ from mmoe_rec.features import answers, known_requests, learn, log, requests, spl
 from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.extend import extend
-from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.inspection.words import requests_told
 from mmoe_rec.schema import Schema
 from tests.features.small_logs import (
@@ -243,10 +243,10 @@ class _Days:
         self.new = self.table.filter(pa.array(self.first >= START + 9 * DAY))
         self.last = int(self.first[self.first < START + 9 * DAY].max())
 
-    def extend(self, new: pa.Table, old: pa.Table | None = None) -> Prepared:
+    def extend(self, new: pa.Table, old: pa.Table | None = None, options: BuildOptions = DEFAULTS) -> Prepared:
         self.before = _build(self.folder, self.old if old is None else old)
         pq.write_table(new, self.folder / "log" / "new.parquet")
-        extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work")
+        extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options)
         assert extended is not None
         return extended.prepared
 
@@ -266,6 +266,22 @@ def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: 
     assert prepared.manifest["splits"]["test"]["rows"] == days.new.num_rows
     encoded = pq.read_table(prepared.split("test"))["request"].to_pylist()
     assert set(encoded) == set(days.new["request"].to_pylist())
+
+
+def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    again = days.new.slice(0, 20)
+    for column in ("user", "request"):
+        values = days.old[column].slice(0, 20).combine_chunks()
+        again = again.set_column(again.column_names.index(column), column, values)
+    again = at_times(again, times_of(again) + np.arange(20))
+    with pytest.raises(UserError) as caught:
+        days.extend(again, options=BuildOptions(duplicates="keep"))
+    assert str(caught.value) == (
+        "all 20 new rows belong to requests of the files before, by column 'request', so none of them would be "
+        "encoded: give each request an id of its own if ids were used again, or add these rows together with those of "
+        "new requests"
+    )
 
 
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:

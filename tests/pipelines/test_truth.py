@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.serving.ranker import Ranker
 from pipelines import truth
-from tests.features.small_logs import BASE, random_log, write_log
+from pipelines.places import logs_for
+from tests.features.small_logs import BASE, log_rows, random_log, write_log
 from tests.serving.small_model import SmallModel, small_settings
 
 
@@ -46,6 +48,24 @@ def test_sampling_rates_are_those_of_the_settings(model: SmallModel, ranker: Ran
     assert start is not None
     times = log["time"].cast(pa.int64()).to_numpy()
     assert sorted(rows["sampling_rate"].to_pylist()) == sorted(rates[times >= start].tolist())
+
+
+def test_the_time_of_events_may_be_called_as_a_key_of_the_log(tmp_path: Path) -> None:
+    log = random_log(1)
+    write_log(tmp_path / "log", log)
+    write_log(tmp_path / "events", pa.table({"user": log["user"], "brand": log["time"]}))
+    events = {"bought": {"path": str(tmp_path / "events"), "time": "brand"}}
+    features = {
+        "brand": {"kind": "id", "column": "brand"},
+        "bought": {"kind": "counter", "events": "bought", "by": ["user"]},
+    }
+    data = {"log": str(tmp_path / "log"), "work": str(tmp_path / "work"), "events": events}
+    settings = small_settings(tmp_path, data=data, features=features)
+    pipeline = FeaturePipeline(settings.schema_)
+    pipeline.learn_types(log_rows(log, settings.schema_))
+    assert pipeline.key_types["brand"] == "string"
+    (bought,) = logs_for(settings, pipeline).events
+    assert bought.rows == log.num_rows
 
 
 @pytest.mark.parametrize(
