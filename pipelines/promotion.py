@@ -26,6 +26,7 @@ from mmoe_rec.features.build import Prepared, encode_with
 from mmoe_rec.progress import say
 from mmoe_rec.registry import local_model
 from mmoe_rec.settings import Settings
+from mmoe_rec.settings.differences import differences
 from pipelines.finished import CHALLENGER
 from pipelines.places import logs_for
 
@@ -60,13 +61,16 @@ def promote(
 ) -> Promotion:
     """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
 
-    model: that of the artifact. Raises UserError where the registry refuses.
+    model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses; done
+    again by the same run, what was registered is not registered twice.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = holder_of(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
-    number, comparison = tracking.register(run, artifact, name), Comparison(settings, prepared, model)
+    # What came between may also have been an outage of MLflow.
+    number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name)
+    comparison = Comparison(settings, prepared, model)
     while True:
         verdict = comparison.with_holder(holder)
         now = holder_of(name, alias, uri)
@@ -109,6 +113,8 @@ class Comparison:
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
             folder = local_model(holder.address, self.settings.tracking.address)
+        except tracking.UnreachableError:
+            raise  # an outage decides nothing
         except UserError as error:
             return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
         try:
@@ -156,13 +162,14 @@ class Comparison:
         return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
 
     def _validation(self, ranker: Ranker, folder: Path, holder: Version) -> Validation:
-        """The holder's. Raises UserError where it is not of the same tasks and rows."""
+        """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
         from mmoe_rec.batches.reader import EncodedRows
 
-        its, tasks = ({(task.name, task.kind) for task in each.tasks} for each in (ranker.layout, self.layout))
-        if its != tasks:
-            names = [", ".join(task.name for task in each.tasks) for each in (ranker.layout, self.layout)]
-            raise UserError(f"it predicts {names[0]}, and the new model {names[1]}")
+        its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
+        if set(its["tasks"]) != set(tasks["tasks"]):
+            raise UserError(f"it predicts {', '.join(its['tasks'])}, and the new model {', '.join(tasks['tasks'])}")
+        for where, before, now in differences(its, tasks):
+            raise UserError(f"its '{where}' is {before}, and {now} in the settings, so it predicts something else")
         manifest, rows = self.prepared.manifest, self.prepared.split("validation")
         if manifest["fingerprint"] == ranker.about.fingerprint:
             return self._validated(ranker.model, EncodedRows(rows, ranker.layout))
