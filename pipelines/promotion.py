@@ -7,8 +7,9 @@ like the new model and by the same code. Its features may be others:
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
 
 A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
-way. One that can't be compared (other tasks, other rows, files that can't be fetched) keeps the alias. What holds it is
-looked up again right before it is moved, and compared anew if that is another model by then.
+way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched) keeps
+the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is moved, and
+compared anew if that is another model by then.
 """
 
 from __future__ import annotations
@@ -130,13 +131,19 @@ class Comparison:
         return self._judge(its, holder)
 
     def _judge(self, its: Validation, holder: Version) -> Verdict:
-        select_by, own = self.settings.training.select_by, self._own
+        from mmoe_rec.training.comparison import NotFiniteError
+
+        select_by = self.settings.training.select_by
+        try:
+            own = self._own
+        except NotFiniteError:
+            return Verdict(False, "this model gives predictions that are not finite numbers")
         values = [each.objective(select_by, self.layout) for each in (own, its)]
+        better = values[0] > values[1]
         if told := own.told_by_auc(select_by):
             measure = f"{'AUC' if len(told) == 1 else 'mean AUC'} of {', '.join(told)}"
         else:
             measure, values = "weighted loss (less is better)", [-value for value in values]
-        better = own.objective(select_by, self.layout) > its.objective(select_by, self.layout)
         reason = (
             f"{measure} on the same {self._labelled.rows:,} validation rows: {values[0]:.6g} of this model, "
             f"{values[1]:.6g} of version {holder.number}"

@@ -163,6 +163,21 @@ def test_a_holder_that_cannot_be_served_gives_way(
     assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
+def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    aliases.point(NAME, "champion", "1", world.uri)
+    finite = promotion.Comparison._validated
+
+    def validated(self: promotion.Comparison, model: Any, inputs: Any) -> Any:
+        if model is self.model:
+            model.scale.fill_(float("inf"))
+        return finite(self, model, inputs)
+
+    monkeypatch.setattr(promotion.Comparison, "_validated", validated)
+    world.train()
+    assert holder(world) == "1"
+    assert said(world)[0] == "this model gives predictions that are not finite numbers"
+
+
 def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(address: str, uri: str) -> Path:
         raise promotion.UserError(f"'{address}' can't be loaded")
