@@ -7,9 +7,9 @@ like the new model and by the same code. Its features may be others:
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
 
 A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
-way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched) keeps
-the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is moved, and
-compared anew if that is another model by then.
+way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched)
+keeps the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is
+moved, and compared anew if that is another model by then.
 """
 
 from __future__ import annotations
