@@ -125,7 +125,7 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         system.invalidate_cache()
         top = _first_answer(source, lambda: _info(system, path))
         if top is None:
-            found = _matches(system, source, path) if MAGIC & set(path) else []
+            found = _matches(system, path) if MAGIC & set(path) else []
         elif top["type"] == "directory":
             found = _infos_within(system, path)
         else:
@@ -153,7 +153,7 @@ def _infos_within(system: Any, folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def _matches(system: Any, source: str, pattern: str) -> list[dict[str, Any]]:
+def _matches(system: Any, pattern: str) -> list[dict[str, Any]]:
     try:
         matches = system.glob(pattern, detail=True)
     except FileNotFoundError:

@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Message:
 
 
 class Outbox:
-    """The messages of one run.
+    """The messages of one run. Other processes may send those that wait, too.
 
     folder: where they wait, made when the first one does; None: nothing waits, and what `send` raises is raised. send:
     delivers one message. Raises UnreachableError where nobody answers, UserError where the message is refused.
@@ -88,9 +89,12 @@ class Outbox:
         for number in list(self._waiting):
             if time.monotonic() > until:
                 return
-            if self._sent(self._read(number)):
+            message = self._read(number)
+            if message is None:
                 self._waiting.remove(number)
-                self._place(number).unlink()
+            elif self._sent(message):
+                self._waiting.remove(number)
+                self._place(number).unlink(missing_ok=True)
                 shutil.rmtree(self._place(number).with_suffix(".file"), ignore_errors=True)
             elif isinstance(self.trouble, UnreachableError):
                 return
@@ -98,7 +102,8 @@ class Outbox:
                 refused = self.trouble
         self.trouble = refused
         if not self._waiting:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # what another process puts there meanwhile stays
+                self.folder.rmdir()
             self._told.clear()
             say(f"MLflow has got all that was kept for it in '{self.folder}'")
 
@@ -134,9 +139,13 @@ class Outbox:
             raise UserError(f"{self.trouble}, nor can it be kept in '{self.folder}': {error.strerror}") from None
         self._waiting.append(number)
 
-    def _read(self, number: int) -> Message:
+    def _read(self, number: int) -> Message | None:
+        """None where another process, which sends what it finds waiting, has sent it."""
         place = self._place(number)
-        tree = json.loads(place.read_text(encoding="utf-8"))
+        try:
+            tree = json.loads(place.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
         file = place.with_suffix(".file") / tree["file"] if "file" in tree else None
         return Message(tree["kind"], tree["values"], file)
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mmoe_rec.outbox import Message, Outbox
@@ -68,12 +68,6 @@ class Run:
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """A file."""
         self._put("file", {"folder": folder}, Path(path))
-
-    def log_artifacts(self, path: str | Path, folder: str | None = None) -> None:
-        """All files of a folder."""
-        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
-            within = PurePosixPath(folder or "", file.relative_to(path).parent.as_posix())
-            self.log_artifact(file, None if within == PurePosixPath() else str(within))
 
     def end(self, status: str) -> None:
         """The run has ended as FINISHED, KILLED or FAILED."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 import tempfile
@@ -26,8 +27,10 @@ from mmoe_rec.mlflow_client import (
 )
 from mmoe_rec.outbox import PATIENCE_SECONDS, Outbox, UnreachableError, runs_waiting
 from mmoe_rec.recording import Run, sender
+from mmoe_rec.training.origin import checksum
 
 KEY_TAG = "training_key"
+_FILES_TAG = "files"  # of a version in the registry
 
 
 def check(uri: str, experiment: str, model: str | None = None, alias: str = "champion", *, unsent: Path) -> None:
@@ -244,10 +247,27 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
-        registered = mlflow.register_model(logged.model_uri, name)
+        registered = mlflow.register_model(logged.model_uri, name, tags={_FILES_TAG: _files(artifact_folder)})
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
+
+
+def registered_before(run: Run, artifact_folder: Path, name: str) -> str | None:
+    """The version by which a run has registered an artifact already; None where it has not, or the files are others."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    with limits(BRIEF), calling(uri):
+        found = mlflow.MlflowClient().search_model_versions(f"run_id = '{run.run_id}'")
+    files = _files(artifact_folder)
+    return next((str(each.version) for each in found if each.name == name and each.tags.get(_FILES_TAG) == files), None)
+
+
+def _files(artifact_folder: Path) -> str:
+    """A checksum of an artifact's files, but for the features, of which one of the files has the fingerprint."""
+    files = sorted(file for file in artifact_folder.iterdir() if file.is_file())
+    return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
 
 
 @contextmanager

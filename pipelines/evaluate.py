@@ -30,12 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
-    from mmoe_rec.locks import writing
     from pipelines.steps import evaluate_model
 
     out = Path(arguments.out or Path(settings.data.work) / "evaluation")
-    with writing(out, "an evaluation", "give another folder by --out", queue=True):
-        evaluated = evaluate_model(settings, arguments.model, out)
+    evaluated = evaluate_model(settings, arguments.model, out)
     Console().print(results_table({settings.name: evaluated.summary}))
     for note in told([evaluated.summary]):
         print(f"note: {note}")

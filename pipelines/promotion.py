@@ -7,8 +7,9 @@ like the new model and by the same code. Its features may be others:
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
 
 A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
-way. One that can't be compared (other tasks, other rows, files that can't be fetched) keeps the alias. What holds it is
-looked up again right before it is moved, and compared anew if that is another model by then.
+way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched)
+keeps the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is
+moved, and compared anew if that is another model by then.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mmoe_rec.features.build import Prepared, encode_with
 from mmoe_rec.progress import say
 from mmoe_rec.registry import local_model
 from mmoe_rec.settings import Settings
+from mmoe_rec.settings.differences import differences
 from pipelines.finished import CHALLENGER
 from pipelines.places import logs_for
 
@@ -60,13 +62,16 @@ def promote(
 ) -> Promotion:
     """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
 
-    model: that of the artifact. Raises UserError where the registry refuses.
+    model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses; done
+    again by the same run, what was registered is not registered twice.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = holder_of(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
-    number, comparison = tracking.register(run, artifact, name), Comparison(settings, prepared, model)
+    # What came between may also have been an outage of MLflow.
+    number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name)
+    comparison = Comparison(settings, prepared, model)
     while True:
         verdict = comparison.with_holder(holder)
         now = holder_of(name, alias, uri)
@@ -109,11 +114,13 @@ class Comparison:
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
             folder = local_model(holder.address, self.settings.tracking.address)
+        except tracking.UnreachableError:
+            raise  # an outage decides nothing
         except UserError as error:
             return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
         try:
             ranker = Ranker.load(folder)
-        except (UserError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever another version has left
+        except (UserError, RuntimeError) as error:  # or it fails at its own example
             return Verdict(True, f"{who} can't be served any more: {' '.join(str(error).split())}")
         try:
             its = self._validation(ranker, folder, holder)
@@ -124,13 +131,19 @@ class Comparison:
         return self._judge(its, holder)
 
     def _judge(self, its: Validation, holder: Version) -> Verdict:
-        select_by, own = self.settings.training.select_by, self._own
+        from mmoe_rec.training.comparison import NotFiniteError
+
+        select_by = self.settings.training.select_by
+        try:
+            own = self._own
+        except NotFiniteError:
+            return Verdict(False, "this model gives predictions that are not finite numbers")
         values = [each.objective(select_by, self.layout) for each in (own, its)]
+        better = values[0] > values[1]
         if told := own.told_by_auc(select_by):
             measure = f"{'AUC' if len(told) == 1 else 'mean AUC'} of {', '.join(told)}"
         else:
             measure, values = "weighted loss (less is better)", [-value for value in values]
-        better = own.objective(select_by, self.layout) > its.objective(select_by, self.layout)
         reason = (
             f"{measure} on the same {self._labelled.rows:,} validation rows: {values[0]:.6g} of this model, "
             f"{values[1]:.6g} of version {holder.number}"
@@ -156,13 +169,14 @@ class Comparison:
         return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
 
     def _validation(self, ranker: Ranker, folder: Path, holder: Version) -> Validation:
-        """The holder's. Raises UserError where it is not of the same tasks and rows."""
+        """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
         from mmoe_rec.batches.reader import EncodedRows
 
-        its, tasks = ({(task.name, task.kind) for task in each.tasks} for each in (ranker.layout, self.layout))
-        if its != tasks:
-            names = [", ".join(task.name for task in each.tasks) for each in (ranker.layout, self.layout)]
-            raise UserError(f"it predicts {names[0]}, and the new model {names[1]}")
+        its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
+        if set(its["tasks"]) != set(tasks["tasks"]):
+            raise UserError(f"it predicts {', '.join(its['tasks'])}, and the new model {', '.join(tasks['tasks'])}")
+        for where, before, now in differences(its, tasks):
+            raise UserError(f"its '{where}' is {before}, and {now} in the settings, so it predicts something else")
         manifest, rows = self.prepared.manifest, self.prepared.split("validation")
         if manifest["fingerprint"] == ranker.about.fingerprint:
             return self._validated(ranker.model, EncodedRows(rows, ranker.layout))

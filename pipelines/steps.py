@@ -13,8 +13,9 @@ from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.features.build import Prepared, at_hand, prepare
 from mmoe_rec.features.extend import Extended, extend
+from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
-from mmoe_rec.registry import check_address, find_model, local_model
+from mmoe_rec.registry import FoundModel, check_address, find_model, local_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.training.origin import checksum, result_settings
 from pipelines.finished import Finished, Trained, training_key
@@ -257,9 +258,17 @@ class Evaluated:
 
 
 def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
-    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow."""
+    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
+
+    Waits while another evaluation writes to the folder.
+    """
     # A wrong address is told of before torch is loaded.
     found = find_model(address, settings.tracking.address)
+    with writing(out, "an evaluation", "give another folder by --out", queue=True):
+        return _evaluated(settings, found, out)
+
+
+def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
     if note := trained.best.experts.note(settings.model.gates.routing):
         print(f"note: {note}")
-    print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
+    if trained.rows_per_s:  # else all steps were done before, and the rest was left
+        print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
     for sentence in trained.compared:
         print(sentence)
     print(f"model: {trained.artifact}, registered as {trained.address}")

@@ -83,7 +83,7 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
         run.log_text("a", "a.txt")
         run.log_dict({}, "a.json")
         run.log_figure(None, "a.png")
-        run.log_artifacts(tmp_path)
+        run.log_artifact(tmp_path / "no file")
         with pytest.raises(UserError, match="recorded run"):
             tracking.register(run, tmp_path, "x", "champion")
     assert not list(tmp_path.iterdir())
@@ -110,6 +110,23 @@ def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: py
     assert "torchrec" not in needed
     assert "fbgemm" not in needed
     assert not (model / "code" / "mmoe_rec" / "training").exists()
+
+
+def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, tmp_path: Path) -> None:
+    """After a kill or an outage, by its files: not those of another calibration, and not by another run."""
+    folder = tmp_path / "model"
+    small.write(folder)
+    with tracking.open_run(uri, "found again") as run:
+        assert tracking.registered_before(run, folder, "found") is None
+        version = tracking.register(run, folder, "found")
+        small.write(folder)
+        assert tracking.registered_before(run, folder, "found") == version
+        assert tracking.registered_before(run, folder, "another") is None
+        (folder / "calibration.json").write_text("{}")
+        assert tracking.registered_before(run, folder, "found") is None
+    small.write(folder)
+    with tracking.open_run(uri, "found again") as other:
+        assert tracking.registered_before(other, folder, "found") is None
 
 
 def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:

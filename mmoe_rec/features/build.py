@@ -202,7 +202,8 @@ def _may_stand(prepared: Prepared, logs: Logs) -> bool:
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
     """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
 
-    state: folder of the fitted features. Counters and histories remember the log that is encoded.
+    state: folder of the fitted features; windows: of validation or test. Counters and histories remember the log that
+    is encoded. Raises UserError for a split without rows.
     """
     with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
         learnt = steps.learn(statistics=False)
@@ -213,9 +214,10 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for name in windows:
             if counts[name].rows == 0:
+                start, end = {"validation": ("train", "validation"), "test": ("validation", "test")}[name]
                 raise UserError(
                     f"the {name} split is empty: the log '{logs.log.source}' has no request between "
-                    "split.validation_end and split.test_end"
+                    f"split.{start}_end and split.{end}_end"
                 )
     return counts
 

@@ -80,8 +80,15 @@ class Ranker:
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
-        """Reads an artifact folder. Raises UserError for one that is incomplete or of another format."""
-        folder = Path(folder)
+        """Reads an artifact folder. Raises UserError for one that is incomplete, damaged or of another format."""
+        try:
+            return Ranker._read(Path(folder))
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"the model in '{folder}' is incomplete or damaged ({reason})") from error
+
+    @staticmethod
+    def _read(folder: Path) -> Ranker:
         about = read_artifact(folder)
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != about.layout.of_rows():

@@ -140,6 +140,19 @@ def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_
     assert encoded[0] == encoded[1]
 
 
+@pytest.mark.parametrize(
+    ("split", "between"),
+    [("validation", "split.train_end and split.validation_end"), ("test", "split.validation_end and split.test_end")],
+)
+def test_a_split_without_rows_is_told_by_its_own_bounds(tmp_path: Path, split: str, between: str) -> None:
+    table = with_requests(random_log(3))
+    state = _build(tmp_path / "other", table).serving
+    logs = Logs(str(write_log(tmp_path / "log", table)), SCHEMA, BuildOptions())
+    with pytest.raises(UserError, match=f"the {split} split is empty: .* has no request between {between}$"):
+        encode_with(state, logs, {split: (0, 1)}, tmp_path / "encoded")
+    assert not (tmp_path / "encoded").exists()
+
+
 def test_the_first_time_is_not_that_of_a_file_left_out(tmp_path: Path) -> None:
     table = with_requests(random_log(3))
     bad = table.slice(0, 120)

@@ -124,6 +124,20 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
     assert not list((world.folder / "work").glob(".*.lock"))
 
 
+def test_an_evaluation_holds_its_folder_whoever_asks_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings, out = load_settings(world.folder / "first.yaml"), tmp_path / "out"
+
+    def score(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{lock_file(out).is_file()}")
+
+    monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", score)
+    with pytest.raises(RuntimeError, match="True"):
+        steps.evaluate_model(settings, str(world.folder / "work" / "model"), out)
+    assert not lock_file(out).exists()
+
+
 def test_a_second_search_and_an_edit_into_a_folder_in_use_are_refused(
     world: World, capsys: pytest.CaptureFixture
 ) -> None:

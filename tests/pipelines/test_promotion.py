@@ -127,6 +127,17 @@ def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
     assert holder(world) == "2"
 
 
+def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(world: World) -> None:
+    elsewhere = world.folder / "meaning"
+    world.train("--data.work", str(elsewhere), "--tasks.liked.matures_after_days", "1")
+    reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
+    assert (
+        "its 'tasks.liked.matures_after_days' is 0.0, and 1.0 in the settings, so it predicts something else" in reason
+    )
+    assert now.startswith("'champion' stays version 2; ")
+    assert holder(world) == "2"
+
+
 @pytest.mark.parametrize("what", ["damaged", "another format", "not finite"])
 def test_a_holder_that_cannot_be_served_gives_way(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
@@ -152,6 +163,21 @@ def test_a_holder_that_cannot_be_served_gives_way(
     assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
+def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    aliases.point(NAME, "champion", "1", world.uri)
+    finite = promotion.Comparison._validated
+
+    def validated(self: promotion.Comparison, model: Any, inputs: Any) -> Any:
+        if model is self.model:
+            model.scale.fill_(float("inf"))
+        return finite(self, model, inputs)
+
+    monkeypatch.setattr(promotion.Comparison, "_validated", validated)
+    world.train()
+    assert holder(world) == "1"
+    assert said(world)[0] == "this model gives predictions that are not finite numbers"
+
+
 def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(address: str, uri: str) -> Path:
         raise promotion.UserError(f"'{address}' can't be loaded")
@@ -160,6 +186,26 @@ def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkey
     world.train()
     assert holder(world) == "2"
     assert "can't be compared with: 'models:/learnable/2' can't be loaded" in said(world)[0]
+
+
+def test_an_outage_during_the_comparison_decides_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    aliases.point(NAME, "champion", "1", world.uri)
+
+    def away(address: str, uri: str) -> Path:
+        raise tracking.UnreachableError("MLflow does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "local_model", away)
+        with pytest.raises(SystemExit) as ended:
+            world.train()
+    assert ended.value.code == 75
+    assert holder(world) == "1"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer; the trained model in ")
+    world.train("--resume")
+    assert holder(world) == newest(world)
+    assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
 
 
 def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

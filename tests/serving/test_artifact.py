@@ -93,6 +93,11 @@ def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> 
         (lambda folder: (folder / "model.json").write_text('{"format": 99}'), "another format"),
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"\0" * 40), "can't be read"),
         (lambda folder: shutil.rmtree(folder / "features"), "holds no feature state"),
+        (lambda folder: (folder / "example_request.json").unlink(), "incomplete or damaged .*example_request.json"),
+        (lambda folder: (folder / "example_request.json").write_text("{}"), "incomplete or damaged "),
+        (lambda folder: (folder / "features" / "latest.user.parquet").unlink(), "damaged .*latest.user.parquet"),
+        (lambda folder: (folder / "features" / "latest.user.parquet").write_bytes(b"x"), "incomplete or damaged "),
+        (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "incomplete or "),
     ],
 )
 def test_damaged(small: SmallModel, tmp_path: Path, damage: object, message: str) -> None:
