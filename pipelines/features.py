@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipelines.steps import extend_features, prepare_features
 
     if not arguments.extend:
-        _print(prepare_features(settings))
+        _print(prepare_features(settings), settings)
         options = shlex.join(["--config", arguments.config, *arguments.overrides])
         print(f"next: python -m pipelines.inspect {options}")
         return
@@ -40,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if extended is None:
         print(f"no new files in '{settings.data.log}': the features stay as they are")
         return
-    _print(extended.prepared)
-    print(f"added {extended.rows:,} rows of {extended.files:,} new files")
+    _print(extended.prepared, settings)
+    rows, files = (
+        f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in ((extended.rows, "row"), (extended.files, "new file"))
+    )
+    print(f"added {rows} of {files}")
     if extended.new_ids:
         print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
     if extended.gone:
@@ -61,15 +64,15 @@ def _champion(settings: Settings) -> str:
     return f"models:/{settings.registered_model}@{settings.tracking.alias}"
 
 
-def _print(prepared: Prepared) -> None:
+def _print(prepared: Prepared, settings: Settings) -> None:
     print(f"features: {prepared.folder}")
     from mmoe_rec.features.log import format_time
-    from mmoe_rec.inspection.words import requests_told, unmatured_told
+    from mmoe_rec.inspection.words import labels_told, requests_told, unmatured_told
 
-    requests = prepared.manifest["requests"]
+    requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():
-        labels = ", ".join(
-            f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed"
+        labels = "; ".join(  # what no task is called is the outcome of two, which is binary
+            labels_told(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")

@@ -90,7 +90,7 @@ def test_the_command_says_what_was_added(days: Days) -> None:
     assert days.printed["nothing"] == f"no new files in '{days.folder / 'log'}': the features stay as they are"
     lines = days.printed["extend"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
-    assert f"added {later.num_rows:,} rows of 1 new files" in lines
+    assert f"added {later.num_rows:,} rows of 1 new file" in lines
     assert "new ids: user 0, item 8, slot 0" in lines
     rows = [int(line.split()[1].replace(",", "")) for line in lines if " rows; " in line]
     assert sum(rows) == later.num_rows
