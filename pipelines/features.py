@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    from mmoe_rec.features.checks import empty_split
     from pipelines.steps import extend_features, prepare_features
 
     if not arguments.extend:
-        _print(prepare_features(settings), settings)
+        prepared = prepare_features(settings)
+        _print(prepared, settings)
+        if _no_model_can_be_trained(prepared):
+            return
         options = shlex.join(["--config", arguments.config, *arguments.overrides])
         print(f"next: python -m pipelines.inspect {options}")
         return
@@ -49,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
     if extended.gone:
         print(f"files that are gone from the log stay counted: {len(extended.gone):,}, such as '{extended.gone[0]}'")
-    if empty := [name for name in ("train", "validation") if not extended.prepared.manifest["splits"][name]["rows"]]:
-        print(f"no model can be trained on these: {empty_split(empty[0], extended.prepared.folder)}")
+    if _no_model_can_be_trained(extended.prepared):
         return
     options = shlex.join(["--config", arguments.config, "--from", _champion(settings), *arguments.overrides])
     print(f"next: python -m pipelines.train {options}")
@@ -62,6 +63,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _champion(settings: Settings) -> str:
     return f"models:/{settings.registered_model}@{settings.tracking.alias}"
+
+
+def _no_model_can_be_trained(prepared: Prepared) -> bool:
+    """Says so of features whose added days left a split without rows."""
+    from mmoe_rec.features.checks import empty_split
+
+    empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
+    if empty:
+        print(f"no model can be trained on these: {empty_split(empty[0], prepared.folder)}")
+    return bool(empty)
 
 
 def _print(prepared: Prepared, settings: Settings) -> None:

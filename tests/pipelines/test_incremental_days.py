@@ -162,6 +162,8 @@ def test_features_without_training_rows_are_not_trained_on(
     helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
     assert printed.splitlines()[-1].startswith("no model can be trained on these: ")
     assert helps in printed.splitlines()[-1]
+    features.main([*config])
+    assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1], "also where they are at hand"
     assert helps in _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
     assert helps in _refused(capsys, inspect.main, *config)
 
