@@ -87,6 +87,8 @@ def calling(uri: str, address: str | None = None, anything: bool = False) -> Ite
     from mlflow.exceptions import MlflowException
 
     place = f"MLflow at '{shown(uri)}'"
+    if uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+        place += ", the address in the variable MLFLOW_TRACKING_URI,"
     try:
         with _quiet():
             yield

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    from mmoe_rec.features.checks import empty_split
     from pipelines.steps import extend_features, prepare_features
 
     if not arguments.extend:
-        _print(prepare_features(settings))
+        prepared = prepare_features(settings)
+        _print(prepared, settings)
+        if _no_model_can_be_trained(prepared):
+            return
         options = shlex.join(["--config", arguments.config, *arguments.overrides])
         print(f"next: python -m pipelines.inspect {options}")
         return
@@ -40,14 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if extended is None:
         print(f"no new files in '{settings.data.log}': the features stay as they are")
         return
-    _print(extended.prepared)
-    print(f"added {extended.rows:,} rows of {extended.files:,} new files")
+    _print(extended.prepared, settings)
+    rows, files = (
+        f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in ((extended.rows, "row"), (extended.files, "new file"))
+    )
+    print(f"added {rows} of {files}")
     if extended.new_ids:
         print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
     if extended.gone:
         print(f"files that are gone from the log stay counted: {len(extended.gone):,}, such as '{extended.gone[0]}'")
-    if empty := [name for name in ("train", "validation") if not extended.prepared.manifest["splits"][name]["rows"]]:
-        print(f"no model can be trained on these: {empty_split(empty[0], extended.prepared.folder)}")
+    if _no_model_can_be_trained(extended.prepared):
         return
     options = shlex.join(["--config", arguments.config, "--from", _champion(settings), *arguments.overrides])
     print(f"next: python -m pipelines.train {options}")
@@ -61,15 +65,25 @@ def _champion(settings: Settings) -> str:
     return f"models:/{settings.registered_model}@{settings.tracking.alias}"
 
 
-def _print(prepared: Prepared) -> None:
+def _no_model_can_be_trained(prepared: Prepared) -> bool:
+    """Says so of features whose added days left a split without rows."""
+    from mmoe_rec.features.checks import empty_split
+
+    empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
+    if empty:
+        print(f"no model can be trained on these: {empty_split(empty[0], prepared.folder)}")
+    return bool(empty)
+
+
+def _print(prepared: Prepared, settings: Settings) -> None:
     print(f"features: {prepared.folder}")
     from mmoe_rec.features.log import format_time
-    from mmoe_rec.inspection.words import requests_told, unmatured_told
+    from mmoe_rec.inspection.words import labels_told, requests_told, unmatured_told
 
-    requests = prepared.manifest["requests"]
+    requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():
-        labels = ", ".join(
-            f"{task} {split['label_sum'][task]:,.0f} of {observed:,} observed"
+        labels = "; ".join(  # what no task is called is the outcome of two, which is binary
+            labels_told(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")

@@ -38,9 +38,10 @@ def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Iterator[Pa
             return
     logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
     if gone := Prepared(work / "features").gone(logs):
+        told = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
         say(
-            "the model's features are not at hand, so counters and histories remember the files of the log as it is: "
-            f"{len(gone):,} that the features at hand hold are gone, such as '{gone[0]}'"
+            "the features that the model was trained on are not at hand, so counters and histories are made anew from "
+            f"the files that are left in the log: {told}"
         )
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
         encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)

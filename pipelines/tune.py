@@ -53,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
         prepared.require_rows("train", "validation")
         tuned = Study(settings, prepared, with_values).run(arguments.trials)
-    not_valid = f", {tuned.not_valid} were no valid combinations" if tuned.not_valid else ""
-    print(f"{tuned.trials} trials, of which {tuned.cut_short} were cut short{not_valid} and {tuned.failed} failed")
+    not_valid = f", {_were(tuned.not_valid)} not valid" if tuned.not_valid else ""
+    trials = f"{tuned.trials} trial{'s' * (tuned.trials != 1)}"
+    print(f"{trials}, of which {_were(tuned.cut_short)} cut short{not_valid} and {tuned.failed} failed")
     print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
     print(f"next: python -m pipelines.train --config {tuned.file}")
+
+
+def _were(trials: int) -> str:
+    return f"{trials} {'was' if trials == 1 else 'were'}"
 
 
 def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, object]], Settings]) -> None:
@@ -70,7 +75,7 @@ def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, ob
                 others = {other: space for other, space in search.items() if other != name}
                 combinations = ({k: _one_of(v, chance) for k, v in others.items()} for _ in range(COMBINATIONS))
                 if not others or not any(_valid({**rest, name: value}, with_values) for rest in combinations):
-                    raise error from None
+                    raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {error}") from None
 
 
 def _one_of(space: Search, chance: random.Random) -> object:

@@ -325,6 +325,17 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list((tmp_path / "unsent").iterdir())
 
 
+def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file that a user looks into holds it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9 ")
+    with pytest.raises(UserError) as refused:
+        tracking.check("http://127.0.0.1:9", "x", unsent=tmp_path)
+    assert str(refused.value) == (
+        "MLflow at 'http://127.0.0.1:9', the address in the variable MLFLOW_TRACKING_URI, does not answer "
+        "(Connection refused)"
+    )
+
+
 def test_passwords_are_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         tracking.check("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)

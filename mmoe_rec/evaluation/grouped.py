@@ -96,17 +96,34 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
     Returns:
         (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
     """
-    discount_before = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(cutoff) + 2))])
+    discount_before = _discount_before(cutoff)
     first = np.minimum(lists.run_first, cutoff)
     end = np.minimum(lists.run_first + lists.run_length, cutoff)
     run_discount = (discount_before[end] - discount_before[first]) / lists.run_length
     dcg = np.bincount(lists.request, lists.gain * run_discount[lists.run], lists.requests)
-
-    # Sorting by gain within requests leaves `request` and `position`, which depend on list lengths only, as they are.
-    best_gain = lists.gain[np.lexsort((-lists.gain, lists.request))]
-    best_discount = np.diff(discount_before, append=discount_before[-1])[np.minimum(lists.position, cutoff)]
-    ideal = np.bincount(lists.request, best_gain * best_discount, lists.requests)
+    ideal = _dcg_by(-lists.gain, lists, cutoff)
     return np.divide(dcg, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0)
+
+
+def least_ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """(Q,) float64 in [0, 1]: the `ndcg` of the worst order; NaN for a request without a relevant row."""
+    ideal = _dcg_by(-lists.gain, lists, cutoff)
+    worst = _dcg_by(lists.gain, lists, cutoff)
+    return np.divide(worst, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0)
+
+
+def _discount_before(cutoff: int) -> np.ndarray:
+    """(cutoff + 1,) the sum of the discounts of the positions before each."""
+    return np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(cutoff) + 2))])
+
+
+def _dcg_by(key: np.ndarray, lists: RankedLists, cutoff: int) -> np.ndarray:
+    """(Q,) the DCG of the order by rising key."""
+    # Sorting within requests leaves `request` and `position`, which depend on list lengths only, as they are.
+    gain = lists.gain[np.lexsort((key, lists.request))]
+    discount_before = _discount_before(cutoff)
+    discount = np.diff(discount_before, append=discount_before[-1])[np.minimum(lists.position, cutoff)]
+    return np.bincount(lists.request, gain * discount, lists.requests)
 
 
 def reciprocal_rank(lists: RankedLists) -> np.ndarray:

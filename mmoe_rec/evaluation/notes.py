@@ -10,6 +10,11 @@ LEFT_OUT = {
     "requests_of_equal_relevance": "{} whose rows are equally relevant",
 }
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which one is told
+SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order, from which on NDCG says nothing
+_SAME_IN_ANY_ORDER = (
+    "NDCG is nearly 1 in any order, as what the rows of a request are worth differs by little beside its size: set the "
+    "score_weight of regressions with large labels, such as times, to 0."
+)
 _NOTHING = {"value": None, "low": None, "high": None}
 
 
@@ -25,11 +30,16 @@ def task_note(task: Mapping[str, Any], users: int) -> str | None:
     return _joined([*found, *_without_interval(task, users)])
 
 
-def score_note(score: Mapping[str, Any], requests: int, users: int) -> str | None:
-    """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`), of so many."""
+def score_note(score: Mapping[str, Any], requests: int, users: int, least: float) -> str | None:
+    """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`), of so many.
+
+    least: the NDCG@10 of the worst order, summed over the requests that are not left out.
+    """
     single, irrelevant, equal = (score[name] for name in LEFT_OUT)
-    if single + irrelevant + equal < requests:
-        return _joined(_without_interval(score, users))
+    ranked = requests - single - irrelevant - equal
+    if ranked > 0:
+        flat = [_SAME_IN_ANY_ORDER] if least / ranked > SAME_IN_ANY_ORDER else []
+        return _joined([*flat, *_without_interval(score, users)])
     if single == requests:
         why = "Every request has one row, and a list of one ranks nothing"
     elif not equal:

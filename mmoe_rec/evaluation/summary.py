@@ -47,7 +47,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
 
     requests = _total(ranking["requests"])
     score: dict[str, Any] = headline["score"] | {name: _total(ranking[name]) for name in LEFT_OUT}
-    score |= _noted(score_note(score, requests, users))
+    score |= _noted(score_note(score, requests, users, float(np.sum(ranking["least_ndcg"]))))
     tasks = {}
     for task in sums.tasks:
         described = _describe(sums, task) | headline[task.name]

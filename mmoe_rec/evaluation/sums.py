@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import spread
-from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, ndcg, ranks_nothing, reciprocal_rank
+from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, least_ndcg, ndcg, ranks_nothing, reciprocal_rank
 from mmoe_rec.evaluation.rows import Rows, TaskSpec, check_rows
 
 __all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "TaskSpec", "measure", "merge_all"]
@@ -33,7 +33,7 @@ BINS_PER_LOGIT = 1024
 LARGEST_LOGIT = 32  # probabilities from 1.3e-14 to 1 - 1.3e-14
 NDCG_CUTOFFS = (5, 10)
 
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "sums.json"
 _KEYS = ("user", "bin")
 _MERGED = {"least_label": "min", "largest_label": "max"}  # all other columns are added up
@@ -49,7 +49,8 @@ class EvaluationSums:
 
             `ranking`, one row a user: `rows`, `requests`; how many of these rank nothing, each counted under the first
             that holds: `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the
-            others, `ranked_requests`, and over them the sums of `ndcg_at_5`, `ndcg_at_10` and `reciprocal_rank`.
+            others, `ranked_requests`, and over them the sums of `ndcg_at_5`, `ndcg_at_10`, `reciprocal_rank` and
+            `least_ndcg`, the NDCG@10 of their worst orders.
 
             `TASK.users`, one row a user with an observed label: `rows`; the weighted sums `weight`, `label` and
             `prediction`; of a regression those of `squared_error` and `absolute_error`, the squares about the user's
@@ -177,6 +178,7 @@ def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
     lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
     metrics = {f"ndcg_at_{cutoff}": ndcg(lists, cutoff) for cutoff in NDCG_CUTOFFS}
     metrics["reciprocal_rank"] = reciprocal_rank(lists)
+    metrics["least_ndcg"] = least_ndcg(lists, NDCG_CUTOFFS[-1])
     left_out = ranks_nothing(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     columns = {

@@ -221,7 +221,8 @@ class _Extension:
             BadFile(
                 f"'{address}' was left out before and holds requests from {format_time(span[0])} on, but the features "
                 f"hold requests up to {format_time(self.last)}, so what its rows could have known is no longer "
-                f"remembered; to take it in, {ANEW}",
+                "remembered; to take it in, set another `data.work`, where features are built anew from all files of "
+                "the log",
                 address,
             )
             for (source, address), span in sorted(learnt.spans.items(), key=lambda each: each[0][1])

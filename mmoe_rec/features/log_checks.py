@@ -100,7 +100,8 @@ def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.Parquet
                 page_checksum_verification=True,
             )
         except (pa.ArrowException, OSError) as error:
-            reason = f"is not a readable Parquet file: {first_line(error)}; write it again, or move it out of the log"
+            why = first_line(error).rstrip(".")
+            reason = f"is not a readable Parquet file: {why}; write it again, or move it out of the log"
             raise BadFile(f"'{address}' {reason}", address) from None
         yield stack.enter_context(parquet)
 

@@ -34,7 +34,7 @@ def show(health: dict[str, Any], width: int) -> Iterator[RenderableType]:
     """What `rich` prints on a terminal of that width: splits, features, tables, then findings."""
     overview = health["overview"]
     yield Text(
-        f"{overview['files'] or 0:,} files, {overview['rows'] or 0:,} rows, "
+        f"{overview['files'] or 0:,} file{'s' * (overview['files'] != 1)}, {overview['rows'] or 0:,} rows, "
         f"{day(overview['first_request'])} to {day(overview['last_request'])} UTC"
     )
     if told := requests_told(overview["requests"]):

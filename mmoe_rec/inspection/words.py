@@ -26,8 +26,19 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def rate(value: float | None, kind: str) -> str:
-    """A rate as a share, the mean of a regression's labels as a number."""
-    return NONE if value is None else f"{value:.2%}" if kind == "binary" else f"{value:.4g}"
+    """A rate as a share, the mean of a regression's labels as a number: of large ones, such as times, every unit."""
+    if value is None:
+        return NONE
+    if kind == "binary":
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def labels_told(task: str, kind: str, label_sum: float, observed: int) -> str:
+    """The observed labels of a task: how many are positive, or the mean of a regression's."""
+    if kind == "binary":
+        return f"{task} {label_sum:,.0f} of {observed:,} observed"
+    return f"{task} {observed:,} observed" + (f", mean {rate(label_sum / observed, kind)}" if observed else "")
 
 
 def count(value: Mapping[str, Any] | None) -> str:

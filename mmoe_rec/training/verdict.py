@@ -16,7 +16,7 @@ def why_chosen(best: Validation, step: int, select_by: str) -> list[str]:
     told = best.told_by_auc(select_by)
     how = "the weighted loss is the lowest"
     if told:
-        how = f"the {'mean ' if len(told) > 1 else ''}AUC of {' and '.join(told)} is the highest"
+        how = f"the {'mean ' if len(told) > 1 else ''}AUC of {_listed(told)} is the highest"
     return [f"best validation, at step {step}: {how}", *_too_few(best, select_by)]
 
 
@@ -31,7 +31,7 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
             rows = best.rarer.get(task, FEWEST)
             why = (
                 f"with {rows} rows of its rarer label that may be chance, but nothing shows that it ranks at all"
-                if rows < FEWEST
+                if rows < FEWEST or _may_be_chance(auc, rows)
                 else "it ranks worse than chance: the label may be turned round, or validation unlike training"
             )
             found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
@@ -43,6 +43,19 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
                 "train longer (training.epochs, a smaller batch_size), or correct them by training.calibration"
             )
     return found
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _may_be_chance(auc: float, rows: int) -> bool:
+    """Whether random scores come so far from .5 in one of 20 validations, with so many rows of the rarer label.
+
+    Their AUC has the variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and Whitney, 1947); how many
+    have the other label is not known here, and no more would make it smaller than half of that with as many.
+    """
+    return abs(auc - 0.5) <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
 
 
 def _far(ratio: float, rows: int) -> bool:

@@ -167,6 +167,19 @@ def test_lists_of_equal_relevance_have_no_ndcg(log: Log) -> None:
     assert "No request has rows that differ in relevance" in score["note"]
 
 
+def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: Log) -> None:
+    """Times in seconds: the worst order of all has an NDCG of 1 but for rounding."""
+    times = 1.7e9 + 100 * np.random.default_rng(3).standard_normal(len(log.score))
+    log = replace(log, labels={**log.labels, "spent": times})
+    summary = summarise(log.measure(), resamples=20)
+    assert summary["score"]["ndcg_at_10"]["value"] > 0.999
+    (note,) = [each for each in told([summary]) if "nearly 1 in any order" in each]
+    assert note.startswith("score: NDCG")
+    assert "score_weight" in note
+    log = replace(log, labels={**log.labels, "spent": times - 1.7e9})
+    assert not any("in any order" in each for each in told([summarise(log.measure(), resamples=20)]))
+
+
 def test_what_has_no_interval_is_said_and_why() -> None:
     """Two users, one of which has a single class: half of the resamples have no AUC by user."""
     task = TaskSpec("bought", "binary")

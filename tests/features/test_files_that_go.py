@@ -263,8 +263,8 @@ def test_an_older_file_that_is_mended_stays_left_out_as_a_whole(tmp_path, how):
     (left,) = extended.prepared.manifest["left_out"]
     assert left["file"] == str(path)
     assert "was left out before and holds requests from 2023-11-1" in left["reason"]
-    assert "to take it in, build the features anew" in left["reason"]
-    assert _at_hand(log, LATER) is not None
+    assert _at_hand(log, LATER) is not None, "building these features again would not take it in"
+    assert "to take it in, set another `data.work`" in left["reason"]
     assert log.extend(LATER) is None
     log.add(9, 12.1)
     assert _left_out(log.extend(LATER).prepared) == ["99.parquet"]

@@ -115,6 +115,12 @@ def test_files_are_json_without_nan_and_the_page(health, tmp_path):
     assert (tmp_path / "out" / "health.html").read_text() == page(health)
 
 
+@pytest.mark.parametrize(("files", "told"), [(None, "0 files, "), (1, "1 file, "), (1234, "1,234 files, ")])
+def test_the_terminal_counts_files(health, files, told):
+    first = next(show({**health, "overview": {**health["overview"], "files": files}}, 120))
+    assert str(first).startswith(told)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_terminal_shows_every_feature(health, width):
     console = Console(width=width, record=True, file=io.StringIO())

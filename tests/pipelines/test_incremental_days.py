@@ -90,7 +90,7 @@ def test_the_command_says_what_was_added(days: Days) -> None:
     assert days.printed["nothing"] == f"no new files in '{days.folder / 'log'}': the features stay as they are"
     lines = days.printed["extend"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
-    assert f"added {later.num_rows:,} rows of 1 new files" in lines
+    assert f"added {later.num_rows:,} rows of 1 new file" in lines
     assert "new ids: user 0, item 8, slot 0" in lines
     rows = [int(line.split()[1].replace(",", "")) for line in lines if " rows; " in line]
     assert sum(rows) == later.num_rows
@@ -162,6 +162,8 @@ def test_features_without_training_rows_are_not_trained_on(
     helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
     assert printed.splitlines()[-1].startswith("no model can be trained on these: ")
     assert helps in printed.splitlines()[-1]
+    features.main([*config])
+    assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1], "also where they are at hand"
     assert helps in _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
     assert helps in _refused(capsys, inspect.main, *config)
 

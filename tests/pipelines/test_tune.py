@@ -79,7 +79,7 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
     assert {each.data.tags["mlflow.parentRunId"] for each in trials} == {parent.info.run_id}
     cut = [each for each in trials if "cut_short" in each.data.tags]
     assert cut, "those that learn nothing fall behind"
-    assert said.out.count(f"of which {len(cut)} were cut short and 0 failed") == 1
+    assert said.out.count(f"of which {len(cut)} {'was' if len(cut) == 1 else 'were'} cut short and 0 failed") == 1
 
     # The interrupted values came next, under another number.
     tried = [{k: v for k, v in each.data.tags.items() if k.startswith("tuned.")} for each in trials]
@@ -160,7 +160,7 @@ def test_a_combination_that_is_not_valid_is_left_out_with_its_reason(
     train = trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4})
     code, out, err = study(capsys, search, 20, train, *TOP_K)
     assert code == 0, err
-    (counts,) = re.findall(r"20 trials, of which 0 were cut short, (\d+) were no valid combinations and 0 failed", out)
+    (counts,) = re.findall(r"20 trials, of which 0 were cut short, (\d+) were not valid and 0 failed", out)
     left_out = re.findall(r"trial \d+: not valid: .*top_k.* \(model.experts.count (\d), model.gates.top_k (\d)\)", err)
     assert len(left_out) == int(counts) > 0
     assert all(int(experts) < int(k) for experts, k in left_out)
@@ -276,6 +276,10 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
         ({"model.experts.count": {"low": 3, "high": 3}}, r"low \(3\) must be below high \(3\)"),
         ({"training.learning_rate": {"low": 0, "high": 3, "log": True}}, r"low \(0\) must be above 0"),
         ({"model.experts.units": {"choices": [[8], [-1]]}}, "model.experts.units"),
+        (
+            {"model.gates.serving_top_k": {"choices": [2, 99]}},
+            "error: 'tuning.search' has 99 for 'model.gates.serving_top_k': .*99",
+        ),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_at_once(

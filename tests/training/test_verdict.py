@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.validation import FEWEST, Validation
@@ -21,6 +23,10 @@ def found(**changes: dict) -> Validation:
 def test_the_rule_that_chose_is_named() -> None:
     assert why_chosen(found(), 7, "auc") == [
         "best validation, at step 7: the mean AUC of click and like is the highest"
+    ]
+    three = {"click": 0.7, "like": 0.8, "stay": 0.6}
+    assert why_chosen(found(auc=three), 7, "auc") == [
+        "best validation, at step 7: the mean AUC of click, like and stay is the highest"
     ]
     assert why_chosen(found(), 7, "loss") == ["best validation, at step 7: the weighted loss is the lowest"]
     few = found(rarer={"click": 13, "like": 500})
@@ -41,8 +47,18 @@ def test_nothing_is_wrong_with_a_good_validation() -> None:
 def test_an_auc_below_chance_is_told_of() -> None:
     (few,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 13, "like": 500}))
     assert few.startswith("the validation AUC of 'click' is 0.478, below .5; with 13 rows of its rarer label")
-    (many,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}))
+    (many,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 9000, "like": 500}))
     assert "worse than chance" in many
+
+
+@pytest.mark.parametrize("rows", [50, 97, 900])
+def test_random_scores_are_seldom_said_to_rank_worse_than_chance(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    label = np.repeat([0, 1], rows)
+    aucs = [roc_auc_score(label, rng.random(2 * rows)) for _ in range(300)]
+    told = [warnings_of(found(auc={"click": auc}, rarer={"click": rows})) for auc in aucs if auc < 0.5]
+    assert len(told) > 100
+    assert 0 < sum("worse than chance" in each for (each,) in told) < 0.05 * len(aucs)
 
 
 @pytest.mark.parametrize(
