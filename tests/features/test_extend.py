@@ -1,5 +1,6 @@
 """Features that are extended day by day: the state of all days before and a new day give the state of all days."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from growing_log import WINDOWS, Growing, training_items, windows_of
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from small_logs import (
     ALL_KINDS,
@@ -56,10 +57,14 @@ def test_day_by_day_gives_the_memories_and_attributes_of_all_days(
 ):
     """No new rows lie in training, so that the vocabularies are equal too."""
     log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
-    assume(in_window(times_of(log.table), (START + 6 * DAY, START + int(6.5 * DAY))).any())  # no split is empty
     options = {"rows_in_memory": rows_in_memory, "duplicates": "keep"}
     log.add(0, 6.5)
-    log.prepare(**options)
+    try:
+        log.prepare(**options)
+    except UserError as error:  # so few days may lack a split's rows, or a task's labels of one class
+        if not re.search("split is empty|one class in training", str(error)):
+            raise
+        reject()
     for start, end in zip([6.5, *edges], [*edges, 99], strict=True):
         rows = int(in_window(times_of(log.table), (START + int(start * DAY), START + int(end * DAY))).sum())
         if rows:
