@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
@@ -39,7 +40,7 @@ ROWS_PER_PART = 262_144
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Reader(ABC):
     """Reads parts of a log; small and picklable.
 
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
@@ -57,9 +58,9 @@ class _Reader:
         return self.schema.columns.time
 
     @property
+    @abstractmethod
     def checks(self) -> list[ValueCheck]:
         """What the values must hold."""
-        raise NotImplementedError
 
     def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
         """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""

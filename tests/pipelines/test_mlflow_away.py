@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,9 @@ def test_a_server_that_stays_away_is_told_afterwards(
     Ranker.load(training.work / "model")
     assert training.versions() == []
 
-    started = time.monotonic()
     assert training.run("--resume") == 2
-    assert time.monotonic() - started < 30, "it is told at once"
     said = capsys.readouterr().err
+    # Nothing else is printed: it is told before any work is done.
     assert said == f"error: MLflow at '{server.uri}' does not answer (Connection refused)\n"
 
     server.door.open()
