@@ -1,7 +1,8 @@
 """From a log to encoded rows: fits the features, encodes each split, keeps both until what they rest on changes.
 
     <work>/features/
-        manifest.json          fingerprint, log digest, times, files left out, rows and labels of each split
+        manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
+                               each split
         files.json             the files of the logs that were taken in or left out (see `mmoe_rec.features.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
         counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
@@ -189,12 +190,14 @@ def at_hand(
 
 
 def _may_stand(prepared: Prepared, logs: Logs) -> bool:
-    """Whether features may be as they are: a build anew says which requests, or which files of the log, may not be so.
+    """Whether features may be as they are: a build anew says which rows, requests or files of the log may not be so.
 
     A file that an extension left out may be fine by now but for its times, and would be no reason to lose days.
     """
-    options, requests = logs.options, prepared.manifest["requests"] or {}
-    if options.several_times == "error" and requests.get("several_times"):
+    options, manifest = logs.options, prepared.manifest
+    if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
+        return False
+    if not set(manifest["unchecked"]) <= set(options.unchecked):
         return False
     return options.skip_bad_files or prepared.is_extended or not prepared.left_out(logs)
 
@@ -308,6 +311,7 @@ def describe(logs: Logs, taken: Taken, learnt: Learnt, requests: Requests, split
             for each, its in zip(logs.events, events, strict=True)
         },
         "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
+        "unchecked": logs.options.unchecked,
         "first_request": format_time(learnt.first[0]),
         "last_request": format_time(learnt.last[0]),
         "request_microseconds": [learnt.first[0], learnt.last[0]],

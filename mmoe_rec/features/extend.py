@@ -310,6 +310,7 @@ class _Extension:
             "fingerprint": fingerprint,
             "settings": settings_of(self.logs.schema, self.windows),
             **describe(self.logs, self.taken, learnt, requests, splits),
+            "unchecked": sorted({*self.manifest["unchecked"], *self.logs.options.unchecked}),
             "vocabularies": vocabularies(pipeline),
             "extends": {
                 "fingerprint": before,

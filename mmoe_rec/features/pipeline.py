@@ -43,7 +43,7 @@ from mmoe_rec.schema import (
     VectorFeature,
 )
 
-FORMAT = 8
+FORMAT = 9
 
 
 class FeaturePipeline:

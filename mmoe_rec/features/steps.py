@@ -77,6 +77,11 @@ class BuildOptions:
     future_times: Literal["error", "keep"] = "error"
     several_times: Literal["first", "error"] = "first"
 
+    @property
+    def unchecked(self) -> list[str]:
+        """Settings by which a build does not look for rows that most logs hold by mistake only."""
+        return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
+
 
 DEFAULTS = BuildOptions()
 

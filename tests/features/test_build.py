@@ -184,6 +184,32 @@ def test_rows_that_occur_twice(tmp_path, small_pieces):
     assert prepared.manifest["rows"] == 202
 
 
+def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
+    table = random_log(9, rows=200)
+    twice = str(write_log(tmp_path / "twice", table, table.slice(150, 2)))
+    times = pa.array(times_of(table) + 40_000 * DAY).cast(table.schema.field("time").type)
+    future = str(write_log(tmp_path / "future", table.set_column(table.column_names.index("time"), "time", times)))
+    late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
+    cases = {
+        "duplicates": (twice, WINDOWS, "repeats request and candidate"),
+        "future_times": (future, late, "requests of the future"),
+    }
+    for setting, (source, windows, message) in cases.items():
+        place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
+        prepared = prepare(*place, keep)
+        assert at_hand(*place, keep) == prepared
+        assert at_hand(*place) is None
+        with pytest.raises(UserError, match=message):
+            prepare(*place)
+        assert at_hand(*place, keep) == prepared
+
+
+def test_what_was_checked_needs_no_second_look(tmp_path):
+    place = str(write_log(tmp_path / "log", random_log(9, rows=200))), SCHEMA, WINDOWS, tmp_path
+    prepared = prepare(*place)
+    assert at_hand(*place, BuildOptions(duplicates="keep", future_times="keep")) == prepared
+
+
 def test_times_of_two_units(tmp_path):
     table = random_log(10, rows=200)
     seconds = pa.array(times_of(table) // 1_000_000).cast(pa.timestamp("us", tz="UTC"))
