@@ -22,7 +22,6 @@ from mmoe_rec.features.log_checks import (
     LeftOut,
     LogFile,
     check_files,
-    digest_of,
     format_time,  # noqa: F401 - offered here with what it describes
     open_parquet,
     word_of,
@@ -185,15 +184,10 @@ class _Files(Generic[Reader]):
     types: dict[str, pa.DataType]
     reader: Reader
 
-    def _open(
-        self, found: Sequence[FoundFile], skip_bad_files: bool, left_out: Sequence[LeftOut], types: Mapping[str, str]
-    ) -> None:
+    def _open(self, found: Sequence[FoundFile], skip_bad_files: bool, types: Mapping[str, str]) -> None:
         self.found = {file.address: file for file in found}
-        wanted = [file for file in found if file.address not in {each.address for each in left_out}]
         unit = self.schema.columns.time_unit
-        bad: list[LeftOut]
-        self.files, self.types, bad = check_files(wanted, self.uses, unit, skip_bad_files, types)
-        self.left_out = [*left_out, *bad]
+        self.files, self.types, self.left_out = check_files(found, self.uses, unit, skip_bad_files, types)
         if not self.files:
             raise none_usable(self.source, self.left_out)
 
@@ -232,7 +226,6 @@ class Log(_Files[LogReader]):
     Args:
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
         skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
-        left_out: files that are not even opened.
         types: of columns in words, as they have to be; by default as most files have them.
         now: microseconds since 1970 UTC; later requests are an error when read. By default in a day's time.
 
@@ -247,7 +240,6 @@ class Log(_Files[LogReader]):
         schema: Schema,
         *,
         skip_bad_files: bool = False,
-        left_out: Sequence[LeftOut] = (),
         types: Mapping[str, str] | None = None,
         now: int | None = None,
     ) -> None:
@@ -255,14 +247,10 @@ class Log(_Files[LogReader]):
         self.schema = schema
         self.uses = column_uses(schema)
         self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
-        self._open(find_files(source), skip_bad_files, left_out, types or {})
+        self._open(find_files(source), skip_bad_files, types or {})
         if not self.rows:
             raise UserError(f"the log '{source}' has no rows")
         self.reader = LogReader(schema, self.uses, self.now, types=words_of(self.types))
-
-    def digest(self) -> str:
-        """A fingerprint of file names, sizes and row counts."""
-        return digest_of((file.address, file.bytes, file.rows) for file in self.files)
 
 
 class EventRows(_Files[EventReader]):
@@ -277,14 +265,13 @@ class EventRows(_Files[EventReader]):
         log: Log,
         *,
         skip_bad_files: bool = False,
-        left_out: Sequence[LeftOut] = (),
         types: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.schema = name, log.schema
         self.time = self.schema.events[name].time
         self.uses = event_uses(self.schema, name)
         self.source = self.schema.events[name].path
-        self._open(find_files(self.source, f"data.events.{name}.path"), skip_bad_files, left_out, types or {})
+        self._open(find_files(self.source, f"data.events.{name}.path"), skip_bad_files, types or {})
         for column, kind in self.types.items():
             if column in log.types and log.types[column] != kind and column != self.time:
                 raise UserError(

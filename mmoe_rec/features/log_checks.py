@@ -6,13 +6,11 @@ log is read is in `mmoe_rec.features.value_checks`.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -117,12 +115,6 @@ def word_of(kind: pa.DataType) -> str | None:
 def words_of(types: Mapping[str, pa.DataType]) -> dict[str, str]:
     """The types of columns in words, as far as they are known."""
     return {column: word for column, kind in types.items() if (word := word_of(kind)) is not None}
-
-
-def digest_of(files: Iterable[tuple[str, int, int]]) -> str:
-    """A fingerprint of files' names, sizes and row counts."""
-    text = "\n".join(f"{PurePath(address).name} {size} {rows}" for address, size, rows in files)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_files(

@@ -50,7 +50,7 @@ class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
     Fitting goes through `learn` over training rows, `finish`, then for counters and histories through memories:
-    `learn_answers` over training rows, `finish_answers`. `mmoe_rec.features.build` does so for logs of any size.
+    their `learn_answers` over training rows, `finish_answers`. `mmoe_rec.features.build` does so for logs of any size.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -169,11 +169,6 @@ class FeaturePipeline:
         """
         self.__dict__.pop("layout", None)
         return {name: owner.grow() for name, owner in self.owners.items()}
-
-    def learn_answers(self, rows: LogRows) -> None:
-        """Counts what the memories of this process say of training rows."""
-        for encoder in self.memory_encoders.values():
-            encoder.learn_answers(encoder.look_up(rows))
 
     def finish_answers(self) -> None:
         """Makes statistics of the answers that were counted."""

@@ -87,6 +87,7 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
     number, part = task
     pipeline = fitted(job.state)
     answers = AnswerReader(job.answers, list(pipeline.key_groups))
+    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.answer_names}
     counts = {name: SplitCounts() for name in job.windows}
     writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
     row = part.start
@@ -94,7 +95,9 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
         for name, window in job.windows.items():
             wanted = in_window(rows.times(), window)
             if wanted.any():
-                inside = LogRows(rows.filter(wanted).table, rows.schema, answers.of(row, wanted))
+                its = answers.of(row, wanted)
+                assert asked <= its.keys(), "a memory of this process, which is empty, would answer in their place"
+                inside = LogRows(rows.filter(wanted).table, rows.schema, its)
                 labels = labels_of(inside, job.known_by[name])
                 counts[name].add(labels, sampling_rates(inside), unmatured(inside, job.known_by[name]))
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))

@@ -165,8 +165,9 @@ def fit_in_memory(
         pipeline.learn(part, training[1])
     pipeline.finish()
     remember(pipeline, batches, events)
-    for part in inside:
-        pipeline.learn_answers(part)
+    for encoder in pipeline.memory_encoders.values():
+        for part in inside:
+            encoder.learn_answers(encoder.look_up(part))
     pipeline.finish_answers()
     return pipeline
 

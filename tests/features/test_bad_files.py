@@ -110,21 +110,20 @@ def test_a_file_that_cannot_be_opened(tmp_path, kind):
     assert [Path(file.address).stem for file in log.files] == ["0", "1", "2", "4"]
     assert log.rows == sum(len(rows) for rows in log.stream()) == 240
 
-    again = Log(str(folder), SCHEMA, left_out=[LeftOut(error.address, "seen before")])
-    assert again.left_out == [LeftOut(error.address, "seen before")]
-    assert (again.files, again.types) == (log.files, log.types)
-
 
 def test_the_first_of_several_bad_files_is_named_and_all_are_left_out(tmp_path):
     folder = _five(tmp_path)
     for name, kind in (("4", "truncated"), ("1", "another type"), ("2", "lacks a column")):
         _spoil(kind, folder / f"{name}.parquet")
     assert Path(_opening(folder).address).stem == "1"
-    given = [LeftOut(str(folder / "3.parquet"), "not wanted")]
-    log = Log(str(folder), SCHEMA, skip_bad_files=True, left_out=given)
-    assert log.left_out[0] == given[0]
-    assert [Path(each.address).stem for each in log.left_out] == ["3", "1", "2", "4"]
-    assert [Path(file.address).stem for file in log.files] == ["0"]
+    log = Log(str(folder), SCHEMA, skip_bad_files=True)
+    assert [Path(each.address).stem for each in log.left_out] == ["1", "2", "4"]
+    assert [Path(file.address).stem for file in log.files] == ["0", "3"]
+    late = LeftOut(str(folder / "3.parquet"), "found to be bad when it was read")
+    fewer = log.without({late.address: late})
+    assert fewer.left_out == [*log.left_out, late]
+    assert [Path(file.address).stem for file in fewer.files] == ["0"]
+    assert fewer.types == log.types
 
 
 def test_a_log_of_bad_files_only(tmp_path):
@@ -183,7 +182,7 @@ def test_a_data_page_that_is_damaged(tmp_path, compression):
     assert error.address == str(path)
     assert str(error).startswith(f"'{path}' is damaged: ")
     assert str(error).endswith("; write the file again")
-    log = Log(str(folder), SCHEMA, left_out=[LeftOut(error.address, str(error))])
+    log = Log(str(folder), SCHEMA).without({error.address: LeftOut(error.address, str(error))})
     assert sum(len(rows) for rows in log.stream()) == 240
 
 
@@ -315,8 +314,6 @@ def test_bad_files_of_events(tmp_path):
     purchases = EventRows("purchases", log, skip_bad_files=True)
     assert [Path(each.address).stem for each in purchases.left_out] == ["1"]
     assert purchases.rows == 600
-    again = EventRows("purchases", log, left_out=purchases.left_out)
-    assert (again.files, again.left_out) == (purchases.files, purchases.left_out)
 
     early = Log(log.source, log.schema, now=START)
     message = r"0.parquet': column 'born' holds \d+ events of the future: events from .*\(the first is row \d+"

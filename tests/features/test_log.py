@@ -24,6 +24,8 @@ from mmoe_rec.features import log as log_module
 from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.log import BadFile, EventRows, Log, LogPart, LogReader
 from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.steps import DEFAULTS, Logs
+from mmoe_rec.features.taken import Taken
 from mmoe_rec.schema import EVENT, Schema
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}
@@ -118,10 +120,13 @@ def test_other_processes_read_parts(tmp_path):
 
 
 def test_the_digest_changes_with_the_files(tmp_path):
-    digest = Log(str(write_log(tmp_path, TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0))), SCHEMA).digest()
-    assert Log(str(tmp_path), SCHEMA).digest() == digest
-    write_log(tmp_path, TABLE.slice(149), TABLE.slice(0, 149), TABLE.slice(0, 0))
-    assert Log(str(tmp_path), SCHEMA).digest() != digest
+    def digest(*tables: pa.Table) -> str:
+        logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULTS)
+        return Taken.of(logs, {}).logs[0].digest
+
+    tables = TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0)
+    assert digest(*tables) == digest(*tables)
+    assert digest(TABLE.slice(149), TABLE.slice(0, 149), TABLE.slice(0, 0)) != digest(*tables)
 
 
 @pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/*/[01].parquet"])
