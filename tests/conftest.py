@@ -3,7 +3,35 @@ many times slower than one."""
 
 import os
 
+import pytest
+
 # Set in these processes alone, not in the one that starts them.
 _WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
 if _WORKERS is not None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(_WORKERS)))
+
+# Files of half a minute or more, the longest first.
+_LONG = [
+    "pipelines/test_resume",
+    "test_readme",
+    "pipelines/test_end_to_end",
+    "training/test_resume_on_ranks",
+    "pipelines/test_mlflow_away",
+    "pipelines/test_commands",
+    "features/test_build",
+    "training/test_loop",
+    "features/test_drawn_logs",
+    "training/test_task_weights",
+    "training/test_ranks",
+    "serving/test_server",
+    "pipelines/test_tune",
+    "training/test_warm_start",
+    "pipelines/test_resumed_trainings",
+    "pipelines/test_promotion",
+]
+_ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: one that is begun last is waited for by all other processes."""
+    items.sort(key=lambda item: _ORDER.get(item.nodeid.partition("::")[0], len(_ORDER)))
