@@ -32,6 +32,11 @@ _LONG = [
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, as tests also wait: for servers, and for processes that they start."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first: one that is begun last is waited for by all other processes."""
     items.sort(key=lambda item: _ORDER.get(item.nodeid.partition("::")[0], len(_ORDER)))

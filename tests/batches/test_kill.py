@@ -5,7 +5,6 @@ import multiprocessing
 import random
 import signal
 import time
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,21 +14,16 @@ import pytest
 
 from tests.batches.consumer import consume
 from tests.batches.encoded_files import write
+from tests.forked import start_server
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = 2
 FILES = [[90, 41, 7], [66, 0, 120], [35], [80, 80, 80, 1]]
 
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Starts processes that share nothing, but what they import is imported once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([consume.__module__, "pandas"])  # which Arrow imports when it is first used
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # the server does not take over sys.path before Python 3.13
-        forkserver.ensure_running()
-    return context
+    start_server()
+    return multiprocessing.get_context("forkserver")
 
 
 def start(

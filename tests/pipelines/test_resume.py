@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -52,22 +51,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     assert training.weights == whole.weights
     assert training.validation() == whole.validation()
     assert training.query("select status from runs") == [("FINISHED",)]
-    versions = training.query("select count(*) from model_versions")
-    again = subprocess.run(training.command, capture_output=True, text=True, check=True).stdout
-    assert again.startswith("this training has come to its end before")
-    assert training.query("select count(*) from model_versions") == versions
-
-
-def test_other_settings_are_refused(whole: Training) -> None:
-    training = replace(whole, work=whole.work.with_name("other"))
-    process = started(training, whole)
-    process.kill()
-    process.communicate()
-    other = replace(training, options=("--training.learning_rate", "0.5"))
-    done = subprocess.run(other.command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert re.search(r"error: .* was begun with training.learning_rate 0\.\d+, now it is 0.5", done.stderr)
-    assert training.query("select count(*) from runs") == [(1,)]
 
 
 def _ranks(process: subprocess.Popen[str]) -> dict[int, int]:

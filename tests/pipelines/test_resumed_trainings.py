@@ -110,6 +110,14 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     assert "this training has come to its end before" in capsys.readouterr().out
 
 
+def test_other_settings_on_the_way_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
+    with dying_after(12):
+        world.train()
+    told = refused(capsys, world, RESUME, "--training.learning_rate", "0.5")
+    assert "can't go on: it was begun with training.learning_rate 0.01, now it is 0.5" in told
+    assert latest_step(world) == 10
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "named"),
     [

@@ -16,6 +16,7 @@ from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import shard
+from tests.forked import start_server
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.saving import save_weights
 
@@ -44,7 +45,8 @@ def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(ranks, port, *arguments), nprocs=ranks)
+    start_server()
+    torch.multiprocessing.start_processes(work, args=(ranks, port, *arguments), nprocs=ranks, start_method="forkserver")
 
 
 def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:

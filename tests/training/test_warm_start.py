@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from mmoe_rec.training.sharding import load_plain, shard
 from mmoe_rec.training.warm_start import WarmStart
 from tests.features.small_logs import ALL_KINDS, DAY, START, random_log, remember
 from tests.serving.small_model import SmallModel
+from tests.training.ranks import join, spawn
 from tests.training.saving import save_weights
 
 CPU = torch.device("cpu")
@@ -138,21 +137,16 @@ def test_any_range_of_rows_is_that_part_of_all(grown: Grown) -> None:
 def _shard(prepared: Prepared, layout: ModelLayout, artifact: Path, structure: Model, out: Path) -> str:
     """Shards a started model, saves it, and gives the plan."""
     start = WarmStart(artifact, structure, prepared, layout, structure)
-    with process_group(CPU):
-        model = build_model(layout, structure, torchrec_tables(layout), seed=99)
-        start.fill_dense(model)
-        sharded = shard(model, layout, CPU, batch_size=8, table_learning_rate=0.1, first_rows=start.rows)
-        save_weights(sharded.model, out)
+    model = build_model(layout, structure, torchrec_tables(layout), seed=99)
+    start.fill_dense(model)
+    sharded = shard(model, layout, CPU, batch_size=8, table_learning_rate=0.1, first_rows=start.rows)
+    save_weights(sharded.model, out)
     return sharded.plan
 
 
-def _join_and_shard(
-    rank: int, port: int, prepared: Prepared, layout: ModelLayout, artifact: Path, structure: Model, out: Path
-) -> None:
-    environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
-    plan = _shard(prepared, layout, artifact, structure, out)
+def _join_and_shard(rank: int, world: int, port: int, prepared: Prepared, layout: ModelLayout, *arguments: Any) -> None:
+    with join(rank, world, port):
+        plan = _shard(prepared, layout, *arguments)
     assert "rank 0" in plan
     assert "rank 1" in plan
 
@@ -161,12 +155,10 @@ def _join_and_shard(
 def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, world: int) -> None:
     arguments = (grown.prepared, grown.layout, grown.small.folder, grown.small.settings.model, tmp_path / "saved")
     if world == 1:
-        _shard(*arguments)
+        with process_group(CPU):
+            _shard(*arguments)
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_join_and_shard, args=(port, *arguments), nprocs=2)
+        spawn(_join_and_shard, *arguments, ranks=world)
     saved, expected = grown.plain(), grown.plain()
     load_plain(saved, tmp_path / "saved")
     grown.warm_start().fill(expected)
