@@ -1,4 +1,4 @@
-"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
+"""KeyGroups, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
 from mmoe_rec.evaluation.scoring import Scored
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Settings

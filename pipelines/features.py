@@ -20,13 +20,13 @@ from mmoe_rec.errors import exit_with_message
 from pipelines.command import read_command
 
 if TYPE_CHECKING:
-    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.settings import Settings
 
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """KeyGroups the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pipelines.steps import extend_features, prepare_features
 
@@ -67,7 +67,7 @@ def _champion(settings: Settings) -> str:
 
 def _no_model_can_be_trained(prepared: Prepared) -> bool:
     """Says so of features whose added days left a split without rows."""
-    from mmoe_rec.features.checks import empty_split
+    from mmoe_rec.build.checks import empty_split
 
     empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
     if empty:
@@ -77,8 +77,8 @@ def _no_model_can_be_trained(prepared: Prepared) -> bool:
 
 def _print(prepared: Prepared, settings: Settings) -> None:
     print(f"features: {prepared.folder}")
-    from mmoe_rec.features.log import format_time
     from mmoe_rec.inspection.words import labels_told, requests_told, unmatured_told
+    from mmoe_rec.log.reader import format_time
 
     requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():

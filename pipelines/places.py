@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from mmoe_rec.features.build import Prepared, at_hand, prepare
-from mmoe_rec.features.learn import Window
+from mmoe_rec.build.logs import BuildOptions, Logs
+from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.steps import BuildOptions, Logs
 from mmoe_rec.locks import reading
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 
 
 def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
-    """The arguments of `prepare`, `extend` and `at_hand`."""
+    """The arguments of `prepare`, `extend` and `existing`."""
     data = settings.data
     return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
 
@@ -45,12 +45,12 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
 def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[Prepared]:
     """Features that are built, or taken from those at hand, and that nobody replaces meanwhile.
 
-    what: uses them; going_on: whether a model goes on from these features, see `mmoe_rec.features.build.prepare`.
+    what: uses them; going_on: whether a model goes on from these features, see `mmoe_rec.build.prepare.prepare`.
     """
     while True:
         prepared = prepare(*log_and_place(settings), going_on=going_on)
         with reading(prepared.folder, what):
             # Between the two another process may have built others.
-            if at_hand(*log_and_place(settings)) is not None:
+            if existing(*log_and_place(settings)) is not None:
                 yield prepared
                 return

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
 from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, encode_with
 from mmoe_rec.progress import say
 from mmoe_rec.registry import local_model
 from mmoe_rec.settings import Settings

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from mmoe_rec.build.logs import Logs
+from mmoe_rec.build.prepare import Prepared, existing, fingerprint_of, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand, fingerprint_of, prepare
-from mmoe_rec.features.steps import Logs
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
 from mmoe_rec.registry import find_model
@@ -65,7 +65,7 @@ def begin(settings: Settings, start: str | None, resume: bool, held: contextlib.
         held.enter_context(writing(work / name, "a training", "set `data.work` to another folder"))
     course = course_of(settings, work / "checkpoints", start, resume)
     if course.kind == "begins":
-        check_training_rows(settings, at_hand(*log_and_place(settings)), start)
+        check_training_rows(settings, existing(*log_and_place(settings)), start)
     if course.kind != "at its end":
         going_on = start is not None or course.kind == "goes on"
         held.enter_context(features_in_use(settings, "a training", going_on))
@@ -126,7 +126,7 @@ class _Before:
         wrong to throw away what it has done because the log has grown meanwhile.
         """
         place = log_and_place(settings)
-        found = at_hand(*place)
+        found = existing(*place)
         if found is None:
             log, schema, windows, _, options = place
             expected = fingerprint_of(Logs(log, schema, options), windows)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.features.build import Prepared, at_hand, prepare
-from mmoe_rec.features.extend import Extended, extend
+from mmoe_rec.build.extend import Extended, extend
+from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
 from mmoe_rec.registry import FoundModel, check_address, find_model, local_model
@@ -57,7 +57,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     features go on to a later day. Raises UserError where another process trains in `data.work`.
     """
     # A wrong log or address is told of before torch is loaded.
-    found = at_hand(*log_and_place(settings))
+    found = existing(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     if not (resume and something_left(checkpoints)):
         check_training_rows(settings, found, start)

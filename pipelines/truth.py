@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmoe_rec.build.prepare import Prepared, encode_with, existing
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand, encode_with
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
@@ -31,7 +31,7 @@ def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Iterator[Pa
     _check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
     with reading(work / "features", what):
-        prepared = at_hand(*log_and_place(settings))
+        prepared = existing(*log_and_place(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
             prepared.require_rows("test")
             yield prepared.split("test")

@@ -27,7 +27,7 @@ COMBINATIONS = 30  # with values of the other settings, that a value is tried in
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """KeyGroups the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     search = settings.tuning.search
     if not search:
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     _check_values(search, with_values)
     from mmoe_rec import tracking
-    from mmoe_rec.features.build import at_hand
+    from mmoe_rec.build.prepare import existing
     from mmoe_rec.locks import writing
     from pipelines.places import features_in_use, log_and_place
 
-    at_hand(*log_and_place(settings))  # a wrong log is told of before MLflow and optuna are loaded
+    existing(*log_and_place(settings))  # a wrong log is told of before MLflow and optuna are loaded
     from pipelines.tuning import Study
 
     tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")

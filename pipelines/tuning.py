@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.progress import say
 from mmoe_rec.settings import Search, Settings
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.columns import UTC_MICROSECONDS, Use, column_uses, event_uses
+from mmoe_rec.log.columns import UTC_MICROSECONDS, Use, column_uses, event_uses
 from mmoe_rec.schema import VectorFeature
 from mmoe_rec.settings import Settings
 

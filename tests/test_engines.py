@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from mmoe_rec import engines
-from mmoe_rec.engines import open_engine
+from mmoe_rec.build import engines
+from mmoe_rec.build.engines import open_engine
 from mmoe_rec.errors import UserError
 
 
@@ -99,7 +99,7 @@ def test_ray_that_is_not_installed_is_a_sentence(monkeypatch):
 
 _PARENT = """
 import os, sys, time
-from mmoe_rec import engines
+from mmoe_rec.build import engines
 engines.THREADS_AT_MOST = 0
 def work(seconds):
     print(os.getpid(), flush=True)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec import files
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.log import BadFile, Log
-from mmoe_rec.files import find_files, open_file, path_values
+from mmoe_rec.log import files
+from mmoe_rec.log.files import find_files, open_file, path_values
+from mmoe_rec.log.reader import BadFile, Log
 from mmoe_rec.schema import Schema
 
 TABLE = pa.table({"x": [1, 2, 3]})

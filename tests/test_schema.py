@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from mmoe_rec.features.columns import column_uses
+from mmoe_rec.log.columns import column_uses
 from mmoe_rec.schema import Schema
 
 TREE = {

@@ -1,4 +1,4 @@
-"""Runs, the registry, and what is said of addresses that lead nowhere."""
+"""KeyGroups, the registry, and what is said of addresses that lead nowhere."""
 
 import os
 from pathlib import Path

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.position import Position
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.point_in_time.lists import Ragged
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoder import Answers, Inputs, MemoryEncoder, Outline, State
-from mmoe_rec.features.events import LookUps, known_at
-from mmoe_rec.features.memory import NEVER, CounterMemory
+from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Results, State
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.features.numeric import DenseNumber
-from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows, maturity
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
+from mmoe_rec.point_in_time.join import LookUps, known_at
+from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
 from mmoe_rec.schema import CounterFeature, Schema
 
 _FOREVER = np.iinfo(np.int64).max
@@ -104,7 +104,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return memory.with_room(self.memory.units)
 
     @property
-    def answer_names(self) -> tuple[str, ...]:
+    def result_names(self) -> tuple[str, ...]:
         """The statistics."""
         return tuple(self.numbers)
 
@@ -144,17 +144,17 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing)
 
     @property
-    def answer_counts(self) -> dict[str, NumberHistogram]:
+    def result_counts(self) -> dict[str, NumberHistogram]:
         """Histograms of the statistics in the training rows."""
         return {name: number.histogram for name, number in self.numbers.items()}
 
-    def learn_answers(self, answers: Answers) -> None:
+    def learn_results(self, results: Results) -> None:
         """Counts the training rows' statistics, so that they can be standardised."""
-        for name, values in answers.items():
+        for name, values in results.items():
             assert isinstance(values, np.ndarray)
             self.numbers[name].histogram.add(values)
 
-    def finish_answers(self) -> None:
+    def finish_results(self) -> None:
         """Makes means and deviations."""
         for number in self.numbers.values():
             number.finish()
@@ -167,9 +167,9 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The standardised statistics. A column with the name of one wins."""
         dense: dict[str, np.ndarray] = {}
         given = {name for name in self.numbers if rows.has(name)}
-        answers = {} if len(given) == len(self.numbers) else self.look_up(rows)
+        results = {} if len(given) == len(self.numbers) else self.look_up(rows)
         for name, number in self.numbers.items():
-            values = self.distances(name, rows.numbers(name)) if name in given else answers[name]
+            values = self.distances(name, rows.numbers(name)) if name in given else results[name]
             assert isinstance(values, np.ndarray)
             dense |= number.encode(values)
         return Inputs(dense=dense)

@@ -10,15 +10,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoded import Ragged, SharedRagged
-from mmoe_rec.features.events import LookUps
 from mmoe_rec.features.layout import DenseInput, Table
-from mmoe_rec.features.memory import Memory
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
+from mmoe_rec.point_in_time.memory import Memory
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
 # Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.
-Answers = Mapping[str, np.ndarray | SharedRagged]
+Results = Mapping[str, np.ndarray | SharedRagged]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class State:
-    """What an encoder has learnt, as plain data: JSON values and Arrow tables."""
+    """What an encoder has counted, as plain data: JSON values and Arrow tables."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
@@ -84,11 +84,11 @@ class Encoder:
         return Inputs()
 
     def state(self) -> State:
-        """What was learnt."""
+        """What was counted."""
         return State()
 
     def restore(self, state: State) -> None:
-        """Takes what another encoder of the same settings has learnt."""
+        """Takes what another encoder of the same settings has counted."""
 
 
 class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
@@ -140,8 +140,8 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
 
     @property
     @abstractmethod
-    def answer_names(self) -> tuple[str, ...]:
-        """What `answers` gives."""
+    def result_names(self) -> tuple[str, ...]:
+        """What `results` gives."""
 
     @abstractmethod
     def known(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
@@ -152,27 +152,27 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """The memory that `Memory.to_columns` gave."""
 
     def distances(self, name: str, values: np.ndarray) -> np.ndarray:
-        """(N,) answers as they are exchanged: from where they lie, if in float32 they would be one number."""
+        """(N,) results as they are exchanged: from where they lie, if in float32 they would be one number."""
         return values
 
     @property
-    def answer_counts(self) -> dict[str, Any]:
-        """What statistics of answers are made from: answer -> counts."""
+    def result_counts(self) -> dict[str, Any]:
+        """What statistics of results are made from: result -> counts."""
         return {}
 
-    def learn_answers(self, answers: Answers) -> None:
-        """Adds the answers of training rows to `answer_counts`."""
+    def learn_results(self, results: Results) -> None:
+        """Adds the results of training rows to `result_counts`."""
 
-    def finish_answers(self) -> None:
-        """Makes statistics from `answer_counts`."""
+    def finish_results(self) -> None:
+        """Makes statistics from `result_counts`."""
 
-    def look_up(self, rows: LogRows) -> Answers:
-        """The rows' answers: those that came with them, or from this process's memory."""
-        if set(self.answer_names) <= set(rows.answers):
-            return {name: rows.answers[name] for name in self.answer_names}
-        return self.answers(self.memory, rows.look_ups(self.by))
+    def look_up(self, rows: LogRows) -> Results:
+        """The rows' results: those that came with them, or from this process's memory."""
+        if set(self.result_names) <= set(rows.results):
+            return {name: rows.results[name] for name in self.result_names}
+        return self.results(self.memory, rows.look_ups(self.by))
 
-    def answers(self, memory: MemoryKind, asked: LookUps) -> Answers:
+    def results(self, memory: MemoryKind, asked: LookUps) -> Results:
         """What was known at the look-ups of N rows."""
         return {
             name: SharedRagged(each, asked.number)

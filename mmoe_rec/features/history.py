@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.arrays import one_array
-from mmoe_rec.features.encoded import Ragged, SharedRagged
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, State
-from mmoe_rec.features.events import LookUps, known_at
 from mmoe_rec.features.ids import VocabularyOwner, ragged
-from mmoe_rec.features.memory import HistoryMemory
-from mmoe_rec.features.rows import LogRows, maturity
+from mmoe_rec.log.rows import LogRows, maturity
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.join import LookUps, known_at
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
+from mmoe_rec.point_in_time.memory import HistoryMemory
 from mmoe_rec.schema import HistoryFeature, Schema
 
 _FOREVER = np.iinfo(np.int64).max
@@ -54,7 +54,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         return HistoryMemory.from_columns(columns, floor)
 
     @property
-    def answer_names(self) -> tuple[str, ...]:
+    def result_names(self) -> tuple[str, ...]:
         """One, of the feature's name."""
         return (self.name,)
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.features.encoder import Encoder, Inputs, Outline, State
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.rows import LogRows
 from mmoe_rec.features.vocabulary import IdCounts, Vocabulary
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.schema import MAX_TABLE_ROWS, CrossFeature, IdFeature, IdsFeature
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.features.arrays import one_array, shared_index
-from mmoe_rec.features.hashing import hash_column
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.arrays import one_array, shared_index
 from mmoe_rec.schema import Schema
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.exact import BITS, ExactSums, whole_numbers
+from mmoe_rec.point_in_time.exact import BITS, ExactSums, whole_numbers
 
 _LOW_BITS = 27  # of 53, so that products of the parts of two numbers fit into 54
 _SCALE = 1088  # 2^-1088 divides every float64 number, and is a unit of `ExactSums`

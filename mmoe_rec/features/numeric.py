@@ -13,7 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Encoder, Inputs, Outline, State
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
-from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.schema import NumericFeature, TimeFeature, VectorFeature
 
 _CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years

@@ -1,6 +1,6 @@
 """`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
 
-State is plain data: `pipeline.json`, a Parquet file for each table that an encoder has learnt, and a folder of Parquet
+State is plain data: `pipeline.json`, a Parquet file for each table that an encoder has counted, and a folder of Parquet
 files for what each counter and history remembers.
 """
 
@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import column_uses
 from mmoe_rec.features.counter import CounterEncoder
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, State
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.features.memory import Memory
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.schema import (
     CounterFeature,
     CrossFeature,
@@ -50,7 +51,7 @@ class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
     Fitting goes through `learn` over training rows, `finish`, then for counters and histories through memories:
-    their `learn_answers` over training rows, `finish_answers`. `mmoe_rec.features.build` does so for logs of any size.
+    their `learn_results` over training rows, `finish_results`. `mmoe_rec.build.prepare` does so for logs of any size.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -128,21 +129,21 @@ class FeaturePipeline:
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts training rows. Labels that become known later than `known_by` (microseconds) don't count."""
-        self.learn_types(rows)
+        self.note_types(rows)
         for name, moments in self._labels.items():
             moments.add(rows.labels(self.schema.tasks[name], known_by))
         for encoder in self.encoders.values():
             encoder.learn(rows, known_by)
 
-    def learn_types(self, rows: LogRows) -> None:
+    def note_types(self, rows: LogRows) -> None:
         """Notes whether key columns hold integers or strings."""
         for field in rows.table.schema:
             kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             if pa.types.is_int64(kind) or pa.types.is_string(kind):
                 self.key_types[field.name] = str(kind)
 
-    def learn_units(self, units: Mapping[str, Collection[int]]) -> None:
-        """Notes units that exact sums of tasks' labels need (see `mmoe_rec.features.exact`), before any is added."""
+    def note_units(self, units: Mapping[str, Collection[int]]) -> None:
+        """Notes units that exact sums of labels need (see `mmoe_rec.point_in_time.exact`), before any is added."""
         for task, each in units.items():
             self.label_units[task] = self.label_units.get(task, set()) | set(each)
         for encoder in self.encoders.values():
@@ -170,10 +171,10 @@ class FeaturePipeline:
         self.__dict__.pop("layout", None)
         return {name: owner.grow() for name, owner in self.owners.items()}
 
-    def finish_answers(self) -> None:
-        """Makes statistics of the answers that were counted."""
+    def finish_results(self) -> None:
+        """Makes statistics of the results that were counted."""
         for encoder in self.memory_encoders.values():
-            encoder.finish_answers()
+            encoder.finish_results()
 
     @cached_property
     def layout(self) -> Layout:
@@ -227,8 +228,8 @@ class FeaturePipeline:
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
         units = {name: sorted(each) for name, each in self.label_units.items()}
-        learnt = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
-        text = {"format": FORMAT, "schema": schema, **learnt, "encoders": values}
+        counted = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
+        text = {"format": FORMAT, "schema": schema, **counted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -245,7 +246,7 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
         pipeline.key_types = text["key_types"]
-        pipeline.learn_units(text["label_units"])
+        pipeline.note_units(text["label_units"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         try:
             for name, saved in text["encoders"].items():
@@ -303,25 +304,6 @@ def _filled(schema: pa.Schema, rows: int, tables: Iterable[pa.Table]) -> dict[st
 
 def _memory_folder(folder: Path, feature: str) -> Path:
     return folder / f"{feature}.memory"
-
-
-def in_window(times: np.ndarray, window: tuple[int | None, int | None]) -> np.ndarray:
-    """(N,) bool: start <= time < end, either open."""
-    start, end = window
-    inside = np.ones(len(times), bool)
-    if start is not None:
-        inside &= times >= start
-    if end is not None:
-        inside &= times < end
-    return inside
-
-
-def in_any(times: np.ndarray, windows: Iterable[tuple[int | None, int | None]]) -> np.ndarray:
-    """(N,) bool: whether a time lies in one of several windows."""
-    inside = np.zeros(len(times), bool)
-    for window in windows:
-        inside |= in_window(times, window)
-    return inside
 
 
 def _absent(encoder: Encoder, rows: int) -> Inputs:

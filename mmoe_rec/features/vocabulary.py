@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.arrays import filled, shared_index
-from mmoe_rec.features.hashing import hash_column
+from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.point_in_time.arrays import filled, shared_index
 
 
 class IdCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmoe_rec.batches.rows import EncodedRows
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.inputs import feature_inputs
 from mmoe_rec.inspection.numbers import grid_edges

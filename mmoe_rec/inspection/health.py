@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.formulas import psi, psi_noise

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmoe_rec.features.encoded import Ragged
 from mmoe_rec.inspection.formulas import auc, auc_of_scores, smoothed_rates
 from mmoe_rec.inspection.outcomes import Outcomes
+from mmoe_rec.point_in_time.lists import Ragged
 
 FREQUENT = 50  # most frequent table rows that drift is measured in
 _SCORE_BINS = 4096

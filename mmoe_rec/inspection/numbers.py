@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from mmoe_rec.features.hashing import mix
 from mmoe_rec.inspection.distinct import DistinctCount
 from mmoe_rec.inspection.formulas import auc
 from mmoe_rec.inspection.outcomes import Outcomes
+from mmoe_rec.log.hashing import mix
 
 GRID = 1000  # quantiles of the fine histogram
 PSI_BINS = 20

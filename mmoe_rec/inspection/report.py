@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.inspection.collect import collect
 from mmoe_rec.inspection.health import health_of
 from mmoe_rec.inspection.page import page

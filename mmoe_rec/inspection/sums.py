@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.batches.rows import Rows
-from mmoe_rec.features.hashing import hash_column
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.distinct import DistinctCount
 from mmoe_rec.inspection.ids import IdSums
 from mmoe_rec.inspection.inputs import FeatureInputs
 from mmoe_rec.inspection.numbers import NumberSums
 from mmoe_rec.inspection.outcomes import Outcomes
+from mmoe_rec.log.hashing import hash_column
 
 COLUMNS = ("user", "candidate", "request", "time")  # read beside the model's inputs
 WHOS = COLUMNS[:3]

@@ -30,7 +30,7 @@ from mmoe_rec.serving.example import example_request
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.settings import Model, Settings
 

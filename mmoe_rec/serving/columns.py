@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.features.columns import UTC_MICROSECONDS, Use, column_uses
 from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.columns import UTC_MICROSECONDS, Use, column_uses
 from mmoe_rec.schema import HistoryFeature, IdFeature, IdsFeature, Role
 from mmoe_rec.serving.errors import RequestError
 

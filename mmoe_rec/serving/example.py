@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.columns import column_uses
 from mmoe_rec.features.ids import IdEncoder, IdsEncoder
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.numeric import NumericEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.columns import column_uses
 
 CANDIDATES = 8
 

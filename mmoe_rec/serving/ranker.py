@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model

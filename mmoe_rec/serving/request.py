@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError

@@ -23,9 +23,9 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import Prefetch
 from mmoe_rec.batches.reader import EncodedRows, TrainingReader
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.devices import use_bf16
 from mmoe_rec.errors import StoppedError
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables

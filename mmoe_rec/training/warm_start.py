@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout

@@ -19,7 +19,7 @@ from tests.features.compared_logs import TOLERANCE, compare
 
 
 def main() -> None:
-    """Runs the command."""
+    """KeyGroups the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=int, default=5_000, help="number of logs")
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")

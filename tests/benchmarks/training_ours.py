@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
-from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer

@@ -14,21 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
+from mmoe_rec.build import count as learn
+from mmoe_rec.build import known_requests, requests, splits, steps
+from mmoe_rec.build import prepare as build
+from mmoe_rec.build import results as answers
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import answers, build, known_requests, learn, log, requests, splits, steps
-from mmoe_rec.features.build import Prepared, prepare
 from mmoe_rec.features.counter import CounterEncoder
-from mmoe_rec.features.encoded import Encoded, Ragged
-from mmoe_rec.features.extend import extend
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.history import HistoryEncoder
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.log import reader as log
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.schema import Schema
 from tests.features.drawn_logs import DrawnLog, draw
 from tests.features.naive_features import DAY, NaiveFeatures
-from tests.features.small_logs import raw_answers
+from tests.features.small_logs import raw_results
 
 TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
 # What a log that is drawn may lack.
@@ -145,7 +150,7 @@ class _Comparison:
         table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
         rows = LogRows(table, self.pipeline.schema)
         for name, encoder in FeaturePipeline.load(self.prepared.serving).memory_encoders.items():
-            found = raw_answers(encoder, rows)
+            found = raw_results(encoder, rows)
             if isinstance(encoder, HistoryEncoder):
                 lists = self.naive.history(name, self._table_rows(encoder), asking)
                 self._same_lists(name, found[name], lists)
@@ -180,7 +185,7 @@ class _Comparison:
         encoder = self.pipeline.encoders[name]
         assert isinstance(encoder, CounterEncoder)
         names = [each.name for each in self.prepared.layout.dense]
-        for answer in encoder.answer_names:
+        for answer in encoder.result_names:
             output, days = self._meant(encoder, answer)
             numbers = encoder.numbers[answer].standardiser
             values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)

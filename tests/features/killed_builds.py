@@ -23,8 +23,9 @@ WINDOWS = {
 _BUILD = """
 import json, sys
 from pathlib import Path
-from mmoe_rec import engines
-from mmoe_rec.features import build, steps
+from mmoe_rec.build import engines
+from mmoe_rec.build import prepare as build
+from mmoe_rec.build import steps
 from mmoe_rec.schema import Schema
 if __name__ == "__main__":
     steps.ROWS_FOR_PROCESSES = 0

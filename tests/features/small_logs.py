@@ -10,12 +10,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.columns import UTC_MICROSECONDS, canonical, column_uses
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.learn import Window
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window, write_memory
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.pipeline import FeaturePipeline, write_memory
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.windows import Window, in_window
 from mmoe_rec.schema import Schema
 
 DAY = 86_400_000_000
@@ -161,14 +162,14 @@ def fit_in_memory(
     inside = [rows.filter(in_window(rows.times(), training)) for rows in batches]
     assert training[1] is not None
     for rows, part in zip(batches, inside, strict=True):
-        pipeline.learn_types(rows)
+        pipeline.note_types(rows)
         pipeline.learn(part, training[1])
     pipeline.finish()
     remember(pipeline, batches, events)
     for encoder in pipeline.memory_encoders.values():
         for part in inside:
-            encoder.learn_answers(encoder.look_up(part))
-    pipeline.finish_answers()
+            encoder.learn_results(encoder.look_up(part))
+    pipeline.finish_results()
     return pipeline
 
 
@@ -184,7 +185,7 @@ def remember(
         encoder.memory = encoder.extended(fresh[name].memory, together)
 
 
-def raw_answers(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
+def raw_results(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
     asked = rows.look_ups(encoder.by)
     return {

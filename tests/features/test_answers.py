@@ -1,4 +1,4 @@
-"""Answers that are sent in parts, by block of rows, come back to the rows they belong to; lists are sent once."""
+"""Results that are sent in parts, by block of rows, come back to the rows they belong to; lists are sent once."""
 
 import threading
 
@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features import answers as module
-from mmoe_rec.features.answers import AnswerExchange, AnswerReader, Blocks
-from mmoe_rec.features.encoded import Ragged, SharedRagged, consecutive
-from mmoe_rec.features.log import LogPart
+from mmoe_rec.build import results as module
+from mmoe_rec.build.results import Blocks, ResultExchange, ResultReader
 from mmoe_rec.features.vocabulary import Vocabulary
+from mmoe_rec.log.reader import LogPart
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged, consecutive
 
 
 @settings(max_examples=60, deadline=None)
@@ -30,7 +30,7 @@ def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, 
         patch.setattr(module, "ROWS_PER_BLOCK", 16)
         blocks = Blocks.of([LogPart(int(s), n, ()) for s, n in zip(starts, sizes, strict=False)])
     assert sum(blocks.size(block) for block in range(len(blocks))) == starts[-1]
-    exchange = AnswerExchange(tmp_path_factory.mktemp("answers"), blocks)
+    exchange = ResultExchange(tmp_path_factory.mktemp("answers"), blocks)
     numbers, owner = random.random(starts[-1]).astype(np.float32), random.integers(0, senders, starts[-1])
     lengths = random.integers(0, 4, lists).astype(np.int32)
     held = Ragged(random.integers(0, 100, lengths.sum()), lengths)
@@ -41,7 +41,7 @@ def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, 
         found = {"number": numbers[rows], "list": SharedRagged(held, of_row[rows])}
         if len(rows):
             exchange.send("group", (sender, 0), rows, found)
-    reader = AnswerReader(exchange, ["group"])
+    reader = ResultReader(exchange, ["group"])
     for start, rows in zip(starts, sizes, strict=False):
         wanted = asked[start : start + rows]
         if wanted.any():
@@ -54,7 +54,7 @@ def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, 
 
 
 def test_a_shared_list_is_sent_once_a_block(tmp_path):
-    exchange = AnswerExchange(tmp_path, Blocks(np.array([0, 50]), 100))
+    exchange = ResultExchange(tmp_path, Blocks(np.array([0, 50]), 100))
     rows = np.arange(100)
     exchange.send("group", (0, 0), rows, {"list": SharedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
     for block in (0, 1):

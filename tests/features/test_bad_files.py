@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
+from mmoe_rec.build import steps
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import log as log_module
-from mmoe_rec.features import steps
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.log import BadFile, EventRows, LeftOut, Log, format_time
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.log import reader as log_module
+from mmoe_rec.log.reader import BadFile, EventRows, LeftOut, Log, format_time
 from mmoe_rec.schema import Schema
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

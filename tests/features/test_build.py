@@ -26,17 +26,19 @@ from small_logs import (
     write_log,
 )
 
-from mmoe_rec import engines
-from mmoe_rec.engines import EngineName, open_engine
+from mmoe_rec.build import engines, splits, steps
+from mmoe_rec.build import results as answers
+from mmoe_rec.build.checks import check_apart
+from mmoe_rec.build.engines import EngineName, open_engine
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import answers, log, splits, steps
-from mmoe_rec.features.build import Prepared, at_hand, prepare
-from mmoe_rec.features.checks import check_apart
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.extend import extend
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log import reader as log
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
 
 SCHEMA = schema_of(ALL_KINDS)
@@ -197,17 +199,17 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     for setting, (source, windows, message) in cases.items():
         place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
         prepared = prepare(*place, keep)
-        assert at_hand(*place, keep) == prepared
-        assert at_hand(*place) is None
+        assert existing(*place, keep) == prepared
+        assert existing(*place) is None
         with pytest.raises(UserError, match=message):
             prepare(*place)
-        assert at_hand(*place, keep) == prepared
+        assert existing(*place, keep) == prepared
 
 
 def test_what_was_checked_needs_no_second_look(tmp_path):
     place = str(write_log(tmp_path / "log", random_log(9, rows=200))), SCHEMA, WINDOWS, tmp_path
     prepared = prepare(*place)
-    assert at_hand(*place, BuildOptions(duplicates="keep", future_times="keep")) == prepared
+    assert existing(*place, BuildOptions(duplicates="keep", future_times="keep")) == prepared
 
 
 def test_times_of_two_units(tmp_path):
@@ -243,15 +245,15 @@ def test_features_that_leave_out_a_bad_file_do_not_stand_where_none_may_be_skipp
     place = str(folder), SCHEMA, WINDOWS, tmp_path / "work"
     skipping = BuildOptions(skip_bad_files=True)
     prepared = prepare(*place, skipping)
-    assert at_hand(*place) is None
+    assert existing(*place) is None
     with pytest.raises(UserError, match=r"1\.parquet': label column 'click' .* holds 7"):
         prepare(*place)
     # What was built stays, and stands where bad files may be skipped.
-    assert at_hand(*place, skipping) == prepared
+    assert existing(*place, skipping) == prepared
     (folder / "1.parquet").unlink()
     rest = prepare(*place)
     assert rest.manifest["left_out"] == []
-    assert at_hand(*place) == rest
+    assert existing(*place) == rest
 
 
 def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
@@ -265,7 +267,7 @@ def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_pat
     own = r"`data.log` '.*/log' takes in what is written to `data.work` '.*/log/work'.*set `data.work` to a folder that"
     theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work` '.*/apart'"
     for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
-        for built in (prepare, at_hand, extend):
+        for built in (prepare, existing, extend):
             with pytest.raises(UserError, match=message):
                 built(str(source), schema, WINDOWS, work)
         assert not work.exists()

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from small_logs import DAY, write_log
 
-from mmoe_rec.features.build import Prepared, prepare
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.settings import load_settings
 from pipelines.ingest_movielens import LOG as MOVIELENS
 

@@ -14,17 +14,17 @@ from small_logs import (
     log_rows,
     memory_table,
     random_log,
-    raw_answers,
+    raw_results,
     remember,
     schema_of,
     times_of,
     write_log,
 )
 
+from mmoe_rec.build.prepare import prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.log import EventRows, Log
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.schema import Schema
 
 UNTIL = START + 6 * DAY
@@ -70,7 +70,7 @@ def test_events_equal_a_naive_loop(tmp_path):
     events = _events(1)
     pipeline = _fitted(tmp_path, events)
     rows = log_rows(LOG, pipeline.schema)
-    encoded, raw = pipeline.encode(rows), raw_answers(pipeline.encoders["n"], rows)
+    encoded, raw = pipeline.encode(rows), raw_results(pipeline.encoders["n"], rows)
     known = [(time + 1, event) for time, event in zip(_bought_at(events), events.to_pylist(), strict=True)]
     items = pipeline.encoders["item"].owner.encode(events["item"].combine_chunks())
     history = encoded.ids["bought"]
@@ -163,7 +163,7 @@ def test_an_event_is_seen_by_requests_after_its_instant(tmp_path):
     schema = schema_of(features, events={"purchases": {"path": place, "time": "bought_at"}})
     rows = list(EventRows("purchases", Log(str(write_log(tmp_path / "log", log)), schema)).stream())
     pipeline = fit_in_memory(schema, [log_rows(log, schema)], (None, UNTIL), {"purchases": rows})
-    counter, history = (raw_answers(pipeline.memory_encoders[name], log_rows(log, schema)) for name in ("n", "bought"))
+    counter, history = (raw_results(pipeline.memory_encoders[name], log_rows(log, schema)) for name in ("n", "bought"))
     assert list(counter) == ["n_positives", "n_positives_0p5d", "n_recency"]
     np.testing.assert_allclose(np.expm1(counter["n_positives"]), [0, 0, 1, 1])
     np.testing.assert_allclose(np.expm1(counter["n_positives_0p5d"]), [0, 0, 1, 0])

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features import events as module
-from mmoe_rec.features.events import Join, KnownEvents, LookUps
-from mmoe_rec.features.memory import CounterMemory, HistoryMemory
-from mmoe_rec.features.sorting import sorted_order
+from mmoe_rec.point_in_time import join as module
+from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps
+from mmoe_rec.point_in_time.memory import CounterMemory, HistoryMemory
+from mmoe_rec.point_in_time.sorting import sorted_order
 
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
 KEYS = np.array([0, 1, 2, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
@@ -66,9 +66,9 @@ def test_rows_that_ask_the_same_share_a_look_up(data, rows):
         (LookUps.sort(keys, times), np.ones(rows, bool)),
         (LookUps.sort(keys, times).where(wanted), wanted),
     ):
-        pairs = list(zip(asked.runs.key.tolist(), asked.time.tolist(), strict=True))
+        pairs = list(zip(asked.groups.key.tolist(), asked.time.tolist(), strict=True))
         assert pairs == sorted(set(zip(keys[inside].tolist(), times[inside].tolist(), strict=True)))
-        np.testing.assert_array_equal(asked.runs.key[asked.number], keys[inside])
+        np.testing.assert_array_equal(asked.groups.key[asked.number], keys[inside])
         np.testing.assert_array_equal(asked.time[asked.number], times[inside])
 
 

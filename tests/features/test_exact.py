@@ -16,7 +16,7 @@ from small_logs import (
     START,
     log_rows,
     random_log,
-    raw_answers,
+    raw_results,
     remember,
     schema_of,
     stream_of,
@@ -24,13 +24,13 @@ from small_logs import (
     write_log,
 )
 
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.events import LookUps
-from mmoe_rec.features.exact import ExactSums, units_of
-from mmoe_rec.features.extend import extend
-from mmoe_rec.features.memory import CounterMemory
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.point_in_time.exact import ExactSums, units_of
+from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.point_in_time.memory import CounterMemory
 
 # Outliers beside which small labels are lost, numbers of all bits, the least and largest ones, and exact opposites.
 LABELS = np.array([1e17, -1e17, 1e-9, -1e-9, 0.1, 0.5, 3.0, -7.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
@@ -149,7 +149,7 @@ def test_counters_of_outliers_equal_a_loop():
     table = log_with_outliers(0)
     pipeline = FeaturePipeline(SCHEMA)
     remember(pipeline, stream_of([table], SCHEMA))
-    found = raw_answers(pipeline.encoders["spent_of_brand"], log_rows(table, SCHEMA))
+    found = raw_results(pipeline.encoders["spent_of_brand"], log_rows(table, SCHEMA))
     times, brand = times_of(table), np.array(table["brand"].to_pylist())
     spent = table["spent"].to_numpy()
     for suffix, window in (("", 10**18), ("_1d", DAY), ("_2p5d", 5 * DAY // 2)):

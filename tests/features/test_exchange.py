@@ -8,7 +8,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features.exchange import Exchange, key_range, partition_of
+from mmoe_rec.build.exchange import Exchange, key_range, partition_of
 
 
 @settings(max_examples=50, deadline=None)

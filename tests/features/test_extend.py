@@ -21,12 +21,13 @@ from small_logs import (
     times_of,
 )
 
+from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.log import EventRows, Log
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.collect import collect
+from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
 
 
@@ -199,7 +200,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert after["files"] == 2
     assert after["first_request"] == before["first_request"]
     assert after["request_microseconds"] == [times_of(growing.table).min(), times_of(growing.table).max()]
-    taken = at_hand(growing.source, growing.schema, windows, growing.work)
+    taken = existing(growing.source, growing.schema, windows, growing.work)
     assert taken is not None
     assert taken.manifest == after
     whole = growing.prepare("whole", windows).manifest

@@ -21,9 +21,9 @@ from small_logs import (
     times_of,
 )
 
+from mmoe_rec.build import extend as extend_module
+from mmoe_rec.build.steps import Steps
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import extend as extend_module
-from mmoe_rec.features.steps import Steps
 from mmoe_rec.schema import Schema
 
 

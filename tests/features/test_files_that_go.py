@@ -11,10 +11,11 @@ import pytest
 from growing_log import WINDOWS, Growing, windows_of
 from small_logs import DAY, START, files_of, times_of
 
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, at_hand, prepare
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
-from mmoe_rec.features.steps import BuildOptions
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.windows import in_window
 
 FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
 LATER = windows_of(10, 11)
@@ -36,8 +37,8 @@ def _remove(log: Growing, number: int) -> None:
         (log.folder / name / f"{number}.parquet").unlink()
 
 
-def _at_hand(log: Growing, windows: dict, **options: object) -> Prepared | None:
-    return at_hand(log.source, log.schema, windows, log.work, BuildOptions(**options))
+def _existing(log: Growing, windows: dict, **options: object) -> Prepared | None:
+    return existing(log.source, log.schema, windows, log.work, BuildOptions(**options))
 
 
 def _memories(prepared: Prepared) -> dict[str, bytes]:
@@ -73,20 +74,20 @@ def _check_at_hand(log: Growing, windows: dict) -> None:
     oldest = max((log.folder / "log").iterdir(), key=lambda path: int(path.stem))
     content = oldest.read_bytes(), os.stat(oldest)
     oldest.unlink()
-    found = _at_hand(log, windows)
+    found = _existing(log, windows)
     assert found is not None
     assert prepare(log.source, log.schema, windows, log.work).manifest == found.manifest
     assert log.extend(windows) is None
     oldest.write_bytes(content[0])  # put back as it was
     os.utime(oldest, ns=(content[1].st_atime_ns, content[1].st_mtime_ns))
-    assert _at_hand(log, windows) is not None
+    assert _existing(log, windows) is not None
     assert files_of(log.work) == before
 
 
 def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_from_them(growing):
     before = growing.prepare().manifest
     _remove(growing, 100)
-    found = _at_hand(growing, WINDOWS)
+    found = _existing(growing, WINDOWS)
     assert found is not None
     assert found.manifest == before
     assert prepare(growing.source, growing.schema, WINDOWS, growing.work, going_on=True).manifest == before
@@ -107,7 +108,7 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         windows = windows_of(9, 9.5)
     if what == "other log":
         source = str(growing.folder / "log" / "9*.parquet")
-    assert at_hand(source, growing.schema, windows, growing.work) is None
+    assert existing(source, growing.schema, windows, growing.work) is None
     before = files_of(growing.work)
     with pytest.raises(
         UserError, match=r"hold rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"
@@ -202,7 +203,7 @@ def test_a_file_that_was_left_out_is_removed(tmp_path, how):
     log.add(8, 9)
     assert _left_out(log.extend(LATER, **SKIP).prepared) == ["99.parquet"]
     (log.folder / "log" / "99.parquet").unlink()
-    assert _at_hand(log, LATER) is not None
+    assert _existing(log, LATER) is not None
     assert log.extend(LATER) is None
     log.add(9, 12.1)
     extended = log.extend(LATER)
@@ -223,7 +224,7 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
     log.prepare(**SKIP)
     other.prepare()
     path.write_bytes(whole)
-    assert _at_hand(log, WINDOWS) is not None  # until it is taken in
+    assert _existing(log, WINDOWS) is not None  # until it is taken in
     other.add(8, 9)
     for each in (log, other):
         each.add(9, 10.5)
@@ -263,7 +264,7 @@ def test_an_older_file_that_is_mended_stays_left_out_as_a_whole(tmp_path, how):
     (left,) = extended.prepared.manifest["left_out"]
     assert left["file"] == str(path)
     assert "was left out before and holds requests from 2023-11-1" in left["reason"]
-    assert _at_hand(log, LATER) is not None, "building these features again would not take it in"
+    assert _existing(log, LATER) is not None, "building these features again would not take it in"
     assert "to take it in, set another `data.work`" in left["reason"]
     assert log.extend(LATER) is None
     log.add(9, 12.1)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from mmoe_rec.build import prepare as build
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import build
-from mmoe_rec.features.build import Prepared, at_hand, prepare
-from mmoe_rec.features.extend import extend
-from mmoe_rec.features.zones import zone_rules
+from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.settings import Settings
 from tests.features.small_logs import ALL_KINDS, BASE, random_log, write_log
@@ -45,7 +45,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(work: Path, settings: Settings) -> Prepared | None:
-    return at_hand(settings.data.log, settings.schema_, settings.split.windows(), work)
+    return existing(settings.data.log, settings.schema_, settings.split.windows(), work)
 
 
 @pytest.mark.parametrize(

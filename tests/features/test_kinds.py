@@ -15,10 +15,10 @@ from small_logs import DAY, START, fit, log_rows, random_log, schema_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import ids
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.hashing import combine, hash_column
 from mmoe_rec.features.ids import ragged
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import IdCounts
+from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.schema import Schema
 
 ROLES = {"user": [], "candidate": ["x", "y"], "context": [], "placement": []}

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.labels import labels_of
+from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.layout import Layout, TaskOutput
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.labels import labels_of
+from mmoe_rec.log.rows import LogRows
 from tests.features.small_logs import (
     BASE,
     DAY,
@@ -24,7 +24,7 @@ from tests.features.small_logs import (
     fit,
     log_rows,
     random_log,
-    raw_answers,
+    raw_results,
     schema_of,
     times_of,
     write_log,
@@ -123,7 +123,7 @@ def test_counters_and_histories_of_a_satisfaction_know_the_engaged_rows_alone(
     records = list(zip(table.to_pylist(), rows.times().tolist(), click.tolist(), strict=True))
     training = [row["liked"] for row, time, engaged in records if engaged and time + late <= START + 8 * DAY]
     assert pipeline.encoders["rate"].prior == pytest.approx(np.mean(training), rel=1e-12)
-    found = {name: raw_answers(pipeline.memory_encoders[name], rows) for name in ("rate", "last")}
+    found = {name: raw_results(pipeline.memory_encoders[name], rows) for name in ("rate", "last")}
     for row, (asking, now, _) in enumerate(records):
         known = [other for other, time, engaged in records if engaged and time + late <= now]
         labels = [other["liked"] for other in known if other["brand"] == asking["brand"]]

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
 
+from mmoe_rec.build.logs import DEFAULTS, Logs
+from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import log as log_module
-from mmoe_rec.features.columns import UTC_MICROSECONDS
-from mmoe_rec.features.log import BadFile, EventRows, Log, LogPart, LogReader
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.steps import DEFAULTS, Logs
-from mmoe_rec.features.taken import Taken
+from mmoe_rec.log import reader as log_module
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.reader import BadFile, EventRows, Log, LogPart, LogReader
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import EVENT, Schema
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

@@ -15,7 +15,7 @@ from small_logs import (
     log_rows,
     memory_table,
     random_log,
-    raw_answers,
+    raw_results,
     remember,
     schema_of,
     stream_of,
@@ -123,7 +123,7 @@ def _at(table: pa.Table, moment: int) -> pa.Table:
 
 
 def _raw(pipeline, table: pa.Table, schema) -> dict[str, np.ndarray]:
-    return raw_answers(pipeline.encoders["n"], log_rows(table, schema))
+    return raw_results(pipeline.encoders["n"], log_rows(table, schema))
 
 
 def _naive(table: pa.Table, feature: dict, prior: float) -> dict[str, np.ndarray]:

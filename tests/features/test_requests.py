@@ -13,13 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.build import count as learn
+from mmoe_rec.build import known_requests, requests, splits, steps
+from mmoe_rec.build import results as answers
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.build.prepare import Prepared, encode_with, existing, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import answers, known_requests, learn, log, requests, splits, steps
-from mmoe_rec.features.build import Prepared, at_hand, encode_with, prepare
-from mmoe_rec.features.columns import UTC_MICROSECONDS
-from mmoe_rec.features.extend import extend
-from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.inspection.words import requests_told
+from mmoe_rec.log import reader as log
+from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.schema import Schema
 from tests.features.small_logs import (
     ALL_KINDS,
@@ -173,8 +176,8 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     keep = BuildOptions(duplicates="keep")
     refused = BuildOptions(duplicates="keep", several_times="error")
     prepare(*place, keep)
-    assert at_hand(*place, keep) is not None
-    assert at_hand(*place, refused) is None
+    assert existing(*place, keep) is not None
+    assert existing(*place, refused) is None
     with pytest.raises(UserError) as caught:
         prepare(*place, refused)
     assert str(caught.value) == (
@@ -182,7 +185,7 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
         f"time 2023-11-15T22:13:25+00:00 in row 1 of '{log_folder}/1.parquet'; 1 request has rows of several times: "
         "write the request's time into all its rows, or set data.several_times to first, which takes the first for all"
     )
-    assert at_hand(*place, keep) is not None
+    assert existing(*place, keep) is not None
 
 
 def _of_several_users() -> pa.Table:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.features.sorting import sorted_order
+from mmoe_rec.point_in_time.sorting import sorted_order
 
 
 @given(

@@ -16,7 +16,7 @@ from small_logs import (
     fit,
     log_rows,
     random_log,
-    raw_answers,
+    raw_results,
     remember,
     save_memories,
     schema_of,
@@ -24,10 +24,10 @@ from small_logs import (
     times_of,
 )
 
+from mmoe_rec.build.splits import encoded_table
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.labels import labels_of
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
-from mmoe_rec.features.splits import encoded_table
+from mmoe_rec.log.labels import labels_of
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY
@@ -127,7 +127,7 @@ def test_remembering_a_log_without_events_forgets_the_old_one():
     remember(pipeline, stream_of([table.slice(0, 0)], SCHEMA))
     encoded = pipeline.encode(log_rows(table, SCHEMA))
     assert encoded.ids["clicked"].lengths.sum() == 0
-    assert (raw_answers(pipeline.encoders["item_click"], log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
+    assert (raw_results(pipeline.encoders["item_click"], log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
 
 
 def test_remembering_the_same_log_changes_nothing(tmp_path):

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
 
-from mmoe_rec.features import division, memory
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.division import Received, batches
-from mmoe_rec.features.events import known_at
-from mmoe_rec.features.exchange import Exchange
-from mmoe_rec.features.learn import events_of, look_ups_of
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
-from mmoe_rec.features.steps import BuildOptions
-from mmoe_rec.features.stretches import stretches
+from mmoe_rec.build import division
+from mmoe_rec.build.chunks import Received, batches, chunks
+from mmoe_rec.build.exchange import Exchange, events_of, look_ups_of
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import prepare
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time import memory
+from mmoe_rec.point_in_time.join import known_at
+from mmoe_rec.point_in_time.windows import in_window
 
 WINDOWS = {
     "train": (START, START + 5 * DAY),
@@ -96,7 +96,7 @@ def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spre
         return rows_read(monkeypatch, lambda: prepare(source, schema, WINDOWS, tmp_path / f"work {rows}", options))
 
     few, many = read(300), read(2400)
-    # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 stretches.
+    # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 chunks.
     assert few < 10 * 300
     assert many < 10 * 2400
 
@@ -207,11 +207,11 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
         if encoder.name == "clicked":
             encoder.owner.finish()  # type: ignore[attr-defined]
     memories = {encoder.name: encoder.memory for encoder in whole.group}
-    for stretch in stretches(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
+    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
         for encoder in whole.group:
-            memories[encoder.name] = stretch.extended(encoder, memories[encoder.name])
-        held.append(len(stretch.rows))
-        asked.append(stretch.rows)
+            memories[encoder.name] = chunk.extended(encoder, memories[encoder.name])
+        held.append(len(chunk.rows))
+        asked.append(chunk.rows)
     assert max(held) <= 100
     assert sorted(np.concatenate(asked)) == list(range(900))
 

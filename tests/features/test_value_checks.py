@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, schema_of, write_log
 
+from mmoe_rec.build.logs import BuildOptions, Logs
+from mmoe_rec.build.prepare import prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import prepare
-from mmoe_rec.features.log import BadFile, Log, LogReader
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.steps import BuildOptions, Logs
+from mmoe_rec.log.reader import BadFile, Log, LogReader
 from mmoe_rec.schema import Schema
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

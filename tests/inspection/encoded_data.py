@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.encoded import IDS
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.report import inspect

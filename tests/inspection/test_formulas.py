@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.features.hashing import mix
 from mmoe_rec.inspection.distinct import DistinctCount
 from mmoe_rec.inspection.formulas import auc, auc_of_scores, psi, psi_noise, smoothed_rates
+from mmoe_rec.log.hashing import mix
 
 
 def test_psi_of_two_bins_by_hand():

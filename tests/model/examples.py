@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings import Model
 
 LAYOUT = ModelLayout(

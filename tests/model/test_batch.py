@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import KeyedIds, make_batch
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.point_in_time.lists import Ragged
 from tests.model.examples import LAYOUT, random_rows
 
 

@@ -13,10 +13,11 @@ import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Encoded, Ragged
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings import Model
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 

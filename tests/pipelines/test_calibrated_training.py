@@ -9,8 +9,8 @@ import pytest
 
 from mmoe_rec import registry
 from mmoe_rec.batches.reader import EncodedRows
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.scoring import Scored, score_rows
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings

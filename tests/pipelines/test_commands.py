@@ -23,7 +23,7 @@ from sklearn.metrics import ndcg_score
 
 from mmoe_rec import registry
 from mmoe_rec.evaluation import scoring
-from mmoe_rec.features.log import Log
+from mmoe_rec.log.reader import Log
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate, features, steps, train
@@ -83,7 +83,7 @@ def two_ranks(world: World) -> World:
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess:
-    """Runs a command from the project's folder."""
+    """KeyGroups a command from the project's folder."""
     return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=800)
 
 

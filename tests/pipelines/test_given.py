@@ -110,8 +110,8 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
     from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.features.build import Prepared
     from mmoe_rec.settings import load_settings
     from pipelines.steps import _calibrate
 
@@ -137,7 +137,7 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
 
 def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
     """Its log variances are no part of it, as its optimizers are none."""
-    from mmoe_rec.features.build import Prepared
+    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables

@@ -62,7 +62,7 @@ def test_the_time_of_events_may_be_called_as_a_key_of_the_log(tmp_path: Path) ->
     data = {"log": str(tmp_path / "log"), "work": str(tmp_path / "work"), "events": events}
     settings = small_settings(tmp_path, data=data, features=features)
     pipeline = FeaturePipeline(settings.schema_)
-    pipeline.learn_types(log_rows(log, settings.schema_))
+    pipeline.note_types(log_rows(log, settings.schema_))
     assert pipeline.key_types["brand"] == "string"
     (bought,) = logs_for(settings, pipeline).events
     assert bought.rows == log.num_rows

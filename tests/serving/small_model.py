@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.build import Prepared, prepare
-from mmoe_rec.features.log import Log
+from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.reader import Log
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model

@@ -15,9 +15,9 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
-from mmoe_rec.features.columns import UTC_MICROSECONDS
 from mmoe_rec.features.encoded import label_types
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.serving.ranker import Ranker

@@ -14,12 +14,13 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.reader import EncodedRows
-from mmoe_rec.features.build import Prepared
-from mmoe_rec.features.encoded import Encoded, Ragged, label_types
-from mmoe_rec.features.splits import SplitCounts
+from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.build.splits import SplitCounts
+from mmoe_rec.features.encoded import Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group

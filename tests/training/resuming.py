@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.settings import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult

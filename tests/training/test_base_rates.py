@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.special import expit, logit
 
+from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.features.splits import SplitCounts
 from mmoe_rec.model.towers import Towers
 from mmoe_rec.training.base_rates import base_rates, start_at
 from mmoe_rec.training.loop import Trainer

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.model.layout import ModelLayout
 from tests.training.learnable import LAYOUTS, ROWS, Trained, learnable_rows, scores, trained, write_prepared
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared
 from mmoe_rec.model.balance import balance_loss, expert_loads, z_loss
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.training.balance import Balancing, loads_of
@@ -110,7 +110,7 @@ def test_such_a_step_stops_training_by_default(prepared: Prepared, tmp_path: Pat
             one._step(iter([batch_of(one, 1)]), meter(one))
 
 
-# Rows that stretch the last batch of an epoch
+# Rows that chunk the last batch of an epoch
 
 
 def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Learnt task weights: the loss against a loop and finite differences; trainings that stop, go on and are shared."""
+"""Counted task weights: the loss against a loop and finite differences; trainings that stop, go on and are shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from mmoe_rec.features.build import Prepared
+from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import Prepared, prepare
-from mmoe_rec.features.extend import extend
-from mmoe_rec.features.log import Log
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.reader import Log
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.build.exchange import key_range
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.exchange import key_range
-from mmoe_rec.features.log import ROWS_PER_PART
-from mmoe_rec.files import first_line
+from mmoe_rec.log.files import first_line
+from mmoe_rec.log.reader import ROWS_PER_PART
 
 _COLUMNS = ("request", "first", "last", "least", "greatest", "rows")
 _HASHES = ("request", "least", "greatest")

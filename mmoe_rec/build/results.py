@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.features.arrays import one_array
-from mmoe_rec.features.encoded import Ragged, SharedRagged
-from mmoe_rec.features.encoder import Answers
-from mmoe_rec.features.exchange import Exchange, Sender
-from mmoe_rec.features.log import LogPart
+from mmoe_rec.build.exchange import Exchange, Sender
+from mmoe_rec.features.encoder import Results
+from mmoe_rec.log.reader import LogPart
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 
 ROWS_PER_BLOCK = 131_072
 
@@ -50,8 +50,8 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class AnswerExchange:
-    """Where answers lie in a build's folder: by block of rows."""
+class ResultExchange:
+    """Where results lie in a build's folder: by block of rows."""
 
     folder: Path
     blocks: Blocks
@@ -61,27 +61,27 @@ class AnswerExchange:
         """The exchange, whose receivers are blocks."""
         return Exchange(self.folder, len(self.blocks))
 
-    def send(self, group: str, sender: Sender, rows: np.ndarray, answers: Answers) -> None:
-        """Sends a group's answers for (N,) rising row numbers."""
+    def send(self, group: str, sender: Sender, rows: np.ndarray, results: Results) -> None:
+        """Sends a group's results for (N,) rising row numbers."""
         block = self.blocks.holding(rows)
         columns = {"row": pa.array(rows)}
-        for name, each in answers.items():
+        for name, each in results.items():
             columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
         self.exchange.send(group, sender, pa.table(columns), block)
 
-    def receive(self, groups: Sequence[str], block: int) -> Answers:
-        """What was sent to a block, at the place of each row; rows without an answer may be left."""
-        answers: dict[str, np.ndarray | SharedRagged] = {}
+    def receive(self, groups: Sequence[str], block: int) -> Results:
+        """What was sent to a block, at the place of each row; rows without a result may be left."""
+        results: dict[str, np.ndarray | SharedRagged] = {}
         for group in groups:
             tables = list(self.exchange.receive(group, block))
-            answers |= _by_row(tables, int(self.blocks.starts[block]), self.blocks.size(block))
-        return answers
+            results |= _by_row(tables, int(self.blocks.starts[block]), self.blocks.size(block))
+        return results
 
 
-def _lists(answers: SharedRagged, block: np.ndarray) -> pa.Array:
-    number = answers.number
+def _lists(results: SharedRagged, block: np.ndarray) -> pa.Array:
+    number = results.number
     first = np.append(len(number) > 0, (number[1:] != number[:-1]) | (block[1:] != block[:-1]))
-    lists = answers.lists.take(number[first])
+    lists = results.lists.take(number[first])
     offsets = np.zeros(len(number) + 1, np.int32)
     offsets[1:][first] = lists.lengths
     return pa.ListArray.from_arrays(
@@ -89,34 +89,34 @@ def _lists(answers: SharedRagged, block: np.ndarray) -> pa.Array:
     )
 
 
-class AnswerReader:
-    """Gives rows, read in order, the answers of counters and histories, block by block."""
+class ResultReader:
+    """Gives rows, read in order, the results of counters and histories, block by block."""
 
-    def __init__(self, answers: AnswerExchange, groups: Sequence[str]) -> None:
-        self._answers, self._groups = answers, groups
+    def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
+        self._results, self._groups = results, groups
         self._block = -1
-        self._at_hand: Answers = {}
+        self._loaded: Results = {}
 
-    def of(self, first: int, wanted: np.ndarray) -> Answers:
-        """Answers for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
+    def of(self, first: int, wanted: np.ndarray) -> Results:
+        """Results for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
         rows = first + np.flatnonzero(wanted)
-        holding = self._answers.blocks.holding(rows)
+        holding = self._results.blocks.holding(rows)
         parts = []
         for block in range(holding[0], holding[-1] + 1):
             inside = rows[np.searchsorted(holding, block) : np.searchsorted(holding, block + 1)]
             if len(inside):
-                parts.append(take(self._load(block), inside - self._answers.blocks.starts[block]))
+                parts.append(take(self._load(block), inside - self._results.blocks.starts[block]))
         return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
-    def _load(self, block: int) -> Answers:
+    def _load(self, block: int) -> Results:
         if block != self._block:
-            self._block, self._at_hand = block, self._answers.receive(self._groups, block)
-        return self._at_hand
+            self._block, self._loaded = block, self._results.receive(self._groups, block)
+        return self._loaded
 
 
-def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Answers:
-    """Answers of a block of rows, the first of which is number `start`."""
-    answers: dict[str, np.ndarray | SharedRagged] = {}
+def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Results:
+    """Results of a block of rows, the first of which is number `start`."""
+    results: dict[str, np.ndarray | SharedRagged] = {}
     places = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
         columns = [one_array(table[field.name]) for table in tables]
@@ -124,13 +124,13 @@ def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Answers:
             parts = SharedRagged.join([_shared(column) for column in columns])
             number = np.zeros(rows, np.int64)
             number[np.concatenate(places)] = parts.number
-            answers[field.name] = SharedRagged(parts.lists, number)
+            results[field.name] = SharedRagged(parts.lists, number)
         else:
             values = np.empty(rows, np.float32)
             for place, column in zip(places, columns, strict=True):
                 values[place] = column.to_numpy()
-            answers[field.name] = values
-    return answers
+            results[field.name] = values
+    return results
 
 
 def _shared(column: pa.ListArray) -> SharedRagged:
@@ -139,13 +139,13 @@ def _shared(column: pa.ListArray) -> SharedRagged:
     return SharedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
 
 
-def take(answers: Answers, rows: np.ndarray) -> Answers:
-    """The answers of the given rows."""
+def take(results: Results, rows: np.ndarray) -> Results:
+    """The results of the given rows."""
     # Rows that follow each other need no copy.
     together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
     inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
     return {
-        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in answers.items()
+        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()
     }
 
 

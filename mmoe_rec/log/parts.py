@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmoe_rec.features.log_checks import BadFile, LogFile, Partition
+from mmoe_rec.log.checks import BadFile, LogFile, Partition
 
 
 @dataclass(frozen=True)

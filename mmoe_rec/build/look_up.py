@@ -1,7 +1,7 @@
-"""Second step of a feature build: each partition of keys answers what rows ask a counter or history, point in time.
+"""Second step of a feature build: in each partition of keys, what counters and histories knew at the time of each row.
 
 A partition holds all events of its keys and all look-ups of them, so no partition needs another one. One that is too
-large for memory, as a key may have most of a log's rows, is taken in stretches of time: the memory, compacted to what
+large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to what
 later requests can ask for, is carried from one to the next.
 """
 
@@ -17,25 +17,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.features.answers import AnswerExchange, take
-from mmoe_rec.features.division import Received
-from mmoe_rec.features.encoded import SharedRagged
+from mmoe_rec.build.chunks import Received, chunks
+from mmoe_rec.build.exchange import Exchange, key_range
+from mmoe_rec.build.results import ResultExchange, take
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.exchange import Exchange, key_range
-from mmoe_rec.features.learn import Window
-from mmoe_rec.features.memory import Memory
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window, read_memory, write_memory
-from mmoe_rec.features.stretches import stretches
+from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
+from mmoe_rec.point_in_time.lists import SharedRagged
+from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.windows import Window, in_window
 
 
 @dataclass(frozen=True)
-class AnswerJob:
+class LookUpJob:
     """What the tasks of this step share.
 
     state: folder of the fitted vocabularies; before: folder with the memories to go on from, or None; windows: of the
-    splits; training: request times whose answers make statistics, None where these are at hand; memories: folder that
-    gets what requests at `end` or later can ask for; events, answers: where events and look-ups come from, and where
-    answers go; rows_in_memory: of a partition at a time; scratch: folder for those of partitions that have more.
+    splits; training: request times whose results make statistics, None where these are known; memories: folder that
+    gets what requests at `end` or later can ask for; events, results: where events and look-ups come from, and where
+    results go; rows_in_memory: of a partition at a time; scratch: folder for those of partitions that have more.
     """
 
     state: Path
@@ -45,7 +44,7 @@ class AnswerJob:
     memories: Path
     end: int
     events: Exchange
-    answers: AnswerExchange
+    results: ResultExchange
     rows_in_memory: int
     scratch: Path
 
@@ -59,8 +58,8 @@ class Partition:
     rows: int
 
 
-def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str, Any]]:
-    """Answers a partition's look-ups and keeps its part of the memories; gives counts of each feature's answers."""
+def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[str, Any]]:
+    """Makes a partition's look-ups and keeps its part of the memories; gives counts of each feature's results."""
     group = fitted(job.state).key_groups[partition.group]
     counting = FeaturePipeline(fitted(job.state).schema).memory_encoders
     memories: dict[str, Memory] = {encoder.name: _memory_before(job, encoder, partition) for encoder in group}
@@ -71,23 +70,23 @@ def answer_partition(job: AnswerJob, partition: Partition) -> dict[str, dict[str
     def held() -> int:
         return max((len(memory.events) for memory in memories.values()), default=0)
 
-    for turn, stretch in enumerate(stretches(received, splits, job.rows_in_memory, scratch, held)):
-        inside = None if job.training is None else np.flatnonzero(in_window(stretch.times, job.training))
+    for turn, chunk in enumerate(chunks(received, splits, job.rows_in_memory, scratch, held)):
+        inside = None if job.training is None else np.flatnonzero(in_window(chunk.times, job.training))
         found: dict[str, np.ndarray | SharedRagged] = {}
         for encoder in group:
-            memory = stretch.extended(encoder, memories.pop(encoder.name))
-            answers = encoder.answers(memory, stretch.asked)
-            if inside is not None and encoder.answer_counts:
-                counting[encoder.name].learn_answers(take(answers, inside))
-            found |= answers
-            if stretch.until is not None:
+            memory = chunk.extended(encoder, memories.pop(encoder.name))
+            results = encoder.results(memory, chunk.asked)
+            if inside is not None and encoder.result_counts:
+                counting[encoder.name].learn_results(take(results, inside))
+            found |= results
+            if chunk.until is not None:
                 # No later than requests that will be asked: labels may become known long after the last row.
-                memories[encoder.name] = encoder.compacted(memory, min(stretch.until, job.end))
+                memories[encoder.name] = encoder.compacted(memory, min(chunk.until, job.end))
             else:
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)
-        if len(stretch.rows):
-            job.answers.send(partition.group, (partition.number, turn), stretch.rows, found)
-    return {encoder.name: counting[encoder.name].answer_counts for encoder in group}
+        if len(chunk.rows):
+            job.results.send(partition.group, (partition.number, turn), chunk.rows, found)
+    return {encoder.name: counting[encoder.name].result_counts for encoder in group}
 
 
 def fitted(state: Path) -> FeaturePipeline:
@@ -100,7 +99,7 @@ def _fitted(state: Path, written: int) -> FeaturePipeline:
     return FeaturePipeline.load(state, memories=False)
 
 
-def _memory_before(job: AnswerJob, encoder: MemoryEncoder[Any], partition: Partition) -> Memory:
+def _memory_before(job: LookUpJob, encoder: MemoryEncoder[Any], partition: Partition) -> Memory:
     if job.before is None:
         return encoder.memory
     least, end = key_range(partition.number, job.events.receivers)

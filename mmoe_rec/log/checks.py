@@ -1,7 +1,7 @@
 """Whether a log's files are good, as far as their footers tell when the log is opened.
 
 Every problem of one file is a `BadFile` that names the file, the column and the rows. What the values tell while the
-log is read is in `mmoe_rec.features.value_checks`.
+log is read is in `mmoe_rec.log.value_checks`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import Use, canonical_type
-from mmoe_rec.files import FoundFile, first_line, is_remote, open_file, path_values
+from mmoe_rec.log.columns import Use, canonical_type
+from mmoe_rec.log.files import FoundFile, first_line, is_remote, open_file, path_values
 
 _OPEN_AT_ONCE = 16
 Partition = tuple[tuple[str, int | str | None], ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmoe_rec.features.encoded import consecutive
+from mmoe_rec.point_in_time.lists import consecutive
 
 
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:

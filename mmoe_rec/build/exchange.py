@@ -17,7 +17,23 @@ import numpy as np
 import pyarrow as pa
 
 Sender = tuple[int, int]
+DUPLICATES = "duplicates"  # the channel of each row's request and candidate
 _OPENED_AT_MOST = 128
+
+
+def events_of(feature: str) -> str:
+    """Channel of what a counter or history remembers."""
+    return f"events.{feature}"
+
+
+def look_ups_of(group: str) -> str:
+    """Channel of what rows ask a group of counters and histories, see `FeaturePipeline.key_groups`."""
+    return f"look_ups.{group}"
+
+
+def label_of(task: str) -> str:
+    """Column of a look-up that holds the label by which its row is an event."""
+    return f"label.{task}"
 
 
 class _OpenFiles(threading.local):

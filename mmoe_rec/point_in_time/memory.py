@@ -2,7 +2,7 @@
 
 A memory is data: it goes to columns and back, is cut down to what requests from some moment on can ask for
 (`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the
-next day's state, and events that do not fit into memory are taken in one stretch of time after the other.
+next day's state, and events that do not fit into memory are taken in one chunk of time after the other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmoe_rec.features.encoded import Ragged, consecutive
-from mmoe_rec.features.events import Join, KnownEvents, LookUps, Runs
-from mmoe_rec.features.exact import ExactSums
-from mmoe_rec.features.sorting import sorted_order
+from mmoe_rec.point_in_time.exact import ExactSums
+from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents, LookUps
+from mmoe_rec.point_in_time.lists import Ragged, consecutive
+from mmoe_rec.point_in_time.sorting import sorted_order
 
 _LIMB = "label_sum."
 NEVER = np.iinfo(np.int64).min
@@ -102,13 +102,13 @@ class CounterMemory(Memory):
             order = sorted_order(key, known)
             key, known = key[order], known[order]
             rows, labels, positive = (_taken(each, order) for each in (rows, labels, positive))
-        runs = Runs(key)
+        groups = KeyGroups(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
         return CounterMemory(
             KnownEvents(key[kept], known[kept]),
-            _running(runs, rows, kept).astype(np.int32),
-            _running_labels(runs, labels, kept),
-            None if positive is None else _running_last(runs, positive)[kept],
+            _running(groups, rows, kept).astype(np.int32),
+            _running_labels(groups, labels, kept),
+            None if positive is None else _running_last(groups, positive)[kept],
             self.floor,
         )
 
@@ -240,21 +240,21 @@ class HistoryMemory(Memory):
         return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
 
 
-def _running(runs: Runs, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
-    """(K,) int64 sums of whole `values` (None: of ones) from the start of a run up to each of K `kept` places in it."""
-    run = runs.number[kept]
+def _running(groups: KeyGroups, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
+    """(K,) int64 sums of whole `values` (None: of ones) of a key from its first event up to each of K `kept` ones."""
+    group = groups.number[kept]
     if values is None:
-        return kept + 1 - runs.starts[run]
+        return kept + 1 - groups.starts[group]
     total = np.append(0, np.cumsum(values, dtype=np.int64))
-    return total[kept + 1] - total[runs.starts][run]
+    return total[kept + 1] - total[groups.starts][group]
 
 
 def _running_labels(
-    runs: Runs, labels: np.ndarray | ExactSums | None, kept: np.ndarray
+    groups: KeyGroups, labels: np.ndarray | ExactSums | None, kept: np.ndarray
 ) -> np.ndarray | ExactSums | None:
     if isinstance(labels, ExactSums):
-        return labels.each(lambda limb: _running(runs, limb, kept))
-    return None if labels is None else _running(runs, labels, kept).astype(np.float64, copy=False)
+        return labels.each(lambda limb: _running(groups, limb, kept))
+    return None if labels is None else _running(groups, labels, kept).astype(np.float64, copy=False)
 
 
 def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
@@ -276,16 +276,16 @@ def _taken(values: Any, index: np.ndarray) -> Any:
     return None if values is None else values[index]
 
 
-def _running_last(runs: Runs, moments: np.ndarray) -> np.ndarray:
-    """(E,) latest of the `moments` so far within each run, `NEVER` where there is none."""
+def _running_last(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far of each key, `NEVER` where there is none."""
     positive = moments != NEVER
     if positive.all():
         last = moments
     else:
         index = np.maximum.accumulate(np.where(positive, np.arange(len(moments)), -1))
-        last = np.where(index >= runs.starts[runs.number], moments[index], NEVER)
+        last = np.where(index >= groups.starts[groups.number], moments[index], NEVER)
     falls = last[1:] < last[:-1]
-    falls[runs.starts[1:-1] - 1] = False
+    falls[groups.starts[1:-1] - 1] = False
     if falls.any():  # an event that came late is earlier than what was compacted
-        return pd.Series(moments).groupby(runs.number).cummax().to_numpy()
+        return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
     return last

@@ -2,7 +2,7 @@
 
 What is counted (ids, histograms of numbers, first and last times, latest attributes) is small and merged in any order.
 Counters and histories are not counted here: a row's events and its look-up go, by the hash of the key that they are
-about, to one partition each, where the next step answers them.
+about, to one partition each, where the next step makes the look-ups.
 """
 
 from __future__ import annotations
@@ -14,44 +14,28 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.build.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
+from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.features.encoder import Counts
-from mmoe_rec.features.exact import units_of
-from mmoe_rec.features.exchange import Exchange, partition_of
-from mmoe_rec.features.hashing import combine
 from mmoe_rec.features.latest import LatestParts
-from mmoe_rec.features.log import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
-from mmoe_rec.features.log_parts import Noticed
-from mmoe_rec.features.pipeline import FeaturePipeline, in_any, in_window
-from mmoe_rec.features.requests import OneTimeReader
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.hashing import combine
+from mmoe_rec.log.parts import Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, BadFile, EventReader, LogPart, LogReader
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.exact import units_of
+from mmoe_rec.point_in_time.windows import Window, in_any, in_window
 from mmoe_rec.schema import Schema
 
-Window = tuple[int | None, int | None]
 Reader = LogReader | OneTimeReader | EventReader
-DUPLICATES = "duplicates"
-
-
-def events_of(feature: str) -> str:
-    """Channel of what a counter or history remembers."""
-    return f"events.{feature}"
-
-
-def look_ups_of(group: str) -> str:
-    """Channel of what rows ask a group of counters and histories, see `FeaturePipeline.key_groups`."""
-    return f"look_ups.{group}"
-
-
-def label_of(task: str) -> str:
-    """Column of a look-up that holds the label by which its row is an event."""
-    return f"label.{task}"
 
 
 @dataclass(frozen=True)
-class LearnJob:
+class CountJob:
     """What the tasks of this step share.
 
     windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
-    vocabularies and statistics are learnt (or are at hand already); duplicates: whether to look for rows that occur
+    vocabularies and statistics are counted (or are known already); duplicates: whether to look for rows that occur
     twice.
     """
 
@@ -63,13 +47,13 @@ class LearnJob:
 
 
 @dataclass
-class Learnt:
-    """What was learnt of parts of the log; parts are merged in any order.
+class Counted:
+    """What was counted of parts of the log; parts are merged in any order.
 
     counts, key_types, label_units: as in `FeaturePipeline`; first, last: request times, with the number of a row of
     each; rows: of each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to
     each partition; spans: (log of events or None, file) -> first and last time of its rows; bad: problems of files that
-    could not be read, in which case nothing else is learnt of the part.
+    could not be read, in which case nothing else is counted of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -84,8 +68,8 @@ class Learnt:
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
 
-    def merge(self, other: Learnt) -> None:
-        """Adds what was learnt of other parts."""
+    def merge(self, other: Counted) -> None:
+        """Adds what was counted of other parts."""
         for name, counts in other.counts.items():
             if name in self.counts:
                 self.counts[name].merge(counts)
@@ -114,47 +98,47 @@ def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts |
     return one
 
 
-def learn_part(job: LearnJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Learnt:
+def count_part(job: CountJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Counted:
     """Learns a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
     noticed = Noticed()
     if source is None:
-        learnt = _learn_log(job, reader, part, noticed)
+        counted = _count_log(job, reader, part, noticed)
     else:
-        learnt = _learn_events(job, reader, source, part, noticed)
-    learnt.spans = {(source, address): span for address, span in noticed.spans.items()}
-    return Learnt(bad=noticed.bad) if noticed.bad else learnt
+        counted = _count_events(job, reader, source, part, noticed)
+    counted.spans = {(source, address): span for address, span in noticed.spans.items()}
+    return Counted(bad=noticed.bad) if noticed.bad else counted
 
 
-def _learn_log(job: LearnJob, reader: Reader, part: LogPart, noticed: Noticed) -> Learnt:
+def _count_log(job: CountJob, reader: Reader, part: LogPart, noticed: Noticed) -> Counted:
     schema = job.schema
-    pipeline, learnt = FeaturePipeline(schema), Learnt()
-    learnt.users = LatestParts(schema, "user")
-    learnt.candidates = LatestParts(schema, "candidate")
+    pipeline, counted = FeaturePipeline(schema), Counted()
+    counted.users = LatestParts(schema, "user")
+    counted.candidates = LatestParts(schema, "candidate")
     sender = _Sender(job, part)
     row = part.start
     for rows in reader.read(part, noticed):
         if noticed.bad:
-            continue  # read on for further bad files; what is good is learnt without them
+            continue  # read on for further bad files; what is good is counted without them
         times = rows.times()
-        learnt.first = min(learnt.first, (int(times.min()), row + int(times.argmin())))
-        learnt.last = max(learnt.last, (int(times.max()), row + int(times.argmax())))
+        counted.first = min(counted.first, (int(times.min()), row + int(times.argmin())))
+        counted.last = max(counted.last, (int(times.max()), row + int(times.argmax())))
         for split, window in job.windows.items():
-            learnt.rows[split] += int(in_window(times, window).sum())
-        learnt.users.add(rows)
-        learnt.candidates.add(rows)
-        _learn_statistics(job, pipeline, rows)
+            counted.rows[split] += int(in_window(times, window).sum())
+        counted.users.add(rows)
+        counted.candidates.add(rows)
+        _count_statistics(job, pipeline, rows)
         sender.add(pipeline, rows, row)
         row += len(rows)
     sender.flush()
-    learnt.counts = pipeline.counts if job.statistics else {}
-    learnt.key_types, learnt.label_units, learnt.sent = pipeline.key_types, pipeline.label_units, sender.sent
-    return learnt
+    counted.counts = pipeline.counts if job.statistics else {}
+    counted.key_types, counted.label_units, counted.sent = pipeline.key_types, pipeline.label_units, sender.sent
+    return counted
 
 
-def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -> None:
-    pipeline.learn_types(rows)
+def _count_statistics(job: CountJob, pipeline: FeaturePipeline, rows: LogRows) -> None:
+    pipeline.note_types(rows)
     if job.statistics:
         start, end = job.windows["train"]
         assert end is not None
@@ -163,14 +147,14 @@ def _learn_statistics(job: LearnJob, pipeline: FeaturePipeline, rows: LogRows) -
             pipeline.learn(inside, end)
 
 
-def _learn_events(job: LearnJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Learnt:
+def _count_events(job: CountJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Counted:
     pipeline = FeaturePipeline(job.schema)
     sender = _Sender(job, part, source)
     for rows in reader.read(part, noticed):
         if not noticed.bad:
             sender.add(pipeline, rows, None)
     sender.flush()
-    return Learnt(sent=sender.sent)
+    return Counted(sent=sender.sent)
 
 
 class _Sender:
@@ -179,7 +163,7 @@ class _Sender:
     source: the log of events that the part belongs to, None for the interaction log. A channel has one source.
     """
 
-    def __init__(self, job: LearnJob, part: LogPart, source: str | None = None) -> None:
+    def __init__(self, job: CountJob, part: LogPart, source: str | None = None) -> None:
         self.job, self.part, self.source = job, part, source
         self.sent: dict[str, np.ndarray] = {}
         self._waiting: dict[str, list[pa.Table]] = defaultdict(list)
@@ -213,7 +197,7 @@ class _Sender:
                 if task not in labels:
                     labels[task] = encoder.labels(rows)
                     if labels[task].dtype == np.float64:
-                        pipeline.learn_units({task: units_of(labels[task])})
+                        pipeline.note_units({task: units_of(labels[task])})
                 look_ups[label_of(task)] = labels[task]
             if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from mmoe_rec.build.logs import Logs
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.log import EventRows, Log
-from mmoe_rec.features.log_checks import LeftOut, words_of
-from mmoe_rec.features.steps import Logs
-from mmoe_rec.files import FoundFile
+from mmoe_rec.log.checks import LeftOut, words_of
+from mmoe_rec.log.files import FoundFile
+from mmoe_rec.log.reader import EventRows, Log
 
 Span = tuple[int, int]
 Spans = Mapping[tuple[str | None, str], Span]

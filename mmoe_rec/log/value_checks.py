@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.features.log_checks import format_time
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import Schema, VectorFeature
 
 _LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32

@@ -3,9 +3,9 @@
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
                                each split
-        files.json             the files of the logs that were taken in or left out (see `mmoe_rec.features.taken`)
+        files.json             the files of the logs that were taken in or left out (see `mmoe_rec.build.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
-        counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.features.extend`)
+        counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.build.extend`)
         requests/              times and users of requests, so that rows of one that come with later days are recognised
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
@@ -23,18 +23,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
+from mmoe_rec.build.checks import check_apart, check_classes, check_splits, empty_split
+from mmoe_rec.build.count import Counted
+from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.build.requests import Requests
+from mmoe_rec.build.splits import SplitCounts
+from mmoe_rec.build.steps import Steps
+from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.learn import Learnt, Window
-from mmoe_rec.features.log import format_time
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
-from mmoe_rec.features.requests import Requests
-from mmoe_rec.features.splits import SplitCounts
-from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
-from mmoe_rec.features.taken import Taken
-from mmoe_rec.features.zones import zone_rules
 from mmoe_rec.locks import writing
+from mmoe_rec.log.reader import format_time
+from mmoe_rec.log.zones import zone_rules
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 
@@ -132,7 +134,7 @@ def prepare(
 ) -> Prepared:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
-    Features to which days were added stay where files are gone since, as `at_hand` says; others are built anew.
+    Features to which days were added stay where files are gone since, as `existing` says; others are built anew.
 
     Args:
         windows: request times [start, end) in microseconds of each split.
@@ -176,7 +178,7 @@ def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
         )
 
 
-def at_hand(
+def existing(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Prepared | None:
     """Features of this schema and these splits that hold all files of the log as they are, where they are there.
@@ -209,11 +211,11 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
     is encoded. Raises UserError for a split without rows.
     """
     with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
-        learnt = steps.learn(statistics=False)
+        counted = steps.count(statistics=False)
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
-        last = learnt.last[0]
-        steps.answer(FeaturePipeline.load(state, memories=False), memories, end=last + 1, training=None)
+        last = counted.last[0]
+        steps.look_up(FeaturePipeline.load(state, memories=False), memories, end=last + 1, training=None)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for name in windows:
             if counts[name].rows == 0:
@@ -253,27 +255,27 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
     for each in (serving, counts):
         each.mkdir()
     with Steps(logs, windows, folder / "scratch") as steps:
-        learnt = steps.learn(statistics=True, kept=folder / "requests")
+        counted = steps.count(statistics=True, kept=folder / "requests")
         logs = steps.logs
-        taken = Taken.of(logs, learnt.spans)
-        check_splits(learnt, windows, logs.log.source)
+        taken = Taken.of(logs, counted.spans)
+        check_splits(counted, windows, logs.log.source)
         pipeline = FeaturePipeline(logs.schema)
-        pipeline.merge(learnt.counts, learnt.key_types)
+        pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish()
         save_counts(pipeline, counts)
-        steps.answer(pipeline, serving, end=learnt.last[0] + 1, training=windows["train"])
-        pipeline.finish_answers()
+        steps.look_up(pipeline, serving, end=counted.last[0] + 1, training=windows["train"])
+        pipeline.finish_results()
         pipeline.save(serving)
-        save_latest(learnt, serving)
+        save_latest(counted, serving)
         # Training may use only labels that had matured when training ended; judging waits until the log's end.
-        known_by = {"train": end, "validation": learnt.last[0], "test": learnt.last[0]}
+        known_by = {"train": end, "validation": counted.last[0], "test": counted.last[0]}
         splits = steps.encode(serving, folder / "encoded", known_by)
     check_classes(logs.schema, splits["train"])
     taken.write(folder)
     manifest = {
         "fingerprint": fingerprint,
         "settings": settings_of(logs.schema, windows),
-        **describe(logs, taken, learnt, steps.requests, splits),
+        **describe(logs, taken, counted, steps.requests, splits),
         "vocabularies": vocabularies(pipeline),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -291,14 +293,14 @@ def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
         counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
 
 
-def save_latest(learnt: Learnt, folder: Path) -> None:
+def save_latest(counted: Counted, folder: Path) -> None:
     """Writes the latest attributes of users and candidates."""
-    for name, parts in (("user", learnt.users), ("candidate", learnt.candidates)):
+    for name, parts in (("user", counted.users), ("candidate", counted.candidates)):
         assert parts is not None
         pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def describe(logs: Logs, taken: Taken, learnt: Learnt, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
+def describe(logs: Logs, taken: Taken, counted: Counted, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
     """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
     log, *events = taken.logs
     return {
@@ -312,9 +314,9 @@ def describe(logs: Logs, taken: Taken, learnt: Learnt, requests: Requests, split
         },
         "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
         "unchecked": logs.options.unchecked,
-        "first_request": format_time(learnt.first[0]),
-        "last_request": format_time(learnt.last[0]),
-        "request_microseconds": [learnt.first[0], learnt.last[0]],
+        "first_request": format_time(counted.first[0]),
+        "last_request": format_time(counted.last[0]),
+        "request_microseconds": [counted.first[0], counted.last[0]],
         "requests": None if logs.schema.columns.request is None else requests.describe(),
         "splits": {name: asdict(each) for name, each in splits.items()},
     }

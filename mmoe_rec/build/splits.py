@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import begin_to_flush
-from mmoe_rec.features.answer import fitted
-from mmoe_rec.features.answers import AnswerExchange, AnswerReader
+from mmoe_rec.build.look_up import fitted
+from mmoe_rec.build.requests import OneTimeReader
+from mmoe_rec.build.results import ResultExchange, ResultReader
 from mmoe_rec.features.encoded import label_types
-from mmoe_rec.features.labels import labels_of, unmatured
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.learn import Window
-from mmoe_rec.features.log import LogPart, LogReader
-from mmoe_rec.features.pipeline import FeaturePipeline, in_window
-from mmoe_rec.features.requests import OneTimeReader
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.labels import labels_of, unmatured
+from mmoe_rec.log.reader import LogPart, LogReader
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import Window, in_window
 
 ROWS_PER_GROUP = 32_768
 
@@ -71,14 +71,14 @@ class EncodeJob:
     """What the tasks of this step share.
 
     state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
-    labels must have matured to count (both in microseconds); answers: of counters and histories; encoded: the folder
+    labels must have matured to count (both in microseconds); results: of counters and histories; encoded: the folder
     that gets a folder for each split.
     """
 
     state: Path
     windows: Mapping[str, Window]
     known_by: Mapping[str, int]
-    answers: AnswerExchange
+    results: ResultExchange
     encoded: Path
 
 
@@ -86,8 +86,8 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
     pipeline = fitted(job.state)
-    answers = AnswerReader(job.answers, list(pipeline.key_groups))
-    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.answer_names}
+    results = ResultReader(job.results, list(pipeline.key_groups))
+    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_names}
     counts = {name: SplitCounts() for name in job.windows}
     writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
     row = part.start
@@ -95,8 +95,8 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
         for name, window in job.windows.items():
             wanted = in_window(rows.times(), window)
             if wanted.any():
-                its = answers.of(row, wanted)
-                assert asked <= its.keys(), "a memory of this process, which is empty, would answer in their place"
+                its = results.of(row, wanted)
+                assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(rows.filter(wanted).table, rows.schema, its)
                 labels = labels_of(inside, job.known_by[name])
                 counts[name].add(labels, sampling_rates(inside), unmatured(inside, job.known_by[name]))

@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.build.count import Counted
+from mmoe_rec.build.exchange import DUPLICATES, Exchange
+from mmoe_rec.build.requests import Clash, Requests
+from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.learn import Learnt, Window
-from mmoe_rec.features.log import Log, format_time
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.requests import Clash, Requests
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.splits import SplitCounts
-from mmoe_rec.files import is_remote, local_path
-from mmoe_rec.local_files import would_find
+from mmoe_rec.log.files import is_remote, local_path
+from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.reader import Log, format_time
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
@@ -65,9 +68,9 @@ def check_readings(log: Log) -> None:
             raise UserError(f"{name} can't be read from the log '{log.source}': {error}") from None
 
 
-def check_times(log: Log, learnt: Learnt) -> None:
+def check_times(log: Log, counted: Counted) -> None:
     """Raises UserError where some times are of 1970 and others are not: they were written in different units."""
-    (first, first_row), (last, last_row) = learnt.first, learnt.last
+    (first, first_row), (last, last_row) = counted.first, counted.last
     if first < _YEAR and last > 20 * _YEAR:
         raise UserError(
             f"column '{log.schema.columns.time}' goes from {format_time(first)} ({place(log, first_row)}) to "
@@ -133,13 +136,13 @@ def place(log: Log, row: int) -> str:
     raise AssertionError("a row beyond the log")
 
 
-def check_splits(learnt: Learnt, windows: Mapping[str, Window], source: str) -> None:
+def check_splits(counted: Counted, windows: Mapping[str, Window], source: str) -> None:
     """Raises UserError where a split has no rows."""
     for name in windows:
-        if learnt.rows[name] == 0:
+        if counted.rows[name] == 0:
             raise UserError(
-                f"the {name} split is empty: the log '{source}' has requests from {format_time(learnt.first[0])} to "
-                f"{format_time(learnt.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                f"the {name} split is empty: the log '{source}' has requests from {format_time(counted.first[0])} to "
+                f"{format_time(counted.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
                 "inside (and `columns.time_unit`, if these times are wrong)"
             )
 
@@ -176,3 +179,19 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
                 f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
             )
+
+
+def repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] | None]:
+    """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
+    table = exchange.receive_all(DUPLICATES, partition)
+    if table is None:
+        return 0, None
+    key = table["key"].to_numpy()
+    in_order = np.sort(key)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return 0, None
+    order = np.argsort(key, kind="stable")
+    repeated = np.flatnonzero(in_order[1:] == in_order[:-1])
+    row = table["row"].to_numpy()[order]
+    first = repeated[np.argmin(row[repeated + 1])]
+    return len(repeated), (int(row[first]), int(row[first + 1]))

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.features.arrays import filled
+from mmoe_rec.point_in_time.arrays import filled
 
 _MISSING = np.uint64(0x9AE16A3B2F90404F)
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.arrays import one_array
+from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.schema import (
     CounterFeature,
     CrossFeature,

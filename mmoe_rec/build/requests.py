@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.answers import Blocks
-from mmoe_rec.features.columns import UTC_MICROSECONDS
-from mmoe_rec.features.exchange import Exchange, partition_of
-from mmoe_rec.features.known_requests import KnownRequests, RequestWriter, read_requests
-from mmoe_rec.features.log import ROWS_PER_PART, BadFile, Log, LogPart, LogReader
-from mmoe_rec.features.log_parts import Noticed
-from mmoe_rec.features.rows import LogRows
+from mmoe_rec.build.exchange import Exchange, partition_of
+from mmoe_rec.build.known_requests import KnownRequests, RequestWriter, read_requests
+from mmoe_rec.build.results import Blocks
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.parts import Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, BadFile, Log, LogPart, LogReader
+from mmoe_rec.log.rows import LogRows
 
 RUNS, FIRST_TIMES = "runs", "first_times"
 _GREATEST = np.iinfo(np.int64).max
@@ -121,14 +121,14 @@ class OneTimeReader:
 
     def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """As `LogReader.read`."""
-        row, at_hand = part.start, (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+        row, loaded = part.start, (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         for rows in self.reader.read(part, noticed):
             times = None
             first_block, last_block = self.blocks.holding(np.array([row, row + len(rows) - 1]))
             for block in range(first_block, last_block + 1):
-                if at_hand[0] != block:
-                    at_hand = block, *self._moved(block)
-                _, moved, time = at_hand
+                if loaded[0] != block:
+                    loaded = block, *self._moved(block)
+                _, moved, time = loaded
                 inside = (moved >= row) & (moved < row + len(rows))
                 if inside.any():
                     times = rows.times().copy() if times is None else times

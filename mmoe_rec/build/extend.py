@@ -33,8 +33,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, one_at_a_time
-from mmoe_rec.errors import UserError
-from mmoe_rec.features.build import (
+from mmoe_rec.build.checks import check_apart, place
+from mmoe_rec.build.count import Counted
+from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.build.prepare import (
     ADVICE,
     BUILD,
     Prepared,
@@ -46,18 +48,18 @@ from mmoe_rec.features.build import (
     settings_of,
     vocabularies,
 )
-from mmoe_rec.features.checks import check_apart, place
-from mmoe_rec.features.columns import UTC_MICROSECONDS
+from mmoe_rec.build.requests import Requests
+from mmoe_rec.build.splits import SplitCounts
+from mmoe_rec.build.steps import Steps
+from mmoe_rec.build.taken import Changes, Taken
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestParts
-from mmoe_rec.features.learn import Learnt, Window
-from mmoe_rec.features.log import BadFile, format_time
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.requests import Requests
-from mmoe_rec.features.rows import LogRows
-from mmoe_rec.features.splits import SplitCounts
-from mmoe_rec.features.steps import DEFAULTS, BuildOptions, Logs, Steps
-from mmoe_rec.features.taken import Changes, Taken
 from mmoe_rec.locks import writing
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.reader import BadFile, format_time
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.differences import differences
 
@@ -164,35 +166,35 @@ class _Extension:
         for each in (serving, counts):
             each.mkdir()
         with Steps(self.new, self._new_windows, self.folder / "scratch") as steps:
-            learnt = self._learn(steps)
-            if late := self._late_mended(learnt):
+            counted = self._count(steps)
+            if late := self._late_mended(counted):
                 steps.leave_out(late)
-                learnt = self._learn(steps)
+                counted = self._count(steps)
             self.new, requests = steps.logs, steps.requests
-            self.taken = self.taken.with_new(self.new, learnt.spans)
-            self._check_times(learnt, requests)
-            self._check_events(learnt)
-            self._check_splits(learnt, requests)
+            self.taken = self.taken.with_new(self.new, counted.spans)
+            self._check_times(counted, requests)
+            self._check_events(counted)
+            self._check_splits(counted, requests)
             pipeline = self._load()
-            pipeline.merge(learnt.counts, learnt.key_types)
+            pipeline.merge(counted.counts, counted.key_types)
             new_ids = pipeline.grow()
             save_counts(pipeline, counts)
-            end, before = learnt.last[0] + 1, self.before.serving.resolve()
-            steps.answer(pipeline, serving, end=end, training=None, before=before)
+            end, before = counted.last[0] + 1, self.before.serving.resolve()
+            steps.look_up(pipeline, serving, end=end, training=None, before=before)
             pipeline.save(serving)
-            self._add_latest(learnt)
-            save_latest(learnt, serving)
+            self._add_latest(counted)
+            save_latest(counted, serving)
             train_end = self.windows["train"][1]
             assert train_end is not None
-            known_by = {"train": train_end, "validation": learnt.last[0], "test": learnt.last[0]}
+            known_by = {"train": train_end, "validation": counted.last[0], "test": counted.last[0]}
             splits = steps.encode(serving, self.folder / "encoded", known_by)
         self.taken.write(self.folder)
-        self._write_manifest(pipeline, learnt, requests, splits, new_ids)
+        self._write_manifest(pipeline, counted, requests, splits, new_ids)
         return new_ids
 
-    def _learn(self, steps: Steps) -> Learnt:
+    def _count(self, steps: Steps) -> Counted:
         old_requests = self.before.folder / "requests" if self._has_requests else None
-        return steps.learn(statistics=True, kept=self.folder / "requests", before=old_requests)
+        return steps.count(statistics=True, kept=self.folder / "requests", before=old_requests)
 
     @property
     def _has_requests(self) -> bool:
@@ -215,7 +217,7 @@ class _Extension:
             raise UserError(f"the features in '{self.before.folder}' are damaged: {reason}; {ANEW}") from None
         return pipeline
 
-    def _late_mended(self, learnt: Learnt) -> list[BadFile]:
+    def _late_mended(self, counted: Counted) -> list[BadFile]:
         """Files that were left out and are good by now, but have requests that are not later than all before."""
         return [
             BadFile(
@@ -225,18 +227,18 @@ class _Extension:
                 "the log",
                 address,
             )
-            for (source, address), span in sorted(learnt.spans.items(), key=lambda each: each[0][1])
+            for (source, address), span in sorted(counted.spans.items(), key=lambda each: each[0][1])
             if source is None and address in self.changes[0].mended and span[0] <= self.last
         ]
 
-    def _check_events(self, learnt: Learnt) -> None:
+    def _check_events(self, counted: Counted) -> None:
         """Raises UserError where new files hold as many events of the time of a file that is gone as that one did."""
         for log, before, changes in zip(self.new.events, self.taken.logs[1:], self.changes[1:], strict=True):
             times: dict[str, np.ndarray] = {}
             for old in (before.files[address] for address in changes.gone):
                 found: dict[str, int] = {}
                 for file in log.files:
-                    first, last = learnt.spans.get((log.name, file.address), (0, -1))
+                    first, last = counted.spans.get((log.name, file.address), (0, -1))
                     if old.first is None or old.last is None or first > old.last or last < old.first:
                         continue
                     if file.address not in times:
@@ -250,8 +252,8 @@ class _Extension:
                         f"the same, they would count twice; put that file back, or {ANEW}"
                     )
 
-    def _check_times(self, learnt: Learnt, requests: Requests) -> None:
-        first = requests.begin if self._has_requests else learnt.first[0]
+    def _check_times(self, counted: Counted, requests: Requests) -> None:
+        first = requests.begin if self._has_requests else counted.first[0]
         if first > self.last:
             return
         early, row, start = 0, -1, 0
@@ -266,11 +268,11 @@ class _Extension:
             f"{self.new.log.rows:,} new rows: what such rows could have known is no longer remembered; {ANEW}"
         )
 
-    def _check_splits(self, learnt: Learnt, requests: Requests) -> None:
-        if any(learnt.rows.values()):
+    def _check_splits(self, counted: Counted, requests: Requests) -> None:
+        if any(counted.rows.values()):
             return
-        first, rows = requests.begin if self._has_requests else learnt.first[0], self.new.log.rows
-        if first > learnt.last[0]:  # no request is new
+        first, rows = requests.begin if self._has_requests else counted.first[0], self.new.log.rows
+        if first > counted.last[0]:  # no request is new
             raise UserError(
                 f"all {rows:,} new rows belong to requests of the files before, by column "
                 f"'{self.logs.schema.columns.request}', so none of them would be encoded: give each request an id of "
@@ -278,14 +280,14 @@ class _Extension:
             )
         raise UserError(
             f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "
-            f"{format_time(learnt.last[0])}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
+            f"{format_time(counted.last[0])}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
             "`split.test_end` around them"
         )
 
-    def _add_latest(self, learnt: Learnt) -> None:
+    def _add_latest(self, counted: Counted) -> None:
         """Old values as of the last old request: rows of requests since are later. Those of earlier requests only tell
         of users and candidates that were unknown."""
-        schema, found = self.logs.schema, (learnt.users, learnt.candidates)
+        schema, found = self.logs.schema, (counted.users, counted.candidates)
         for role, parts in zip(("user", "candidate"), found, strict=True):
             assert parts is not None
             old = pq.read_table(self.before.serving / f"latest.{role}.parquet")
@@ -297,19 +299,19 @@ class _Extension:
     def _write_manifest(
         self,
         pipeline: FeaturePipeline,
-        learnt: Learnt,
+        counted: Counted,
         requests: Requests,
         splits: dict[str, SplitCounts],
         new_ids: dict[str, int],
     ) -> None:
-        learnt.first = (self.first, 0)
+        counted.first = (self.first, 0)
         stands_for, before = fingerprint_of(self.logs, self.windows), self.manifest["fingerprint"]
         # Not that of a build of all files, whose ids have other rows: a model tells its features by the fingerprint.
         fingerprint = hashlib.sha256(f"{before} {stands_for}".encode()).hexdigest()[:16]
         manifest = {
             "fingerprint": fingerprint,
             "settings": settings_of(self.logs.schema, self.windows),
-            **describe(self.logs, self.taken, learnt, requests, splits),
+            **describe(self.logs, self.taken, counted, requests, splits),
             "unchecked": sorted({*self.manifest["unchecked"], *self.logs.options.unchecked}),
             "vocabularies": vocabularies(pipeline),
             "extends": {

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.local_files import MAGIC, find_local, is_hidden, is_hidden_from
+from mmoe_rec.log.local_files import MAGIC, find_local, is_hidden, is_hidden_from
 
 FIRST_ANSWER_SECONDS = 15.0
 """A remote place that has not answered by then counts as unreachable, however often its library would try again."""

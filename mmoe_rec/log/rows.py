@@ -11,24 +11,24 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.arrays import filled, one_array
-from mmoe_rec.features.events import LookUps
-from mmoe_rec.features.hashing import combine, hash_column
+from mmoe_rec.log.hashing import combine, hash_column
+from mmoe_rec.point_in_time.arrays import filled, one_array
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.schema import Schema, Task
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class LogRows:
-    """N rows; `table` holds canonical columns (see `mmoe_rec.features.columns`), strings dictionary-coded or not.
+    """N rows; `table` holds canonical columns (see `mmoe_rec.log.columns`), strings dictionary-coded or not.
 
-    answers: what counters and histories say of these rows, where it was looked up before: name -> answers.
+    results: what counters and histories say of these rows, where it was looked up before: name -> results.
     """
 
-    def __init__(self, table: pa.Table, schema: Schema, answers: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, table: pa.Table, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
         self.table = table
         self.schema = schema
-        self.answers = answers or {}
+        self.results = results or {}
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
         self._look_ups: dict[tuple[str, ...], LookUps] = {}
 

@@ -16,22 +16,22 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.features.sorting import sorted_order
+from mmoe_rec.point_in_time.sorting import sorted_order
 
 # Where there are so many times more events than look-ups, events are searched instead of merged.
 _EVENTS_OF_A_SEARCH = 16
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
 
-class Runs:
-    """Rising keys, (N,) uint64, of which equal ones make a run."""
+class KeyGroups:
+    """Rising keys, (N,) uint64, of which equal ones make a group."""
 
     def __init__(self, key: np.ndarray) -> None:
         self.key = key
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """(G + 1,) int64 index of the first of each of G runs, then N."""
+        """(G + 1,) int64 index of the first of each of G groups, then N."""
         changes = np.append(len(self.key) > 0, self.key[1:] != self.key[:-1])
         return np.append(np.flatnonzero(changes), len(self.key)).astype(np.int64)
 
@@ -42,14 +42,14 @@ class Runs:
 
     @cached_property
     def number(self) -> np.ndarray:
-        """(N,) int64 run of each key. As an index, it is much faster than `np.repeat`, which also keeps other threads
+        """(N,) int64 group of each key. As an index, it is much faster than `np.repeat`, which also keeps other threads
         waiting."""
         number = np.zeros(len(self.key), np.int64)
         number[self.starts[1:-1]] = 1
         return np.cumsum(number, out=number)
 
 
-class KnownEvents(Runs):
+class KnownEvents(KeyGroups):
     """Events sorted by (key, known time). key: (E,) uint64; known: (E,) int64 microseconds."""
 
     def __init__(self, key: np.ndarray, known: np.ndarray) -> None:
@@ -70,10 +70,10 @@ class KnownEvents(Runs):
 class LookUps:
     """What N rows ask: D distinct look-ups sorted by key, then time.
 
-    runs: of the keys; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
+    groups: of the keys; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
     """
 
-    runs: Runs
+    groups: KeyGroups
     time: np.ndarray
     number: np.ndarray
 
@@ -93,7 +93,7 @@ class LookUps:
         number = np.empty(len(keys), np.int64)
         number[order] = np.cumsum(first) - 1
         kept = np.flatnonzero(first)
-        return LookUps(Runs(keys[kept]), times[kept], number)
+        return LookUps(KeyGroups(keys[kept]), times[kept], number)
 
     def where(self, wanted: np.ndarray) -> LookUps:
         """The look-ups of those of the rows, (N,) bool."""
@@ -103,13 +103,13 @@ class LookUps:
         asked = np.zeros(len(self), bool)
         asked[number] = True
         kept = np.flatnonzero(asked)
-        return LookUps(Runs(self.runs.key[kept]), self.time[kept], (np.cumsum(asked) - 1)[number])
+        return LookUps(KeyGroups(self.groups.key[kept]), self.time[kept], (np.cumsum(asked) - 1)[number])
 
     def as_of(self, floor: int | None) -> LookUps:
         """The same look-ups, but none of an earlier time than `floor`."""
         if floor is None or not len(self) or self.time.min() >= floor:
             return self
-        return LookUps(self.runs, np.maximum(self.time, floor), self.number)
+        return LookUps(self.groups, np.maximum(self.time, floor), self.number)
 
     @cached_property
     def unit(self) -> int:
@@ -138,7 +138,7 @@ class Join:
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each distinct key of the look-ups, the first run of events whose key is not less, and if it is equal."""
-        keys, asked = self.events.distinct, self.asked.runs.distinct
+        keys, asked = self.events.distinct, self.asked.groups.distinct
         group = np.searchsorted(keys, asked)
         return group, keys[np.minimum(group, len(keys) - 1)] == asked
 
@@ -147,14 +147,14 @@ class Join:
         """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
         group, found = self._groups
         first = np.where(found, self.events.starts[group], len(self.events))
-        return first[self.asked.runs.number]
+        return first[self.asked.groups.number]
 
     def _searched(self, times: np.ndarray) -> np.ndarray:
         """A binary search within each key's events, of all look-ups at once."""
         group, found = self._groups
         first = low = self._first
         end = np.where(found, self.events.starts[np.minimum(group + 1, len(self.events.starts) - 1)], 0)
-        high = end[self.asked.runs.number]
+        high = end[self.asked.groups.number]
         # The first event after `times` lies between low and high.
         while (searching := low < high).any():
             middle = (low + high) >> 1
@@ -182,7 +182,7 @@ class Join:
             # Odd numbers are keys with events, even ones lie between them.
             events = ticks.of_events()
             events += (np.arange(len(self.events.distinct)) * (2 * ticks.count) + ticks.count)[self.events.number]
-            self._coded[unit] = ticks, events, ((2 * group + found) * ticks.count)[self.asked.runs.number]
+            self._coded[unit] = ticks, events, ((2 * group + found) * ticks.count)[self.asked.groups.number]
         return self._coded[unit]
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.columns import Use, column_uses, event_uses
-from mmoe_rec.features.log_checks import (
+from mmoe_rec.log.checks import (
     BadFile,
     LeftOut,
     LogFile,
@@ -27,11 +26,12 @@ from mmoe_rec.features.log_checks import (
     word_of,
     words_of,
 )
-from mmoe_rec.features.log_parts import LogPart, Noticed, Piece, cut
-from mmoe_rec.features.log_values import file_column, first_row, next_batch
-from mmoe_rec.features.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.features.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
-from mmoe_rec.files import FoundFile, find_files
+from mmoe_rec.log.columns import Use, column_uses, event_uses
+from mmoe_rec.log.files import FoundFile, find_files
+from mmoe_rec.log.parts import LogPart, Noticed, Piece, cut
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
+from mmoe_rec.log.values import file_column, first_row, next_batch
 from mmoe_rec.schema import EVENT, Schema
 
 ROWS_AT_A_TIME = 131_072

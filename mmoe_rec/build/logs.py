@@ -1,0 +1,103 @@
+"""The logs that a build reads, and how it is to read them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from mmoe_rec.build.engines import EngineName
+from mmoe_rec.errors import UserError
+from mmoe_rec.log.reader import BadFile, EventRows, LeftOut, Log, none_usable
+from mmoe_rec.schema import Schema
+
+_NEVER = np.iinfo(np.int64).max
+Source = TypeVar("Source", Log, EventRows)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How features are built, as described in `mmoe_rec.settings.sections.Data`; no choice changes a feature."""
+
+    engine: EngineName = "local"
+    workers: int | None = None
+    rows_in_memory: int = 1_048_576
+    skip_bad_files: bool = False
+    duplicates: Literal["error", "keep"] = "error"
+    future_times: Literal["error", "keep"] = "error"
+    several_times: Literal["first", "error"] = "first"
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Settings by which a build does not look for rows that most logs hold by mistake only."""
+        return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
+
+
+DEFAULTS = BuildOptions()
+
+
+class Logs:
+    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`.
+
+    types: of the columns of each of them, as `Log` takes them.
+    """
+
+    only_new = False
+
+    def __init__(
+        self, source: str, schema: Schema, options: BuildOptions, types: Sequence[Mapping[str, str]] | None = None
+    ) -> None:
+        self.schema, self.options = schema, options
+        skip = options.skip_bad_files
+        now = None if options.future_times == "error" else _NEVER
+        of_log, *of_events = types or [{}] * (1 + len(schema.events))
+        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=now)
+        self.events = [
+            EventRows(name, self.log, skip_bad_files=skip, types=each)
+            for name, each in zip(schema.events, of_events, strict=True)
+        ]
+
+    @property
+    def all(self) -> list[Log | EventRows]:
+        """The interaction log, then the logs of events."""
+        return [self.log, *self.events]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all of them."""
+        return sum(each.rows for each in self.all)
+
+    def without(self, bad: Sequence[BadFile]) -> Logs:
+        """The same logs without further files. Raises UserError where nothing is left to read of one."""
+        first = {error.address: error for error in reversed(bad)}  # many parts of a file may tell of it
+        reasons = {address: LeftOut(address, str(error.explained())) for address, error in first.items()}
+        fewer = copy.copy(self)
+        fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
+        for log, before in zip(fewer.all, self.all, strict=True):
+            if before.files and not log.files and (log is fewer.log or not self.only_new):
+                raise none_usable(log.source, log.left_out)
+        if not fewer.log.rows:
+            raise UserError(f"the log '{self.log.source}' has no rows")
+        return fewer
+
+    def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
+        """The same logs, of which some files are not read: addresses for each of `all`.
+
+        Raises UserError where the other files of the interaction log have no rows.
+        """
+        rest = copy.copy(self)
+        rest.only_new = True
+        rest.log = _without_files(self.log, not_read[0])
+        rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
+        if not rest.log.rows:
+            raise UserError(f"the new files of the log '{self.log.source}' have no rows")
+        return rest
+
+
+def _without_files(log: Source, addresses: Collection[str]) -> Source:
+    rest = copy.copy(log)
+    rest.files = [file for file in log.files if file.address not in addresses]
+    return rest
