@@ -1,4 +1,4 @@
-"""KeyGroups, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
+"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
 
 from __future__ import annotations
 

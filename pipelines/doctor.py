@@ -138,7 +138,7 @@ def probe() -> None:
 
 
 def run_probe() -> Probe:
-    """KeyGroups `probe` in a process of its own."""
+    """Runs `probe` in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", "from pipelines.doctor import probe; probe()"]
     started = time.perf_counter()
     crash = None
@@ -219,7 +219,7 @@ def show(checks: Sequence[Check]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if sum(each is not None for each in (arguments.add, arguments.remove, arguments.mask)) != 1:
         raise UserError("give one of --add, --remove and --mask")

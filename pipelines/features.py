@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pipelines.steps import extend_features, prepare_features
 

@@ -33,7 +33,7 @@ TFLOPS = {"cuda": 100.0, "cpu": 0.4}
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if arguments.world_size % arguments.local_world_size:
         raise UserError(

@@ -52,7 +52,7 @@ def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) ->
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     options, overrides = _arguments(argv)
     out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
     settings = quickstart_settings(options.fast, out, overrides)

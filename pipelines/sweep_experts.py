@@ -25,7 +25,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pathlib import Path
 

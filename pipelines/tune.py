@@ -27,7 +27,7 @@ COMBINATIONS = 30  # with values of the other settings, that a value is tried in
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     search = settings.tuning.search
     if not search:

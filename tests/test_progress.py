@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmoe_rec import progress
 from mmoe_rec.build.prepare import prepare
-from tests.features.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 
 @pytest.fixture

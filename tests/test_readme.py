@@ -85,7 +85,7 @@ EXERCISED_BY = {
     ),
 }
 
-# KeyGroups `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
+# Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
 DRIVER = """
 import contextlib, importlib, io, json, shlex, sys, traceback
 from pipelines import quickstart

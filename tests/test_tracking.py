@@ -1,4 +1,4 @@
-"""KeyGroups, the registry, and what is said of addresses that lead nowhere."""
+"""Runs, the registry, and what is said of addresses that lead nowhere."""
 
 import os
 from pathlib import Path

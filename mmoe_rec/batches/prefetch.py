@@ -1,4 +1,4 @@
-"""KeyGroups an iterator ahead of its consumer, in a background thread."""
+"""Runs an iterator ahead of its consumer, in a background thread."""
 
 from __future__ import annotations
 

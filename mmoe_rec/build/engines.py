@@ -31,7 +31,7 @@ THREADS_AT_MOST = 4
 
 
 class Engine(Protocol):
-    """KeyGroups the tasks of a job."""
+    """Runs the tasks of a job."""
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Results of a picklable function, in the order of the tasks."""

@@ -2,8 +2,8 @@
 python -m tests.benchmarks.point_in_time --logs 1 --first 17
 
 Draws small logs at random and compares counters, histories and labels with a naive reference in pandas that shares no
-code with the package (`tests/features/naive_features.py`). The test suite does so for the first 200. Prints one line of
-JSON, also where Ctrl-C ends it sooner; a log that differs is named, and the second command runs it again.
+code with the package (`tests/point_in_time/naive_features.py`). The test suite does so for the first 200. Prints one
+line of JSON, also where Ctrl-C ends it sooner; a log that differs is named, and the second command runs it again.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from mmoe_rec.progress import bar, say
-from tests.features.compared_logs import TOLERANCE, compare
+from tests.point_in_time.compared_logs import TOLERANCE, compare
 
 
 def main() -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=int, default=5_000, help="number of logs")
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")

@@ -81,7 +81,7 @@ def logs(folder: Path, rows: int) -> Iterator[tuple[str, Callable[[Sequence[str]
 
 
 def main() -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=40_000, help="of the synthetic log")
     parser.add_argument("--seeds", type=int, default=4)

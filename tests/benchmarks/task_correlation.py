@@ -221,7 +221,7 @@ def draw_plot(losses: Mapping[Cell, np.ndarray], sizes: Sizes, path: Path) -> No
 
 
 def study(seeds: int, tuning_seeds: int, sizes: Sizes, plot: Path) -> dict[str, Any]:
-    """KeyGroups the study and gives what the last line holds."""
+    """Runs the study and gives what the last line holds."""
     candidates = [Cell(*each) for each in product(arms(), CORRELATIONS, LEARNING_RATES)]
     # Seeds of their own: those of the study come before them.
     chosen = choose(train(candidates, range(seeds, seeds + tuning_seeds), sizes, "choosing learning rates"))
@@ -246,7 +246,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    """KeyGroups the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30, help="trainings a cell (default: %(default)s)")
     parser.add_argument(

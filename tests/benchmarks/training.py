@@ -101,7 +101,7 @@ def peers_environment(folder: Path) -> str:
 
 
 def benchmark(rows: int, repeats: int, peers: Path) -> dict[str, object]:
-    """KeyGroups all and tells how they compare."""
+    """Runs all and tells how they compare."""
     from tests.benchmarks.training_rows import operations_per_row
 
     python = peers_environment(peers)

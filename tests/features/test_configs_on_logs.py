@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_logs import DAY, write_log
 
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.settings import load_settings
 from pipelines.ingest_movielens import LOG as MOVIELENS
+from tests.log.small_logs import DAY, write_log
 
 ROWS = 3000
 

@@ -14,7 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.settings import Settings
-from tests.features.small_logs import ALL_KINDS, BASE, random_log, write_log
+from tests.log.small_logs import ALL_KINDS, BASE, random_log, write_log
 from tests.serving.small_model import small_settings
 
 EVENTS = {"seen": {"kind": "counter", "events": "views", "by": ["item"], "outputs": ["rows"]}}

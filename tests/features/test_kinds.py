@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import DAY, START, fit, log_rows, random_log, schema_of
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import ids
@@ -20,6 +19,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import IdCounts
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.schema import Schema
+from tests.log.small_logs import DAY, START, fit, log_rows, random_log, schema_of
 
 ROLES = {"user": [], "candidate": ["x", "y"], "context": [], "placement": []}
 

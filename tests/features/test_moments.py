@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import DAY, START, fit, random_log, schema_of
 
 from mmoe_rec.features.moments import Moments
+from tests.log.small_logs import DAY, START, fit, random_log, schema_of
 
 
 def moments_of(*parts: np.ndarray) -> Moments:

@@ -7,7 +7,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import (
+
+from mmoe_rec.build.splits import encoded_table
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.log.labels import labels_of
+from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     START,
@@ -23,11 +28,6 @@ from small_logs import (
     stream_of,
     times_of,
 )
-
-from mmoe_rec.build.splits import encoded_table
-from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
-from mmoe_rec.log.labels import labels_of
 
 SCHEMA = schema_of(ALL_KINDS)
 UNTIL = START + 6 * DAY

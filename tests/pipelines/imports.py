@@ -32,7 +32,7 @@ class Answer:
 
 
 def answer(module: str, *arguments: str) -> Answer:
-    """KeyGroups `python -m module arguments` in a process of its own."""
+    """Runs `python -m module arguments` in a process of its own."""
     command = [sys.executable, "-c", _CODE, ",".join(HEAVY), module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     out, told, names = done.stdout.rpartition("imported:")

@@ -43,7 +43,7 @@ class Training:
         return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self) -> float:
-        """KeyGroups to the end; the seconds that this took."""
+        """Runs to the end; the seconds that this took."""
         started = time.monotonic()
         process = self.start()
         said, _ = process.communicate()

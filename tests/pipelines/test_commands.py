@@ -83,7 +83,7 @@ def two_ranks(world: World) -> World:
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess:
-    """KeyGroups a command from the project's folder."""
+    """Runs a command from the project's folder."""
     return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=800)
 
 

@@ -18,7 +18,7 @@ import yaml
 from mmoe_rec import registry
 from mmoe_rec.serving.ranker import Ranker
 from pipelines import evaluate, features, inspect, train
-from tests.features.small_logs import files_of
+from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
 FIRST_SPLIT = {"train_end": "2024-03-07", "validation_end": "2024-03-08"}

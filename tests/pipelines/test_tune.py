@@ -123,7 +123,7 @@ def trained(values: dict[str, float]) -> Callable[..., Any]:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """KeyGroups the command for a search, without training; exit code and what was said."""
+    """Runs the command for a search, without training; exit code and what was said."""
 
     class Prepared:
         manifest: ClassVar[dict[str, str]] = {"fingerprint": "f"}

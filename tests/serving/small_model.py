@@ -16,7 +16,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.serving.artifact import write_artifact
 from mmoe_rec.settings import Settings
-from tests.features.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
 
 USER = 5
 ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown

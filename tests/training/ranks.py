@@ -41,7 +41,7 @@ def join(rank: int, world: int, port: int) -> Iterator[Ranks]:
 
 
 def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None:
-    """KeyGroups `work(rank, ranks, port, *arguments)` in as many processes."""
+    """Runs `work(rank, ranks, port, *arguments)` in as many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

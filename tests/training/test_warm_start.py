@@ -28,7 +28,7 @@ from mmoe_rec.settings import Model
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import load_plain, shard
 from mmoe_rec.training.warm_start import WarmStart
-from tests.features.small_logs import ALL_KINDS, DAY, START, random_log, remember
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
 from tests.serving.small_model import SmallModel
 from tests.training.ranks import join, spawn
 from tests.training.saving import save_weights

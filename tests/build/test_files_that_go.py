@@ -8,14 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from growing_log import WINDOWS, Growing, windows_of
-from small_logs import DAY, START, files_of, times_of
 
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.windows import in_window
+from tests.build.growing_log import WINDOWS, Growing, windows_of
+from tests.log.small_logs import DAY, START, files_of, times_of
 
 FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
 LATER = windows_of(10, 11)

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import (
+
+from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     LATE_DAYS,

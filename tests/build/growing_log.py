@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of
 
 from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.point_in_time.windows import in_window
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of
 
 FEATURES = {
     **ALL_KINDS,

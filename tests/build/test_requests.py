@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.build import count as learn
+from mmoe_rec.build import count
 from mmoe_rec.build import known_requests, requests, splits, steps
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.extend import extend
@@ -24,7 +24,7 @@ from mmoe_rec.inspection.words import requests_told
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.schema import Schema
-from tests.features.small_logs import (
+from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     START,
@@ -49,7 +49,7 @@ WINDOWS = {
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, blocks and row groups of some dozen rows."""
-    for module in (steps, learn, requests, known_requests):
+    for module in (steps, count, requests, known_requests):
         monkeypatch.setattr(module, "ROWS_PER_PART", 60)
     monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
@@ -240,7 +240,7 @@ def test_the_reader_is_small_and_goes_to_other_processes(tmp_path: Path) -> None
     table = with_requests(random_log(3))
     logs = Logs(str(write_log(tmp_path / "log", *_cut(table, 100))), SCHEMA, BuildOptions())
     with steps.Steps(logs, WINDOWS, tmp_path / "scratch") as build:
-        build.learn(statistics=False)
+        build.count(statistics=False)
         sent = pickle.dumps(build._reader)
         assert len(sent) < 5_000
         reader = pickle.loads(sent)

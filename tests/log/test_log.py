@@ -17,7 +17,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
 
 from mmoe_rec.build.logs import DEFAULTS, Logs
 from mmoe_rec.build.taken import Taken
@@ -27,6 +26,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.reader import BadFile, EventRows, Log, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import EVENT, Schema
+from tests.log.small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}
 TABLE = random_log(0)

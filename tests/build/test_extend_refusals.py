@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from growing_log import WINDOWS, Growing
-from small_logs import (
-    DAY,
-    START,
-    files_of,
-    times_of,
-)
 
 from mmoe_rec.build import extend as extend_module
 from mmoe_rec.build.steps import Steps
 from mmoe_rec.errors import UserError
 from mmoe_rec.schema import Schema
+from tests.build.growing_log import WINDOWS, Growing
+from tests.log.small_logs import (
+    DAY,
+    START,
+    files_of,
+    times_of,
+)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_new_rows_outside_of_all_splits(growing):
 # Failures
 
 
-@pytest.mark.parametrize("step", ["answer", "encode"])
+@pytest.mark.parametrize("step", ["look_up", "encode"])
 def test_a_failed_extension_leaves_the_old_folder(growing, monkeypatch, step):
     growing.add(8, 12.1)
     before = files_of(growing.work)

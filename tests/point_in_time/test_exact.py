@@ -11,7 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import (
+
+from mmoe_rec.build.extend import extend
+from mmoe_rec.build.logs import BuildOptions
+from mmoe_rec.build.prepare import prepare
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.exact import ExactSums, units_of
+from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.point_in_time.memory import CounterMemory
+from tests.log.small_logs import (
     DAY,
     START,
     log_rows,
@@ -23,14 +31,6 @@ from small_logs import (
     times_of,
     write_log,
 )
-
-from mmoe_rec.build.extend import extend
-from mmoe_rec.build.logs import BuildOptions
-from mmoe_rec.build.prepare import prepare
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.exact import ExactSums, units_of
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import CounterMemory
 
 # Outliers beside which small labels are lost, numbers of all bits, the least and largest ones, and exact opposites.
 LABELS = np.array([1e17, -1e17, 1e-9, -1e-9, 0.1, 0.5, 3.0, -7.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])

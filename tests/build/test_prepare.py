@@ -9,22 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from killed_builds import killed_builds
-from small_logs import (
-    ALL_KINDS,
-    DAY,
-    START,
-    assert_same,
-    files_of,
-    fit_in_memory,
-    log_rows,
-    random_log,
-    save_memories,
-    schema_of,
-    times_of,
-    with_requests,
-    write_log,
-)
 
 from mmoe_rec.build import engines, splits, steps
 from mmoe_rec.build import results as answers
@@ -40,6 +24,22 @@ from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
+from tests.build.killed_builds import killed_builds
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    fit_in_memory,
+    log_rows,
+    random_log,
+    save_memories,
+    schema_of,
+    times_of,
+    with_requests,
+    write_log,
+)
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = {

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_logs import DAY, START, log_rows, random_log, schema_of
 
 from mmoe_rec.errors import UserError
+from tests.log.small_logs import DAY, START, log_rows, random_log, schema_of
 
 
 def _observed(values: pa.Array, equals: Any) -> list[bool]:

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
 
 from mmoe_rec.build import division
 from mmoe_rec.build.chunks import Received, batches, chunks
@@ -21,6 +20,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time import memory
 from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.windows import in_window
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
 
 WINDOWS = {
     "train": (START, START + 5 * DAY),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from mmoe_rec.build import count as learn
+from mmoe_rec.build import count
 from mmoe_rec.build import known_requests, requests, splits, steps
 from mmoe_rec.build import prepare as build
 from mmoe_rec.build import results as answers
@@ -31,9 +31,9 @@ from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.schema import Schema
-from tests.features.drawn_logs import DrawnLog, draw
-from tests.features.naive_features import DAY, NaiveFeatures
-from tests.features.small_logs import raw_results
+from tests.log.small_logs import raw_results
+from tests.point_in_time.drawn_logs import DrawnLog, draw
+from tests.point_in_time.naive_features import DAY, NaiveFeatures
 
 TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
 # What a log that is drawn may lack.
@@ -43,7 +43,7 @@ _LACKS = ("split is empty", "lies in a split", "have no rows")
 @contextmanager
 def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (steps, learn, requests, known_requests):
+        for module in (steps, count, requests, known_requests):
             stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
         stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
         stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))

@@ -16,7 +16,7 @@ from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.rows import LogRows
-from tests.features.small_logs import (
+from tests.log.small_logs import (
     BASE,
     DAY,
     LATE_DAYS,

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, schema_of, write_log
 
 from mmoe_rec.build.logs import BuildOptions, Logs
 from mmoe_rec.build.prepare import prepare
@@ -17,6 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import BadFile, Log, LogReader
 from mmoe_rec.schema import Schema
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}
 ROLES = {**BASE["roles"], "candidate": ["brand", "price", "tags", "x"]}

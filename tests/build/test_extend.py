@@ -8,18 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from growing_log import WINDOWS, Growing, training_items, windows_of
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from small_logs import (
-    ALL_KINDS,
-    DAY,
-    START,
-    assert_same,
-    files_of,
-    log_rows,
-    times_of,
-)
 
 from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.errors import UserError
@@ -29,6 +19,16 @@ from mmoe_rec.inspection.collect import collect
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
+from tests.build.growing_log import WINDOWS, Growing, training_items, windows_of
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    log_rows,
+    times_of,
+)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.features.small_logs import ALL_KINDS, DAY, START, files_of, random_log, schema_of, write_log
+from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, random_log, schema_of, write_log
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.features.compared_logs import compare
+from tests.point_in_time.compared_logs import compare
 
 LOGS, TESTS = 200, 10
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_logs import (
+
+from mmoe_rec.build.prepare import prepare
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.schema import Schema
+from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     START,
@@ -20,12 +26,6 @@ from small_logs import (
     times_of,
     write_log,
 )
-
-from mmoe_rec.build.prepare import prepare
-from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.schema import Schema
 
 UNTIL = START + 6 * DAY
 WINDOWS = {"train": (None, UNTIL), "validation": (UNTIL, UNTIL + 2 * DAY), "test": (UNTIL + 2 * DAY, None)}

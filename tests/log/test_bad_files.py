@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 from mmoe_rec.build import steps
 from mmoe_rec.build.logs import BuildOptions
@@ -19,6 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.reader import BadFile, EventRows, LeftOut, Log, format_time
 from mmoe_rec.schema import Schema
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}
 TABLE = random_log(0)
@@ -405,10 +405,10 @@ def _other_type(path: Path) -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("step", ["learn", "answer", "encode"])
+@pytest.mark.parametrize("step", ["count", "look_up", "encode"])
 @pytest.mark.parametrize("change", [_gone, _cut, _bad_label, _other_rows, _other_type])
 def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, change, step, skip):
-    """Found by what reads it next, or at the end; no rows are encoded with what was learnt of others."""
+    """Found by what reads it next, or at the end; no rows are encoded with what was counted of others."""
     folder = _five(tmp_path / "log")
     schema = schema_of({"item": ALL_KINDS["item"], "n": ALL_KINDS["item_click"]}, tasks=TASKS)
     run = getattr(steps.Steps, step)
@@ -419,7 +419,7 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(steps.Steps, step, changing)
     options = BuildOptions(skip_bad_files=skip)
-    if step == "learn" and (skip or change is _other_rows):
+    if step == "count" and (skip or change is _other_rows):
         # Nothing was learnt before: the file is left out as any bad one, or is what it is by now.
         if change is _other_rows:
             with pytest.raises(BadFile, match=r"1.parquet' has changed since the log was opened; start again"):
