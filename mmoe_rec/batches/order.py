@@ -2,7 +2,7 @@
 
 The row groups of all files are permuted and cut into windows of about `shuffle_window` rows. Within a row group the
 rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
-(j + u_g) / n, and the window's rows come by rising key (equal keys by group). So every chunk of the order holds rows
+(j + u_g) / n, and the window's rows come by rising key (equal keys by group). So every stretch of the order holds rows
 of each group of its window in proportion to the group's size, and any slice of the order is known from a few counts.
 """
 

@@ -106,7 +106,7 @@ class Steps:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
         observed = batch.observed_weights
-        # The copies that chunk an epoch's last batch have no labels.
+        # The copies that stretch an epoch's last batch have no labels.
         counted = batch.observed.any(1).float()
         asked = torch.tensor([self._stop.asked is not None], device=self._device)
         shared = torch.cat([observed, counted.sum()[None].to(observed), asked.to(observed)])

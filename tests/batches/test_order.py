@@ -93,7 +93,7 @@ def test_every_stretch_holds_rows_of_each_group_in_proportion(
 
 @pytest.mark.parametrize("groups", [8, 64, 512])
 def test_borders_between_groups_hardly_move(groups: int) -> None:
-    """Of the first groups together, a chunk has as many rows as their share of it, but for a few."""
+    """Of the first groups together, a stretch has as many rows as their share of it, but for a few."""
     window = epoch_order([1000] * groups, 10**9).windows[0]
     of_first = np.cumsum(window.mixed()[:, None] < np.arange(groups, step=max(1, groups // 16)), axis=0)
     even = np.arange(1, 1000 * groups + 1)[:, None] * of_first[-1] / (1000 * groups)

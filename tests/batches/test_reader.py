@@ -219,7 +219,7 @@ def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
     read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200, batch_size=10))
     neighbours = np.mean(np.diff(read) == 1)
     assert neighbours < 0.05
-    # Each window of 200 rows mixes four row groups: no chunk of 50 rows is of one.
+    # Each window of 200 rows mixes four row groups: no stretch of 50 rows is of one.
     assert all(len({row // 50 for row in read[i : i + 50]}) == 4 for i in range(0, 400, 50))
 
 

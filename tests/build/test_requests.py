@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.build import count
-from mmoe_rec.build import known_requests, requests, splits, steps
+from mmoe_rec.build import count, known_requests, requests, splits, steps
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from mmoe_rec.build import count
-from mmoe_rec.build import known_requests, requests, splits, steps
+from mmoe_rec.build import count, known_requests, requests, splits, steps
 from mmoe_rec.build import prepare as build
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.extend import extend

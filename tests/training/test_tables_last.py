@@ -110,7 +110,7 @@ def test_such_a_step_stops_training_by_default(prepared: Prepared, tmp_path: Pat
             one._step(iter([batch_of(one, 1)]), meter(one))
 
 
-# Rows that chunk the last batch of an epoch
+# Rows that stretch the last batch of an epoch
 
 
 def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_path: Path) -> None:
