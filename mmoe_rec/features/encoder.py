@@ -31,7 +31,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class State:
-    """What an encoder has counted, as plain data: JSON values and Arrow tables."""
+    """What an encoder was fitted with, as plain data: JSON values and Arrow tables."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
@@ -84,11 +84,11 @@ class Encoder:
         return Inputs()
 
     def state(self) -> State:
-        """What was counted."""
+        """What was fitted."""
         return State()
 
     def restore(self, state: State) -> None:
-        """Takes what another encoder of the same settings has counted."""
+        """Takes what another encoder of the same settings was fitted with."""
 
 
 class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):

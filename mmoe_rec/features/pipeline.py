@@ -1,7 +1,7 @@
 """`FeaturePipeline`: fitted once on a log, then the same encoder in training, batch jobs and the model server.
 
-State is plain data: `pipeline.json`, a Parquet file for each table that an encoder has counted, and a folder of Parquet
-files for what each counter and history remembers.
+State is plain data: `pipeline.json`, a Parquet file for each table that an encoder was fitted with, and a folder of
+Parquet files for what each counter and history remembers.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class FeaturePipeline:
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
         units = {name: sorted(each) for name, each in self.label_units.items()}
-        counted = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
-        text = {"format": FORMAT, "schema": schema, **counted, "encoders": values}
+        fitted = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
+        text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod
