@@ -1,1 +1,47 @@
-"""Multi-gate mixture-of-experts ranking."""
+"""Multi-gate mixture-of-experts ranking, from Parquet interaction logs to a served model.
+
+    settings = mmoe_rec.load_settings("configs/complete_journey.yaml")
+    prepared = mmoe_rec.build_features(settings)
+    trained = mmoe_rec.train(settings)
+    evaluated = mmoe_rec.evaluate(settings, trained.address, "metrics")
+    ranker = mmoe_rec.Ranker.load(trained.artifact)
+
+Each is imported when it is first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
+    from mmoe_rec.jobs.features import build_features
+    from mmoe_rec.jobs.train import train_model as train
+    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.settings import load_settings
+
+__all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "train"]
+
+_PLACES = {
+    "Ranker": ("mmoe_rec.serving.ranker", "Ranker"),
+    "build_features": ("mmoe_rec.jobs.features", "build_features"),
+    "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
+    "load_settings": ("mmoe_rec.settings", "load_settings"),
+    "train": ("mmoe_rec.jobs.train", "train_model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mmoe-rec")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mmoe_rec' has no attribute '{name}'")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,3 @@
-"""Commands, each run as `python -m pipelines.NAME`."""
+"""Commands, each run as `python -m pipelines.NAME`. Those for any data set are the package's, also `mmoe-rec NAME`."""
 
-import os
-
-# How OpenMP's threads wait for each other, set before torch is loaded. Left alone they spin for milliseconds, which on
-# a machine that other programs use too makes training three times slower. Asleep at once, they cost a quarter of the
-# speed of training on an idle one. GNU's, which torch comes with, spin for microseconds instead.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import mmoe_rec.jobs  # noqa: F401 - how threads wait is decided before torch is loaded

@@ -1,46 +1,11 @@
 """python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
-Scores the test rows with a model (its address in MLflow, or its folder) and writes `metrics.json`, the sums it was made
-from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
+The same as `mmoe-rec evaluate`; --help describes it.
 """
 
-from __future__ import annotations
+from mmoe_rec.jobs.commands.evaluate import main
 
-import argparse
-from collections.abc import Sequence
-
-from mmoe_rec.errors import exit_with_message
-from pipelines.command import read_command
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder"
-    )
-    parser.add_argument("--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation)")
-
-
-@exit_with_message()
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    from pathlib import Path
-
-    from rich.console import Console
-
-    from mmoe_rec.evaluation.notes import told, warnings
-    from mmoe_rec.evaluation.table import results_table
-    from pipelines.steps import evaluate_model
-
-    out = Path(arguments.out or Path(settings.data.work) / "evaluation")
-    evaluated = evaluate_model(settings, arguments.model, out)
-    Console().print(results_table({settings.name: evaluated.summary}))
-    for note in told([evaluated.summary]):
-        print(f"note: {note}")
-    for warning in warnings(evaluated.summary):
-        print(f"warning: {warning}")
-    print(f"metrics: {out / 'metrics.json'}")
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

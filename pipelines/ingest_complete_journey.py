@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from mmoe_rec.atomic import atomic_folders
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.complete_journey import (
+from pipelines.data_sets.complete_journey import (
     DEMOGRAPHICS,
     PRODUCTS,
     TRANSACTIONS,
@@ -45,8 +45,8 @@ from pipelines.complete_journey import (
     stream_promotions,
     to_numpy,
 )
-from pipelines.parquet_source import read_keyed, read_table
-from pipelines.sampled_log import (
+from pipelines.data_sets.parquet_source import read_keyed, read_table
+from pipelines.data_sets.sampled_log import (
     REQUEST_TIME,
     IntArray,
     non_negative,

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.sampled_log import (
+from pipelines.data_sets.sampled_log import (
     REQUEST_TIME,
     IntArray,
     non_negative,

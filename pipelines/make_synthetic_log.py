@@ -40,8 +40,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.sampled_log import IntArray, non_negative, print_summary
-from pipelines.synthetic_rows import DAYS, LOG, START, Catalogue, Plan, make_rows, position_bias
+from pipelines.data_sets.sampled_log import IntArray, non_negative, print_summary
+from pipelines.data_sets.synthetic_rows import DAYS, LOG, START, Catalogue, Plan, make_rows, position_bias
 
 DEFAULT_OUT = Path("data/synthetic/log")
 REQUESTS_AT_A_TIME = 8_192

@@ -60,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
+    from mmoe_rec.jobs.evaluate import evaluate_model
+    from mmoe_rec.jobs.train import Trained, train_model
+    from mmoe_rec.jobs.validations import told_of
     from mmoe_rec.locks import reading
     from pipelines.baselines import evaluate_baselines
-    from pipelines.steps import Trained, evaluate_model, train_model
-    from pipelines.validations import told_of
 
     console = Console()
     started = time.perf_counter()

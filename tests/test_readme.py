@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmoe_rec.jobs.commands import doctor
+from mmoe_rec.jobs.machine import Installer
 from mmoe_rec.settings import load_settings
-from pipelines import doctor
-from pipelines.checks import Installer
 from tests.serving.running_server import free_port, running_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +34,7 @@ EXERCISED_BY = {
     "pip install uv && uv run --extra cpu python -m pipelines.quickstart": "test_commands_of_the_first_data_set",
     "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
     "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
-    Installer(False, "cpu", doctor.read_requirements(ROOT / "pyproject.toml")).install_all(): (
-        "test_pip_command_is_that_of_the_doctor"
-    ),
+    Installer(False, "cpu", doctor.requirements()).install_all(): ("test_pip_command_is_that_of_the_doctor"),
     "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
     "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
@@ -205,7 +203,7 @@ def test_the_test_command_is_that_of_ci() -> None:
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:
-    installer = Installer(uv=False, build="cpu", required=doctor.read_requirements(ROOT / "pyproject.toml"))
+    installer = Installer(uv=False, build="cpu", required=doctor.requirements())
     assert commands("test_pip_command_is_that_of_the_doctor") == [installer.install_all()]
 
 

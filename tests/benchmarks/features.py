@@ -46,9 +46,9 @@ TURNS = ("read", "pandas", "read", "ours", "read", "tuned_pandas", "read")
 
 def ours(settings: Settings) -> Callable[[], object]:
     """Fit and encode with this project."""
-    from pipelines.steps import prepare_features
+    from mmoe_rec.jobs.features import build_features
 
-    return lambda: prepare_features(settings)
+    return lambda: build_features(settings)
 
 
 def pandas(settings: Settings) -> Callable[[], object]:

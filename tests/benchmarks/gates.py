@@ -48,6 +48,7 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     """One training: what its gates do on validation rows, and how well it ranks test rows in each way of scoring."""
     import torch
 
+    from mmoe_rec.jobs.features import build_features
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
@@ -55,10 +56,9 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
     from mmoe_rec.training.sharding import load_plain
-    from pipelines.steps import prepare_features
 
     settings = load_settings(CONFIG, list(overrides))
-    prepared, device = prepare_features(settings), torch.device("cpu")
+    prepared, device = build_features(settings), torch.device("cpu")
     layout = ModelLayout.of(prepared.layout, settings)
     with tempfile.TemporaryDirectory() as folder, process_group(device):
         result = Trainer(
@@ -110,10 +110,10 @@ def run(name: str, overrides: Sequence[str], seed: int, ks: Sequence[int] = (), 
 
 def benchmark(seeds: int) -> Found:
     """All trainings, two at a time."""
+    from mmoe_rec.jobs.features import build_features
     from mmoe_rec.settings import load_settings
-    from pipelines.steps import prepare_features
 
-    prepare_features(load_settings(CONFIG, []))
+    build_features(load_settings(CONFIG, []))
     several = range(3)
     with ThreadPoolExecutor(2) as pool:
         soft = {

@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40_000, help="of the synthetic log")
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
-    from pipelines.steps import prepare_features
+    from mmoe_rec.jobs.features import build_features
 
     with tempfile.TemporaryDirectory() as folder:
         for log, settings in logs(Path(folder), options.rows):
-            prepared = prepare_features(settings([]))
+            prepared = build_features(settings([]))
             for name, overrides in WAYS.items():
                 seeds = [["--training.seed", str(seed)] for seed in range(options.seeds)]
                 runs = [train_and_score(prepared, settings([*overrides, *seed])) for seed in seeds]

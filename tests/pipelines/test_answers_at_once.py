@@ -9,7 +9,9 @@ import yaml
 
 from tests.pipelines.imports import ROOT, answer
 
-COMMANDS = sorted(path.stem for path in (ROOT / "pipelines").glob("*.py") if "def main(" in path.read_text())
+COMMANDS = sorted(
+    path.stem for path in (ROOT / "pipelines").glob("*.py") if '__name__ == "__main__"' in path.read_text()
+)
 WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts"}
 
 

@@ -11,10 +11,11 @@ from mmoe_rec import registry
 from mmoe_rec.batches.reader import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
-from pipelines import evaluate, steps, train
+from pipelines import evaluate, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 

@@ -23,13 +23,14 @@ from sklearn.metrics import ndcg_score
 
 from mmoe_rec import registry
 from mmoe_rec.evaluation import scoring
+from mmoe_rec.jobs import train as steps
 from mmoe_rec.log.reader import Log
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
-from pipelines import evaluate, features, steps, train
+from pipelines import evaluate, features, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 
-ROOT = Path(train.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = ("click", "liked")
 Main = Callable[[list[str]], None]
 
@@ -446,7 +447,6 @@ def test_training_that_dies_keeps_the_old_model(
 
 
 def test_steps_load_without_torch_and_mlflow() -> None:
-    code = (
-        "import sys, pipelines.steps; print([name for name in ('torch', 'mlflow', 'torchrec') if name in sys.modules])"
-    )
+    heavy = ("torch", "mlflow", "torchrec")
+    code = f"import sys, mmoe_rec.jobs.train; print([name for name in {heavy} if name in sys.modules])"
     assert command([sys.executable, "-c", code]).stdout.strip() == "[]"

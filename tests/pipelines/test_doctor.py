@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from pipelines import checks, doctor
-from pipelines.checks import GIB, Check, Installer, Probe
+from mmoe_rec.jobs import machine as checks
+from mmoe_rec.jobs.commands import doctor
+from mmoe_rec.jobs.machine import GIB, Check, Installer, Probe
 
-REQUIRED = doctor.read_requirements(doctor.ROOT / "pyproject.toml")
+ROOT = doctor.PYPROJECT.parent
+REQUIRED = doctor.requirements()
 UV = Installer(uv=True, build="cpu", required=REQUIRED)
 PIP = Installer(uv=False, build="cpu", required=REQUIRED)
 PIP_CUDA = Installer(uv=False, build="cuda", required=REQUIRED)
@@ -52,7 +54,7 @@ def test_python_version(version, status):
     assert check.status == status
     assert check.found == ".".join(map(str, version))
     assert check.fix.startswith("uv run --python 3.11 --extra cpu") == (status == "fail")
-    required = tomllib.loads((doctor.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    required = tomllib.loads(doctor.PYPROJECT.read_text(encoding="utf-8"))["project"]["requires-python"]
     assert SpecifierSet(required).contains(".".join(map(str, version))) == (status == "ok")
 
 
@@ -271,7 +273,7 @@ def test_exit_code_and_what_to_type_on_one_line(monkeypatch, capsys, status, cod
 
 def test_json_of_this_machine():
     command = [sys.executable, "-m", "pipelines.doctor", "--json"]
-    done = subprocess.run(command, cwd=doctor.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     assert done.returncode == (0 if report["ok"] else 1)
@@ -279,10 +281,21 @@ def test_json_of_this_machine():
         assert checks[name]["status"] == "ok", checks[name]
 
 
+def test_what_torchrec_needs_is_what_uv_is_told():
+    settings = tomllib.loads(doctor.PYPROJECT.read_text(encoding="utf-8"))["tool"]["uv"]
+    (package,) = settings["dependency-metadata"]
+    assert tuple(package["requires-dist"]) == doctor.TORCHREC_NEEDS
+
+
+def test_an_installed_package_needs_what_the_repository_does(monkeypatch):
+    monkeypatch.setattr(doctor, "PYPROJECT", Path("/no/pyproject.toml"))
+    assert doctor.requirements().keys() == REQUIRED.keys()
+
+
 def test_help_does_not_import_torch():
     program = "import sys; from pipelines import doctor\ntry: doctor.main(['--help'])\nexcept SystemExit: pass\n"
     program += "print('torch' in sys.modules, 'rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=doctor.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "python -m pipelines.doctor" in done.stdout
     assert done.stdout.endswith("False False\n")
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from mmoe_rec import locks
+from mmoe_rec.jobs import train as steps
+from mmoe_rec.jobs.places import features_in_use
+from mmoe_rec.jobs.promotion import Promotion
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.settings import load_settings
-from pipelines import edit_experts, evaluate, features, inspect, steps, sweep_experts, train, tune
-from pipelines.places import features_in_use
-from pipelines.promotion import Promotion
+from pipelines import edit_experts, evaluate, features, inspect, sweep_experts, train, tune
 from tests.pipelines.short_trainings import World
 
 Main = Callable[[list[str]], None]
@@ -107,7 +108,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
     monkeypatch.setattr("mmoe_rec.inspection.report.inspect", read)
-    monkeypatch.setattr("pipelines.tuning.Study.run", read)
+    monkeypatch.setattr("mmoe_rec.jobs.tune.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
@@ -156,7 +157,7 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between building and reading, another one may have built others in their place."""
-    from pipelines import places
+    from mmoe_rec.jobs import places
 
     settings, prepare, built = load_settings(world.folder / "first.yaml"), places.prepare, []
 

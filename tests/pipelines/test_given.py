@@ -112,8 +112,8 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.jobs.train import _calibrate
     from mmoe_rec.settings import load_settings
-    from pipelines.steps import _calibrate
 
     ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
     rows = EncodedRows(prepared.split("validation"), ranker.layout)

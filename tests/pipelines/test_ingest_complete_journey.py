@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from mmoe_rec import atomic
 from mmoe_rec.errors import UserError
 from pipelines import ingest_complete_journey
+from pipelines.data_sets.sampled_log import ROW_GROUP_ROWS, sample_others
 from pipelines.ingest_complete_journey import LOG, PURCHASES, Selection, ingest, main
-from pipelines.sampled_log import ROW_GROUP_ROWS, sample_others
 
 EVERYTHING = Selection()
 REQUEST = datetime(2017, 1, 1, 15, 0)

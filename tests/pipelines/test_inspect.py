@@ -12,7 +12,7 @@ import pytest
 from pipelines import inspect
 from tests.pipelines.learnable_log import ROWS, write_files
 
-ROOT = Path(inspect.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

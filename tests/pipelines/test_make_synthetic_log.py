@@ -9,9 +9,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from pipelines import features, make_synthetic_log, synthetic_rows
+from pipelines import features, make_synthetic_log
+from pipelines.data_sets import synthetic_rows
+from pipelines.data_sets.synthetic_rows import LOG, MATURES_AFTER_DAYS, START, Plan, position_bias
 from pipelines.make_synthetic_log import RankedPairs, generate, main, make_log, next_command
-from pipelines.synthetic_rows import LOG, MATURES_AFTER_DAYS, START, Plan, position_bias
 
 DAY = np.timedelta64(1, "D")
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from mmoe_rec import tracking
+from mmoe_rec.jobs import train as steps
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.training.loop import Trainer
-from pipelines import evaluate, steps, train
+from pipelines import evaluate, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.pipelines.mlflow_server import TrackingServer, tracking_server
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mmoe_rec import aliases, tracking
+from mmoe_rec.jobs import promotion
 from mmoe_rec.registry import local_model
-from pipelines import promotion
 from tests.pipelines.short_trainings import World
 
 # Which learn next to nothing.
@@ -233,7 +233,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.finished.Finished.write", killed)
+        patch.setattr("mmoe_rec.jobs.finished.Finished.write", killed)
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)

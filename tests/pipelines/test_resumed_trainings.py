@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines import steps
-from pipelines.promotion import Promotion
+from mmoe_rec.jobs import train as steps
+from mmoe_rec.jobs.promotion import Promotion
 from tests.pipelines.short_trainings import World, dying_after, refused
 
 RESUME = "--resume"
@@ -101,7 +101,7 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     champion = ("--from", "models:/learnable@champion")
     with dying_after(12):
         world.train(*champion)
-    monkeypatch.setattr("pipelines.resuming.resolve", lambda *_: pytest.fail("nothing is looked up again"))
+    monkeypatch.setattr("mmoe_rec.jobs.resuming.resolve", lambda *_: pytest.fail("nothing is looked up again"))
     world.train(*champion, RESUME)
     world.train(*champion, RESUME)
     assert "this training has come to its end before" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmoe_rec.jobs.features import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
@@ -20,7 +21,6 @@ from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import load_plain
-from pipelines.steps import prepare_features
 from tests.fitting_log import write_fitting_logs
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -47,7 +47,7 @@ def _smaller(settings: Settings) -> Iterator[str]:
 def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
     overrides = [*HERE, *SHORT, *NARROW, *_smaller(load_settings(config)), "--data.work", str(tmp_path / "work")]
     settings = load_settings(config, [*overrides, *write_fitting_logs(load_settings(config), tmp_path)])
-    prepared = prepare_features(settings)
+    prepared = build_features(settings)
     layout = ModelLayout.of(prepared.layout, settings)
     with process_group(CPU):
         trainer = Trainer(

@@ -13,10 +13,10 @@ import pytest
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.jobs.tune import NOT_VALID_IN_A_ROW, Study
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.training.loop import Trainer
 from pipelines import train, tune
-from pipelines.tuning import NOT_VALID_IN_A_ROW, Study
 from tests.pipelines.learnable_log import write_files
 
 # At the lowest rates nothing is learnt.
@@ -135,7 +135,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
     ) -> tuple[int, str, str]:
         config = search_in(tmp_path, search)
-        monkeypatch.setattr("pipelines.places.features_in_use", lambda *_: nullcontext(Prepared()))
+        monkeypatch.setattr("mmoe_rec.jobs.places.features_in_use", lambda *_: nullcontext(Prepared()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
         code = 0

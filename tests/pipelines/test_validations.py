@@ -7,9 +7,9 @@ import io
 import torch
 from rich.console import Console
 
+from mmoe_rec.jobs.validations import validations_table
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.validation import Validation
-from pipelines.validations import validations_table
 
 EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 

@@ -24,12 +24,12 @@ from mmoe_rec import tracking
 from mmoe_rec.aliases import Version, holder_of, point
 from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.finished import CHALLENGER
+from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.progress import say
 from mmoe_rec.registry import local_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
-from pipelines.finished import CHALLENGER
-from pipelines.places import logs_for
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.reader import EncodedRows

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError
-from pipelines.parquet_source import conform, open_source
-from pipelines.sampled_log import REQUEST_TIME, IntArray
+from pipelines.data_sets.parquet_source import conform, open_source
+from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.build.prepare import Prepared, encode_with, existing
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.places import log_and_place, logs_for
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
-from pipelines.places import log_and_place, logs_for
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.ranker import Ranker

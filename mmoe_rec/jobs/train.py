@@ -1,52 +1,35 @@
-"""The steps that commands are made of, each from settings to a folder or a result."""
+"""A training, from settings to a registered model."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
-from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.extend import Extended, extend
-from mmoe_rec.build.prepare import Prepared, existing, prepare
-from mmoe_rec.locks import writing
+from mmoe_rec.build.prepare import Prepared, existing
+from mmoe_rec.jobs.evaluate import draw_gates
+from mmoe_rec.jobs.finished import Finished, Trained, training_key
+from mmoe_rec.jobs.places import log_and_place
+from mmoe_rec.jobs.promotion import promote
+from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.progress import say
-from mmoe_rec.registry import FoundModel, check_address, find_model, local_model
+from mmoe_rec.registry import check_address, local_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.training.origin import checksum, result_settings
-from pipelines.finished import Finished, Trained, training_key
-from pipelines.places import log_and_place
-from pipelines.promotion import promote
-from pipelines.resuming import Course, begin, check_training_rows, something_left
 
 if TYPE_CHECKING:
     import torch
 
-    from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.evaluation.sums import EvaluationSums
-    from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.model.utilisation import Utilisation
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.origin import Origin
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
-
-
-def prepare_features(settings: Settings) -> Prepared:
-    """Fitted features and encoded rows; what is there already is taken if it is still right."""
-    return prepare(*log_and_place(settings))
-
-
-def extend_features(settings: Settings) -> Extended | None:
-    """Adds new files of the log to the features at hand; None where there are none."""
-    return extend(*log_and_place(settings))
 
 
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
@@ -131,7 +114,7 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
             run.set_tags({**tags, "warm_start.run": start.run or "unknown", "warm_start.weights": start.weights})
 
         def draw(found: Validation, step: int) -> None:
-            _draw_gates(run, layout, found.experts, f"plots/gates/step_{step:07}.png")
+            draw_gates(run, layout, found.experts, f"plots/gates/step_{step:07}.png")
 
         origin = replace(origin, run_id=run.run_id)
         trainer = Trainer(
@@ -192,7 +175,7 @@ def _finish(
     work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
-    _draw_gates(run, layout, best.experts, "plots/gate_weights.png")
+    draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
@@ -246,82 +229,3 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     for sentence in left:
         say(sentence)
     return calibration
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation: the scored test rows, their sums, and the summary of metrics."""
-
-    scored: Scored
-    sums: EvaluationSums
-    summary: dict[str, Any]
-
-
-def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
-    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
-
-    Waits while another evaluation writes to the folder.
-    """
-    # A wrong address is told of before torch is loaded.
-    found = find_model(address, settings.tracking.address)
-    with writing(out, "an evaluation", "give another folder by --out", queue=True):
-        return _evaluated(settings, found, out)
-
-
-def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
-    from mmoe_rec.batches.reader import EncodedRows
-    from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.evaluation.summary import summarise
-    from mmoe_rec.serving.ranker import Ranker
-    from pipelines.truth import test_rows
-
-    ranker = Ranker.load(found.folder)
-    with test_rows(settings, found.folder, ranker) as folder:
-        scored = score_rows(
-            ranker.model,
-            ranker.layout,
-            EncodedRows(folder, ranker.layout),
-            settings.evaluation.batch_size,
-            calibration=ranker.calibration,
-            relevance={name: task.score_weight for name, task in settings.tasks.items()},
-            weighted=settings.training.sampling_correction == "weights",
-        )
-    sums = scored.measure()
-    summary = summarise(sums, settings.evaluation.resamples)
-    summary["sampling_correction"] = settings.training.sampling_correction
-    summary["relevance_weights"] = dict(scored.relevance)
-    summary["score_weights"] = {task.name: task.score_weight for task in ranker.layout.tasks}
-    evaluated = Evaluated(scored, sums, summary)
-    sums.save(out / "sums")
-    with atomic_file(out / "metrics.json") as file:
-        file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    try:
-        _log_evaluation(settings, found.run_id, evaluated, out)
-    except tracking.UnreachableError as error:
-        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
-    return evaluated
-
-
-def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
-    from mmoe_rec.evaluation.plots import calibration_figure
-    from mmoe_rec.evaluation.summary import flatten
-
-    layout = evaluated.scored.layout
-    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
-        run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
-        run.log_artifact(out / "metrics.json", "evaluation")
-        for task in layout.tasks:
-            if task.kind == "binary":
-                figure = calibration_figure(evaluated.summary, task.name)
-                figure.savefig(out / f"calibration_{task.name}.png")
-                run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
-        _draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
-
-
-def _draw_gates(run: tracking.Run, layout: Layout, experts: Utilisation, name: str) -> None:
-    if run.run_id is None:
-        return  # another rank than the first draws nothing
-    from mmoe_rec.evaluation.plots import gate_weights_figure
-
-    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
-    run.log_figure(gate_weights_figure(weights), name)

@@ -1,4 +1,4 @@
-"""What `pipelines.edit_experts` does to a model."""
+"""Experts of a model added, masked or removed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.registry import find_model
 from mmoe_rec.settings import Model, Settings
-from pipelines.finished import CHALLENGER
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.program import spelled
 from mmoe_rec.settings import Settings, describe, load_settings
 
 
@@ -17,12 +18,13 @@ def read_command(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parses `--config C`, the command's own arguments and overrides such as `--model.experts.count 16`.
 
-    doc: the command's docstring, shown by `--help` above all settings. The parsed arguments hold the overrides, as they
-    were written, in `overrides`. Raises UserError for a wrong setting.
+    doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. The
+    parsed arguments hold the overrides, as they were written, in `overrides`. Raises UserError for a wrong setting.
     """
     parser = _Parser(
-        description=doc,
-        epilog="settings (in the YAML file, or as overrides):\n" + describe(),
+        prog=spelled(" ".join(doc.split()[:3])),
+        description=spelled(doc),
+        epilog=spelled("settings (in the YAML file, or as overrides):\n" + describe()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

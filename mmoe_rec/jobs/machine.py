@@ -1,6 +1,6 @@
 """What the doctor makes of what it found: for each fact of a machine, whether it is right, and what to type if not.
 
-Nothing here looks at the machine; `pipelines.doctor` does.
+Nothing here looks at the machine; `mmoe_rec.jobs.commands.doctor` does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 BUILDS = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
 TRIO = ("torch", "torchrec", *BUILDS.values())
 DRIVER = "libnvidia-ml.so.1"
+TORCHREC_NEEDS = ("pyre-extensions", "tensordict", "torchmetrics==1.0.3", "tqdm")
+"""What torchrec asks for besides fbgemm, whose build it would choose."""
 SYSTEM_LIBRARIES = {"libstdc++.so.6": "libstdc++6", "libgcc_s.so.1": "libgcc-s1", "libz.so.1": "zlib1g"}
 """Shared libraries beyond the C library that the wheels of pyproject.toml do not bring, and their Debian packages."""
 GIB = 2**30

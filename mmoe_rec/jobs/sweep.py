@@ -1,4 +1,4 @@
-"""What `pipelines.sweep_experts` measures."""
+"""A model with fewer experts: how well it ranks, and how fast."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.evaluation.plots import sweep_figure
+    from mmoe_rec.jobs.truth import test_rows
     from mmoe_rec.serving.ranker import Ranker
-    from pipelines.truth import test_rows
 
     ranker = Ranker.load(model.folder)
     with test_rows(settings, model.folder, ranker) as folder:

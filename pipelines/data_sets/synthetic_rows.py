@@ -10,7 +10,7 @@ from scipy.special import expit, ndtri
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.hashing import mix
-from pipelines.sampled_log import REQUEST_TIME, IntArray
+from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -11,13 +11,13 @@ from typing import Literal
 from mmoe_rec.build.logs import Logs
 from mmoe_rec.build.prepare import Prepared, existing, fingerprint_of, prepare
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.finished import Finished
+from mmoe_rec.jobs.places import features_in_use, log_and_place
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
 from mmoe_rec.registry import find_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
-from pipelines.finished import Finished
-from pipelines.places import features_in_use, log_and_place
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from mmoe_rec.jobs.finished import Trained
     from mmoe_rec.settings import Settings
     from mmoe_rec.training.validation import Validation
-    from pipelines.finished import Trained
 
 _COLUMNS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
 

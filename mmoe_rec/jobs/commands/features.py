@@ -1,0 +1,107 @@
+"""python -m pipelines.features --config configs/complete_journey.yaml
+python -m pipelines.features --config configs/complete_journey.yaml --extend
+
+Fits the features to the log and encodes the training, validation and test rows into `data.work`/features. Training and
+evaluation do this by themselves when it is missing or when log, features or split have changed.
+
+--extend adds new files of the log, with later requests, to the features at hand and reads nothing else: statistics and
+the table rows of known ids stay, frequent new ids get further rows, and only the new rows are encoded, into the splits
+of the settings. Then `python -m pipelines.train --config C --from MODEL` goes on from the model before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import exit_with_message
+from mmoe_rec.jobs.commands.command import read_command
+from mmoe_rec.program import spelled
+
+if TYPE_CHECKING:
+    from mmoe_rec.build.prepare import Prepared
+    from mmoe_rec.settings import Settings
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    from mmoe_rec.jobs.features import build_features, extend_features
+
+    if not arguments.extend:
+        prepared = build_features(settings)
+        _print(prepared, settings)
+        if _no_model_can_be_trained(prepared):
+            return
+        options = shlex.join(["--config", arguments.config, *arguments.overrides])
+        print(spelled(f"next: python -m pipelines.inspect {options}"))
+        return
+    extended = extend_features(settings)
+    if extended is None:
+        print(f"no new files in '{settings.data.log}': the features stay as they are")
+        return
+    _print(extended.prepared, settings)
+    rows, files = (
+        f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in ((extended.rows, "row"), (extended.files, "new file"))
+    )
+    print(f"added {rows} of {files}")
+    if extended.new_ids:
+        print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
+    if extended.gone:
+        print(f"files that are gone from the log stay counted: {len(extended.gone):,}, such as '{extended.gone[0]}'")
+    if _no_model_can_be_trained(extended.prepared):
+        return
+    options = shlex.join(["--config", arguments.config, "--from", _champion(settings), *arguments.overrides])
+    print(spelled(f"next: python -m pipelines.train {options}"))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--extend", action="store_true", help="add new files of the log to the features at hand")
+
+
+def _champion(settings: Settings) -> str:
+    return f"models:/{settings.registered_model}@{settings.tracking.alias}"
+
+
+def _no_model_can_be_trained(prepared: Prepared) -> bool:
+    """Says so of features whose added days left a split without rows."""
+    from mmoe_rec.build.checks import empty_split
+
+    empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
+    if empty:
+        print(f"no model can be trained on these: {empty_split(empty[0], prepared.folder)}")
+    return bool(empty)
+
+
+def _print(prepared: Prepared, settings: Settings) -> None:
+    print(f"features: {prepared.folder}")
+    from mmoe_rec.inspection.words import labels_told, requests_told, unmatured_told
+    from mmoe_rec.log.reader import format_time
+
+    requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
+    for name, split in prepared.manifest["splits"].items():
+        labels = "; ".join(  # what no task is called is the outcome of two, which is binary
+            labels_told(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
+            for task, observed in split["observed"].items()
+        )
+        print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
+        for task, number in split["unmatured"].items():
+            if number:
+                print(f"    {unmatured_told(task, number, format_time(split['known_by']))}")
+    if told := requests_told(requests):
+        print(told)
+    if requests and requests["continued_rows"]:
+        rows, begun = requests["continued_rows"], requests["continued"]
+        print(
+            f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
+            "the files before: counters and histories take such labels, but the rows are not encoded"
+        )
+    for each in prepared.manifest["left_out"]:
+        print(f"left out: {each['reason']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""python -m pipelines.train --config configs/complete_journey.yaml
+torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml
+python -m pipelines.train --config configs/complete_journey.yaml --resume
+python -m pipelines.train --config configs/complete_journey.yaml --from models:/complete_journey@champion
+
+Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes
+it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+
+--resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
+in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
+training that has come to its end; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
+end with exit code 75. So does the end of a training whose model could not be registered, as MLflow's server was away:
+--resume registers it.
+
+--from starts from the weights of a trained model instead of random ones, on features that were extended since (see
+`python -m pipelines.features --extend`); optimizers start afresh.
+
+The model takes over the alias if it does better on the validation rows than the one that holds it; another one is
+registered as its challenger. One process trains in a `data.work` at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import exit_with_message
+from mmoe_rec.jobs.commands.command import read_command
+from mmoe_rec.program import spelled
+
+if TYPE_CHECKING:
+    from mmoe_rec.training.validation import Validation
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    from rich.console import Console
+
+    from mmoe_rec.jobs.train import train_model
+    from mmoe_rec.jobs.validations import told_of
+
+    trained = train_model(settings, arguments.start, arguments.resume)
+    if trained is None:
+        return
+    if trained.before:
+        print("this training has come to its end before; without --resume another one begins")
+    if trained.started_from is not None:
+        print(f"validation of the model that it was started from: {_text(trained.started_from)}")
+    for part in told_of(trained, settings):
+        Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
+    if note := trained.best.experts.note(settings.model.gates.routing):
+        print(f"note: {note}")
+    if trained.rows_per_s:  # else all steps were done before, and the rest was left
+        print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
+    for sentence in trained.compared:
+        print(sentence)
+    print(f"model: {trained.artifact}, registered as {trained.address}")
+    options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
+    print(spelled(f"next: python -m pipelines.evaluate {options}"))
+
+
+def _text(validation: Validation) -> str:
+    return ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in validation.flat().items())
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument(
+        "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""python -m pipelines.tune --config configs/complete_journey.yaml --trials 20
+
+Tries values for the settings under `tuning.search`, keeps those with the best validation result, and writes them, with
+all other settings, to `data.work`/tuning/best.yaml, which `python -m pipelines.train --config` takes. The next values
+follow from what was found so far (Optuna's tree-structured Parzen estimator); a trial that falls behind the median of
+those before it is cut short, and a combination that is not valid is left out, with the reason.
+
+Each trial is a run in MLflow, within one of the whole search. The search is kept in `data.work`/tuning/study.db: the
+same command, also after a stop or a kill, goes on until there are --trials of them. Test rows play no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.jobs.commands.command import count, read_command
+from mmoe_rec.program import spelled
+from mmoe_rec.settings import Search, Settings, load_settings
+
+COMBINATIONS = 30  # with values of the other settings, that a value is tried in which is not valid by itself
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    search = settings.tuning.search
+    if not search:
+        raise UserError(f"'{arguments.config}' has nothing to search: list settings under tuning.search")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a search is one process: start it without torchrun")
+
+    def with_values(values: dict[str, object]) -> Settings:
+        chosen = [f"--{name}={json.dumps(value)}" for name, value in values.items()]
+        return load_settings(arguments.config, [*arguments.overrides, *chosen])
+
+    _check_values(search, with_values)
+    from mmoe_rec import tracking
+    from mmoe_rec.build.prepare import existing
+    from mmoe_rec.jobs.places import features_in_use, log_and_place
+    from mmoe_rec.locks import writing
+
+    existing(*log_and_place(settings))  # a wrong log is told of before MLflow and optuna are loaded
+    from mmoe_rec.jobs.tune import Study
+
+    tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    what, advice = "a search for settings", "set `data.work` to another folder"
+    with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
+        prepared.require_rows("train", "validation")
+        tuned = Study(settings, prepared, with_values).run(arguments.trials)
+    not_valid = f", {_were(tuned.not_valid)} not valid" if tuned.not_valid else ""
+    trials = f"{tuned.trials} trial{'s' * (tuned.trials != 1)}"
+    print(f"{trials}, of which {_were(tuned.cut_short)} cut short{not_valid} and {tuned.failed} failed")
+    print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
+    print(spelled(f"next: python -m pipelines.train --config {tuned.file}"))
+
+
+def _were(trials: int) -> str:
+    return f"{trials} {'was' if trials == 1 else 'were'}"
+
+
+def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, object]], Settings]) -> None:
+    """Raises UserError, at once, for a value that is valid neither alone nor with any of some values of the others."""
+    chance = random.Random(17)
+    for name, each in search.items():
+        for value in each.choices or (each.low, each.high):
+            try:
+                with_values({name: value})
+            except UserError as error:
+                others = {other: space for other, space in search.items() if other != name}
+                combinations = ({k: _one_of(v, chance) for k, v in others.items()} for _ in range(COMBINATIONS))
+                if not others or not any(_valid({**rest, name: value}, with_values) for rest in combinations):
+                    raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {error}") from None
+
+
+def _one_of(space: Search, chance: random.Random) -> object:
+    return chance.choice(space.choices or (space.low, space.high))
+
+
+def _valid(values: dict[str, object], with_values: Callable[[dict[str, object]], Settings]) -> bool:
+    try:
+        with_values(values)
+    except UserError:
+        return False
+    return True
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=count, default=20, metavar="N", help="trials in all (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    main()

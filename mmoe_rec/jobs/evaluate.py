@@ -1,0 +1,101 @@
+"""Metrics of a model on the test rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec import tracking
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.locks import writing
+from mmoe_rec.progress import say
+from mmoe_rec.registry import FoundModel, find_model
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.sums import EvaluationSums
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.utilisation import Utilisation
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation: the scored test rows, their sums, and the summary of metrics."""
+
+    scored: Scored
+    sums: EvaluationSums
+    summary: dict[str, Any]
+
+
+def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
+    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
+
+    Waits while another evaluation writes to the folder.
+    """
+    # A wrong address is told of before torch is loaded.
+    found = find_model(address, settings.tracking.address)
+    with writing(out, "an evaluation", "give another folder by --out", queue=True):
+        return _evaluated(settings, found, out)
+
+
+def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
+    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.evaluation.summary import summarise
+    from mmoe_rec.jobs.truth import test_rows
+    from mmoe_rec.serving.ranker import Ranker
+
+    ranker = Ranker.load(found.folder)
+    with test_rows(settings, found.folder, ranker) as folder:
+        scored = score_rows(
+            ranker.model,
+            ranker.layout,
+            EncodedRows(folder, ranker.layout),
+            settings.evaluation.batch_size,
+            calibration=ranker.calibration,
+            relevance={name: task.score_weight for name, task in settings.tasks.items()},
+            weighted=settings.training.sampling_correction == "weights",
+        )
+    sums = scored.measure()
+    summary = summarise(sums, settings.evaluation.resamples)
+    summary["sampling_correction"] = settings.training.sampling_correction
+    summary["relevance_weights"] = dict(scored.relevance)
+    summary["score_weights"] = {task.name: task.score_weight for task in ranker.layout.tasks}
+    evaluated = Evaluated(scored, sums, summary)
+    sums.save(out / "sums")
+    with atomic_file(out / "metrics.json") as file:
+        file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    try:
+        _log_evaluation(settings, found.run_id, evaluated, out)
+    except tracking.UnreachableError as error:
+        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
+    return evaluated
+
+
+def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
+    from mmoe_rec.evaluation.plots import calibration_figure
+    from mmoe_rec.evaluation.summary import flatten
+
+    layout = evaluated.scored.layout
+    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
+        run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
+        run.log_artifact(out / "metrics.json", "evaluation")
+        for task in layout.tasks:
+            if task.kind == "binary":
+                figure = calibration_figure(evaluated.summary, task.name)
+                figure.savefig(out / f"calibration_{task.name}.png")
+                run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
+        draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
+
+
+def draw_gates(run: tracking.Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    """Logs a figure of the gates' mean weights."""
+    if run.run_id is None:
+        return  # another rank than the first draws nothing
+    from mmoe_rec.evaluation.plots import gate_weights_figure
+
+    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+    run.log_figure(gate_weights_figure(weights), name)

@@ -1,0 +1,1 @@
+"""What the data sets have in common, and what is known of each."""

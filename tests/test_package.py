@@ -1,0 +1,72 @@
+"""The package as it is used without the repository: its command, and its names in Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmoe_rec
+from mmoe_rec.program import NAMES, spelled
+from tests.pipelines.imports import ROOT, answer
+
+
+@pytest.mark.parametrize("name", mmoe_rec.__all__)
+def test_names_are_found_when_they_are_used(name: str) -> None:
+    assert getattr(mmoe_rec, name) is not None
+    assert name in dir(mmoe_rec)
+
+
+def test_an_unknown_name_is_told() -> None:
+    with pytest.raises(AttributeError, match="module 'mmoe_rec' has no attribute 'Rankers'"):
+        mmoe_rec.Rankers  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = ("numpy", "pyarrow", "torch")
+    code = f"import sys, mmoe_rec; mmoe_rec.__version__; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_commands_are_listed_without_one() -> None:
+    found = answer("mmoe_rec", "--help")
+    assert (found.code, found.imported) == (0, ())
+    for name in NAMES:
+        assert f"\n  {name.replace('_', '-')} " in found.out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_the_command_as_it_was_started(name: str) -> None:
+    found = answer("mmoe_rec", name.replace("_", "-"), "--help")
+    assert (found.code, found.imported) == (0, ())
+    assert f"mmoe-rec {name.replace('_', '-')}" in found.out
+    assert "pipelines." not in found.out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_repositorys_command_is_the_same_function(name: str) -> None:
+    text = (ROOT / "pipelines" / f"{name}.py").read_text(encoding="utf-8")
+    assert f"from mmoe_rec.jobs.commands.{name} import main" in text
+
+
+def test_mistakes_are_told_without_importing_much(tmp_path: Path) -> None:
+    found = answer("mmoe_rec", "train", "--config", str(tmp_path / "no.yaml"))
+    assert (found.code, found.imported) == (2, ())
+    assert found.err.startswith("error: ")
+    found = answer("mmoe_rec", "trian")
+    assert (found.code, found.imported) == (2, ())
+    assert "invalid choice: 'trian'" in found.err
+
+
+def test_commands_are_spelled_as_this_program_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "run python -m pipelines.edit_experts, or torchrun --nproc-per-node 2 -m pipelines.train; not pipelines.other"
+    )
+    assert spelled(text) == text
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mmoe-rec"])
+    assert spelled(text) == (
+        "run mmoe-rec edit-experts, or torchrun --nproc-per-node 2 -m mmoe_rec train; not pipelines.other"
+    )
