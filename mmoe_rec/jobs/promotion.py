@@ -105,7 +105,7 @@ class Comparison:
     def with_holder(self, holder: Version | None) -> Verdict:
         """Whether the new model is better than the one that holds the alias."""
         from mmoe_rec.serving.ranker import Ranker
-        from mmoe_rec.training.comparison import NotFiniteError
+        from mmoe_rec.training.validation import NotFiniteError
 
         alias = self.settings.tracking.alias
         if holder is None:
@@ -131,7 +131,7 @@ class Comparison:
         return self._judge(its, holder)
 
     def _judge(self, its: Validation, holder: Version) -> Verdict:
-        from mmoe_rec.training.comparison import NotFiniteError
+        from mmoe_rec.training.validation import NotFiniteError
 
         select_by = self.settings.training.select_by
         try:
@@ -164,7 +164,7 @@ class Comparison:
         return self._validated(self.model, EncodedRows(self.prepared.split("validation"), self.layout))
 
     def _validated(self, model: RankingModel, inputs: EncodedRows) -> Validation:
-        from mmoe_rec.training.comparison import validate_alone
+        from mmoe_rec.training.validation import validate_alone
 
         return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
 

@@ -21,7 +21,7 @@ def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
     """The table of all validations of a training that has come to its end, why its state was chosen, and warnings."""
     from mmoe_rec.serving.artifact import read_calibration
     from mmoe_rec.training.checkpoint import latest_checkpoint
-    from mmoe_rec.training.verdict import warnings_of, why_chosen
+    from mmoe_rec.training.validation import warnings_of, why_chosen
 
     checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
     if checkpoint is not None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.model.experts import Activation, Compute, Experts
-from mmoe_rec.model.gates import Gates, RoutingRule
-from mmoe_rec.model.routing import Routing
+from mmoe_rec.model.gates import Gates, Routing, RoutingRule
 
 
 def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Tensor:

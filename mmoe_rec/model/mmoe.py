@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.bottom import Bottom
-from mmoe_rec.model.gates import Gates, RoutingRule
+from mmoe_rec.model.gates import Gates, Routing, RoutingRule
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
-from mmoe_rec.model.precision import for_products
-from mmoe_rec.model.routing import Routing
+from mmoe_rec.model.stacked import for_products
 from mmoe_rec.model.tables import by_name
 from mmoe_rec.model.towers import PlacementTower, Towers
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.model.precision import for_products
-
 
 class StackedLinear(nn.Module):
     """G independent linear layers from `inputs` to `outputs`, each initialised as `nn.Linear` would be.
@@ -43,3 +41,12 @@ class StackedLinear(nn.Module):
         """Shape for printing."""
         groups, outputs, inputs = self.weight.shape
         return f"groups={groups}, inputs={inputs}, outputs={outputs}"
+
+
+# The precision that products are computed in.
+
+
+def for_products(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's precision, if that is on: for what several products would each cast."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

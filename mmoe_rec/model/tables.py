@@ -3,21 +3,22 @@
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
 `mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
 an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
-`mmoe_rec.model.padding`.
+`mmoe_rec.model.tables`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.padding import from_stored, stored_width
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
 INITIAL_DEVIATION = 0.01
@@ -114,3 +115,35 @@ def by_name(embeddings: Any, dims: dict[str, int]) -> dict[str, Tensor]:
 def _zeros(weight: Tensor) -> Tensor:
     # A random initialisation by torchrec would draw from the global generator, differently on each rank.
     return nn.init.zeros_(weight)
+
+
+# How a table of any width is trained by kernels that take multiples of four columns only.
+#
+# fbgemm stores rows of D' columns, the next such multiple of the table's width D; columns from D on are zeros, get no
+# gradient and stay zeros. Row-wise Adagrad divides a row's step by the root of the mean square of its gradients, a mean
+# that then is over D' columns and so too small by D / D'. Hence what is stored is the weights times sqrt(D' / D): steps
+# do not depend on a gradient's scale, so a stored row moves by as much as any other, and the weights by sqrt(D / D')
+# of that, which is what a table of D columns would do (but for Adagrad's epsilon of 1e-8).
+#
+# Only training stores tables so; a trained model, as it is served, started from or evaluated, has D columns.
+
+
+COLUMNS = 4
+
+
+def stored_width(dim: int) -> int:
+    """Columns in which a table of that width is stored."""
+    return -(-dim // COLUMNS) * COLUMNS
+
+
+def to_stored(weights: Tensor) -> Tensor:
+    """Rows (N, D) as they are stored: (N, D')."""
+    dim = weights.shape[1]
+    width = stored_width(dim)
+    return weights if width == dim else functional.pad(weights * math.sqrt(width / dim), (0, width - dim))
+
+
+def from_stored(weights: Tensor, dim: int) -> Tensor:
+    """Stored rows, or means of such rows, (N, D') as they are meant: (N, D)."""
+    width = weights.shape[1]
+    return weights if width == dim else weights[:, :dim] * math.sqrt(dim / width)

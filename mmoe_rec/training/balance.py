@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmoe_rec.model.balance import balance_loss, expert_loads, z_loss
+from mmoe_rec.model.gates import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.routing import Routing
 from mmoe_rec.settings import Model
 
 

@@ -31,9 +31,7 @@ from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
-from mmoe_rec.training.bad_batches import BadBatches
 from mmoe_rec.training.balance import Balancing
-from mmoe_rec.training.base_rates import base_rates, start_at
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -42,15 +40,14 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
+from mmoe_rec.training.losses import LOG_VARIANCES, add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.meter import Meter
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.schedule import learning_rate_share, validation_steps
 from mmoe_rec.training.sharding import Sharded, shard
-from mmoe_rec.training.steps import Steps
+from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.stop import StopRequest
-from mmoe_rec.training.task_weights import NAME, add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.validation import Validation, validate
-from mmoe_rec.training.warm_start import WarmStart
+from mmoe_rec.training.warm_start import WarmStart, base_rates, start_at
 
 STEPS_BETWEEN_LOGS = 25
 LogMetrics = Callable[[dict[str, float], int], None]
@@ -323,10 +320,10 @@ def _optimizers(sharded: Sharded, settings: Training) -> tuple[Any, Any]:
     from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
     named = sharded.dense_parameters()
-    groups: list[dict[str, Any]] = [{"params": [each for name, each in named.items() if name != NAME]}]
-    if NAME in named:
+    groups: list[dict[str, Any]] = [{"params": [each for name, each in named.items() if name != LOG_VARIANCES]}]
+    if LOG_VARIANCES in named:
         # Decay would pull the weights of tasks toward 1.
-        groups.append({"params": [named[NAME]], "weight_decay": 0.0})
+        groups.append({"params": [named[LOG_VARIANCES]], "weight_decay": 0.0})
 
     def adamw(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)

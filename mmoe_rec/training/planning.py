@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from torch import nn
+from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOption
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.padding import COLUMNS, stored_width
-from mmoe_rec.model.tables import used_tables
+from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 
 # The planner tries every combination of ways to spread the tables if there are so few, by ranks: each takes time that
 # grows with the ranks. Beyond that it goes from the best way of each table on to the next.
@@ -88,7 +89,7 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
     from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
     from torchrec.distributed.types import ShardingType
 
-    from mmoe_rec.training.estimates import OncePerSize
+    from mmoe_rec.training.planning import OncePerSize
 
     # Data parallel is left out (its optimizer state has other keys, so a table could not be resharded) and so is
     # column-wise (row-wise Adagrad would keep a state per shard of a row).
@@ -218,3 +219,33 @@ def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
     if 0 < narrower < largest.dim:
         ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
     return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")
+
+
+# torchrec's estimate of the time that parts of tables take, asked once for parts of one size.
+#
+# It needs half a millisecond a part, and a table that is spread by rows has as many parts as there are ranks.
+
+
+class OncePerSize(ShardEstimator):
+    """Gives all parts of a table that have the same size the time of the first of them.
+
+    estimator: whose estimate of a part depends on the table, the way it is spread and the part's size alone.
+    """
+
+    def __init__(self, estimator: ShardEstimator) -> None:
+        self._estimator = estimator
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
+        """Sets `perf` of every part."""
+        for option in sharding_options:
+            shards = option.shards
+            first: dict[tuple[int, ...], Shard] = {}
+            for shard in shards:
+                first.setdefault(tuple(shard.size), shard)
+            option.shards = list(first.values())
+            try:
+                self._estimator.estimate([option], sharder_data_map)
+            finally:
+                option.shards = shards
+            for shard in shards:
+                shard.perf = copy.copy(first[tuple(shard.size)].perf)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.padding import from_stored, stored_width, to_stored
-from mmoe_rec.model.tables import initial_rows, used_tables
+from mmoe_rec.model.tables import from_stored, initial_rows, stored_width, to_stored, used_tables
 from mmoe_rec.training.fbgemm import share_cpuinfo
 from mmoe_rec.training.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
 
@@ -143,3 +142,52 @@ def _as_stored(name: str, weight: Tensor) -> Tensor:
     """Where a weight of a plain model is read to, before it has its own width."""
     padded = name.startswith("tables.") and stored_width(weight.shape[1]) != weight.shape[1]
     return torch.empty(len(weight), stored_width(weight.shape[1])) if padded else weight
+
+
+# The backward pass in two parts: that of the dense part first, then that of the tables.
+#
+# Tables are updated by their optimizer within their backward pass, so what is to be known before anything is updated,
+# such as whether the gradient is finite, must be known by then. The graph is cut where the tables' outputs enter the
+# dense part; the gradient that arrives there is handed on later, unchanged. The price is that the ranks' exchange of
+# dense gradients does not run beside that of the tables.
+
+
+class TablesLast:
+    """Cuts the graph in front of a model's `mixture` in each training step."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        self._cuts: list[tuple[Tensor, Tensor]] = []
+        mixture.register_forward_pre_hook(self._cut)
+
+    def _cut(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # torchrec's pipeline traces the model by symbols, which are no tensors.
+        if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
+            return None
+        self._cuts = []
+        return tuple(self._leaf(each) if _has_graph(each) else each for each in arguments)
+
+    def _leaf(self, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        self._cuts.append((output, leaf))
+        return leaf
+
+    @property
+    def finite(self) -> Tensor:
+        """() bool: whether the gradients that have arrived at the cut are finite, on this rank."""
+        found = [leaf.grad.isfinite().all() for _, leaf in self._cuts if leaf.grad is not None]
+        return torch.stack(found).all() if found else torch.tensor(True)
+
+    def rest(self) -> Tensor:
+        """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut."""
+        parts = [(output * leaf.grad).sum() for output, leaf in self._cuts if leaf.grad is not None]
+        self._cuts = []
+        return torch.stack(parts).sum() if parts else nothing()
+
+
+def nothing() -> Tensor:
+    """What has no backward pass, on any rank."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _has_graph(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad

@@ -6,24 +6,27 @@ updated. That of the dense part is done in `_forward`, so that a step whose grad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.batches.batch import Batch
+from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.tables import used_tables
+from mmoe_rec.settings import Training
 from mmoe_rec.training.balance import Balancing, loads_of, split_loads
-from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.sharding import Sharded
+from mmoe_rec.training.losses import log_variances, masked_loss
+from mmoe_rec.training.sharding import Sharded, TablesLast, nothing
 from mmoe_rec.training.stop import StopRequest
-from mmoe_rec.training.tables_last import TablesLast, nothing
-from mmoe_rec.training.task_weights import log_variances
 
 
 @dataclass
@@ -182,3 +185,82 @@ class _NothingAhead:
 
     def detach(self) -> None:
         """Nothing is attached."""
+
+
+# When learning rates rise and fall, and when validation rows are scored.
+
+
+def learning_rate_share(step: int, total: int, warmup_share: float) -> float:
+    """Share of the peak learning rate at a step: linear rise, then a cosine down to 1% (Loshchilov & Hutter 2017)."""
+    warmup = math.ceil(total * warmup_share)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
+    """Numbers of steps after which to validate, the last step of each epoch among them."""
+    parts = min(settings.validations_per_epoch, batches_per_epoch)
+    return {
+        epoch * batches_per_epoch + round(batches_per_epoch * part / parts)
+        for epoch in range(settings.epochs)
+        for part in range(1, parts + 1)
+    }
+
+
+# So many in a row come of broken weights rather than of single batches.
+# Steps whose loss is not finite: training stops with the batch at hand for inspection, or goes on without them.
+
+
+IN_A_ROW_AT_MOST = 20
+
+
+class BadBatches:
+    """Counts them, all ranks alike. folder: where a batch is saved; policy: what to do; skipped: steps so far."""
+
+    def __init__(self, folder: Path, policy: Literal["stop", "skip"]) -> None:
+        self.folder, self.policy = folder, policy
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def none(self) -> None:
+        """The step was a good one."""
+        self._in_a_row = 0
+
+    def leave_out(self, batch: Batch, logits: Tensor, step: int, what: str) -> None:
+        """Skips a step, or raises UserError, as every rank does at the same step.
+
+        what: is not finite: "loss" or "gradient".
+        """
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.policy == "skip" and self._in_a_row <= IN_A_ROW_AT_MOST:
+            return
+        file = self.folder / f"bad_batch.step{step}.rank{dist.get_rank()}.pt"
+        with atomic_file(file) as path:
+            torch.save(_content(batch, logits), path)
+        tried = f" in {self._in_a_row} steps, one after the other," if self.policy == "skip" else ""
+        raise UserError(
+            f"the {what} of step {step}{tried} is not finite; the batch is saved as '{file}' (torch.load): look there "
+            "for extreme inputs, lower training.learning_rate or training.table_learning_rate, or set "
+            "training.on_bad_loss to skip"
+        )
+
+
+def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
+    ids = batch.ids
+    keys = ids.keys() if callable(ids.keys) else ids.keys
+    values, lengths = (each() if callable(each) else each for each in (ids.values, ids.lengths))
+    content = {
+        "id_names": list(keys),
+        "id_values": values,
+        "id_lengths": lengths,
+        "dense": batch.dense,
+        "labels": batch.labels,
+        "observed": batch.observed,
+        "weights": batch.weights,
+        "logits": logits.detach(),
+    }
+    on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
+    return on_cpu | {"position": None if batch.position is None else batch.position.to_dict()}

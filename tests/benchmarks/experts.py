@@ -31,9 +31,8 @@ from torch import Tensor
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.model import experts as experts_module
-from mmoe_rec.model.experts import Experts
+from mmoe_rec.model.experts import Dispatch, Experts
 from mmoe_rec.model.gates import RoutingRule
-from mmoe_rec.model.grouped import Dispatch
 from mmoe_rec.model.levels import Level
 
 ROWS, WIDTH, TASKS = 4096, 256, 2

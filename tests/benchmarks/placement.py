@@ -48,7 +48,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.schedule import learning_rate_share
+from mmoe_rec.training.steps import learning_rate_share
 from tests.benchmarks.paired_ratio import ratio_of_means
 from tests.model.simulated_clicks import ITEMS, LIST, NUMBERS, Requests, World, simulate
 

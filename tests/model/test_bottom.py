@@ -5,9 +5,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from mmoe_rec.model.bottom import Bottom
-from mmoe_rec.model.crosses import Crosses
-from mmoe_rec.model.piecewise import PiecewiseLinear
+from mmoe_rec.model.bottom import Bottom, Crosses, PiecewiseLinear
 
 
 def naive_cross(module: Crosses, row: torch.Tensor) -> torch.Tensor:

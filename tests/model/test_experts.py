@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.model import experts as experts_module
-from mmoe_rec.model.experts import Experts
-from mmoe_rec.model.grouped import Dispatch, combine, grouped_linear
+from mmoe_rec.model.experts import Dispatch, Experts, combine, grouped_linear
 from mmoe_rec.model.levels import visible_experts
 from mmoe_rec.model.mmoe import Mixture, build_mixture
 from tests.model.examples import small_settings

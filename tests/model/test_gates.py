@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe_rec.model.balance import balance_loss, expert_loads, z_loss
-from mmoe_rec.model.gates import RAMP, Gates, RoutingRule, keep_some
-from mmoe_rec.model.routing import Routing
+from mmoe_rec.model.gates import RAMP, Gates, Routing, RoutingRule, balance_loss, expert_loads, keep_some, z_loss
 
 GATES, EXPERTS, ROWS = 2, 5, 40
 

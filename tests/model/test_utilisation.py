@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmoe_rec.model.gates import Routing
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 
 

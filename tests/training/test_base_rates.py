@@ -13,9 +13,9 @@ from scipy.special import expit, logit
 from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.towers import Towers
-from mmoe_rec.training.base_rates import base_rates, start_at
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.warm_start import base_rates, start_at
 from tests.training.learnable import CPU, LAYOUT, MODEL, TRAINING, learnable_rows, scores, trained, write_prepared
 
 TASKS = (

@@ -23,7 +23,7 @@ from mmoe_rec.training import loop
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.meter import Meter
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.schedule import learning_rate_share
+from mmoe_rec.training.steps import learning_rate_share
 from mmoe_rec.training.validation import Validation
 from tests.model.examples import LAYOUT, is_weight
 from tests.training.learnable import (

@@ -10,8 +10,15 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.padding import from_stored, stored_width, to_stored
-from mmoe_rec.model.tables import PlainTables, initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.model.tables import (
+    PlainTables,
+    from_stored,
+    initial_rows,
+    plain_tables,
+    stored_width,
+    to_stored,
+    torchrec_tables,
+)
 from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import load_plain, shard

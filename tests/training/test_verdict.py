@@ -8,8 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.training.validation import FEWEST, Validation
-from mmoe_rec.training.verdict import warnings_of, why_chosen
+from mmoe_rec.training.validation import FEWEST, Validation, warnings_of, why_chosen
 
 EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
