@@ -1,4 +1,4 @@
-"""Every command, settings file, request and path that the README shows works as written."""
+"""Every command, settings file, request and path that the README and the guides show works as written."""
 
 import importlib.util
 import json
@@ -26,6 +26,9 @@ from tests.serving.running_server import free_port, running_program
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = [ROOT / "configs", ROOT / "tests", *sorted((ROOT / "mmoe_rec").glob("*/"))]
+DOCS = "\n".join([README, *((each / "README.md").read_text() for each in GUIDES if (each / "README.md").is_file())])
+"""README, and the guides beside what they describe."""
 SHOP = "test_commands_of_the_shop"
 HOUSEHOLDS = "30"
 
@@ -69,7 +72,7 @@ EXERCISED_BY = {
     "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": SHOP,
     "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
     "python -m pipelines.features --config configs/shop.yaml --engine ray": (
-        "features/test_build.py::test_ray_changes_no_byte"
+        "build/test_prepare.py::test_ray_changes_no_byte"
     ),
     "python -m pipelines.features --config configs/shop.yaml --extend": (
         "pipelines/test_incremental_days.py::test_the_command_says_what_was_added"
@@ -108,7 +111,7 @@ with open(sys.argv[1], "w") as file:
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 
 
 def commands(by: str | None = None) -> list[str]:
@@ -226,7 +229,19 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
     named = [name for group in groups for name, value in group.items() if isinstance(value, dict) and "low" in value]
     assert {"auc", "ndcg_at_10"} < set(named)
     for name in [*named, *(name for name in metrics if name not in ("tasks", "score"))]:
-        assert f"`{name}`" in README, name
+        assert f"`{name}`" in DOCS, name
+
+
+def test_python_example(said: dict[str, str], folder: Path) -> None:
+    (example,) = blocks("python")
+    rows, auc, candidates = shell(shlex.join(["python", "-c", example]), folder).splitlines()[-3:]
+    assert re.fullmatch(r"\d+ rows", rows)
+    assert "'value': 0." in auc
+    assert sorted(json.loads(candidates)) == [29789, 826249]
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    assert len(README.splitlines()) <= 220
 
 
 def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:
@@ -320,7 +335,7 @@ def test_commands_of_the_shop(folder: Path) -> None:
 
 
 def test_paths_exist() -> None:
-    paths = re.findall(r"`((?:tests|configs|data|mmoe_rec|pipelines)/[\w/.]*)`", README)
+    paths = re.findall(r"`((?:tests|configs|data|mmoe_rec|pipelines)/[\w/.]*)`", DOCS)
     assert len(paths) > 8
     for path in paths:
         made_by_reader = path == "configs/shop.yaml"

@@ -30,13 +30,13 @@ class Evaluated:
     summary: dict[str, Any]
 
 
-def evaluate_model(settings: Settings, address: str, out: Path) -> Evaluated:
+def evaluate_model(settings: Settings, address: str, out: str | Path) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
 
     Waits while another evaluation writes to the folder.
     """
     # A wrong address is told of before torch is loaded.
-    found = find_model(address, settings.tracking.address)
+    found, out = find_model(address, settings.tracking.address), Path(out)
     with writing(out, "an evaluation", "give another folder by --out", queue=True):
         return _evaluated(settings, found, out)
 
