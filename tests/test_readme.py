@@ -115,8 +115,8 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(by: str | None = None) -> list[str]:
-    """The commands of all `sh` blocks, one a line; `by`: those that this test exercises."""
-    found = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    """The commands of all `sh` blocks, one a line, each once; `by`: those that this test exercises."""
+    found = list(dict.fromkeys(line for block in blocks("sh") for line in block.splitlines() if line.strip()))
     return [each for each in found if by is None or EXERCISED_BY.get(each) == by]
 
 
