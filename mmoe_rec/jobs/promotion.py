@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mmoe_rec.batches.reader import EncodedRows
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.serving.loaded import LoadedRanker
     from mmoe_rec.training.validation import Validation
 
 
@@ -168,7 +168,7 @@ class Comparison:
 
         return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
 
-    def _validation(self, ranker: Ranker, folder: Path, holder: Version) -> Validation:
+    def _validation(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Validation:
         """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
         from mmoe_rec.batches.reader import EncodedRows
 
@@ -191,7 +191,7 @@ class Comparison:
         finally:
             shutil.rmtree(encoded, ignore_errors=True)
 
-    def _grown(self, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
+    def _grown(self, ranker: LoadedRanker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
         """The holder and its layout on the features at hand, where these grew from its own: the same outputs."""
         from mmoe_rec.model.mmoe import build_model
         from mmoe_rec.model.tables import plain_tables
@@ -210,6 +210,6 @@ class Comparison:
         start.fill(model)
         return model, layout
 
-    def _encode(self, ranker: Ranker, folder: Path, encoded: Path) -> None:
+    def _encode(self, ranker: LoadedRanker, folder: Path, encoded: Path) -> None:
         windows = {"validation": self.settings.split.windows()["validation"]}
         encode_with(folder / "features", logs_for(self.settings, ranker.pipeline), windows, encoded)

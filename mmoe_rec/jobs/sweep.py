@@ -19,7 +19,7 @@ from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.batch import Batch
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.serving.loaded import LoadedRanker
 
 REQUEST_ROWS = 500
 RESAMPLES = 100
@@ -84,7 +84,7 @@ def sweep_table(swept: list[Swept]) -> Table:
     return table
 
 
-def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> Iterator[Swept]:
+def _each(ranker: LoadedRanker, encoded: Any, batch_size: int, rows: int | None) -> Iterator[Swept]:
     experts = ranker.guarded.experts
     seen = int(ranker.model.visible_experts.sum(1).max())
     whole = ranker.model.mixture.gates[-1].rule
@@ -99,7 +99,7 @@ def _each(ranker: Ranker, encoded: Any, batch_size: int, rows: int | None) -> It
 
 
 def _measured(
-    ranker: Ranker,
+    ranker: LoadedRanker,
     encoded: Any,
     batch_size: int,
     rows: int | None,
@@ -132,14 +132,14 @@ def _measured(
     return Swept(k, masked, _milliseconds(ranker, example, asked, usable), tasks)
 
 
-def _first_rows(ranker: Ranker, encoded: Any) -> Batch:
+def _first_rows(ranker: LoadedRanker, encoded: Any) -> Batch:
     from mmoe_rec.batches.batch import make_batch
 
     part, _ = next(encoded.stream(REQUEST_ROWS))
     return make_batch(part.encoded, ranker.layout, torchrec=False)
 
 
-def _milliseconds(ranker: Ranker, batch: Batch, k: int | None, usable: Any) -> float:
+def _milliseconds(ranker: LoadedRanker, batch: Batch, k: int | None, usable: Any) -> float:
     import torch
 
     threads = torch.get_num_threads()

@@ -17,11 +17,11 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.serving.loaded import LoadedRanker
 
 
 @contextmanager
-def test_rows(settings: Settings, artifact: Path, ranker: Ranker) -> Iterator[Path]:
+def test_rows(settings: Settings, artifact: Path, ranker: LoadedRanker) -> Iterator[Path]:
     """Encoded test rows, which nobody replaces meanwhile: those at hand if the model's features made them, else freshly
     encoded with the model's.
 

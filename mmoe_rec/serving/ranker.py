@@ -1,37 +1,22 @@
-"""`Ranker`: an artifact folder -> ranked candidates. It needs torch alone: no torchrec, torch.distributed or mlflow."""
+"""`Ranker`: an artifact folder -> ranked candidates. It needs torch alone: no torchrec, torch.distributed or mlflow.
+
+What takes long to import is imported when a model is loaded, see `mmoe_rec.serving.loaded`.
+"""
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
-from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.calibration import Calibration
-from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.score import log_predictions, predictions, with_outcomes
-from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_weights
-from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
-from mmoe_rec.serving.request import RequestReader, request_time
-from mmoe_rec.serving.values import check_count
-from mmoe_rec.serving.weights import fused_weights
-from mmoe_rec.settings import Model
-
-ROWS_AT_A_TIME = 16_384
-_LARGEST = float(np.log(np.finfo(np.float64).max))
+    from mmoe_rec.log.rows import LogRows
+    from mmoe_rec.serving.loaded import LoadedRanker
 
 
 @dataclass(frozen=True)
@@ -57,48 +42,17 @@ class Ranking:
         return asdict(self)
 
 
-class Ranker:
-    """A loaded model with its features and calibration."""
-
-    def __init__(
-        self,
-        about: Artifact,
-        model: RankingModel,
-        calibration: Calibration,
-        pipeline: FeaturePipeline,
-        features: Path,
-    ):
-        self.about = about
-        self.layout = about.layout
-        self.model = model.eval()
-        self.guarded = GuardedModel(model, [task.name for task in about.tasks])
-        self.calibration = calibration
-        self.pipeline = pipeline
-        self.reader = RequestReader(pipeline, features, about.max_candidates)
-        self.kinds = [task.kind for task in about.tasks]
-        self.names = [task.name for task in about.tasks]
+class Ranker(ABC):
+    """A model with its features and calibration, as `load` gives it."""
 
     @staticmethod
-    def load(folder: str | Path) -> Ranker:
+    def load(folder: str | Path) -> LoadedRanker:
         """Reads an artifact folder. Raises UserError for one that is incomplete, damaged or of another format."""
-        try:
-            return Ranker._read(Path(folder))
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"the model in '{folder}' is incomplete or damaged ({reason})") from error
+        from mmoe_rec.serving.loaded import LoadedRanker
 
-    @staticmethod
-    def _read(folder: Path) -> Ranker:
-        about = read_artifact(folder)
-        pipeline = FeaturePipeline.load(folder / "features")
-        if pipeline.layout != about.layout.of_rows():
-            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = _load_model(about.layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        ranker = Ranker(about, model, read_calibration(folder), pipeline, folder / "features")
-        # Builds the indexes that encoders make at their first use, so that no request waits for them.
-        ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
-        return ranker
+        return LoadedRanker.read(Path(folder))
 
+    @abstractmethod
     def rank(
         self,
         user: Mapping[str, Any],
@@ -123,29 +77,8 @@ class Ranker:
         Raises:
             RequestError: naming the column or option that the caller has to change.
         """
-        weights = fused_weights(self.about.tasks, task_weights)
-        check_count("top_k", top_k)
-        choice = self.guarded.choice(gate_top_k, mask_experts)
-        rows = self.reader.rows(user, context, candidates)
-        try:
-            values, log_scores, warnings = self._score(rows, weights, choice)
-        except RequestError:
-            raise
-        except UserError as error:
-            raise RequestError(str(error)) from None
-        order = np.argsort(-log_scores, kind="stable")[:top_k]
-        ids = rows.column(self.pipeline.schema.columns.candidate)
-        best = values[order].astype(np.float64)
-        return Ranking(
-            candidates=ids.take(pa.array(order)).to_pylist(),
-            scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={name: values.tolist() for name, values in with_outcomes(best, self.layout).items()},
-            order=order.tolist(),
-            request_time=iso_time(request_time(rows)),
-            tables_as_of=self.about.tables_as_of,
-            warnings=warnings,
-        )
 
+    @abstractmethod
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `features.columns`).
 
@@ -153,49 +86,3 @@ class Ranker:
         Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
         ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
         """
-        if isinstance(rows, pa.Table):
-            rows = LogRows(rows, self.pipeline.schema)
-        if weights is None:
-            weights = fused_weights(self.about.tasks, None)
-        return self._score(rows, weights, ExpertChoice())[:2]
-
-    def _score(
-        self, rows: LogRows, weights: np.ndarray, choice: ExpertChoice
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        parts = [self._logits(rows, start, choice) for start in range(0, len(rows), ROWS_AT_A_TIME)]
-        logits = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, len(self.kinds))
-        warnings = list(dict.fromkeys(sentence for _, found in parts for sentence in found))
-        values = predictions(logits, self.kinds).numpy()
-        log_scores = log_predictions(logits.double(), self.kinds).numpy() @ weights
-        if not (np.isfinite(values).all() and np.isfinite(log_scores).all()):
-            # NaN would make the reply invalid JSON, and a ranking by it means nothing.
-            raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
-        return values, log_scores, warnings
-
-    def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
-        """Calibrated logits (n, T) of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
-        if len(rows) > ROWS_AT_A_TIME:
-            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
-        batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
-        logits, warnings = self.guarded.logits(batch, choice)
-        return self.calibration.apply(logits, self.names), warnings
-
-
-def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:
-    weights = read_weights(path)
-    # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
-    stubs = tuple(replace(table, rows=1) for table in layout.tables)
-    tables = PlainTables(stubs, layout.ids)
-    for table in layout.tables:
-        if table.name in tables.embedding_bags:
-            weight = weights.pop(f"tables.embedding_bags.{table.name}.weight", None)
-            if weight is None or weight.shape != (table.rows, table.dim):
-                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
-            bag = nn.EmbeddingBag.from_pretrained(weight, mode="mean", include_last_offset=True)
-            tables.embedding_bags[table.name] = bag
-    model = build_model(layout, section, tables)
-    try:
-        model.mixture.load_state_dict({name.removeprefix("mixture."): each for name, each in weights.items()})
-    except RuntimeError as error:
-        raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
-    return model

@@ -100,7 +100,7 @@ def test_a_calibrated_model_answers_as_offline_evaluation(
 def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     _, rows = small.later_rows()
     whole = ranker.score(rows)[0]
-    monkeypatch.setattr("mmoe_rec.serving.ranker.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("mmoe_rec.serving.loaded.ROWS_AT_A_TIME", 7)
     np.testing.assert_allclose(ranker.score(rows)[0], whole, atol=1e-6)
     assert ranker.score(rows.table.slice(0, 0))[0].shape == (0, 3)
 
