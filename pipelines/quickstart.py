@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import exit_with_message
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.evaluation.notes import told, warnings
     from mmoe_rec.evaluation.table import results_table
     from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.train import Trained, train_model
+    from mmoe_rec.jobs.finished import Trained
+    from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
     from mmoe_rec.locks import reading
     from pipelines.baselines import evaluate_baselines
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _ingest(out: Path, fast: bool) -> None:
-    from pipelines.ingest_complete_journey import Selection, ingest, packaged_folder
+    from pipelines.data_sets.complete_journey import packaged_folder
+    from pipelines.ingest_complete_journey import Selection, ingest
 
     if (out / "log").is_dir() and (out / "purchases").is_dir():
         print(f"{out / 'log'} is there already")
@@ -106,7 +108,7 @@ def _ingest(out: Path, fast: bool) -> None:
     ingest(packaged_folder(), out, Selection(households=FAST_HOUSEHOLDS if fast else None))
 
 
-def _rank_example(artifact: Path) -> tuple[dict, list[tuple[object, float]]]:
+def _rank_example(artifact: Path) -> tuple[dict[str, Any], list[tuple[object, float]]]:
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(artifact)
@@ -115,7 +117,7 @@ def _rank_example(artifact: Path) -> tuple[dict, list[tuple[object, float]]]:
     return request, list(zip(ranking.candidates, ranking.scores, strict=True))
 
 
-def _next_commands(settings: Settings, address: str, request: dict) -> None:
+def _next_commands(settings: Settings, address: str, request: dict[str, Any]) -> None:
     body = Path(settings.data.work) / "request.json"
     with atomic_file(body) as file:
         file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")

@@ -17,9 +17,10 @@ from mmoe_rec.build.requests import Clash, Requests
 from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import is_remote, local_path
 from mmoe_rec.log.local_files import would_find
-from mmoe_rec.log.reader import Log, format_time
+from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema

@@ -56,8 +56,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.reader import BadFile, format_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema

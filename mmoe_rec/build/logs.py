@@ -11,7 +11,8 @@ import numpy as np
 
 from mmoe_rec.build.engines import EngineName
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.reader import BadFile, EventRows, LeftOut, Log, none_usable
+from mmoe_rec.log.checks import BadFile, LeftOut
+from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.schema import Schema
 
 _NEVER = np.iinfo(np.int64).max

@@ -19,6 +19,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -34,7 +35,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.reader import format_time
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import say
@@ -56,7 +57,7 @@ class Prepared:
         return Layout.read(self.folder / "encoded")
 
     @property
-    def manifest(self) -> dict:
+    def manifest(self) -> dict[str, Any]:
         """What was built from what."""
         return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
 
@@ -115,7 +116,7 @@ class Prepared:
                 raise UserError(empty_split(name, self.folder))
 
     @property
-    def _manifest_or_none(self) -> dict:
+    def _manifest_or_none(self) -> dict[str, Any]:
         try:
             manifest = self.manifest
         except (OSError, ValueError):
@@ -300,7 +301,9 @@ def save_latest(counted: Counted, folder: Path) -> None:
         pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
 
 
-def describe(logs: Logs, taken: Taken, counted: Counted, requests: Requests, splits: dict[str, SplitCounts]) -> dict:
+def describe(
+    logs: Logs, taken: Taken, counted: Counted, requests: Requests, splits: dict[str, SplitCounts]
+) -> dict[str, Any]:
     """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
     log, *events = taken.logs
     return {

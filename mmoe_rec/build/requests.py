@@ -22,9 +22,10 @@ import pyarrow as pa
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.known_requests import KnownRequests, RequestWriter, read_requests
 from mmoe_rec.build.results import Blocks
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.parts import Noticed
-from mmoe_rec.log.reader import ROWS_PER_PART, BadFile, Log, LogPart, LogReader
+from mmoe_rec.log.parts import LogPart, Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.log.rows import LogRows
 
 RUNS, FIRST_TIMES = "runs", "first_times"

@@ -16,7 +16,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.build.exchange import Exchange, Sender
 from mmoe_rec.features.encoder import Results
-from mmoe_rec.log.reader import LogPart
+from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 

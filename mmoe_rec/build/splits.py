@@ -18,7 +18,8 @@ from mmoe_rec.features.encoded import label_types
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.labels import labels_of, unmatured
-from mmoe_rec.log.reader import LogPart, LogReader
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import Window, in_window
 

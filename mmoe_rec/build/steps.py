@@ -32,12 +32,9 @@ from mmoe_rec.build.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.reader import (
-    ROWS_PER_PART,
-    BadFile,
-    LogPart,
-    LogReader,
-)
+from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar
 

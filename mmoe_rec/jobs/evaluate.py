@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.locks import writing
+from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
+from mmoe_rec.recording import Run
 from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.settings import Settings
 
@@ -42,7 +44,7 @@ def evaluate_model(settings: Settings, address: str, out: str | Path) -> Evaluat
 
 
 def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
-    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.batches.rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.jobs.truth import test_rows
@@ -70,7 +72,7 @@ def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
         file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     try:
         _log_evaluation(settings, found.run_id, evaluated, out)
-    except tracking.UnreachableError as error:
+    except UnreachableError as error:
         say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
 
@@ -91,7 +93,7 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
         draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
 
 
-def draw_gates(run: tracking.Run, layout: Layout, experts: Utilisation, name: str) -> None:
+def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
     """Logs a figure of the gates' mean weights."""
     if run.run_id is None:
         return  # another rank than the first draws nothing

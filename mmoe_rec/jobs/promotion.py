@@ -26,13 +26,15 @@ from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
+from mmoe_rec.recording import Run
 from mmoe_rec.registry import local_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 if TYPE_CHECKING:
-    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.batches.rows import EncodedRows
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.serving.loaded import LoadedRanker
@@ -57,9 +59,7 @@ class Verdict:
     reason: str
 
 
-def promote(
-    run: tracking.Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path
-) -> Promotion:
+def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path) -> Promotion:
     """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
 
     model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses; done
@@ -114,7 +114,7 @@ class Comparison:
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
             folder = local_model(holder.address, self.settings.tracking.address)
-        except tracking.UnreachableError:
+        except UnreachableError:
             raise  # an outage decides nothing
         except UserError as error:
             return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
@@ -152,14 +152,14 @@ class Comparison:
 
     @cached_property
     def _labelled(self) -> EncodedRows:
-        from mmoe_rec.batches.reader import EncodedRows
+        from mmoe_rec.batches.rows import EncodedRows
 
         weighted = self.settings.training.sampling_correction == "weights"
         return EncodedRows(self.prepared.split("validation"), self.layout, outcomes=True, weighted=weighted)
 
     @cached_property
     def _own(self) -> Validation:
-        from mmoe_rec.batches.reader import EncodedRows
+        from mmoe_rec.batches.rows import EncodedRows
 
         return self._validated(self.model, EncodedRows(self.prepared.split("validation"), self.layout))
 
@@ -170,7 +170,7 @@ class Comparison:
 
     def _validation(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Validation:
         """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
-        from mmoe_rec.batches.reader import EncodedRows
+        from mmoe_rec.batches.rows import EncodedRows
 
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
         if set(its["tasks"]) != set(tasks["tasks"]):

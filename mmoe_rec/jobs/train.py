@@ -15,7 +15,9 @@ from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import promote
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
+from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.progress import say
+from mmoe_rec.recording import Run
 from mmoe_rec.registry import check_address, local_model
 from mmoe_rec.settings import Settings
 from mmoe_rec.training.origin import checksum, result_settings
@@ -68,7 +70,7 @@ def _ask_mlflow(settings: Settings, resume: bool) -> None:
     """Raises UserError, before any work, where MLflow is away or would refuse a name. What waits for it is sent."""
     work = Path(settings.data.work)
     ended = resume and (work / "checkpoints" / "finished.json").is_file()
-    if int(os.environ.get("RANK", "0")) or (ended and not tracking.runs_waiting(work / "unsent")):
+    if int(os.environ.get("RANK", "0")) or (ended and not runs_waiting(work / "unsent")):
         return
     names = (settings.experiment, settings.registered_model, settings.tracking.alias)
     tracking.check(settings.tracking.address, *names, unsent=work / "unsent")
@@ -147,7 +149,7 @@ def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmSta
     return WarmStart(folder, structure, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
-def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> None:
+def _log_start(run: Run, settings: Settings, prepared: Prepared) -> None:
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     run.log_params({**settings.model_dump(mode="json", include=sections), **settings.choices})
     run.log_text(settings.to_yaml(), "settings.yaml")
@@ -160,7 +162,7 @@ def _log_start(run: tracking.Run, settings: Settings, prepared: Prepared) -> Non
 
 
 def _finish(
-    run: tracking.Run,
+    run: Run,
     settings: Settings,
     prepared: Prepared,
     layout: ModelLayout,
@@ -217,7 +219,7 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     method = settings.training.calibration
     if method == "none":
         return UNCALIBRATED
-    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.batches.rows import EncodedRows
     from mmoe_rec.evaluation.fit_calibration import calibration_rows, fit_calibration
 
     layout = prepared.layout

@@ -16,7 +16,9 @@ from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.outbox import PATIENCE_SECONDS, UnreachableError
 from mmoe_rec.progress import say
+from mmoe_rec.recording import Run
 from mmoe_rec.settings import Search, Settings
 
 Values = dict[str, Any]
@@ -127,7 +129,7 @@ class Study:
             run.log_metrics({"best.objective": tuned.value})
             run.log_artifact(tuned.file)
             run.log_text(self._table(), "trials.csv")
-            run.flush(tracking.PATIENCE_SECONDS)
+            run.flush(PATIENCE_SECONDS)
             return tuned
 
     @property
@@ -176,7 +178,7 @@ class Study:
             self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
             who = str(stopped).partition(";")[0] or "SIGINT came"
             raise StoppedError(f"{who}; {again}") from None
-        except tracking.UnreachableError as error:
+        except UnreachableError as error:
             self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
             raise UserError(f"{error}; {again}, once MLflow answers") from None
         except Exception as error:  # not the user's fault, but the search shall not come to it again
@@ -193,7 +195,7 @@ class Study:
         states = self._optuna.trial.TrialState
         try:
             reached = self._train(trial, self._valid(values), values, folder, parent)
-        except tracking.UnreachableError:
+        except UnreachableError:
             raise
         except UserError as error:
             trial.set_user_attr(_REASON, str(error))
@@ -235,7 +237,7 @@ class Study:
                 run_name=f"trial {trial.number + 1}",
                 parent=parent,
                 unsent=self._unsent,
-                patience=tracking.PATIENCE_SECONDS,
+                patience=PATIENCE_SECONDS,
             ) as run,
         ):
             trial.set_user_attr(_RUN, run.run_id)
@@ -293,7 +295,7 @@ class Study:
 
 
 @contextlib.contextmanager
-def _not_valid(run: tracking.Run) -> Iterator[None]:
+def _not_valid(run: Run) -> Iterator[None]:
     """Around the making of a model: where that can't be, its settings don't go together."""
     try:
         yield

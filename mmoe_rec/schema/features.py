@@ -188,7 +188,7 @@ class CounterFeature(_Remembering):
         return windows
 
 
-def _distinct(values: tuple) -> tuple:
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
         raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")

@@ -35,7 +35,7 @@ def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
     """One training, and what its model does on the test rows."""
     import torch
 
-    from mmoe_rec.batches.reader import EncodedRows
+    from mmoe_rec.batches.rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.model.mmoe import build_model
@@ -70,7 +70,8 @@ def logs(folder: Path, rows: int) -> Iterator[tuple[str, Callable[[Sequence[str]
     """Each log's name, and what makes its settings of overrides."""
     from mmoe_rec.settings import load_settings
     from pipelines import make_synthetic_log
-    from pipelines.ingest_complete_journey import Selection, ingest, packaged_folder
+    from pipelines.data_sets.complete_journey import packaged_folder
+    from pipelines.ingest_complete_journey import Selection, ingest
     from pipelines.quickstart import FAST_HOUSEHOLDS, quickstart_settings
 
     make_synthetic_log.main(["--out", f"{folder}/log", "--rows", str(rows)])

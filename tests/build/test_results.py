@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmoe_rec.build import results as module
 from mmoe_rec.build.results import Blocks, ResultExchange, ResultReader
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.log.reader import LogPart
+from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged, consecutive
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.reader import Log, format_time
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.reader import Log
 from mmoe_rec.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, assert_same, fit, log_rows, random_log, schema_of, write_log
 

@@ -13,8 +13,9 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import files
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import find_files, open_file, path_values
-from mmoe_rec.log.reader import BadFile, Log
+from mmoe_rec.log.reader import Log
 from mmoe_rec.schema import Schema
 
 TABLE = pa.table({"x": [1, 2, 3]})

@@ -22,8 +22,10 @@ from mmoe_rec.build.logs import DEFAULTS, Logs
 from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.reader import BadFile, EventRows, Log, LogPart, LogReader
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import EventRows, Log, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import EVENT, Schema
 from tests.log.small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
