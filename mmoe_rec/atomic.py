@@ -21,8 +21,6 @@ from mmoe_rec.errors import UserError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_SYNC_FILE_RANGE_WRITE = 2
-_OFFSET = ctypes.c_int64
 
 
 @contextmanager
@@ -177,17 +175,6 @@ def _flush_tree(folder: Path) -> None:
         for parent, _, names in os.walk(folder, topdown=False):
             list(pool.map(_flush, (Path(parent, name) for name in names)))
             _flush(Path(parent))
-
-
-def begin_to_flush(path: Path) -> None:
-    """Has the system begin to write a finished file to disk, so that there is less to wait for when all is flushed."""
-    if sys.platform == "linux":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            # Not in Python's `os`. What cannot be begun here is done at the end.
-            ctypes.CDLL(None).sync_file_range(descriptor, _OFFSET(0), _OFFSET(0), _SYNC_FILE_RANGE_WRITE)
-        finally:
-            os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.build.look_up import fitted
 from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader
@@ -163,4 +162,3 @@ class _SplitWriter:
             self._append(pa.concat_tables(self._waiting))
         if self._writer is not None:
             self._writer.close()
-            begin_to_flush(self.path)

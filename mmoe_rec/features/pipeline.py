@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import begin_to_flush
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.encoded import Encoded
@@ -272,7 +271,6 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     parts.mkdir(exist_ok=True)
     path = parts / f"part-{part:05d}.parquet"
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
-    begin_to_flush(path)
 
 
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:

@@ -82,7 +82,7 @@ def write_artifact(
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
         fingerprint=prepared.manifest["fingerprint"],
-        tables_as_of=_tables_as_of(prepared),
+        tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]),
     )
     with atomic_folder(folder) as target:
         _write_weights(target / "weights.safetensors", state_dict)
@@ -170,13 +170,6 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
         if not weights[name].isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
     save_file(weights, path)
-
-
-def _tables_as_of(prepared: Prepared) -> str:
-    """Time of the log's last request: one microsecond before the floors, and to the second where there are none."""
-    state = json.loads((prepared.serving / "pipeline.json").read_text(encoding="utf-8"))
-    floors = [floor for each in state["encoders"].values() if (floor := each["values"].get("floor")) is not None]
-    return iso_time(max(floors) - 1) if floors else str(prepared.manifest["last_request"])
 
 
 def iso_time(microseconds: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibratio
 from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact, write_artifact
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
+from tests.log.small_logs import random_log, times_of
 from tests.serving.small_model import SmallModel
 
 
@@ -25,7 +27,10 @@ def test_says_what_it_was_made_from(small: SmallModel) -> None:
     assert about.name == "small"
     assert about.fingerprint == small.prepared.manifest["fingerprint"]
     assert about.max_candidates == 50
-    assert about.tables_as_of[:19] == small.prepared.manifest["last_request"][:19]
+    last = max(times_of(random_log(1, rows=600)))
+    assert datetime.fromisoformat(about.tables_as_of) == datetime(1970, 1, 1, tzinfo=UTC) + timedelta(
+        microseconds=int(last)
+    )
     assert [(task.name, task.kind, task.objective) for task in about.tasks] == [
         ("click", "binary", "engagement"),
         ("liked", "binary", "satisfaction"),
