@@ -80,7 +80,7 @@ class Ranker(ABC):
 
     @abstractmethod
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `features.columns`).
+        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `mmoe_rec.log.columns`).
 
         Predictions are float32, or float64 where a task is a regression.
         Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
