@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
 from mmoe_rec.evaluation.scoring import Scored

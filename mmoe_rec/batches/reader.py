@@ -16,9 +16,9 @@ from itertools import chain, groupby
 
 import numpy as np
 
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.order import EpochOrder
 from mmoe_rec.batches.position import Position
-from mmoe_rec.batches.rows import EncodedRows, Rows
 from mmoe_rec.batches.shares import Share, Split
 
 

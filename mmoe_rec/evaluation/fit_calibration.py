@@ -20,7 +20,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.model.calibration import Calibration, TaskCalibration

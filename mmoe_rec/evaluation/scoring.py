@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import spread
+from mmoe_rec.evaluation.checked_rows import Rows, TaskSpec, check_rows
 from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, least_ndcg, ndcg, ranks_nothing, reciprocal_rank
-from mmoe_rec.evaluation.rows import Rows, TaskSpec, check_rows
 
 __all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "TaskSpec", "measure", "merge_all"]
 

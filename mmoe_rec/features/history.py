@@ -59,7 +59,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         return (self.name,)
 
     def known(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
-        """Any number of table rows a row."""
+        """For each row, a list of table rows, of any length."""
         return {self.name: memory.last(asked, self.feature.length)}
 
     def outline(self) -> Outline:

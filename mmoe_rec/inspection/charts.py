@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from mmoe_rec.inspection.formatting import percent, rate
 from mmoe_rec.inspection.markup import Markup, joined, tag
-from mmoe_rec.inspection.words import percent, rate
 
 _WIDTH, _LEFT, _RIGHT = 920.0, 58.0, 12.0
 _TOP, _LINE, _GAP, _BARS, _BOTTOM = 26.0, 150.0, 16.0, 46.0, 22.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.inputs import feature_inputs

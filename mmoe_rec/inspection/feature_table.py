@@ -6,9 +6,9 @@ from typing import Any
 
 from mmoe_rec.inspection.explanations import COLUMNS
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of
+from mmoe_rec.inspection.formatting import NONE, count, fixed, percent
 from mmoe_rec.inspection.markup import Markup, breakable, joined, tag
 from mmoe_rec.inspection.tables import meter
-from mmoe_rec.inspection.words import NONE, count, fixed, percent
 
 _PARTS = 12  # inputs of a feature that are shown; a vector may have hundreds
 

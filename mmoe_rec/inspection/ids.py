@@ -1,4 +1,4 @@
-"""Sums of an id input: how often each row of its table is looked up, and with which outcomes."""
+"""Sums of an id input: how often each row of its table is looked up, and with which labels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmoe_rec.inspection.binary_labels import BinaryLabels
 from mmoe_rec.inspection.formulas import auc, auc_of_scores, smoothed_rates
-from mmoe_rec.inspection.outcomes import Outcomes
 from mmoe_rec.point_in_time.lists import Ragged
 
 FREQUENT = 50  # most frequent table rows that drift is measured in
@@ -49,24 +49,24 @@ class IdSums:
         self.score_edges: list[np.ndarray] = []
         self.score_positives, self.score_negatives = np.zeros((2, tasks if many else 0, _SCORE_BINS), np.int64)
 
-    def add(self, split: str, ids: np.ndarray | Ragged, outcomes: Outcomes) -> None:
+    def add(self, split: str, ids: np.ndarray | Ragged, labels: BinaryLabels) -> None:
         """Counts the ids of N rows."""
         if isinstance(ids, Ragged):
             ids = _with_missing(ids)
             if split in self.empty:
                 self.empty[split] += int(((ids.lengths == 1) & (ids.values[ids.offsets[:-1]] == 0)).sum())
             if split == "validation":
-                self._add_scores(ids, outcomes)
+                self._add_scores(ids, labels)
         elif split in self.empty:
             self.empty[split] += int((ids == 0).sum())
         if split in self.counts:
             np.add.at(self.counts[split], ids.values if isinstance(ids, Ragged) else ids, 1)
         if split in self.observed:
             for task in range(len(self.observed[split])):
-                positive = _taken(ids, outcomes.positive[task])
+                positive = _taken(ids, labels.positive[task])
                 np.add.at(self.positives[split][task], positive, 1)
                 np.add.at(self.observed[split][task], positive, 1)
-                np.add.at(self.observed[split][task], _taken(ids, outcomes.negative[task]), 1)
+                np.add.at(self.observed[split][task], _taken(ids, labels.negative[task]), 1)
 
     def learn_rates(self) -> None:
         """Called once after all training rows: fixes the bins of the rates that validation rows are scored with."""
@@ -78,12 +78,12 @@ class IdSums:
         """(R,) smoothed share of positives of each table row in training rows."""
         return smoothed_rates(self.positives["train"][task], self.observed["train"][task])
 
-    def _add_scores(self, ids: Ragged, outcomes: Outcomes) -> None:
+    def _add_scores(self, ids: Ragged, labels: BinaryLabels) -> None:
         for task, edges in enumerate(self.score_edges):
             sums = np.add.reduceat(self.score_rates[task][ids.values], ids.offsets[:-1])
             bins = np.searchsorted(edges, sums / ids.lengths)
-            self.score_positives[task] += np.bincount(bins[outcomes.positive[task]], minlength=_SCORE_BINS)
-            self.score_negatives[task] += np.bincount(bins[outcomes.negative[task]], minlength=_SCORE_BINS)
+            self.score_positives[task] += np.bincount(bins[labels.positive[task]], minlength=_SCORE_BINS)
+            self.score_negatives[task] += np.bincount(bins[labels.negative[task]], minlength=_SCORE_BINS)
 
     def merge(self, other: IdSums) -> None:
         """Adds the sums of other rows; validation rows must have been scored with the same rates."""

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from mmoe_rec.inspection.binary_labels import BinaryLabels
 from mmoe_rec.inspection.distinct import DistinctCount
 from mmoe_rec.inspection.formulas import auc
-from mmoe_rec.inspection.outcomes import Outcomes
 from mmoe_rec.log.hashing import mix
 
 GRID = 1000  # quantiles of the fine histogram
@@ -35,7 +35,7 @@ class NumberSums:
         self.positives, self.negatives = np.zeros((2, tasks, bins), np.int64)  # of validation rows
         self.distinct = DistinctCount(DISTINCT)
 
-    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, outcomes: Outcomes) -> None:
+    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, labels: BinaryLabels) -> None:
         """Counts (N,) float32 values; missing: (N,) bool, None where that is not known."""
         bins = np.searchsorted(self.edges, values, side="left")
         if missing is not None:
@@ -47,8 +47,8 @@ class NumberSums:
             self.distinct.add(mix((present + np.float32(0)).view(np.uint32).astype(np.uint64)))
         if split == "validation":
             for task in range(len(self.positives)):
-                self.positives[task] += self._count(bins[outcomes.positive[task]])
-                self.negatives[task] += self._count(bins[outcomes.negative[task]])
+                self.positives[task] += self._count(bins[labels.positive[task]])
+                self.negatives[task] += self._count(bins[labels.negative[task]])
 
     def _count(self, bins: np.ndarray) -> np.ndarray:
         return np.bincount(bins, minlength=len(self.edges) + 2)

@@ -9,9 +9,9 @@ from mmoe_rec.inspection.charts import shares_chart, weeks_chart
 from mmoe_rec.inspection.explanations import CHECKS, MEASURES
 from mmoe_rec.inspection.feature_table import feature_table, psi_badge
 from mmoe_rec.inspection.findings import drift_beyond_noise, moved, shown_and_folded
+from mmoe_rec.inspection.formatting import NONE, count, day, percent, rate, requests_told, unmatured_told
 from mmoe_rec.inspection.markup import Markup, breakable, joined, prose, tag
 from mmoe_rec.inspection.tables import embedding_tables, grid
-from mmoe_rec.inspection.words import NONE, count, day, percent, rate, requests_told, unmatured_told
 
 _DRAWN = 12  # features whose drift is drawn
 

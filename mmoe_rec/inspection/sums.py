@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.batches.rows import Rows
+from mmoe_rec.batches.encoded_rows import Rows
 from mmoe_rec.features.layout import Layout
+from mmoe_rec.inspection.binary_labels import BinaryLabels
 from mmoe_rec.inspection.distinct import DistinctCount
 from mmoe_rec.inspection.ids import IdSums
 from mmoe_rec.inspection.inputs import FeatureInputs
 from mmoe_rec.inspection.numbers import NumberSums
-from mmoe_rec.inspection.outcomes import Outcomes
 from mmoe_rec.log.hashing import hash_column
 
 COLUMNS = ("user", "candidate", "request", "time")  # read beside the model's inputs
@@ -83,14 +83,14 @@ class Sums:
         """Counts N rows of a split; columns: their `COLUMNS`."""
         times = columns.column("time").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
         self._add_overview(split, rows.labels, columns, times)
-        outcomes = Outcomes.of(rows.labels, self.layout)
+        labels = BinaryLabels.of(rows.labels, self.layout)
         for name, sums in self.ids.items():
-            sums.add(split, rows.encoded.ids[name], outcomes)
+            sums.add(split, rows.encoded.ids[name], labels)
         dense = rows.encoded.dense
         for feature in self.features:
             for each, missing in zip(feature.numbers, _missing(feature, dense), strict=True):
                 values = np.ascontiguousarray(dense[:, each.place])
-                self.numbers[each.name].add(split, values, missing, outcomes)
+                self.numbers[each.name].add(split, values, missing, labels)
 
     def _add_overview(self, split: str, labels: np.ndarray, columns: pa.Table, times: np.ndarray) -> None:
         tasks = labels.shape[1]

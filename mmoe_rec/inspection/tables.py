@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmoe_rec.inspection.formatting import percent, size
 from mmoe_rec.inspection.markup import Markup, breakable, joined, tag
-from mmoe_rec.inspection.words import percent, size
 
 
 def grid(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> Markup:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mmoe_rec.inspection.explanations import CHECKS
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
-from mmoe_rec.inspection.words import (
+from mmoe_rec.inspection.formatting import (
     NONE,
     count,
     day,

@@ -44,7 +44,7 @@ def evaluate_model(settings: Settings, address: str, out: str | Path) -> Evaluat
 
 
 def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.jobs.truth import test_rows

@@ -42,7 +42,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a training that came to its end gave, as a file, so that it is not gone on with.
+    """The result of a training that has ended, as a file; such a training is not resumed.
 
     origin: what it was begun with, its settings with those of `result_settings`; weights: checksum of the model's; the
     rest as in `Trained`.
@@ -60,7 +60,7 @@ class Finished:
 
     @staticmethod
     def read(folder: Path) -> Finished | None:
-        """None where the training has not come to its end. Raises UserError for a file that can't be read."""
+        """None where the training has not ended. Raises UserError for a file that can't be read."""
         file = folder / "finished.json"
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ class Finished:
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """A new training begins; what is left of another one is not gone on with."""
+        """A new training begins; what is left of another one is not resumed."""
         (folder / "latest.json").unlink(missing_ok=True)
         (folder / "finished.json").unlink(missing_ok=True)
 

@@ -34,7 +34,7 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 if TYPE_CHECKING:
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.serving.loaded import LoadedRanker
@@ -152,14 +152,14 @@ class Comparison:
 
     @cached_property
     def _labelled(self) -> EncodedRows:
-        from mmoe_rec.batches.rows import EncodedRows
+        from mmoe_rec.batches.encoded_rows import EncodedRows
 
         weighted = self.settings.training.sampling_correction == "weights"
         return EncodedRows(self.prepared.split("validation"), self.layout, outcomes=True, weighted=weighted)
 
     @cached_property
     def _own(self) -> Validation:
-        from mmoe_rec.batches.rows import EncodedRows
+        from mmoe_rec.batches.encoded_rows import EncodedRows
 
         return self._validated(self.model, EncodedRows(self.prepared.split("validation"), self.layout))
 
@@ -170,7 +170,7 @@ class Comparison:
 
     def _validation(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Validation:
         """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
-        from mmoe_rec.batches.rows import EncodedRows
+        from mmoe_rec.batches.encoded_rows import EncodedRows
 
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
         if set(its["tasks"]) != set(tasks["tasks"]):

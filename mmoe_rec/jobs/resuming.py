@@ -1,4 +1,4 @@
-"""Whether a training begins, goes on or has come to its end: what lies in `checkpoints/` beside what is asked for."""
+"""Whether a training begins, goes on or has ended: what lies in `checkpoints/` beside what is asked for."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def begin(settings: Settings, start: str | None, resume: bool, held: contextlib.
 
 
 def something_left(checkpoints: Path) -> bool:
-    """Whether there is what a training may go on from, or one that has come to its end."""
+    """Whether there is what a training may go on from, or one that has ended."""
     return any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))
 
 
@@ -93,13 +93,13 @@ def course_of(settings: Settings, checkpoints: Path, start: str | None, resume: 
     if now.until > before.origin.until:
         say(f"the features go on to a later day than those of the training in '{checkpoints}': a new one begins")
         return Course("begins", None if start is None else resolve(start, settings))
-    ended = "has come to its end, and is not the one asked for" if before.finished else "can't go on"
+    ended = "has ended, and is not the one asked for" if before.finished else "can't go on"
     raise UserError(f"the training of '{checkpoints}' {ended}: {found}, or train from the start, without --resume")
 
 
 @dataclass(frozen=True)
 class _Before:
-    """The training that left something: what it was begun with, and what it gave if it has come to its end."""
+    """The training that left something: what it was begun with, and its result if it has ended."""
 
     origin: Origin
     finished: Finished | None
@@ -122,7 +122,7 @@ class _Before:
     def _features(self, settings: Settings, start: str | None) -> tuple[str, int]:
         """Fingerprint of the features, and the last request that they know.
 
-        Those of a training that goes on are not built anew: other ones could not be gone on with, and it would be
+        Those of a training that goes on are not built anew: a training cannot go on with other ones, and it would be
         wrong to throw away what it has done because the log has grown meanwhile.
         """
         place = log_and_place(settings)

@@ -38,7 +38,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from. It needs features at hand that were extended from that model's. resume: go
-    on from the last checkpoint, where there is one; a training that has come to its end is not begun again, unless the
+    on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
     features go on to a later day. Raises UserError where another process trains in `data.work`.
     """
     # A wrong log or address is told of before torch is loaded.
@@ -219,7 +219,7 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     method = settings.training.calibration
     if method == "none":
         return UNCALIBRATED
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.fit_calibration import calibration_rows, fit_calibration
 
     layout = prepared.layout

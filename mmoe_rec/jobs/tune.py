@@ -96,16 +96,14 @@ class Study:
             )
         except (SQLAlchemyError, self._optuna.exceptions.OptunaError, RuntimeError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(
-                f"the search in '{file}' can't be gone on with: {reason}; remove it to begin anew"
-            ) from None
+            raise UserError(f"the search in '{file}' can't be resumed: {reason}; remove it to begin anew") from None
 
     def run(self, trials: int) -> Tuned:
         """Tries until there are so many trials, those of earlier runs included.
 
         Raises:
             StoppedError: the search was asked to stop; the trial at hand will be tried again.
-            UserError: no trial came to its end, or several in a row failed or were not valid.
+            UserError: no trial ended well, or several in a row failed or were not valid.
         """
         uri, experiment = self.settings.tracking.address, self.settings.experiment
         with tracking.open_run(
@@ -277,7 +275,7 @@ class Study:
         if not any(each.state == states.COMPLETE for each in ended):
             reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
             last = f" (the last reason: {reasons[-1]})" if reasons else ""
-            raise UserError(f"no trial came to its end{last}; raise --trials, or narrow tuning.search")
+            raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
         best = self._study.best_trial
         values = {name: _plain(space, best.params[name]) for name, space in self._spaces.items()}
         file = self.folder / "best.yaml"

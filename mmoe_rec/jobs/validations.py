@@ -18,7 +18,7 @@ _COLUMNS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibrati
 
 
 def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
-    """The table of all validations of a training that has come to its end, why its state was chosen, and warnings."""
+    """The table of all validations of a training that has ended, why its state was chosen, and warnings."""
     from mmoe_rec.serving.artifact import read_calibration
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.validation import warnings_of, why_chosen

@@ -57,7 +57,7 @@ class Gates(nn.Module):
     """G gates over E experts, all computed by one product.
 
     State: linear (G, E, inputs); route (1, E, inputs) of a shared route; masked (E,) bool, experts that are out of use;
-    ramp (E,) float32, 1 for an added expert that has not begun to be used and 0 for one that has wholly; selection_bias
+    ramp (E,) float32, 1 for an added expert that is not used yet and 0 for one that is used in full; selection_bias
     (E,) float32, added to the logits that experts are chosen by but not to those of their weights (Wang et al., 2024:
     loss-free balancing, there to sigmoids; to a softmax's probabilities it evens far less, as these are near 0 and 1).
 

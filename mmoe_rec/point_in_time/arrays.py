@@ -1,4 +1,4 @@
-"""Small helpers for Arrow arrays and pandas indices, where these do too much or too late."""
+"""Small helpers for Arrow arrays and pandas indices."""
 
 from __future__ import annotations
 

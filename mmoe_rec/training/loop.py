@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import Prefetch
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.batches.rows import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.devices import use_bf16
 from mmoe_rec.errors import StoppedError

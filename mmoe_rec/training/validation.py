@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout

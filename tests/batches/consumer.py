@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.batches.rows import EncodedRows
 from tests.batches.encoded_files import LAYOUT, real
 
 

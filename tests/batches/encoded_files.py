@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.batches.rows import Rows
+from mmoe_rec.batches.encoded_rows import Rows
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.point_in_time.lists import Ragged

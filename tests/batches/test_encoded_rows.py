@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.batches.rows import EncodedRows, Rows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.batches.rows import EncodedRows, Rows
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write
 from tests.batches.naive import global_batches as naive_batches

@@ -83,7 +83,7 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
 
 def gauc(model: Any, layout: Any, folder: Path, **options: Any) -> dict[str, float]:
     """AUC within users of each task, and its calibration."""
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
 

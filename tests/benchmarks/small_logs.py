@@ -35,7 +35,7 @@ def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
     """One training, and what its model does on the test rows."""
     import torch
 
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.model.mmoe import build_model

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.inspection.collect import SPLITS, collect
 from mmoe_rec.inspection.formulas import psi
 from mmoe_rec.inspection.inputs import feature_inputs

@@ -1,4 +1,4 @@
-"""Trainings by the command, killed with SIGKILL at random moments and gone on with until they come to their end."""
+"""Trainings by the command, killed with SIGKILL at random moments and resumed until they end."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec import registry
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.scoring import Scored, score_rows
 from mmoe_rec.jobs import train as steps

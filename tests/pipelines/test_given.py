@@ -51,7 +51,7 @@ def evaluated(folder: Path, name: str, *options: str) -> dict[str, Any]:
 def judged(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The metrics, and the model's predictions on the test rows with their labels and weights."""
     from mmoe_rec.batches.batch import make_batch
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
 
     ranker = Ranker.load(folder / "work" / "model")
     rows = EncodedRows(folder / "work" / "features" / "encoded" / "test", ranker.layout)
@@ -109,7 +109,7 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
-    from mmoe_rec.batches.rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.jobs.train import _calibrate

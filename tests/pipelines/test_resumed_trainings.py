@@ -69,7 +69,7 @@ def test_another_start_is_refused_and_the_same_goes_on(world: World, capsys: pyt
     world.train("--from", str(copy), RESUME)  # another name of the same weights
     capsys.readouterr()
     world.train("--from", str(one), RESUME)
-    assert capsys.readouterr().out.startswith("this training has come to its end before")
+    assert capsys.readouterr().out.startswith("this training has already ended")
     assert "it was begun with --from" in refused(capsys, world, "--from", str(other), RESUME)
 
 
@@ -104,10 +104,10 @@ def test_an_alias_is_what_it_stood_for_when_the_training_began(
     monkeypatch.setattr("mmoe_rec.jobs.resuming.resolve", lambda *_: pytest.fail("nothing is looked up again"))
     world.train(*champion, RESUME)
     world.train(*champion, RESUME)
-    assert "this training has come to its end before" in capsys.readouterr().out
+    assert "this training has already ended" in capsys.readouterr().out
     monkeypatch.undo()
     world.train("--from", "models:/learnable/1", RESUME)  # what it stood for
-    assert "this training has come to its end before" in capsys.readouterr().out
+    assert "this training has already ended" in capsys.readouterr().out
 
 
 def test_other_settings_on_the_way_are_named(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -133,10 +133,10 @@ def test_other_settings_after_the_end_are_named(
     world.train()
     before = (world.checkpoints / "finished.json").read_bytes()
     told = refused(capsys, world, RESUME, f"--{setting}", value)
-    assert "has come to its end, and is not the one asked for: it was begun with " + named in told
+    assert "has ended, and is not the one asked for: it was begun with " + named in told
     assert (world.checkpoints / "finished.json").read_bytes() == before
     world.train(RESUME)
-    assert "come to its end before" in capsys.readouterr().out
+    assert "has already ended" in capsys.readouterr().out
 
 
 def test_other_features_are_not_built_for_a_training_that_cannot_go_on(
@@ -173,7 +173,7 @@ def test_a_new_training_forgets_the_one_before(world: World, capsys: pytest.Capt
     assert not (world.checkpoints / "finished.json").exists()
     capsys.readouterr()
     world.train(RESUME)
-    assert "come to its end before" not in capsys.readouterr().out
+    assert "has already ended" not in capsys.readouterr().out
 
 
 def test_what_refuses_to_begin_forgets_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -230,9 +230,9 @@ def test_a_later_day_begins_a_new_training(
     world.train(*start, RESUME, day="second")
     out = capsys.readouterr()
     assert "a later day" not in out.err
-    assert "come to its end before" not in out.out
+    assert "has already ended" not in out.out
     world.train(*start, RESUME, day="second")
-    assert capsys.readouterr().out.startswith("this training has come to its end before")
+    assert capsys.readouterr().out.startswith("this training has already ended")
 
 
 def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
@@ -245,8 +245,8 @@ def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
     (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")
     capsys.readouterr()
     world.train(RESUME, day="second")
-    assert "come to its end before" not in capsys.readouterr().out
+    assert "has already ended" not in capsys.readouterr().out
     world.train(RESUME, day="second")
-    assert "come to its end before" in capsys.readouterr().out
+    assert "has already ended" in capsys.readouterr().out
     told = refused(capsys, world, RESUME)
-    assert "has come to its end, and is not the one asked for: it was begun with split." in told
+    assert "has ended, and is not the one asked for: it was begun with split." in told

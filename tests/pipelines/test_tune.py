@@ -181,7 +181,7 @@ def test_a_search_without_any_valid_combination_ends(
     code, _, err = study(capsys, search, 22, trained({}), *TOP_K)
     assert code == 2
     assert re.findall(r"trial (\d+): not valid: ", err) == ["21", "22"], "it goes on where it was"
-    assert "no trial came to its end (the last reason: " in err.splitlines()[-1]
+    assert "no trial ended well (the last reason: " in err.splitlines()[-1]
 
 
 def test_a_bug_in_one_trial_does_not_come_again(
@@ -241,7 +241,7 @@ def test_a_damaged_study_is_told_of(
     (tmp_path / "work" / "tuning" / "study.db").write_text("no database, but long enough to look like one " * 10)
     code, _, err = study(capsys, EXPERTS, 2, trained({}))
     assert code == 2
-    assert re.fullmatch(r"error: the search in '.*study.db' can't be gone on with: .*; remove it to begin anew\n", err)
+    assert re.fullmatch(r"error: the search in '.*study.db' can't be resumed: .*; remove it to begin anew\n", err)
 
 
 def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Path) -> None:

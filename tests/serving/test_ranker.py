@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.features.encoded import label_types
 from mmoe_rec.log.columns import UTC_MICROSECONDS

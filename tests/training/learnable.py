@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.encoded import Encoded, label_types

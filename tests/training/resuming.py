@@ -1,4 +1,4 @@
-"""Trainings that crash at a step and are gone on with. A module of its own so that spawned processes can import it."""
+"""Trainings that crash at a step and are resumed. A module of its own so that spawned processes can import it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of two ranks and of one are gone on with by any number of ranks."""
+"""Checkpoints of two ranks and of one are resumed by any number of ranks."""
 
 from __future__ import annotations
 

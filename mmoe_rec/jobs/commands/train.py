@@ -8,7 +8,7 @@ it to `data.work`/model and registers it in MLflow. One process or many, CPU or 
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
 in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
-training that has come to its end; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
+training that has ended; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
 end with exit code 75. So does the end of a training whose model could not be registered, as MLflow's server was away:
 --resume registers it.
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained is None:
         return
     if trained.before:
-        print("this training has come to its end before; without --resume another one begins")
+        print("this training has already ended; without --resume a new one begins")
     if trained.started_from is not None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
     for part in told_of(trained, settings):
