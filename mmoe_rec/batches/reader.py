@@ -61,10 +61,6 @@ class TrainingReader:
         """The position after `row` rows of an epoch."""
         return Position(epoch, row, self.seed, self.shuffle_window, self.rows.rows, self.rows.fingerprint)
 
-    def epoch(self, number: int, row: int = 0) -> Iterator[tuple[Rows, Position]]:
-        """This rank's rows of each global batch of one epoch after its first `row` rows, as `resume` gives them."""
-        return self.resume(self.position(number, row), number + 1)
-
     def resume(self, position: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
         """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
 

@@ -24,10 +24,6 @@ class DistinctCount:
         if len(hashes):
             self.smallest = np.unique(np.concatenate([self.smallest, pd.unique(hashes)]))[: self.keep]
 
-    def merge(self, other: DistinctCount) -> None:
-        """Adds what another count of the same `keep` has seen."""
-        self.add(other.smallest)
-
     @property
     def exact(self) -> bool:
         """Whether `count` is the exact number."""

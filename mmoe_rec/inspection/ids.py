@@ -85,16 +85,6 @@ class IdSums:
             self.score_positives[task] += np.bincount(bins[labels.positive[task]], minlength=_SCORE_BINS)
             self.score_negatives[task] += np.bincount(bins[labels.negative[task]], minlength=_SCORE_BINS)
 
-    def merge(self, other: IdSums) -> None:
-        """Adds the sums of other rows; validation rows must have been scored with the same rates."""
-        for name in ("counts", "observed", "positives"):
-            for split, values in getattr(other, name).items():
-                getattr(self, name)[split] += values
-        for split, rows in other.empty.items():
-            self.empty[split] += rows
-        self.score_positives += other.score_positives
-        self.score_negatives += other.score_negatives
-
     def auc(self, task: int) -> float | None:
         """How well the training rates of the ids rank validation rows; None if there are no labels of both classes."""
         if not self.observed["train"][task].any():

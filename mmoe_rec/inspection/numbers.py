@@ -53,14 +53,6 @@ class NumberSums:
     def _count(self, bins: np.ndarray) -> np.ndarray:
         return np.bincount(bins, minlength=len(self.edges) + 2)
 
-    def merge(self, other: NumberSums) -> None:
-        """Adds the sums of other rows over the same edges."""
-        for split, counts in other.counts.items():
-            self.counts[split] += counts
-        self.positives += other.positives
-        self.negatives += other.negatives
-        self.distinct.merge(other.distinct)
-
     def missing(self, split: str) -> int:
         """Rows without a value."""
         return int(self.counts[split][-1])

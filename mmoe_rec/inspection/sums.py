@@ -43,12 +43,6 @@ class Labels:
         self.observed += (~np.isnan(labels)).sum(0)
         self.total += np.nansum(labels, axis=0, dtype=np.float64)
 
-    def merge(self, other: Labels) -> None:
-        """Adds other labels."""
-        self.rows += other.rows
-        self.observed += other.observed
-        self.total += other.total
-
 
 @dataclass
 class SplitSums:
@@ -102,21 +96,6 @@ class Sums:
         weeks = (times + _MONDAY) // (7 * _DAY) * (7 * _DAY) - _MONDAY
         for week in np.unique(weeks):
             self.weeks.setdefault((int(week), split), Labels.none(tasks)).add(labels[weeks == week])
-
-    def merge(self, other: Sums) -> None:
-        """Adds the sums of other rows, made with the same grids and the same rates."""
-        for split, theirs in other.splits.items():
-            mine = self.splits.setdefault(split, SplitSums(Labels.none(len(self.layout.tasks))))
-            mine.labels.merge(theirs.labels)
-            mine.first, mine.last = min(mine.first, theirs.first), max(mine.last, theirs.last)
-            for name, count in theirs.who.items():
-                mine.who[name].merge(count)
-        for key, labels in other.weeks.items():
-            self.weeks.setdefault(key, Labels.none(len(self.layout.tasks))).merge(labels)
-        for name, ids in other.ids.items():
-            self.ids[name].merge(ids)
-        for name, numbers in other.numbers.items():
-            self.numbers[name].merge(numbers)
 
 
 def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | None]:

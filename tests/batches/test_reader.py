@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write
@@ -32,8 +33,13 @@ def readers(rows: EncodedRows, world_size: int, **changes: int) -> list[Training
     return [TrainingReader(rows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
 
 
+def epoch_of(reader: TrainingReader, number: int, row: int = 0) -> Iterator[tuple[Rows, Position]]:
+    """A rank's rows of each global batch of one epoch after its first `row` rows."""
+    return reader.resume(reader.position(number, row), number + 1)
+
+
 def global_batches(ranks: list[TrainingReader], epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Rows], int]]:
-    for parts in zip(*(rank.epoch(epoch, position) for rank in ranks), strict=True):
+    for parts in zip(*(epoch_of(rank, epoch, position) for rank in ranks), strict=True):
         after = parts[0][1].row
         assert {each for _, each in parts} == {ranks[0].position(epoch, after)}
         yield [part for part, _ in parts], after
@@ -110,7 +116,7 @@ def test_resume_gives_exactly_the_rest(
 @pytest.mark.parametrize("row", [0, 12, 31, TOTAL])
 def test_resume_goes_on_through_the_following_epochs(rows: EncodedRows, world_size: int, row: int) -> None:
     for reader in readers(rows, world_size):
-        expected = [*reader.epoch(1, row), *reader.epoch(2), *reader.epoch(3)]
+        expected = [*epoch_of(reader, 1, row), *epoch_of(reader, 2), *epoch_of(reader, 3)]
         found = list(reader.resume(reader.position(1, row), epochs=4))
         assert [after for _, after in found] == [after for _, after in expected]
         for (one, _), (other, _) in zip(found, expected, strict=True):
@@ -225,14 +231,14 @@ def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
 
 def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
     reader = readers(rows, 1)[0]
-    assert list(reader.epoch(0, TOTAL)) == []
+    assert list(epoch_of(reader, 0, TOTAL)) == []
     for position in (-1, TOTAL + 1):
         with pytest.raises(UserError, match=f"resume at row {position} of epoch 0: an epoch has {TOTAL} rows"):
-            next(iter(reader.epoch(0, position)))
+            next(iter(epoch_of(reader, 0, position)))
 
 
 def test_a_stopped_epoch_leaves_no_thread(rows: EncodedRows) -> None:
-    batches = readers(rows, 1)[0].epoch(0)
+    batches = epoch_of(readers(rows, 1)[0], 0)
     next(batches)
     batches.close()
     assert not background_threads()
@@ -243,5 +249,5 @@ def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
     reader = readers(EncodedRows(tmp_path / "rows", LAYOUT), 1)[0]
     (tmp_path / "rows" / "001.parquet").unlink()
     with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
-        list(reader.epoch(0))
+        list(epoch_of(reader, 0))
     assert not background_threads()
