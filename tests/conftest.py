@@ -2,6 +2,7 @@
 many times slower than one."""
 
 import os
+import sys
 
 import pytest
 
@@ -40,3 +41,10 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first: one that is begun last is waited for by all other processes."""
     items.sort(key=lambda item: _ORDER.get(item.nodeid.partition("::")[0], len(_ORDER)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seeds torch's global generator, so that no test depends on what ran before it in the same process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import ndcg_score
 
 from mmoe_rec import registry
@@ -28,7 +28,7 @@ from mmoe_rec.log.reader import Log
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate, features, train
-from tests.pipelines.learnable_log import settings_tree, write_files
+from tests.pipelines.learnable_log import learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("click", "liked")
@@ -160,6 +160,10 @@ def test_models_of_one_and_two_processes_give_the_same_outputs(world: World, two
 
 def test_torchrun_says_everything_once(two_ranks: World) -> None:
     assert two_ranks.printed.count("best validation, at step") == 1
+    assert two_ranks.printed.count("gauc ↑") == 1, "the table of validations"
+    assert "chosen" in two_ranks.printed
+    assert "warning: " not in two_ranks.printed
+    assert "note: " not in two_ranks.printed
     assert two_ranks.printed.count("next: ") == 1
 
 
@@ -295,6 +299,36 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert world.run().data.metrics["test.score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
     evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])  # the run's as it was
+
+
+def test_probabilities_that_are_far_off_are_warned_of(world: World, capsys: pytest.CaptureFixture) -> None:
+    folder = world.folder / "too high"
+    shutil.copytree(world.artifact, folder)
+    weights = load_file(folder / "weights.safetensors")
+    (name,) = [each for each, weight in weights.items() if "towers" in each and weight.shape == (len(TASKS), 1)]
+    weights[name][TASKS.index("click")] += 6
+    save_file(weights, folder / "weights.safetensors")
+    evaluate.main(["--config", str(world.config), "--model", str(folder), "--out", str(world.folder / "far off")])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "the probabilities of 'click' are too high" in warning
+
+
+def test_runs_go_where_mlflows_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tree = settings_tree(tmp_path)
+    del tree["tracking"]
+    (tmp_path / "log").mkdir()
+    pq.write_table(learnable_log(rows=3_000), tmp_path / "log" / "a.parquet")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    mine = f"sqlite:///{tmp_path / 'mine.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mine)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", "settings.yaml", "--training.epochs", "1"])
+    assert registry.run_of("models:/learnable@champion", mine) is not None
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "MLflow run: " in line]
+    assert told.endswith(mine)
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_model_of_other_labels_is_not_measured(world: World, capsys: pytest.CaptureFixture) -> None:

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipelines import inspect
-from tests.pipelines.learnable_log import ROWS, write_files
+from tests.pipelines.learnable_log import ROWS, learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +52,22 @@ def test_out_says_where_and_features_at_hand_are_taken(config, tmp_path, capsys)
     assert manifest.stat().st_mtime_ns == written
     assert (tmp_path / "there" / "health.html").is_file()
     assert str(tmp_path / "there" / "health.html") in capsys.readouterr().out
+
+
+def test_two_buckets_that_are_the_label_are_found(tmp_path):
+    log = learnable_log(rows=6_000)
+    code = pa.array(np.where(log["click"].to_numpy() == 1, 30_003.0, 20_001.0))
+    tree = settings_tree(tmp_path)
+    tree["features"]["code"] = {"kind": "numeric", "column": "code", "transform": "buckets"}
+    tree["roles"]["candidate"].append("code")
+    (tmp_path / "log").mkdir()
+    pq.write_table(log.append_column("code", code), tmp_path / "log" / "a.parquet")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    inspect.main(["--config", str(tmp_path / "settings.yaml")])
+    health = json.loads((tmp_path / "work" / "inspection" / "health.json").read_text())
+    found = {(each["check"], each["about"]) for each in health["findings"]}
+    assert ("leak", "code") in found
+    assert ("constant", "code") not in found
 
 
 def test_it_imports_no_torch(config, tmp_path):

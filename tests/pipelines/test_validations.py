@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from mmoe_rec.jobs.validations import validations_table
+from mmoe_rec.jobs.finished import Trained
+from mmoe_rec.jobs.validations import told_of, validations_table
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.validation import Validation
+from tests.serving.small_model import SmallModel
 
 EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
@@ -26,3 +29,14 @@ def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
     assert ["1,200", "chosen", "click", "0.5000", "0.7200", "0.5500", "-"] in lines
     assert ["1,300", "click", "0.5000", "0.7300", "0.5500", "-"] in lines
     assert lines.count(["stars", "1.2500", "-", "-", "-"]) == 3
+
+
+def test_what_should_worry_is_told_after_why_the_state_was_chosen(tmp_path: Path) -> None:
+    small = SmallModel(tmp_path)
+    best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {}, {"click": 11.0}, {"click": 9_000})
+    told = list(told_of(Trained(small.folder, "models:/small/1", best, 300, 0.0, 0.0), small.settings))
+    assert told[0] == "best validation, at step 300: the AUC of click is the highest"
+    assert [sentence.partition(";")[0] for sentence in told[1:]] == [
+        "warning: the validation AUC of 'click' is 0.420, below .5",
+        "warning: the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
+    ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -50,9 +51,10 @@ class SmallModel:
         self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work)
         layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
+        generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before
         for parameter in self.model.tables.parameters():
             # Initial embeddings are so small that a wrong one would go unnoticed.
-            parameter.data.normal_(0.0, 0.5)
+            parameter.data.normal_(0.0, 0.5, generator=generator)
         self.model.eval()
         self.folder = work / "model"
         self.write(self.folder)
