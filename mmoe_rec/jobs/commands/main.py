@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
+from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
 from mmoe_rec.program import NAMES
 
 _ABOUT = {
@@ -26,22 +28,34 @@ _ABOUT = {
 }
 
 
+@exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names."""
     words = list(sys.argv[1:] if argv is None else argv)
-    given = [name.replace("_", "-") for name in NAMES]
-    if not words or words[0] not in given:
-        from mmoe_rec import __version__
+    modules = {name.replace("_", "-"): name for name in NAMES}
+    if words and words[0] in modules:
+        import_module(f"mmoe_rec.jobs.commands.{modules[words[0]]}").main(words[1:])
+        return
+    parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        raise SystemExit(EXIT_CODE)
+    if not words[0].startswith("-"):
+        near = get_close_matches(words[0], modules, 1)
+        meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
+        raise UserError(f"there is no command '{words[0]}'{meant}")
+    parser.parse_args(words)
 
-        commands = "\n".join(f"  {name:14} {_ABOUT[module]}" for name, module in zip(given, NAMES, strict=True))
-        parser = argparse.ArgumentParser(
-            prog="mmoe-rec",
-            description=f"{(__doc__ or '').partition('...')[2].strip()}\n\ncommands:\n{commands}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage="mmoe-rec COMMAND ...",
-        )
-        parser.add_argument("--version", action="version", version=__version__)
-        parser.add_argument("command", choices=given, metavar="COMMAND", help="one of those above")
-        parser.parse_args(words)
-    name, *rest = words
-    import_module(f"mmoe_rec.jobs.commands.{name.replace('-', '_')}").main(rest)
+
+def _parser() -> argparse.ArgumentParser:
+    from mmoe_rec import __version__
+
+    commands = "\n".join(f"  {name.replace('_', '-'):14} {_ABOUT[name]}" for name in NAMES)
+    parser = argparse.ArgumentParser(
+        prog="mmoe-rec",
+        usage="mmoe-rec COMMAND ...",
+        description=f"{(__doc__ or '').partition('...')[2].strip()}\n\ncommands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
