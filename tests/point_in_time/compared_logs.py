@@ -34,6 +34,7 @@ from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.point_in_time.naive_features import DAY, NaiveFeatures
 
+_NO_NEW_REQUEST = "belong to requests of the files before"
 TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
 # What a log that is drawn may lack.
 _LACKS = ("split is empty", "lies in a split", "have no rows")
@@ -78,6 +79,8 @@ def compare(seed: int, folder: Path) -> int:
             except UserError as error:
                 if any(lack in str(error) for lack in _LACKS):
                     return compared
+                if _NO_NEW_REQUEST in str(error) and not _Rows(drawn, stage).new:
+                    return compared
                 raise AssertionError(f"log {seed}: {error}") from error
             comparison = _Comparison(drawn, stage, prepared)
             means = means or comparison.overall_means()
@@ -85,17 +88,24 @@ def compare(seed: int, folder: Path) -> int:
     return compared
 
 
-class _Comparison:
+class _Rows:
+    """The reference for all rows written so far. new: those of a stage whose requests did not begin before it."""
+
+    def __init__(self, drawn: DrawnLog, stage: int) -> None:
+        log, events = (each[each["stage"] <= stage] for each in (drawn.log, drawn.events))
+        self.naive = NaiveFeatures(drawn.settings, log, {"bought": events})
+        seen = {self.naive.request(row) for row in self.naive.rows if row["stage"] < stage}
+        self.new = [row for row in self.naive.rows if row["stage"] == stage and self.naive.request(row) not in seen]
+
+
+class _Comparison(_Rows):
     """Encoded rows of a stage beside the reference for all rows written so far."""
 
     def __init__(self, drawn: DrawnLog, stage: int, prepared: Prepared) -> None:
+        super().__init__(drawn, stage)
         self.drawn, self.prepared = drawn, prepared
-        log, events = (each[each["stage"] <= stage] for each in (drawn.log, drawn.events))
-        self.naive = NaiveFeatures(drawn.settings, log, {"bought": events})
         self.pipeline = FeaturePipeline.load(prepared.serving, memories=False)
         self.place = {row["row"]: place for place, row in enumerate(self.naive.rows)}
-        seen = {self.naive.request(row) for row in self.naive.rows if row["stage"] < stage}
-        self.new = [row for row in self.naive.rows if row["stage"] == stage and self.naive.request(row) not in seen]
         self.last = max(row["time"] for row in self.naive.rows)
         self.compared = 0
 
