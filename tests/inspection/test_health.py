@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.inspection.collect import SPLITS, collect
+from mmoe_rec.inspection.collect import SPLITS
 from mmoe_rec.inspection.formulas import psi
-from mmoe_rec.inspection.inputs import feature_inputs
-from mmoe_rec.inspection.sums import COLUMNS, Sums
 from tests.inspection.encoded_data import (
     EDGES,
     ITEMS,
-    LAYOUT,
-    SCHEMA,
     UNKNOWN,
     Frames,
     feature,
     health_of_frames,
     part,
     random_frames,
-    write,
 )
 
 
@@ -194,33 +186,3 @@ def test_tables(health, frames):
     assert tables["item"]["bytes"] == ITEMS * 8 * 4
     assert tables["item"]["optimizer_bytes"] == ITEMS * 4
     assert tables["user_item"]["never_seen"] == pytest.approx(1 - train["id.user_item"].nunique() / 1000)
-
-
-def test_sums_of_parts_merge_to_the_sums_of_all(frames, tmp_path):
-    prepared = write(tmp_path / "rows", frames)
-    whole = collect(prepared, SCHEMA)
-    grids = [whole.numbers[each.name].edges if each.name in whole.numbers else np.empty(0) for each in LAYOUT.dense]
-    parts = [Sums(LAYOUT, feature_inputs(SCHEMA, LAYOUT), grids) for _ in range(2)]
-    for split in SPLITS:
-        if split == "validation":
-            parts[0].merge(parts[1])
-            parts[1] = Sums(LAYOUT, feature_inputs(SCHEMA, LAYOUT), grids)
-            parts[0].learn_rates()
-            for name, ids in parts[1].ids.items():
-                ids.score_edges, ids.score_rates = parts[0].ids[name].score_edges, parts[0].ids[name].score_rates
-        for place, (rows, columns) in enumerate(EncodedRows(prepared.split(split), LAYOUT).stream(700, COLUMNS)):
-            parts[place % 2].add(split, rows, columns)
-    parts[0].merge(parts[1])
-    assert _numbers(parts[0]) == _numbers(whole)
-
-
-def _numbers(sums: Sums) -> str:
-    """Everything that was summed, as text."""
-    found = [vars(each) for each in (*sums.ids.values(), *sums.numbers.values())]
-    found += [vars(each) for each in sums.splits.values()]
-    text = {str(key): vars(labels) for key, labels in sorted(sums.weeks.items())}
-
-    def plain(value):
-        return value.tolist() if hasattr(value, "tolist") else vars(value)
-
-    return json.dumps([found, text], default=plain, sort_keys=True)

@@ -11,6 +11,7 @@ import pytest
 
 from mmoe_rec import locks
 from mmoe_rec.jobs import train as steps
+from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.promotion import Promotion
 from mmoe_rec.locks import lock_file, reading, writing
@@ -135,7 +136,7 @@ def test_an_evaluation_holds_its_folder_whoever_asks_for_it(
 
     monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", score)
     with pytest.raises(RuntimeError, match="True"):
-        steps.evaluate_model(settings, str(world.folder / "work" / "model"), out)
+        evaluate_model(settings, str(world.folder / "work" / "model"), out)
     assert not lock_file(out).exists()
 
 

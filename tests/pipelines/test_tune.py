@@ -13,6 +13,7 @@ import pytest
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.jobs.commands import tune as tune_command
 from mmoe_rec.jobs.tune import NOT_VALID_IN_A_ROW, Study
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.training.loop import Trainer
@@ -172,7 +173,7 @@ def test_a_combination_that_is_not_valid_is_left_out_with_its_reason(
 def test_a_search_without_any_valid_combination_ends(
     capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "_check_values", lambda *_: None)
+    monkeypatch.setattr(tune_command, "_check_values", lambda *_: None)
     search = {"model.gates.top_k": {"low": 5, "high": 9}}
     code, _, err = study(capsys, search, 1000, trained({}), *TOP_K)
     assert code == 2
