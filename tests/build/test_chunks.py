@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.build import division
+from mmoe_rec.build import chunks as chunks_module
 from mmoe_rec.build.chunks import Received, batches, chunks
 from mmoe_rec.build.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.build.logs import BuildOptions
@@ -171,7 +171,7 @@ def test_each_row_is_in_the_pieces_that_need_it(tmp_path_factory, seed, rows, sp
     clicked = {encoder.name: encoder for encoder in whole.group}["clicked"]
     ends: list[int | None] = [None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(division, "_PIECES_AT_MOST", pieces_at_most)
+        patch.setattr(chunks_module, "_PIECES_AT_MOST", pieces_at_most)
         for piece in whole.divided(at_most, folder / "scratch"):
             start, end = piece.window
             assert start == ends[-1]

@@ -156,9 +156,8 @@ def test_a_failed_extension_leaves_the_old_folder(growing, monkeypatch, step):
 _EXTEND = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests/features"]
-import growing_log
-log = growing_log.Growing(Path(sys.argv[1]))
+from tests.build.growing_log import Growing
+log = Growing(Path(sys.argv[1]))
 log.work = Path(sys.argv[2])
 print("begin", flush=True)
 log.extend()
