@@ -25,7 +25,7 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_weights
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
-from mmoe_rec.serving.ranker import Ranker, Ranking
+from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.request import RequestReader, request_time
 from mmoe_rec.serving.values import check_count
 from mmoe_rec.serving.weights import fused_weights
@@ -35,7 +35,7 @@ ROWS_AT_A_TIME = 16_384
 _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
-class LoadedRanker(Ranker):
+class LoadedRanker:
     """A loaded model with its features and calibration."""
 
     def __init__(
@@ -87,7 +87,20 @@ class LoadedRanker(Ranker):
         gate_top_k: int | None = None,
         mask_experts: Sequence[int] | None = None,
     ) -> Ranking:
-        """As `Ranker.rank`."""
+        """Ranks the candidates of one request.
+
+        Args:
+            user: column -> value; the user's id is required.
+            context: column -> value; the request's time is now unless given.
+            candidates: column -> list of N values; the candidates' ids are required.
+            task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
+            top_k: give only this many best candidates.
+            gate_top_k: experts a candidate and gate, instead of the model's own number.
+            mask_experts: numbers of experts to score without.
+
+        Raises:
+            RequestError: naming the column or option that the caller has to change.
+        """
         weights = fused_weights(self.about.tasks, task_weights)
         check_count("top_k", top_k)
         choice = self.guarded.choice(gate_top_k, mask_experts)
@@ -112,7 +125,12 @@ class LoadedRanker(Ranker):
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `Ranker.score`."""
+        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `mmoe_rec.log.columns`).
+
+        Predictions are float32, or float64 where a task is a regression.
+        Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
+        ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
+        """
         if isinstance(rows, pa.Table):
             rows = LogRows(rows, self.pipeline.schema)
         if weights is None:

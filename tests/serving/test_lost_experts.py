@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mmoe_rec.model.experts import Experts
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.ranker import Ranker, Ranking
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.serving.ranking import Ranking
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
