@@ -202,8 +202,10 @@ class _Comparison(_Rows):
                 values = values - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
             found = encoded.dense[:, names.index(answer)]
-            largest = TOLERANCE * max(1, np.nan_to_num(np.abs(values)).max())
-            self._close(found * numbers.deviation, scaled * numbers.deviation, answer, largest)
+            # A number is exchanged as float32, and its distance from the mean is encoded as such.
+            distances = scaled * numbers.deviation
+            largest = max(1, np.nan_to_num(np.abs(values)).max(), np.abs(distances).max())
+            self._close(found * numbers.deviation, distances, answer, TOLERANCE * largest)
             if numbers.has_missing:
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
