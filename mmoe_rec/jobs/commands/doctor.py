@@ -282,7 +282,3 @@ def _spinner() -> Any:
     from rich.console import Console
 
     return Console(stderr=True).status("importing torch, fbgemm and torchrec")
-
-
-if __name__ == "__main__":
-    main()

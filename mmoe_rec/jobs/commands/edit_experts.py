@@ -54,7 +54,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     changed = ["--model.experts.count", str(edited.shared)] if edited.shared != settings.model.experts.count else []
     command = ["python", "-m", "pipelines.train", "--config", arguments.config, "--from", edited.address]
     print(spelled(f"next: {shlex.join([*command, *arguments.overrides, *changed])}"))
-
-
-if __name__ == "__main__":
-    main()

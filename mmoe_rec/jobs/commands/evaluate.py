@@ -40,7 +40,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     for warning in warnings(evaluated.summary):
         print(f"warning: {warning}")
     print(f"metrics: {out / 'metrics.json'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -101,7 +101,3 @@ def _print(prepared: Prepared, settings: Settings) -> None:
         )
     for each in prepared.manifest["left_out"]:
         print(f"left out: {each['reason']}")
-
-
-if __name__ == "__main__":
-    main()

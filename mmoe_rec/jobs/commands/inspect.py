@@ -48,7 +48,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         spelled(f"next: python -m pipelines.train {shlex.join(['--config', arguments.config, *arguments.overrides])}")
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -126,7 +126,3 @@ def _print_ranks(plan: PaperPlan, machines: Machines, dense_ms: float) -> None:
     print(
         f"estimated step: {slowest + dense_ms:.1f} ms, of which tables {slowest:.1f} and the dense part {dense_ms:.1f}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -37,7 +37,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     swept = sweep(settings, arguments.model, out, arguments.rows)
     Console().print(sweep_table(swept))
     print(f"table: {out / 'sweep.json'}, plot: {out / 'sweep.png'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -72,7 +72,3 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
     )
-
-
-if __name__ == "__main__":
-    main()

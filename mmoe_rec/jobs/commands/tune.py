@@ -93,7 +93,3 @@ def _valid(values: dict[str, object], with_values: Callable[[dict[str, object]],
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=count, default=20, metavar="N", help="trials in all (default: %(default)s)")
-
-
-if __name__ == "__main__":
-    main()
