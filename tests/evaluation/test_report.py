@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from simulated_log import Log
 
-from mmoe_rec.evaluation.plots import calibration_figure, gate_weights_figure
+from mmoe_rec.report.evaluation_figures import calibration_figure, gate_weights_figure
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.table import results_table
 

@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from mmoe_rec.inspection.page import page
-from mmoe_rec.inspection.report import write
-from mmoe_rec.inspection.terminal import show
+from mmoe_rec.report.health import page, write
+from mmoe_rec.report.terminal import show
 from tests.inspection.encoded_data import changed, drifting, health_of_frames, random_frames
 
 EVIL = "<script>alert('x')</script>\"&"
