@@ -78,8 +78,8 @@ def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
 
 
 def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
-    from mmoe_rec.report.evaluation_figures import calibration_figure
     from mmoe_rec.evaluation.summary import flatten
+    from mmoe_rec.report.evaluation_figures import calibration_figure
 
     layout = evaluated.scored.layout
     with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:

@@ -90,6 +90,7 @@ def _panel(drawn: Figure, bottom: float, height: float) -> Axes:
     plain(axes)
     axes.tick_params(labelsize=11, pad=6)
     axes.grid(visible=False, axis="x")
+    axes.grid(axis="y", clip_on=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return axes
@@ -144,17 +145,18 @@ def _rows(axes: Axes, points: Sequence[_Point]) -> dict[str, list[str]]:
         ]
     most = max([*below.values(), 1])
     axes.set_ylim(0, most)
-    for text, align in zip(axes.set_yticks([0, most], ["rows", f"{most:,}"]), ("bottom", "top"), strict=True):
-        text.label1.set_verticalalignment(align)
+    axes.set_yticks([0, most], ["rows", f"{most:,}"])
+    for label, side in zip(axes.get_yticklabels(), ("bottom", "top"), strict=True):
+        label.set(verticalalignment=side)
     axes.grid(visible=False)
     return hints
 
 
-def _boxes(left: np.ndarray, width: float, bottom: Any, height: np.ndarray) -> np.ndarray:
-    """(N, 4, 2) corners of N boxes."""
+def _boxes(left: np.ndarray, width: float, bottom: Any, height: np.ndarray) -> list[np.ndarray]:
+    """(4, 2) corners of each of N boxes."""
     x = np.stack([left, left, left + width, left + width], axis=1)
     low = np.broadcast_to(bottom, height.shape)
-    return np.stack([x, np.stack([low, low + height, low + height, low], axis=1)], axis=2)
+    return list(np.stack([x, np.stack([low, low + height, low + height, low], axis=1)], axis=2))
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -162,5 +164,5 @@ def _ticks(values: Sequence[float]) -> list[float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     middle, span = (low + high) / 2, max(high - low, 0.2 * abs(low + high) / 2, 1e-9)
     least = max(middle - 0.6 * span, 0.0) if low >= 0 else middle - 0.6 * span
-    found: list[float] = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(least, middle + 0.6 * span).round(12).tolist()
-    return found
+    found = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(least, middle + 0.6 * span)
+    return [round(tick, 12) for tick in found]

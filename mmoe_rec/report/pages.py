@@ -1,4 +1,4 @@
-"""Pages from the templates: each stands alone, with the style sheet inside and no script, font or picture from elsewhere."""
+"""Pages from the templates. Each stands alone: the style sheet is inside, and there is no script, font or picture."""
 
 from __future__ import annotations
 

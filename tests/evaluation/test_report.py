@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from simulated_log import Log
 
-from mmoe_rec.report.evaluation_figures import calibration_figure, gate_weights_figure
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.table import results_table
+from mmoe_rec.report.evaluation_figures import calibration_figure, gate_weights_figure
 
 
 def test_table_shows_values_with_intervals_and_marks_the_best(log: Log) -> None:
