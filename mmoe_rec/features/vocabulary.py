@@ -1,4 +1,4 @@
-"""Vocabularies: ids of a column -> rows of an embedding table.
+"""Vocabularies: ids of a column -> rows of an embedding table; an id feature owns one, and others may share it.
 
 Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets that unknown ids share, known ids follow. So a
 vocabulary can grow at its end without moving any row.
@@ -7,16 +7,20 @@ vocabulary can grow at its end without moving any row.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Table
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
+from mmoe_rec.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 
 class IdCounts:
@@ -130,3 +134,106 @@ class Vocabulary:
 def _as_numpy(values: pa.Array) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)
     return array.astype(object) if pt.is_string(values.type) else array
+
+
+class VocabularyFeature(Feature):
+    """A feature of ids: the section's keys that make a vocabulary."""
+
+    column: str = Field(description="column that the feature reads")
+    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
+    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
+    table: str | None = Field(
+        None, description="name of another id feature whose vocabulary and embedding table this one shares"
+    )
+
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> Self:
+        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
+            raise ValueError(
+                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
+                f"has at most {MAX_TABLE_ROWS:,}"
+            )
+        return self
+
+    @property
+    def shares(self) -> str | None:
+        """The feature named by `table`."""
+        return self.table
+
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError where `table` names no feature that has one."""
+        if self.table is not None:
+            check_owner(name, "table", self.table, owners(schema), "an id feature")
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
+        return meaning_of_ids(schema, tuple(self.reads()), self.shares or self)
+
+
+def owners(schema: Schema, kind: type[VocabularyFeature] = VocabularyFeature) -> list[str]:
+    """Names of the features, of that kind, that have a vocabulary and table of their own."""
+    features = schema.features.items()
+    return [name for name, each in features if isinstance(each, kind) and each.table is None]
+
+
+def check_owner(name: str, key: str, target: str, possible: list[str], what: str) -> None:
+    """Raises ValueError where `target`, the value of feature `name`'s `key`, is none of the possible owners."""
+    if target not in possible:
+        raise ValueError(
+            f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
+            f"such features are: {', '.join(possible) or 'none, add one'}"
+        )
+
+
+def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> Meaning:
+    """The meaning of rows of a table of ids; owner: its feature, or the name of it."""
+    feature = schema.features[owner] if isinstance(owner, str) else owner
+    assert isinstance(feature, VocabularyFeature)
+    return Meaning(columns, unknown=feature.oov_buckets)
+
+
+class VocabularyOwner:
+    """The vocabulary and table of an id feature; other features may share it."""
+
+    def __init__(self, name: str, feature: VocabularyFeature) -> None:
+        self.name = name
+        self.feature = feature
+        self.counts = IdCounts()
+        self.vocabulary = Vocabulary(pa.array([], pa.int64()), feature.oov_buckets)
+
+    def finish(self) -> None:
+        """Turns counts into the vocabulary. Raises UserError where it is too large for a table."""
+        feature = self.feature
+        self.vocabulary = self.counts.vocabulary(feature.min_count, feature.max_size, feature.oov_buckets)
+        self._check_size()
+
+    def grow(self) -> int:
+        """Gives ids that the counts now have often enough rows at the end; gives their number. Raises as `finish`."""
+        before, feature = len(self.vocabulary.known), self.feature
+        self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
+        self._check_size()
+        return len(self.vocabulary.known) - before
+
+    def _check_size(self) -> None:
+        if self.vocabulary.rows > MAX_TABLE_ROWS:
+            raise UserError(
+                f"feature '{self.name}' has {len(self.vocabulary.known):,} ids and {self.feature.oov_buckets:,} "
+                f"`oov_buckets`; a table has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
+            )
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """(N,) int64 table rows. Raises UserError naming the feature for ids of another type than trained on."""
+        try:
+            return self.vocabulary.encode(values)
+        except UserError as error:
+            raise UserError(f"feature '{self.name}' (column '{self.feature.column}'): {error}") from None
+
+    def table(self) -> Table:
+        """The embedding table."""
+        return Table(self.name, self.vocabulary.rows)
+
+    @property
+    def id_type(self) -> pa.DataType | None:
+        """The type of the known ids, None where there are none."""
+        return self.vocabulary.known.type if len(self.vocabulary.known) else None

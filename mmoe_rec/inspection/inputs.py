@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.inspection.ids import Meaning
-from mmoe_rec.schema import CrossFeature, Feature, HistoryFeature, IdFeature, IdsFeature, Schema, read_columns
+from mmoe_rec.schema import Meaning, Schema
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class FeatureInputs:
     name: str
     kind: str
     role: str
-    columns: tuple[str, ...]
+    meaning: Meaning
     ids: tuple[IdInput, ...]
     numbers: tuple[NumberInput, ...]
 
@@ -43,27 +42,12 @@ def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
             name,
             feature.kind,
             schema.role_of(name),
-            _columns(schema, feature),
+            feature.meaning(schema),
             tuple(each for each in layout.ids if owner[each.name] == name),
             _numbers(layout.dense, {each.name for each in layout.dense if owner[each.name] == name}),
         )
         for name, feature in schema.features.items()
     ]
-
-
-def meaning_of(schema: Schema, name: str) -> Meaning:
-    """What the rows of the table of an id input stand for, given the feature's name."""
-    feature = schema.features[name]
-    if isinstance(feature, CrossFeature):
-        return Meaning(missing=False, unknown=0)
-    owner = schema.features[schema.table_of(name)]
-    return Meaning(missing=True, unknown=owner.oov_buckets if isinstance(owner, IdFeature | IdsFeature) else 0)
-
-
-def _columns(schema: Schema, feature: Feature) -> tuple[str, ...]:
-    if isinstance(feature, HistoryFeature):
-        return (schema.columns.user, *read_columns(schema.features[feature.of]))
-    return read_columns(feature) or (schema.columns.time,)
 
 
 def _numbers(dense: tuple[DenseInput, ...], names: set[str]) -> tuple[NumberInput, ...]:

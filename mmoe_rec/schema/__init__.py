@@ -5,22 +5,30 @@ These models are the `columns`, `roles`, `tasks` and `features` sections of a se
 the weights of losses, is kept apart (`choices.py`).
 """
 
-from mmoe_rec.schema.choices import FeatureSettings, TaskSettings
+from mmoe_rec.schema.choices import TaskSettings
 from mmoe_rec.schema.features import (
     MAX_TABLE_ROWS,
-    CounterFeature,
-    CrossFeature,
+    Embedded,
     EventLog,
     Feature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    NumericFeature,
-    TimeFeature,
-    VectorFeature,
-    read_columns,
+    Meaning,
+    Remembering,
+    Role,
+    Use,
+    each_once,
 )
-from mmoe_rec.schema.log import CHOICES, EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task, outcome_name
+from mmoe_rec.schema.log import (
+    CHOICES,
+    EVENT,
+    Columns,
+    ObservedWhen,
+    Roles,
+    Scalar,
+    Schema,
+    Task,
+    outcome_name,
+    without_choices,
+)
 from mmoe_rec.schema.section import Section
 
 __all__ = [
@@ -28,16 +36,12 @@ __all__ = [
     "EVENT",
     "MAX_TABLE_ROWS",
     "Columns",
-    "CounterFeature",
-    "CrossFeature",
+    "Embedded",
     "EventLog",
     "Feature",
-    "FeatureSettings",
-    "HistoryFeature",
-    "IdFeature",
-    "IdsFeature",
-    "NumericFeature",
+    "Meaning",
     "ObservedWhen",
+    "Remembering",
     "Role",
     "Roles",
     "Scalar",
@@ -45,8 +49,8 @@ __all__ = [
     "Section",
     "Task",
     "TaskSettings",
-    "TimeFeature",
-    "VectorFeature",
+    "Use",
+    "each_once",
     "outcome_name",
-    "read_columns",
+    "without_choices",
 ]

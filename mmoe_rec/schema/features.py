@@ -1,114 +1,89 @@
-"""The kinds of features: what each means. What a model makes of them is in `mmoe_rec.schema.choices`."""
+"""What any feature has to say of itself; each kind is one file of `mmoe_rec.features.kinds`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
-from zoneinfo import ZoneInfo
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mmoe_rec.schema.section import Section
 
-Days = Annotated[float, Field(gt=0, le=36_500)]
+if TYPE_CHECKING:
+    from mmoe_rec.schema.log import Schema
+
+Role = Literal["user", "candidate", "context", "placement"]
+Use = Literal["key", "keys", "number", "vector", "time", "any"]
+"""What a column is read as: see `mmoe_rec.log.columns`."""
+
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
 
 
-class _Vocabulary(Section):
-    column: str = Field(description="column that the feature reads")
-    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
-    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
-    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
-    table: str | None = Field(
-        None, description="name of another id feature whose vocabulary and embedding table this one shares"
-    )
+@dataclass(frozen=True)
+class Meaning:
+    """What the health report has to know of a feature.
 
-    @model_validator(mode="after")
-    def _fits_a_table(self) -> Self:
-        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
-            raise ValueError(
-                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
-                f"has at most {MAX_TABLE_ROWS:,}"
-            )
-        return self
+    columns: what its values come from; row_name: (table, row) -> what a reader calls a row of a table, None where rows
+    are the ids of a vocabulary; missing: row 0 stands for a missing value; unknown: rows after it that unknown ids
+    share; hashed: values share rows by their hashes; zeros_missing: dense inputs that are all 0 are a missing value.
+    """
 
+    columns: tuple[str, ...]
+    row_name: Callable[[str, int], str] | None = None
+    missing: bool = True
+    unknown: int = 0
+    hashed: bool = False
+    zeros_missing: bool = False
 
-class IdFeature(_Vocabulary):
-    """One id a row."""
-
-    kind: Literal["id"]
+    @property
+    def first_known(self) -> int:
+        """The first row that stands for one known id, or for a bucket."""
+        return self.missing + self.unknown
 
 
-class IdsFeature(_Vocabulary):
-    """A list of ids a row."""
+class Feature(Section, ABC):
+    """What a feature reads, and what its inputs mean: a section of the settings without what a model makes of it."""
 
-    kind: Literal["ids"]
-    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
+    if TYPE_CHECKING:
+        kind: str
 
+    fixed_role: ClassVar[Role | None] = None
+    """The role of every feature of a kind whose columns do not tell it."""
 
-class NumericFeature(Section):
-    """A number, standardised or as its quantile bucket; missing values get an indicator."""
+    @abstractmethod
+    def reads(self) -> Mapping[str, Use]:
+        """Columns of a row that the feature reads directly, and as what."""
 
-    kind: Literal["numeric"]
-    column: str = Field(description="column that the feature reads")
-    transform: Literal["standard", "log", "buckets"] = Field(
-        "standard",
-        description="standard: (x - mean) / deviation; log: the same after sign(x) log(1 + |x|); "
-        "buckets: an embedding for each quantile bucket",
-    )
-    buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
+    @abstractmethod
+    def meaning(self, schema: Schema) -> Meaning:
+        """What the health report has to know."""
 
+    @property
+    def list_lengths(self) -> Mapping[str, int]:
+        """Length that every list of a column must have, for columns that need one."""
+        return {}
 
-class VectorFeature(Section):
-    """A list of `size` numbers a row (say, a text embedding), standardised; a missing vector is all zeros."""
+    @property
+    def time_zones(self) -> tuple[str, ...]:
+        """Zones whose rules, which belong to the machine, decide how the feature is encoded."""
+        return ()
 
-    kind: Literal["vector"]
-    column: str = Field(description="column with lists of `size` numbers")
-    size: int = Field(ge=1, description="length of every list")
+    @property
+    def shares(self) -> str | None:
+        """Name of the feature whose vocabulary and table this one uses, None for its own or none."""
+        return None
 
-
-class TimeFeature(Section):
-    """Hour and weekday as ids, age in days as a number."""
-
-    kind: Literal["time"]
-    column: str | None = Field(None, description="timestamp column; null is the request's time")
-    parts: tuple[Literal["hour", "weekday", "age"], ...] = Field(
-        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
-    )
-    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
-
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(parts)
-
-    @field_validator("timezone")
-    @classmethod
-    def _known_zone(cls, timezone: str) -> str:
-        try:
-            ZoneInfo(timezone)
-        except (KeyError, OSError, ValueError):
-            raise ValueError("must be a time zone such as UTC or Europe/Berlin") from None
-        return timezone
-
-    @model_validator(mode="after")
-    def _age_needs_column(self) -> TimeFeature:
-        if "age" in self.parts and self.column is None:
-            raise ValueError("part 'age' needs a `column`: the request's own time has no age")
-        return self
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError where a feature of that name does not fit the other sections."""
 
 
-class CrossFeature(Section):
-    """The hashed combination of two or more columns."""
+class Embedded(Section):
+    """What a model chooses for a kind with an embedding table."""
 
-    kind: Literal["cross"]
-    columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
-    buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
-
-    @field_validator("columns")
-    @classmethod
-    def _each_once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(columns)
+    dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
 
 
 class EventLog(Section):
@@ -122,7 +97,9 @@ class EventLog(Section):
     time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
 
 
-class _Remembering(Section):
+class Remembering(Feature):
+    """A feature of earlier events: rows of the interaction log with a task's label, or of a further log."""
+
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
     events: str | None = Field(
         None, description="name of a further log under `data.events` whose rows are read instead"
@@ -134,86 +111,22 @@ class _Remembering(Section):
             raise ValueError("give either `task`, to read the log's labels, or `events`, to read a further log")
         return self
 
+    @abstractmethod
+    def event_reads(self, schema: Schema) -> Mapping[str, Use]:
+        """Columns of the log of events that the feature reads, besides the time, and as what."""
 
-class HistoryFeature(_Remembering):
-    """The user's last engaged candidates before the request, point in time, embedded and averaged."""
-
-    kind: Literal["history"]
-    of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
-    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
-    at_least: float = Field(1.0, description="label from which on a row counts as engaged")
-
-
-class CounterFeature(_Remembering):
-    """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
-
-    kind: Literal["counter"]
-    by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
-    outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
-        ("positives", "rate", "recency"),
-        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
-        "recency: log(1 + days since the last row with a positive label became known), missing if never",
-    )
-    window_days: tuple[Days | None, ...] = Field(
-        (None,), min_length=1, description="trailing windows; null is all of the past"
-    )
-    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _outputs_of_events(cls, values: Any) -> Any:
-        """The default of events, which have no labels, is without a rate."""
-        if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
-            return {**values, "outputs": ("positives", "recency")}
-        return values
-
-    @model_validator(mode="after")
-    def _rate_has_labels(self) -> Self:
-        if self.events is not None and "rate" in self.outputs:
-            raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
-        return self
-
-    @field_validator("by", "outputs", "window_days")
-    @classmethod
-    def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
-        return _distinct(values)
-
-    @field_validator("window_days")
-    @classmethod
-    def _each_named(cls, windows: tuple[float | None, ...]) -> tuple[float | None, ...]:
-        names: dict[str, float] = {}
-        for window in filter(None, windows):
-            if (other := names.setdefault(f"{window:g}", window)) != window:
-                raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
-        return windows
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError for a task or a log of events that does not exist."""
+        if self.task is not None and self.task not in schema.tasks:
+            raise ValueError(f"feature '{name}' names task '{self.task}'; tasks are {', '.join(schema.tasks)}")
+        if self.events is not None and self.events not in schema.events:
+            known = ", ".join(schema.events) or "none, add it"
+            raise ValueError(f"feature '{name}' names events '{self.events}'; logs under data.events are: {known}")
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values. Raises ValueError where one is listed twice."""
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
         raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")
     return values
-
-
-Feature = Annotated[
-    IdFeature
-    | IdsFeature
-    | NumericFeature
-    | VectorFeature
-    | TimeFeature
-    | CrossFeature
-    | HistoryFeature
-    | CounterFeature,
-    Field(discriminator="kind"),
-]
-
-
-def read_columns(feature: Feature) -> tuple[str, ...]:
-    """Columns of a row that a feature reads directly. A history reads the user's id, which every row has."""
-    if isinstance(feature, CrossFeature):
-        return feature.columns
-    if isinstance(feature, CounterFeature):
-        return feature.by
-    if isinstance(feature, HistoryFeature) or feature.column is None:
-        return ()
-    return (feature.column,)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from mmoe_rec.schema.features import (
-    CounterFeature,
-    EventLog,
-    Feature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    read_columns,
-)
+from mmoe_rec.schema.features import EventLog, Feature, Remembering, Role
 from mmoe_rec.schema.section import Section
 
-Role = Literal["user", "candidate", "context", "placement"]
 Scalar = bool | int | float | str
 
 
@@ -95,22 +85,16 @@ CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "fe
 class Schema(Section):
     """The meaning of a log: everything that features need to know of the settings, checked for consistency.
 
-    It is made of the sections of a settings file as they are; keys that say what a model makes of features and tasks
-    (see `mmoe_rec.schema.choices`) are not part of it, so that nothing built from rows can depend on them.
+    `mmoe_rec.features.kinds.schema_of` makes it of the sections of a settings file; keys that say what a model makes of
+    features and tasks (see `mmoe_rec.schema.choices`) are not part of it, so that nothing built from rows can depend on
+    them.
     """
 
     columns: Columns
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)
-    features: dict[str, Feature] = Field(min_length=1)
+    features: dict[str, SerializeAsAny[Feature]] = Field(min_length=1)
     events: dict[str, EventLog] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_choices(cls, sections: Any) -> Any:
-        if not isinstance(sections, dict):
-            return sections
-        return {name: _meaning(each, CHOICES[name]) if name in CHOICES else each for name, each in sections.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -125,17 +109,9 @@ class Schema(Section):
             raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
         self._check_given()
         for name, feature in self.features.items():
-            self._check_leaks(name, read_columns(feature))
+            self._check_leaks(name, feature.reads())
         for name, feature in self.features.items():
-            if isinstance(feature, HistoryFeature | CounterFeature):
-                self._check_source(name, feature)
-            if isinstance(feature, HistoryFeature):
-                owners = self._owners(IdFeature)
-                self._check_shared(
-                    name, "of", feature.of, [each for each in owners if self.role_of(each) == "candidate"]
-                )
-            if isinstance(feature, IdFeature | IdsFeature) and feature.table is not None:
-                self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
+            feature.check(name, self)
             self.role_of(name)
         return self
 
@@ -171,14 +147,7 @@ class Schema(Section):
                 )
             taken[outcome] = "that of two other tasks"
 
-    def _check_source(self, name: str, feature: HistoryFeature | CounterFeature) -> None:
-        if feature.task is not None and feature.task not in self.tasks:
-            raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
-        if feature.events is not None and feature.events not in self.events:
-            known = ", ".join(self.events) or "none, add it"
-            raise ValueError(f"feature '{name}' names events '{feature.events}'; logs under data.events are: {known}")
-
-    def source_task(self, feature: HistoryFeature | CounterFeature) -> Task:
+    def source_task(self, feature: Remembering) -> Task:
         """The task whose labels a feature remembers; every row of an event log counts as one of `EVENT`."""
         return EVENT if feature.task is None else self.tasks[feature.task]
 
@@ -194,7 +163,7 @@ class Schema(Section):
                     f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own"
                 )
 
-    def _check_leaks(self, name: str, read: Sequence[str]) -> None:
+    def _check_leaks(self, name: str, read: Iterable[str]) -> None:
         labels = {task.label: task_name for task_name, task in self.tasks.items()}
         for column in read:
             if column in labels:
@@ -214,18 +183,6 @@ class Schema(Section):
                 if seen.setdefault(column, role) != role:
                     raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}; leave it in one")
 
-    def _owners(self, kinds: type | types.UnionType) -> list[str]:
-        features = self.features.items()
-        return [name for name, each in features if isinstance(each, kinds) and getattr(each, "table", None) is None]
-
-    def _check_shared(self, name: str, key: str, target: str, possible: list[str]) -> None:
-        if target not in possible:
-            what = "an id feature of the candidate" if key == "of" else "an id feature"
-            raise ValueError(
-                f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
-                f"such features are: {', '.join(possible) or 'none, add one'}"
-            )
-
     @property
     def column_roles(self) -> dict[str, Role]:
         """Role of every column that may be read as an input."""
@@ -241,17 +198,17 @@ class Schema(Section):
     def role_of(self, name: str) -> Role:
         """Role of a feature: what its columns describe together. Raises ValueError for a column without a role."""
         feature = self.features[name]
-        if isinstance(feature, HistoryFeature):
-            return "user"
+        if feature.fixed_role is not None:
+            return feature.fixed_role
         roles = set()
-        for column in read_columns(feature):
+        for column in feature.reads():
             if column not in self.column_roles:
                 raise ValueError(
                     f"feature '{name}' reads column '{column}', which has no role; list it under roles.user, "
                     "roles.candidate, roles.context or roles.placement"
                 )
             roles.add(self.column_roles[column])
-        if "placement" in roles and (len(roles) > 1 or isinstance(feature, CounterFeature)):
+        if "placement" in roles and (len(roles) > 1 or isinstance(feature, Remembering)):
             raise ValueError(
                 f"feature '{name}' reads placement together with other columns or past labels, but placement is "
                 "absent in serving; a feature of placement may read placement columns only"
@@ -263,12 +220,7 @@ class Schema(Section):
 
     def table_of(self, name: str) -> str:
         """Name of the id feature that owns the vocabulary and the embedding table of an id-like feature."""
-        feature = self.features[name]
-        if isinstance(feature, HistoryFeature):
-            return feature.of
-        if isinstance(feature, IdFeature | IdsFeature):
-            return feature.table or name
-        return name
+        return self.features[name].shares or name
 
     def identity(self) -> dict[str, Any]:
         """What features depend on, as JSON values. Where a log of events lies is not among it, but its files are."""
@@ -276,16 +228,17 @@ class Schema(Section):
 
     def input_columns(self) -> dict[str, Role]:
         """Columns that the features read, with their role; what a request may give."""
-        read = {column for feature in self.features.values() for column in read_columns(feature)}
+        read = {column for feature in self.features.values() for column in feature.reads()}
         read |= {self.columns.user, self.columns.candidate, self.columns.time}
         return {column: role for column, role in self.column_roles.items() if column in read}
 
 
-def _meaning(section: Any, choices: frozenset[str]) -> Any:
-    """A section of names and what stands under each, without choices."""
-    if not isinstance(section, dict):
-        return section
+def without_choices(section: str, tree: Any) -> Any:
+    """The section `tasks` or `features` of a settings file, name -> keys, without what a model makes of each."""
+    if not isinstance(tree, dict):
+        return tree
+    choices = CHOICES[section]
     return {
         name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
-        for name, each in section.items()
+        for name, each in tree.items()
     }

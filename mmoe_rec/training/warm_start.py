@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.model.towers import Towers
