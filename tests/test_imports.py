@@ -1,4 +1,4 @@
-"""Imports run one way: schema -> point_in_time, log -> features -> build -> batches -> model -> training."""
+"""Imports run one way: schema -> log -> features -> settings -> build -> batches -> model -> training."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "allocation": set(),
     "devices": {"errors", "settings"},
     "schema": {"errors"},
-    "settings": {"errors", "schema"},
+    "settings": {"errors", "schema", "features"},
     "point_in_time": set(),
     "log": {"errors", "schema", "point_in_time"},
     "features": {"errors", "atomic", "schema", *LOG},

@@ -7,10 +7,9 @@ vocabulary can grow at its end without moving any row.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -21,6 +20,9 @@ from mmoe_rec.features.layout import Table
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
 from mmoe_rec.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class IdCounts:
@@ -122,6 +124,8 @@ class Vocabulary:
         return rows
 
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
+        import pandas as pd
+
         found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.known) else np.full(len(values), -1)
         rows = found.astype(np.int64) + 1 + self.oov_buckets
         unknown = found < 0

@@ -9,7 +9,6 @@ from typing import Literal
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
@@ -85,6 +84,8 @@ class TimeEncoder(Encoder):
         super().__init__(name, feature, shared)
         self.age = DenseNumber(f"{name}_age")
         self.counts = self.age.histogram
+        import pandas as pd
+
         try:
             pd.Timestamp(0, tz=feature.timezone)
         except Exception:
@@ -115,6 +116,8 @@ class TimeEncoder(Encoder):
 
     def encode(self, rows: LogRows) -> Inputs:
         """Hour and weekday in the time zone; log(1 + days) of age."""
+        import pandas as pd
+
         every = rows.times(self.feature.column)
         # The rows of a request share their time.
         first = np.append(len(every) > 0, every[1:] != every[:-1])
