@@ -30,18 +30,13 @@ class Kind:
                 raise TypeError(f"{part.__name__} must be a subclass of {of.__name__}")
             if missing := sorted(getattr(part, "__abstractmethods__", ())):
                 raise TypeError(f"{part.__name__} lacks {', '.join(missing)}")
-        if len(_literals(self.feature)) != 1:
-            raise TypeError(f"{self.feature.__name__} lacks its name, kind: Literal[...]")
+        if (file := self.feature.__module__.rpartition(".")[2]) not in _literals(self.feature):
+            raise TypeError(f"{self.feature.__name__} lacks the name of its file: kind: Literal['{file}']")
         if added := set(self.settings.model_fields) - set(self.feature.model_fields) - CHOICES["features"]:
             raise TypeError(
                 f"{self.settings.__name__} adds {', '.join(sorted(added))}; only {', '.join(CHOICES['features'])} is a "
                 f"model's choice, so others belong to {self.feature.__name__}"
             )
-
-    @property
-    def name(self) -> str:
-        """What `kind` is in a settings file."""
-        return str(_literals(self.feature)[0])
 
 
 def _literals(feature: type[Feature]) -> tuple[str, ...]:

@@ -48,9 +48,9 @@ class FeaturePipeline:
             for name, feature in schema.features.items()
             if isinstance(feature, VocabularyFeature) and feature.table is None
         }
-        shared, kinds = Shared(schema, self.owners), {kind.name: kind for kind in KINDS}
+        shared = Shared(schema, self.owners)
         self.encoders: dict[str, Encoder] = {
-            name: kinds[feature.kind].encoder(name, feature, shared) for name, feature in schema.features.items()
+            name: KINDS[feature.kind].encoder(name, feature, shared) for name, feature in schema.features.items()
         }
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}

@@ -187,4 +187,4 @@ def without_none(annotation: Any) -> Any:
 
 
 def feature_kinds() -> dict[str, type[Section]]:
-    return {kind.name: kind.settings for kind in KINDS}
+    return {name: kind.settings for name, kind in KINDS.items()}

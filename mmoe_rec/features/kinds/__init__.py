@@ -1,35 +1,40 @@
-"""The kinds of features, one file each. `KINDS` lists them all: a new kind is its file and its line here."""
+"""The kinds of features, one file each: a new kind is its file, and its line in `NAMES`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
 from mmoe_rec.features.kind import Kind
-from mmoe_rec.features.kinds.counter import COUNTER
-from mmoe_rec.features.kinds.cross import CROSS
-from mmoe_rec.features.kinds.history import HISTORY
-from mmoe_rec.features.kinds.id import ID
-from mmoe_rec.features.kinds.ids import IDS
-from mmoe_rec.features.kinds.numeric import NUMERIC
-from mmoe_rec.features.kinds.time import TIME
-from mmoe_rec.features.kinds.vector import VECTOR
 from mmoe_rec.schema import Feature, Schema, without_choices
 
-KINDS: tuple[Kind, ...] = (ID, IDS, NUMERIC, VECTOR, TIME, CROSS, HISTORY, COUNTER)
+NAMES = (
+    "id",
+    "ids",
+    "numeric",
+    "vector",
+    "time",
+    "cross",
+    "history",
+    "counter",
+)
+"""Each is what `kind` is in a settings file, and the file of this folder whose `KIND` says all of it."""
+
+KINDS: dict[str, Kind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
 
 if TYPE_CHECKING:
     FeatureSettings = Feature
     _Meanings = Feature
 else:
     _kind = Field(discriminator="kind")
-    FeatureSettings = Annotated[reduce(or_, [each.settings for each in KINDS]), _kind]
+    FeatureSettings = Annotated[reduce(or_, [each.settings for each in KINDS.values()]), _kind]
     """What may stand under `features` in a settings file."""
-    _Meanings = Annotated[reduce(or_, [each.feature for each in KINDS]), _kind]
+    _Meanings = Annotated[reduce(or_, [each.feature for each in KINDS.values()]), _kind]
 
 _FEATURES = TypeAdapter(dict[str, _Meanings])
 

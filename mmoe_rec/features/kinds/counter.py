@@ -262,4 +262,4 @@ def _suffix(window: float | None) -> str:
     return "" if window is None else f"_{window:g}d".replace(".", "p")
 
 
-COUNTER = Kind(CounterFeature, CounterFeature, CounterEncoder)
+KIND = Kind(CounterFeature, CounterFeature, CounterEncoder)

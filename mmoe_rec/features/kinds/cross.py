@@ -56,4 +56,4 @@ class CrossEncoder(Unfitted):
         return Inputs({self.name: (hashes % np.uint64(self.feature.buckets)).astype(np.int64)})
 
 
-CROSS = Kind(CrossFeature, EmbeddedCross, CrossEncoder)
+KIND = Kind(CrossFeature, EmbeddedCross, CrossEncoder)

@@ -123,4 +123,4 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         return {self.name: ("keys", None if known is None else pa.list_(known))}
 
 
-HISTORY = Kind(HistoryFeature, HistoryFeature, HistoryEncoder)
+KIND = Kind(HistoryFeature, HistoryFeature, HistoryEncoder)

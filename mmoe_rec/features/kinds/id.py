@@ -89,4 +89,4 @@ class IdEncoder(Encoder):
         return known[0].as_py() if len(known) else None
 
 
-ID = Kind(IdFeature, EmbeddedId, IdEncoder)
+KIND = Kind(IdFeature, EmbeddedId, IdEncoder)

@@ -86,4 +86,4 @@ def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.
     return values.filter(pa.array(keep)), np.bincount(row[keep], minlength=len(lengths)).astype(np.int32)
 
 
-IDS = Kind(IdsFeature, EmbeddedIds, IdsEncoder)
+KIND = Kind(IdsFeature, EmbeddedIds, IdsEncoder)

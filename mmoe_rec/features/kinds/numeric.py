@@ -107,4 +107,4 @@ class NumericEncoder(Encoder):
         return round(float(np.sign(mean) * np.expm1(abs(mean))) if self.feature.transform == "log" else mean, 6)
 
 
-NUMERIC = Kind(NumericFeature, EmbeddedNumeric, NumericEncoder)
+KIND = Kind(NumericFeature, EmbeddedNumeric, NumericEncoder)

@@ -153,4 +153,4 @@ def _hour_or_weekday(table: str, row: int) -> str:
     return calendar.day_abbr[row - 1] if table.endswith("_weekday") else f"{row - 1}:00"
 
 
-TIME = Kind(TimeFeature, EmbeddedTime, TimeEncoder)
+KIND = Kind(TimeFeature, EmbeddedTime, TimeEncoder)

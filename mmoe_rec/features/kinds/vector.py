@@ -96,4 +96,4 @@ class VectorEncoder(Encoder):
         return ()
 
 
-VECTOR = Kind(VectorFeature, VectorFeature, VectorEncoder)
+KIND = Kind(VectorFeature, VectorFeature, VectorEncoder)
