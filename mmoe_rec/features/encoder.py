@@ -195,7 +195,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """What `results` gives."""
 
     @abstractmethod
-    def known(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
+    def distinct_results(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
         """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
@@ -233,5 +233,5 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)
             else self.distances(name, each).astype(np.float32)[asked.number]
-            for name, each in self.known(memory, asked).items()
+            for name, each in self.distinct_results(memory, asked).items()
         }

@@ -80,29 +80,29 @@ class IdCounts:
 class Vocabulary:
     """Known ids, an int64 or string array in the order of their rows, and the number of hashed buckets."""
 
-    def __init__(self, known: pa.Array, oov_buckets: int) -> None:
-        self.known = known
+    def __init__(self, ids: pa.Array, oov_buckets: int) -> None:
+        self.ids = ids
         self.oov_buckets = oov_buckets
 
     def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
         """With rows at the end for ids that have become frequent, in the order by count; no known id moves."""
-        new = counts.vocabulary(min_count, None, self.oov_buckets).known
-        if len(self.known) and len(new):
-            new = new.filter(pc.invert(pc.is_in(new, self.known)))
+        new = counts.vocabulary(min_count, None, self.oov_buckets).ids
+        if len(self.ids) and len(new):
+            new = new.filter(pc.invert(pc.is_in(new, self.ids)))
         if max_size is not None:
-            new = new[: max(0, max_size - len(self.known))]
+            new = new[: max(0, max_size - len(self.ids))]
         if not len(new):
             return self
-        return Vocabulary(pa.concat_arrays([self.known, new]) if len(self.known) else new, self.oov_buckets)
+        return Vocabulary(pa.concat_arrays([self.ids, new]) if len(self.ids) else new, self.oov_buckets)
 
     @property
     def rows(self) -> int:
         """Rows of the embedding table."""
-        return 1 + self.oov_buckets + len(self.known)
+        return 1 + self.oov_buckets + len(self.ids)
 
     @cached_property
     def _index(self) -> pd.Index:
-        return shared_index(_as_numpy(self.known))
+        return shared_index(_as_numpy(self.ids))
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
@@ -112,8 +112,8 @@ class Vocabulary:
         kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
         if pt.is_null(kind):
             return np.zeros(len(values), np.int64)
-        if len(self.known) and kind != self.known.type:
-            raise UserError(f"ids of type {kind} given where the model was trained on {self.known.type}")
+        if len(self.ids) and kind != self.ids.type:
+            raise UserError(f"ids of type {kind} given where the model was trained on {self.ids.type}")
         if pt.is_string(kind):
             encoded = values.dictionary_encode()
             rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
@@ -126,7 +126,7 @@ class Vocabulary:
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
         import pandas as pd
 
-        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.known) else np.full(len(values), -1)
+        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.ids) else np.full(len(values), -1)
         rows = found.astype(np.int64) + 1 + self.oov_buckets
         unknown = found < 0
         if unknown.any():
@@ -214,15 +214,15 @@ class VocabularyOwner:
 
     def grow(self) -> int:
         """Gives ids that the counts now have often enough rows at the end; gives their number. Raises as `finish`."""
-        before, feature = len(self.vocabulary.known), self.feature
+        before, feature = len(self.vocabulary.ids), self.feature
         self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
         self._check_size()
-        return len(self.vocabulary.known) - before
+        return len(self.vocabulary.ids) - before
 
     def _check_size(self) -> None:
         if self.vocabulary.rows > MAX_TABLE_ROWS:
             raise UserError(
-                f"feature '{self.name}' has {len(self.vocabulary.known):,} ids and {self.feature.oov_buckets:,} "
+                f"feature '{self.name}' has {len(self.vocabulary.ids):,} ids and {self.feature.oov_buckets:,} "
                 f"`oov_buckets`; a table has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
             )
 
@@ -240,4 +240,4 @@ class VocabularyOwner:
     @property
     def id_type(self) -> pa.DataType | None:
         """The type of the known ids, None where there are none."""
-        return self.vocabulary.known.type if len(self.vocabulary.known) else None
+        return self.vocabulary.ids.type if len(self.vocabulary.ids) else None

@@ -44,7 +44,7 @@ def _frequent(pipeline: FeaturePipeline, latest: LatestValues, count: int) -> li
 def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
     for name, feature in pipeline.schema.features.items():
         if isinstance(feature, VocabularyFeature) and feature.column == column:
-            return list(pipeline.owners[feature.shares or name].vocabulary.known[:CANDIDATES].to_pylist())
+            return list(pipeline.owners[feature.shares or name].vocabulary.ids[:CANDIDATES].to_pylist())
     return []
 
 

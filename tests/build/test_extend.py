@@ -103,7 +103,7 @@ def _remember(pipeline: FeaturePipeline, rows: list, events: dict[str, list]) ->
 
 
 def _known(prepared: Prepared, feature: str = "item") -> list:
-    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.known.to_pylist()
+    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.ids.to_pylist()
 
 
 @pytest.mark.parametrize("strings", [False, True])

@@ -191,7 +191,7 @@ def raw_results(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray |
     asked = rows.look_ups(encoder.by)
     return {
         name: each.take(asked.number) if isinstance(each, Ragged) else each[asked.number]
-        for name, each in encoder.known(encoder.memory, asked).items()
+        for name, each in encoder.distinct_results(encoder.memory, asked).items()
     }
 
 

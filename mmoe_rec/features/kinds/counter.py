@@ -171,7 +171,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics."""
         return tuple(self.numbers)
 
-    def known(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
+    def distinct_results(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
         join = memory.joined(asked)
         last = join.last()

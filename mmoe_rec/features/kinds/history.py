@@ -100,7 +100,7 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         """One, of the feature's name."""
         return (self.name,)
 
-    def known(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
+    def distinct_results(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
         """For each row, a list of table rows, of any length."""
         return {self.name: memory.last(asked, self.feature.length)}
 

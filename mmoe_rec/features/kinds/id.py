@@ -65,7 +65,7 @@ class IdEncoder(Encoder):
         if not self._owns:
             return State()
         vocabulary = self.owner.vocabulary
-        return State({"oov_buckets": vocabulary.oov_buckets}, {"vocabulary": pa.table({"id": vocabulary.known})})
+        return State({"oov_buckets": vocabulary.oov_buckets}, {"vocabulary": pa.table({"id": vocabulary.ids})})
 
     def restore(self, state: State) -> None:
         """Takes a saved vocabulary."""
@@ -85,7 +85,7 @@ class IdEncoder(Encoder):
 
     def usual(self, use: Use) -> Any:
         """The most frequent id."""
-        known = self.owner.vocabulary.known
+        known = self.owner.vocabulary.ids
         return known[0].as_py() if len(known) else None
 
 
