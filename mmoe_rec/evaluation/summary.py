@@ -8,7 +8,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.metric import UserSums
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
-from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
+from mmoe_rec.evaluation.resampling import Values, intervals
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec
 
 
@@ -16,8 +16,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
     """All metrics of a model, each `{"value", "low", "high"}` with a 95% bootstrap interval over users.
 
     A metric that is undefined has the value None, and a `note` beside it says why; so has one without an
-    interval. The expected calibration error never has one: it is a mean of absolute values, which resampling biases
-    upward.
+    interval.
 
     Args:
         sums: of all rows.
@@ -25,33 +24,21 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
         seed: of the draws; the same seed gives the same users, whatever the model.
 
     Returns:
-        `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with `ndcg_at_5`, `ndcg_at_10`,
-        `mrr` and the requests that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and
-        `requests_of_equal_relevance`; and under `tasks`, by name, `kind`, `rows` (observed) and
-
-        for a binary task `positives`, `logloss` (nats), `normalised_entropy`, `auc`, `gauc_user`, `gauc_request`,
-        `calibration` (sum of predictions / sum of labels), `ece`, `calibration_bins` (10 of equal mass), and the groups
-        GAUC leaves out, `single_class_users` and `single_class_requests`: `count` and `share_of_rows`;
-
-        for a regression task `rmse`, `mae`, `r2`.
+        `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with its metrics and the requests
+        that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and `requests_of_equal_relevance`;
+        and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
     """
-    _check_resamples(resamples)
     groups = sums_by_user(sums)
     ranking = sums.tables["ranking"]
     users = len(ranking)
-    everyone = np.ones((users, 1))
-    point = _evaluate(groups, everyone)
-    replicates = replicate(lambda counts: _evaluate(groups, counts), users, resamples, seed)
-    headline: dict[str, dict[str, Any]] = {name: {} for name in groups}
-    for name, metric in point:
-        headline[name][metric] = with_interval(point[name, metric][0], replicates[name, metric], users)
+    headline = intervals(lambda counts: _evaluate(groups, counts), users, resamples, seed)
 
     def more(kind: str, name: str) -> dict[str, Any]:
         """What has no interval."""
         found: dict[str, Any] = {}
         for metric in metrics_of(kind):
             if not metric.has_interval:
-                value = float(metric.summarise(groups[name].drawn(everyone))[0])
+                value = float(metric.summarise(groups[name].drawn(np.ones((users, 1))))[0])
                 found[metric.name] = value if np.isfinite(value) else None
             found |= metric.details(groups[name], resamples, seed)
         return found
@@ -88,7 +75,6 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.
     """
-    _check_resamples(resamples)
     columns = ["user", "rows", "requests"]
     if not a.tables["ranking"].select(columns).equals(b.tables["ranking"].select(columns)):
         raise UserError(
@@ -99,19 +85,12 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     weights_a, weights_b = ({task.name: task.weight for task in each.tasks if task.weight} for each in (a, b))
     if weights_a != weights_b:
         del groups_a["score"]
-    users = len(a.tables["ranking"])
 
     def difference(counts: np.ndarray) -> Values:
         values_a, values_b = _evaluate(groups_a, counts), _evaluate(groups_b, counts)
         return {key: values_a[key] - values_b[key] for key in values_a if key in values_b}
 
-    point = difference(np.ones((users, 1)))
-    replicates = replicate(difference, users, resamples, seed)
-    result: dict[str, Any] = {}
-    for name, metric in point:
-        interval = with_interval(point[name, metric][0], replicates[name, metric], users)
-        result.setdefault(name, {})[metric] = interval
-    return result
+    return intervals(difference, len(a.tables["ranking"]), resamples, seed)
 
 
 def flatten(summary: dict[str, Any]) -> dict[str, float]:
@@ -135,15 +114,8 @@ def _flatten(node: dict[str, Any], prefix: str, flat: dict[str, float]) -> None:
 
 def sums_by_user(sums: EvaluationSums) -> dict[str, UserSums]:
     """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`."""
-    ranking, tables = sums.tables["ranking"], sums.tables
-    users = ranking["user"]
-    groups = {
-        task.name: UserSums(
-            metrics_of(task.kind), tables[f"{task.name}.users"], users, tables.get(f"{task.name}.histogram")
-        )
-        for task in sums.tasks
-    }
-    return groups | {"score": UserSums(metrics_of("score"), ranking, users)}
+    groups = {task.name: UserSums(metrics_of(task.kind), sums.tables, task.name) for task in sums.tasks}
+    return groups | {"score": UserSums(metrics_of("score"), sums.tables, None)}
 
 
 def _evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
@@ -168,8 +140,3 @@ def _total(column: Any) -> int:
 def _size(sums: EvaluationSums) -> str:
     ranking = sums.tables["ranking"]
     return f"{_total(ranking['rows']):,} rows of {len(ranking):,} users"
-
-
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")

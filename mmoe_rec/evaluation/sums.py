@@ -232,6 +232,9 @@ def _measured(kind: str, rows: Any, taken: Collection[str]) -> dict[str, np.ndar
         if twice := [name for name in found if name in taken or name in columns]:
             raise ValueError(f"metric {metric.name!r} measures {twice}, and so does another; expected names of its own")
         columns |= found
+    for metric in metrics_of(kind):
+        if missing := set(metric.totals) - {*taken, *columns}:
+            raise ValueError(f"metric {metric.name!r} reads {sorted(missing)}, which no metric measures")
     return columns
 
 

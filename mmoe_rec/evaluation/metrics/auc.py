@@ -11,45 +11,43 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from mmoe_rec.auc import auc_of_counts, grouped_auc
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+
+
+def one_class(_: Metric[Any], group: Mapping[str, Any]) -> str:
+    """Why metrics of a binary task are undefined whose observed labels are all alike."""
+    label = int(group["positives"] > 0)
+    also = "" if label else " So is calibration."
+    return f"All {group['rows']:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"
+
+
+def _without_group(gauc: Metric[Any], group: Mapping[str, Any]) -> str:
+    if group["positives"] in (0, group["rows"]):
+        return one_class(gauc, group)
+    which = gauc.name.removeprefix("gauc_")
+    return f"No {which} has rows of both labels: GAUC by {which} is undefined."
 
 
 class Auc(Metric[TaskRows]):
     """Area under the ROC curve over all observed rows."""
 
     name, kinds, better, totals = "auc", ("binary",), "higher", ()
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Nothing of its own: it reads the histogram."""
-        return {}
+    why_undefined = one_class
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
         bins = drawn.sums.once(_Bins)
         return auc_of_counts(bins.positives @ drawn.counts, bins.negatives @ drawn.counts)
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
-        return one_class(group)
 
 
 class GaucUser(Metric[TaskRows]):
     """Mean AUC within users."""
 
     name, kinds, better, totals = "gauc_user", ("binary",), "higher", ()
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Nothing of its own: it reads the histogram."""
-        return {}
+    why_undefined = _without_group
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
         bins = drawn.sums.once(_Bins)
         return ratio(bins.user_auc_sum @ drawn.counts, bins.user_auc_rows @ drawn.counts)
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
-        return _no_group(group, "user")
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The users that are left out."""
@@ -58,55 +56,32 @@ class GaucUser(Metric[TaskRows]):
         return {"single_class_users": _left_out(sums, single.sum(), bins.user_rows[single].sum())}
 
 
-class GaucRequest(Metric[TaskRows]):
+class GaucRequest(Ratio[TaskRows]):
     """Mean AUC within requests."""
 
     name, kinds, better, totals = "gauc_request", ("binary",), "higher", ("request_auc", "request_auc_rows")
+    why_undefined = _without_group
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         """`requests`; `single_class_requests` of them; `request_auc_rows`, the rows of the others, and `request_auc`,
         each such request's AUC x its rows. All stand at the first row of a request.
         """
         auc = grouped_auc(rows.request, rows.prediction, rows.label, 1 - rows.label, rows.requests)
-        request_rows = np.bincount(rows.request, minlength=rows.requests)
-        present, first = np.unique(rows.request, return_index=True)
-        has_auc = ~np.isnan(auc[present])
+        both, request_rows = ~np.isnan(auc), np.bincount(rows.request, minlength=rows.requests)
+        is_first = np.zeros(len(rows.request), dtype=bool)
+        is_first[np.unique(rows.request, return_index=True)[1]] = True
         values = {
-            "requests": np.ones(len(present), dtype=np.int64),
-            "single_class_requests": (~has_auc).astype(np.int64),
-            "request_auc_rows": np.where(has_auc, request_rows[present], 0),
-            "request_auc": np.where(has_auc, request_rows[present] * np.nan_to_num(auc[present]), 0.0),
+            "requests": np.ones(rows.requests, dtype=np.int64),
+            "single_class_requests": (~both).astype(np.int64),
+            "request_auc_rows": np.where(both, request_rows, 0),
+            "request_auc": request_rows * np.nan_to_num(auc),
         }
-        columns = {name: np.zeros(len(rows.request), dtype=each.dtype) for name, each in values.items()}
-        for name, each in values.items():
-            columns[name][first] = each
-        return columns
-
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn["request_auc"], drawn["request_auc_rows"])
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
-        return _no_group(group, "request")
+        return {name: np.where(is_first, each[rows.request], 0) for name, each in values.items()}
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The requests that are left out."""
         single, rows = sums.column("single_class_requests").sum(), sums.column("rows").sum()
         return {"single_class_requests": _left_out(sums, single, rows - sums.column("request_auc_rows").sum())}
-
-
-def one_class(group: Mapping[str, Any]) -> str:
-    """Why metrics of a binary task are undefined whose observed labels are all alike."""
-    label = int(group["positives"] > 0)
-    also = "" if label else " So is calibration."
-    return f"All {group['rows']:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"
-
-
-def _no_group(group: Mapping[str, Any], which: str) -> str:
-    if group["positives"] in (0, group["rows"]):
-        return one_class(group)
-    return f"No {which} has rows of both labels: GAUC by {which} is undefined."
 
 
 def _left_out(sums: UserSums, groups: float, rows: float) -> dict[str, Any]:

@@ -21,40 +21,27 @@ Made = TypeVar("Made")
 
 
 class Metric(ABC, Generic[Measured]):
-    """One metric of a task (`Metric[TaskRows]`) or of the score (`Metric[RankedLists]`).
+    """One metric of a task (`Metric[TaskRows]`) or of the score (`Metric[RankedLists]`)."""
 
-    What is abstract has to be said by every metric, an attribute in one line (`name = "logloss"`).
-    """
-
+    name: str
+    """In `metrics.json`, MLflow and tables."""
+    kinds: Sequence[str]
+    """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
+    better: Literal["higher", "lower", "one"]
+    """Which values are better; of `one`, those closer to 1."""
+    totals: Sequence[str]
+    """The sums that `summarise` reads: its own, and those that are there anyway, such as `rows`, `weight`, `label`."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
-    """How the sums of `measure` are merged that are not added up."""
+    """How those of its sums are merged that are not added up."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """In `metrics.json`, MLflow and tables; small letters, digits and `_`."""
+    def __init__(self) -> None:
+        if missing := [each for each in ("name", "kinds", "better", "totals") if not hasattr(self, each)]:
+            raise TypeError(f"metric {type(self).__name__} does not say: {', '.join(missing)}")
 
-    @property
-    @abstractmethod
-    def kinds(self) -> Sequence[str]:
-        """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
-
-    @property
-    @abstractmethod
-    def better(self) -> Literal["higher", "lower", "one"]:
-        """Which values are better; of `one`, those closer to 1."""
-
-    @property
-    @abstractmethod
-    def totals(self) -> Sequence[str]:
-        """The sums that `summarise` reads: its own and any others, such as `rows`, `weight`, `label`, `prediction`."""
-
-    @abstractmethod
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
-        """The sums that are this metric's own, if any: name -> what each row of a task (N,), or each request of the
-        score (Q,), adds to that of its user. All metrics may read them.
-        """
+        """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of the score, adds."""
+        return {}
 
     @abstractmethod
     def summarise(self, drawn: "Drawn") -> np.ndarray:
@@ -65,7 +52,7 @@ class Metric(ABC, Generic[Measured]):
         return f"{self.name} is undefined."
 
     def details(self, sums: "UserSums", resamples: int, seed: int) -> dict[str, Any]:
-        """What else the summary says beside the value."""
+        """What else the summary says."""
         return {}
 
     def before_merging(self, parts: pa.Table) -> pa.Table:
@@ -84,6 +71,13 @@ class Metric(ABC, Generic[Measured]):
     def shown(self, value: float) -> str:
         """A value, or half the width of an interval, in a table."""
         return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+class Ratio(Metric[Measured]):
+    """A metric that is the ratio of its two `totals`."""
+
+    def summarise(self, drawn: "Drawn") -> np.ndarray:
+        return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
 
 
 @dataclass(frozen=True)
@@ -105,36 +99,27 @@ class TaskRows:
 
 
 class UserSums:
-    """The sums of a task, or of the score, for each of U users.
+    """The sums of a task, or of the score, for each of all U users that were measured.
 
-    Args:
-        metrics: those of the task or the score.
-        table: one row a user that has any, of `EvaluationSums.tables`.
-        users: (U,) all users that were measured.
-        histogram: of a binary task, see `EvaluationSums`.
+    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score.
     """
 
-    def __init__(
-        self,
-        metrics: Sequence[Metric[Any]],
-        table: pa.Table,
-        users: pa.ChunkedArray,
-        histogram: pa.Table | None = None,
-    ) -> None:
-        self.table, self.users, self.histogram = table, users, histogram
+    def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
+        self.users = tables["ranking"]["user"]
+        self.table = tables["ranking" if task is None else f"{task}.users"]
+        self.histogram = tables.get(f"{task}.histogram")
         self._metrics = [metric for metric in metrics if metric.has_interval]
-        self._place = self.index(table["user"])
+        self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}
         read = {name for metric in metrics for name in metric.totals}
-        self._totals = sorted(read, key=[*table.column_names, *read].index)
+        self._totals = sorted(read, key=[*self.table.column_names, *read].index)
         self._values = np.array([self.column(name) for name in self._totals])
 
     def column(self, name: str, absent: float = 0.0) -> np.ndarray:
         """(U,) float64, the sum of each user; `absent` for users without a row."""
         if name not in self.table.column_names:
             raise UserError(
-                f"the sums of this evaluation hold no {name!r}, which a metric reads: no metric measures it, or the "
-                "sums were saved by a version without that metric; evaluate again"
+                f"the sums hold no {name!r}, which a metric reads: they are of a version without it; evaluate again"
             )
         values = np.full(len(self.users), absent)
         values[self._place] = self.table[name].to_numpy()
@@ -146,9 +131,7 @@ class UserSums:
 
     def once(self, make: Callable[["UserSums"], Made]) -> Made:
         """What `make` gives of these sums, made when it is first asked for."""
-        if make not in self._made:
-            self._made[make] = make(self)
-        made: Made = self._made[make]
+        made: Made = self._made.get(make) or self._made.setdefault(make, make(self))
         return made
 
     def drawn(self, counts: np.ndarray) -> "Drawn":

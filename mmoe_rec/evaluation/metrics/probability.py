@@ -1,6 +1,5 @@
 """How good the probabilities of a binary task are: as a loss, in sum, and in bins that hold equally many rows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,11 +7,11 @@ import pyarrow as pa
 from scipy.sparse import csr_matrix
 
 from mmoe_rec.evaluation.metrics.auc import one_class
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
 
 
-class Logloss(Metric[TaskRows]):
+class Logloss(Ratio[TaskRows]):
     """Mean negative log likelihood of the labels, in nats."""
 
     name, kinds, better, totals = "logloss", ("binary",), "lower", ("logloss", "weight")
@@ -22,46 +21,23 @@ class Logloss(Metric[TaskRows]):
         clipped = np.clip(rows.prediction, rows.precision, 1 - rows.precision)
         return {"logloss": -rows.weight * np.where(rows.label == 1, np.log(clipped), np.log1p(-clipped))}
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn["logloss"], drawn["weight"])
-
 
 class NormalisedEntropy(Metric[TaskRows]):
     """The logloss over the entropy of the base rate (He et al., 2014)."""
 
     name, kinds, better, totals = "normalised_entropy", ("binary",), "lower", ("logloss", "label", "weight")
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Nothing of its own: it reads what `Logloss` measures."""
-        return {}
+    why_undefined = one_class
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
         entropy = _entropy(ratio(drawn["label"], drawn["weight"]))
         return ratio(ratio(drawn["logloss"], drawn["weight"]), entropy)
 
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
-        return one_class(group)
 
-
-class Calibration(Metric[TaskRows]):
+class Calibration(Ratio[TaskRows]):
     """The sum of the predictions over the sum of the labels."""
 
     name, kinds, better, totals = "calibration", ("binary",), "one", ("prediction", "label")
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Nothing of its own."""
-        return {}
-
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn["prediction"], drawn["label"])
-
-    def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
-        return one_class(group)
+    why_undefined = one_class
 
 
 class ExpectedCalibrationError(Metric[TaskRows]):
@@ -73,12 +49,7 @@ class ExpectedCalibrationError(Metric[TaskRows]):
     name, kinds, better, totals = "ece", ("binary",), "lower", ()
     has_interval = False
 
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Nothing of its own: it reads the histogram."""
-        return {}
-
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
         bins = drawn.sums.once(_WideBins)
         weight, label, prediction = (each @ drawn.counts for each in (bins.weight, bins.label, bins.prediction))
         return ratio(np.abs(prediction - label).sum(axis=0), weight.sum(axis=0))
@@ -95,7 +66,7 @@ class _WideBins:
     bins than ten where a single prediction holds more rows than a bin.
 
     Attributes:
-        totals: `rows`, `positives`, and the weighted `weight`, `label` and `prediction` -> (bins,) float64.
+        totals: `rows`, and the weighted `weight`, `label` and `prediction` -> (bins,) float64.
         weight, label, prediction: (bins, U), by user.
     """
 
@@ -104,7 +75,7 @@ class _WideBins:
         assert histogram is not None  # of a binary task
         place = _equal_mass(histogram, 10)
         used, user = int(place.max(initial=-1)) + 1, sums.index(histogram["user"])
-        columns = {name: histogram[name].to_numpy() for name in histogram.column_names[2:]}
+        columns = {name: histogram[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
         self.totals = {name: np.bincount(place, values, used) for name, values in columns.items()}
         self.weight, self.label, self.prediction = (
             csr_matrix((columns[name], (place, user)), (used, len(sums.users)))

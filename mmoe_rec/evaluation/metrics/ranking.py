@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import gammaln
 
 from mmoe_rec.auc import exclusive_sum, runs, starts
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, ratio
+from mmoe_rec.evaluation.metrics.metric import Ratio
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,31 @@ class RankedLists:
         order = np.lexsort((-score, request))
         request, score = request[order], score[order]
         run = runs(request, score)
-        position = _positions(request, requests)
+        position = np.arange(len(request)) - exclusive_sum(np.bincount(request, minlength=requests))[request]
         return RankedLists(request, requests, gain[order], position, run, position[starts(run)], np.bincount(run))
 
 
-class Ndcg(Metric[RankedLists]):
+class Ndcg(Ratio[RankedLists]):
     """Mean normalised discounted cumulative gain of the first `cutoff` rows."""
 
     kinds, better = ("score",), "higher"
 
     def __init__(self, cutoff: int) -> None:
-        self._cutoff = cutoff
-
-    @property
-    def name(self) -> str:
-        """See `Metric`."""
-        return f"ndcg_at_{self._cutoff}"
-
-    @property
-    def totals(self) -> tuple[str, ...]:
-        """See `Metric`."""
-        return self.name, "ranked_requests"
+        self.name, self.cutoff = f"ndcg_at_{cutoff}", cutoff
+        self.totals = (self.name, "ranked_requests")
+        super().__init__()
 
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
-        """The NDCG of each request."""
-        return {self.name: ndcg(lists, self._cutoff)}
-
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn[self.name], drawn["ranked_requests"])
+        return {self.name: ndcg(lists, self.cutoff)}
 
 
-class MeanReciprocalRank(Metric[RankedLists]):
+class MeanReciprocalRank(Ratio[RankedLists]):
     """Mean of 1 / the rank of the first relevant row."""
 
     name, kinds, better, totals = "mrr", ("score",), "higher", ("reciprocal_rank", "ranked_requests")
 
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
-        """`reciprocal_rank`."""
         return {"reciprocal_rank": reciprocal_rank(lists)}
-
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn["reciprocal_rank"], drawn["ranked_requests"])
 
 
 def ranks_nothing(lists: RankedLists) -> dict[str, np.ndarray]:
@@ -171,8 +153,3 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
     """log of the binomial coefficient; -inf where k > n."""
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-
-
-def _positions(group: np.ndarray, groups: int) -> np.ndarray:
-    """(N,) position of each row within its group, from 0, for rows sorted by group."""
-    return np.arange(len(group)) - exclusive_sum(np.bincount(group, minlength=groups))[group]

@@ -11,35 +11,28 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 
 
-class RootMeanSquaredError(Metric[TaskRows]):
+class RootMeanSquaredError(Ratio[TaskRows]):
     """Root of the mean squared error."""
 
     name, kinds, better, totals = "rmse", ("regression",), "lower", ("squared_error", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`squared_error`."""
         return {"squared_error": rows.weight * (rows.prediction - rows.label) ** 2}
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return np.sqrt(ratio(drawn["squared_error"], drawn["weight"]))
+        return np.sqrt(super().summarise(drawn))
 
 
-class MeanAbsoluteError(Metric[TaskRows]):
+class MeanAbsoluteError(Ratio[TaskRows]):
     """Mean absolute error."""
 
     name, kinds, better, totals = "mae", ("regression",), "lower", ("absolute_error", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`absolute_error`."""
         return {"absolute_error": rows.weight * np.abs(rows.prediction - rows.label)}
-
-    def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
-        return ratio(drawn["absolute_error"], drawn["weight"])
 
 
 class RSquared(Metric[TaskRows]):
@@ -65,12 +58,10 @@ class RSquared(Metric[TaskRows]):
         return parts.set_column(place, "label_spread", pa.array(spread + weight * (apart - off) ** 2))
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        """See `Metric`."""
         mean_squared_error = ratio(drawn["squared_error"], drawn["weight"])
         return 1 - ratio(mean_squared_error, drawn.sums.once(_Spread).variance(drawn.counts))
 
     def why_undefined(self, group: Mapping[str, Any]) -> str:
-        """See `Metric`."""
         return f"All {group['rows']:,} labels are equal: R2 is undefined."
 
 
