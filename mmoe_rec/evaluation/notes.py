@@ -68,8 +68,8 @@ def _left_out(summary: Mapping[str, Any]) -> list[str]:
 
 def _undefined(kind: str, group: Mapping[str, Any]) -> list[str]:
     """Each reason once."""
-    bare = [each for each in metrics_of(kind) if each.has_interval and group[each.name]["value"] is None]
-    return list(dict.fromkeys(each.why_undefined(group) for each in bare))
+    values = [(each, group[each.name]["value"] if each.has_interval else group[each.name]) for each in metrics_of(kind)]
+    return list(dict.fromkeys(each.why_undefined(group) for each, value in values if value is None))
 
 
 def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:

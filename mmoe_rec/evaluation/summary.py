@@ -45,11 +45,13 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
 
     requests = _total(ranking["requests"])
     score: dict[str, Any] = headline["score"] | {name: _total(ranking[name]) for name in LEFT_OUT}
-    score |= _noted(score_note(score, requests, users, float(np.sum(ranking["least_ndcg"])))) | more("score", "score")
+    rest = more("score", "score")
+    score |= _noted(score_note(score | rest, requests, users, float(np.sum(ranking["least_ndcg"])))) | rest
     tasks = {}
     for task in sums.tasks:
         described = _describe(sums, task) | headline[task.name]
-        tasks[task.name] = described | _noted(task_note(described, users)) | more(task.kind, task.name)
+        rest = more(task.kind, task.name)
+        tasks[task.name] = described | _noted(task_note(described | rest, users)) | rest
     summary = {
         "rows": _total(ranking["rows"]),
         "users": users,

@@ -148,6 +148,11 @@ def test_an_undefined_metric_has_a_note(log: Log, monkeypatch: pytest.MonkeyPatc
     summary = summarise(log.measure(), 5)
     assert summary["tasks"]["bought"]["brier"]["value"] is None
     assert "brier is undefined." in summary["tasks"]["bought"]["note"]
+    monkeypatch.setattr(Brier, "has_interval", False)
+    summary = summarise(log.measure(), 5)
+    assert summary["tasks"]["bought"]["brier"] is None
+    assert "brier is undefined." in summary["tasks"]["bought"]["note"]
+    assert "bought.brier" not in flatten(summary)
 
 
 def test_sums_of_a_version_without_the_metric_are_told_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

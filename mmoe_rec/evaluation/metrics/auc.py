@@ -68,8 +68,10 @@ class GaucRequest(Ratio[TaskRows]):
         """
         auc = grouped_auc(rows.request, rows.prediction, rows.label, 1 - rows.label, rows.requests)
         both, request_rows = ~np.isnan(auc), np.bincount(rows.request, minlength=rows.requests)
+        first = np.full(rows.requests, -1)
+        first[rows.request[::-1]] = np.arange(len(rows.request))[::-1]  # what is written last stays
         is_first = np.zeros(len(rows.request), dtype=bool)
-        is_first[np.unique(rows.request, return_index=True)[1]] = True
+        is_first[first[first >= 0]] = True
         values = {
             "requests": np.ones(rows.requests, dtype=np.int64),
             "single_class_requests": (~both).astype(np.int64),

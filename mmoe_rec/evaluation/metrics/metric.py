@@ -30,7 +30,7 @@ class Metric(ABC, Generic[Measured]):
     better: Literal["higher", "lower", "one"]
     """Which values are better; of `one`, those closer to 1."""
     totals: Sequence[str]
-    """The sums that `summarise` reads: its own, and those that are there anyway, such as `rows`, `weight`, `label`."""
+    """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
     """How those of its sums are merged that are not added up."""
