@@ -169,19 +169,7 @@ def measure(
     rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight)
     tables = {"ranking": _ranking_table(tasks, rows)}
     for task in tasks:
-        observed = ~np.isnan(rows.labels[task.name])
-        users, prediction = rows.users.take(pa.array(rows.user[observed])), rows.predictions[task.name][observed]
-        known = TaskRows(
-            rows.labels[task.name][observed],
-            prediction.astype(np.float64),
-            rows.weight[observed],
-            float(np.finfo(prediction.dtype).eps),
-            rows.request[observed],
-            len(rows.request_user),
-        )
-        tables[f"{task.name}.users"] = _user_table(task, users, known)
-        if task.kind == "binary":
-            tables[f"{task.name}.histogram"] = _histogram_table(users, known)
+        tables |= _task_tables(task, rows)
     return _merged(tuple(tasks), tables)
 
 
@@ -208,20 +196,21 @@ def _gain(tasks: Sequence[TaskSpec], rows: Rows) -> np.ndarray:
     return np.maximum(gain, 0.0)
 
 
-def _user_table(task: TaskSpec, users: pa.Array, rows: TaskRows) -> pa.Table:
-    columns = {"rows": np.ones(len(rows.label), dtype=np.int64), **_weighted(rows)}
+def _task_tables(task: TaskSpec, rows: Rows) -> dict[str, pa.Table]:
+    observed = ~np.isnan(rows.labels[task.name])
+    label, weight, given = (
+        each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])
+    )
+    prediction, precision = given.astype(np.float64), float(np.finfo(given.dtype).eps)
+    known = TaskRows(label, prediction, weight, precision, rows.request[observed], len(rows.request_user))
+    users = rows.users.take(pa.array(rows.user[observed]))
+    sums = {"rows": np.ones(len(label), dtype=np.int64)}
+    sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
+    sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
+    tables = {f"{task.name}.users": pa.table({"user": users, **sums, **_measured(task.kind, known, sums)})}
     if task.kind == "binary":
-        columns["positives"] = rows.label.astype(np.int64)
-    return pa.table({"user": users, **columns, **_measured(task.kind, rows, columns)})
-
-
-def _histogram_table(users: pa.Array, rows: TaskRows) -> pa.Table:
-    counts = {"rows": np.ones(len(rows.label), dtype=np.int64), "positives": rows.label.astype(np.int64)}
-    return pa.table({"user": users, "bin": _logit_bin(rows.prediction), **counts, **_weighted(rows)})
-
-
-def _weighted(rows: TaskRows) -> dict[str, np.ndarray]:
-    return {"weight": rows.weight, "label": rows.weight * rows.label, "prediction": rows.weight * rows.prediction}
+        tables[f"{task.name}.histogram"] = pa.table({"user": users, "bin": _logit_bin(prediction), **sums})
+    return tables
 
 
 def _measured(kind: str, rows: Any, taken: Collection[str]) -> dict[str, np.ndarray]:
@@ -258,7 +247,7 @@ def _by_key(table: pa.Table, kind: str | None) -> pa.Table:
     how: dict[str, str] = {name: "sum" for name in table.column_names if name not in keys}
     for metric in metrics_of(kind) if kind else ():
         table = metric.before_merging(table)
-        how |= metric.merged
+        how |= {name: each for name, each in metric.merged.items() if name in how}
     grouped = table.group_by(keys, use_threads=False).aggregate(list(how.items()))
     grouped = grouped.select([*keys, *(f"{name}_{each}" for name, each in how.items())]).rename_columns([*keys, *how])
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()

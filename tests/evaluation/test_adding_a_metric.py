@@ -157,10 +157,13 @@ def test_an_undefined_metric_has_a_note(log: Log, monkeypatch: pytest.MonkeyPatc
 
 def test_sums_of_a_version_without_the_metric_are_told_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     before = log.measure()
-    monkeypatch.setattr(registered, "METRICS", (*registered.METRICS, Brier()))
+    monkeypatch.setattr(registered, "METRICS", (*registered.METRICS, LargestError(), Brier()))
+    before = before.merge(before)
     with pytest.raises(UserError, match=r"hold no 'squared_deviation'.*evaluate again"):
         summarise(before, 5)
-    with pytest.raises(UserError, match=r"different metrics: only one side has \['squared_deviation'\]"):
+    with pytest.raises(
+        UserError, match=r"different metrics: only one side has \['largest_deviation', 'squared_deviation'\]"
+    ):
         before.merge(log.measure())
 
 
