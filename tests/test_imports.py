@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "program", "allocation", "atomic", "progress", "devices", "settings", "schema", "locks"}
+LEAVES = {"errors", "auc", "program", "allocation", "atomic", "progress", "devices", "settings", "schema", "locks"}
 LOG = {"log", "point_in_time"}
 MAY_IMPORT = {
     "program": set(),
     "errors": {"program"},
     "atomic": {"errors"},
+    "auc": set(),
     "progress": set(),
     "locks": {"errors", "progress"},
     "allocation": set(),
