@@ -2,34 +2,22 @@
 
 These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
 `mmoe_rec.features` turns them into model inputs. A `Schema` identifies features; what a model makes of them, such as
-the weights of losses, is kept apart (`choices.py`).
+the weights of losses, is kept apart.
 """
 
-from mmoe_rec.schema.choices import TaskSettings
-from mmoe_rec.schema.features import (
-    MAX_TABLE_ROWS,
-    Embedded,
-    EventLog,
-    Feature,
-    Meaning,
-    Remembering,
-    Role,
-    Use,
-    each_once,
-)
-from mmoe_rec.schema.log import (
+from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
+from mmoe_rec.schema.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Remembering, Schema, each_once
+from mmoe_rec.schema.section import Section
+from mmoe_rec.schema.tasks import (
     CHOICES,
     EVENT,
-    Columns,
     ObservedWhen,
-    Roles,
     Scalar,
-    Schema,
     Task,
+    TaskSettings,
     outcome_name,
     without_choices,
 )
-from mmoe_rec.schema.section import Section
 
 __all__ = [
     "CHOICES",
