@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
 from pipelines.data_sets.sampled_log import IntArray, non_negative, print_summary
@@ -62,8 +63,7 @@ class RankedPairs:
     def auc(self) -> float:
         """Share of pairs of a 0 and a 1 whose scores are in that order; ties count half; NaN without such a pair."""
         negatives, positives = self.counts
-        pairs = float(negatives.sum()) * float(positives.sum())
-        return float((positives * (np.cumsum(negatives) - negatives / 2)).sum()) / pairs if pairs else float("nan")
+        return float(auc_of_counts(positives, negatives))
 
 
 class Oracle:

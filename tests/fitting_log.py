@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.log.columns import UTC_MICROSECONDS, Use, column_uses, event_uses
-from mmoe_rec.schema import VectorFeature
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
+from mmoe_rec.schema import Use
 from mmoe_rec.settings import Settings
 
 DAY = 86_400_000_000
@@ -38,8 +38,8 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
     if names.sampling_rate is not None:
         columns[names.sampling_rate] = pa.array(rng.choice([0.25, 1.0], rows))
     for feature in schema.features.values():
-        if isinstance(feature, VectorFeature):
-            columns[feature.column] = pa.array(list(rng.normal(size=(rows, feature.size))))
+        for column, length in feature.list_lengths.items():
+            columns[column] = pa.array(list(rng.normal(size=(rows, length))))
     for task in schema.tasks.values():
         if task.observed_when is not None:
             columns[task.observed_when.column] = _seen(task.observed_when.equals, rng.random(rows) < 0.5)

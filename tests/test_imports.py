@@ -1,23 +1,25 @@
-"""Imports run one way: schema -> point_in_time, log -> features -> build -> batches -> model -> training."""
+"""Imports run one way: schema -> log -> features -> settings -> build -> batches -> model -> training."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "program", "allocation", "atomic", "progress", "devices", "settings", "schema", "locks"}
+LEAVES = {"errors", "auc", "program", "allocation", "atomic", "progress", "devices", "settings", "schema", "locks"}
 LOG = {"log", "point_in_time"}
 MAY_IMPORT = {
     "program": set(),
     "errors": {"program"},
     "atomic": {"errors"},
+    "auc": set(),
     "progress": set(),
     "locks": {"errors", "progress"},
     "allocation": set(),
     "devices": {"errors", "settings"},
     "schema": {"errors"},
-    "settings": {"errors", "schema"},
+    "settings": {"errors", "schema", "features"},
     "point_in_time": set(),
     "log": {"errors", "schema", "point_in_time"},
     "features": {"errors", "atomic", "schema", *LOG},
@@ -26,6 +28,7 @@ MAY_IMPORT = {
     "inspection": LEAVES | LOG | {"features", "build", "batches"},
     "model": LEAVES | {"features", "batches", "point_in_time"},
     "training": LEAVES | {"features", "build", "batches", "model", "tracking"},
+    "report": LEAVES | {"inspection", "evaluation", "model"},
     "serving": LEAVES | LOG | {"features", "build", "batches", "model"},
     "evaluation": LEAVES | {"features", "batches", "model"},
 }
@@ -95,3 +98,52 @@ def test_the_test_sees_imports_within_functions(tmp_path):
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from mmoe_rec.training import losses\n    import mmoe_rec.model.mmoe\n")
     assert {_stage(module) for module in _imports(file)} == {"training", "model"}
+
+
+# A folder can be taken in: few files, and few of them on top of each other.
+
+MOST_FILES, MOST_FLOORS = 16, 9
+
+
+def _floors(paths: list[Path]) -> int:
+    """The longest chain of files that import each other, within a folder."""
+    modules = {".".join(path.with_suffix("").parts): path for path in paths if path.stem != "__init__"}
+    imports = {
+        name: {other for other in modules if any(f"{each}.".startswith(f"{other}.") for each in _imports(path))}
+        for name, path in modules.items()
+    }
+    heights: dict[str, int] = {}
+
+    def height(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"files import each other in a circle: {' -> '.join((*above, name))}"
+        if name not in heights:
+            heights[name] = 1 + max((height(each, (*above, name)) for each in imports[name] - {name}), default=0)
+        return heights[name]
+
+    return max(map(height, modules), default=0)
+
+
+FOLDERS = sorted({path.parent for path in (*FILES, *Path("pipelines").rglob("*.py"))})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_a_folder_is_small(folder):
+    files = sorted(folder.glob("*.py"))
+    assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files"
+    assert _floors(files) <= MOST_FLOORS, f"{folder} has {_floors(files)} floors of imports"
+    assert (folder / "__init__.py").is_file(), f"{folder} is no package"
+
+
+def test_the_test_counts_floors_and_sees_circles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    room = Path("room")
+    room.mkdir()
+    names = [f"f{number}" for number in range(4)]
+    for name, above in itertools.pairwise(names):
+        (room / f"{name}.py").write_text(f"from room.{above} import x\n")
+    (room / "f3.py").write_text("x = 1\n")
+    files = sorted(room.glob("*.py"))
+    assert _floors(files) == 4
+    (room / "f3.py").write_text("def later():\n    import room.f1\n")
+    with pytest.raises(AssertionError, match=r"circle: room\.f1 -> room\.f2 -> room\.f3 -> room\.f1"):
+        _floors(files[1:])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import mmoe_rec
 from mmoe_rec.program import NAMES, spelled
+from tests.added_package import AddedPackage
 from tests.pipelines.imports import ROOT, answer
 
 
@@ -72,3 +75,22 @@ def test_commands_are_spelled_as_this_program_was_started(monkeypatch: pytest.Mo
     assert spelled(text) == (
         "run mmoe-rec edit-experts, or torchrun --nproc-per-node 2 -m mmoe_rec train; not pipelines.other"
     )
+
+
+def test_an_installed_package_has_the_template(tmp_path: Path) -> None:
+    """As the wheel is made: errors and help name a file that is there."""
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    package = AddedPackage(tmp_path)
+    for source, target in included["wheel"]["force-include"].items():
+        shutil.copy(ROOT / source, tmp_path / target)
+    printed = package.run("""
+from mmoe_rec.settings import TEMPLATE, load_settings
+print(load_settings(TEMPLATE).name)
+try:
+    load_settings("no.yaml")
+except Exception as error:
+    print(error)
+""")
+    name, error = printed.splitlines()
+    assert name == "template"
+    assert error == f"settings file 'no.yaml' does not exist; start from {tmp_path}/mmoe_rec/settings/template.yaml"

@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from mmoe_rec.features import kinds
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.schema import Schema
 
@@ -20,7 +21,7 @@ TREE = {
 
 
 def _schema(*features: tuple[str, dict], **sections) -> Schema:
-    return Schema.model_validate({**TREE, **sections, "features": {**TREE["features"], **dict(features)}})
+    return kinds.schema_of({**TREE, **sections, "features": {**TREE["features"], **dict(features)}})
 
 
 def _refuses(message: str, *features: tuple[str, dict], **sections) -> None:

@@ -328,6 +328,6 @@ def describe(
 def vocabularies(pipeline: FeaturePipeline) -> dict[str, dict[str, int]]:
     """Of each vocabulary, the ids that training rows held and those that have a row of their own."""
     return {
-        name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.known)}
+        name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
         for name, owner in pipeline.owners.items()
     }

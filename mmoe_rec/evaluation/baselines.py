@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.checked_rows import plain
 
 _CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
 
@@ -40,7 +41,7 @@ class PopularityBaseline:
         if not observed.any():
             raise UserError("no training row has an observed label; expected at least one")
         self.overall = float(labels[observed].mean())
-        table = pa.table({"candidate": _plain(candidates_train).filter(pa.array(observed)), "label": labels[observed]})
+        table = pa.table({"candidate": plain(candidates_train).filter(pa.array(observed)), "label": labels[observed]})
         counted = table.group_by("candidate", use_threads=False).aggregate([("label", "sum"), ("label", "count")])
         self._candidates = counted["candidate"].combine_chunks()
         total, rows = counted["label_sum"].to_numpy(), counted["label_count"].to_numpy()
@@ -48,7 +49,7 @@ class PopularityBaseline:
 
     def predict(self, candidates: Any) -> np.ndarray:
         """(N,) float64 for (N,) candidates of the training type; the overall mean for one that was not seen."""
-        place = pc.index_in(_plain(candidates).cast(self._candidates.type), value_set=self._candidates)
+        place = pc.index_in(plain(candidates).cast(self._candidates.type), value_set=self._candidates)
         index = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
         return np.append(self._means, self.overall)[index]
 
@@ -145,9 +146,3 @@ def _fold(x: np.ndarray, categories: dict[int, np.ndarray]) -> np.ndarray:
         rank[np.isnan(values)] = np.nan
         folded[:, column] = rank
     return folded
-
-
-def _plain(ids: Any) -> pa.Array:
-    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array

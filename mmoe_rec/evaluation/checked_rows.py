@@ -102,13 +102,16 @@ def check_rows(
     )
 
 
+def plain(ids: Any) -> pa.Array:
+    """Ids, NumPy or Arrow, as one array of their own type."""
+    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
 def _index(name: str, ids: Any) -> tuple[pa.Array, np.ndarray]:
     """The distinct ids, and for each row an index into them."""
-    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
+    array = plain(ids)
     if pa.types.is_integer(array.type):
         array = array.cast(pa.int64())
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):

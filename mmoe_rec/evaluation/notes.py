@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmoe_rec.evaluation.metrics.registered import metrics_of
+
 NEEDS_TWO_USERS = "There is one user: intervals need at least two."
 LEFT_OUT = {
     "requests_of_one_row": "{} of one row",
@@ -23,11 +25,7 @@ def task_note(task: Mapping[str, Any], users: int) -> str | None:
     rows = task["rows"]
     if rows == 0:
         return "No row has an observed label: all metrics are undefined."
-    if task["kind"] == "regression":
-        found = [] if _value(task, "r2") is not None else [f"All {rows:,} labels are equal: R2 is undefined."]
-    else:
-        found = _binary(task)
-    return _joined([*found, *_without_interval(task, users)])
+    return _joined([*_undefined(task["kind"], task), *_without_interval(task, users)])
 
 
 def score_note(score: Mapping[str, Any], requests: int, users: int, least: float) -> str | None:
@@ -39,7 +37,7 @@ def score_note(score: Mapping[str, Any], requests: int, users: int, least: float
     ranked = requests - single - irrelevant - equal
     if ranked > 0:
         flat = [_SAME_IN_ANY_ORDER] if least / ranked > SAME_IN_ANY_ORDER else []
-        return _joined([*flat, *_without_interval(score, users)])
+        return _joined([*flat, *_undefined("score", score), *_without_interval(score, users)])
     if single == requests:
         why = "Every request has one row, and a list of one ranks nothing"
     elif not equal:
@@ -68,17 +66,10 @@ def _left_out(summary: Mapping[str, Any]) -> list[str]:
     return [f"score: {total:,} of {summary['requests']:,} requests rank nothing and are left out: {which}."]
 
 
-def _binary(task: Mapping[str, Any]) -> list[str]:
-    rows, positives = task["rows"], task["positives"]
-    if positives in (0, rows):
-        label = int(positives > 0)
-        also = " So is calibration." if label == 0 else ""
-        return [f"All {rows:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"]
-    return [
-        f"No {group} has rows of both labels: GAUC by {group} is undefined."
-        for group in ("user", "request")
-        if _value(task, f"gauc_{group}") is None
-    ]
+def _undefined(kind: str, group: Mapping[str, Any]) -> list[str]:
+    """Each reason once."""
+    values = [(each, group[each.name]["value"] if each.has_interval else group[each.name]) for each in metrics_of(kind)]
+    return list(dict.fromkeys(each.why_undefined(group) for each, value in values if value is None))
 
 
 def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:
@@ -89,11 +80,6 @@ def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:
         return []
     verb = "has" if len(bare) == 1 else "have"
     return [f"{', '.join(bare)} {verb} no interval: undefined in more than 5% of the resamples of users."]
-
-
-def _value(metrics: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = metrics[name]["value"]
-    return value
 
 
 def _joined(sentences: list[str]) -> str | None:

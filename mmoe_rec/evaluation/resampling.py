@@ -32,6 +32,23 @@ def replicate(at: Callable[[np.ndarray], Values], users: int, resamples: int, se
     return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
+def intervals(
+    at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Task or `score` -> metric -> its value, that of every user counted once, with its interval.
+
+    Raises:
+        ValueError: no resample is asked for.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    replicates = replicate(at, users, resamples, seed)
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (name, metric), value in at(np.ones((users, 1))).items():
+        found.setdefault(name, {})[metric] = with_interval(value[0], replicates[name, metric], users)
+    return found
+
+
 def with_interval(value: float, replicates: np.ndarray, users: int) -> dict[str, float | None]:
     """A metric with its 95% percentile interval: `value`, `low`, `high`; None where undefined.
 

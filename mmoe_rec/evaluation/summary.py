@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.calibration import calibration_bins, expected_calibration_error
-from mmoe_rec.evaluation.metrics import BinaryMetrics, Metrics, metrics_of
+from mmoe_rec.evaluation.metrics.metric import UserSums
+from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
-from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
+from mmoe_rec.evaluation.resampling import Values, intervals
 from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec
 
 
@@ -16,8 +16,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
     """All metrics of a model, each `{"value", "low", "high"}` with a 95% bootstrap interval over users.
 
     A metric that is undefined has the value None, and a `note` beside it says why; so has one without an
-    interval. The expected calibration error never has one: it is a mean of absolute values, which resampling biases
-    upward.
+    interval.
 
     Args:
         sums: of all rows.
@@ -25,36 +24,34 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
         seed: of the draws; the same seed gives the same users, whatever the model.
 
     Returns:
-        `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with `ndcg_at_5`, `ndcg_at_10`,
-        `mrr` and the requests that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and
-        `requests_of_equal_relevance`; and under `tasks`, by name, `kind`, `rows` (observed) and
-
-        for a binary task `positives`, `logloss` (nats), `normalised_entropy`, `auc`, `gauc_user`, `gauc_request`,
-        `calibration` (sum of predictions / sum of labels), `ece`, `calibration_bins` (10 of equal mass), and the groups
-        GAUC leaves out, `single_class_users` and `single_class_requests`: `count` and `share_of_rows`;
-
-        for a regression task `rmse`, `mae`, `r2`.
+        `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with its metrics and the requests
+        that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and `requests_of_equal_relevance`;
+        and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
     """
-    _check_resamples(resamples)
-    metrics = metrics_of(sums)
+    groups = sums_by_user(sums)
     ranking = sums.tables["ranking"]
     users = len(ranking)
-    point = _evaluate(metrics, np.ones((users, 1)))
-    replicates = replicate(lambda counts: _evaluate(metrics, counts), users, resamples, seed)
-    headline: dict[str, dict[str, Any]] = {name: {} for name in metrics}
-    for name, metric in point:
-        headline[name][metric] = with_interval(point[name, metric][0], replicates[name, metric], users)
+    headline = intervals(lambda counts: _evaluate(groups, counts), users, resamples, seed)
+
+    def more(kind: str, name: str) -> dict[str, Any]:
+        """What has no interval."""
+        found: dict[str, Any] = {}
+        for metric in metrics_of(kind):
+            if not metric.has_interval:
+                value = float(metric.summarise(groups[name].drawn(np.ones((users, 1))))[0])
+                found[metric.name] = value if np.isfinite(value) else None
+            found |= metric.details(groups[name], resamples, seed)
+        return found
 
     requests = _total(ranking["requests"])
     score: dict[str, Any] = headline["score"] | {name: _total(ranking[name]) for name in LEFT_OUT}
-    score |= _noted(score_note(score, requests, users, float(np.sum(ranking["least_ndcg"]))))
+    rest = more("score", "score")
+    score |= _noted(score_note(score | rest, requests, users, float(np.sum(ranking["least_ndcg"])))) | rest
     tasks = {}
     for task in sums.tasks:
         described = _describe(sums, task) | headline[task.name]
-        tasks[task.name] = described | _noted(task_note(described, users))
-        task_metrics = metrics[task.name]
-        if isinstance(task_metrics, BinaryMetrics):
-            tasks[task.name] |= _left_out(sums, task, task_metrics) | _calibration(sums, task, resamples, seed)
+        rest = more(task.kind, task.name)
+        tasks[task.name] = described | _noted(task_note(described | rest, users)) | rest
     summary = {
         "rows": _total(ranking["rows"]),
         "users": users,
@@ -80,30 +77,22 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.
     """
-    _check_resamples(resamples)
     columns = ["user", "rows", "requests"]
     if not a.tables["ranking"].select(columns).equals(b.tables["ranking"].select(columns)):
         raise UserError(
             f"the sums to compare hold different rows ({_size(a)} and {_size(b)}, by user): a paired comparison needs "
             "both models measured on the same rows"
         )
-    metrics_a, metrics_b = metrics_of(a), metrics_of(b)
+    groups_a, groups_b = sums_by_user(a), sums_by_user(b)
     weights_a, weights_b = ({task.name: task.weight for task in each.tasks if task.weight} for each in (a, b))
     if weights_a != weights_b:
-        del metrics_a["score"]
-    users = len(a.tables["ranking"])
+        del groups_a["score"]
 
     def difference(counts: np.ndarray) -> Values:
-        values_a, values_b = _evaluate(metrics_a, counts), _evaluate(metrics_b, counts)
+        values_a, values_b = _evaluate(groups_a, counts), _evaluate(groups_b, counts)
         return {key: values_a[key] - values_b[key] for key in values_a if key in values_b}
 
-    point = difference(np.ones((users, 1)))
-    replicates = replicate(difference, users, resamples, seed)
-    result: dict[str, Any] = {}
-    for name, metric in point:
-        interval = with_interval(point[name, metric][0], replicates[name, metric], users)
-        result.setdefault(name, {})[metric] = interval
-    return result
+    return intervals(difference, len(a.tables["ranking"]), resamples, seed)
 
 
 def flatten(summary: dict[str, Any]) -> dict[str, float]:
@@ -125,8 +114,14 @@ def _flatten(node: dict[str, Any], prefix: str, flat: dict[str, float]) -> None:
             flat[prefix.removesuffix(".") if name == "value" else f"{prefix}{name}"] = float(value)
 
 
-def _evaluate(metrics: dict[str, Metrics], counts: np.ndarray) -> Values:
-    return {(name, key): values for name, group in metrics.items() for key, values in group.at(counts).items()}
+def sums_by_user(sums: EvaluationSums) -> dict[str, UserSums]:
+    """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`."""
+    groups = {task.name: UserSums(metrics_of(task.kind), sums.tables, task.name) for task in sums.tasks}
+    return groups | {"score": UserSums(metrics_of("score"), sums.tables, None)}
+
+
+def _evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
+    return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
 
 
 def _describe(sums: EvaluationSums, task: TaskSpec) -> dict[str, Any]:
@@ -140,42 +135,10 @@ def _noted(note: str | None) -> dict[str, str]:
     return {} if note is None else {"note": note}
 
 
-def _calibration(sums: EvaluationSums, task: TaskSpec, resamples: int, seed: int) -> dict[str, Any]:
-    histogram, users = sums.tables[f"{task.name}.histogram"], sums.tables["ranking"]["user"]
-    bins = calibration_bins(histogram, users, resamples, seed)
-    return {"ece": expected_calibration_error(bins), "calibration_bins": bins}
-
-
-def _left_out(sums: EvaluationSums, task: TaskSpec, metrics: BinaryMetrics) -> dict[str, Any]:
-    """The groups that GAUC leaves out."""
-    table = sums.tables[f"{task.name}.users"]
-    rows = _total(table["rows"])
-    single_class = np.isnan(metrics.user_auc) & (metrics.user_rows > 0)
-    return {
-        "single_class_users": {
-            "count": int(single_class.sum()),
-            "share_of_rows": _share(metrics.user_rows[single_class].sum(), rows),
-        },
-        "single_class_requests": {
-            "count": _total(table["single_class_requests"]),
-            "share_of_rows": _share(rows - _total(table["request_auc_rows"]), rows),
-        },
-    }
-
-
 def _total(column: Any) -> int:
     return int(column.to_numpy().sum())
-
-
-def _share(part: float, rows: int) -> float | None:
-    return float(part / rows) if rows else None
 
 
 def _size(sums: EvaluationSums) -> str:
     ranking = sums.tables["ranking"]
     return f"{_total(ranking['rows']):,} rows of {len(ranking):,} users"
-
-
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")

@@ -12,7 +12,7 @@ rows and AUC by user come from the histogram, where two rows of one bin count as
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,20 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation import spread
 from mmoe_rec.evaluation.checked_rows import Rows, TaskSpec, check_rows
-from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, least_ndcg, ndcg, ranks_nothing, reciprocal_rank
+from mmoe_rec.evaluation.metrics.metric import TaskRows
+from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
+from mmoe_rec.evaluation.metrics.registered import metrics_of
 
 __all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "TaskSpec", "measure", "merge_all"]
 
 BINS_PER_LOGIT = 1024
 LARGEST_LOGIT = 32  # probabilities from 1.3e-14 to 1 - 1.3e-14
-NDCG_CUTOFFS = (5, 10)
+NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 
 _FORMAT = 3
 _MANIFEST = "sums.json"
 _KEYS = ("user", "bin")
-_MERGED = {"least_label": "min", "largest_label": "max"}  # all other columns are added up
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,11 @@ class EvaluationSums:
 
             `ranking`, one row a user: `rows`, `requests`; how many of these rank nothing, each counted under the first
             that holds: `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the
-            others, `ranked_requests`, and over them the sums of `ndcg_at_5`, `ndcg_at_10`, `reciprocal_rank` and
-            `least_ndcg`, the NDCG@10 of their worst orders.
+            others, `ranked_requests`, and over them the sums of the metrics of the score, and of `least_ndcg`, the
+            NDCG@10 of their worst orders.
 
-            `TASK.users`, one row a user with an observed label: `rows`; the weighted sums `weight`, `label` and
-            `prediction`; of a regression those of `squared_error` and `absolute_error`, the squares about the user's
-            mean label (`label_spread`, see `spread`), and `least_label` and `largest_label`; of a binary task those of
-            `logloss` (nats), `positives`, `requests`, `single_class_requests`, `request_auc_rows` (rows of requests
-            with both classes) and `request_auc` (each such request's AUC x its rows).
+            `TASK.users`, one row a user with an observed label: `rows`, the weighted sums `weight`, `label` and
+            `prediction`, of a binary task `positives`, and the sums of the task's metrics.
 
             `TASK.histogram`, one row a user and bin of the logit, binary tasks only: `rows`, `positives`, and the
             weighted sums `weight`, `label`, `prediction`.
@@ -69,7 +66,7 @@ class EvaluationSums:
         """The sums over the rows of all.
 
         Raises:
-            UserError: the tasks or the type of the user ids differ.
+            UserError: the tasks, the metrics or the type of the user ids differ.
         """
         user_type = self.tables["ranking"].schema.field("user").type
         for other in others:
@@ -78,9 +75,14 @@ class EvaluationSums:
             other_type = other.tables["ranking"].schema.field("user").type
             if other_type != user_type:
                 raise UserError(f"cannot merge sums of {user_type} users with sums of {other_type} users")
-        parts = (self, *others)
-        stacked = {name: pa.concat_tables([part.tables[name] for part in parts]) for name in self.tables}
-        return EvaluationSums(self.tasks, {name: _sum_by_key(table) for name, table in stacked.items()})
+            for name, table in self.tables.items():
+                if apart := set(table.column_names) ^ set(other.tables[name].column_names):
+                    raise UserError(f"cannot merge sums of different metrics: only one side has {sorted(apart)}")
+        stacked = {
+            name: pa.concat_tables([table, *(other.tables[name].select(table.column_names) for other in others)])
+            for name, table in self.tables.items()
+        }
+        return _merged(self.tasks, stacked)
 
     def save(self, folder: str | Path) -> None:
         """Write `sums.json` and one Parquet file a table to a folder of their own, replacing sums saved there before.
@@ -167,18 +169,13 @@ def measure(
     rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight)
     tables = {"ranking": _ranking_table(tasks, rows)}
     for task in tasks:
-        tables[f"{task.name}.users"] = _user_table(task, rows)
-        if task.kind == "binary":
-            tables[f"{task.name}.histogram"] = _histogram_table(task, rows)
-    return EvaluationSums(tuple(tasks), {name: _sum_by_key(table) for name, table in tables.items()})
+        tables |= _task_tables(task, rows)
+    return _merged(tuple(tasks), tables)
 
 
 def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
     requests = len(rows.request_user)
     lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
-    metrics = {f"ndcg_at_{cutoff}": ndcg(lists, cutoff) for cutoff in NDCG_CUTOFFS}
-    metrics["reciprocal_rank"] = reciprocal_rank(lists)
-    metrics["least_ndcg"] = least_ndcg(lists, NDCG_CUTOFFS[-1])
     left_out = ranks_nothing(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     columns = {
@@ -186,8 +183,9 @@ def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
         "requests": np.ones(requests, dtype=np.int64),
         **{f"requests_{why}": each.astype(np.int64) for why, each in left_out.items()},
         "ranked_requests": ranked.astype(np.int64),
-        **{name: np.where(ranked, values, 0.0) for name, values in metrics.items()},
     }
+    measured = {"least_ndcg": least_ndcg(lists, NOTED_CUTOFF)} | _measured("score", lists, {*columns, "least_ndcg"})
+    columns |= {name: np.where(ranked, values, 0.0) for name, values in measured.items()}
     return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **columns})
 
 
@@ -198,87 +196,58 @@ def _gain(tasks: Sequence[TaskSpec], rows: Rows) -> np.ndarray:
     return np.maximum(gain, 0.0)
 
 
-def _user_table(task: TaskSpec, rows: Rows) -> pa.Table:
+def _task_tables(task: TaskSpec, rows: Rows) -> dict[str, pa.Table]:
     observed = ~np.isnan(rows.labels[task.name])
-    label, weight = rows.labels[task.name][observed], rows.weight[observed]
-    raw = rows.predictions[task.name][observed]
-    prediction = raw.astype(np.float64)
-    columns = {
-        "rows": np.ones(len(label), dtype=np.int64),
-        "weight": weight,
-        "label": weight * label,
-        "prediction": weight * prediction,
-    }
-    if task.kind == "regression":
-        columns["squared_error"] = weight * (prediction - label) ** 2
-        columns["absolute_error"] = weight * np.abs(prediction - label)
-        columns |= {spread.COLUMN: np.zeros(len(label)), "least_label": label, "largest_label": label}
-        return pa.table({"user": rows.users.take(pa.array(rows.user[observed])), **columns})
-    clipped = _clip(raw)
-    columns["logloss"] = -weight * np.where(label == 1, np.log(clipped), np.log1p(-clipped))
-    columns["positives"] = label.astype(np.int64)
-    columns |= _request_columns(rows.request[observed], raw, label, len(rows.request_user))
-    return pa.table({"user": rows.users.take(pa.array(rows.user[observed])), **columns})
-
-
-def _request_columns(
-    request: np.ndarray, prediction: np.ndarray, label: np.ndarray, requests: int
-) -> dict[str, np.ndarray]:
-    """AUC within requests, written on the first row of each request so that sums over a user's rows come out right."""
-    auc = grouped_auc(request, prediction, label, 1 - label, requests)
-    request_rows = np.bincount(request, minlength=requests)
-    present, first = np.unique(request, return_index=True)
-    has_auc = ~np.isnan(auc[present])
-    columns = {
-        "requests": np.ones(len(present), dtype=np.int64),
-        "single_class_requests": (~has_auc).astype(np.int64),
-        "request_auc_rows": np.where(has_auc, request_rows[present], 0),
-        "request_auc": np.where(has_auc, request_rows[present] * np.nan_to_num(auc[present]), 0.0),
-    }
-    spread = {name: np.zeros(len(request), dtype=values.dtype) for name, values in columns.items()}
-    for name, values in columns.items():
-        spread[name][first] = values
-    return spread
-
-
-def _histogram_table(task: TaskSpec, rows: Rows) -> pa.Table:
-    observed = ~np.isnan(rows.labels[task.name])
-    label, weight = rows.labels[task.name][observed], rows.weight[observed]
-    raw = rows.predictions[task.name][observed]
-    return pa.table(
-        {
-            "user": rows.users.take(pa.array(rows.user[observed])),
-            "bin": _logit_bin(raw),
-            "rows": np.ones(len(label), dtype=np.int64),
-            "positives": label.astype(np.int64),
-            "weight": weight,
-            "label": weight * label,
-            "prediction": weight * raw,
-        }
+    label, weight, given = (
+        each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])
     )
+    prediction, precision = given.astype(np.float64), float(np.finfo(given.dtype).eps)
+    known = TaskRows(label, prediction, weight, precision, rows.request[observed], len(rows.request_user))
+    users = rows.users.take(pa.array(rows.user[observed]))
+    sums = {"rows": np.ones(len(label), dtype=np.int64)}
+    sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
+    sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
+    tables = {f"{task.name}.users": pa.table({"user": users, **sums, **_measured(task.kind, known, sums)})}
+    if task.kind == "binary":
+        tables[f"{task.name}.histogram"] = pa.table({"user": users, "bin": _logit_bin(prediction), **sums})
+    return tables
 
 
-def _clip(probability: np.ndarray) -> np.ndarray:
-    """(N,) float64 in [eps, 1 - eps], eps being the precision of the input's dtype."""
-    eps = np.finfo(probability.dtype).eps
-    return np.clip(probability, eps, 1 - eps).astype(np.float64)
+def _measured(kind: str, rows: Any, taken: Collection[str]) -> dict[str, np.ndarray]:
+    """The sums that are the metrics' own; taken: names of other sums."""
+    columns: dict[str, np.ndarray] = {}
+    for metric in metrics_of(kind):
+        found = metric.measure(rows)
+        if twice := [name for name in found if name in taken or name in columns]:
+            raise ValueError(f"metric {metric.name!r} measures {twice}, and so does another; expected names of its own")
+        columns |= found
+    for metric in metrics_of(kind):
+        if missing := set(metric.totals) - {*taken, *columns}:
+            raise ValueError(f"metric {metric.name!r} reads {sorted(missing)}, which no metric measures")
+    return columns
 
 
 def _logit_bin(probability: np.ndarray) -> np.ndarray:
     """(N,) int64 in [0, 2 x LARGEST_LOGIT x BINS_PER_LOGIT), rising with the probability."""
-    inside = np.clip(probability.astype(np.float64), 1e-15, 1 - 1e-15)
+    inside = np.clip(probability, 1e-15, 1 - 1e-15)
     logit = np.clip(np.log(inside) - np.log1p(-inside), -LARGEST_LOGIT, LARGEST_LOGIT)
     bins = np.floor((logit + LARGEST_LOGIT) * BINS_PER_LOGIT).astype(np.int64)
     return np.minimum(bins, 2 * LARGEST_LOGIT * BINS_PER_LOGIT - 1)
 
 
-def _sum_by_key(table: pa.Table) -> pa.Table:
+def _merged(tasks: tuple[TaskSpec, ...], tables: Mapping[str, pa.Table]) -> EvaluationSums:
+    """Rows of equal keys merged."""
+    kinds = {"ranking": "score"} | {f"{task.name}.users": task.kind for task in tasks}
+    return EvaluationSums(tasks, {name: _by_key(table, kinds.get(name)) for name, table in tables.items()})
+
+
+def _by_key(table: pa.Table, kind: str | None) -> pa.Table:
     """Merge rows with equal keys, and sort by key. One thread: equal input gives equal output to the last bit."""
     keys = [name for name in _KEYS if name in table.column_names]
-    sums = [name for name in table.column_names if name not in keys]
-    if spread.COLUMN in sums:
-        table = spread.merged_spread(table)
-    how = [(name, _MERGED.get(name, "sum")) for name in sums]
-    grouped = table.group_by(keys, use_threads=False).aggregate(how)
-    grouped = grouped.select([*keys, *(f"{name}_{each}" for name, each in how)]).rename_columns([*keys, *sums])
+    how: dict[str, str] = {name: "sum" for name in table.column_names if name not in keys}
+    for metric in metrics_of(kind) if kind else ():
+        table = metric.before_merging(table)
+        how |= {name: each for name, each in metric.merged.items() if name in how}
+    grouped = table.group_by(keys, use_threads=False).aggregate(list(how.items()))
+    grouped = grouped.select([*keys, *(f"{name}_{each}" for name, each in how.items())]).rename_columns([*keys, *how])
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()

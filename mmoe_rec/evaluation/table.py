@@ -5,10 +5,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-_LOWER_IS_BETTER = ("logloss", "normalised_entropy", "ece", "rmse", "mae")
-_HIGHER_IS_BETTER = ("auc", "gauc_user", "gauc_request", "r2", "ndcg_at_5", "ndcg_at_10", "mrr")
-_ONE_IS_BEST = ("calibration",)
-_SHOWN = (*_HIGHER_IS_BETTER[:3], *_LOWER_IS_BETTER[:2], *_ONE_IS_BEST, *_LOWER_IS_BETTER[2:], *_HIGHER_IS_BETTER[3:])
+from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation.metrics.metric import Metric
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
@@ -28,10 +26,10 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     sections = {name: None for summary in columns.values() for name in summary["tasks"]}
     for section in (*sections, "score"):
         groups = [_group(summary, section) for summary in columns.values()]
-        shown = [metric for metric in _SHOWN if any(metric in group for group in groups)]
+        shown = [metric for metric in registered.METRICS if any(_has(group, metric) for group in groups)]
         table.add_row(Text(section, style="bold"))
         for metric in shown:
-            table.add_row(f"  {_label(metric)}", *_cells(metric, groups), end_section=metric == shown[-1])
+            table.add_row(f"  {metric.label}", *_cells(metric, groups), end_section=metric == shown[-1])
     return table
 
 
@@ -40,41 +38,22 @@ def _group(summary: dict[str, Any], section: str) -> dict[str, Any]:
     return group
 
 
-def _value(group: dict[str, Any], metric: str) -> float | None:
-    entry = group.get(metric)
-    return entry["value"] if isinstance(entry, dict) else entry
+def _has(group: dict[str, Any], metric: Metric[Any]) -> bool:
+    return metric.name in group and group.get("kind", "score") in metric.kinds
 
 
-def _label(metric: str) -> str:
-    if metric in _ONE_IS_BEST:
-        return f"{metric} → 1"
-    return f"{metric} {'↓' if metric in _LOWER_IS_BETTER else '↑'}"
-
-
-def _cells(metric: str, groups: list[dict[str, Any]]) -> list[Text]:
-    losses = [_loss(metric, _value(group, metric)) for group in groups]
+def _cells(metric: Metric[Any], groups: list[dict[str, Any]]) -> list[Text]:
+    entries = [group.get(metric.name) for group in groups]
+    intervals = [each if isinstance(each, dict) else {"value": each, "low": None, "high": None} for each in entries]
+    losses = [float("inf") if each["value"] is None else metric.loss(each["value"]) for each in intervals]
     best = min(losses) if len(groups) > 1 else None
-    return [_cell(group.get(metric), loss == best) for group, loss in zip(groups, losses, strict=True)]
+    return [_cell(metric, each, loss == best) for each, loss in zip(intervals, losses, strict=True)]
 
 
-def _loss(metric: str, value: float | None) -> float:
-    """A number that is smaller for better values."""
-    if value is None:
-        return float("inf")
-    if metric in _ONE_IS_BEST:
-        return abs(value - 1)
-    return value if metric in _LOWER_IS_BETTER else -value
-
-
-def _cell(entry: Any, is_best: bool) -> Text:
-    interval = entry if isinstance(entry, dict) else {"value": entry, "low": None, "high": None}
+def _cell(metric: Metric[Any], interval: dict[str, Any], is_best: bool) -> Text:
     if interval["value"] is None:
         return Text("-", style="dim")
-    text = Text(_number(interval["value"]), style="bold" if is_best else "")
+    text = Text(metric.shown(interval["value"]), style="bold" if is_best else "")
     if interval["low"] is not None:
-        text.append(f" ±{_number((interval['high'] - interval['low']) / 2)}", style="not bold dim")
+        text.append(f" ±{metric.shown((interval['high'] - interval['low']) / 2)}", style="not bold dim")
     return text
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"

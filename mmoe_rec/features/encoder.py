@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput, Table
+from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.schema import Schema, Use
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
 # Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.
@@ -61,44 +63,90 @@ class Counts(Protocol):
         """The counts that `to_table` gave."""
 
 
-class Encoder:
-    """A feature that is fitted to a log and then encodes rows of any origin; what a kind has no use for does nothing.
+@dataclass(frozen=True)
+class Shared:
+    """What the encoders of a pipeline have in common. owners: name of an id feature -> its vocabulary."""
+
+    schema: Schema
+    owners: Mapping[str, VocabularyOwner]
+
+
+class Encoder(ABC):
+    """A feature that is fitted to a log and then encodes rows of any origin.
 
     counts: what it fits itself from, None where it shares another feature's vocabulary or learns nothing.
     """
 
     counts: Any = None
 
+    def __init__(self, name: str, feature: Any, shared: Shared) -> None:
+        self.name, self.feature = name, feature
+
+    @abstractmethod
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Adds training rows to `counts`. Labels that become known later than `known_by` (microseconds) don't count."""
 
+    @abstractmethod
     def finish(self) -> None:
         """Makes vocabulary or statistics from `counts`."""
 
+    @abstractmethod
     def outline(self) -> Outline:
         """The inputs that `encode` gives."""
-        return Outline()
 
+    @abstractmethod
     def encode(self, rows: LogRows) -> Inputs:
         """Inputs of N rows."""
-        return Inputs()
 
+    @abstractmethod
     def state(self) -> State:
         """What was fitted."""
-        return State()
 
+    @abstractmethod
     def restore(self, state: State) -> None:
         """Takes what another encoder of the same settings was fitted with."""
 
+    @abstractmethod
+    def largest_tables(self) -> tuple[Table, ...] | None:
+        """The tables of `outline` at the most rows that any log can make of them; None if nothing bounds them."""
 
-class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
+    def column_types(self) -> Mapping[str, pa.DataType]:
+        """Types in which a request must give columns, where fitting says more of them than how they are read."""
+        return {}
+
+    def usual(self, use: Use) -> Any:
+        """A usual value of the feature's column, which is read as `use`, for an example; None where there is none."""
+        return None
+
+
+class Unfitted(Encoder):
+    """An encoder that learns nothing from rows."""
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def state(self) -> State:
+        """Nothing."""
+        return State()
+
+    def restore(self, state: State) -> None:
+        """Nothing."""
+
+    def largest_tables(self) -> tuple[Table, ...]:
+        """Those that there are."""
+        return self.outline().tables
+
+
+class MemoryEncoder(Encoder, Generic[MemoryKind]):
     """A feature that looks up, for each row, what was known of earlier events before its request.
 
     source: name of the log of events that it remembers, None for the interaction log itself; matures_after:
     microseconds after which an event's label is known; memory: the events, where they are held in this process.
     """
 
-    name: str
     source: str | None
     matures_after: int
     memory: MemoryKind
@@ -120,6 +168,9 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
     def labelled(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
         """The events of rows by their keys, request times and `labels`, in their order."""
         raise AssertionError(f"'{self.name}' has no labels")
+
+    def make_room(self, units: Collection[int]) -> None:
+        """Gives exact sums of labels that are fractions, in all memories from now on, these units."""
 
     @property
     @abstractmethod
@@ -144,12 +195,16 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
         """What `results` gives."""
 
     @abstractmethod
-    def known(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
+    def distinct_results(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
         """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
         """The memory that `Memory.to_columns` gave."""
+
+    @abstractmethod
+    def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
+        """Columns by which a request may give results instead: how each is read, and its type if that is known."""
 
     def distances(self, name: str, values: np.ndarray) -> np.ndarray:
         """(N,) results as they are exchanged: from where they lie, if in float32 they would be one number."""
@@ -178,5 +233,5 @@ class MemoryEncoder(Encoder, ABC, Generic[MemoryKind]):
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)
             else self.distances(name, each).astype(np.float32)[asked.number]
-            for name, each in self.known(memory, asked).items()
+            for name, each in self.distinct_results(memory, asked).items()
         }

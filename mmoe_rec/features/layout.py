@@ -23,31 +23,35 @@ class Table:
     feature: str | None = field(default=None, kw_only=True)
 
 
-@dataclass(frozen=True)
-class IdInput:
-    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros.
+class _OfFeature:
+    """An input of a feature, which has the input's name unless it is given."""
 
-    feature: whose it is, where that has another name.
-    """
+    name: str
+    feature: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feature", self.feature or self.name)
+
+
+@dataclass(frozen=True)
+class IdInput(_OfFeature):
+    """Ids looked up in `table`: one a row, or any number a row (`many`), then averaged; no id gives zeros."""
 
     name: str
     table: str
     many: bool = False
     placement: bool = False
-    feature: str | None = field(default=None, kw_only=True)
+    feature: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
-class DenseInput:
-    """One float32 number a row.
-
-    edges: rising quantiles of its training values, at which a model may bend; feature: as of an `IdInput`.
-    """
+class DenseInput(_OfFeature):
+    """One float32 number a row. edges: rising quantiles of its training values, at which a model may bend."""
 
     name: str
     placement: bool = False
     edges: tuple[float, ...] = ()
-    feature: str | None = field(default=None, kw_only=True)
+    feature: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -19,29 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.counter import CounterEncoder
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, State
-from mmoe_rec.features.history import HistoryEncoder
-from mmoe_rec.features.ids import CrossEncoder, IdEncoder, IdsEncoder, VocabularyOwner
+from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
+from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.moments import Moments
-from mmoe_rec.features.numeric import NumericEncoder, TimeEncoder, VectorEncoder
+from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.schema import (
-    CounterFeature,
-    CrossFeature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    NumericFeature,
-    Schema,
-    TimeFeature,
-    VectorFeature,
-)
+from mmoe_rec.schema import Schema
 
 FORMAT = 9
 
@@ -58,9 +46,12 @@ class FeaturePipeline:
         self.owners = {
             name: VocabularyOwner(name, feature)
             for name, feature in schema.features.items()
-            if isinstance(feature, IdFeature | IdsFeature) and feature.table is None
+            if isinstance(feature, VocabularyFeature) and feature.table is None
         }
-        self.encoders = {name: self._encoder(name) for name in schema.features}
+        shared = Shared(schema, self.owners)
+        self.encoders: dict[str, Encoder] = {
+            name: KINDS[feature.kind].encoder(name, feature, shared) for name, feature in schema.features.items()
+        }
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
         # Task -> units that exact sums of its labels need, of those that are counted and may be fractions.
@@ -85,26 +76,6 @@ class FeaturePipeline:
                     raise UserError(
                         f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
                     )
-
-    def _encoder(self, name: str) -> Encoder:  # noqa: PLR0911 - one line a kind reads best
-        feature = self.schema.features[name]
-        match feature:
-            case IdsFeature():
-                return IdsEncoder(name, feature, self.owners[self.schema.table_of(name)])
-            case IdFeature():
-                return IdEncoder(name, feature, self.owners[self.schema.table_of(name)])
-            case NumericFeature():
-                return NumericEncoder(name, feature)
-            case VectorFeature():
-                return VectorEncoder(name, feature)
-            case TimeFeature():
-                return TimeEncoder(name, feature)
-            case CrossFeature():
-                return CrossEncoder(name, feature)
-            case HistoryFeature():
-                return HistoryEncoder(name, feature, self.schema, self.owners[feature.of])
-            case CounterFeature():
-                return CounterEncoder(name, feature, self.schema)
 
     @property
     def memory_encoders(self) -> dict[str, MemoryEncoder[Any]]:
@@ -145,8 +116,8 @@ class FeaturePipeline:
         """Notes units that exact sums of labels need (see `mmoe_rec.point_in_time.exact`), before any is added."""
         for task, each in units.items():
             self.label_units[task] = self.label_units.get(task, set()) | set(each)
-        for encoder in self.encoders.values():
-            if isinstance(encoder, CounterEncoder) and encoder.label in self.label_units:
+        for encoder in self.memory_encoders.values():
+            if encoder.label in self.label_units:
                 encoder.make_room(self.label_units[encoder.label])
 
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
@@ -209,9 +180,7 @@ class FeaturePipeline:
     def _has_columns(self, name: str, rows: LogRows) -> bool:
         if name not in self._placement:
             return True
-        feature = self.schema.features[name]
-        columns = feature.columns if isinstance(feature, CrossFeature) else (getattr(feature, "column", None),)
-        return all(column is None or rows.has(column) for column in columns)
+        return all(map(rows.has, self.schema.features[name].reads()))
 
     @cached_property
     def _placement(self) -> frozenset[str]:
@@ -243,7 +212,7 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' holds no feature state (pipeline.json)") from None
         if text.get("format") != FORMAT:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
-        pipeline = FeaturePipeline(Schema.model_validate(text["schema"]))
+        pipeline = FeaturePipeline(schema_of(text["schema"]))
         pipeline.key_types = text["key_types"]
         pipeline.note_units(text["label_units"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}

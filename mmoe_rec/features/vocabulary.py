@@ -1,4 +1,4 @@
-"""Vocabularies: ids of a column -> rows of an embedding table.
+"""Vocabularies: ids of a column -> rows of an embedding table; an id feature owns one, and others may share it.
 
 Row 0 is the missing id, rows 1 to `oov_buckets` are hashed buckets that unknown ids share, known ids follow. So a
 vocabulary can grow at its end without moving any row.
@@ -7,16 +7,22 @@ vocabulary can grow at its end without moving any row.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Table
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
+from mmoe_rec.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class IdCounts:
@@ -74,29 +80,29 @@ class IdCounts:
 class Vocabulary:
     """Known ids, an int64 or string array in the order of their rows, and the number of hashed buckets."""
 
-    def __init__(self, known: pa.Array, oov_buckets: int) -> None:
-        self.known = known
+    def __init__(self, ids: pa.Array, oov_buckets: int) -> None:
+        self.ids = ids
         self.oov_buckets = oov_buckets
 
     def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
         """With rows at the end for ids that have become frequent, in the order by count; no known id moves."""
-        new = counts.vocabulary(min_count, None, self.oov_buckets).known
-        if len(self.known) and len(new):
-            new = new.filter(pc.invert(pc.is_in(new, self.known)))
+        new = counts.vocabulary(min_count, None, self.oov_buckets).ids
+        if len(self.ids) and len(new):
+            new = new.filter(pc.invert(pc.is_in(new, self.ids)))
         if max_size is not None:
-            new = new[: max(0, max_size - len(self.known))]
+            new = new[: max(0, max_size - len(self.ids))]
         if not len(new):
             return self
-        return Vocabulary(pa.concat_arrays([self.known, new]) if len(self.known) else new, self.oov_buckets)
+        return Vocabulary(pa.concat_arrays([self.ids, new]) if len(self.ids) else new, self.oov_buckets)
 
     @property
     def rows(self) -> int:
         """Rows of the embedding table."""
-        return 1 + self.oov_buckets + len(self.known)
+        return 1 + self.oov_buckets + len(self.ids)
 
     @cached_property
     def _index(self) -> pd.Index:
-        return shared_index(_as_numpy(self.known))
+        return shared_index(_as_numpy(self.ids))
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
@@ -106,8 +112,8 @@ class Vocabulary:
         kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
         if pt.is_null(kind):
             return np.zeros(len(values), np.int64)
-        if len(self.known) and kind != self.known.type:
-            raise UserError(f"ids of type {kind} given where the model was trained on {self.known.type}")
+        if len(self.ids) and kind != self.ids.type:
+            raise UserError(f"ids of type {kind} given where the model was trained on {self.ids.type}")
         if pt.is_string(kind):
             encoded = values.dictionary_encode()
             rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
@@ -118,7 +124,9 @@ class Vocabulary:
         return rows
 
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
-        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.known) else np.full(len(values), -1)
+        import pandas as pd
+
+        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.ids) else np.full(len(values), -1)
         rows = found.astype(np.int64) + 1 + self.oov_buckets
         unknown = found < 0
         if unknown.any():
@@ -130,3 +138,106 @@ class Vocabulary:
 def _as_numpy(values: pa.Array) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)
     return array.astype(object) if pt.is_string(values.type) else array
+
+
+class VocabularyFeature(Feature):
+    """A feature of ids: the section's keys that make a vocabulary."""
+
+    column: str = Field(description="column that the feature reads")
+    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
+    max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
+    oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
+    table: str | None = Field(
+        None, description="name of another id feature whose vocabulary and embedding table this one shares"
+    )
+
+    @model_validator(mode="after")
+    def _fits_a_table(self) -> Self:
+        if (rows := 1 + self.oov_buckets + (self.max_size or 0)) > MAX_TABLE_ROWS:
+            raise ValueError(
+                f"max_size and oov_buckets together make a table of {rows:,} rows (one is for missing ids); a table "
+                f"has at most {MAX_TABLE_ROWS:,}"
+            )
+        return self
+
+    @property
+    def shares(self) -> str | None:
+        """The feature named by `table`."""
+        return self.table
+
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError where `table` names no feature that has one."""
+        if self.table is not None:
+            check_owner(name, "table", self.table, owners(schema), "an id feature")
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
+        return meaning_of_ids(schema, tuple(self.reads()), self.shares or self)
+
+
+def owners(schema: Schema, kind: type[VocabularyFeature] = VocabularyFeature) -> list[str]:
+    """Names of the features, of that kind, that have a vocabulary and table of their own."""
+    features = schema.features.items()
+    return [name for name, each in features if isinstance(each, kind) and each.table is None]
+
+
+def check_owner(name: str, key: str, target: str, possible: list[str], what: str) -> None:
+    """Raises ValueError where `target`, the value of feature `name`'s `key`, is none of the possible owners."""
+    if target not in possible:
+        raise ValueError(
+            f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
+            f"such features are: {', '.join(possible) or 'none, add one'}"
+        )
+
+
+def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> Meaning:
+    """The meaning of rows of a table of ids; owner: its feature, or the name of it."""
+    feature = schema.features[owner] if isinstance(owner, str) else owner
+    assert isinstance(feature, VocabularyFeature)
+    return Meaning(columns, unknown=feature.oov_buckets)
+
+
+class VocabularyOwner:
+    """The vocabulary and table of an id feature; other features may share it."""
+
+    def __init__(self, name: str, feature: VocabularyFeature) -> None:
+        self.name = name
+        self.feature = feature
+        self.counts = IdCounts()
+        self.vocabulary = Vocabulary(pa.array([], pa.int64()), feature.oov_buckets)
+
+    def finish(self) -> None:
+        """Turns counts into the vocabulary. Raises UserError where it is too large for a table."""
+        feature = self.feature
+        self.vocabulary = self.counts.vocabulary(feature.min_count, feature.max_size, feature.oov_buckets)
+        self._check_size()
+
+    def grow(self) -> int:
+        """Gives ids that the counts now have often enough rows at the end; gives their number. Raises as `finish`."""
+        before, feature = len(self.vocabulary.ids), self.feature
+        self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
+        self._check_size()
+        return len(self.vocabulary.ids) - before
+
+    def _check_size(self) -> None:
+        if self.vocabulary.rows > MAX_TABLE_ROWS:
+            raise UserError(
+                f"feature '{self.name}' has {len(self.vocabulary.ids):,} ids and {self.feature.oov_buckets:,} "
+                f"`oov_buckets`; a table has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
+            )
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """(N,) int64 table rows. Raises UserError naming the feature for ids of another type than trained on."""
+        try:
+            return self.vocabulary.encode(values)
+        except UserError as error:
+            raise UserError(f"feature '{self.name}' (column '{self.feature.column}'): {error}") from None
+
+    def table(self) -> Table:
+        """The embedding table."""
+        return Table(self.name, self.vocabulary.rows)
+
+    @property
+    def id_type(self) -> pa.DataType | None:
+        """The type of the known ids, None where there are none."""
+        return self.vocabulary.ids.type if len(self.vocabulary.ids) else None

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmoe_rec.auc import auc_of_counts
+
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
 
 
@@ -34,11 +36,8 @@ def psi_noise(train: np.ndarray, test: np.ndarray) -> float | None:
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     """Area under the ROC curve of a score in (B,) rising bins, ties within a bin; None where a class is missing."""
-    positive, negative = float(positives.sum()), float(negatives.sum())
-    if not positive or not negative:
-        return None
-    below = np.cumsum(negatives) - negatives
-    return float((positives * (below + 0.5 * negatives)).sum() / (positive * negative))
+    area = float(auc_of_counts(positives, negatives))
+    return None if np.isnan(area) else area
 
 
 def auc_of_scores(scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> float | None:

@@ -20,12 +20,11 @@ from mmoe_rec.features.layout import IdInput
 from mmoe_rec.inspection.collect import collect
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.formulas import psi, psi_noise
-from mmoe_rec.inspection.ids import Meaning
-from mmoe_rec.inspection.inputs import FeatureInputs, NumberInput, meaning_of
+from mmoe_rec.inspection.inputs import FeatureInputs, NumberInput
 from mmoe_rec.inspection.names import row_names
 from mmoe_rec.inspection.overview import overview, weeks
 from mmoe_rec.inspection.sums import Sums
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import Meaning, Schema
 
 SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
@@ -62,15 +61,15 @@ def plain(value: Any) -> Any:
 def _feature(
     feature: FeatureInputs, schema: Schema, sums: Sums, prepared: Prepared, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    meaning, keys = meaning_of(schema, feature.name), schema.columns
-    inputs = [_id_input(each, feature, meaning, sums, prepared) for each in feature.ids]
+    meaning, keys = feature.meaning, schema.columns
+    inputs = [_id_input(each, meaning, sums, prepared) for each in feature.ids]
     inputs += [_number_input(each, feature, sums) for each in feature.numbers]
     return {
         "name": feature.name,
         "kind": feature.kind,
         "role": feature.role,
-        "columns": feature.columns,
-        "is_key": feature.kind == "id" and feature.columns in ((keys.user,), (keys.candidate,)),
+        "columns": meaning.columns,
+        "is_key": feature.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
         "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,
@@ -86,12 +85,10 @@ def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float |
     return pick(known) if known else None
 
 
-def _id_input(
-    each: IdInput, feature: FeatureInputs, meaning: Meaning, sums: Sums, prepared: Prepared
-) -> dict[str, Any]:
+def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: Prepared) -> dict[str, Any]:
     ids = sums.ids[each.name]
     names, train, test = ids.psi_counts(meaning)
-    labels = row_names(feature, each.table, meaning, names, prepared.serving)
+    labels = row_names(meaning, each.table, names, prepared.serving)
     rows = {split: sums.splits[split].labels.rows for split in SPLITS}
     return {
         "name": each.name,
@@ -110,7 +107,7 @@ def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict
     numbers = sums.numbers[each.name]
     labels, train, test = numbers.psi_counts(each.edges)
     rows = {split: sums.splits[split].labels.rows for split in SPLITS}
-    tells = each.indicator is not None or feature.kind == "vector"
+    tells = each.indicator is not None or feature.meaning.zeros_missing
     if not tells:
         labels, train, test = labels[:-1], train[:-1], test[:-1]
     coverage = {split: 1 - numbers.missing(split) / rows[split] if tells else None for split in SPLITS}
@@ -147,7 +144,7 @@ def _tables(sums: Sums, dims: Mapping[str, int]) -> list[dict[str, Any]]:
         seen = np.zeros(table.rows, bool)
         for name in users:
             seen |= sums.ids[name].counts["train"] > 0
-        hashed = any(each.kind == "cross" and each.name == table.name for each in sums.features)
+        hashed = any(each.meaning.hashed and each.name == table.name for each in sums.features)
         tables.append(
             {
                 "name": table.name,

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mmoe_rec.inspection.binary_labels import BinaryLabels
 from mmoe_rec.inspection.formulas import auc, auc_of_scores, smoothed_rates
 from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.schema import Meaning
 
 FREQUENT = 50  # most frequent table rows that drift is measured in
 _SCORE_BINS = 4096
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What the rows of an input's table stand for.
-
-    missing: row 0 is the missing id; unknown: rows after it that unknown ids share (buckets of a cross or of a number
-    are none of these: both are 0 and False for a cross).
-    """
-
-    missing: bool
-    unknown: int
-
-    @property
-    def first_known(self) -> int:
-        """The first row that stands for one known id, or for a bucket."""
-        return self.missing + self.unknown
 
 
 class IdSums:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.inspection.ids import Meaning
-from mmoe_rec.schema import CrossFeature, Feature, HistoryFeature, IdFeature, IdsFeature, Schema, read_columns
+from mmoe_rec.schema import Meaning, Schema
 
 
 @dataclass(frozen=True)
@@ -26,51 +25,34 @@ class FeatureInputs:
     name: str
     kind: str
     role: str
-    columns: tuple[str, ...]
+    meaning: Meaning
     ids: tuple[IdInput, ...]
     numbers: tuple[NumberInput, ...]
 
 
 def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
     """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
-    owner = {each.name: each.feature or each.name for each in layout.ids}
-    owner |= {each.name: each.feature or each.name for each in layout.dense}
-    for name, feature_name in owner.items():
-        if feature_name not in schema.features:
-            raise ValueError(f"input '{name}' belongs to none of the features {', '.join(schema.features)}")
+    for each in (*layout.ids, *layout.dense):
+        if each.feature not in schema.features:
+            raise ValueError(f"input '{each.name}' belongs to none of the features {', '.join(schema.features)}")
     return [
         FeatureInputs(
             name,
             feature.kind,
             schema.role_of(name),
-            _columns(schema, feature),
-            tuple(each for each in layout.ids if owner[each.name] == name),
-            _numbers(layout.dense, {each.name for each in layout.dense if owner[each.name] == name}),
+            feature.meaning(schema),
+            tuple(each for each in layout.ids if each.feature == name),
+            _numbers(layout.dense, name),
         )
         for name, feature in schema.features.items()
     ]
 
 
-def meaning_of(schema: Schema, name: str) -> Meaning:
-    """What the rows of the table of an id input stand for, given the feature's name."""
-    feature = schema.features[name]
-    if isinstance(feature, CrossFeature):
-        return Meaning(missing=False, unknown=0)
-    owner = schema.features[schema.table_of(name)]
-    return Meaning(missing=True, unknown=owner.oov_buckets if isinstance(owner, IdFeature | IdsFeature) else 0)
-
-
-def _columns(schema: Schema, feature: Feature) -> tuple[str, ...]:
-    if isinstance(feature, HistoryFeature):
-        return (schema.columns.user, *read_columns(schema.features[feature.of]))
-    return read_columns(feature) or (schema.columns.time,)
-
-
-def _numbers(dense: tuple[DenseInput, ...], names: set[str]) -> tuple[NumberInput, ...]:
-    places = {each.name: place for place, each in enumerate(dense)}
-    indicators = {name: f"{name}_missing" for name in names if f"{name}_missing" in names}
+def _numbers(dense: tuple[DenseInput, ...], feature: str) -> tuple[NumberInput, ...]:
+    places = {each.name: place for place, each in enumerate(dense) if each.feature == feature}
+    indicators = {f"{name}_missing" for name in places}.intersection(places)
     return tuple(
-        NumberInput(each.name, places[each.name], places.get(indicators.get(each.name, "")), each.edges)
-        for each in dense
-        if each.name in names.difference(indicators.values())
+        NumberInput(name, place, places.get(f"{name}_missing"), dense[place].edges)
+        for name, place in places.items()
+        if name not in indicators
     )

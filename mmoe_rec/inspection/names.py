@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import calendar
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.inspection.ids import Meaning
-from mmoe_rec.inspection.inputs import FeatureInputs
+from mmoe_rec.schema import Meaning
 
 
-def row_names(feature: FeatureInputs, table: str, meaning: Meaning, rows: list[int | str], fitted: Path) -> list[str]:
+def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path) -> list[str]:
     """Names for a reader of `rows`, numbers of table rows or words; fitted: folder of the fitted features."""
     numbers = [row for row in rows if isinstance(row, int)]
-    known = {row: _plain(feature, table, row) for row in numbers}
-    if feature.kind in ("id", "ids", "history"):
-        known |= _ids(fitted / f"{table}.vocabulary.parquet", meaning, numbers)
+    if meaning.row_name is not None:
+        known = {row: meaning.row_name(table, row) for row in numbers}
+    else:
+        known = {row: f"row {row}" for row in numbers} | _ids(fitted / f"{table}.vocabulary.parquet", meaning, numbers)
     return [known[row] if isinstance(row, int) else row for row in rows]
-
-
-def _plain(feature: FeatureInputs, table: str, row: int) -> str:
-    if feature.kind == "time":
-        return calendar.day_abbr[row - 1] if table.endswith("_weekday") else f"{row - 1}:00"
-    return f"bucket {row}" if feature.kind in ("cross", "numeric") else f"row {row}"
 
 
 def _ids(vocabulary: Path, meaning: Meaning, rows: list[int]) -> dict[int, str]:

@@ -103,7 +103,7 @@ def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | Non
 
     A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
     """
-    if feature.kind == "vector":
+    if feature.meaning.zeros_missing:
         none: np.ndarray = ~np.any(dense[:, [each.place for each in feature.numbers]], axis=1)
         return [none] * len(feature.numbers)
     return [None if each.indicator is None else dense[:, each.indicator] > 0.5 for each in feature.numbers]

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,21 +19,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.schema import (
-    CounterFeature,
-    CrossFeature,
-    Feature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    NumericFeature,
-    Schema,
-    TimeFeature,
-    VectorFeature,
-    read_columns,
-)
+from mmoe_rec.schema import Remembering, Schema, Use
 
-Use = Literal["key", "keys", "number", "vector", "time", "any"]
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
@@ -78,9 +64,8 @@ def column_uses(schema: Schema) -> dict[str, Use]:
         if task.observed_when is not None:
             reads(f"task '{name}'", "any", task.observed_when.column)
     for name, feature in schema.features.items():
-        use = _use_of(feature)
-        if use is not None:
-            reads(f"feature '{name}'", use, *read_columns(feature))
+        for column, use in feature.reads().items():
+            reads(f"feature '{name}'", use, column)
     return {column: _one_use(column, found) for column, found in uses.items()}
 
 
@@ -92,34 +77,14 @@ def event_uses(schema: Schema, events: str) -> dict[str, Use]:
     time = schema.events[events].time
     uses: dict[str, Use] = {}
     for feature in schema.features.values():
-        if isinstance(feature, CounterFeature) and feature.events == events:
-            uses |= dict.fromkeys(feature.by, "key")
-        if isinstance(feature, HistoryFeature) and feature.events == events:
-            item = schema.features[feature.of]
-            assert isinstance(item, IdFeature)
-            uses |= {schema.columns.user: "key", item.column: "key"}
+        if isinstance(feature, Remembering) and feature.events == events:
+            uses |= feature.event_reads(schema)
     if time in uses:
         raise UserError(
             f"column '{time}' of events '{events}' is both the time and a key of counters or histories; add a column "
             "to that log"
         )
     return {time: "time", **uses}
-
-
-def _use_of(feature: Feature) -> Use | None:
-    match feature:
-        case IdFeature() | CrossFeature() | CounterFeature():
-            return "key"
-        case IdsFeature():
-            return "keys"
-        case NumericFeature():
-            return "number"
-        case VectorFeature():
-            return "vector"
-        case TimeFeature():
-            return "time"
-        case HistoryFeature():
-            return None
 
 
 def _one_use(column: str, found: dict[Use, str]) -> Use:

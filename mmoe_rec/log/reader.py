@@ -26,13 +26,13 @@ from mmoe_rec.log.checks import (
     word_of,
     words_of,
 )
-from mmoe_rec.log.columns import Use, column_uses, event_uses
+from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.files import FoundFile, find_files
 from mmoe_rec.log.parts import LogPart, Noticed, Piece, cut
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.log.values import file_column, first_row, next_batch
-from mmoe_rec.schema import EVENT, Schema
+from mmoe_rec.schema import EVENT, Schema, Use
 
 ROWS_AT_A_TIME = 131_072
 ROWS_PER_PART = 262_144

@@ -11,7 +11,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Schema, VectorFeature
+from mmoe_rec.schema import Schema
 
 _LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 
@@ -68,8 +68,8 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
         )
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
     for name, feature in schema.features.items():
-        if isinstance(feature, VectorFeature):
-            checks += _vector_checks(name, feature.column, feature.size)
+        for column, length in feature.list_lengths.items():
+            checks += _vector_checks(name, column, length)
     return checks
 
 

@@ -10,8 +10,9 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.columns import Use, canonical
+from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line
+from mmoe_rec.schema import Use
 
 
 def next_batch(batches: Iterator[pa.RecordBatch], address: str, schema: pa.Schema) -> pa.RecordBatch | None:

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-from mmoe_rec.schema import Schema, TimeFeature
+from mmoe_rec.schema import Schema
 
 # Years in which a time of any log is likely to lie; all databases have rules up to the latter.
 FIRST, LAST = "1970-01-01", "2037-12-31"
@@ -15,8 +15,7 @@ FIRST, LAST = "1970-01-01", "2037-12-31"
 
 def zone_rules(schema: Schema) -> dict[str, str]:
     """Time zone -> digest of what hours and weekdays are read by, of each zone of a schema but UTC."""
-    features = schema.features.values()
-    zones = {each.timezone for each in features if isinstance(each, TimeFeature)} - {"UTC"}
+    zones = {zone for feature in schema.features.values() for zone in feature.time_zones} - {"UTC"}
     return {zone: _digest(zone) for zone in sorted(zones)}
 
 

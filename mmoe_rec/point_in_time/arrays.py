@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -23,6 +27,8 @@ def shared_index(values: np.ndarray) -> pd.Index:
     pandas builds an index's hash table when it is first asked; a second thread would look into the unfinished table and
     miss what is not there yet. This one is finished.
     """
+    import pandas as pd
+
     index = pd.Index(values)
     index.get_indexer(index[:1])
     return index

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mmoe_rec.point_in_time.exact import ExactSums
 from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents, LookUps
@@ -287,5 +286,7 @@ def _running_last(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
     falls = last[1:] < last[:-1]
     falls[groups.starts[1:-1] - 1] = False
     if falls.any():  # an event that came late is earlier than what was compacted
+        import pandas as pd
+
         return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
     return last

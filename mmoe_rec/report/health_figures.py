@@ -97,15 +97,20 @@ def _panel(drawn: Figure, bottom: float, height: float) -> Axes:
 
 
 def _bands(axes: Axes, points: Sequence[_Point]) -> None:
-    for split in dict.fromkeys(point.split for point in points):
-        places = [point.place for point in points if point.split == split]
+    places: dict[str, list[int]] = {}
+    for point in points:
+        places.setdefault(point.split, []).append(point.place)
+    splits = list(places)
+    for number, split in enumerate(splits):
         # A week that two splits share is cut in half.
-        shared = {point.place for point in points if point.split != split}
-        left = min(places) - 0.5 * (min(places) not in shared)
-        right = max(places) + 0.5 * (max(places) not in shared)
+        earlier, later = (
+            {place for each in part for place in places[each]} for part in (splits[:number], splits[number + 1 :])
+        )
+        left = min(places[split]) - 0.5 * (min(places[split]) not in earlier)
+        right = max(places[split]) + 0.5 * (max(places[split]) not in later)
         axes.axvspan(left, right, color=COLOURS[split], alpha=0.08, linewidth=0, clip_on=False)
         step = (_WIDE - _LEFT - _RIGHT) / (points[-1].place + 1)
-        if (right - left) * step > 7.5 * len(split) or len(places) > 3:
+        if (right - left) * step > 7.5 * len(split) or len(places[split]) > 3:
             at: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
             axes.text((left + right) / 2, 0.97, split, **at, fontsize=11, fontweight="bold", color=COLOURS[split])
 

@@ -2,42 +2,34 @@
 
 These models are the `columns`, `roles`, `tasks` and `features` sections of a settings file. They only declare;
 `mmoe_rec.features` turns them into model inputs. A `Schema` identifies features; what a model makes of them, such as
-the weights of losses, is kept apart (`choices.py`).
+the weights of losses, is kept apart.
 """
 
-from mmoe_rec.schema.choices import FeatureSettings, TaskSettings
-from mmoe_rec.schema.features import (
-    MAX_TABLE_ROWS,
-    CounterFeature,
-    CrossFeature,
-    EventLog,
-    Feature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    NumericFeature,
-    TimeFeature,
-    VectorFeature,
-    read_columns,
-)
-from mmoe_rec.schema.log import CHOICES, EVENT, Columns, ObservedWhen, Role, Roles, Scalar, Schema, Task, outcome_name
+from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
+from mmoe_rec.schema.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Remembering, Schema, each_once
 from mmoe_rec.schema.section import Section
+from mmoe_rec.schema.tasks import (
+    CHOICES,
+    EVENT,
+    ObservedWhen,
+    Scalar,
+    Task,
+    TaskSettings,
+    outcome_name,
+    without_choices,
+)
 
 __all__ = [
     "CHOICES",
     "EVENT",
     "MAX_TABLE_ROWS",
     "Columns",
-    "CounterFeature",
-    "CrossFeature",
+    "Embedded",
     "EventLog",
     "Feature",
-    "FeatureSettings",
-    "HistoryFeature",
-    "IdFeature",
-    "IdsFeature",
-    "NumericFeature",
+    "Meaning",
     "ObservedWhen",
+    "Remembering",
     "Role",
     "Roles",
     "Scalar",
@@ -45,8 +37,8 @@ __all__ = [
     "Section",
     "Task",
     "TaskSettings",
-    "TimeFeature",
-    "VectorFeature",
+    "Use",
+    "each_once",
     "outcome_name",
-    "read_columns",
+    "without_choices",
 ]

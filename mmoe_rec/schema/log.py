@@ -1,26 +1,16 @@
-"""Columns, roles, tasks and observed-rules of an interaction log, and how they and the features fit together."""
+"""Columns and roles of an interaction log, and further logs of events."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from mmoe_rec.schema.features import (
-    CounterFeature,
-    EventLog,
-    Feature,
-    HistoryFeature,
-    IdFeature,
-    IdsFeature,
-    read_columns,
-)
 from mmoe_rec.schema.section import Section
 
 Role = Literal["user", "candidate", "context", "placement"]
-Scalar = bool | int | float | str
+Use = Literal["key", "keys", "number", "vector", "time", "any"]
+"""What a column is read as: see `mmoe_rec.log.columns`."""
 
 
 class Columns(Section):
@@ -55,237 +45,12 @@ class Roles(Section):
     )
 
 
-class ObservedWhen(Section):
-    """A row's label counts only where another column has a given value."""
+class EventLog(Section):
+    """A further log of what happened, shown by this system or not, such as all purchases or page views.
 
-    column: str = Field(description="column to look at")
-    equals: Scalar = Field(description="value at which the label is known")
-
-
-class Task(Section):
-    """One predicted behaviour. A null label is always unobserved."""
-
-    label: str = Field(description="column with the label; null means unobserved")
-    kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
-    observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
-    given: str | None = Field(
-        None, description="binary task without which this one cannot be; the two are learnt from all rows (ESMM 2018)"
-    )
-    matures_after_days: float = Field(
-        0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
-    )
-
-
-# A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
-EVENT = Task(label="\0event", kind="binary")
-
-
-_RESERVED = frozenset({"score", "ranking"})
-
-
-def outcome_name(given: str, task: str) -> str:
-    """What both happened is called, of a task and the one that it is `given`: a name beside those of tasks."""
-    return f"{given}_and_{task}"
-
-
-# Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
-CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim"})}
-
-
-class Schema(Section):
-    """The meaning of a log: everything that features need to know of the settings, checked for consistency.
-
-    It is made of the sections of a settings file as they are; keys that say what a model makes of features and tasks
-    (see `mmoe_rec.schema.choices`) are not part of it, so that nothing built from rows can depend on them.
+    Counters and histories may read it. Its key columns have the names and types that they have in the interaction log.
+    A row is an event that is known from its time on.
     """
 
-    columns: Columns
-    roles: Roles = Roles()
-    tasks: dict[str, Task] = Field(min_length=1)
-    features: dict[str, Feature] = Field(min_length=1)
-    events: dict[str, EventLog] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_choices(cls, sections: Any) -> Any:
-        if not isinstance(sections, dict):
-            return sections
-        return {name: _meaning(each, CHOICES[name]) if name in CHOICES else each for name, each in sections.items()}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Schema:
-        self._check_columns()
-        self._check_roles()
-        for name in (*self.tasks, *self.features):
-            if not name.replace("_", "").isalnum():
-                raise ValueError(f"name '{name}' may hold letters, digits and underscores only")
-        self._check_case(self.tasks, "task")
-        self._check_case(self.features, "feature")
-        for name in _RESERVED.intersection(self.tasks):
-            raise ValueError(f"a task may not be called '{name}', which is a part of the metrics; rename it")
-        self._check_given()
-        for name, feature in self.features.items():
-            self._check_leaks(name, read_columns(feature))
-        for name, feature in self.features.items():
-            if isinstance(feature, HistoryFeature | CounterFeature):
-                self._check_source(name, feature)
-            if isinstance(feature, HistoryFeature):
-                owners = self._owners(IdFeature)
-                self._check_shared(
-                    name, "of", feature.of, [each for each in owners if self.role_of(each) == "candidate"]
-                )
-            if isinstance(feature, IdFeature | IdsFeature) and feature.table is not None:
-                self._check_shared(name, "table", feature.table, self._owners(IdFeature | IdsFeature))
-            self.role_of(name)
-        return self
-
-    def _check_case(self, names: Iterable[str], what: str) -> None:
-        """Files are named by tasks and features, and not all machines tell upper from lower case."""
-        seen: dict[str, str] = {}
-        for name in names:
-            if (other := seen.setdefault(name.casefold(), name)) != name:
-                raise ValueError(
-                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which names of files on some "
-                    "machines do not tell apart; rename one"
-                )
-
-    def _check_given(self) -> None:
-        taken = dict.fromkeys(self.tasks, "a task")
-        for name, task in self.tasks.items():
-            if task.given is None:
-                continue
-            if task.kind != "binary":
-                raise ValueError(f"task '{name}' has `given`, which only a binary task can have")
-            others = {each: other for each, other in self.tasks.items() if each != name}
-            plain = [each for each, other in others.items() if other.kind == "binary" and other.given is None]
-            if task.given not in plain:
-                raise ValueError(
-                    f"task '{name}' is given '{task.given}', which is not another binary task without `given`; such "
-                    f"tasks are: {', '.join(plain) or 'none'}"
-                )
-            outcome = outcome_name(task.given, name)
-            if outcome in taken:
-                raise ValueError(
-                    f"what tasks '{task.given}' and '{name}' are together is called '{outcome}', as is "
-                    f"{taken[outcome]}; rename one"
-                )
-            taken[outcome] = "that of two other tasks"
-
-    def _check_source(self, name: str, feature: HistoryFeature | CounterFeature) -> None:
-        if feature.task is not None and feature.task not in self.tasks:
-            raise ValueError(f"feature '{name}' names task '{feature.task}'; tasks are {', '.join(self.tasks)}")
-        if feature.events is not None and feature.events not in self.events:
-            known = ", ".join(self.events) or "none, add it"
-            raise ValueError(f"feature '{name}' names events '{feature.events}'; logs under data.events are: {known}")
-
-    def source_task(self, feature: HistoryFeature | CounterFeature) -> Task:
-        """The task whose labels a feature remembers; every row of an event log counts as one of `EVENT`."""
-        return EVENT if feature.task is None else self.tasks[feature.task]
-
-    def _check_columns(self) -> None:
-        purposes: dict[str, str] = {}
-        for purpose in ("user", "candidate", "time", "request", "sampling_rate"):
-            column = getattr(self.columns, purpose)
-            if column is not None and (other := purposes.setdefault(column, purpose)) != purpose:
-                raise ValueError(f"columns.{other} and columns.{purpose} both name column '{column}'")
-        for name, task in self.tasks.items():
-            if task.label in purposes:
-                raise ValueError(
-                    f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own"
-                )
-
-    def _check_leaks(self, name: str, read: Sequence[str]) -> None:
-        labels = {task.label: task_name for task_name, task in self.tasks.items()}
-        for column in read:
-            if column in labels:
-                raise ValueError(
-                    f"feature '{name}' reads column '{column}', which is the label of task '{labels[column]}'; "
-                    "past labels are read through features of kind counter or history"
-                )
-            if column == self.columns.sampling_rate:
-                raise ValueError(
-                    f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away"
-                )
-
-    def _check_roles(self) -> None:
-        seen = {self.columns.user: "user", self.columns.candidate: "candidate", self.columns.time: "context"}
-        for role, names in self.roles:
-            for column in names:
-                if seen.setdefault(column, role) != role:
-                    raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}; leave it in one")
-
-    def _owners(self, kinds: type | types.UnionType) -> list[str]:
-        features = self.features.items()
-        return [name for name, each in features if isinstance(each, kinds) and getattr(each, "table", None) is None]
-
-    def _check_shared(self, name: str, key: str, target: str, possible: list[str]) -> None:
-        if target not in possible:
-            what = "an id feature of the candidate" if key == "of" else "an id feature"
-            raise ValueError(
-                f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
-                f"such features are: {', '.join(possible) or 'none, add one'}"
-            )
-
-    @property
-    def column_roles(self) -> dict[str, Role]:
-        """Role of every column that may be read as an input."""
-        roles: dict[str, Role] = {
-            self.columns.user: "user",
-            self.columns.candidate: "candidate",
-            self.columns.time: "context",
-        }
-        for role, names in self.roles:
-            roles.update(dict.fromkeys(names, role))
-        return roles
-
-    def role_of(self, name: str) -> Role:
-        """Role of a feature: what its columns describe together. Raises ValueError for a column without a role."""
-        feature = self.features[name]
-        if isinstance(feature, HistoryFeature):
-            return "user"
-        roles = set()
-        for column in read_columns(feature):
-            if column not in self.column_roles:
-                raise ValueError(
-                    f"feature '{name}' reads column '{column}', which has no role; list it under roles.user, "
-                    "roles.candidate, roles.context or roles.placement"
-                )
-            roles.add(self.column_roles[column])
-        if "placement" in roles and (len(roles) > 1 or isinstance(feature, CounterFeature)):
-            raise ValueError(
-                f"feature '{name}' reads placement together with other columns or past labels, but placement is "
-                "absent in serving; a feature of placement may read placement columns only"
-            )
-        for role in ("placement", "candidate", "context"):
-            if role in roles:
-                return role
-        return "user" if roles else "context"
-
-    def table_of(self, name: str) -> str:
-        """Name of the id feature that owns the vocabulary and the embedding table of an id-like feature."""
-        feature = self.features[name]
-        if isinstance(feature, HistoryFeature):
-            return feature.of
-        if isinstance(feature, IdFeature | IdsFeature):
-            return feature.table or name
-        return name
-
-    def identity(self) -> dict[str, Any]:
-        """What features depend on, as JSON values. Where a log of events lies is not among it, but its files are."""
-        return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
-
-    def input_columns(self) -> dict[str, Role]:
-        """Columns that the features read, with their role; what a request may give."""
-        read = {column for feature in self.features.values() for column in read_columns(feature)}
-        read |= {self.columns.user, self.columns.candidate, self.columns.time}
-        return {column: role for column, role in self.column_roles.items() if column in read}
-
-
-def _meaning(section: Any, choices: frozenset[str]) -> Any:
-    """A section of names and what stands under each, without choices."""
-    if not isinstance(section, dict):
-        return section
-    return {
-        name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
-        for name, each in section.items()
-    }
+    path: str = Field(description="a folder of Parquet files, one file, or a glob; a path or an s3:// address")
+    time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.features.counter import CounterEncoder
-from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import UTC_MICROSECONDS, Use, column_uses
-from mmoe_rec.schema import HistoryFeature, IdFeature, IdsFeature, Role
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
+from mmoe_rec.schema import Role, Use
 from mmoe_rec.serving.errors import RequestError
 
 PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
@@ -80,14 +78,9 @@ class RequestColumns:
 
 
 def _precomputed(pipeline: FeaturePipeline) -> Iterator[RequestColumn]:
-    for name, encoder in pipeline.encoders.items():
-        feature, role = pipeline.schema.features[name], pipeline.schema.role_of(name)
-        if isinstance(encoder, CounterEncoder):
-            for output in encoder.numbers:
-                yield RequestColumn(output, role, "number", pa.float64())
-        elif isinstance(feature, HistoryFeature):
-            known = _vocabulary_type(pipeline.owners[feature.of])
-            yield RequestColumn(name, role, "keys", None if known is None else pa.list_(known))
+    for name, encoder in pipeline.memory_encoders.items():
+        for column, (use, kind) in encoder.precomputed().items():
+            yield RequestColumn(column, pipeline.schema.role_of(name), use, kind)
 
 
 def _known_types(
@@ -96,16 +89,9 @@ def _known_types(
     # Later ones win: the log's own columns tell more than a vocabulary.
     for name, kind in pipeline.key_types.items():
         yield name, pa.type_for_alias(kind)
-    for name, feature in pipeline.schema.features.items():
-        if isinstance(feature, IdFeature | IdsFeature):
-            known = _vocabulary_type(pipeline.owners[pipeline.schema.table_of(name)])
-            if known is not None:
-                yield feature.column, pa.list_(known) if isinstance(feature, IdsFeature) else known
+    for encoder in pipeline.encoders.values():
+        yield from encoder.column_types().items()
     for latest in (users, candidates):
         for field in latest.table.schema:
             if not pt.is_null(field.type) and field.type != UTC_MICROSECONDS:
                 yield field.name, field.type
-
-
-def _vocabulary_type(owner: VocabularyOwner) -> pa.DataType | None:
-    return owner.vocabulary.known.type if len(owner.vocabulary.known) else None

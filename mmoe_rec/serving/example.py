@@ -6,13 +6,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.ids import IdEncoder, IdsEncoder
 from mmoe_rec.features.latest import LatestValues
-from mmoe_rec.features.numeric import NumericEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 
 CANDIDATES = 8
@@ -44,9 +42,9 @@ def _frequent(pipeline: FeaturePipeline, latest: LatestValues, count: int) -> li
 
 
 def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
-    for encoder in pipeline.encoders.values():
-        if isinstance(encoder, IdEncoder) and encoder.feature.column == column:
-            return list(encoder.owner.vocabulary.known[:CANDIDATES].to_pylist())
+    for name, feature in pipeline.schema.features.items():
+        if isinstance(feature, VocabularyFeature) and feature.column == column:
+            return list(pipeline.owners[feature.shares or name].vocabulary.ids[:CANDIDATES].to_pylist())
     return []
 
 
@@ -57,17 +55,7 @@ def _usual_context(pipeline: FeaturePipeline) -> dict[str, Any]:
     for column, role in pipeline.schema.input_columns().items():
         if role != "context" or column == pipeline.schema.columns.time:
             continue
-        for encoder in pipeline.encoders.values():
-            if isinstance(encoder, IdEncoder) and encoder.feature.column == column:
-                known = _vocabulary(pipeline, column)[:1]
-                usual.update({column: known if isinstance(encoder, IdsEncoder) else known[0]} if known else {})
-            elif isinstance(encoder, NumericEncoder) and encoder.feature.column == column and uses[column] == "number":
-                usual.setdefault(column, _usual_number(encoder))
-    return usual
-
-
-def _usual_number(encoder: NumericEncoder) -> float:
-    if encoder.feature.transform == "buckets":
-        return float(encoder.edges[len(encoder.edges) // 2]) if len(encoder.edges) else 0.0
-    mean = encoder.number.standardiser.mean
-    return round(float(np.sign(mean) * np.expm1(abs(mean))) if encoder.feature.transform == "log" else mean, 6)
+        readers = [name for name, feature in pipeline.schema.features.items() if [*feature.reads()] == [column]]
+        values = (pipeline.encoders[name].usual(uses[column]) for name in readers)
+        usual[column] = next((value for value in values if value is not None), None)
+    return {column: value for column, value in usual.items() if value is not None}

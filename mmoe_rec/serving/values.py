@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import UTC_MICROSECONDS, Use, canonical
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical
+from mmoe_rec.schema import Use
 from mmoe_rec.serving.errors import RequestError
 
 _INT64 = range(-(2**63), 2**63)

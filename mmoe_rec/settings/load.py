@@ -14,6 +14,10 @@ from mmoe_rec.settings.messages import explain
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import load_yaml
 
+_INSTALLED = Path(__file__).with_name("template.yaml")
+TEMPLATE = _INSTALLED if _INSTALLED.is_file() else "configs/template.yaml"
+"""Where a user finds it: an installed package has it, the repository keeps it with the other settings files."""
+
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a YAML file, applies overrides such as `--model.experts.count 16`, and checks every key.
@@ -23,7 +27,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"settings file '{path}' {what}; start from configs/template.yaml")
+        raise UserError(f"settings file '{path}' {what}; start from {TEMPLATE}")
     try:
         tree = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

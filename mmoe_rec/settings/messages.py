@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import FeatureSettings, Section
+from mmoe_rec.features.kinds import KINDS
+from mmoe_rec.schema import Section
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import load_yaml
 
@@ -186,5 +187,4 @@ def without_none(annotation: Any) -> Any:
 
 
 def feature_kinds() -> dict[str, type[Section]]:
-    union = typing.get_args(FeatureSettings)[0]
-    return {typing.get_args(m.model_fields["kind"].annotation)[0]: m for m in typing.get_args(union)}
+    return {name: kind.settings for name, kind in KINDS.items()}

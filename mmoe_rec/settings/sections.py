@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mmoe_rec.schema import CHOICES, Columns, EventLog, FeatureSettings, Roles, Schema, Section, TaskSettings
+from mmoe_rec.features.kinds import FeatureSettings, schema_of
+from mmoe_rec.schema import CHOICES, Columns, EventLog, Roles, Schema, Section, TaskSettings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.yaml_text import dump_yaml
 
@@ -252,7 +253,7 @@ class Settings(Section):
     def schema_(self) -> Schema:
         """The part that says what the log means."""
         sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
-        return Schema(**sections, events=self.data.events)
+        return schema_of({**sections, "events": self.data.events})
 
     @property
     def choices(self) -> dict[str, dict[str, dict[str, Any]]]:

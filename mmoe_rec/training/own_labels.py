@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmoe_rec.auc import grouped_auc
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.features.layout import Layout
 
@@ -80,15 +80,12 @@ def _of_users(kept: Kept, one_in: int) -> Kept:
 
 
 def _gauc(users: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Of (N,) rows, NaN labels are unobserved; by the ranks of each user's positive rows, ties sharing a mean rank."""
-    rows = pd.DataFrame({"user": users, "logit": logits, "label": labels}).dropna(subset="label")
-    by_user = rows.groupby("user")
-    ranks = by_user["logit"].rank().where(rows["label"] == 1, 0.0)
-    total = by_user["label"].count()
-    positives, rank_sum = by_user["label"].sum(), ranks.groupby(rows["user"]).sum()
-    pairs = positives * (total - positives)
-    both = pairs > 0
+    """Of (N,) rows, NaN labels are unobserved."""
+    seen = ~np.isnan(labels)
+    distinct, user = np.unique(users[seen], return_inverse=True)
+    areas = grouped_auc(user, logits[seen], labels[seen], 1 - labels[seen], len(distinct))
+    both = ~np.isnan(areas)
     if not both.any():
         return None
-    areas = (rank_sum - positives * (positives + 1) / 2)[both] / pairs[both]
-    return float((areas * total[both]).sum() / total[both].sum())
+    rows = np.bincount(user)[both]
+    return float((areas[both] * rows).sum() / rows.sum())

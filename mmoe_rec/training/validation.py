@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
@@ -107,15 +108,16 @@ class ValidationSums:
             raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
         tasks, loss = self.layout.tasks, self.loss
         means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
-        names = [task.name for task in tasks]
-        areas = {task.name: auc(*self.counts[t]) for t, task in enumerate(tasks) if task.kind == "binary"}
+        counts = self.counts.numpy()
+        binary = [(t, task.name) for t, task in enumerate(tasks) if task.kind == "binary"]
+        areas = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for t, name in binary}
         return Validation(
             means,
-            {name: area for name, area in areas.items() if area is not None},
+            {name: area for name, area in areas.items() if not math.isnan(area)},
             self.utilisation.result(),
             self.own_labels.gauc(),
             self.own_labels.calibration(),
-            {name: int(self.counts[t].sum(1).min()) for t, name in enumerate(names) if name in areas},
+            {name: int(counts[t].sum(1).min()) for t, name in binary},
         )
 
 
@@ -159,15 +161,6 @@ def _count(counts: Tensor, logits: Tensor, labels: Tensor, observed: Tensor) -> 
         for label in (0, 1):
             chosen = bins[known & (labels[:, task] == label), task]
             counts[task, label] += torch.bincount(chosen, minlength=BINS)
-
-
-def auc(negatives: Tensor, positives: Tensor) -> float | None:
-    """Area under the ROC curve of two (BINS,) histograms, ties counting one half; None with one class only."""
-    total = negatives.sum() * positives.sum()
-    if total == 0:
-        return None
-    below = negatives.cumsum(0) - negatives
-    return float(((below + 0.5 * negatives) * positives).sum() / total)
 
 
 def _any_rank(asked: bool, device: torch.device) -> bool:

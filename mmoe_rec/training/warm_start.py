@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.ids import VocabularyOwner
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.model.towers import Towers
@@ -115,7 +115,7 @@ def _weights(folder: Path) -> Iterator[Any]:
 
 
 def _buckets_of_new_ids(old: VocabularyOwner, new: VocabularyOwner) -> np.ndarray:
-    return old.encode(new.vocabulary.known[len(old.vocabulary.known) :])
+    return old.encode(new.vocabulary.ids[len(old.vocabulary.ids) :])
 
 
 def _structures(one: Model, other: Model) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
         if where.rpartition(".")[2] not in _FREE:
             yield f"its setting '{where}' is {its}, and {theirs} in the features"
     for name, owner in old.owners.items():
-        known, now = owner.vocabulary.known, new.owners[name].vocabulary.known
+        known, now = owner.vocabulary.ids, new.owners[name].vocabulary.ids
         if len(known) > len(now):
             yield f"its feature '{name}' knows {len(known):,} ids, and {len(now):,} in the features"
         if len(known) and not known.equals(now[: len(known)]):

@@ -31,7 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.schema import HistoryFeature, IdFeature, Schema
+from mmoe_rec.features.kinds.history import HistoryFeature
+from mmoe_rec.features.kinds.id import IdFeature
+from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings, load_settings
 from tests.benchmarks.memory import measure
 from tests.benchmarks.sources import LOG, source_columns, source_files

@@ -25,7 +25,12 @@ import pandas as pd
 import pyarrow as pa
 from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 
-from mmoe_rec.schema import CounterFeature, HistoryFeature, IdFeature, NumericFeature, Schema, Task, TimeFeature
+from mmoe_rec.features.kinds.counter import CounterFeature
+from mmoe_rec.features.kinds.history import HistoryFeature
+from mmoe_rec.features.kinds.id import IdFeature
+from mmoe_rec.features.kinds.numeric import NumericFeature
+from mmoe_rec.features.kinds.time import TimeFeature
+from mmoe_rec.schema import Schema, Task
 from tests.benchmarks.sources import LOG, source_columns, source_files, source_times
 
 MISSING, UNKNOWN = 0, 1  # codes of ids

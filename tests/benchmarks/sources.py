@@ -3,7 +3,7 @@
 from glob import glob
 from pathlib import Path
 
-from mmoe_rec.schema import CounterFeature, HistoryFeature, Schema, read_columns
+from mmoe_rec.schema import Remembering, Schema
 
 LOG = "(log)"
 
@@ -17,11 +17,9 @@ def source_columns(schema: Schema) -> dict[str, list[str]]:
         needed[LOG] |= {task.label, task.observed_when.column if task.observed_when else None}
     needed |= {name: {events.time} for name, events in schema.events.items()}
     for feature in schema.features.values():
-        needed[LOG] |= set(read_columns(feature))
-        if isinstance(feature, CounterFeature) and feature.events:
-            needed[feature.events] |= set(feature.by)
-        if isinstance(feature, HistoryFeature) and feature.events:
-            needed[feature.events] |= {names.user, *read_columns(schema.features[feature.of])}
+        needed[LOG] |= set(feature.reads())
+        if isinstance(feature, Remembering) and feature.events:
+            needed[feature.events] |= set(feature.event_reads(schema))
     return {source: sorted(filter(None, columns)) for source, columns in needed.items()}
 
 

@@ -22,7 +22,12 @@ import pyarrow.parquet as pq
 from pandas.api.types import union_categoricals
 from sklearn.preprocessing import StandardScaler
 
-from mmoe_rec.schema import CounterFeature, HistoryFeature, IdFeature, NumericFeature, Schema, Task, TimeFeature
+from mmoe_rec.features.kinds.counter import CounterFeature
+from mmoe_rec.features.kinds.history import HistoryFeature
+from mmoe_rec.features.kinds.id import IdFeature
+from mmoe_rec.features.kinds.numeric import NumericFeature
+from mmoe_rec.features.kinds.time import TimeFeature
+from mmoe_rec.schema import Schema, Task
 from tests.benchmarks.sources import LOG, source_columns, source_files, source_times
 
 DAY = 86_400_000_000

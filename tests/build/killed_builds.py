@@ -26,14 +26,14 @@ from pathlib import Path
 from mmoe_rec.build import engines, steps
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import prepare
-from mmoe_rec.schema import Schema
+from mmoe_rec.features import kinds
 if __name__ == "__main__":
     steps.ROWS_FOR_PROCESSES = 0
     log, work, workers, threads, schema, windows = sys.argv[1:]
     engines.THREADS_AT_MOST = int(threads)
     print("begin", flush=True)
     options = BuildOptions(workers=int(workers), rows_in_memory=2000)
-    prepare(log, Schema.model_validate_json(schema), json.loads(windows), Path(work), options)
+    prepare(log, kinds.schema_of(json.loads(schema)), json.loads(windows), Path(work), options)
 """
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.collect import collect
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Schema
 from tests.build.growing_log import WINDOWS, Growing, training_items, windows_of
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -103,7 +103,7 @@ def _remember(pipeline: FeaturePipeline, rows: list, events: dict[str, list]) ->
 
 
 def _known(prepared: Prepared, feature: str = "item") -> list:
-    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.known.to_pylist()
+    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.ids.to_pylist()
 
 
 @pytest.mark.parametrize("strings", [False, True])
@@ -176,7 +176,7 @@ def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
 def test_a_vocabulary_grows_up_to_its_largest_size(tmp_path):
     log = Growing(tmp_path, 2, 600)
     item = {**ALL_KINDS["item"], "max_size": 14}
-    log.schema = Schema.model_validate(
+    log.schema = kinds.schema_of(
         {**log.schema.model_dump(), "features": {**log.schema.model_dump()["features"], "item": item}}
     )
     log.add(0, 7)

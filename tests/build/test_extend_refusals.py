@@ -17,7 +17,7 @@ import pytest
 from mmoe_rec.build import extend as extend_module
 from mmoe_rec.build.steps import Steps
 from mmoe_rec.errors import UserError
-from mmoe_rec.schema import Schema
+from mmoe_rec.features import kinds
 from tests.build.growing_log import WINDOWS, Growing
 from tests.log.small_logs import (
     DAY,
@@ -65,19 +65,19 @@ def _write_last_again(log: Growing) -> None:
 def _change_schema(log: Growing) -> None:
     tree = log.schema.model_dump()
     tree["features"]["item"]["oov_buckets"] = 3
-    log.schema = Schema.model_validate(tree)
+    log.schema = kinds.schema_of(tree)
 
 
 def _drop_feature(log: Growing) -> None:
     tree = log.schema.model_dump()
     del tree["features"]["price"]
-    log.schema = Schema.model_validate(tree)
+    log.schema = kinds.schema_of(tree)
 
 
 def _swap_features(log: Growing) -> None:
     tree = log.schema.model_dump()
     tree["features"] = dict(reversed(tree["features"].items()))
-    log.schema = Schema.model_validate(tree)
+    log.schema = kinds.schema_of(tree)
 
 
 def _change_type(log: Growing) -> None:

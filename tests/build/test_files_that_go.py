@@ -12,6 +12,7 @@ import pytest
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.windows import in_window
 from tests.build.growing_log import WINDOWS, Growing, windows_of
@@ -279,7 +280,7 @@ def test_a_file_of_two_logs_is_listed_once(tmp_path):
         log.add(start, end)
     tree = log.schema.model_dump()
     tree["events"] = {name: {"path": str(log.folder / "events"), "time": "bought_at"} for name in ("purchases", "more")}
-    log.schema = type(log.schema).model_validate(tree)
+    log.schema = kinds.schema_of(tree)
     _spoil(log.folder / "log" / "99.parquet", "label")
     (log.folder / "events" / "98.parquet").write_bytes(b"cut off")
     prepared = log.prepare(**SKIP)

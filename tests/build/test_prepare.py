@@ -18,12 +18,12 @@ from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Schema
 from tests.build.killed_builds import killed_builds
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -317,7 +317,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
         source = write_log(folder / "log", _renamed(random_log(0, 300), renamed))
         bought = write_log(folder / "bought", _renamed(events, renamed))
         tree = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}}).model_dump(mode="json")
-        schema = Schema.model_validate(_with_columns(tree, renamed))
+        schema = kinds.schema_of(_with_columns(tree, renamed))
         prepared.append(prepare(str(source), schema, WINDOWS, folder / "work"))
     plain, odd = prepared
     for split in WINDOWS:

@@ -9,10 +9,9 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.notes import told, warnings
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
-from mmoe_rec.evaluation.summary import compare, flatten, summarise
+from mmoe_rec.evaluation.summary import compare, flatten, summarise, sums_by_user
 from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure, merge_all
 
 
@@ -230,7 +229,7 @@ def test_a_resampled_r2_is_that_of_the_redrawn_rows(log: Log) -> None:
     parts = [log.take(np.flatnonzero(log.requests // 1_000_003 % 5 == part)).measure() for part in range(5)]
     sums = merge_all(parts)
     counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
-    found = metrics_of(sums)["spent"].at(counts)["r2"]
+    found = sums_by_user(sums)["spent"].at(counts)["r2"]
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     rows, label, prediction = log.observed("spent")
     for draw in range(3):
@@ -324,7 +323,7 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log) -> None:
     """A user drawn twice counts as two users: the AUC of the rows taken as often as their user was drawn."""
     sums = log.measure()
     counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
-    found = metrics_of(sums)["bought"].at(counts)
+    found = sums_by_user(sums)["bought"].at(counts)
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     for draw in range(3):
         times = np.array([drawn[user][draw] for user in log.users])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import ids
+from mmoe_rec.features import vocabulary
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.ids import ragged
+from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import IdCounts
 from mmoe_rec.log.hashing import combine, hash_column
@@ -320,7 +320,7 @@ def test_nanoseconds_stay_apart_though_not_every_integer_is_a_float64():
 def test_a_vocabulary_that_no_table_can_hold_is_refused(monkeypatch):
     feature = {"kind": "id", "column": "x", "min_count": 1, "oov_buckets": 3}
     for rows, fits in ((7, True), (6, False)):  # one is for missing ids
-        monkeypatch.setattr(ids, "MAX_TABLE_ROWS", rows)
+        monkeypatch.setattr(vocabulary, "MAX_TABLE_ROWS", rows)
         if fits:
             assert _fitted(feature, x=pa.array([5, 6, 7]))[0].layout.table("f").rows == rows
             continue

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import IDS
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.health import inspect
-from mmoe_rec.schema import Schema
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}
 STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}
@@ -23,7 +23,7 @@ DAYS = {"train": 17, "validation": 7, "test": 10}
 UNKNOWN, ITEMS = 4, 85  # hashed rows, and rows of the table of items with them and the missing id
 EDGES = (-1.0, 0.0, 1.0)
 
-SCHEMA = Schema.model_validate(
+SCHEMA = kinds.schema_of(
     {
         "columns": {"user": "user_id", "candidate": "item_id", "time": "at"},
         "roles": {"candidate": ["tags", "price", "look", "weight"], "context": ["hour"]},

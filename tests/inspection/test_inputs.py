@@ -2,13 +2,12 @@
 
 import pytest
 
+from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inspection.ids import Meaning
-from mmoe_rec.inspection.inputs import feature_inputs, meaning_of
-from mmoe_rec.schema import Schema
+from mmoe_rec.inspection.inputs import feature_inputs
 
-SCHEMA = Schema.model_validate(
+SCHEMA = kinds.schema_of(
     {
         "columns": {"user": "u", "candidate": "c", "time": "t"},
         "roles": {"candidate": ["price", "age", "text"]},
@@ -47,8 +46,8 @@ def test_inputs_of_a_pipeline_find_their_features():
     ids = {name: [each.name for each in feature.ids] for name, feature in features.items() if feature.ids}
     single = ("a", "a_b_rows", "coarse", "seen", "both")
     assert ids == {**{name: [name] for name in single}, "when": ["when_hour", "when_weekday"]}
-    assert features["seen"].columns == ("u", "c")
-    assert features["when"].columns == ("t",)
+    assert features["seen"].meaning.columns == ("u", "c")
+    assert features["when"].meaning.columns == ("t",)
 
 
 def test_an_indicator_belongs_to_the_number_of_its_feature():
@@ -68,15 +67,9 @@ def test_an_input_of_no_feature_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("feature", "meaning"),
-    [
-        ("a", Meaning(missing=True, unknown=3)),
-        ("a_b_rows", Meaning(missing=True, unknown=3)),
-        ("seen", Meaning(missing=True, unknown=3)),
-        ("coarse", Meaning(missing=True, unknown=0)),
-        ("when", Meaning(missing=True, unknown=0)),
-        ("both", Meaning(missing=False, unknown=0)),
-    ],
+    ("feature", "missing", "unknown"),
+    [("a", 1, 3), ("a_b_rows", 1, 3), ("seen", 1, 3), ("coarse", 1, 0), ("when", 1, 0), ("both", 0, 0)],
 )
-def test_what_rows_of_tables_stand_for(feature, meaning):
-    assert meaning_of(SCHEMA, feature) == meaning
+def test_what_rows_of_tables_stand_for(feature, missing, unknown):
+    meaning = SCHEMA.features[feature].meaning(SCHEMA)
+    assert (meaning.missing, meaning.unknown, meaning.first_known) == (missing, unknown, missing + unknown)

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline, write_memory
@@ -71,7 +72,7 @@ ALL_KINDS: dict[str, Any] = {
 
 def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
     """A schema over the columns of `random_log`; `sections` replace those of `BASE`."""
-    return Schema.model_validate({**BASE, **sections, "features": features})
+    return kinds.schema_of({**BASE, **sections, "features": features})
 
 
 def _distinct_items(times: np.ndarray, users: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -190,7 +191,7 @@ def raw_results(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray |
     asked = rows.look_ups(encoder.by)
     return {
         name: each.take(asked.number) if isinstance(each, Ragged) else each[asked.number]
-        for name, each in encoder.known(encoder.memory, asked).items()
+        for name, each in encoder.distinct_results(encoder.memory, asked).items()
     }
 
 

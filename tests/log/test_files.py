@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
 from mmoe_rec.log import files
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import find_files, open_file, path_values
 from mmoe_rec.log.reader import Log
-from mmoe_rec.schema import Schema
 
 TABLE = pa.table({"x": [1, 2, 3]})
 VISIBLE = ["a-b.parquet", "a/0.parquet", "a/b/1.parquet", "day=__HIVE_DEFAULT_PARTITION__/2.parquet", "c.parquet"]
@@ -239,7 +239,7 @@ def _new_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 def test_a_log_on_s3(bucket):
-    schema = Schema.model_validate(
+    schema = kinds.schema_of(
         {
             "columns": {"user": "user", "candidate": "item", "time": "time", "time_unit": "s"},
             "tasks": {"click": {"label": "click", "objective": "engagement"}},

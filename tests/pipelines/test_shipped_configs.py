@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmoe_rec.features.kinds.cross import CrossFeature
+from mmoe_rec.features.kinds.id import IdFeature
+from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.jobs.features import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.schema import CrossFeature, IdFeature, IdsFeature
 from mmoe_rec.serving.artifact import write_artifact
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import Settings, load_settings

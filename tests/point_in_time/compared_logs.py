@@ -21,15 +21,15 @@ from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.counter import CounterEncoder
+from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.history import HistoryEncoder
+from mmoe_rec.features.kinds.counter import CounterEncoder
+from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import Schema
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.point_in_time.naive_features import DAY, NaiveFeatures
@@ -63,7 +63,7 @@ def compare(seed: int, folder: Path) -> int:
     """
     drawn = draw(seed)
     drawn.settings["events"]["bought"]["path"] = str(folder / "events")
-    schema = Schema.model_validate(drawn.settings)
+    schema = kinds.schema_of(drawn.settings)
     options, compared, means = BuildOptions(**drawn.options), 0, {}
     place = str(folder / "log"), schema, drawn.windows, folder / "work", options
     with _small_pieces(drawn):

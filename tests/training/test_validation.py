@@ -8,8 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
@@ -20,7 +18,7 @@ from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training import own_labels
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.validation import BINS, BINS_PER_UNIT, FEWEST, Validation, auc, validate
+from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, validate
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, GIVEN
 
@@ -248,15 +246,3 @@ def test_without_any_binary_task_selection_is_by_loss() -> None:
 def test_metrics_have_names() -> None:
     flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, EVEN).flat()
     assert flat == {"validation.click.loss": 0.5, "validation.rating.loss": 2.0, "validation.click.auc": 0.75}
-
-
-@given(st.lists(st.tuples(st.integers(0, BINS - 1), st.booleans()), min_size=1, max_size=60))
-def test_auc_of_histograms(rows: list[tuple[int, bool]]) -> None:
-    negatives, positives = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
-    for place, label in rows:
-        (positives if label else negatives)[place] += 1
-    labels = [label for _, label in rows]
-    if len(set(labels)) == 1:
-        assert auc(negatives, positives) is None
-    else:
-        assert auc(negatives, positives) == pytest.approx(roc_auc_score(labels, [place for place, _ in rows]))

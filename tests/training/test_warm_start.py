@@ -119,9 +119,9 @@ def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
     table = grown.layout.table("item")
     rows = grown.warm_start().rows(table, 0, table.rows)
     assert torch.equal(rows[: len(weights)], weights)
-    for place, item in enumerate(new.known.to_pylist()):
+    for place, item in enumerate(new.ids.to_pylist()):
         (bucket,) = old.encode(pa.array([item]))
-        assert (bucket <= ALL_KINDS["item"]["oov_buckets"]) == (place >= len(old.vocabulary.known))
+        assert (bucket <= ALL_KINDS["item"]["oov_buckets"]) == (place >= len(old.vocabulary.ids))
         assert torch.equal(rows[1 + new.oov_buckets + place], weights[bucket])
 
 

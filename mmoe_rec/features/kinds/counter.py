@@ -1,36 +1,99 @@
-"""The `counter` feature: trailing counts and smoothed rates of a task's label per key, point in time."""
+"""The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Results, State
+from mmoe_rec.features.dense_number import DenseNumber
+from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Results, Shared, State
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import Table
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
-from mmoe_rec.features.numeric import DenseNumber
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
-from mmoe_rec.schema import CounterFeature, Schema
+from mmoe_rec.schema import Meaning, Remembering, Schema, Use, each_once
 
+Days = Annotated[float, Field(gt=0, le=36_500)]
 _FOREVER = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
+
+
+class CounterFeature(Remembering):
+    """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
+
+    kind: Literal["counter"]
+    by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
+    outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
+        ("positives", "rate", "recency"),
+        description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
+        "recency: log(1 + days since the last row with a positive label became known), missing if never",
+    )
+    window_days: tuple[Days | None, ...] = Field(
+        (None,), min_length=1, description="trailing windows; null is all of the past"
+    )
+    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outputs_of_events(cls, values: Any) -> Any:
+        """The default of events, which have no labels, is without a rate."""
+        if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
+            return {**values, "outputs": ("positives", "recency")}
+        return values
+
+    @model_validator(mode="after")
+    def _rate_has_labels(self) -> Self:
+        if self.events is not None and "rate" in self.outputs:
+            raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
+        return self
+
+    @field_validator("by", "outputs", "window_days")
+    @classmethod
+    def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
+        return each_once(values)
+
+    @field_validator("window_days")
+    @classmethod
+    def _each_named(cls, windows: tuple[float | None, ...]) -> tuple[float | None, ...]:
+        names: dict[str, float] = {}
+        for window in filter(None, windows):
+            if (other := names.setdefault(f"{window:g}", window)) != window:
+                raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
+        return windows
+
+    def reads(self) -> Mapping[str, Use]:
+        """The columns of the key."""
+        return dict.fromkeys(self.by, "key")
+
+    def event_reads(self, schema: Schema) -> Mapping[str, Use]:
+        """The columns of the key."""
+        return self.reads()
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Inputs without tables."""
+        return Meaning(self.by)
 
 
 class CounterEncoder(MemoryEncoder[CounterMemory]):
     """Statistics over all earlier rows with the same key whose label was known at the request."""
 
-    def __init__(self, name: str, feature: CounterFeature, schema: Schema) -> None:
-        self.source = feature.events
-        self.name, self.feature, self.task = name, feature, schema.source_task(feature)
+    feature: CounterFeature
+
+    def __init__(self, name: str, feature: CounterFeature, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        self.source, self.task = feature.events, shared.schema.source_task(feature)
         self.prior = 0.0
         self.counts = Moments()
-        self.numbers = {each: DenseNumber(each) for each in self._answer_names()}
-        self.matures_after = maturity(self.task, schema)
+        self.numbers = {each: DenseNumber(each) for each in self._output_names()}
+        self.matures_after = maturity(self.task, shared.schema)
         self.memory = CounterMemory.empty(self.source is None, "recency" in feature.outputs, self._fractions)
 
     @property
@@ -41,7 +104,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """Gives the exact sums of fractions, in all memories from now on, the units of any label."""
         self.memory = self.memory.with_room(units)
 
-    def _answer_names(self) -> list[str]:
+    def _output_names(self) -> list[str]:
         names = []
         for window in self.feature.window_days:
             names += [
@@ -108,7 +171,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics."""
         return tuple(self.numbers)
 
-    def known(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
+    def distinct_results(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
         join = memory.joined(asked)
         last = join.last()
@@ -185,7 +248,18 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         for name, values in state.values["numbers"].items():
             self.numbers[name].standardiser = Standardiser(**values)
 
+    def largest_tables(self) -> tuple[Table, ...]:
+        """None."""
+        return ()
+
+    def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
+        """The statistics under their names, such as `user_product_positives`."""
+        return dict.fromkeys(self.numbers, ("number", pa.float64()))
+
 
 def _suffix(window: float | None) -> str:
     """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
     return "" if window is None else f"_{window:g}d".replace(".", "p")
+
+
+KIND = Kind(CounterFeature, CounterFeature, CounterEncoder)

@@ -1,30 +1,72 @@
-"""The `history` feature: the user's last engaged candidates before the request, point in time."""
+"""The kind `history`: the user's last engaged candidates before the request, point in time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, State
-from mmoe_rec.features.ids import VocabularyOwner, ragged
+from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Shared, Unfitted
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.kinds.id import IdFeature
+from mmoe_rec.features.kinds.ids import ragged
+from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import HistoryMemory
-from mmoe_rec.schema import HistoryFeature, Schema
+from mmoe_rec.schema import Meaning, Remembering, Schema, Use
 
 _FOREVER = np.iinfo(np.int64).max
 
 
-class HistoryEncoder(MemoryEncoder[HistoryMemory]):
+class HistoryFeature(Remembering):
+    """The user's last engaged candidates before the request, point in time, embedded and averaged."""
+
+    fixed_role = "user"
+
+    kind: Literal["history"]
+    of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
+    length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
+    at_least: float = Field(1.0, description="label from which on a row counts as engaged")
+
+    def reads(self) -> Mapping[str, Use]:
+        """None: every row has the user's id."""
+        return {}
+
+    def event_reads(self, schema: Schema) -> Mapping[str, Use]:
+        """The user's and the candidate's ids."""
+        return {schema.columns.user: "key", **schema.features[self.of].reads()}
+
+    @property
+    def shares(self) -> str | None:
+        """The candidate's id feature."""
+        return self.of
+
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError as any that remembers, and where `of` is no id feature of the candidate."""
+        super().check(name, schema)
+        possible = [each for each in owners(schema, IdFeature) if schema.role_of(each) == "candidate"]
+        check_owner(name, "of", self.of, possible, "an id feature of the candidate")
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Rows as of the candidate's id feature."""
+        return meaning_of_ids(schema, (schema.columns.user, *schema.features[self.of].reads()), self.of)
+
+
+class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
     """Table rows of the last `length` candidates that the user engaged with, oldest first."""
 
-    def __init__(self, name: str, feature: HistoryFeature, schema: Schema, owner: VocabularyOwner) -> None:
-        self.source, self.user = feature.events, schema.columns.user
-        self.name, self.feature, self.task, self.owner = name, feature, schema.source_task(feature), owner
+    feature: HistoryFeature
+
+    def __init__(self, name: str, feature: HistoryFeature, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        schema, self.owner = shared.schema, shared.owners[feature.of]
+        self.source, self.user, self.task = feature.events, schema.columns.user, schema.source_task(feature)
         self.matures_after = maturity(self.task, schema)
         self.memory = HistoryMemory.empty()
 
@@ -58,7 +100,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         """One, of the feature's name."""
         return (self.name,)
 
-    def known(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
+    def distinct_results(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
         """For each row, a list of table rows, of any length."""
         return {self.name: memory.last(asked, self.feature.length)}
 
@@ -75,6 +117,10 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         assert isinstance(found, SharedRagged)
         return Inputs({self.name: found.expand()})
 
-    def state(self) -> State:
-        """Nothing but the memory, which is saved by itself."""
-        return State()
+    def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
+        """Lists of ids under the feature's name, oldest first."""
+        known = self.owner.id_type
+        return {self.name: ("keys", None if known is None else pa.list_(known))}
+
+
+KIND = Kind(HistoryFeature, HistoryFeature, HistoryEncoder)

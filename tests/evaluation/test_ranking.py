@@ -1,4 +1,4 @@
-"""Per-group metrics against scikit-learn one group at a time, and against averages over all orders of tied rows."""
+"""Ranking metrics against scikit-learn one request at a time, and against averages over all orders of tied rows."""
 
 from itertools import pairwise, permutations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import ndcg_score, roc_auc_score
+from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation.grouped import RankedLists, grouped_auc, least_ndcg, ndcg, reciprocal_rank
+from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ndcg, reciprocal_rank
 
 GROUPS = 40
 
@@ -18,27 +18,6 @@ def random_rows(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     generator = np.random.default_rng(seed)
     group = generator.integers(GROUPS - 1, size=500)
     return group, generator.integers(levels, size=500) / levels, generator.integers(2, size=500).astype(float)
-
-
-@pytest.mark.parametrize("levels", [1, 3, 1_000_000])
-def test_grouped_auc_is_that_of_each_group(levels: int) -> None:
-    group, value, label = random_rows(seed=levels, levels=levels)
-    label[group == 3] = 1
-    found = grouped_auc(group, value, label, 1 - label, GROUPS)
-    for index in range(GROUPS):
-        rows = group == index
-        if len(np.unique(label[rows])) < 2:
-            assert np.isnan(found[index])
-        else:
-            assert found[index] == pytest.approx(roc_auc_score(label[rows], value[rows]), abs=1e-12)
-
-
-def test_grouped_auc_of_counts_is_that_of_the_rows_behind_them() -> None:
-    value = np.array([0.1, 0.2, 0.3])
-    positives, negatives = np.array([2, 0, 5]), np.array([4, 3, 1])
-    labels = np.concatenate([[1] * p + [0] * n for p, n in zip(positives, negatives, strict=True)])
-    expected = roc_auc_score(labels, np.repeat(value, positives + negatives))
-    assert grouped_auc(np.zeros(3, int), value, positives, negatives, 1)[0] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("cutoff", [1, 5, 10])

@@ -1,8 +1,8 @@
-"""Ranking metrics of many groups at once, without a Python loop over groups.
+"""Metrics of the score: how well it ranks the rows of a request, as means over requests whose rows differ in relevance.
 
-A group is a request or a user, given as an index in [0, G). Every function sorts its rows by (group, value) and then
-works with sums over groups and over *runs*: rows of one group with equal values. Rows of a run have no order of their
-own, so each metric is its expected value over a random order of them: no metric can gain from ties.
+They are of all requests at once, without a Python loop: sums over requests and over *runs*, rows of one request with
+equal scores. Rows of a run have no order of their own, so each metric is its expected value over a random order of
+them: no metric can gain from ties.
 """
 
 from dataclasses import dataclass
@@ -10,34 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
-
-def grouped_auc(
-    group: np.ndarray, value: np.ndarray, positives: np.ndarray, negatives: np.ndarray, groups: int
-) -> np.ndarray:
-    """Area under the ROC curve within each group (the Mann-Whitney statistic, a tie counting one half).
-
-    Args:
-        group: (N,) int64 in [0, groups).
-        value: (N,) the predictions, or anything in the same order.
-        positives: (N,) number of positive rows behind each entry; 0 or 1 for single rows, more for histogram bins.
-        negatives: (N,) number of negative rows behind each entry.
-        groups: G.
-
-    Returns:
-        (G,) float64; NaN for a group without a positive or without a negative row.
-    """
-    order = np.lexsort((value, group))
-    group, value = group[order], value[order]
-    run = _runs(group, value)
-    run_group = group[_starts(run)]
-    run_positives = np.bincount(run, positives[order])
-    run_negatives = np.bincount(run, negatives[order])
-    all_positives = np.bincount(run_group, run_positives, groups)
-    all_negatives = np.bincount(run_group, run_negatives, groups)
-    negatives_before = _exclusive_sum(run_negatives) - _exclusive_sum(all_negatives)[run_group]
-    pairs_won = np.bincount(run_group, run_positives * (negatives_before + 0.5 * run_negatives), groups)
-    pairs = all_positives * all_negatives
-    return np.divide(pairs_won, pairs, out=np.full(groups, np.nan), where=pairs > 0)
+from mmoe_rec.auc import exclusive_sum, runs, starts
+from mmoe_rec.evaluation.metrics.metric import Ratio
 
 
 @dataclass(frozen=True)
@@ -67,9 +41,32 @@ class RankedLists:
         """Sort rows; `request` (N,) int64, `score` (N,) float, `gain` (N,) float, all in the same row order."""
         order = np.lexsort((-score, request))
         request, score = request[order], score[order]
-        run = _runs(request, score)
-        position = _positions(request, requests)
-        return RankedLists(request, requests, gain[order], position, run, position[_starts(run)], np.bincount(run))
+        run = runs(request, score)
+        position = np.arange(len(request)) - exclusive_sum(np.bincount(request, minlength=requests))[request]
+        return RankedLists(request, requests, gain[order], position, run, position[starts(run)], np.bincount(run))
+
+
+class Ndcg(Ratio[RankedLists]):
+    """Mean normalised discounted cumulative gain of the first `cutoff` rows."""
+
+    kinds, better = ("score",), "higher"
+
+    def __init__(self, cutoff: int) -> None:
+        self.name, self.cutoff = f"ndcg_at_{cutoff}", cutoff
+        self.totals = (self.name, "ranked_requests")
+        super().__init__()
+
+    def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
+        return {self.name: ndcg(lists, self.cutoff)}
+
+
+class MeanReciprocalRank(Ratio[RankedLists]):
+    """Mean of 1 / the rank of the first relevant row."""
+
+    name, kinds, better, totals = "mrr", ("score",), "higher", ("reciprocal_rank", "ranked_requests")
+
+    def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
+        return {"reciprocal_rank": reciprocal_rank(lists)}
 
 
 def ranks_nothing(lists: RankedLists) -> dict[str, np.ndarray]:
@@ -136,7 +133,7 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
         (Q,) float64 in (0, 1]; NaN for a request without a relevant row.
     """
     run_relevant = np.bincount(lists.run, lists.gain > 0)
-    run_request = lists.request[_starts(lists.run)]
+    run_request = lists.request[starts(lists.run)]
     with_relevant = np.flatnonzero(run_relevant)
     found, first = np.unique(run_request[with_relevant], return_index=True)
     is_deciding = np.zeros(len(run_relevant), dtype=bool)
@@ -156,25 +153,3 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
     """log of the binomial coefficient; -inf where k > n."""
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-
-
-def _runs(group: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(N,) index of the run of each row, for rows sorted by group and value."""
-    is_new = np.ones(len(group), dtype=bool)
-    is_new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
-    return np.cumsum(is_new) - 1
-
-
-def _starts(run: np.ndarray) -> np.ndarray:
-    """(runs,) index of the first row of each run."""
-    return np.flatnonzero(np.diff(run, prepend=-1))
-
-
-def _positions(group: np.ndarray, groups: int) -> np.ndarray:
-    """(N,) position of each row within its group, from 0, for rows sorted by group."""
-    return np.arange(len(group)) - _exclusive_sum(np.bincount(group, minlength=groups))[group]
-
-
-def _exclusive_sum(values: np.ndarray) -> np.ndarray:
-    """Sum of all values before each one."""
-    return np.cumsum(values) - values

@@ -1,0 +1,165 @@
+"""What a metric says of itself, and what it is given.
+
+Rows are measured into sums per user (`measure`), which are added up over any number of parts of the rows; `summarise`
+makes the value of the sums. The intervals redraw users, so `summarise` is asked for R resamples at once, in which each
+user counts as often as it was drawn. One resample that counts every user once gives the metric itself.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmoe_rec.errors import UserError
+
+Measured = TypeVar("Measured")
+Made = TypeVar("Made")
+
+
+class Metric(ABC, Generic[Measured]):
+    """One metric of a task (`Metric[TaskRows]`) or of the score (`Metric[RankedLists]`)."""
+
+    name: str
+    """In `metrics.json`, MLflow and tables."""
+    kinds: Sequence[str]
+    """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
+    better: Literal["higher", "lower", "one"]
+    """Which values are better; of `one`, those closer to 1."""
+    totals: Sequence[str]
+    """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
+    has_interval: bool = True
+    merged: Mapping[str, Literal["min", "max"]] = {}
+    """How those of its sums are merged that are not added up."""
+
+    def __init__(self) -> None:
+        if missing := [each for each in ("name", "kinds", "better", "totals") if not hasattr(self, each)]:
+            raise TypeError(f"metric {type(self).__name__} does not say: {', '.join(missing)}")
+
+    def measure(self, rows: Measured) -> dict[str, np.ndarray]:
+        """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of the score, adds."""
+        return {}
+
+    @abstractmethod
+    def summarise(self, drawn: "Drawn") -> np.ndarray:
+        """(R,) float64, the value in each resample; NaN where it is undefined."""
+
+    def why_undefined(self, group: Mapping[str, Any]) -> str:
+        """A sentence for people; group: what the summary says of the task or the score."""
+        return f"{self.name} is undefined."
+
+    def details(self, sums: "UserSums", resamples: int, seed: int) -> dict[str, Any]:
+        """What else the summary says."""
+        return {}
+
+    def before_merging(self, parts: pa.Table) -> pa.Table:
+        """Sums of parts of the rows, some of the same user, as they may be merged."""
+        return parts
+
+    @property
+    def label(self) -> str:
+        """Its name in a table."""
+        return f"{self.name} { ({'higher': '↑', 'lower': '↓', 'one': '→ 1'}[self.better]) }"
+
+    def loss(self, value: float) -> float:
+        """A number that is smaller for better values."""
+        return {"higher": -value, "lower": value, "one": abs(value - 1)}[self.better]
+
+    def shown(self, value: float) -> str:
+        """A value, or half the width of an interval, in a table."""
+        return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+class Ratio(Metric[Measured]):
+    """A metric that is the ratio of its two `totals`."""
+
+    def summarise(self, drawn: "Drawn") -> np.ndarray:
+        return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The N rows in which the label of a task is observed.
+
+    Attributes:
+        label, prediction, weight: (N,) float64.
+        precision: machine precision of the predictions as they were given.
+        request: (N,) int64 in [0, requests).
+    """
+
+    label: np.ndarray
+    prediction: np.ndarray
+    weight: np.ndarray
+    precision: float
+    request: np.ndarray
+    requests: int
+
+
+class UserSums:
+    """The sums of a task, or of the score, for each of all U users that were measured.
+
+    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score.
+    """
+
+    def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
+        self.users = tables["ranking"]["user"]
+        self.table = tables["ranking" if task is None else f"{task}.users"]
+        self.histogram = tables.get(f"{task}.histogram")
+        self._metrics = [metric for metric in metrics if metric.has_interval]
+        self._place = self.index(self.table["user"])
+        self._made: dict[Any, Any] = {}
+        read = {name for metric in metrics for name in metric.totals}
+        self._totals = sorted(read, key=[*self.table.column_names, *read].index)
+        self._values = np.array([self.column(name) for name in self._totals])
+
+    def column(self, name: str, absent: float = 0.0) -> np.ndarray:
+        """(U,) float64, the sum of each user; `absent` for users without a row."""
+        if name not in self.table.column_names:
+            raise UserError(
+                f"the sums hold no {name!r}, which a metric reads: they are of a version without it; evaluate again"
+            )
+        values = np.full(len(self.users), absent)
+        values[self._place] = self.table[name].to_numpy()
+        return values
+
+    def index(self, users: pa.ChunkedArray) -> np.ndarray:
+        """(N,) int64, where each of N users stands among the U."""
+        return pc.index_in(users, value_set=self.users.combine_chunks()).to_numpy().astype(np.int64)
+
+    def once(self, make: Callable[["UserSums"], Made]) -> Made:
+        """What `make` gives of these sums, made when it is first asked for."""
+        made: Made = self._made.get(make) or self._made.setdefault(make, make(self))
+        return made
+
+    def drawn(self, counts: np.ndarray) -> "Drawn":
+        """In resamples that count the users `counts` (U, R) float64 times."""
+        # One product for the sums of all metrics reads the counts once.
+        return Drawn(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
+
+    def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Name of each metric that has an interval -> (R,) float64."""
+        drawn = self.drawn(counts)
+        return {metric.name: metric.summarise(drawn) for metric in self._metrics}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """R resamples of the users; `drawn["weight"]` is the total (R,) of a sum that a metric names in `totals`.
+
+    counts: (U, R) float64, how often each user was drawn.
+    """
+
+    sums: UserSums
+    counts: np.ndarray
+    totals: Mapping[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.totals[name]
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """(R,) float64; NaN where the denominator is not positive."""
+    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)

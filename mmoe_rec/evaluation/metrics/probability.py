@@ -1,0 +1,128 @@
+"""How good the probabilities of a binary task are: as a loss, in sum, and in bins that hold equally many rows."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import csr_matrix
+
+from mmoe_rec.evaluation.metrics.auc import one_class
+from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
+
+
+class Logloss(Ratio[TaskRows]):
+    """Mean negative log likelihood of the labels, in nats."""
+
+    name, kinds, better, totals = "logloss", ("binary",), "lower", ("logloss", "weight")
+
+    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
+        """`logloss`, of probabilities clipped as scikit-learn does."""
+        clipped = np.clip(rows.prediction, rows.precision, 1 - rows.precision)
+        return {"logloss": -rows.weight * np.where(rows.label == 1, np.log(clipped), np.log1p(-clipped))}
+
+
+class NormalisedEntropy(Metric[TaskRows]):
+    """The logloss over the entropy of the base rate (He et al., 2014)."""
+
+    name, kinds, better, totals = "normalised_entropy", ("binary",), "lower", ("logloss", "label", "weight")
+    why_undefined = one_class
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        entropy = _entropy(ratio(drawn["label"], drawn["weight"]))
+        return ratio(ratio(drawn["logloss"], drawn["weight"]), entropy)
+
+
+class Calibration(Ratio[TaskRows]):
+    """The sum of the predictions over the sum of the labels."""
+
+    name, kinds, better, totals = "calibration", ("binary",), "one", ("prediction", "label")
+    why_undefined = one_class
+
+
+class ExpectedCalibrationError(Metric[TaskRows]):
+    """Mean over bins of equal mass, by weight, of |mean predicted - observed rate| (Naeini et al., 2015).
+
+    It has no interval: it is a mean of absolute values, which resampling biases upward.
+    """
+
+    name, kinds, better, totals = "ece", ("binary",), "lower", ()
+    has_interval = False
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        bins = drawn.sums.once(_WideBins)
+        weight, label, prediction = (each @ drawn.counts for each in (bins.weight, bins.label, bins.prediction))
+        return ratio(np.abs(prediction - label).sum(axis=0), weight.sum(axis=0))
+
+    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
+        """The bins, for a plot."""
+        return {"calibration_bins": _calibration_bins(sums.once(_WideBins), len(sums.users), resamples, seed)}
+
+
+class _WideBins:
+    """Ten bins of rising prediction and equal mass, made of those of the histogram.
+
+    Rows of one histogram bin stay together, so masses differ where many rows share a prediction, and there are fewer
+    bins than ten where a single prediction holds more rows than a bin.
+
+    Attributes:
+        totals: `rows`, and the weighted `weight`, `label` and `prediction` -> (bins,) float64.
+        weight, label, prediction: (bins, U), by user.
+    """
+
+    def __init__(self, sums: UserSums) -> None:
+        histogram = sums.histogram
+        assert histogram is not None  # of a binary task
+        place = _equal_mass(histogram, 10)
+        used, user = int(place.max(initial=-1)) + 1, sums.index(histogram["user"])
+        columns = {name: histogram[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
+        self.totals = {name: np.bincount(place, values, used) for name, values in columns.items()}
+        self.weight, self.label, self.prediction = (
+            csr_matrix((columns[name], (place, user)), (used, len(sums.users)))
+            for name in ("weight", "label", "prediction")
+        )
+
+
+def _calibration_bins(bins: _WideBins, users: int, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
+    (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
+    """
+
+    def observed_rates(counts: np.ndarray) -> Values:
+        mass, label = bins.weight @ counts, bins.label @ counts
+        return {("bin", str(i)): ratio(label[i], mass[i]) for i in range(len(mass))}
+
+    total = bins.totals
+    if not len(total["weight"]):
+        return []
+    replicates = replicate(observed_rates, users, resamples, seed)
+    result = []
+    for i, weight in enumerate(total["weight"]):
+        rate = with_interval(total["label"][i] / weight, replicates["bin", str(i)], users)
+        result.append(
+            {
+                "rows": int(total["rows"][i]),
+                "weight": float(weight),
+                "mean_predicted": float(total["prediction"][i] / weight),
+                "observed_rate": rate["value"],
+                "low": rate["low"],
+                "high": rate["high"],
+            }
+        )
+    return result
+
+
+def _equal_mass(histogram: pa.Table, bins: int) -> np.ndarray:
+    """(rows of the histogram,) int64, the wide bin of each; wide bins without rows are skipped in the numbering."""
+    logit_bin, index = np.unique(histogram["bin"].to_numpy(), return_inverse=True)
+    mass = np.bincount(index, histogram["weight"].to_numpy(), len(logit_bin))
+    middle = np.cumsum(mass) - 0.5 * mass
+    wide = np.minimum((bins * middle / mass.sum()).astype(np.int64), bins - 1)
+    return np.unique(wide, return_inverse=True)[1][index]
+
+
+def _entropy(rate: np.ndarray) -> np.ndarray:
+    """(R,) float64 in nats; 0 for a rate of 0 or 1."""
+    inside = np.where((rate > 0) & (rate < 1), rate, 0.5)
+    entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
+    return np.where(inside == rate, entropy, 0.0)

@@ -1,0 +1,46 @@
+"""The kinds of features, one file each: a new kind is its file, and its line in `NAMES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.schema import Feature, Schema, without_choices
+
+NAMES = (
+    "id",
+    "ids",
+    "numeric",
+    "vector",
+    "time",
+    "cross",
+    "history",
+    "counter",
+)
+"""Each is what `kind` is in a settings file, and the file of this folder whose `KIND` says all of it."""
+
+KINDS: dict[str, Kind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
+
+if TYPE_CHECKING:
+    FeatureSettings = Feature
+    _Meanings = Feature
+else:
+    _kind = Field(discriminator="kind")
+    FeatureSettings = Annotated[reduce(or_, [each.settings for each in KINDS.values()]), _kind]
+    """What may stand under `features` in a settings file."""
+    _Meanings = Annotated[reduce(or_, [each.feature for each in KINDS.values()]), _kind]
+
+_FEATURES = TypeAdapter(dict[str, _Meanings])
+
+
+def schema_of(sections: Mapping[str, Any]) -> Schema:
+    """The schema of sections of a settings file, `columns` to `events`. Raises pydantic's ValidationError."""
+    features = _FEATURES.validate_python(without_choices("features", sections["features"]))
+    tasks = without_choices("tasks", sections["tasks"])
+    return Schema.model_validate({**sections, "tasks": tasks, "features": features})

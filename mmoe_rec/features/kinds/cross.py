@@ -1,0 +1,59 @@
+"""The kind `cross`: the hashed combination of columns, looked up in an embedding table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import Table
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Schema, Use, each_once
+
+
+class CrossFeature(Feature):
+    """The hashed combination of two or more columns."""
+
+    kind: Literal["cross"]
+    columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
+    buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
+
+    @field_validator("columns")
+    @classmethod
+    def _each_once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(columns)
+
+    def reads(self) -> Mapping[str, Use]:
+        """The columns, as keys."""
+        return dict.fromkeys(self.columns, "key")
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Each row is a bucket; a combination of missing values has one too."""
+        return Meaning(self.columns, lambda table, row: f"bucket {row}", missing=False, hashed=True)
+
+
+class EmbeddedCross(CrossFeature, Embedded):
+    """The hashed combination of two or more columns, embedded."""
+
+
+class CrossEncoder(Unfitted):
+    """The combination of columns, hashed."""
+
+    feature: CrossFeature
+
+    def outline(self) -> Outline:
+        """One id input with a table of `buckets` rows."""
+        table = Table(self.name, self.feature.buckets)
+        return Outline((table,), ((self.name, self.name, False),))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        """Hashed rows of the table."""
+        hashes = rows.hashes(self.feature.columns)
+        return Inputs({self.name: (hashes % np.uint64(self.feature.buckets)).astype(np.int64)})
+
+
+KIND = Kind(CrossFeature, EmbeddedCross, CrossEncoder)

@@ -1,0 +1,92 @@
+"""The kind `id`: one id a row, looked up in an embedding table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import Table
+from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import Embedded, Use
+
+
+class IdFeature(VocabularyFeature):
+    """One id a row."""
+
+    kind: Literal["id"]
+
+    def reads(self) -> Mapping[str, Use]:
+        """The column, as keys."""
+        return {self.column: "key"}
+
+
+class EmbeddedId(IdFeature, Embedded):
+    """One id a row, embedded."""
+
+
+class IdEncoder(Encoder):
+    """One id a row."""
+
+    feature: VocabularyFeature
+
+    def __init__(self, name: str, feature: VocabularyFeature, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        self.owner = shared.owners[feature.shares or name]
+        self._owns = self.owner.name == name
+        self.counts = self.owner.counts if self._owns else None
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Counts the training rows' ids."""
+        if self._owns:
+            self.owner.counts.add(rows.coded(self.feature.column))
+
+    def finish(self) -> None:
+        """Makes the vocabulary."""
+        if self._owns:
+            self.owner.finish()
+
+    def outline(self) -> Outline:
+        """One id input."""
+        tables = (self.owner.table(),) if self._owns else ()
+        return Outline(tables, ((self.name, self.owner.name, False),))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        """Rows of the table."""
+        return Inputs({self.name: self.owner.encode(rows.coded(self.feature.column))})
+
+    def state(self) -> State:
+        """The vocabulary, if it is this feature's own: known ids in the order of their rows."""
+        if not self._owns:
+            return State()
+        vocabulary = self.owner.vocabulary
+        return State({"oov_buckets": vocabulary.oov_buckets}, {"vocabulary": pa.table({"id": vocabulary.ids})})
+
+    def restore(self, state: State) -> None:
+        """Takes a saved vocabulary."""
+        if self._owns:
+            known = state.tables["vocabulary"]["id"].combine_chunks()
+            self.owner.vocabulary = Vocabulary(known, state.values["oov_buckets"])
+
+    def largest_tables(self) -> tuple[Table, ...] | None:
+        """A vocabulary of `max_size`."""
+        if self._owns and self.feature.max_size is None:
+            return None
+        return tuple(replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.outline().tables)
+
+    def column_types(self) -> Mapping[str, pa.DataType]:
+        """That of the known ids."""
+        return {} if self.owner.id_type is None else {self.feature.column: self.owner.id_type}
+
+    def usual(self, use: Use) -> Any:
+        """The most frequent id."""
+        known = self.owner.vocabulary.ids
+        return known[0].as_py() if len(known) else None
+
+
+KIND = Kind(IdFeature, EmbeddedId, IdEncoder)

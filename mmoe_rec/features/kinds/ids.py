@@ -1,0 +1,89 @@
+"""The kind `ids`: a list of ids a row, whose embeddings are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+from pydantic import Field
+
+from mmoe_rec.features.encoder import Inputs, Outline
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.kinds.id import IdEncoder
+from mmoe_rec.features.vocabulary import VocabularyFeature
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.schema import Embedded, Use
+
+
+class IdsFeature(VocabularyFeature):
+    """A list of ids a row."""
+
+    kind: Literal["ids"]
+    max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
+
+    def reads(self) -> Mapping[str, Use]:
+        """The column, as lists of keys."""
+        return {self.column: "keys"}
+
+
+class EmbeddedIds(IdsFeature, Embedded):
+    """A list of ids a row, embedded and averaged."""
+
+
+class IdsEncoder(IdEncoder):
+    """A list of ids a row; null lists are empty and null elements are left out."""
+
+    feature: IdsFeature
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Counts the elements of the training rows' lists."""
+        if self._owns:
+            values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)
+            self.owner.counts.add(values)
+
+    def outline(self) -> Outline:
+        """One id input with many ids a row."""
+        tables = (self.owner.table(),) if self._owns else ()
+        return Outline(tables, ((self.name, self.owner.name, True),))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        """Rows of the table, any number a row."""
+        values, lengths = ragged(rows.column(self.feature.column), self.feature.max_length)
+        return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
+
+    def column_types(self) -> Mapping[str, pa.DataType]:
+        """Lists of the known ids' type."""
+        return {column: pa.list_(kind) for column, kind in super().column_types().items()}
+
+    def usual(self, use: Use) -> Any:
+        """A list of the most frequent id."""
+        found = super().usual(use)
+        return None if found is None else [found]
+
+
+def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
+    """Elements and (N,) int32 lengths of a list column: nulls left out, at most `max_length` first (or last) a row."""
+    if pt.is_null(lists.type):
+        return pa.array([], pa.null()), np.zeros(len(lists), np.int32)
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
+    values = lists.flatten()
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    keep = values.is_valid().to_numpy(zero_copy_only=False)
+    # Position of each kept element among the kept ones of its row.
+    before = np.cumsum(keep) - keep
+    first = np.zeros(len(lengths), np.int64)
+    starts = np.cumsum(lengths) - lengths
+    filled = lengths > 0
+    first[filled] = before[starts[filled]]
+    place = before - first[row]
+    if last:
+        place = np.bincount(row[keep], minlength=len(lengths))[row] - 1 - place
+    keep &= place < max_length
+    return values.filter(pa.array(keep)), np.bincount(row[keep], minlength=len(lengths)).astype(np.int32)
+
+
+KIND = Kind(IdsFeature, EmbeddedIds, IdsEncoder)

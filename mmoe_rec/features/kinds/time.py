@@ -1,0 +1,156 @@
+"""The kind `time`: hour and weekday of a time, and its age at the request."""
+
+from __future__ import annotations
+
+import calendar
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator, model_validator
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.dense_number import DenseNumber
+from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import Table
+from mmoe_rec.features.numbers import Standardiser
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.schema import Feature, Meaning, Schema, Use, each_once
+
+_CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
+_LAST_DAY = int(np.datetime64("9999-12-31", "us").astype(np.int64))
+
+
+class TimeFeature(Feature):
+    """Hour and weekday as ids, age in days as a number."""
+
+    kind: Literal["time"]
+    column: str | None = Field(None, description="timestamp column; null is the request's time")
+    parts: tuple[Literal["hour", "weekday", "age"], ...] = Field(
+        ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
+    )
+    timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
+
+    @field_validator("parts")
+    @classmethod
+    def _each_once(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(parts)
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (KeyError, OSError, ValueError):
+            raise ValueError("must be a time zone such as UTC or Europe/Berlin") from None
+        return timezone
+
+    @model_validator(mode="after")
+    def _age_needs_column(self) -> TimeFeature:
+        if "age" in self.parts and self.column is None:
+            raise ValueError("part 'age' needs a `column`: the request's own time has no age")
+        return self
+
+    def reads(self) -> Mapping[str, Use]:
+        """The column as times; the request's own time needs no reading."""
+        return {} if self.column is None else {self.column: "time"}
+
+    @property
+    def time_zones(self) -> tuple[str, ...]:
+        """The zone of hour and weekday."""
+        return (self.timezone,)
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Row 0 is a missing time, hours and weekdays follow."""
+        return Meaning((self.column or schema.columns.time,), _hour_or_weekday)
+
+
+class EmbeddedTime(TimeFeature):
+    """Hour and weekday as embeddings, age in days as a number."""
+
+    dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
+
+
+class TimeEncoder(Encoder):
+    """Hour and weekday of a time, and its age at the request."""
+
+    feature: TimeFeature
+
+    def __init__(self, name: str, feature: TimeFeature, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        self.age = DenseNumber(f"{name}_age")
+        self.counts = self.age.histogram
+        import pandas as pd
+
+        try:
+            pd.Timestamp(0, tz=feature.timezone)
+        except Exception:
+            raise UserError(f"feature '{name}': unknown time zone '{feature.timezone}'") from None
+
+    def _age(self, rows: LogRows) -> np.ndarray:
+        times = rows.times(self.feature.column)
+        days = (rows.times() - times.astype(np.float64)) / MICROSECONDS_PER_DAY
+        days = np.where(times == np.iinfo(np.int64).min, np.nan, days)
+        return np.sign(days) * np.log1p(np.abs(days))
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Counts the training rows' ages."""
+        if "age" in self.feature.parts:
+            self.age.histogram.add(self._age(rows))
+
+    def finish(self) -> None:
+        """Makes mean and deviation of the age."""
+        self.age.finish()
+
+    def outline(self) -> Outline:
+        """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
+        sizes = {"hour": 25, "weekday": 8}
+        parts = [part for part in self.feature.parts if part in sizes]
+        tables = tuple(Table(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
+        ids = tuple((table.name, table.name, False) for table in tables)
+        return Outline(tables, ids, self.age.inputs() if "age" in self.feature.parts else ())
+
+    def encode(self, rows: LogRows) -> Inputs:
+        """Hour and weekday in the time zone; log(1 + days) of age."""
+        import pandas as pd
+
+        every = rows.times(self.feature.column)
+        # The rows of a request share their time.
+        first = np.append(len(every) > 0, every[1:] != every[:-1])
+        times, number = every[first], np.cumsum(first) - 1
+        missing = times == np.iinfo(np.int64).min
+        # Time zones go by a calendar that ends with the year 9999; it repeats, days of the week included.
+        late = np.flatnonzero(times > _LAST_DAY)
+        times[late] -= -(-(times[late] - _LAST_DAY) // _CALENDAR_CYCLE) * _CALENDAR_CYCLE
+        local = pd.DatetimeIndex(pa.array(np.where(missing, 0, times), pa.timestamp("us")).to_numpy())
+        local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
+        parts = {"hour": lambda: local.hour, "weekday": lambda: local.day_of_week}
+        ids = {
+            f"{self.name}_{part}": np.where(missing, 0, 1 + read().to_numpy().astype(np.int64))[number]
+            for part, read in parts.items()
+            if part in self.feature.parts
+        }
+        return Inputs(dict(ids), self.age.encode(self._age(rows)) if "age" in self.feature.parts else {})
+
+    def state(self) -> State:
+        """Mean and deviation of the age."""
+        return State(asdict(self.age.standardiser))
+
+    def restore(self, state: State) -> None:
+        """Takes saved statistics."""
+        self.age.standardiser = Standardiser(**state.values)
+
+    def largest_tables(self) -> tuple[Table, ...]:
+        """Those that there are."""
+        return self.outline().tables
+
+
+def _hour_or_weekday(table: str, row: int) -> str:
+    return calendar.day_abbr[row - 1] if table.endswith("_weekday") else f"{row - 1}:00"
+
+
+KIND = Kind(TimeFeature, EmbeddedTime, TimeEncoder)

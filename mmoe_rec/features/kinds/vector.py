@@ -1,0 +1,99 @@
+"""The kind `vector`: a list of numbers a row, standardised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Literal
+
+import numpy as np
+import pyarrow.types as pt
+from pydantic import Field
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.dense_number import DenseNumber
+from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import DenseInput, Table
+from mmoe_rec.features.numbers import Standardiser
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import Feature, Meaning, Schema, Use
+
+
+class VectorFeature(Feature):
+    """A list of `size` numbers a row (say, a text embedding), standardised; a missing vector is all zeros."""
+
+    kind: Literal["vector"]
+    column: str = Field(description="column with lists of `size` numbers")
+    size: int = Field(ge=1, description="length of every list")
+
+    def reads(self) -> Mapping[str, Use]:
+        """The column, as vectors."""
+        return {self.column: "vector"}
+
+    @property
+    def list_lengths(self) -> Mapping[str, int]:
+        """`size`, of every list."""
+        return {self.column: self.size}
+
+    def meaning(self, schema: Schema) -> Meaning:
+        """Inputs without tables."""
+        return Meaning((self.column,), zeros_missing=True)
+
+
+class VectorEncoder(Encoder):
+    """A vector, standardised with one mean and deviation over all its elements."""
+
+    feature: VectorFeature
+
+    def __init__(self, name: str, feature: VectorFeature, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        self.number = DenseNumber(name)
+        self.counts = self.number.histogram
+
+    def _matrix(self, rows: LogRows) -> np.ndarray:
+        column, size = rows.column(self.feature.column), self.feature.size
+        matrix = np.full((len(rows), size), np.nan)
+        if pt.is_null(column.type):
+            return matrix
+        lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+        wrong = lengths[(lengths >= 0) & (lengths != size)]
+        if len(wrong):
+            raise UserError(
+                f"feature '{self.name}': column '{self.feature.column}' holds a list of {wrong[0]} numbers, "
+                f"but `size` is {size}"
+            )
+        matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        return matrix
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        """Counts the training rows' elements."""
+        self.number.histogram.add(self._matrix(rows).ravel())
+
+    def finish(self) -> None:
+        """Makes mean and deviation."""
+        self.number.finish()
+
+    def outline(self) -> Outline:
+        """`size` dense inputs."""
+        return Outline(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        """The standardised elements; all zeros for a missing vector."""
+        scaled = self.number.standardiser.apply(self._matrix(rows))
+        return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
+
+    def state(self) -> State:
+        """Mean and deviation."""
+        return State(asdict(self.number.standardiser))
+
+    def restore(self, state: State) -> None:
+        """Takes saved statistics."""
+        self.number.standardiser = Standardiser(**state.values)
+
+    def largest_tables(self) -> tuple[Table, ...]:
+        """None."""
+        return ()
+
+
+KIND = Kind(VectorFeature, VectorFeature, VectorEncoder)

@@ -1,0 +1,43 @@
+"""A copy of the package with something added to it, as one adds it: a file, and a line in a list."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mmoe_rec
+
+ROOT = Path(mmoe_rec.__file__).parents[1]
+
+
+class AddedPackage:
+    """A copy of `mmoe_rec` in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "mmoe_rec", folder / "mmoe_rec", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def add(self, file: str, text: str, *, listed_in: str, after: str, line: str) -> None:
+        """Writes the file, and the line that registers it below the line `after` of the file `listed_in`."""
+        target, listing = self.folder / "mmoe_rec" / file, self.folder / "mmoe_rec" / listed_in
+        assert not target.exists()
+        target.write_text(text, encoding="utf-8")
+        before = listing.read_text(encoding="utf-8")
+        assert before.count(f"{after}\n") == 1, f"{listed_in} has not one line {after!r}"
+        listing.write_text(before.replace(f"{after}\n", f"{after}\n{line}\n"), encoding="utf-8")
+
+    def run(self, script: str) -> str:
+        """What a script prints that imports this package."""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout

@@ -1,0 +1,128 @@
+"""A kind of feature is added by one file and one line, and then is everywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.added_package import AddedPackage
+from tests.pipelines.learnable_log import START, settings_tree, write_files
+
+KIND = '''
+"""The kind `remainder`: an integer's remainder, looked up in an embedding table."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
+from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.layout import Table
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import Embedded, Feature, Meaning, Schema, Use
+
+
+class RemainderFeature(Feature):
+    """An integer's remainder."""
+
+    kind: Literal["remainder"]
+    column: str = Field(description="column that the feature reads")
+    divisor: int = Field(ge=2, description="what numbers are divided by")
+
+    def reads(self) -> Mapping[str, Use]:
+        return {self.column: "key"}
+
+    def meaning(self, schema: Schema) -> Meaning:
+        return Meaning((self.column,), lambda table, row: f"remainder {row - 1}")
+
+
+class EmbeddedRemainder(RemainderFeature, Embedded):
+    """An integer's remainder, embedded."""
+
+
+class RemainderEncoder(Unfitted):
+    """An integer's remainder; row 0 is a missing number."""
+
+    def outline(self) -> Outline:
+        return Outline((Table(self.name, self.feature.divisor + 1),), ((self.name, self.name, False),))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        numbers = rows.column(self.feature.column).to_numpy(zero_copy_only=False).astype(np.float64)
+        found = np.where(np.isnan(numbers), 0, 1 + np.nan_to_num(numbers) % self.feature.divisor)
+        return Inputs({self.name: found.astype(np.int64)})
+
+    def usual(self, use: Use) -> Any:
+        return 1
+
+
+KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
+'''
+
+SCRIPT = """
+import json
+from mmoe_rec.jobs.commands import evaluate, features, inspect, plan, train
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings import describe
+
+assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe()
+words = ["--config", "settings.yaml"]
+plan.main([*words, "--world-size", "1", "--local-world-size", "1"])
+for command in (features, train, inspect):
+    command.main(words)
+evaluate.main([*words, "--model", "work/model"])
+candidates = {"item": [1, 2, 3, 4, 5, 8]}
+ranking = Ranker.load("work/model").rank({"user": 3}, {"time": "2024-03-11T00:00:00Z"}, candidates)
+print("RANKED", json.dumps(ranking.to_dict()))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where features were built, a model was trained and evaluated, and candidates were ranked."""
+    folder = tmp_path_factory.mktemp("added")
+    package = AddedPackage(folder)
+    package.add(
+        "features/kinds/remainder.py",
+        KIND,
+        listed_in="features/kinds/__init__.py",
+        after='    "counter",',
+        line='    "remainder",',
+    )
+    tree = settings_tree(folder)
+    features = {
+        "user": {"kind": "id", "column": "user", "max_size": 100},
+        "rest": {"kind": "remainder", "column": "item", "divisor": 7, "dim": 4},
+    }
+    write_files(folder, features=features, training={**tree["training"], "epochs": 1})
+    (folder / "printed.txt").write_text(package.run(SCRIPT), encoding="utf-8")
+    return folder
+
+
+def test_encoded_rows_hold_it(folder: Path) -> None:
+    log = pq.read_table(folder / "log")
+    log = log.filter(np.asarray(log["time"]) < START + np.timedelta64(7, "D"))
+    (split,) = (each for each in (folder / "work" / "features").rglob("train") if each.is_dir())
+    encoded = pq.read_table(split)
+    assert np.array_equal(np.sort(encoded["id.rest"].to_numpy()), np.sort(1 + log["item"].to_numpy() % 7))
+
+
+def test_the_model_has_learnt_from_it(folder: Path) -> None:
+    printed = (folder / "printed.txt").read_text(encoding="utf-8")
+    assert "rest: 8 rows of 4" in printed
+    ranked = json.loads(printed.rpartition("RANKED ")[2])
+    scores = dict(zip(ranked["candidates"], ranked["scores"], strict=True))
+    assert len({round(score, 9) for score in scores.values()}) == 5  # only `rest` tells candidates apart,
+    assert scores[1] == pytest.approx(scores[8], rel=1e-6)  # and 1 and 8 have the same one
+
+
+def test_the_health_report_names_its_rows(folder: Path) -> None:
+    (path,) = (folder / "work").rglob("health.json")
+    health = json.loads(path.read_text(encoding="utf-8"))
+    (rest,) = (each for each in health["features"] if each["name"] == "rest")
+    assert {each["bin"] for each in rest["inputs"][0]["bins"]} == {*(f"remainder {n}" for n in range(7)), "missing"}
