@@ -31,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.inspection.health import inspect
     from mmoe_rec.jobs.places import features_in_use
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.report.health import write
     from mmoe_rec.report.terminal import show
 
     out = Path(arguments.out or Path(settings.data.work) / "inspection")
     with features_in_use(settings, "an inspection") as prepared:
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
         health = inspect(settings.name, prepared, settings.schema_, dims)
+    # matplotlib and Jinja2 are for what there is to be shown.
+    from mmoe_rec.report.health import write
+
     write(health, out)
     console = Console()
     if not console.is_terminal:
