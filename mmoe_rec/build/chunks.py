@@ -195,7 +195,7 @@ class Chunk:
             return memory
         events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
         inside = in_window(events["known"].to_numpy(), self._received.window)
-        return encoder.extended(memory, events.filter(pa.array(inside)), in_order=True)
+        return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
 
 
 def chunks(

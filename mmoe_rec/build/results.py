@@ -141,7 +141,11 @@ def _shared(column: pa.ListArray) -> SharedRagged:
 
 def take(results: Results, rows: np.ndarray) -> Results:
     """The results of the given rows."""
-    return {name: each.take(rows) if isinstance(each, SharedRagged) else each[rows] for name, each in results.items()}
+    together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
+    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
+    return {
+        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()
+    }
 
 
 def _joined(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:

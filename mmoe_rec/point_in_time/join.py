@@ -178,8 +178,8 @@ def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tupl
     origin = int(known.min()) // unit * unit
     count = -(-(int(known.max()) - origin) // unit) + 2
     if count * groups < 2**63:
-        ticks = (times - (origin - unit)) // unit
-        return (known - (origin - 2 * unit + 1)) // unit, np.clip(ticks, 0, count - 1), count
+        asked = (times - (origin - unit)) // unit
+        return (known - (origin - 2 * unit + 1)) // unit, np.clip(asked, 0, count - 1, out=asked), count
     moments = np.unique(known)
     return np.searchsorted(moments, known) + 1, np.searchsorted(moments, times, side="right"), len(moments) + 1
 

@@ -50,7 +50,7 @@ class SharedRagged:
     lists: Ragged
     number: np.ndarray
 
-    def take(self, rows: np.ndarray) -> SharedRagged:
+    def take(self, rows: np.ndarray | slice) -> SharedRagged:
         """The given rows, in the given order."""
         return SharedRagged(self.lists, self.number[rows])
 
