@@ -27,14 +27,21 @@ from tests.serving.running_server import free_port, running_program
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = [ROOT / "configs", ROOT / "tests", *sorted((ROOT / "mmoe_rec").glob("*/"))]
-DOCS = "\n".join([README, *((each / "README.md").read_text() for each in GUIDES if (each / "README.md").is_file())])
-"""README, and the guides beside what they describe."""
+FILES = [each / "README.md" for each in GUIDES if (each / "README.md").is_file()]
+FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
+DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)])
+"""README, the guides beside what they describe, and how to contribute."""
 SHOP = "test_commands_of_the_shop"
 HOUSEHOLDS = "30"
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
     "pip install uv && uv run --extra cpu python -m pipelines.quickstart": "test_commands_of_the_first_data_set",
+    "uv sync --extra cpu": "test_the_checks_are_those_of_ci",
+    "uv run --extra cpu ruff check": "test_the_checks_are_those_of_ci",
+    "uv run --extra cpu ruff format --check": "test_the_checks_are_those_of_ci",
+    "uv run --extra cpu mypy": "test_the_checks_are_those_of_ci",
+    "uv run --extra cpu pytest": "test_the_checks_are_those_of_ci",
     "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
     "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
     Installer(False, "cpu", doctor.requirements()).install_all(): ("test_pip_command_is_that_of_the_doctor"),
@@ -203,6 +210,12 @@ def test_the_test_command_is_that_of_ci() -> None:
     (command,) = commands("test_the_test_command_is_that_of_ci")
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert f"step {command.removeprefix('pip install uv && ')}" in steps
+
+
+def test_the_checks_are_those_of_ci() -> None:
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for command in commands("test_the_checks_are_those_of_ci"):
+        assert f"step {command}" in steps
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:

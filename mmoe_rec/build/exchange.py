@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,6 @@ import pyarrow as pa
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate
-_OPENED_AT_MOST = 128
 
 
 def events_of(feature: str) -> str:
@@ -34,34 +32,6 @@ def look_ups_of(group: str) -> str:
 def label_of(task: str) -> str:
     """Column of a look-up that holds the label by which its row is an event."""
     return f"label.{task}"
-
-
-class _OpenFiles(threading.local):
-    """Files that this thread has opened of late: the receivers that it stands for read the same ones in turn."""
-
-    def __init__(self) -> None:
-        self._readers: dict[tuple[str, int, int], pa.ipc.RecordBatchFileReader] = {}
-
-    def opened(self, path: str) -> pa.ipc.RecordBatchFileReader:
-        """A reader of the file. It is not mapped: what is mapped would count as memory as long as it is open."""
-        found = os.stat(path)
-        # The clock of a file system may be coarse. A file that is open keeps its number, also once it is removed.
-        key = path, found.st_ino, found.st_mtime_ns
-        reader = self._readers.pop(key, None)
-        if reader is None:
-            reader = pa.ipc.open_file(pa.OSFile(path))
-            if len(self._readers) == _OPENED_AT_MOST:
-                del self._readers[next(iter(self._readers))]
-        self._readers[key] = reader  # the last that will be closed
-        return reader
-
-    def close(self, folder: Path) -> None:
-        """Lets go of the files in a folder: those that are open still take their room on disk once they are removed."""
-        for key in [key for key in self._readers if folder in Path(key[0]).parents]:
-            del self._readers[key]
-
-
-_FILES = _OpenFiles()
 
 
 class Exchange:
@@ -101,6 +71,7 @@ class Exchange:
     def _in_order(self, table: pa.Table, receiver: np.ndarray) -> pa.Table:
         if (receiver[1:] >= receiver[:-1]).all():
             return table
+        # Numpy's stable sort of 16 bits counts instead of comparing.
         small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
         return table.take(pa.array(np.argsort(small, kind="stable")))
 
@@ -108,11 +79,12 @@ class Exchange:
         """The rows for a receiver, sender by sender in order."""
         folder = self.folder / channel
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            reader = _FILES.opened(os.path.join(folder, name))
-            for number in range(receiver, reader.num_record_batches, self.receivers):
-                batch = reader.get_batch(number)
-                if batch.num_rows:
-                    yield pa.Table.from_batches([batch])
+            # Not mapped: what is mapped would count as memory as long as a batch is there.
+            with pa.OSFile(os.path.join(folder, name)) as file, pa.ipc.open_file(file) as reader:
+                for number in range(receiver, reader.num_record_batches, self.receivers):
+                    batch = reader.get_batch(number)
+                    if batch.num_rows:
+                        yield pa.Table.from_batches([batch])
 
     def receive_all(self, channel: str, receiver: int) -> pa.Table | None:
         """The rows for a receiver as one table; None if there are none."""
@@ -121,7 +93,6 @@ class Exchange:
 
     def remove(self) -> None:
         """Removes all that was sent, once no other thread receives any more."""
-        _FILES.close(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -233,7 +233,7 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
     the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
     found = [
         [
-            [(file.address, file.bytes, file.version, file.partition) for file in each.files],
+            [(file.address, file.bytes, file.version, file.in_path) for file in each.files],
             [left.address for left in each.left_out],
         ]
         for each in logs.all

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.build.exchange import Exchange, partition_of
-from mmoe_rec.build.known_requests import KnownRequests, RequestWriter, read_requests
+from mmoe_rec.build.request_summaries import RequestSummaries, RequestWriter, read_requests
 from mmoe_rec.build.results import Blocks
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -81,12 +81,12 @@ class Requests:
     users_clash: Clash | None = None
     bad: list[BadFile] = field(default_factory=list)
 
-    def add(self, known: KnownRequests) -> None:
+    def add(self, summaries: RequestSummaries) -> None:
         """Counts requests."""
-        self.count += len(known)
-        self.several_times += int(known.several_times.sum())
-        self.several_users += int((known.greatest > known.least).sum())
-        self.longest = max(self.longest, int((known.last - known.first).max(initial=0)))
+        self.count += len(summaries)
+        self.several_times += int(summaries.several_times.sum())
+        self.several_users += int((summaries.greatest > summaries.least).sum())
+        self.longest = max(self.longest, int((summaries.last - summaries.first).max(initial=0)))
 
     def describe(self) -> dict[str, int]:
         """What a manifest says of them."""
@@ -212,47 +212,47 @@ def _runs_of(rows: LogRows, first_row: int) -> pa.Table:
 
 def _find(job: RequestsJob, partition: int) -> Requests:
     """Finds out about a partition's requests, sends first times, and keeps the requests."""
-    known, found = _known(job.runs, partition), Requests()
-    one_user = known.least.copy()
-    continued = np.zeros(len(known), bool)
+    summaries, found = _summaries(job.runs, partition), Requests()
+    one_user = summaries.least.copy()
+    continued = np.zeros(len(summaries), bool)
     with RequestWriter(job.kept, partition) as kept:
         for before in read_requests(job.before, partition, job.runs.receivers):
-            place = known.place(before.request) if len(known) else np.zeros(len(before), np.int64)
-            again = known.request[place] == before.request if len(known) else np.zeros(len(before), bool)
-            mine, theirs, place = known.take(place[again]), before.take(np.flatnonzero(again)), place[again]
+            place = summaries.place(before.request) if len(summaries) else np.zeros(len(before), np.int64)
+            again = summaries.request[place] == before.request if len(summaries) else np.zeros(len(before), bool)
+            mine, theirs, place = summaries.take(place[again]), before.take(np.flatnonzero(again)), place[again]
             # A row that is earlier than all of its request in the files before would change what these have become.
             continued[place] = mine.first >= theirs.first
             one_user[place] = theirs.least
-            known.first[place] = np.minimum(mine.first, theirs.first)
-            known.last[place] = np.maximum(mine.last, theirs.last)
-            known.least[place] = np.minimum(mine.least, theirs.least)
-            known.greatest[place] = np.maximum(mine.greatest, theirs.greatest)
+            summaries.first[place] = np.minimum(mine.first, theirs.first)
+            summaries.last[place] = np.maximum(mine.last, theirs.last)
+            summaries.least[place] = np.minimum(mine.least, theirs.least)
+            summaries.greatest[place] = np.maximum(mine.greatest, theirs.greatest)
             others = before.take(np.flatnonzero(~again))
             kept.write(others)
             found.add(others)
-        kept.write(known)
-    found.add(known)
-    found.continued, found.continued_rows = int(continued.sum()), int(known.rows[continued].sum())
-    found.begin = int(known.first[~continued].min(initial=_GREATEST))
-    if known.several_times.any():
-        found.moved = _send_first_times(job, partition, known)
+        kept.write(summaries)
+    found.add(summaries)
+    found.continued, found.continued_rows = int(continued.sum()), int(summaries.rows[continued].sum())
+    found.begin = int(summaries.first[~continued].min(initial=_GREATEST))
+    if summaries.several_times.any():
+        found.moved = _send_first_times(job, partition, summaries)
         if job.one_time:
-            found.times_clash = _clash(job.runs, partition, known, "time", known.first)
-    if (known.greatest > known.least).any():
-        found.users_clash = _clash(job.runs, partition, known, "user", one_user)
+            found.times_clash = _clash(job.runs, partition, summaries, "time", summaries.first)
+    if (summaries.greatest > summaries.least).any():
+        found.users_clash = _clash(job.runs, partition, summaries, "user", one_user)
     return found
 
 
-def _known(runs: Exchange, partition: int) -> KnownRequests:
-    known, waiting = KnownRequests.none(), []
+def _summaries(runs: Exchange, partition: int) -> RequestSummaries:
+    summaries, waiting = RequestSummaries.none(), []
     for table in runs.receive(RUNS, partition):
-        waiting.append(KnownRequests.of_runs(table))
-        if sum(map(len, waiting)) > max(len(known), ROWS_PER_PART):
-            known, waiting = known.merged(waiting), []
-    return known.merged(waiting)
+        waiting.append(RequestSummaries.of_runs(table))
+        if sum(map(len, waiting)) > max(len(summaries), ROWS_PER_PART):
+            summaries, waiting = summaries.merged(waiting), []
+    return summaries.merged(waiting)
 
 
-def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests) -> int:
+def _send_first_times(job: RequestsJob, partition: int, summaries: RequestSummaries) -> int:
     """Sends each row whose time is not its request's; gives their number."""
     moved, turn, waiting = 0, 0, 0
     tables: list[pa.Table] = []
@@ -266,7 +266,7 @@ def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests) ->
             turn, waiting = turn + 1, 0
 
     for table in job.runs.receive(RUNS, partition):
-        first = known.first[known.place(table["request"].to_numpy())]
+        first = summaries.first[summaries.place(table["request"].to_numpy())]
         wrong = np.flatnonzero(table["time"].to_numpy() != first)
         if len(wrong):
             rows = table["rows"].to_numpy()[wrong]
@@ -280,7 +280,9 @@ def _send_first_times(job: RequestsJob, partition: int, known: KnownRequests) ->
     return moved
 
 
-def _clash(runs: Exchange, partition: int, known: KnownRequests, column: str, agreed: np.ndarray) -> Clash | None:
+def _clash(
+    runs: Exchange, partition: int, summaries: RequestSummaries, column: str, agreed: np.ndarray
+) -> Clash | None:
     """The first row that disagrees with its request, and the first that does not; None if no row does.
 
     agreed: (R,) the value of each request.
@@ -288,14 +290,14 @@ def _clash(runs: Exchange, partition: int, known: KnownRequests, column: str, ag
     other, request = _GREATEST, np.uint64(0)
     for table in runs.receive(RUNS, partition):
         requests = table["request"].to_numpy()
-        wrong = np.flatnonzero(table[column].to_numpy() != agreed[known.place(requests)])
+        wrong = np.flatnonzero(table[column].to_numpy() != agreed[summaries.place(requests)])
         rows = table["row"].to_numpy()[wrong]
         if rows.min(initial=_GREATEST) < other:
             other, request = int(rows.min()), requests[wrong[rows.argmin()]]
     if other == _GREATEST:
         return None
     first = _GREATEST
-    value = agreed[known.place(np.array([request]))[0]]
+    value = agreed[summaries.place(np.array([request]))[0]]
     for table in runs.receive(RUNS, partition):
         right = (table["request"].to_numpy() == request) & (table[column].to_numpy() == value)
         first = min(first, int(table["row"].to_numpy()[right].min(initial=_GREATEST)))

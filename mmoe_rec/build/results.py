@@ -141,9 +141,8 @@ def _shared(column: pa.ListArray) -> SharedRagged:
 
 def take(results: Results, rows: np.ndarray) -> Results:
     """The results of the given rows."""
-    # Rows that follow each other need no copy.
     together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
-    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
     return {
         name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()
     }

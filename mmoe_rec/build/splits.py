@@ -46,13 +46,13 @@ class SplitCounts:
         unmatured: task -> how many of the labels had not matured."""
         for task, values in labels.items():
             observed = ~np.isnan(values)
-            known, weights = values[observed], 1 / rates[observed]
+            found, weights = values[observed], 1 / rates[observed]
             self.merge(
                 SplitCounts(
-                    observed={task: len(known)},
-                    label_sum={task: float(known.sum())},
+                    observed={task: len(found)},
+                    label_sum={task: float(found.sum())},
                     weight={task: float(weights.sum())},
-                    weighted_sum={task: float(weights @ known)},
+                    weighted_sum={task: float(weights @ found)},
                 )
             )
         self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))

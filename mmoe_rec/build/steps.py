@@ -13,7 +13,6 @@ the way back: (row, results). Everything else stays with the worker that read it
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -188,10 +187,7 @@ class Steps:
             for name, counts in features.items():
                 for result, mine in encoders[name].result_counts.items():
                     mine.merge(counts[result])
-        # What was sent is of no use any more; removing gigabytes takes its time, in which encoding can begin.
-        removing = threading.Thread(target=shutil.rmtree, args=(job.events.folder,), kwargs={"ignore_errors": True})
-        removing.start()
-        self._stack.callback(removing.join)
+        self._events.remove()
 
     @property
     def _events(self) -> Exchange:

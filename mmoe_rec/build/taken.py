@@ -27,7 +27,8 @@ Spans = Mapping[tuple[str | None, str], Span]
 
 @dataclass(frozen=True)
 class TakenFile:
-    """A file whose rows were counted. first, last: their times, microseconds; None without rows."""
+    """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
+    microseconds, None without rows."""
 
     address: str
     bytes: int
@@ -151,7 +152,7 @@ def _changes(taken: TakenLog, log: Log | EventRows) -> Changes:
     for address, file in taken.files.items():
         if address not in log.found:
             found.gone.append(address)
-        elif not _same(file, log.found[address]) or (address in usable and usable[address].partition != file.partition):
+        elif not _same(file, log.found[address]) or (address in usable and usable[address].in_path != file.partition):
             found.changed.append(address)
     for address in log.found.keys() - taken.files.keys():
         before = taken.left_out.get(address)
@@ -159,8 +160,8 @@ def _changes(taken: TakenLog, log: Log | EventRows) -> Changes:
             found.new.add(address)
             if before is not None:
                 found.mended.add(address)
-    known: Collection[str] = taken.files.keys() | taken.left_out.keys()
-    found.bad = [each for each in log.left_out if each.address not in known]
+    recorded: Collection[str] = taken.files.keys() | taken.left_out.keys()
+    found.bad = [each for each in log.left_out if each.address not in recorded]
     return found
 
 
@@ -173,7 +174,7 @@ def _with_new(taken: TakenLog, log: Log | EventRows, spans: Spans) -> TakenLog:
     files = dict(taken.files)
     for file in log.files:
         first, last = spans.get((name, file.address), (None, None))
-        files[file.address] = TakenFile(file.address, file.bytes, file.version, file.partition, file.rows, first, last)
+        files[file.address] = TakenFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     for each in log.left_out:
         now = log.found.get(each.address)

@@ -23,7 +23,7 @@ from mmoe_rec.log.files import FoundFile, first_line, is_remote, open_file, path
 from mmoe_rec.schema import Use
 
 _OPEN_AT_ONCE = 16
-Partition = tuple[tuple[str, int | str | None], ...]
+PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
@@ -45,7 +45,7 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
 class LogFile:
     """One Parquet file of a log.
 
-    version: changes when the file is written again. partition: columns that stand in its path.
+    version: changes when the file is written again. in_path: columns that stand in its path.
     """
 
     address: str
@@ -53,7 +53,7 @@ class LogFile:
     bytes: int
     version: str
     group_rows: tuple[int, ...]
-    partition: Partition = ()
+    in_path: PathColumns = ()
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ def check_files(
     uses: dict[str, Use],
     time_unit: str | None,
     skip_bad_files: bool,
-    known: Mapping[str, str],
+    fitted: Mapping[str, str],
 ) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
     """Reads every file's footer once.
 
-    known: types of columns, in words, that features were fitted to; other columns have that of most files.
+    fitted: types of columns, in words, that features were fitted to; other columns have that of most files.
 
     Returns:
         the files, each column's canonical type (none for a column that is null everywhere), and what was left out.
@@ -138,15 +138,15 @@ def check_files(
     footers = _footers(found, uses, time_unit)
     problems = {each.address: each for each in footers if isinstance(each, BadFile)}
     good = [each for each in footers if isinstance(each, _Footer)]
-    integers = _integers_in_paths(good) - {column for column, word in known.items() if word == "string"}
-    integers |= {column for column, word in known.items() if word == "int64"}
+    integers = _integers_in_paths(good) - {column for column, word in fitted.items() if word == "string"}
+    integers |= {column for column, word in fitted.items() if word == "int64"}
     for footer in good:
         try:
             _add_kinds_in_path(footer, uses, time_unit, integers)
         except BadFile as problem:
             problems[footer.found.address] = problem
     good = [each for each in good if each.found.address not in problems]
-    types, deviating = _common_types(good, uses, known)
+    types, deviating = _common_types(good, uses, fitted)
     problems |= deviating
     bad = [problems[file.address] for file in found if file.address in problems]
     if bad and not skip_bad_files:
@@ -154,8 +154,8 @@ def check_files(
     files = []
     for each in good:
         if (file := each.found).address not in problems:
-            partition = tuple((c, _in_path(v, c in integers)) for c, v in each.in_path.items())
-            files.append(LogFile(file.address, each.rows, file.bytes, file.version, each.group_rows, partition))
+            in_path = tuple((c, _in_path(v, c in integers)) for c, v in each.in_path.items())
+            files.append(LogFile(file.address, each.rows, file.bytes, file.version, each.group_rows, in_path))
     return files, types, [LeftOut(problem.address, str(problem)) for problem in bad]
 
 
@@ -234,9 +234,9 @@ def _add_kinds_in_path(footer: _Footer, uses: dict[str, Use], time_unit: str | N
 
 
 def _common_types(
-    footers: Sequence[_Footer], uses: dict[str, Use], known: Mapping[str, str]
+    footers: Sequence[_Footer], uses: dict[str, Use], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """The known type of each column, or that which most files have (the first of equals), and files with another."""
+    """The fitted type of each column, or that which most files have (the first of equals), and files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
@@ -249,8 +249,8 @@ def _common_types(
         there = f"'{next(address for kind, address in having if kind == common)}'"
         share = f" ({count} of {len(having)} files have {common})"
         word = word_of(common)
-        if column in known:
-            word, there, share = known[column], "the fitted features", ""
+        if column in fitted:
+            word, there, share = fitted[column], "the fitted features", ""
         for kind, address in having:
             if word_of(kind) == word:
                 types[column] = kind

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmoe_rec.log.checks import BadFile, LogFile, Partition
+from mmoe_rec.log.checks import BadFile, LogFile, PathColumns
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Piece:
 
     address: str
     groups: tuple[int, ...]
-    partition: Partition
+    in_path: PathColumns
     rows: int
 
 
@@ -51,11 +51,11 @@ def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
             groups.append(group)
             rows += group_rows
             if rows >= rows_per_part:
-                pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
+                pieces.append(Piece(file.address, tuple(groups), file.in_path, rows - rows_before))
                 finish()
                 groups, rows_before = [], 0
         if groups:
-            pieces.append(Piece(file.address, tuple(groups), file.partition, rows - rows_before))
+            pieces.append(Piece(file.address, tuple(groups), file.in_path, rows - rows_before))
     finish()
     return parts
 

@@ -152,8 +152,8 @@ class WrongValues(BadFile):
         try:
             with open_parquet(address) as parquet:
                 groups = tuple(range(parquet.metadata.num_row_groups))
-                partition = tuple(pair for pair in self.piece.partition if pair[0] == check.column)
-                whole = Piece(address, groups, partition, parquet.metadata.num_rows)
+                in_path = tuple(pair for pair in self.piece.in_path if pair[0] == check.column)
+                whole = Piece(address, groups, in_path, parquet.metadata.num_rows)
             uses = {check.column: reader.uses[check.column]}
             for start, table in _piece_tables(whole, uses, reader.schema.columns.time_unit, reader.types):
                 values = check.values(LogRows(table, reader.schema))
@@ -303,8 +303,8 @@ def _piece_tables(
     piece: Piece, uses: dict[str, Use], time_unit: str | None, types: dict[str, str]
 ) -> Iterator[tuple[int, pa.Table]]:
     """Batches in canonical types, each with the number of its first row within the file."""
-    address, partition = piece.address, dict(piece.partition)
-    in_file = [column for column in uses if column not in partition]
+    address, in_path = piece.address, dict(piece.in_path)
+    in_file = [column for column in uses if column not in in_path]
     coded = [column for column in in_file if uses[column] in ("key", "any")]
     with open_parquet(address, coded) as parquet:
         group_rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
@@ -315,7 +315,7 @@ def _piece_tables(
         batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
         while (batch := next_batch(batches, address, parquet.schema_arrow)) is not None:
             raw = {column: batch.column(column) for column in in_file}
-            raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in partition.items()}
+            raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in in_path.items()}
             columns = {c: file_column(address, c, use, raw[c], time_unit, start) for c, use in uses.items()}
             if any(c in types and word_of(each.type) not in (types[c], None) for c, each in columns.items()):
                 raise _changed(address)

@@ -87,19 +87,13 @@ class ExactSums:
 
     def rounded(self) -> np.ndarray:
         """(N,) float64: the nearest to each sum, of two that are as near the even one; infinite beyond the largest."""
-        if self.units == (0,):
-            return self.limbs[0].astype(np.float64)
         limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
         return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
 
     def _rounded(self, limbs: np.ndarray) -> np.ndarray:
-        digits = self._digits(limbs)
-        values, wrong = _nearest_at_once(digits, self.units[0])
-        if wrong.any():
-            negative = digits[-1, wrong] < 0
-            sizes = _nearest(self._digits(np.where(negative, -limbs[:, wrong], limbs[:, wrong])), self.units[0])
-            values[wrong] = np.where(negative, -sizes, sizes)
-        return values
+        negative = self._digits(limbs)[-1] < 0
+        sizes = _nearest(self._digits(np.where(negative, -limbs, limbs)), self.units[0])
+        return np.where(negative, -sizes, sizes)
 
     def _digits(self, limbs: np.ndarray) -> np.ndarray:
         """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
@@ -142,28 +136,8 @@ def units_of(values: np.ndarray) -> set[int]:
     return set(ExactSums.of(values[~np.isnan(values)]).units)
 
 
-def _nearest_at_once(digits: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) float64 nearest to numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit), by an addition
-    that is rounded once, and (N,) bool where that is not enough, as the first digits are zero or too many."""
-    digits = np.concatenate([np.zeros((4, digits.shape[1]), np.int64), digits])
-    above = (digits[-1] << BITS) + digits[-2]
-    few = np.abs(above) < 2**20
-    whole = np.where(few, (above << BITS) + digits[-3], above)
-    rest = np.where(few, digits[-4], digits[-3]) << BITS | np.where(few, digits[-5], digits[-4])
-    more = rest & 2**11 - 1 != 0
-    if len(digits) > 8:
-        more |= np.where(few, digits[:-5].any(axis=0), digits[:-4].any(axis=0))
-    # What is dropped leaves an odd number of 53 bits, which no rounding of the sum takes for a half.
-    rest = (rest.view(np.uint64) >> np.uint64(11)).view(np.int64) | more
-    values = whole.astype(np.float64) + rest.astype(np.float64) * 2.0**-53
-    size = np.abs(whole)
-    with np.errstate(over="ignore"):
-        values = np.ldexp(values, BITS * (unit + len(digits) - 4 - np.where(few, 3, 2)))
-    return values, (size < 4) & (rest != 0) | (size > 2**53)
-
-
 def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
-    """(N,) float64 nearest to positive numbers of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
+    """(N,) float64 nearest to numbers from 0 on, of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
     digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
     leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
     leading = np.maximum(leading, 2)

@@ -4,8 +4,8 @@ This is the one mechanism behind counters and histories. A label of a row reques
 becomes known at max(r + 1 microsecond, r + m); a request at time t sees the events known at t or before. So a request
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
 
-Events and look-ups are each sorted by key and time, once; a `Join` then merges the two, in linear time for each window
-that is asked for.
+Events and look-ups are each sorted by key and time, once; a `Join` then finds each look-up's place among the events,
+for each window that is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from mmoe_rec.point_in_time.sorting import sorted_order
 
-# Where there are so many times more events than look-ups, events are searched instead of merged.
+# Where there are so many times more events than look-ups, as in a server, nothing is computed of all events.
 _EVENTS_OF_A_SEARCH = 16
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
@@ -42,11 +42,8 @@ class KeyGroups:
 
     @cached_property
     def number(self) -> np.ndarray:
-        """(N,) int64 group of each key. As an index, it is much faster than `np.repeat`, which also keeps other threads
-        waiting."""
-        number = np.zeros(len(self.key), np.int64)
-        number[self.starts[1:-1]] = 1
-        return np.cumsum(number, out=number)
+        """(N,) int64 group of each key."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
 
 class KnownEvents(KeyGroups):
@@ -97,8 +94,6 @@ class LookUps:
 
     def where(self, wanted: np.ndarray) -> LookUps:
         """The look-ups of those of the rows, (N,) bool."""
-        if wanted.all():
-            return self
         number = self.number[wanted]
         asked = np.zeros(len(self), bool)
         asked[number] = True
@@ -122,7 +117,6 @@ class Join:
 
     def __init__(self, events: KnownEvents, asked: LookUps) -> None:
         self.events, self.asked = events, asked
-        self._coded: dict[int, tuple[_Ticks, np.ndarray, np.ndarray]] = {}
 
     def last(self, earlier: int = 0) -> np.ndarray:
         """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
@@ -130,10 +124,9 @@ class Join:
         events, asked = self.events, self.asked
         if not len(events) or not len(asked):
             return np.full(len(asked), -1, np.int64)
-        times = asked.time - earlier if earlier else asked.time
         if len(asked) * _EVENTS_OF_A_SEARCH < len(events):
-            return self._searched(times)
-        return self._merged(times, math.gcd(asked.unit, earlier))
+            return self._searched(asked.time - earlier)
+        return self._placed(asked.time - earlier, math.gcd(asked.unit, earlier))
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -163,69 +156,32 @@ class Join:
             high = np.where(searching & ~earlier, middle, high)
         return np.where(low > first, low - 1, -1)
 
-    def _merged(self, times: np.ndarray, unit: int) -> np.ndarray:
-        """Events and look-ups as numbers in the order of key and time, merged as two rising runs."""
-        ticks, events, asked = self._codes(unit)
-        codes = np.empty(len(events) + len(asked), np.int64)
-        codes[: len(events)] = events
-        np.add(asked, ticks.of_moments(times), out=codes[len(events) :])
-        # Numpy's stable sort recognises rising runs; of equals, events come first.
-        order = np.argsort(codes, kind="stable")
-        before = np.flatnonzero(order >= len(events)) - np.arange(len(asked))
+    def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
+        """Events and look-ups as single numbers in the order of key and time, of which both rise."""
+        group, _ = self._groups
+        known, moments, count = _ticks(self.events.known, times, unit, len(self.events.distinct) + 1)
+        known += self.events.number * count
+        moments += (group * count)[self.asked.groups.number]
+        before = np.searchsorted(known, moments, side="right")
         return np.where(before > self._first, before - 1, -1)
 
-    def _codes(self, unit: int) -> tuple[_Ticks, np.ndarray, np.ndarray]:
-        """Numbers of events, and of look-ups but for their times, counted in units."""
-        if unit not in self._coded:
-            ticks = _Ticks.of(self.events.known, unit, runs=2 * len(self.events.distinct) + 2)
-            group, found = self._groups
-            # Odd numbers are keys with events, even ones lie between them.
-            events = ticks.of_events()
-            events += (np.arange(len(self.events.distinct)) * (2 * ticks.count) + ticks.count)[self.events.number]
-            self._coded[unit] = ticks, events, ((2 * group + found) * ticks.count)[self.asked.groups.number]
-        return self._coded[unit]
 
+def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Small numbers for moments, from 0 to `count` - 1: an event is known at a time if its number is not greater.
 
-@dataclass(frozen=True)
-class _Ticks:
-    """Small numbers for times, from 0 to `count` - 1: an event is known at a moment if its number is not greater.
+    unit: microseconds that all `times` are whole multiples of; groups: there must be room for so many times `count`
+    numbers, so where units since the first event are too many, the distinct known moments are counted instead.
 
-    moments: distinct known times that are counted, or None where times are counted in units from `origin` on.
+    Returns:
+        (E,) int64 of `known`, (N,) int64 of `times`, and `count`.
     """
-
-    known: np.ndarray
-    unit: int
-    origin: int
-    count: int
-    moments: np.ndarray | None
-
-    @staticmethod
-    def of(known: np.ndarray, unit: int, runs: int) -> _Ticks:
-        """unit: that moments are whole multiples of; runs: there must be room for so many times `count` numbers."""
-        origin = int(known.min()) // unit * unit
-        count = -(-(int(known.max()) - origin) // unit) + 2
-        if count * runs < 2**63:
-            return _Ticks(known, unit, origin, count, None)
-        moments = np.unique(known)
-        return _Ticks(known, unit, origin, len(moments) + 1, moments)
-
-    def of_events(self) -> np.ndarray:
-        """(E,) int64 of the known times."""
-        if self.moments is not None:
-            return np.searchsorted(self.moments, self.known) + 1
-        ticks = self.known - (self.origin - 2 * self.unit + 1)
-        if self.unit > 1:
-            ticks //= self.unit
-        return ticks
-
-    def of_moments(self, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 of times at which events are asked for."""
-        if self.moments is not None:
-            return np.searchsorted(self.moments, times, side="right")
-        ticks = times - (self.origin - self.unit)
-        if self.unit > 1:
-            ticks //= self.unit
-        return np.clip(ticks, 0, self.count - 1, out=ticks)
+    origin = int(known.min()) // unit * unit
+    count = -(-(int(known.max()) - origin) // unit) + 2
+    if count * groups < 2**63:
+        asked = (times - (origin - unit)) // unit
+        return (known - (origin - 2 * unit + 1)) // unit, np.clip(asked, 0, count - 1, out=asked), count
+    moments = np.unique(known)
+    return np.searchsorted(moments, known) + 1, np.searchsorted(moments, times, side="right"), len(moments) + 1
 
 
 def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:

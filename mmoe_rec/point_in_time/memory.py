@@ -83,7 +83,7 @@ class CounterMemory(Memory):
         """
         if not len(key):
             return self
-        rows = None  # of each event
+        rows = np.ones(len(key), np.int32)
         labels: np.ndarray | ExactSums | None = label
         if label is not None and isinstance(self.label_sum, ExactSums):
             labels = ExactSums.of(label).over(self.units)
@@ -92,7 +92,7 @@ class CounterMemory(Memory):
             positive = np.where(label > 0, known, NEVER)
         if len(self.events):
             # The events at hand as what each added to its key's totals.
-            rows = np.append(self._steps(self.rows), np.ones(len(key), np.int32))
+            rows = np.append(self._steps(self.rows), rows)
             labels = _appended(self._label_steps(), labels)
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
@@ -107,7 +107,7 @@ class CounterMemory(Memory):
             KnownEvents(key[kept], known[kept]),
             _running(groups, rows, kept).astype(np.int32),
             _running_labels(groups, labels, kept),
-            None if positive is None else _running_last(groups, positive)[kept],
+            None if positive is None else _running_latest(groups, positive)[kept],
             self.floor,
         )
 
@@ -239,13 +239,10 @@ class HistoryMemory(Memory):
         return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
 
 
-def _running(groups: KeyGroups, values: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
-    """(K,) int64 sums of whole `values` (None: of ones) of a key from its first event up to each of K `kept` ones."""
-    group = groups.number[kept]
-    if values is None:
-        return kept + 1 - groups.starts[group]
+def _running(groups: KeyGroups, values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(K,) int64 sums of whole `values` of a key from its first event up to each of K `kept` ones."""
     total = np.append(0, np.cumsum(values, dtype=np.int64))
-    return total[kept + 1] - total[groups.starts][group]
+    return total[kept + 1] - total[groups.starts][groups.number[kept]]
 
 
 def _running_labels(
@@ -275,18 +272,8 @@ def _taken(values: Any, index: np.ndarray) -> Any:
     return None if values is None else values[index]
 
 
-def _running_last(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
-    """(E,) latest of the `moments` so far of each key, `NEVER` where there is none."""
-    positive = moments != NEVER
-    if positive.all():
-        last = moments
-    else:
-        index = np.maximum.accumulate(np.where(positive, np.arange(len(moments)), -1))
-        last = np.where(index >= groups.starts[groups.number], moments[index], NEVER)
-    falls = last[1:] < last[:-1]
-    falls[groups.starts[1:-1] - 1] = False
-    if falls.any():  # an event that came late is earlier than what was compacted
-        import pandas as pd
+def _running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far of each key: an event that came late may be earlier than what came before."""
+    import pandas as pd
 
-        return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
-    return last
+    return pd.Series(moments).groupby(groups.number).cummax().to_numpy()

@@ -10,10 +10,10 @@ from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of
 
-FEATURES = {
-    **ALL_KINDS,
+OF_PURCHASES = {
     "bought": {"kind": "history", "events": "purchases", "of": "item", "length": 3},
     "n": {
         "kind": "counter",
@@ -23,11 +23,17 @@ FEATURES = {
         "window_days": [None, 1],
     },
 }
+FEATURES = {**ALL_KINDS, **OF_PURCHASES}
 WINDOWS = {
     "train": (START, START + 5 * DAY),
     "validation": (START + 5 * DAY, START + 6 * DAY),
     "test": (START + 6 * DAY, None),
 }
+
+
+def schema_with_purchases(features: dict, path: Path) -> Schema:
+    """A schema whose features may be of the log of events in the folder `path`, too."""
+    return schema_of(features, events={"purchases": {"path": str(path), "time": "bought_at"}})
 
 
 def windows_of(first: float, second: float) -> dict:
@@ -57,7 +63,7 @@ class Growing:
         self.events = events.select(["user", "item", "brand"]).append_column("bought_at", bought_at)
         # When each event is written: some come days late.
         self.written = times_of(events) + rng.choice([0, 0, DAY, 3 * DAY], rows // 2)
-        self.schema = schema_of(FEATURES, events={"purchases": {"path": str(folder / "events"), "time": "bought_at"}})
+        self.schema = schema_with_purchases(FEATURES, folder / "events")
         self.count = 0
 
     def add(self, start: float, end: float) -> None:
@@ -70,6 +76,14 @@ class Growing:
             path = self.folder / name / f"{100 - self.count}.parquet"
             pq.write_table(table.filter(pa.array(wanted)), path)
         self.count += 1
+
+    @staticmethod
+    def of_eight_days(folder: Path) -> "Growing":
+        """With eight days, prepared."""
+        log = Growing(folder)
+        log.add(0, 8)
+        log.prepare()
+        return log
 
     def prepare(self, work: str = "work", windows: dict = WINDOWS, **options: object) -> Prepared:
         return prepare(self.source, self.schema, windows, self.folder / work, BuildOptions(**options))

@@ -11,6 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.schema import Schema
+from tests.build.growing_log import OF_PURCHASES, schema_with_purchases
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
@@ -22,7 +23,6 @@ from tests.log.small_logs import (
     random_log,
     raw_results,
     remember,
-    schema_of,
     times_of,
     write_log,
 )
@@ -41,18 +41,7 @@ def _events(seed: int, rows: int = 200) -> pa.Table:
 
 
 def _schema(path: Path) -> Schema:
-    features = {
-        "item": ALL_KINDS["item"],
-        "bought": {"kind": "history", "events": "purchases", "of": "item", "length": 3},
-        "n": {
-            "kind": "counter",
-            "events": "purchases",
-            "by": ["user", "brand"],
-            "outputs": ["positives", "rows", "recency"],
-            "window_days": [None, 1],
-        },
-    }
-    return schema_of(features, events={"purchases": {"path": str(path), "time": "bought_at"}})
+    return schema_with_purchases({"item": ALL_KINDS["item"], **OF_PURCHASES}, path)
 
 
 def _fitted(folder: Path, *events: pa.Table, statistics: pa.Table | None = None) -> FeaturePipeline:
@@ -159,8 +148,7 @@ def test_an_event_is_seen_by_requests_after_its_instant(tmp_path):
         "bought": {"kind": "history", "events": "purchases", "of": "item"},
     }
     events = pa.table({"user": [5], "item": [1], "bought_at": pa.array(moments[1:2]).cast(LOG["time"].type)})
-    place = str(write_log(tmp_path / "purchases", events))
-    schema = schema_of(features, events={"purchases": {"path": place, "time": "bought_at"}})
+    schema = schema_with_purchases(features, write_log(tmp_path / "purchases", events))
     rows = list(EventRows("purchases", Log(str(write_log(tmp_path / "log", log)), schema)).stream())
     pipeline = fit_in_memory(schema, [log_rows(log, schema)], (None, UNTIL), {"purchases": rows})
     counter, history = (raw_results(pipeline.memory_encoders[name], log_rows(log, schema)) for name in ("n", "bought"))

@@ -34,10 +34,7 @@ from tests.log.small_logs import (
 @pytest.fixture
 def growing(tmp_path: Path) -> Growing:
     """Eight days, prepared."""
-    log = Growing(tmp_path)
-    log.add(0, 8)
-    log.prepare()
-    return log
+    return Growing.of_eight_days(tmp_path)
 
 
 def _memories(prepared: Prepared) -> dict[str, pa.Table]:

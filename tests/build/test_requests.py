@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.build import count, known_requests, requests, splits, steps
+from mmoe_rec.build import count, request_summaries, requests, splits, steps
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
@@ -48,7 +48,7 @@ WINDOWS = {
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, blocks and row groups of some dozen rows."""
-    for module in (steps, count, requests, known_requests):
+    for module in (steps, count, requests, request_summaries):
         monkeypatch.setattr(module, "ROWS_PER_PART", 60)
     monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)

@@ -200,7 +200,7 @@ def test_columns_in_paths(tmp_path):
         rows["user"].to_pylist()
         == TABLE["user"].to_pylist()[100:200] + TABLE["user"].to_pylist()[:100] + TABLE["user"].to_pylist()[200:]
     )
-    assert [piece.partition for piece in log.parts()[0].pieces] == [(("slot", value),) for value in (-8, 7, None)]
+    assert [piece.in_path for piece in log.parts()[0].pieces] == [(("slot", value),) for value in (-8, 7, None)]
     pickle.dumps(log.parts())
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from mmoe_rec.build import count, known_requests, requests, splits, steps
+from mmoe_rec.build import count, request_summaries, requests, splits, steps
 from mmoe_rec.build import prepare as build
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.extend import extend
@@ -43,7 +43,7 @@ _LACKS = ("split is empty", "lies in a split", "have no rows")
 @contextmanager
 def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (steps, count, requests, known_requests):
+        for module in (steps, count, requests, request_summaries):
             stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
         stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
         stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))

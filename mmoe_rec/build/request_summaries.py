@@ -1,4 +1,4 @@
-"""What is known of each request, by the hash of its id: in memory a partition at a time, and kept in a folder."""
+"""A summary of each request, by the hash of its id: in memory a partition at a time, and kept in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HASHES = ("request", "least", "greatest")
 
 
 @dataclass
-class KnownRequests:
+class RequestSummaries:
     """R distinct requests, by rising hash: first and last time, least and greatest hash of their users, rows."""
 
     request: np.ndarray
@@ -31,28 +31,28 @@ class KnownRequests:
     rows: np.ndarray
 
     @staticmethod
-    def none() -> KnownRequests:
+    def none() -> RequestSummaries:
         """No requests."""
-        return KnownRequests(*(np.empty(0, np.uint64 if name in _HASHES else np.int64) for name in _COLUMNS))
+        return RequestSummaries(*(np.empty(0, np.uint64 if name in _HASHES else np.int64) for name in _COLUMNS))
 
     @staticmethod
-    def of_runs(runs: pa.Table) -> KnownRequests:
+    def of_runs(runs: pa.Table) -> RequestSummaries:
         """The requests of runs of rows."""
         request, time, user, rows = (runs[name].to_numpy() for name in ("request", "time", "user", "rows"))
-        return KnownRequests(request, time, time, user, user, rows)._distinct()
+        return RequestSummaries(request, time, time, user, user, rows)._distinct()
 
-    def merged(self, others: Sequence[KnownRequests]) -> KnownRequests:
+    def merged(self, others: Sequence[RequestSummaries]) -> RequestSummaries:
         """These requests and others."""
         every = (np.concatenate([getattr(each, name) for each in (self, *others)]) for name in _COLUMNS)
-        return KnownRequests(*every)._distinct()
+        return RequestSummaries(*every)._distinct()
 
-    def _distinct(self) -> KnownRequests:
+    def _distinct(self) -> RequestSummaries:
         order = np.argsort(self.request, kind="stable")
         request = self.request[order]
         start = np.flatnonzero(np.append(len(request) > 0, request[1:] != request[:-1]))
         if not len(start):
-            return KnownRequests.none()
-        return KnownRequests(
+            return RequestSummaries.none()
+        return RequestSummaries(
             request[start],
             np.minimum.reduceat(self.first[order], start),
             np.maximum.reduceat(self.last[order], start),
@@ -73,16 +73,16 @@ class KnownRequests:
         """(N,) int64 place of each request that is one of these; the place of another one otherwise."""
         return np.minimum(np.searchsorted(self.request, request), len(self) - 1)
 
-    def take(self, places: np.ndarray) -> KnownRequests:
+    def take(self, places: np.ndarray) -> RequestSummaries:
         """Those at the places."""
-        return KnownRequests(*(getattr(self, name)[places] for name in _COLUMNS))
+        return RequestSummaries(*(getattr(self, name)[places] for name in _COLUMNS))
 
     def to_table(self) -> pa.Table:
         """As columns."""
         return pa.table({name: getattr(self, name) for name in _COLUMNS})
 
 
-def read_requests(folder: Path | None, partition: int, partitions: int) -> Iterator[KnownRequests]:
+def read_requests(folder: Path | None, partition: int, partitions: int) -> Iterator[RequestSummaries]:
     """The requests in a folder, None for none, that are a partition's; some at a time.
 
     Raises UserError for a folder that can't be read.
@@ -101,12 +101,12 @@ def read_requests(folder: Path | None, partition: int, partitions: int) -> Itera
         raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None
 
 
-def _inside(table: pa.Table, least: int, end: int) -> KnownRequests:
-    known = KnownRequests(*(table[name].to_numpy() for name in _COLUMNS))
-    inside = known.request >= np.uint64(least)
+def _inside(table: pa.Table, least: int, end: int) -> RequestSummaries:
+    summaries = RequestSummaries(*(table[name].to_numpy() for name in _COLUMNS))
+    inside = summaries.request >= np.uint64(least)
     if end < 2**64:
-        inside &= known.request < np.uint64(end)
-    return known.take(np.flatnonzero(inside))
+        inside &= summaries.request < np.uint64(end)
+    return summaries.take(np.flatnonzero(inside))
 
 
 class RequestWriter:
@@ -120,10 +120,10 @@ class RequestWriter:
     def __enter__(self) -> RequestWriter:
         return self
 
-    def write(self, known: KnownRequests) -> None:
+    def write(self, summaries: RequestSummaries) -> None:
         """Takes requests, and writes many at a time."""
-        if self._path is not None and len(known):
-            self._waiting.append(known.to_table())
+        if self._path is not None and len(summaries):
+            self._waiting.append(summaries.to_table())
             if sum(map(len, self._waiting)) >= ROWS_PER_PART:
                 self._append()
 
