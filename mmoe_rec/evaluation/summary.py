@@ -1,4 +1,4 @@
-"""Sums -> a nested plain dict of metrics with intervals, ready for JSON, MLflow, `table.py` and `plots.py`."""
+"""Sums -> a nested plain dict of metrics with intervals, ready for JSON, MLflow, tables and figures."""
 
 from typing import Any
 

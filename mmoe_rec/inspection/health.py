@@ -17,6 +17,7 @@ import numpy as np
 
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import IdInput
+from mmoe_rec.inspection.collect import collect
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.formulas import psi, psi_noise
 from mmoe_rec.inspection.ids import Meaning
@@ -30,9 +31,12 @@ SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
 
 
-def health_of(name: str, prepared: Prepared, schema: Schema, sums: Sums, dims: Mapping[str, int]) -> dict[str, Any]:
-    """The health of the data set of that name, ready for JSON. dims: table -> width that a model gives it."""
-    manifest = prepared.manifest
+def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The health of the data set of that name, ready for JSON.
+
+    dims: table -> width that a model gives it. Raises UserError for encoded rows that are missing or can't be read.
+    """
+    sums, manifest = collect(prepared, schema), prepared.manifest
     health = {
         "name": name,
         "overview": overview(manifest, sums),

@@ -78,8 +78,8 @@ def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
 
 
 def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
-    from mmoe_rec.evaluation.plots import calibration_figure
     from mmoe_rec.evaluation.summary import flatten
+    from mmoe_rec.report.evaluation_figures import calibration_figure
 
     layout = evaluated.scored.layout
     with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
@@ -97,7 +97,7 @@ def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> Non
     """Logs a figure of the gates' mean weights."""
     if run.run_id is None:
         return  # another rank than the first draws nothing
-    from mmoe_rec.evaluation.plots import gate_weights_figure
+    from mmoe_rec.report.evaluation_figures import gate_weights_figure
 
     weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
     run.log_figure(gate_weights_figure(weights), name)

@@ -42,8 +42,8 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.plots import sweep_figure
     from mmoe_rec.jobs.truth import test_rows
+    from mmoe_rec.report.evaluation_figures import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(model.folder)

@@ -19,9 +19,9 @@ from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.build.prepare import Prepared, encode_with, existing, prepare
 from mmoe_rec.errors import UserError
-from mmoe_rec.inspection.formatting import requests_told
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.report.formatting import requests_told
 from mmoe_rec.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.encoded import IDS
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.inspection.report import inspect
+from mmoe_rec.inspection.health import inspect
 from mmoe_rec.schema import Schema
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}

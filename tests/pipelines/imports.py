@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "torchrec", "fbgemm_gpu", "mlflow", "ray", "sklearn", "matplotlib", "optuna")
+HEAVY = ("torch", "torchrec", "fbgemm_gpu", "mlflow", "ray", "sklearn", "matplotlib", "jinja2", "optuna")
 """Packages that take a second or more to import."""
 
 _CODE = """

@@ -108,7 +108,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
         raise ReadError
 
     monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
-    monkeypatch.setattr("mmoe_rec.inspection.report.inspect", read)
+    monkeypatch.setattr("mmoe_rec.inspection.health.inspect", read)
     monkeypatch.setattr("mmoe_rec.jobs.tune.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]

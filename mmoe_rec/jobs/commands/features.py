@@ -78,8 +78,8 @@ def _no_model_can_be_trained(prepared: Prepared) -> bool:
 
 def _print(prepared: Prepared, settings: Settings) -> None:
     print(f"features: {prepared.folder}")
-    from mmoe_rec.inspection.formatting import labels_told, requests_told, unmatured_told
     from mmoe_rec.log.checks import format_time
+    from mmoe_rec.report.formatting import labels_told, requests_told, unmatured_told
 
     requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():

@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
-    from mmoe_rec.inspection.report import inspect, write
-    from mmoe_rec.inspection.terminal import show
+    from mmoe_rec.inspection.health import inspect
     from mmoe_rec.jobs.places import features_in_use
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.report.health import write
+    from mmoe_rec.report.terminal import show
 
     out = Path(arguments.out or Path(settings.data.work) / "inspection")
     with features_in_use(settings, "an inspection") as prepared:

@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmoe_rec.inspection.explanations import CHECKS
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
-from mmoe_rec.inspection.formatting import (
+from mmoe_rec.report.explanations import CHECKS
+from mmoe_rec.report.formatting import (
     NONE,
     count,
     day,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmoe_rec.inspection.formatting import labels_told, rate
+from mmoe_rec.report.formatting import labels_told, rate
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-_INK, _MUTED, _GRID, _LINE = "#1b1f24", "#6b7280", "#e5e7eb", "#1f5fa8"
+from mmoe_rec.report.style import COLOURS, SERIES, blank, plain
+
+_INK, _MUTED, _LINE = COLOURS["ink"], COLOURS["muted"], SERIES[0]
 _DECADES_WITH_STEPS = 3  # over more, labels at 2 and 5 would overlap
 _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
 
@@ -32,10 +33,10 @@ def calibration_figure(summary: Mapping[str, Any], task: str) -> Figure:
         raise ValueError(f"task {task!r} has no calibration; expected a binary task with observed labels")
     predicted, observed, low, high = _bin_arrays(bins)
 
-    figure = _figure(5.6, 6.6)
+    figure = blank(5.6, 6.6)
     axes, ratio_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    _style(axes)
-    _style(ratio_axes)
+    plain(axes)
+    plain(ratio_axes)
     _draw_reliability(axes, predicted, observed, low, high)
     _draw_points(ratio_axes, predicted, observed / predicted, low / predicted, high / predicted)
     ratio_axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -66,7 +67,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
         weights[index, : len(row)] = row
 
     tasks, experts = weights.shape
-    figure = _figure(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
+    figure = blank(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
     axes = figure.subplots()
     top = float(np.nanmax(weights)) if np.isfinite(weights).any() else 1.0
     image = axes.imshow(np.ma.masked_invalid(weights), cmap="Blues", vmin=0, vmax=top or 1.0, aspect="auto")
@@ -92,12 +93,11 @@ def sweep_figure(
         milliseconds: latency of each.
         tasks: of each, task -> metric -> `value`, `low` and `high`, for `auc` and `calibration`.
     """
-    figure = _figure(6.0, 7.6)
+    figure = blank(6.0, 7.6)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1.4, 1])
     for axes in panels:
-        _style(axes)
-    colors = [_LINE, "#c2571a", "#2f855a", "#7c3aed", "#b83280"]
-    for task, color in zip(tasks[0], colors * len(tasks[0]), strict=False):
+        plain(axes)
+    for task, color in zip(tasks[0], SERIES * len(tasks[0]), strict=False):
         for axes, metric in zip(panels, ("auc", "calibration"), strict=False):
             value, low, high = (
                 np.array([each[task][metric][name] for each in tasks], dtype=np.float64)
@@ -191,23 +191,6 @@ def _calibration_caption(group: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GRID)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-
-
 def _style_cells(axes: Axes, tasks: list[str], experts: int) -> None:
     axes.set_xticks(range(experts), [str(expert) for expert in range(experts)])
     axes.set_yticks(range(len(tasks)), tasks)
@@ -216,6 +199,6 @@ def _style_cells(axes: Axes, tasks: list[str], experts: int) -> None:
     axes.set_yticks(np.arange(len(tasks) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_INK)
-    axes.set_facecolor("#f3f4f6")
+    axes.set_facecolor(COLOURS["soft"])
     for spine in axes.spines.values():
         spine.set_visible(False)

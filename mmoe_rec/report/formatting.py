@@ -25,6 +25,11 @@ def fixed(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
+def thousands(value: int | None) -> str:
+    """A whole number."""
+    return NONE if value is None else f"{value:,}"
+
+
 def rate(value: float | None, kind: str) -> str:
     """A rate as a share, the mean of a regression's labels as a number: of large ones, such as times, every unit."""
     if value is None:

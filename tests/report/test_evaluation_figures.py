@@ -1,0 +1,57 @@
+"""The numbers in figures of an evaluation are those of the summary."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.report.evaluation_figures import calibration_figure, gate_weights_figure
+from tests.evaluation.simulated_log import Log, simulate
+
+
+@pytest.fixture
+def log() -> Log:
+    return simulate(seed=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
+    log = replace(log, predictions=log.predictions | {"bought": scale * log.predictions["bought"]})
+    summary = summarise(log.measure(), 50)
+    figure = calibration_figure(summary, "bought")
+    figure.canvas.draw()
+    points = figure.axes[0].containers[0].lines[0].get_xydata()
+    bins = summary["tasks"]["bought"]["calibration_bins"]
+    np.testing.assert_allclose(points, [[row["mean_predicted"], row["observed_rate"]] for row in bins])
+    ratio = figure.axes[1].containers[0].lines[0].get_ydata()
+    np.testing.assert_allclose(ratio, [row["observed_rate"] / row["mean_predicted"] for row in bins])
+
+
+def test_calibration_figure_marks_bins_without_a_positive_row(log: Log) -> None:
+    rare = np.where(log.predictions["bought"] > 0.5, log.labels["bought"], 0.0)
+    spread = log.predictions["bought"] ** 2  # over more than a decade: logarithmic axes, where 0 has no place
+    log = replace(log, labels=log.labels | {"bought": rare}, predictions=log.predictions | {"bought": spread})
+    summary = summarise(log.measure(), 50)
+    figure = calibration_figure(summary, "bought")
+    figure.canvas.draw()
+    assert "no positive row" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_calibration_figure_says_what_is_wrong(log: Log) -> None:
+    summary = summarise(log.measure(), 5)
+    with pytest.raises(ValueError, match=r"no task 'missing'.*bought"):
+        calibration_figure(summary, "missing")
+    with pytest.raises(ValueError, match="'spent' has no calibration"):
+        calibration_figure(summary, "spent")
+
+
+def test_gate_weights_figure_writes_every_weight() -> None:
+    figure = gate_weights_figure({"bought": np.array([0.25, 0.75]), "liked": np.array([0.1, np.nan, 0.9])})
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "0.25", (1, 0): "0.75", (0, 1): "0.10", (2, 1): "0.90"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bought", "liked"]
+    with pytest.raises(ValueError, match="no gate weights"):
+        gate_weights_figure({})
