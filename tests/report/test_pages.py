@@ -1,0 +1,93 @@
+"""Every page stands alone, is well-formed, and escapes what comes from the data."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from jinja2 import UndefinedError
+
+from mmoe_rec.report import health
+from mmoe_rec.report.pages import TEMPLATES, render
+from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
+from tests.report.parsed import Page
+
+EVIL = "</title></style><script>alert('x')</script>\"'&amp; {{ 7 * 7 }} $x$ `y` "
+FROM_ELSEWHERE = {"script", "link", "img", "iframe", "object", "embed", "image", "base", "form"}
+
+
+def hostile(value: Any, names: set[str]) -> Any:
+    """The same with something evil before all names that come from a user."""
+    if isinstance(value, dict):
+        return {hostile(key, names): hostile(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [hostile(each, names) for each in value]
+    return EVIL + value if isinstance(value, str) and value in names else value
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Template -> a page with all of its parts, in which all names are hostile."""
+
+    def drift(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame["dense.price"] += 3
+            frame["label.stars"] = float("nan")
+
+    left_out = [{"file": f"logs/{EVIL}.parquet", "reason": EVIL}]
+    splits = {"train": {"rows": 9, "known_by": 1_714_521_600_000_000, "unmatured": {"click": 1}}}
+    folder = tmp_path_factory.mktemp("rows")
+    found = health_of_frames(folder, changed(1, drift), left_out=left_out, log=EVIL, splits=splits)
+    names = {*SCHEMA.features, *SCHEMA.tasks, "made up", "item_id", "user_id", "tags", "look", "item 3"}
+    names |= {each.name for each in (*LAYOUT.tables, *LAYOUT.ids, *LAYOUT.dense)}
+    names |= {part["bin"] for feature in found["features"] for each in feature["inputs"] for part in each["bins"]}
+    names |= {each["message"] for each in found["findings"]}
+    return {"health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"}))}
+
+
+def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
+    extending = {path.name for path in TEMPLATES.glob("*.j2") if "{% extends" in path.read_text(encoding="utf-8")}
+    assert extending == set(pages)
+
+
+def test_pages_stand_alone_and_are_well_formed(pages: dict[str, str]) -> None:
+    for text in pages.values():
+        page = Page(text)
+        assert text.startswith('<!doctype html>\n<html lang="en">\n')
+        assert text.endswith("</html>\n")
+        assert not re.search(r"https?:|url\(|@import|//[a-z]+\.", text)
+        assert page.tags.isdisjoint(FROM_ELSEWHERE)
+        assert page.targets
+        assert {target.removeprefix("#") for target in page.targets} <= set(page.ids)
+        assert len(page.ids) == len(set(page.ids)), "figures of a page share an id"
+
+
+def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
+    for text in pages.values():
+        page = Page(text)
+        assert all(re.fullmatch("(?!on)[a-z-]+", name) for name in page.attributes), page.attributes
+        for name in ("item", "click", "stars", "tags", "item_id", "made up"):
+            assert EVIL + name in page.words, f"{name} stands on the page as it is"
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
+        assert text.count("<title>Data set health: &lt;/title&gt;") == 1
+        assert f"rate of {EVIL}click by week" in _labels(text)
+
+
+def test_a_page_is_the_same_for_the_same_data(pages: dict[str, str], tmp_path: Path) -> None:
+    found = health_of_frames(tmp_path, changed(1, lambda *_: None))
+    assert health.page(found) == health.page(found)
+
+
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="title"):
+        render("base.html.j2", {})
+
+
+def _labels(text: str) -> list[str]:
+    """What figures are called."""
+    return [unescape(each) for each in re.findall(r'aria-label="([^"]*)"', text)]
