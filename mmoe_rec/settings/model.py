@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     RoutingName = str
 else:
     RoutingName = Literal[tuple(rule.name for rule in RULES)]
+_RULES = [f"{rule.summary} ({rule.name})" for rule in RULES]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -52,9 +53,7 @@ class Experts(Section):
 class Gates(Section):
     """The gates, and how they choose experts."""
 
-    routing: RoutingName = Field(
-        "soft", description="mix " + ", ".join(f"{rule.summary} ({rule.name})" for rule in RULES)
-    )
+    routing: RoutingName = Field("soft", description=f"mix {', '.join(_RULES[:-1])}, or {_RULES[-1]}")
     per_task: bool = Field(True, description="a gate for each task; false is one for all (OMoE)")
     top_k: int = Field(2, ge=1, le=1024, description="experts a row and gate in training, unless routing is soft")
     random_top_k: bool = Field(False, description="draw 1 to top_k at each step, so that fewer can serve")
