@@ -196,6 +196,7 @@ class SharedRoute(RoutingRule):
 
 
 RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
+"""The rules that settings may name."""
 
 
 def rule_named(name: str) -> RoutingRule:

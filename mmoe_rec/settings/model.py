@@ -11,7 +11,7 @@ from mmoe_rec.schema import Section
 
 if TYPE_CHECKING:
     RoutingName = str
-else:
+else:  # what the list of rules holds, which a type checker can't know
     RoutingName = Literal[tuple(rule.name for rule in RULES)]
 _RULES = [f"{rule.summary} ({rule.name})" for rule in RULES]
 Width = Annotated[int, Field(ge=1, le=65_536)]
