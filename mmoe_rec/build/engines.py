@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from mmoe_rec.allocation import freed_memory_kept, keep_freed_memory
 from mmoe_rec.errors import UserError
+from mmoe_rec.settings.sections import EngineName
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-EngineName = Literal["local", "ray"]
 # So many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
 THREADS_AT_MOST = 4
 

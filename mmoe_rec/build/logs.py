@@ -9,11 +9,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from mmoe_rec.build.engines import EngineName
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.schema import Schema
+from mmoe_rec.settings.sections import EngineName
 
 _NEVER = np.iinfo(np.int64).max
 Source = TypeVar("Source", Log, EventRows)

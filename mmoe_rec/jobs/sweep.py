@@ -87,8 +87,7 @@ def sweep_table(swept: list[Swept]) -> Table:
 def _each(ranker: LoadedRanker, encoded: Any, batch_size: int, rows: int | None) -> Iterator[Swept]:
     experts = ranker.guarded.experts
     seen = int(ranker.model.visible_experts.sum(1).max())
-    whole = ranker.model.mixture.gates[-1].rule
-    usual = whole.serving_top_k or (seen if whole.kind == "soft" else whole.top_k)
+    usual = ranker.model.mixture.gates[-1].experts_a_row() or seen
     example = _first_rows(ranker, encoded)
     steps = sorted({seen, usual, *_powers(seen)} if seen > MOST_STEPS else range(1, seen + 1), reverse=True)
     for k in steps:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.schema import CHOICES
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import Settings
@@ -27,7 +28,12 @@ class EmbeddingTable(Table):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.TaskSettings`."""
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.TaskSettings`.
+
+    Of a task, the log has a `Task` (where its label is), encoded rows have a `TaskOutput` (what is learnt of it): the
+    two that features are built and identified by. What is chosen for a model is added in `TaskSettings` and here, so
+    that no encoded row depends on a choice. A metric's `TaskSpec` knows of neither log nor model.
+    """
 
     objective: str
     loss_weight: float = 1.0
@@ -58,7 +64,8 @@ class ModelLayout(Layout):
             chosen = settings.tasks.get(task.name)
             if chosen is None:
                 raise _unknown("task", task.name)
-            tasks.append(_model_task(task, chosen.objective, chosen.loss_weight, chosen.score_weight))
+            choices = {name: getattr(chosen, name) for name in CHOICES["tasks"]}
+            tasks.append(ModelTask(**vars(task), **choices))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks))
 
     def of_rows(self) -> Layout:
@@ -101,10 +108,6 @@ class ModelLayout(Layout):
             return ModelLayout.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"'{path}' is missing or damaged: it does not hold the layout of a model") from None
-
-
-def _model_task(task: TaskOutput, objective: str, loss_weight: float, score_weight: float) -> ModelTask:
-    return ModelTask(**vars(task), objective=objective, loss_weight=loss_weight, score_weight=score_weight)
 
 
 def _unknown(what: str, name: str) -> UserError:

@@ -4,17 +4,102 @@ Experts come in this order: those that all tasks share, then those of the first 
 task sees the shared ones and its own. In all levels but the last there is one more gate, the shared one, which sees all
 experts; what it mixes is the input of the next level's shared experts, and what a task's gate mixes that of the task's
 own experts and gate.
+
+A level reads from top to bottom: gates make logits of their input, a rule of `mmoe_rec.model.routing` makes these the
+weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
+
+Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (G, or one), H width of an input, U width
+of an expert's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from mmoe_rec.model.experts import Activation, Compute, Experts
-from mmoe_rec.model.gates import Gates, Routing, RoutingRule
+from mmoe_rec.model.products import HALF_PRECISION_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
+from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings import model as section
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "relu": functional.relu}
+# Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
+# this many weights (measured, see tests/benchmarks/experts.py).
+GROUPED_BELOW = 0.75
+GROUPED_FROM_WEIGHTS = 100_000
+# An added expert's logits begin so far below their own value, then rise to it.
+RAMP = 10.0
+
+
+class Level(nn.Module):
+    """Experts and gates on one input, or on one for each task and one for the shared experts.
+
+    inputs: width of what gates read; expert_inputs: of what experts read; index: of the level, 0 is the first one,
+    where all read the same; the last one has no shared gate.
+    """
+
+    def __init__(self, inputs: int, expert_inputs: int, tasks: int, index: int, model: section.Model) -> None:
+        super().__init__()
+        self.tasks, self.first, self.per_task = tasks, index == 0, model.gates.per_task
+        shared, own, last = model.experts.count, model.experts.task_count, index == model.experts.levels - 1
+        # Experts that read the same input are computed together: number of the input, and how many read it.
+        groups = [(tasks, shared), *((task, own) for task in range(tasks))]
+        if self.first:
+            groups = [(0, shared + tasks * own)]
+        self.sources = [source for source, size in groups if size]
+        self.experts = nn.ModuleList(Experts(size, expert_inputs, model.experts) for _, size in groups if size)
+        if self.per_task:
+            visible = visible_experts(tasks, shared, own, shared_gate=not last)
+        else:
+            visible = torch.ones(1, shared, dtype=torch.bool)
+        self.gates = Gates(inputs, visible, model.gates)
+
+    def forward(
+        self,
+        gate_inputs: list[Tensor],
+        expert_inputs: list[Tensor],
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Mixes (B, G, U), and how they were mixed; one gate for all tasks gives each task the same mix.
+
+        gate_inputs, expert_inputs: one (B, H) that all read, or one for each task and then the shared one; top_k,
+        usable: as in `Gates`.
+        """
+        # The last level has no shared gate, so nobody reads the shared input.
+        inputs = gate_inputs[0] if self.first else gate_inputs[: len(self.gates.visible)]
+        routing: Routing = self.gates(inputs, top_k, usable)  # weights (B, G, E)
+        # Where some experts may not be run at all, none is run on rows that do not use it.
+        alone = usable is not None
+        used = (routing.weights > 0).any(1) if alone else routing.used()  # (B, E), or None: all of them
+        mixed: list[Tensor] = []
+        start = 0
+        for source, experts in zip(self.sources, self.each_group(), strict=True):
+            part = slice(start, start + experts.count)
+            of_part = None if used is None else used[:, part]
+            mixed.append(experts.mix(expert_inputs[source], routing.weights[:, :, part], of_part, alone))
+            start = part.stop
+        total = sum(mixed[1:], start=mixed[0])  # (B, G, U)
+        if not self.per_task:
+            total = total.expand(-1, self.tasks, -1)
+            routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
+        return total, routing
+
+    def each_group(self) -> list[Experts]:
+        """The experts that read the same input, group by group."""
+        return [module for module in self.experts if isinstance(module, Experts)]
+
+    def weights_by_expert(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Number of each expert, and its own part of every weight and bias, as views."""
+        places = ((experts, place) for experts in self.each_group() for place in range(experts.count))
+        for number, (experts, place) in enumerate(places):
+            yield number, [weight[place] for weight in experts.parameters()]
 
 
 def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Tensor:
@@ -28,91 +113,189 @@ def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Ten
     return visible
 
 
-class Level(nn.Module):
-    """Experts and gates on one input, or on one for each task and one for the shared experts.
+class Gates(nn.Module):
+    """G gates over E experts, all computed by one product; `settings.routing` names the rule by which they choose.
 
-    inputs: width of what gates read; expert_inputs: of what experts read; shared, own: number of experts of all tasks,
-    and of each task alone; first: whether all read the same; last: whether there is no shared gate; per_task: False
-    makes one gate for all tasks.
+    Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16
+    one row in a hundred would train other experts than it is served by.
+
+    State: linear (G, E, H); route (1, E, H) of a rule with one router; masked (E,) bool, experts that are out of use;
+    ramp (E,) float32, 1 for an added expert that is not used yet and 0 for one that is used in full; selection_bias
+    (E,) float32, added to the logits that experts are chosen by but not to those of their weights (Wang et al., 2024:
+    loss-free balancing, there to sigmoids; to a softmax's probabilities it evens far less, as these are near 0 and 1).
+
+    visible: (G, E) bool, the experts that a gate may use at all.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        expert_inputs: int,
-        tasks: int,
-        shared: int,
-        own: int,
-        units: Sequence[int],
-        rule: RoutingRule,
-        *,
-        first: bool,
-        last: bool,
-        per_task: bool,
-        activation: Activation,
-        normalise: bool,
-        compute: Compute,
-    ) -> None:
+    def __init__(self, inputs: int, visible: Tensor, settings: section.Gates) -> None:
         super().__init__()
-        self.tasks, self.first, self.per_task = tasks, first, per_task
-        # Experts that read the same input are computed together: number of the input, and how many read it.
-        groups = [(0, shared + tasks * own)] if first else [(tasks, shared), *((task, own) for task in range(tasks))]
-        self.sources = [source for source, size in groups if size]
-        self.experts = nn.ModuleList(
-            Experts(size, expert_inputs, units, activation, normalise, compute) for _, size in groups if size
-        )
-        if per_task:
-            visible = visible_experts(tasks, shared, own, shared_gate=not last)
-        else:
-            visible = torch.ones(1, shared, dtype=torch.bool)
-        self.gates = Gates(inputs, visible, rule)
+        gates, experts = visible.shape
+        self.settings, self.rule = settings, rule_named(settings.routing)
+        self.linear = StackedLinear(gates, inputs, experts)
+        self.route = StackedLinear(1, inputs, experts) if self.rule.one_router else None
+        self.visible: Tensor
+        self.masked: Tensor
+        self.ramp: Tensor
+        self.selection_bias: Tensor
+        self.register_buffer("visible", visible.clone(), persistent=False)
+        self._sees_all = not visible.is_meta and bool(visible.all())
+        self.register_buffer("masked", torch.zeros(experts, dtype=torch.bool))
+        self.register_buffer("ramp", torch.zeros(experts))
+        self.register_buffer("selection_bias", torch.zeros(experts))
 
-    def forward(
-        self,
-        gate_inputs: list[Tensor],
-        expert_inputs: list[Tensor],
-        top_k: int | None = None,
-        usable: Tensor | None = None,
-    ) -> tuple[Tensor, Routing]:
-        """Mixes (B, gates, U), and how they were mixed; one gate for all tasks gives each task the same mix.
+    def forward(self, inputs: Tensor | list[Tensor], top_k: int | None = None, usable: Tensor | None = None) -> Routing:
+        """One input (B, H) for all gates, or one for each -> where the rows go.
 
-        gate_inputs, expert_inputs: one (B, width) that all read, or one for each task and then the shared one.
+        top_k: experts a row and router, instead of the settings' number, outside training; usable: (E,) bool, the only
+        experts that may be used, on top of those that are masked. Raises ValueError where rows compete for experts,
+        outside training without a k.
         """
-        routing: Routing = self.gates(self._gate_inputs(gate_inputs), top_k, usable)
-        # Where some experts may not be run at all, none is run on rows that do not use it.
-        used = routing.used() if usable is None else (routing.weights > 0).any(1)
-        alone = usable is not None
-        mixed = self._mixed(expert_inputs, routing.weights, used, alone)
-        if not self.per_task:
-            mixed = mixed.expand(-1, self.tasks, -1)
-            routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
-        return mixed, routing
+        allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
+        with torch.autocast(self.visible.device.type, enabled=False):
+            gates = logits = self._logits(inputs)  # (B, G, E)
+            if self.route is None:
+                routers = logits - RAMP * self.ramp
+            else:
+                assert isinstance(inputs, Tensor), "one router has one input"
+                allowed = allowed[:1]
+                routers = logits = self.route.shared(inputs.float()).unsqueeze(1) - RAMP * self.ramp  # (B, 1, E)
+            probabilities = self._probabilities(routers, allowed)  # (B, R, E)
+            k = self.experts_a_row(top_k)
+            gated = Gated(gates, routers, probabilities, allowed, self.selection_bias, k)
+            fewer = not self.training and k is not None
+            selected = largest(gated) if fewer else self.rule.select(gated)  # (B, R, E), or None: all of them
+            weights = self.rule.weigh(gated, selected, self._renormalises(k))  # (B, G, E)
+            return Routing(weights, probabilities, selected, logits)
 
-    def weights_by_expert(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Number of each expert, and its own part of every weight and bias, as views."""
-        number = 0
-        for index in range(len(self.experts)):
-            experts = self._experts(index)
-            for place in range(experts.count):
-                yield number, [weight[place] for weight in experts.parameters()]
-                number += 1
+    def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """(B, G, E) float32, minus infinity for what a gate does not see."""
+        if isinstance(inputs, Tensor):
+            logits = self.linear.shared(inputs.float()).unflatten(1, self.visible.shape)
+        else:
+            logits = torch.stack(self.linear([each.float() for each in inputs]), dim=1)
+        return logits if self._sees_all else logits.masked_fill(~self.visible, float("-inf"))
 
-    def _gate_inputs(self, inputs: list[Tensor]) -> Tensor | list[Tensor]:
-        # The last level has no shared gate, so nobody reads the shared input.
-        return inputs[0] if self.first else inputs[: len(self.gates.visible)]
+    @property
+    def in_use(self) -> Tensor:
+        """(E,) bool: experts that are neither masked nor still wholly out since they were added."""
+        return ~(self.masked | (self.ramp >= 1))
 
-    def _mixed(self, inputs: list[Tensor], weights: Tensor, used: Tensor | None, alone: bool) -> Tensor:
-        total, start = None, 0
-        for index, source in enumerate(self.sources):
-            experts = self._experts(index)
-            part = slice(start, start + experts.count)
-            mixed = experts.mix(inputs[source], weights[:, :, part], None if used is None else used[:, part], alone)
-            total = mixed if total is None else total + mixed
-            start = part.stop
-        assert total is not None
-        return total
+    def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        """Softmax (B, R, E) over what may be used.
 
-    def _experts(self, index: int) -> Experts:
-        experts = self.experts[index]
-        assert isinstance(experts, Experts)
-        return experts
+        Gate dropout: each expert is left out of a gate with some probability in training, then the rest is renormalised
+        (Zhao et al., RecSys 2019).
+        """
+        if self.training and self.settings.noise > 0:
+            logits = logits + self.settings.noise * torch.randn_like(logits)
+        if self.training and self.settings.dropout > 0:
+            allowed = keep_some(torch.rand_like(logits) >= self.settings.dropout, allowed)
+        return masked_softmax(logits, allowed)
+
+    def experts_a_row(self, asked: int | None = None) -> int | None:
+        """Experts a row and router, None where the rule takes no k; asked: outside training, before the settings."""
+        if not self.training:
+            k = self.settings.serving_top_k if asked is None else asked
+            if k is not None:
+                return k
+            if self.rule.rows_compete:
+                raise ValueError(
+                    f"{self.rule.name} depends on which rows are scored together: it needs a k to score with"
+                )
+        if not self.rule.takes_k:
+            return None
+        if self.training and self.settings.random_top_k:
+            return int(torch.randint(1, self.settings.top_k + 1, ()))
+        return self.settings.top_k
+
+    def _renormalises(self, k: int | None) -> bool:
+        """Whether the weights of k chosen experts are divided by their sum."""
+        return not self.rule.takes_k or (self.settings.top_k > 1 and (k != 1 or not self.settings.random_top_k))
+
+    def rows_of(self, expert: int) -> list[Tensor]:
+        """The weights and biases that give an expert's logits, as views."""
+        layers = [self.linear] if self.route is None else [self.linear, self.route]
+        return [each[:, expert] for layer in layers for each in (layer.weight, layer.bias)]
+
+    @torch.no_grad()
+    def even_out(self, loads: Tensor, rate: float) -> None:
+        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks.
+
+        Experts that are masked or being let in have no part in it: their bias would make up for what keeps them out.
+        """
+        settled = ~self.masked & (self.ramp <= 0)
+        moved = self.selection_bias + rate * (loads[settled].mean() - loads).sign()
+        self.selection_bias.copy_(torch.where(settled, moved, self.selection_bias))
+
+    @torch.no_grad()
+    def let_in(self, steps: int) -> None:
+        """Lets added experts in a little more, so that they are wholly in after so many calls."""
+        self.ramp.sub_(1 / steps).clamp_(min=0)
+
+
+def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
+    """What is kept (..., E) bool of what is allowed, or all that is allowed where nothing of it would be kept.
+
+    A softmax over the kept experts' logits equals the dropped and renormalised softmax; with none kept it would be NaN.
+    """
+    kept_here = keep & allowed
+    return torch.where(kept_here.any(-1, keepdim=True), kept_here, allowed)
+
+
+class Experts(nn.Module):
+    """E small networks of one shape on one hidden vector (Ma et al., KDD 2018): linear layers, each followed by the
+    activation; normalise: then each output to mean 0, variance 1.
+
+    HoME (Kuaishou, 2024) found ReLU experts more than 90% zeros and of different scales: hence SiLU, and normalising.
+
+    compute: `dense` runs all experts on all rows in few large products, `grouped` each on the rows sent to it, `auto`
+    whichever is faster for the share of experts in use.
+    """
+
+    def __init__(self, count: int, inputs: int, settings: section.Experts) -> None:
+        super().__init__()
+        self.count = count
+        self.activate = ACTIVATIONS[settings.activation]
+        self.normalise, self.compute = settings.normalise, settings.compute
+        widths = [inputs, *settings.units]
+        self.weights_each = sum(width * below for below, width in pairwise(widths))
+        self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, H) -> (B, E, U): every expert on every row."""
+        first, *others = self.layers
+        assert isinstance(first, StackedLinear)
+        parts = list(self.activate(first.shared(hidden)).chunk(self.count, dim=1))
+        for layer in others:
+            parts = [self.activate(part) for part in layer(parts)]
+        return self._normalised(torch.stack(parts, dim=1))
+
+    def sent(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
+        """(B, H) -> (S, U): the outputs of a dispatch's places, each expert on the rows sent to it."""
+        x = hidden.index_select(0, dispatch.rows)
+        for layer in self.layers:
+            assert isinstance(layer, StackedLinear)
+            x = self.activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts))
+        return self._normalised(x)
+
+    def mix(self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False) -> Tensor:
+        """(B, H), weights (B, G, E) float32 -> (B, G, U), the experts' weighted sum for each gate.
+
+        used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert on rows
+        that use it only, whatever `compute` says.
+        """
+        if used is not None and (alone or self.takes_grouped(used)):
+            hidden = for_products(hidden)
+            dispatch = Dispatch.of(used, HALF_PRECISION_BLOCK if hidden.dtype.itemsize == 2 else 1)
+            return combine(self.sent(hidden, dispatch), weights, dispatch)
+        experts = self(hidden)
+        return torch.bmm(weights.to(experts.dtype), experts)
+
+    def takes_grouped(self, used: Tensor) -> bool:
+        """Whether `mix` runs experts on their own rows only, where (B, E) of them are in use."""
+        if self.compute != "auto":
+            return self.compute == "grouped"
+        return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
+
+    def _normalised(self, outputs: Tensor) -> Tensor:
+        return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs

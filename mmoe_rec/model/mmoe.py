@@ -3,7 +3,10 @@
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
 2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code by other
 settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
-levels. Shapes: B rows, H hidden width, E experts, U expert width, P placement width, T tasks.
+levels. The forward pass reads from top to bottom here, in `mmoe_rec.model.levels` and in `mmoe_rec.model.routing`.
+
+Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
+tasks.
 
 The concatenated inputs are not normalised: dense inputs arrive standardised and embeddings start small, so that an
 unseen id adds next to nothing; a LayerNorm across them would let one outlying number rescale all others.
@@ -12,23 +15,23 @@ unseen id adds next to nothing; a LayerNorm across them would let one outlying n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.bottom import Bottom
-from mmoe_rec.model.gates import Gates, Routing, RoutingRule
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.levels import Level
-from mmoe_rec.model.stacked import for_products
+from mmoe_rec.model.levels import Gates, Level
+from mmoe_rec.model.products import StackedLinear, for_products
+from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name
-from mmoe_rec.model.towers import PlacementTower, Towers
 
 if TYPE_CHECKING:
-    from mmoe_rec.settings import Model
+    from mmoe_rec.settings import model as section
 
 # torchrec's pipeline traces the model down to its parts, and this is one.
 torch.fx.wrap("by_name")
@@ -43,65 +46,6 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     routings: tuple[Routing, ...]
-
-
-class Mixture(nn.Module):
-    """The dense part: from concatenated inputs to logits.
-
-    raw_inputs: experts of the first level read the inputs of the bottom besides its output.
-    """
-
-    def __init__(
-        self,
-        bottom: Bottom,
-        levels: Sequence[Level],
-        towers: Towers,
-        placement: PlacementTower | None,
-        raw_inputs: bool = False,
-    ) -> None:
-        super().__init__()
-        self.bottom = bottom
-        self.levels = nn.ModuleList(levels)
-        self.towers = towers
-        self.placement = placement
-        self.raw_inputs = raw_inputs
-
-    def each_level(self) -> list[Level]:
-        """The levels, the last one last."""
-        return [module for module in self.levels if isinstance(module, Level)]
-
-    @property
-    def gates(self) -> list[Gates]:
-        """The gates of each level, the last level's last."""
-        return [level.gates for level in self.each_level()]
-
-    def forward(
-        self,
-        inputs: Tensor,
-        placement: Tensor,
-        use_placement: bool | None = None,
-        top_k: int | None = None,
-        usable: Tensor | None = None,
-    ) -> Outputs:
-        """inputs (B, sum of widths), placement (B, P) -> logits and routings.
-
-        use_placement: add the placement tower's logits; None does so in training only. top_k: experts a row and gate,
-        outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
-        """
-        hidden = for_products(self.bottom(inputs))
-        gate_inputs = [hidden]
-        expert_inputs = [torch.cat([hidden, inputs.to(hidden.dtype)], dim=1)] if self.raw_inputs else gate_inputs
-        routings = []
-        for level in self.levels:
-            mixed, routing = level(gate_inputs, expert_inputs, top_k, usable)
-            routings.append(routing)
-            gate_inputs = expert_inputs = list(mixed.unbind(1))
-        logits = self.towers(torch.stack(gate_inputs, dim=1) if len(self.levels) > 1 else mixed).float()
-        if use_placement is None:
-            use_placement = self.training
-        if use_placement and self.placement is not None:
-            logits = logits + self.placement(placement).float()
-        return Outputs(logits, tuple(routings))
 
 
 class RankingModel(nn.Module):
@@ -151,9 +95,9 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
-        embeddings = by_name(self.tables(batch.ids), self.dims)
-        inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
-        placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
+        embeddings = by_name(self.tables(batch.ids), self.dims)  # of each id input (B, its dim)
+        inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)  # (B, W)
+        placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)  # (B, P)
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
@@ -164,7 +108,199 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 
-def build_model(layout: ModelLayout, model: Model, tables: nn.Module, seed: int = 0) -> RankingModel:
+class Mixture(nn.Module):
+    """The dense part: from concatenated inputs to logits.
+
+    raw_inputs: experts of the first level read the inputs of the bottom besides its output.
+    """
+
+    def __init__(
+        self,
+        bottom: Bottom,
+        levels: Sequence[Level],
+        towers: Towers,
+        placement: PlacementTower | None,
+        raw_inputs: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bottom = bottom
+        self.levels = nn.ModuleList(levels)
+        self.towers = towers
+        self.placement = placement
+        self.raw_inputs = raw_inputs
+
+    def each_level(self) -> list[Level]:
+        """The levels, the last one last."""
+        return [module for module in self.levels if isinstance(module, Level)]
+
+    @property
+    def gates(self) -> list[Gates]:
+        """The gates of each level, the last level's last."""
+        return [level.gates for level in self.each_level()]
+
+    def forward(
+        self,
+        inputs: Tensor,
+        placement: Tensor,
+        use_placement: bool | None = None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+    ) -> Outputs:
+        """inputs (B, sum of widths), placement (B, P) -> logits and routings.
+
+        use_placement: add the placement tower's logits; None does so in training only. top_k: experts a row and gate,
+        outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
+        """
+        hidden = for_products(self.bottom(inputs))  # (B, H)
+        gate_inputs = [hidden]
+        expert_inputs = [torch.cat([hidden, inputs.to(hidden.dtype)], dim=1)] if self.raw_inputs else gate_inputs
+        routings = []
+        for level in self.levels:
+            mixed, routing = level(gate_inputs, expert_inputs, top_k, usable)  # (B, G, U)
+            routings.append(routing)
+            gate_inputs = expert_inputs = list(mixed.unbind(1))  # G of (B, U)
+        logits = self.towers(torch.stack(gate_inputs, dim=1) if len(self.levels) > 1 else mixed).float()  # (B, T)
+        if use_placement is None:
+            use_placement = self.training
+        if use_placement and self.placement is not None:
+            logits = logits + self.placement(placement).float()
+        return Outputs(logits, tuple(routings))
+
+
+class Bottom(nn.Module):
+    """The shared bottom, which experts and gates sit on: crosses and bends on the wide input, then hidden layers.
+
+    edges: for each of the last D inputs, the dense ones, the edges of its piecewise-linear encoding (at least two, or
+    none to leave it as it is).
+    """
+
+    def __init__(self, inputs: int, edges: Sequence[Sequence[float]], settings: section.Bottom) -> None:
+        super().__init__()
+        self.dense = len(edges)
+        self.crosses = Crosses(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
+        bends = settings.piecewise and any(len(each) > 1 for each in edges)
+        self.bends = PiecewiseLinear(edges) if bends else None
+        width = inputs + (self.bends.outputs if self.bends else 0)
+        self.layers = mlp(width, settings.units, settings.dropout)
+        self.outputs = settings.units[-1] if settings.units else width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W) float32 -> (B, H)."""
+        crossed = x if self.crosses is None else self.crosses(x)  # (B, W)
+        if self.bends is not None:
+            crossed = torch.cat([crossed, self.bends(x[:, -self.dense :]).to(crossed.dtype)], dim=1)
+        hidden: Tensor = self.layers(crossed)
+        return hidden
+
+
+class Crosses(nn.Module):
+    """x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l for `layers` layers of the given rank, (B, W) -> (B, W).
+
+    A product of two embeddings, such as a user's and a candidate's, is what layers of weighted sums learn badly.
+    """
+
+    def __init__(self, inputs: int, layers: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(inputs, rank, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(rank, inputs) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W) -> (B, W)."""
+        crossed = x
+        for down, up in zip(self.down, self.up, strict=True):
+            crossed = x * up(down(crossed)) + crossed
+        return crossed
+
+
+class PiecewiseLinear(nn.Module):
+    """Each number as K parts: how far it reaches into each of the K intervals between its edges, 0 to 1.
+
+    The first linear layer above then fits any piecewise-linear function of the number, with bends at the edges, where a
+    standardised number alone gives it a single slope. A number with fewer edges than others has fewer parts.
+    """
+
+    def __init__(self, edges: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        intervals = [(index, *ends) for index, each in enumerate(edges) for ends in pairwise(each)]
+        column, low, high = zip(*intervals, strict=True) if intervals else ((), (), ())
+        slope = 1.0 / (torch.tensor(high) - torch.tensor(low))
+        self.column: Tensor
+        self.slope: Tensor
+        self.low: Tensor
+        self.register_buffer("column", torch.tensor(column, dtype=torch.int64), persistent=False)
+        self.register_buffer("slope", slope, persistent=False)
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+
+    @property
+    def outputs(self) -> int:
+        """Parts of all numbers together."""
+        return len(self.column)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """(B, D) float32 -> (B, outputs) float32. Numbers are data: no gradient flows back to them."""
+        # The difference first: it is exact where the edges lie so near that their distance is small beside themselves.
+        parts = numbers.detach().index_select(1, self.column).sub_(self.low)
+        return parts.mul_(self.slope).clamp_(0.0, 1.0)
+
+
+class Towers(nn.Module):
+    """T independent networks, one per task: SiLU hidden layers, then one logit."""
+
+    def __init__(self, tasks: int, inputs: int, units: Sequence[int]) -> None:
+        super().__init__()
+        widths = [inputs, *units, 1]
+        self.layers = nn.ModuleList(StackedLinear(tasks, width, below) for width, below in pairwise(widths))
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        """(T, 1) what is added to each task's logit last."""
+        last = self.layers[-1]
+        assert isinstance(last, StackedLinear)
+        return last.bias
+
+    def forward(self, gated: Tensor) -> Tensor:
+        """(B, T, U) -> logits (B, T)."""
+        parts = list(gated.unbind(1))
+        for layer in self.layers[:-1]:
+            parts = [functional.silu(part) for part in layer(parts)]
+        return torch.cat(self.layers[-1](parts), dim=1)
+
+
+class PlacementTower(nn.Module):
+    """A shallow network from placement inputs to a logit per task, which absorbs bias (Zhao et al., RecSys 2019): added
+    to the main logits in training.
+
+    In training the whole placement of a row is hidden with probability `dropout` (its logits are 0), so that the model
+    does not lean on placement, which serving does not know.
+    """
+
+    def __init__(self, inputs: int, tasks: int, settings: section.Placement) -> None:
+        super().__init__()
+        self.dropout = settings.dropout
+        self.layers = mlp(inputs, settings.units)
+        self.logits = nn.Linear(settings.units[-1] if settings.units else inputs, tasks)
+
+    def forward(self, placement: Tensor) -> Tensor:
+        """(B, P) -> logits (B, T)."""
+        logits: Tensor = self.logits(self.layers(placement))
+        if self.training and self.dropout > 0:
+            shown = torch.rand(len(logits), 1, device=logits.device) >= self.dropout
+            logits = logits * shown
+        return logits
+
+
+def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers of the given widths, each followed by SiLU and, if asked for, dropout."""
+    layers: list[nn.Module] = []
+    for width in units:
+        layers += [nn.Linear(inputs, width), nn.SiLU()]
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, seed: int = 0) -> RankingModel:
     """The model that the `model` section of the settings describes; the dense part's weights follow from the seed.
 
     Raises UserError for a layout without inputs besides placement.
@@ -179,50 +315,16 @@ def build_model(layout: ModelLayout, model: Model, tables: nn.Module, seed: int 
 
 
 def build_mixture(
-    inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: Model
+    inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: section.Model
 ) -> Mixture:
     """The dense part on so many inputs, with weights from torch's global generator.
 
     edges: of each of the last inputs, the dense ones, see `Bottom`; placement_inputs: 0 leaves that tower out.
     """
-    section = model.bottom
-    bottom = Bottom(
-        inputs,
-        edges if section.piecewise else [() for _ in edges],
-        section.units,
-        section.dropout,
-        section.cross_layers,
-        section.cross_rank,
-    )
-    return Mixture(
-        bottom,
-        _levels(bottom.outputs, inputs, tasks, model),
-        Towers(tasks, model.experts.units[-1], model.towers.units),
-        PlacementTower(placement_inputs, tasks, model.placement.units, model.placement.dropout)
-        if placement_inputs
-        else None,
-        model.experts.raw_inputs,
-    )
-
-
-def _levels(hidden: int, raw: int, tasks: int, model: Model) -> list[Level]:
-    experts, gates = model.experts, model.gates
-    rule = RoutingRule(gates.routing, gates.top_k, gates.random_top_k, gates.serving_top_k, gates.dropout, gates.noise)
-    return [
-        Level(
-            hidden if index == 0 else experts.units[-1],
-            hidden + raw * experts.raw_inputs if index == 0 else experts.units[-1],
-            tasks,
-            experts.count,
-            experts.task_count,
-            experts.units,
-            rule,
-            first=index == 0,
-            last=index == experts.levels - 1,
-            per_task=gates.per_task,
-            activation=experts.activation,
-            normalise=experts.normalise,
-            compute=experts.compute,
-        )
-        for index in range(experts.levels)
-    ]
+    bottom = Bottom(inputs, edges, model.bottom)
+    hidden, mixed = bottom.outputs, model.experts.units[-1]
+    levels = [Level(hidden, hidden + inputs * model.experts.raw_inputs, tasks, 0, model)]
+    levels += [Level(mixed, mixed, tasks, index, model) for index in range(1, model.experts.levels)]
+    towers = Towers(tasks, mixed, model.towers.units)
+    placement = PlacementTower(placement_inputs, tasks, model.placement) if placement_inputs else None
+    return Mixture(bottom, levels, towers, placement, model.experts.raw_inputs)

@@ -39,7 +39,7 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
     Raises UserError for an expert that is not shared, or a copy that is made of an expert which is out of use.
     """
     generator = torch.Generator().manual_seed(seed)
-    soft = model.gates.routing == "soft" and model.gates.serving_top_k is None
+    soft = model.gates.rule.mixes_all and model.gates.serving_top_k is None
     for expert in copied:
         _check_shared(model, expert, "copied")
         if any(state[name][expert] for name in state if name.endswith("gates.masked")):

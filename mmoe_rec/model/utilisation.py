@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing import RoutingRule
 
 # A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
 POLARISED = 0.8
@@ -90,14 +91,14 @@ class Utilisation:
                 )
         return found
 
-    def note(self, routing: str) -> str | None:
+    def note(self, rule: RoutingRule) -> str | None:
         """What of it is worth a line on the terminal: that gates which choose experts leave some unchosen.
 
-        With soft gates unused experts and polarised gates cost no accuracy, and what evens them brings none, on large
-        and small logs alike (`tests/benchmarks/LOG.md`). Where gates choose, many experts are wanted for capacity.
+        Where gates mix all experts, unused ones and polarised gates cost no accuracy, and what evens them brings none,
+        on large and small logs alike (`tests/benchmarks/LOG.md`). Where they choose, many are wanted for capacity.
         """
         experts = self.hardly_used
-        if routing == "soft" or not experts:
+        if rule.mixes_all or not experts:
             return None
         count = len(_numbers(self.total_loads))
         return (

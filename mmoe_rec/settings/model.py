@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mmoe_rec.model.routing import RULES, RoutingRule, rule_named
 from mmoe_rec.schema import Section
 
+if TYPE_CHECKING:
+    RoutingName = str
+else:  # what the list of rules holds, which a type checker can't know
+    RoutingName = Literal[tuple(rule.name for rule in RULES)]
+_RULES = [f"{rule.summary} ({rule.name})" for rule in RULES]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -47,11 +53,7 @@ class Experts(Section):
 class Gates(Section):
     """The gates, and how they choose experts."""
 
-    routing: Literal["soft", "top_k", "expert_choice", "shared_route"] = Field(
-        "soft",
-        description="mix all experts (soft), the k best of each task's gate (top_k), the rows that each expert wants "
-        "most (expert_choice, in training), or k experts chosen for all tasks together (shared_route)",
-    )
+    routing: RoutingName = Field("soft", description=f"mix {', '.join(_RULES[:-1])}, or {_RULES[-1]}")
     per_task: bool = Field(True, description="a gate for each task; false is one for all (OMoE)")
     top_k: int = Field(2, ge=1, le=1024, description="experts a row and gate in training, unless routing is soft")
     random_top_k: bool = Field(False, description="draw 1 to top_k at each step, so that fewer can serve")
@@ -72,17 +74,25 @@ class Gates(Section):
     z_loss: float = Field(0.0, ge=0, description="weight of the loss on large logits of gates")
     ramp_steps: int = Field(1000, ge=1, description="training steps until an expert added under top-k is wholly in")
 
+    @property
+    def rule(self) -> RoutingRule:
+        """What `routing` names."""
+        return rule_named(self.routing)
+
     @model_validator(mode="after")
     def _check_routing(self) -> Gates:
-        if self.routing == "expert_choice" and self.serving_top_k is None:
+        if self.rule.rows_compete and self.serving_top_k is None:
             raise ValueError(
-                "routing expert_choice depends on which rows are scored together, so it can't serve: set serving_top_k "
-                "to the number of experts that a row gets outside training"
+                f"routing {self.routing} depends on which rows are scored together, so it can't serve: set "
+                "serving_top_k to the number of experts that a row gets outside training"
             )
-        if self.random_top_k and self.routing not in ("top_k", "shared_route"):
-            raise ValueError(f"random_top_k has no meaning with routing {self.routing}: use top_k or shared_route")
-        if self.balance == "bias" and self.routing not in ("top_k", "shared_route"):
-            raise ValueError(f"balance bias has no meaning with routing {self.routing}: use top_k or shared_route")
+        for asked, name, fits in (
+            (self.random_top_k, "random_top_k", [rule for rule in RULES if rule.takes_k and not rule.rows_compete]),
+            (self.balance == "bias", "balance bias", [rule for rule in RULES if rule.takes_bias]),
+        ):
+            if asked and self.rule not in fits:
+                instead = " or ".join(rule.name for rule in fits)
+                raise ValueError(f"{name} has no meaning with routing {self.routing}: use {instead}")
         return self
 
 
@@ -111,15 +121,15 @@ class Model(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Model:
         experts, gates = self.experts, self.gates
-        one_for_all = not gates.per_task or gates.routing == "shared_route"
+        one_for_all = not gates.per_task or gates.rule.one_router
         if one_for_all and (experts.task_count or experts.levels > 1):
-            name = "gates.routing shared_route" if gates.per_task else "gates.per_task false"
+            name = f"gates.routing {gates.routing}" if gates.per_task else "gates.per_task false"
             raise ValueError(f"{name} needs experts that all tasks see, in one level: set task_count 0 and levels 1")
-        if not gates.per_task and gates.routing == "shared_route":
-            raise ValueError("gates.routing shared_route has a gate for each task: leave gates.per_task true")
+        if not gates.per_task and gates.rule.one_router:
+            raise ValueError(f"gates.routing {gates.routing} has a gate for each task: leave gates.per_task true")
         seen = experts.count + experts.task_count
         for name in ("top_k", "serving_top_k"):
             k = getattr(gates, name)
-            if k is not None and k > seen and (name == "serving_top_k" or gates.routing != "soft"):
+            if k is not None and k > seen and (name == "serving_top_k" or gates.rule.takes_k):
                 raise ValueError(f"gates.{name} is {k}, and a gate sees {seen} experts")
         return self

@@ -31,6 +31,7 @@ def _as_time(value: Any) -> datetime | None:
 
 
 Time = Annotated[datetime, BeforeValidator(_as_time)]
+EngineName = Literal["local", "ray"]
 
 
 class Split(Section):
@@ -65,7 +66,7 @@ class Data(Section):
         default_factory=dict, description="name -> a further log of events, which counters and histories may read"
     )
     work: str = Field(description="folder for encoded features, checkpoints and models")
-    engine: Literal["local", "ray"] = Field(
+    engine: EngineName = Field(
         "local", description="what builds features: local (threads or processes here) or ray (a Ray cluster)"
     )
     workers: int | None = Field(

@@ -4,13 +4,21 @@ fbgemm asks the library cpuinfo what the processor can do: code in torch's libc1
 answer from a variable of libc10. In the CUDA build of torch, which is the one on PyPI, libtorch has a second copy of
 this variable, into which that code writes instead. So fbgemm finds an empty one and falls back to its reference loops:
 updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0).
+
+As this writes into another library's memory, it is done with the versions that it was tried with alone. The file can go
+when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
+"""How the versions begin that the copy was tried with."""
 
 _ANSWER = "cpuinfo_isa"
 _SYMBOL_ENTRY = 1  # dladdr1: ask for the ELF symbol
@@ -43,12 +51,31 @@ class _Symbol(ctypes.Structure):
 def share_cpuinfo() -> bool:
     """Copies what torch knows of the processor to where fbgemm looks, if that is empty; whether anything was copied.
 
-    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux.
+    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With
+    versions that it was not tried with it only warns that training will be slow.
     """
+    found = _to_copy()
+    if found is None:
+        return False
+    versions = _versions()
+    if not all(versions[name].startswith(tried) for name, tried in TRIED.items()):
+        named = " and ".join(f"{name} {each}" for name, each in versions.items())
+        warnings.warn(
+            f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
+            "times as slowly: install the versions that pyproject.toml asks for",
+            stacklevel=2,
+        )
+        return False
+    ctypes.memmove(*found)
+    return True
+
+
+def _to_copy() -> tuple[int, int, int] | None:
+    """Addresses of fbgemm's empty variable and of torch's full one, and bytes of either; None if there is no need."""
     import torch
 
     if sys.platform != "linux":
-        return False
+        return None
     folder = Path(torch.__file__).parent / "lib"
     try:
         asked, told = (ctypes.CDLL(str(folder / name)) for name in ("libc10.so", "libtorch.so"))
@@ -56,11 +83,22 @@ def share_cpuinfo() -> bool:
         empty, known = (ctypes.addressof(ctypes.c_char.in_dll(library, _ANSWER)) for library in (asked, told))
         size = _size(empty)
     except (OSError, AttributeError, ValueError):  # no such library, function or variable
-        return False
+        return None
     if empty == known or size != _size(known) or any(ctypes.string_at(empty, size)):
-        return False
-    ctypes.memmove(empty, known, size)
-    return True
+        return None
+    return empty, known, size
+
+
+def _versions() -> dict[str, str]:
+    """Of torch and of fbgemm, in whichever build it is installed."""
+    found = {"torch": version("torch"), "fbgemm": "of unknown version"}
+    for build in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            found["fbgemm"] = version(build)
+            break
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _size(address: int) -> int:

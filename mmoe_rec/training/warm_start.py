@@ -26,8 +26,8 @@ from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.tables import used_tables
-from mmoe_rec.model.towers import Towers
 from mmoe_rec.settings import Model
 from mmoe_rec.settings.differences import differences
 

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.allocation import freed_memory_kept
-from mmoe_rec.model import experts as experts_module
-from mmoe_rec.model.experts import Dispatch, Experts
-from mmoe_rec.model.gates import RoutingRule
-from mmoe_rec.model.levels import Level
+from mmoe_rec.model import levels as levels_module
+from mmoe_rec.model.levels import Experts, Level
+from mmoe_rec.model.products import Dispatch
+from mmoe_rec.settings import Model
 
 ROWS, WIDTH, TASKS = 4096, 256, 2
 WAYS = ("grouped", "dense")
@@ -48,27 +48,15 @@ class Case:
         self.levels, self.optimizers = {}, {}
         for way in WAYS:
             torch.manual_seed(0)
-            level = Level(
-                WIDTH,
-                WIDTH,
-                TASKS,
-                count,
-                0,
-                units,
-                RoutingRule("top_k", top_k=k),
-                first=True,
-                last=True,
-                per_task=True,
-                activation="silu",
-                normalise=False,
-                compute=way,  # type: ignore[arg-type]
-            )
+            gates = {"routing": "top_k", "top_k": k}
+            model = Model.model_validate({"experts": {"count": count, "units": units, "compute": way}, "gates": gates})
+            level = Level(WIDTH, WIDTH, TASKS, 0, model)
             self.levels[way] = level
             self.optimizers[way] = torch.optim.AdamW(level.parameters(), lr=1e-4, fused=True)
         self.seconds: dict[str, dict[str, float]] = {way: {} for way in self.levels}
         self.executions = self.multiplied = self.union = 0
         self.auto = ""
-        self.auto_experts = Experts(count, WIDTH, units)
+        self.auto_experts = Experts(count, WIDTH, model.experts.model_copy(update={"compute": "auto"}))
 
     def step(self, way: str, hidden: Tensor) -> None:
         """One step; the shortest times stay."""
@@ -91,7 +79,7 @@ class Case:
     def count_executions(self, hidden: Tensor) -> None:
         """Rows of one more step in the grouped way."""
         multiplied: list[int] = []
-        products, combine = experts_module.grouped_linear, experts_module.combine
+        products, combine = levels_module.grouped_linear, levels_module.combine
 
         def counting_products(x: Tensor, *rest: Any) -> Tensor:
             multiplied.append(len(x))
@@ -101,11 +89,11 @@ class Case:
             self.executions = len(dispatch.places[dispatch.filled].unique())
             return combine(values, weights, dispatch)
 
-        experts_module.grouped_linear, experts_module.combine = counting_products, counting_results
+        levels_module.grouped_linear, levels_module.combine = counting_products, counting_results
         try:
             self.step("grouped", hidden)
         finally:
-            experts_module.grouped_linear, experts_module.combine = products, combine
+            levels_module.grouped_linear, levels_module.combine = products, combine
         assert len(set(multiplied)) == 1, "all layers see the same rows"
         self.multiplied = multiplied[0]
 

@@ -13,7 +13,7 @@ import pytest
 from mmoe_rec.build import engines, splits, steps
 from mmoe_rec.build import results as answers
 from mmoe_rec.build.checks import check_apart
-from mmoe_rec.build.engines import EngineName, open_engine
+from mmoe_rec.build.engines import open_engine
 from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, existing, prepare
@@ -24,6 +24,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.settings.sections import EngineName
 from tests.build.killed_builds import killed_builds
 from tests.log.small_logs import (
     ALL_KINDS,

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from mmoe_rec.model.bottom import Bottom, Crosses, PiecewiseLinear
+from mmoe_rec.model.mmoe import Bottom, Crosses, PiecewiseLinear
+from mmoe_rec.settings import model as section
 
 
 def naive_cross(module: Crosses, row: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_numbers_become_their_reach_into_each_interval():
 def test_bottom_bends_the_last_inputs_and_keeps_the_rest():
     torch.manual_seed(1)
     edges = [(-1.0, 0.0, 1.0), ()]
-    bottom = Bottom(4, edges, units=(), cross_layers=1, cross_rank=2)
+    bottom = Bottom(4, edges, section.Bottom(units=(), cross_layers=1, cross_rank=2))
     x = torch.randn(3, 4)
     out = bottom(x)
     assert bottom.outputs == out.shape[1] == 6
@@ -55,14 +56,14 @@ def test_bottom_bends_the_last_inputs_and_keeps_the_rest():
 
 
 def test_bottom_without_bends_and_crosses_is_its_layers():
-    bottom = Bottom(4, [(), ()], units=(8, 5))
+    bottom = Bottom(4, [(), ()], section.Bottom(units=(8, 5), cross_layers=0))
     x = torch.randn(3, 4)
     torch.testing.assert_close(bottom(x), bottom.layers(x))
 
 
 def test_gradient_reaches_embeddings_through_crosses_but_not_numbers_through_bends():
     torch.manual_seed(2)
-    bottom = Bottom(3, [(-1.0, 1.0)], units=(), cross_layers=1, cross_rank=2)
+    bottom = Bottom(3, [(-1.0, 1.0)], section.Bottom(units=(), cross_layers=1, cross_rank=2))
     x = torch.randn(2, 3, requires_grad=True)
     bottom(x)[:, 3:].sum().backward()
     assert x.grad is not None

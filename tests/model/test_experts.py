@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.model import experts as experts_module
-from mmoe_rec.model.experts import Dispatch, Experts, combine, grouped_linear
-from mmoe_rec.model.levels import visible_experts
+from mmoe_rec.model import levels as levels_module
+from mmoe_rec.model.levels import Experts, visible_experts
 from mmoe_rec.model.mmoe import Mixture, build_mixture
+from mmoe_rec.model.products import Dispatch, combine, grouped_linear
+from mmoe_rec.settings import model as section
 from tests.model.examples import small_settings
+
+
+def made_of(count: int, inputs: int, units: tuple[int, ...], **changes: Any) -> Experts:
+    return Experts(count, inputs, section.Experts(units=units, **changes))
 
 
 def alone(experts: Experts, index: int) -> nn.Sequential:
@@ -23,7 +28,7 @@ def alone(experts: Experts, index: int) -> nn.Sequential:
         weight, bias = layer.weight[index].detach(), layer.bias[index].detach()  # type: ignore[index, union-attr]
         linear = nn.Linear(weight.shape[1], weight.shape[0])
         linear.load_state_dict({"weight": weight, "bias": bias})
-        layers += [linear, nn.SiLU() if experts.activation == "silu" else nn.ReLU()]
+        layers += [linear, nn.SiLU() if experts.activate is functional.silu else nn.ReLU()]
     if experts.normalise:
         layers.append(nn.LayerNorm(layers[-2].out_features, elementwise_affine=False))
     return nn.Sequential(*layers)
@@ -41,7 +46,7 @@ def routed(rows: int, gates: int, count: int, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("normalise", [False, True])
 def test_mixing_equals_a_loop_over_expert_modules(compute: Any, activation: Any, normalise: bool) -> None:
     torch.manual_seed(0)
-    experts = Experts(6, 7, (9, 5), activation, normalise, compute)
+    experts = made_of(6, 7, (9, 5), activation=activation, normalise=normalise, compute=compute)
     hidden = torch.randn(30, 7)
     weights, used = routed(30, 3, 6, 2)
     expected = torch.zeros(30, 3, 5)
@@ -55,7 +60,7 @@ def test_grouped_gradients_equal_dense_ones() -> None:
     found = []
     for compute in ("dense", "grouped"):
         torch.manual_seed(1)
-        experts = Experts(6, 7, (9, 5), compute=compute)  # type: ignore[arg-type]
+        experts = made_of(6, 7, (9, 5), compute=compute)
         hidden = torch.randn(30, 7, requires_grad=True)
         weights, used = routed(30, 2, 6, 2)
         used[:, 3] = False  # an expert without rows
@@ -86,18 +91,18 @@ def test_only_the_used_pairs_are_computed(monkeypatch: pytest.MonkeyPatch) -> No
         assert sum(counts) == len(x)
         return grouped_linear(x, weight, bias, counts)
 
-    monkeypatch.setattr(experts_module, "grouped_linear", counting)
+    monkeypatch.setattr(levels_module, "grouped_linear", counting)
     weights, used = routed(200, 2, 16, 2)
-    experts = Experts(16, 7, (9, 5))
+    experts = made_of(16, 7, (9, 5))
     experts.mix(torch.randn(200, 7), weights, used)
     assert computed == [int(used.sum())] * 2
     assert int(used.sum()) < 200 * 4
 
 
 def test_dense_is_taken_where_most_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_module, "grouped_linear", None)
+    monkeypatch.setattr(levels_module, "grouped_linear", None)
     weights, used = routed(50, 2, 4, 3)
-    Experts(4, 7, (9, 5)).mix(torch.randn(50, 7), weights, used)
+    made_of(4, 7, (9, 5)).mix(torch.randn(50, 7), weights, used)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +110,13 @@ def test_dense_is_taken_where_most_experts_are_used(monkeypatch: pytest.MonkeyPa
 )
 def test_small_experts_that_most_rows_use_run_on_all_rows(units: tuple[int, ...], k: int, grouped: bool) -> None:
     _, used = routed(50, 2, 4, k)
-    assert Experts(4, 150, units).takes_grouped(used) == grouped
-    assert Experts(4, 150, units, compute="grouped").takes_grouped(used)
-    assert not Experts(4, 150, units, compute="dense").takes_grouped(used)
+    assert made_of(4, 150, units).takes_grouped(used) == grouped
+    assert made_of(4, 150, units, compute="grouped").takes_grouped(used)
+    assert not made_of(4, 150, units, compute="dense").takes_grouped(used)
 
 
 def test_nothing_used_gives_zeros() -> None:
-    experts = Experts(3, 7, (9, 5))
+    experts = made_of(3, 7, (9, 5))
     mixed = experts.mix(torch.randn(8, 7), torch.zeros(8, 2, 3), torch.zeros(8, 3, dtype=torch.bool), alone=True)
     assert torch.equal(mixed, torch.zeros(8, 2, 5))
 
@@ -159,7 +164,7 @@ def test_bf16_grouped_gradients_stay_near_fp32() -> None:
     found = []
     for enabled in (False, True):
         torch.manual_seed(0)
-        experts = Experts(6, 32, (24, 8), compute="grouped")
+        experts = made_of(6, 32, (24, 8), compute="grouped")
         hidden = torch.randn(64, 32, requires_grad=True)
         weights, used = routed(64, 2, 6, 2)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -175,7 +180,7 @@ def test_bf16_grouped_gradients_stay_near_fp32() -> None:
 
 def test_bf16_grouped_stays_near_fp32() -> None:
     torch.manual_seed(0)
-    experts = Experts(6, 32, (24, 8), compute="grouped")
+    experts = made_of(6, 32, (24, 8), compute="grouped")
     hidden = torch.randn(64, 32)
     weights, used = routed(64, 2, 6, 2)
     exact = experts.mix(hidden, weights, used)

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe_rec.model.gates import RAMP, Gates, Routing, RoutingRule, balance_loss, expert_loads, keep_some, z_loss
+from mmoe_rec.model.levels import RAMP, Gates, keep_some
+from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
+from mmoe_rec.settings import model as section
 
 GATES, EXPERTS, ROWS = 2, 5, 40
 
 
-def gates(rule: RoutingRule, visible: Tensor | None = None, seed: int = 0) -> Gates:
-    torch.manual_seed(seed)
-    made = Gates(6, torch.ones(GATES, EXPERTS, dtype=torch.bool) if visible is None else visible, rule)
+def gates(routing: str = "soft", visible: Tensor | None = None, **changes: Any) -> Gates:
+    torch.manual_seed(0)
+    settings = section.Gates(routing=routing, **changes)
+    made = Gates(6, torch.ones(GATES, EXPERTS, dtype=torch.bool) if visible is None else visible, settings)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(4)  # far from even
@@ -45,7 +48,7 @@ def largest(probabilities: np.ndarray, k: int) -> set[int]:
 
 @pytest.mark.parametrize("k", [1, 2, 3, EXPERTS])
 def test_top_k_equals_the_naive_reference(k: int) -> None:
-    made, x = gates(RoutingRule("top_k", top_k=k)), hidden()
+    made, x = gates("top_k", top_k=k), hidden()
     routing = made(x)
     assert routing.selected is not None
     for row, gate in itertools.product(range(ROWS), range(GATES)):
@@ -61,7 +64,7 @@ def test_top_k_equals_the_naive_reference(k: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_shared_route_equals_the_naive_reference(k: int) -> None:
-    made, x = gates(RoutingRule("shared_route", top_k=k)), hidden()
+    made, x = gates("shared_route", top_k=k), hidden()
     assert made.route is not None
     routing = made(x)
     used = routing.used()
@@ -79,7 +82,7 @@ def test_shared_route_equals_the_naive_reference(k: int) -> None:
 
 @pytest.mark.parametrize("kind", ["top_k", "shared_route"])
 def test_gates_choose_in_bf16_as_in_fp32(kind: Any) -> None:
-    made, x = gates(RoutingRule(kind, top_k=2)), hidden(2000).bfloat16()
+    made, x = gates(kind, top_k=2), hidden(2000).bfloat16()
     exact = made(x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = made(x)
@@ -89,7 +92,7 @@ def test_gates_choose_in_bf16_as_in_fp32(kind: Any) -> None:
 
 
 def test_expert_choice_equals_the_naive_reference() -> None:
-    made, x = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2)), hidden()
+    made, x = gates("expert_choice", top_k=2, serving_top_k=2), hidden()
     routing = made(x)
     assert routing.selected is not None
     probabilities = np.apply_along_axis(softmax, 2, logits_of(made.linear, x))
@@ -107,7 +110,7 @@ def test_expert_choice_equals_the_naive_reference() -> None:
 def test_expert_choice_gives_each_gate_its_k_of_the_experts_in_use() -> None:
     """A gate that sees fewer experts, or lost some, gets more rows of each."""
     visible = torch.tensor([[True, True, True, True, False], [True, True, False, False, True]])
-    made = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2), visible)
+    made = gates("expert_choice", top_k=2, serving_top_k=2, visible=visible)
     made.masked[0] = True
     routing = made(hidden())
     assert routing.selected is not None
@@ -117,15 +120,16 @@ def test_expert_choice_gives_each_gate_its_k_of_the_experts_in_use() -> None:
 
 
 def test_expert_choice_scores_each_row_on_its_own() -> None:
-    made, x = gates(RoutingRule("expert_choice", top_k=2, serving_top_k=2)).eval(), hidden()
+    made, x = gates("expert_choice", top_k=2, serving_top_k=2).eval(), hidden()
     torch.testing.assert_close(made(x[:3]).weights, made(x).weights[:3])
     assert (made(x).weights > 0).sum(-1).eq(2).all()
+    made.settings = made.settings.model_copy(update={"serving_top_k": None})
     with pytest.raises(ValueError, match="needs a k to score with"):
-        gates(RoutingRule("expert_choice", top_k=2)).eval()(x)
+        made(x)
 
 
 def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
-    made, x = gates(RoutingRule()).eval(), hidden()
+    made, x = gates().eval(), hidden()
     routing = made(x)
     assert routing.selected is None
     expected = np.apply_along_axis(softmax, 2, logits_of(made.linear, x))
@@ -139,7 +143,7 @@ def test_soft_gates_sum_to_one_and_serve_fewer() -> None:
 
 @pytest.mark.parametrize("kind", ["top_k", "shared_route", "expert_choice"])
 def test_the_gate_learns_at_k_of_one(kind: Any) -> None:
-    made = gates(RoutingRule(kind, top_k=1, serving_top_k=1))
+    made = gates(kind, top_k=1, serving_top_k=1)
     x = hidden()
     made(x).weights.square().sum().backward()
     learning = made.linear if made.route is None else made.route
@@ -155,7 +159,7 @@ def test_the_gate_learns_at_k_of_one(kind: Any) -> None:
 
 def test_random_k_draws_all_and_serves_as_it_trains() -> None:
     torch.manual_seed(0)
-    made, x = gates(RoutingRule("top_k", top_k=3, random_top_k=True)), hidden()
+    made, x = gates("top_k", top_k=3, random_top_k=True), hidden()
     counts = {int((made(x).weights > 0).sum(-1).max()) for _ in range(40)}
     assert counts == {1, 2, 3}
     made.eval()
@@ -165,7 +169,7 @@ def test_random_k_draws_all_and_serves_as_it_trains() -> None:
 
 
 def test_gate_dropout_renormalises_the_kept_experts() -> None:
-    made, x = gates(RoutingRule(dropout=0.3)), hidden(5000)
+    made, x = gates(dropout=0.3), hidden(5000)
     dropped, full = made(x).weights, made.eval()(x).weights
     torch.testing.assert_close(dropped.sum(-1), torch.ones(5000, GATES))
     kept = dropped > 0
@@ -177,7 +181,7 @@ def test_gate_dropout_renormalises_the_kept_experts() -> None:
 def test_a_gate_never_loses_all_its_experts() -> None:
     keep = torch.tensor([[False, False, False], [False, True, True]])
     assert keep_some(keep, torch.tensor([True, False, True])).tolist() == [[True, False, True], [False, False, True]]
-    made = gates(RoutingRule(dropout=0.99))
+    made = gates(dropout=0.99)
     x = hidden(500).requires_grad_()
     weights = made(x).weights
     assert weights.isfinite().all()
@@ -187,15 +191,15 @@ def test_a_gate_never_loses_all_its_experts() -> None:
 
 
 def test_noise_is_for_training_only() -> None:
-    made, x = gates(RoutingRule("top_k", top_k=2, noise=3.0)), hidden()
+    made, x = gates("top_k", top_k=2, noise=3.0), hidden()
     assert not torch.equal(made(x).weights, made(x).weights)
     made.eval()
     assert torch.equal(made(x).weights, made(x).weights)
 
 
-@pytest.mark.parametrize("rule", [RoutingRule(), RoutingRule("top_k", top_k=2), RoutingRule("shared_route", top_k=2)])
-def test_masked_experts_get_nothing_and_the_others_are_renormalised(rule: RoutingRule) -> None:
-    made, x = gates(rule).eval(), hidden()
+@pytest.mark.parametrize("routing", ["soft", "top_k", "shared_route"])
+def test_masked_experts_get_nothing_and_the_others_are_renormalised(routing: str) -> None:
+    made, x = gates(routing, top_k=2).eval(), hidden()
     made.masked[1] = True
     usable = torch.tensor([True, True, True, False, True])
     weights = made(x, usable=usable).weights
@@ -206,7 +210,7 @@ def test_masked_experts_get_nothing_and_the_others_are_renormalised(rule: Routin
 
 
 def test_an_added_expert_is_let_in_step_by_step() -> None:
-    made, x = gates(RoutingRule("top_k", top_k=2)), hidden()
+    made, x = gates("top_k", top_k=2), hidden()
     before = made(x).weights
     made.ramp[4] = 1.0
     assert not made(x).weights[:, :, 4].any()
@@ -223,7 +227,7 @@ def test_an_added_expert_is_let_in_step_by_step() -> None:
 
 
 def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
-    made, x = gates(RoutingRule("top_k", top_k=2)).eval(), hidden()
+    made, x = gates("top_k", top_k=2).eval(), hidden()
     loads = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])
     made.even_out(loads, rate=0.25)
     assert made.selection_bias.tolist() == [-0.25, 0.0, 0.25, 0.25, 0.25]
@@ -236,7 +240,7 @@ def test_a_selection_bias_changes_what_is_chosen_but_no_weight() -> None:
 
 
 def test_the_weights_of_a_shared_route_rise_with_the_ramp() -> None:
-    made, x = gates(RoutingRule("shared_route", top_k=EXPERTS)), hidden()
+    made, x = gates("shared_route", top_k=EXPERTS), hidden()
     made.ramp[4] = 0.5
     weights = made(x).weights[:, :, 4]
     made.ramp[4] = 0.0
@@ -247,7 +251,7 @@ def test_the_weights_of_a_shared_route_rise_with_the_ramp() -> None:
 
 def test_weights_of_the_least_probable_experts_sum_to_one() -> None:
     """A selection bias may choose experts whose probability is next to nothing."""
-    made, x = gates(RoutingRule("top_k", top_k=2)).eval(), hidden()
+    made, x = gates("top_k", top_k=2).eval(), hidden()
     with torch.no_grad():
         made.linear.bias[:, :2] -= 50
     made.selection_bias[:2] = 200.0
@@ -259,7 +263,7 @@ def test_weights_of_the_least_probable_experts_sum_to_one() -> None:
 
 
 def test_experts_that_are_out_have_no_part_in_the_bias() -> None:
-    made = gates(RoutingRule("top_k", top_k=2))
+    made = gates("top_k", top_k=2)
     made.masked[0], made.ramp[1] = True, 0.5
     made.even_out(torch.tensor([0.0, 0.05, 0.2, 0.3, 0.45]), rate=0.25)
     assert made.selection_bias.tolist() == [0.0, 0.0, 0.25, 0.25, -0.25]
@@ -269,7 +273,7 @@ def test_experts_that_are_out_have_no_part_in_the_bias() -> None:
 
 
 def test_a_selection_bias_evens_out_loads() -> None:
-    made = gates(RoutingRule("top_k", top_k=1)).eval()
+    made = gates("top_k", top_k=1).eval()
     generator = torch.Generator().manual_seed(2)
     loads = []
     for step in range(400):
@@ -282,7 +286,7 @@ def test_a_selection_bias_evens_out_loads() -> None:
 
 def test_a_gate_sees_only_its_experts() -> None:
     visible = torch.tensor([[True, True, True, False, False], [False, True, True, True, True]])
-    made, x = gates(RoutingRule("top_k", top_k=2), visible), hidden()
+    made, x = gates("top_k", top_k=2, visible=visible), hidden()
     weights = made(x).weights
     assert not weights[:, ~visible].any()
     torch.testing.assert_close(weights.sum(-1), torch.ones(ROWS, GATES))

@@ -197,6 +197,26 @@ def test_build_model_follows_settings_and_seed() -> None:
         assert torch.equal(tensor, other.state_dict()[name]) != is_weight(name)
 
 
+def test_weights_have_the_names_of_saved_models() -> None:
+    """Checkpoints and served models of earlier releases are read by these names."""
+    section = {
+        "bottom": {"units": [4], "cross_layers": 1},
+        "experts": {"count": 1, "task_count": 1, "levels": 2, "units": [3]},
+        "towers": {"units": []},
+    }
+    model = build_model(LAYOUT, Model.model_validate(section), plain_tables(LAYOUT))
+    tables = {f"tables.embedding_bags.t{index}.weight" for index in range(5)}
+    layers = ["bottom.layers.0", "bottom.crosses.up.0", "towers.layers.0", "placement.layers.0", "placement.logits"]
+    layers += [f"levels.{level}.gates.linear" for level in range(2)]
+    layers += ["levels.0.experts.0.layers.0", *(f"levels.1.experts.{group}.layers.0" for group in range(4))]
+    dense = {f"mixture.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    dense.add("mixture.bottom.crosses.down.0.weight")
+    kept = {f"mixture.levels.{i}.gates.{name}" for i in range(2) for name in ("masked", "ramp", "selection_bias")}
+    assert set(model.state_dict()) == tables | dense | kept
+    route = build_model(LAYOUT, Model.model_validate({"gates": {"routing": "shared_route"}}), plain_tables(LAYOUT))
+    assert {"mixture.levels.0.gates.route.weight", "mixture.levels.0.gates.route.bias"} <= set(route.state_dict())
+
+
 def test_the_forward_pass_down_to_its_parts_can_be_traced() -> None:
     """As torchrec's CUDA pipeline does to find the tables' input, which must come straight from the batch."""
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmoe_rec.model.experts import Experts
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import PlacementTower
+from mmoe_rec.model.products import StackedLinear
 from mmoe_rec.model.score import SMALLEST_VALUE, fuse, logit_of_both, predictions
-from mmoe_rec.model.stacked import StackedLinear
-from mmoe_rec.model.towers import PlacementTower
+from mmoe_rec.settings import model as section
 
 
 def test_stacked_layers_equal_separate_ones() -> None:
@@ -27,7 +28,7 @@ def test_stacked_layers_equal_separate_ones() -> None:
 
 def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
     torch.manual_seed(0)
-    experts = Experts(4, 200, (150, 100))
+    experts = Experts(4, 200, section.Experts(units=(150, 100)))
     for layer, inputs in zip(experts.layers, (200, 150), strict=True):
         weight = layer.weight.detach().flatten(1).numpy()  # type: ignore[operator]
         assert np.abs(np.corrcoef(weight) - np.eye(4)).max() < 0.05
@@ -38,7 +39,7 @@ def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
 
 def test_placement_dropout_hides_whole_rows() -> None:
     torch.manual_seed(0)
-    tower = PlacementTower(3, 2, (4,), dropout=0.25)
+    tower = PlacementTower(3, 2, section.Placement(units=(4,), dropout=0.25))
     placement = torch.randn(4000, 3)
     logits = tower(placement)
     hidden = logits == 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe_rec.model.gates import Routing
 from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing import Routing, rule_named
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 
 
@@ -67,12 +67,12 @@ def test_what_gates_do_is_told_in_words() -> None:
 
 def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:
     found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0])
-    assert found.note("soft") is None
+    assert found.note(rule_named("soft")) is None
     for routing in ("top_k", "shared_route", "expert_choice"):
-        note = found.note(routing)
+        note = found.note(rule_named(routing))
         assert note is not None
         assert note.startswith("gates choose 2 of 4 experts, and hardly ever 2, 3:")
-    assert used([0.9, 0.1], [0.3, 0.7]).note("top_k") is None
+    assert used([0.9, 0.1], [0.3, 0.7]).note(rule_named("top_k")) is None
 
 
 def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:

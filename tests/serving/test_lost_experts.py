@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmoe_rec.model.experts import Experts
+from mmoe_rec.model.levels import Experts
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.ranking import Ranking

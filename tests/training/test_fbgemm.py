@@ -1,10 +1,13 @@
 """fbgemm's CPU kernels know the processor, and give the same as its reference loops."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mmoe_rec.training import fbgemm
 
 CODE = """
 import sys
@@ -56,3 +59,33 @@ def test_the_kernels_know_the_processor(tmp_path) -> None:
         assert found["leave"] == ["False"]
     for ours, reference in zip(torch.load(tmp_path / "share"), torch.load(tmp_path / "leave"), strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("torch", "of_fbgemm", "tried"),
+    [("2.14.1+cu130", "1.9.0", True), ("2.15.0", "1.9.0", False), ("2.14.1", "2.0", False)],
+)
+def test_versions_that_were_not_tried_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, torch: str, of_fbgemm: str, tried: bool
+) -> None:
+    empty, known = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"AVX2", 8)
+    monkeypatch.setattr(fbgemm, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
+    monkeypatch.setattr(fbgemm, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
+    if tried:
+        assert fbgemm.share_cpuinfo()
+        assert empty.raw == known.raw
+    else:
+        with pytest.warns(UserWarning, match=f"with torch {torch} and fbgemm {of_fbgemm}, fbgemm does not know"):
+            assert not fbgemm.share_cpuinfo()
+        assert not any(empty.raw)
+
+
+def test_no_warning_where_nothing_is_amiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fbgemm, "_to_copy", lambda: None)
+    monkeypatch.setattr(fbgemm, "_versions", lambda: {"torch": "9.0", "fbgemm": "9.0"})
+    assert not fbgemm.share_cpuinfo()
+
+
+def test_the_installed_versions_are_known() -> None:
+    for name, found in fbgemm._versions().items():
+        assert found.startswith(fbgemm.TRIED[name]), "try the copy with these versions, then add them"

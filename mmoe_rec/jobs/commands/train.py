@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
     for part in told_of(trained, settings):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
-    if note := trained.best.experts.note(settings.model.gates.routing):
+    if note := trained.best.experts.note(settings.model.gates.rule):
         print(f"note: {note}")
     if trained.rows_per_s:  # else all steps were done before, and the rest was left
         print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
