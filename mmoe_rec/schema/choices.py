@@ -1,8 +1,8 @@
 """Tasks as a settings file gives them: what they mean, and what a model makes of them.
 
-The latter are objectives, and weights of losses and of the score; of features, it is the width of embeddings. They
-stand beside the meaning in the file, but no encoded row depends on them: another choice takes another training, not
-other features.
+The latter are objectives and the weights of losses and of the score; for features, the width of embeddings. They stand
+beside the meaning in the file, but no encoded row depends on them: to change one takes a new training, not new
+features.
 """
 
 from __future__ import annotations

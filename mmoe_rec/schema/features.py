@@ -1,4 +1,4 @@
-"""What any feature has to say of itself; each kind is one file of `mmoe_rec.features.kinds`."""
+"""What every feature declares; each kind is one file of `mmoe_rec.features.kinds`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_TABLE_ROWS = 2**31
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the health report has to know of a feature.
+    """What the health report needs to know about a feature.
 
     columns: what its values come from; row_name: (table, row) -> what a reader calls a row of a table, None where rows
     are the ids of a vocabulary; missing: row 0 stands for a missing value; unknown: rows after it that unknown ids
@@ -51,7 +51,7 @@ class Feature(Section, ABC):
         kind: str
 
     fixed_role: ClassVar[Role | None] = None
-    """The role of every feature of a kind whose columns do not tell it."""
+    """The role of a kind's features, where their columns do not decide it."""
 
     @abstractmethod
     def reads(self) -> Mapping[str, Use]:
@@ -59,7 +59,7 @@ class Feature(Section, ABC):
 
     @abstractmethod
     def meaning(self, schema: Schema) -> Meaning:
-        """What the health report has to know."""
+        """What the health report needs to know."""
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
@@ -68,7 +68,7 @@ class Feature(Section, ABC):
 
     @property
     def time_zones(self) -> tuple[str, ...]:
-        """Zones whose rules, which belong to the machine, decide how the feature is encoded."""
+        """Time zones that the encoding depends on; their rules belong to the machine."""
         return ()
 
     @property

@@ -24,7 +24,7 @@ class Columns(Section):
     )
     request_scope: Literal["log", "user"] = Field(
         "log",
-        description="log: a request id is one request's in the whole log; user: ids are a user's own, such as 1, 2, 3",
+        description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3",
     )
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
         None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"
@@ -59,7 +59,7 @@ class Task(Section):
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(
-        None, description="binary task without which this one cannot be; the two are learnt from all rows (ESMM 2018)"
+        None, description="binary task without which this one cannot happen; both are learnt from all rows (ESMM 2018)"
     )
     matures_after_days: float = Field(
         0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
@@ -74,7 +74,7 @@ _RESERVED = frozenset({"score", "ranking"})
 
 
 def outcome_name(given: str, task: str) -> str:
-    """What both happened is called, of a task and the one that it is `given`: a name beside those of tasks."""
+    """Name of the outcome that a task and the one it is `given` both happened; it stands beside names of tasks."""
     return f"{given}_and_{task}"
 
 
@@ -116,12 +116,12 @@ class Schema(Section):
         return self
 
     def _check_case(self, names: Iterable[str], what: str) -> None:
-        """Files are named by tasks and features, and not all machines tell upper from lower case."""
+        """Files are named after tasks and features, and not all machines tell upper from lower case."""
         seen: dict[str, str] = {}
         for name in names:
             if (other := seen.setdefault(name.casefold(), name)) != name:
                 raise ValueError(
-                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which names of files on some "
+                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which file names on some "
                     "machines do not tell apart; rename one"
                 )
 
@@ -142,7 +142,7 @@ class Schema(Section):
             outcome = outcome_name(task.given, name)
             if outcome in taken:
                 raise ValueError(
-                    f"what tasks '{task.given}' and '{name}' are together is called '{outcome}', as is "
+                    f"the outcome of tasks '{task.given}' and '{name}' together is called '{outcome}', as is "
                     f"{taken[outcome]}; rename one"
                 )
             taken[outcome] = "that of two other tasks"
@@ -160,7 +160,7 @@ class Schema(Section):
         for name, task in self.tasks.items():
             if task.label in purposes:
                 raise ValueError(
-                    f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own"
+                    f"the label of task '{name}' is column '{task.label}', which is columns.{purposes[task.label]} too"
                 )
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
