@@ -9,7 +9,7 @@ from mmoe_rec.mlflow_client import BRIEF, calling, connect, limits
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model. run_id: that made it."""
+    """A version of a registered model. run_id: of the run that made it."""
 
     name: str
     number: str
@@ -17,7 +17,7 @@ class Version:
 
     @property
     def address(self) -> str:
-        """Which stands for it for good, unlike an alias."""
+        """Its permanent address, unlike one with an alias."""
         return f"models:/{self.name}/{self.number}"
 
 

@@ -1,4 +1,4 @@
-"""Keeps the memory that is freed, for work in which arrays of megabytes come and go all the time.
+"""Keeps freed memory, for work in which arrays of megabytes come and go all the time.
 
 By default glibc gives each such array back to the system, which then clears and maps its pages anew: a tenth of the
 time of building features, a quarter of a training step's. Another C library is left as it is.
@@ -35,7 +35,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """From now on, what is freed is kept, up to a GiB at the end of the heap; whether the C library can."""
+    """From now on keeps what is freed, up to a GiB at the end of the heap; gives whether the C library can."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False

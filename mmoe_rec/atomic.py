@@ -68,7 +68,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
     """`atomic_folder` for folders that belong together: all are on disk before the first is renamed, in order.
 
-    What can go wrong in writing leaves all of the old ones; a kill between two renames leaves the first of the new.
+    A failure in writing leaves all the old ones; a kill between two renames leaves only the first ones new.
     """
     targets = [_real(path) for path in paths]
     for path, target in zip(paths, targets, strict=True):

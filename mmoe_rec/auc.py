@@ -1,4 +1,4 @@
-"""Area under the ROC curve from counts: the share of pairs of a positive and a negative row that are ordered rightly.
+"""Area under the ROC curve from counts: the share of pairs of a positive and a negative row in the right order.
 
 It is the Mann-Whitney statistic: a pair of equal predictions counts one half. Counts are whole numbers, so all that
 is added up is exact, in whatever order.

@@ -1,4 +1,4 @@
-"""Ends of a command that are no fault of the program: one clear sentence and an exit code, never a traceback."""
+"""Ends of a command that are not the program's fault: one clear sentence and an exit code, never a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class StoppedError(Exception):
-    """One sentence for the user, who or whose cluster has asked the command to stop: what was kept, how to go on."""
+    """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Locks of folders: who writes or reads one says so until it is done, and whoever would disturb that is told who it is.
+"""Locks of folders: a process that writes or reads one says so until it is done; who would disturb it is told its name.
 
 The lock is the system's (flock), on a hidden file beside the folder, so it is free as soon as its process has ended,
-however that came. Between machines it holds where their file system passes locks on, as NFS does, and Lustre mounted
+in whatever way. Between machines it holds where their file system passes locks on, as NFS does, and Lustre mounted
 with `flock`. Where it does not, only processes of one machine see each other; where there are no locks at all, a note
 says so.
 """
@@ -30,7 +30,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EI
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lock. what: it is; writes: whether it alone may hold it; since: in its machine's time."""
+    """A process that holds a lock. what: kind of process; writes: whether it alone may hold it; since: local time."""
 
     what: str
     writes: bool
@@ -65,9 +65,9 @@ def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Ite
     """Lets one process write a folder while nobody else writes or reads it.
 
     Args:
-        what: this process is, for those that come meanwhile.
+        what: kind of this process, for messages to others.
         advice: what to do where the folder is in use, besides waiting.
-        queue: wait for another one that writes, for as long as it takes.
+        queue: wait for another writer, for as long as it takes.
 
     Raises:
         UserError: another process writes or reads the folder, or it can't be locked.
@@ -87,7 +87,7 @@ def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Ite
 def reading(folder: Path, what: str) -> Iterator[None]:
     """Keeps others from writing a folder while this process reads it, as any number may; first waits for a writer."""
     descriptor = None
-    # Nothing is written to a folder in which no lock can be made, and to one that is not there.
+    # Nobody writes to a folder for which no lock can be made, or to one that is not there.
     if folder.parent.is_dir() and os.access(folder.parent, os.W_OK):
         descriptor = _take(folder, Holder.here(what, writes=False), lambda holder: holder.writes, "try it again")
     try:
@@ -105,7 +105,7 @@ def _take(folder: Path, me: Holder, waits_for: Callable[[Holder], bool], advice:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _try(file, me)
         except FileNotFoundError:
-            descriptor = None  # another process has just taken away the folder that it had made
+            descriptor = None  # another process has just removed the folder that it had made
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise UserError(f"'{file}', which locks '{folder}', can't be made: {error.strerror}") from None
@@ -116,7 +116,7 @@ def _take(folder: Path, me: Holder, waits_for: Callable[[Holder], bool], advice:
         holders = _holders(file)
         if holders and all(map(waits_for, holders)):
             if not told:
-                say(f"waiting for {holders[0]}, which writes '{folder}'")
+                say(f"waiting for {holders[0]}, which is writing '{folder}'")
             told, give_up = True, time.monotonic() + SECONDS_TO_LET_GO
         elif time.monotonic() > give_up:
             who = " and by ".join(map(str, holders)) or "another process"
@@ -174,7 +174,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _holders(file: Path) -> list[Holder]:
-    """Who says that it holds the lock, without those that have ended."""
+    """The processes that say they hold the lock, without those that have ended."""
     try:
         found = [Holder(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError):

@@ -1,8 +1,8 @@
-"""How MLflow is reached: addresses, how long it is waited for, and its errors as sentences.
+"""How MLflow is reached: addresses, time limits, and its errors as sentences.
 
 With a SQLite address, such as `sqlite:///mlflow.db`, everything lies beside the database file: runs, metrics and the
 registry in the file itself, files of runs and models in `mlartifacts/` in the same folder (MLflow's own default would
-be `mlruns/` in whatever folder the command was started from). Another address is a server's, which has its own place.
+be `mlruns/` in whatever folder the command was started from). Any other address is a server's, which has its own place.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _QUIET_LOGGERS = {
     "mlflow.utils.environment": logging.ERROR,
 }
 
-# MLflow's client would wait two minutes for a reply, and try seven times more for as long in all: training would stand
-# still. What the environment says counts instead.
+# MLflow's client would wait two minutes for a reply, and retry seven times for as long in all: training would stand
+# still. The environment's own values win.
 BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A model may be large, and is stored before the server replies.
 FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-# A server's wish to be left alone for minutes would be slept through; and the run's address is printed by ourselves.
+# A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
@@ -96,7 +96,7 @@ def calling(uri: str, address: str | None = None, anything: bool = False) -> Ite
         raise
     except MlflowException as error:
         status = error.get_http_status_code()
-        # 500 is also MLflow's code for whatever it has no other one for.
+        # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{place} does not answer ({first_line(error)})") from None
         what = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
@@ -112,7 +112,7 @@ def calling(uri: str, address: str | None = None, anything: bool = False) -> Ite
         raise kind(f"{place} can't be used: {type(error).__name__}: {first_line(error)}") from None
 
 
-# What is said within the errors of requests, urllib3 and SQLAlchemy, which tell of themselves at length.
+# What matters in the long errors of requests, urllib3 and SQLAlchemy.
 _CAUSES = (
     (r"\[Errno -?\d+\] ([^'\")\]]+)", r"\1"),
     (r"(?i)timed out", "no reply in time"),

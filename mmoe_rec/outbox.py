@@ -1,4 +1,4 @@
-"""What a run is told, in order, also while nobody answers: messages that can't be sent wait in files until they can.
+"""The messages to a run, in order, even while nobody answers: those that can't be sent wait in files until they can.
 
     unsent/RUN/
         00000001.json           a message: its kind and its values
@@ -26,19 +26,19 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
 PATIENCE_SECONDS = 120.0
-"""How long a command that has nothing else to do waits for whoever does not answer."""
+"""How long a command that has nothing else to do waits for an answer."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _SHARE = 9  # pauses are so many times as long as the try before them took
 _SECONDS_AT_ONCE = 2.0
 
 
 class UnreachableError(UserError):
-    """Nobody answers, or not in time: what may pass by itself."""
+    """Nobody answers, or not in time, which may pass by itself."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """values: JSON; file: is sent too, under its own name."""
+    """values: JSON; file: sent with them, under its own name."""
 
     kind: Literal["params", "metrics", "tags", "file", "end"]
     values: dict[str, Any]
@@ -73,7 +73,7 @@ class Outbox:
                 self._send_waiting(time.monotonic() + _SECONDS_AT_ONCE)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Sends what waits, for so long while nobody answers. What could not be sent goes on waiting: see `trouble`."""
+        """Sends what waits, trying for `seconds` while nobody answers. The rest goes on waiting: see `trouble`."""
         until = time.monotonic() + seconds
         while self._waiting:
             self._send_waiting()
@@ -105,7 +105,7 @@ class Outbox:
             with suppress(OSError):  # what another process puts there meanwhile stays
                 self.folder.rmdir()
             self._told.clear()
-            say(f"MLflow has got all that was kept for it in '{self.folder}'")
+            say(f"MLflow has received all that was kept for it in '{self.folder}'")
 
     def _sent(self, message: Message) -> bool:
         """Tries once. Where it fails: says why, if that is news, and sets the time of the next try."""
@@ -119,7 +119,7 @@ class Outbox:
             self.trouble = error
             if str(error) not in self._told:
                 self._told.add(str(error))
-                say(f"{error}. The command goes on: what MLflow is to be told is kept in '{self.folder}'")
+                say(f"{error}. The command goes on: messages for MLflow are kept in '{self.folder}'")
             return False
         self._pause, self.trouble = 0.0, None
         return True
@@ -140,7 +140,7 @@ class Outbox:
         self._waiting.append(number)
 
     def _read(self, number: int) -> Message | None:
-        """None where another process, which sends what it finds waiting, has sent it."""
+        """None where another process has found it waiting and sent it."""
         place = self._place(number)
         try:
             tree = json.loads(place.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A run that is being recorded: what it is told becomes messages, which MLflow gets now or once it answers again."""
+"""A run that is being recorded: what it logs becomes messages, which MLflow gets now or once it answers again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmoe_rec.outbox import Message, Outbox
 class Run:
     """A run that is being recorded; without an outbox every call does nothing.
 
-    address: where to look at it; params, steps: what a resumed run knew when it was resumed, settings and the last step
-    of each metric, so that it may be told again what it knows.
+    address: where to look at it; params, steps: settings and last step of each metric that a resumed run knew already,
+    so that these may be logged again.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Run:
         self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step. In a resumed run those of steps that it knows are left out, as it took them before."""
+        """Numbers at a step. In a resumed run, those of steps that it has already are left out."""
         new = {name: float(each) for name, each in metrics.items() if step is None or step > self._steps.get(name, -1)}
         if new:
-            # Sent twice, a number of one time and step is one number.
+            # A number that is sent twice with one time and step counts once.
             self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from mmoe_rec.mlflow_client import FOR_MODELS, calling, connect, limits, sqlite_
 class FoundModel:
     """The artifact folder of a model, and the run that made it, where that is known and was not deleted.
 
-    address: which stands for it for good, unlike one with an alias.
+    address: permanent, unlike one with an alias.
     """
 
     address: str
@@ -59,7 +59,7 @@ def local_model(address: str, uri: str) -> Path:
             folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     except UserError:
         raise
-    except Exception as error:  # of the client of a storage, or that it is not installed
+    except Exception as error:  # from a storage's client, or because that is not installed
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"'{address}' can't be loaded ({reason})") from None
     found = _artifact_in(folder)
@@ -128,7 +128,7 @@ def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:
 
 
 def _artifact_in(folder: Path) -> Path | None:
-    """The artifact folder that a folder is, or that an MLflow model in it holds."""
+    """The folder itself if it is an artifact, or the one in the MLflow model that it holds."""
     found = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
     return found[0].parent if found else None
 

@@ -106,7 +106,7 @@ def open_run(
         try:
             yield run
         except BaseException as error:
-            with suppress(UserError):  # it would take the place of what has happened
+            with suppress(UserError):  # it would hide the original error
                 run.end("KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED")
             raise
         else:
@@ -192,7 +192,7 @@ def _outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
 
 
 def _leave(run_id: str) -> None:
-    """MLflow's own notion of an open run ends, without the call to the server that its `end_run` makes."""
+    """Ends MLflow's own notion of an open run, without the call to the server that its `end_run` makes."""
     from mlflow.tracking import fluent
 
     open_runs = fluent._active_run_stack.get()
@@ -203,7 +203,7 @@ def _leave(run_id: str) -> None:
 
 
 def mark_killed(uri: str, run_id: str) -> None:
-    """Says of a run that was left open that it was killed."""
+    """Marks a run that was left open as killed."""
     mlflow = connect(uri)
     with limits(BRIEF), calling(uri):
         mlflow.MlflowClient().set_terminated(run_id, "KILLED")
@@ -230,7 +230,7 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
     from mmoe_rec.serving import mlflow_package
     from mmoe_rec.serving.ranker import Ranker
 
-    # MLflow runs the example too, but registers a model that fails at it.
+    # MLflow runs the example too, but registers even a model that fails it.
     Ranker.load(artifact_folder)
     threads = torch.get_num_threads()
 
@@ -254,7 +254,7 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
 
 
 def registered_before(run: Run, artifact_folder: Path, name: str) -> str | None:
-    """The version by which a run has registered an artifact already; None where it has not, or the files are others."""
+    """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
     import mlflow
 
     uri = mlflow.get_tracking_uri()
@@ -265,7 +265,7 @@ def registered_before(run: Run, artifact_folder: Path, name: str) -> str | None:
 
 
 def _files(artifact_folder: Path) -> str:
-    """A checksum of an artifact's files, but for the features, of which one of the files has the fingerprint."""
+    """A checksum of an artifact's files except the features, whose fingerprint is in one of them."""
     files = sorted(file for file in artifact_folder.iterdir() if file.is_file())
     return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
 
@@ -275,7 +275,7 @@ def or_later(run: Run, artifact_folder: Path) -> Iterator[None]:
     """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
 
     Raises:
-        StoppedError, UserError: it does not answer, or refuses: the model is not registered, and how it can be later.
+        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
     """
     run.flush(PATIENCE_SECONDS)
     what = (

@@ -19,8 +19,8 @@ price       of the candidate on that day, one in five at 20% off; null in 3% of 
 device      phone 0, desktop -0.2, tablet 0.1, tv -0.6.
 evening     0.3 cos(2 pi (hour - 20) / 24), UTC.
 
-The oracles' AUC is printed at the end. That of true_click is what a model comes to as it learns the truth; one that
-confuses the truth with the positions that better candidates had may be above it, by 0.005 at the most.
+The oracles' AUC is printed at the end. A model that learns the truth approaches that of true_click; one that confuses
+the truth with the positions that better candidates had may exceed it, by 0.005 at most.
 
 Popularity is skewed: the busiest user makes fifty times as many requests as the average one. A fifth of users and
 candidates come late, evenly over the log. Each value is a function of the seed and of its row's number alone.
@@ -67,7 +67,7 @@ class RankedPairs:
 
 
 class Oracle:
-    """What somebody who knows the truth would reach on the test rows of the split."""
+    """What an oracle, who knows the truth, would reach on the test rows of the split."""
 
     def __init__(self) -> None:
         self.click, self.placed_click, self.like = RankedPairs(), RankedPairs(), RankedPairs()
@@ -188,7 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     print_summary("Synthetic log", {"rows": plan.rows, "days": plan.days, "seconds": seconds}, log=options.out)
     _, begin, end = plan.split_days()
-    print(f"AUC on days {begin + 1} to {end}, the test rows, of who knows the truth:", *oracle.lines(), sep="\n")
+    print(
+        f"AUC on days {begin + 1} to {end}, the test rows, of an oracle that knows the truth:",
+        *oracle.lines(),
+        sep="\n",
+    )
     print(f"next: {next_command(plan, options.out)}")
 
 

@@ -36,14 +36,14 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with writing(folder, "a training", "wait"):
-        with pytest.raises(UserError) as refused, writing(folder, "an edit", "name another folder by --out"):
+        with pytest.raises(UserError) as refused, writing(folder, "an edit", "name another folder with --out"):
             pass
         with writing(tmp_path / "other", "an edit", "wait"):
             pass
     said = str(refused.value)
     who = f"a training (process {os.getpid()} on {socket.gethostname()}, since 2"
     assert said.startswith(f"'{folder}' is in use by {who}")
-    assert said.endswith("): wait until that has ended, or name another folder by --out")
+    assert said.endswith("): wait until that has ended, or name another folder with --out")
     with writing(folder, "an edit", "wait"):
         pass
     assert not list(tmp_path.iterdir())

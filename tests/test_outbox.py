@@ -73,8 +73,8 @@ def test_an_outage_changes_neither_order_nor_content(tmp_path: Path, post: Post,
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        f"the post does not answer. The command goes on: what MLflow is to be told is kept in '{tmp_path / 'run'}'",
-        f"MLflow has got all that was kept for it in '{tmp_path / 'run'}'",
+        f"the post does not answer. The command goes on: messages for MLflow are kept in '{tmp_path / 'run'}'",
+        f"MLflow has received all that was kept for it in '{tmp_path / 'run'}'",
     ]
 
 

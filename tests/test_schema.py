@@ -91,7 +91,7 @@ def test_one_column_for_two_purposes():
         message = f"columns.user and columns.{purpose} both name column 'u'"
         _refuses(message, columns={**TREE["columns"], purpose: "u"})
     tasks = {"click": {"label": "c", "objective": "engagement"}}
-    _refuses("the label of task 'click' is column 'c', the candidate's own", tasks=tasks)
+    _refuses("the label of task 'click' is column 'c', which is columns.candidate too", tasks=tasks)
 
 
 # Leaks
@@ -264,5 +264,6 @@ def test_a_regression_is_not_given_anything():
 def test_what_two_tasks_are_together_has_a_name_of_its_own():
     tasks = {**_given(), "click_and_liked": {"label": "other", "objective": "satisfaction"}}
     _refuses(
-        "what tasks 'click' and 'liked' are together is called 'click_and_liked', as is a task; rename one", tasks=tasks
+        "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one",
+        tasks=tasks,
     )

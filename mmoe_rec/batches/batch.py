@@ -74,9 +74,9 @@ class Batch:
 
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
     `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
-    (B, T) bool; position: where a reader goes on once this batch is done; None for rows that are not read in a training
+    (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
     order; weights: (B,) float32 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
-    row's user, where something is judged by user.
+    row's user, where metrics are by user.
     """
 
     ids: Any
@@ -103,7 +103,7 @@ class Batch:
         return (self.observed * self.weights[:, None].double()).sum(0)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+        """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
         return self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
@@ -132,7 +132,7 @@ def make_batch(
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float32 of the rows; users: (B,) int64 hashes of theirs. torchrec: give ids as a KeyedJaggedTensor. Raises
+    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises
     ValueError when inputs, labels, weights and layout do not fit each other.
     """
     rows = len(encoded)

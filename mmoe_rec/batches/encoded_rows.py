@@ -112,7 +112,7 @@ class EncodedRows:
         """
         table = self._table(groups)
         if take is not None:
-            # Much faster than to permute the arrays: the columns are narrower here and one at a time fits a cache.
+            # Much faster than permuting the arrays: the columns are narrower here and one at a time fits a cache.
             places = pa.array(take)
             table = pa.table({name: table.column(name).combine_chunks().take(places) for name in table.column_names})
         return self._convert(table)

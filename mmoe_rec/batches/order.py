@@ -1,4 +1,4 @@
-"""The seeded order of all rows of an epoch, known without reading one.
+"""The seeded order of all rows of an epoch, known without reading any.
 
 The row groups of all files are permuted and cut into windows of about `shuffle_window` rows. Within a row group the
 rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
@@ -112,7 +112,7 @@ class EpochOrder:
         first = 0
         while first < len(order):
             start = int(ends[first - 1]) if first else 0
-            # As many groups as fit, but one at least.
+            # As many groups as fit, but at least one.
             last = max(first + 1, int(np.searchsorted(ends, start + shuffle_window, side="right")))
             groups = order[first:last]
             yield Window(start, groups, self._group_rows[groups], float(shifts[first]))

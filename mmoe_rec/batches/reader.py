@@ -64,9 +64,8 @@ class TrainingReader:
     def resume(self, position: Position, epochs: int) -> Iterator[tuple[Rows, Position]]:
         """This rank's rows of each global batch after `position` and up to epoch `epochs` - 1, and the position then.
 
-        From a position that this gave to all ranks, any world size and batch size goes on with exactly the rest. Raises
-        UserError for a position that is not one of these rows, seed and `shuffle_window`, and for a file that cannot be
-        read.
+        From a position that this gave to all ranks, any world size and batch size gets exactly the rest. Raises
+        UserError for a position of other rows, another seed or `shuffle_window`, and for a file that cannot be read.
         """
         position.check(self.position(position.epoch))
         return self._read(position, epochs)

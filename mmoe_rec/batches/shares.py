@@ -48,7 +48,7 @@ class Split:
         self.copies = None if size == all_slots else self.within == (slots - 1) * size // all_slots
 
     def share(self, parts: list[Part]) -> Share:
-        """The rank's share of a batch of `size` rows, of which no part reads anything."""
+        """The rank's share of a batch of `size` rows, found without reading any."""
         first, stop = int(self.within[0]), int(self.within[-1]) + 1
         counts = np.concatenate([part.counts for part in parts])
         if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""A standardised number, as several kinds have them."""
+"""A standardised number, which several kinds share."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mmoe_rec.point_in_time.lists import Ragged
 def label_types(layout: Layout) -> dict[str, pa.DataType]:
     """Name of each task and outcome -> type of its encoded labels.
 
-    A regression's are float64: between float32 numbers of 1.7e9, as of times in seconds, there are steps of 128.
+    A regression's are float64: float32 numbers near 1.7e9, such as times in seconds, are 128 apart.
     """
     kinds = {task.name: task.kind for task in layout.tasks} | dict.fromkeys(layout.outcomes, "binary")
     return {name: pa.float64() if kind == "regression" else pa.float32() for name, kind in kinds.items()}

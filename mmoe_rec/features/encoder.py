@@ -74,7 +74,7 @@ class Shared:
 class Encoder(ABC):
     """A feature that is fitted to a log and then encodes rows of any origin.
 
-    counts: what it fits itself from, None where it shares another feature's vocabulary or learns nothing.
+    counts: what it is fitted from, None where it shares another feature's vocabulary or learns nothing.
     """
 
     counts: Any = None
@@ -108,14 +108,14 @@ class Encoder(ABC):
 
     @abstractmethod
     def largest_tables(self) -> tuple[Table, ...] | None:
-        """The tables of `outline` at the most rows that any log can make of them; None if nothing bounds them."""
+        """The tables of `outline` with the most rows that any log can give them; None if nothing bounds them."""
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """Types in which a request must give columns, where fitting says more of them than how they are read."""
+        """Types in which a request must give columns, where fitting narrows them further than `reads`."""
         return {}
 
     def usual(self, use: Use) -> Any:
-        """A usual value of the feature's column, which is read as `use`, for an example; None where there is none."""
+        """A typical value of the feature's column, which is read as `use`, for an example; None where there is none."""
         return None
 
 
@@ -136,7 +136,7 @@ class Unfitted(Encoder):
         """Nothing."""
 
     def largest_tables(self) -> tuple[Table, ...]:
-        """Those that there are."""
+        """The tables of `outline`."""
         return self.outline().tables
 
 
@@ -157,8 +157,8 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
 
     @property
     def label(self) -> str | None:
-        """The task by whose label rows of the interaction log are events, where they are: they are sent once, with it,
-        as look-ups."""
+        """The task whose label makes rows of the interaction log events, if any: they are sent once, with the label, as
+        look-ups."""
         return None
 
     def labels(self, rows: LogRows) -> np.ndarray:
@@ -170,7 +170,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         raise AssertionError(f"'{self.name}' has no labels")
 
     def make_room(self, units: Collection[int]) -> None:
-        """Gives exact sums of labels that are fractions, in all memories from now on, these units."""
+        """Makes all memories from now on hold exact sums of fractional labels in these units."""
 
     @property
     @abstractmethod
@@ -178,7 +178,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """The columns that make the key."""
 
     def keys(self, rows: LogRows) -> np.ndarray:
-        """(N,) uint64 key of which each row asks."""
+        """(N,) uint64 key that each row asks for."""
         return rows.hashes(self.by)
 
     @abstractmethod
@@ -192,7 +192,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     @property
     @abstractmethod
     def result_names(self) -> tuple[str, ...]:
-        """What `results` gives."""
+        """Names of what `results` gives."""
 
     @abstractmethod
     def distinct_results(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
@@ -204,10 +204,10 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
 
     @abstractmethod
     def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
-        """Columns by which a request may give results instead: how each is read, and its type if that is known."""
+        """Columns in which a request may give results instead: how each is read, and its type if that is known."""
 
     def distances(self, name: str, values: np.ndarray) -> np.ndarray:
-        """(N,) results as they are exchanged: from where they lie, if in float32 they would be one number."""
+        """(N,) results as they are exchanged: as distances, where float32 could not tell the results apart."""
         return values
 
     @property

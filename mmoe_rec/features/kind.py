@@ -1,4 +1,4 @@
-"""A kind of feature: all that there is to say of it, so that nothing can be left out."""
+"""A kind of feature: all that belongs to it, so that nothing can be left out."""
 
 from __future__ import annotations
 

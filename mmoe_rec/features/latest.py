@@ -19,7 +19,7 @@ from mmoe_rec.schema import Schema
 class LatestParts:
     """Last row of each key, collected batch by batch; a partial fit that is merged in any order.
 
-    Of rows of one instant the one with the greatest values counts, column by column, so that the order does not.
+    Of rows of one instant the one with the greatest values counts, column by column, whatever their order.
     """
 
     def __init__(self, schema: Schema, role: Literal["user", "candidate"]) -> None:
@@ -30,7 +30,7 @@ class LatestParts:
 
     def add(self, rows: LogRows) -> None:
         """Takes the rows' values where they are later than those known."""
-        # Numbers as names: a log may have columns of any.
+        # Numbers as names: columns of a log may have any name.
         table = rows.table.select(self.columns).rename_columns([str(place) for place in range(len(self.columns))])
         self._take(_latest(table.append_column(_TIME, pa.array(rows.times()))))
 

@@ -1,7 +1,7 @@
 """The shape of encoded rows: which id inputs, dense inputs, tables and tasks there are, in one fixed order.
 
 Features write rows in this layout and batches carry them; it is saved as JSON beside encoded rows. What a model makes
-of it, widths and weights, is no part of it: see `mmoe_rec.model.layout`.
+of it, widths and weights, is not part of it: see `mmoe_rec.model.layout`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmoe_rec.schema import outcome_name
 
 @dataclass(frozen=True)
 class Table:
-    """What ids are looked up in: ids 0 to rows - 1. feature: whose it is, where that has another name."""
+    """What ids are looked up in: ids 0 to rows - 1. feature: the one that owns it, if its name differs."""
 
     name: str
     rows: int
@@ -70,7 +70,7 @@ class TaskOutput:
 
     @property
     def learnt_from(self) -> str:
-        """Name of the label that the loss is of: the task's own, or over all rows that of its outcome with `given`."""
+        """Name of the label that the loss is computed from: the task's or, with `given`, its outcome's of all rows."""
         return self.name if self.given is None else outcome_name(self.given, self.name)
 
 
@@ -89,7 +89,7 @@ class Layout:
 
     @property
     def outcomes(self) -> dict[str, tuple[int, int]]:
-        """What two tasks are together -> places among the tasks of the given one and of the one that follows it."""
+        """Outcome of two tasks -> places among the tasks of the given one and of the one that follows it."""
         places = {task.name: place for place, task in enumerate(self.tasks)}
         given = {task: task.given for task in self.tasks if task.given is not None}
         return {task.learnt_from: (places[name], places[task.name]) for task, name in given.items()}

@@ -1,4 +1,4 @@
-"""Mean and deviation of labels, exact and so the same for any order of rows, beside outliers and far from zero."""
+"""Mean and deviation of labels: exact, beside outliers and far from zero too, so the same for any order of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmoe_rec.point_in_time.exact import BITS, ExactSums, whole_numbers
 
 _LOW_BITS = 27  # of 53, so that products of the parts of two numbers fit into 54
 _SCALE = 1088  # 2^-1088 divides every float64 number, and is a unit of `ExactSums`
-_SMALL = 2.0**20  # the squares of so many rows as are read at a time have sums in int64
+_SMALL = 2.0**20  # squares of the rows read at a time add up within int64
 
 
 class Moments:
@@ -64,7 +64,7 @@ class Moments:
 
     @property
     def mean(self) -> float:
-        """The mean, 0 of no numbers."""
+        """The mean; 0 where there are no numbers."""
         return float(Fraction(self.total, self.count << _SCALE)) if self.count else 0.0
 
     @property

@@ -26,7 +26,7 @@ class _Counted:
     dropped: int
 
     def coarser(self, dropped: int) -> _Counted:
-        """With at least so many bits dropped. To drop some and then more is to drop them at once."""
+        """With at least so many bits dropped. Dropping some and then more equals dropping all at once."""
         if dropped <= self.dropped:
             return self
         return _summed(self.keys >> (dropped - self.dropped), self.counts, dropped)
@@ -47,11 +47,11 @@ class _Counted:
 
 
 class NumberHistogram:
-    """Counts of values: exact up to 65,536 different ones, of more by their leading bits; a mergeable partial fit.
+    """Counts of values: exact up to 65,536 different ones, beyond that by leading bits; a mergeable partial fit.
 
-    Only as many last bits are dropped as bound the number of values, and those that differ in dropped bits alone are
-    counted together. How many bits that takes follows from the values, whatever their order, and counts are integers:
-    any order of rows and any partition give the same mean, deviation and quantiles.
+    Only as many last bits are dropped as it takes to bound the number of values; values that differ only in dropped
+    bits are counted together. How many bits that takes follows from the values, whatever their order, and counts are
+    integers: any order of rows and any partition give the same mean, deviation and quantiles.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class NumberHistogram:
         values, counts = np.clip(self.values, -_LARGEST, _LARGEST), self.counts
         if not len(values):
             return Standardiser(0.0, 1.0, self.missing > 0, ())
-        # Sums of distances, not of values: what values differ by may be small beside the values themselves.
+        # Sums of distances, not of values: differences may be small beside the values themselves.
         median = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
         mean = float(median + ((values - median) * counts).sum() / counts.sum())
         largest = float(np.abs(values - mean).max())
@@ -145,10 +145,10 @@ class NumberHistogram:
         return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
     def bucket_edges(self, buckets: int) -> np.ndarray:
-        """Rising inner edges that cut the values into `buckets` parts of about equal mass; fewer only if values are.
+        """Rising inner edges that cut the values into `buckets` parts of about equal mass, fewer only of fewer values.
 
         No part is empty and a value that many rows share takes no edges from others: up to `buckets` different values
-        all have a part of their own. An edge lies halfway between two values, so that one that was rounded on its way,
+        all have a part of their own. An edge lies halfway between two values, so that a value rounded on its way,
         say to float32, falls into the same part.
         """
         least, largest, counts = self._bins
@@ -183,7 +183,7 @@ def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
 def _counted(values: np.ndarray, dropped: int) -> _Counted:
     """(N,) finite float64 values, counted by their bits without the last `dropped`."""
     bits = (values + 0.0).view(np.int64)  # 0 and -0 are one
-    # Faster than to sort all values, as there are most often few different ones.
+    # Faster than sorting all values, as few are usually distinct.
     found = pa.array(bits >> dropped).value_counts()
     return _summed(found.field("values").to_numpy(), found.field("counts").to_numpy(), dropped)
 
@@ -210,7 +210,7 @@ class Standardiser:
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(N,) float32 of float32 or float64 values; missing values become 0, the mean."""
-        # In float64: what values differ by may be small beside the values themselves.
+        # In float64: differences may be small beside the values themselves.
         scaled = np.subtract(values, self.mean, dtype=np.float64)
         with np.errstate(over="ignore"):
             scaled /= self.deviation

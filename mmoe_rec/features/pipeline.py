@@ -84,7 +84,7 @@ class FeaturePipeline:
 
     @property
     def key_groups(self) -> dict[str, list[MemoryEncoder[Any]]]:
-        """The counters and histories that ask by the same key, by the name of the first of them."""
+        """The counters and histories that share a key, under the name of the first of them."""
         groups: dict[tuple[str, ...], list[MemoryEncoder[Any]]] = {}
         for encoder in self.memory_encoders.values():
             groups.setdefault(encoder.by, []).append(encoder)
@@ -134,7 +134,7 @@ class FeaturePipeline:
             encoder.finish()
 
     def grow(self) -> dict[str, int]:
-        """Takes ids that have become frequent into the vocabularies: feature -> number of new ids.
+        """Adds ids that have become frequent to the vocabularies: feature -> number of new ids.
 
         Rows of known ids, statistics and the scales of labels stay: a trained model relies on them.
         """
@@ -233,7 +233,7 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
     metadata = None if memory.floor is None else {"floor": str(memory.floor)}
     columns = {name: pa.array(column) for name, column in memory.to_columns().items()}
-    # Columns that say that they have no nulls are written faster; the statistics are for `read_memory` by keys.
+    # Columns declared to have no nulls are written faster; the statistics are for `read_memory` by keys.
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     table = pa.table(list(columns.values()), schema=schema)
     parts = _memory_folder(folder, feature)

@@ -85,7 +85,7 @@ class Vocabulary:
         self.oov_buckets = oov_buckets
 
     def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
-        """With rows at the end for ids that have become frequent, in the order by count; no known id moves."""
+        """With rows at the end for ids that have become frequent, by falling count; no known id moves."""
         new = counts.vocabulary(min_count, None, self.oov_buckets).ids
         if len(self.ids) and len(new):
             new = new.filter(pc.invert(pc.is_in(new, self.ids)))
@@ -141,10 +141,10 @@ def _as_numpy(values: pa.Array) -> np.ndarray:
 
 
 class VocabularyFeature(Feature):
-    """A feature of ids: the section's keys that make a vocabulary."""
+    """A feature of ids: the keys of its section that shape a vocabulary."""
 
     column: str = Field(description="column that the feature reads")
-    min_count: int = Field(2, ge=1, description="times an id occurs in the training rows to get a row of its own")
+    min_count: int = Field(2, ge=1, description="times an id must occur in the training rows to get a row of its own")
     max_size: int | None = Field(None, ge=1, lt=MAX_TABLE_ROWS, description="keep only this many most frequent ids")
     oov_buckets: int = Field(16, ge=1, lt=MAX_TABLE_ROWS, description="hashed buckets that unknown ids share")
     table: str | None = Field(
@@ -166,7 +166,7 @@ class VocabularyFeature(Feature):
         return self.table
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError where `table` names no feature that has one."""
+        """Raises ValueError where `table` does not name a feature with a table of its own."""
         if self.table is not None:
             check_owner(name, "table", self.table, owners(schema), "an id feature")
 
@@ -182,7 +182,7 @@ def owners(schema: Schema, kind: type[VocabularyFeature] = VocabularyFeature) ->
 
 
 def check_owner(name: str, key: str, target: str, possible: list[str], what: str) -> None:
-    """Raises ValueError where `target`, the value of feature `name`'s `key`, is none of the possible owners."""
+    """Raises ValueError where `target`, the value of feature `name`'s `key`, is not a possible owner."""
     if target not in possible:
         raise ValueError(
             f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
@@ -191,7 +191,7 @@ def check_owner(name: str, key: str, target: str, possible: list[str], what: str
 
 
 def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> Meaning:
-    """The meaning of rows of a table of ids; owner: its feature, or the name of it."""
+    """The meaning of rows of a table of ids; owner: its feature, or that feature's name."""
     feature = schema.features[owner] if isinstance(owner, str) else owner
     assert isinstance(feature, VocabularyFeature)
     return Meaning(columns, unknown=feature.oov_buckets)
@@ -213,7 +213,7 @@ class VocabularyOwner:
         self._check_size()
 
     def grow(self) -> int:
-        """Gives ids that the counts now have often enough rows at the end; gives their number. Raises as `finish`."""
+        """Adds rows at the end for ids whose counts now suffice; gives their number. Raises as `finish`."""
         before, feature = len(self.vocabulary.ids), self.feature
         self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
         self._check_size()

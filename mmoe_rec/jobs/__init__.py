@@ -1,8 +1,8 @@
 """What the commands do, as functions of settings.
 
-It decides how OpenMP's threads wait for each other, which has to be set before torch is loaded. Left alone they spin
-for milliseconds, which on a machine that other programs use too makes training three times slower. Asleep at once, they
-cost a quarter of the speed of training on an idle one. GNU's, which torch comes with, spin for microseconds instead.
+Importing it sets how OpenMP's threads wait for each other, which has to be done before torch is loaded. By default they
+spin for milliseconds, which makes training three times slower on a machine that other programs use too. If they sleep
+at once, training on an idle machine is a quarter slower. GNU's, which torch comes with, spin for microseconds instead.
 """
 
 import os

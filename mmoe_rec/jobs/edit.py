@@ -15,7 +15,7 @@ from mmoe_rec.settings import Model, Settings
 
 @dataclass(frozen=True)
 class Edited:
-    """done: what was done, in words; experts: number of all experts, of which `shared` are of all tasks; address: in
+    """done: what was done, in words; experts: number of all experts, of which all tasks share `shared`; address: in
     the registry."""
 
     done: str
@@ -35,10 +35,10 @@ def edit_model(
 ) -> Edited:
     """Edits the model at an address, writes it to a folder and registers it as challenger; one of the three is given.
 
-    Raises UserError for an expert that can't be edited so.
+    Raises UserError for an expert that can't be edited that way.
     """
     if out.exists() and not (out / "model.json").exists():
-        raise UserError(f"'{out}' exists and holds no model: name another folder by --out, or remove it")
+        raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
     tracking.check_names(settings.experiment, settings.registered_model)
     found = find_model(address, settings.tracking.address)
     folder = found.folder

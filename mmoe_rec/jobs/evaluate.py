@@ -37,9 +37,9 @@ def evaluate_model(settings: Settings, address: str, out: str | Path) -> Evaluat
 
     Waits while another evaluation writes to the folder.
     """
-    # A wrong address is told of before torch is loaded.
+    # A wrong address is reported before torch is loaded.
     found, out = find_model(address, settings.tracking.address), Path(out)
-    with writing(out, "an evaluation", "give another folder by --out", queue=True):
+    with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out)
 
 

@@ -9,10 +9,10 @@ from mmoe_rec.settings import Settings
 
 
 def build_features(settings: Settings) -> Prepared:
-    """Fitted features and encoded rows; what is there already is taken if it is still right."""
+    """Fitted features and encoded rows; existing ones are taken if they are still right."""
     return prepare(*log_and_place(settings))
 
 
 def extend_features(settings: Settings) -> Extended | None:
-    """Adds new files of the log to the features at hand; None where there are none."""
+    """Adds new files of the log to existing features; None where there are no new files."""
     return extend(*log_and_place(settings))

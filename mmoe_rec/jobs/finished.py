@@ -1,4 +1,4 @@
-"""What a training leaves beside its checkpoints: what marks its run from the beginning, and what it gave at the end."""
+"""What a training leaves beside its checkpoints: the key of its run from the beginning, and its result at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Trained:
     """A finished training: the artifact folder and the address in the registry.
 
     compared: sentences on how it did beside the model that held the alias, and on who holds it now; started_from:
-    validation of the model that it was started from; before: whether it was at its end before.
+    validation of the model that it was started from; before: whether it had already ended.
     """
 
     artifact: Path
@@ -72,7 +72,7 @@ class Finished:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"'{file}' is damaged or of another version, so there is no knowing what the training there was; "
+                f"'{file}' is damaged or of another version, so it is unknown what the training there was; "
                 "train from the start, without --resume"
             ) from None
 
@@ -88,7 +88,7 @@ class Finished:
             file.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
 
     def trained(self, settings: Settings, before: bool = False) -> Trained:
-        """With the place of the model."""
+        """The result with the model's folder. before: as in `Trained`."""
         from mmoe_rec.training.validation import Validation
 
         return Trained(
@@ -105,9 +105,9 @@ class Finished:
 
 
 def training_key(folder: Path, origin: Origin, new: bool) -> str:
-    """What marks the run of a training, also before its first checkpoint; a killed one finds it again, unless `new`.
+    """The key of a training's run, even before its first checkpoint; a killed training finds it again, unless `new`.
 
-    One that was begun with something else is another one.
+    A training begun with something else gets another key.
     """
     file = folder / "key.json"
     begun = hashlib.sha256(json.dumps(asdict(origin), sort_keys=True).encode()).hexdigest()

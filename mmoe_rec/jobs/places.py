@@ -1,4 +1,4 @@
-"""Where the settings say that a log lies and how features are to be built of it, and these while they are in use."""
+"""Where the log is and how its features are built, by the settings; and features while they are in use."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def build_options(settings: Settings) -> BuildOptions:
 
 
 def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
-    """The settings' logs, to be read by the features of a model, whose own may have lain elsewhere and not have been
-    sampled."""
+    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, without
+    sampling."""
     schema = pipeline.schema
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
     schema = schema.model_copy(update={"events": events, "columns": columns})
-    # The time of events may have the name of a key of the log.
+    # The time column of events may be named like a key of the log.
     kinds = pipeline.key_types
     types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in events.values())]
     return Logs(settings.data.log, schema, build_options(settings), types)
@@ -43,14 +43,15 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
 
 @contextmanager
 def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[Prepared]:
-    """Features that are built, or taken from those at hand, and that nobody replaces meanwhile.
+    """Features, newly built or existing, that nobody replaces meanwhile.
 
-    what: uses them; going_on: whether a model goes on from these features, see `mmoe_rec.build.prepare.prepare`.
+    what: uses them, such as "a training"; going_on: whether a model goes on from these features, see
+    `mmoe_rec.build.prepare.prepare`.
     """
     while True:
         prepared = prepare(*log_and_place(settings), going_on=going_on)
         with reading(prepared.folder, what):
-            # Between the two another process may have built others.
+            # Before the lock was taken, another process may have built others.
             if existing(*log_and_place(settings)) is not None:
                 yield prepared
                 return

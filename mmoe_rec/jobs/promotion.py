@@ -3,13 +3,13 @@
 The holder is validated by the settings' own `training.select_by` on the training's validation rows, before calibration,
 like the new model and by the same code. Its features may be others:
 
-- those of the training, or ones that these were extended from: the rows at hand give the holder's own outputs;
+- those of the training, or ones that these were extended from: the training's rows give the holder's own outputs;
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
 
 A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
 way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched)
 keeps the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is
-moved, and compared anew if that is another model by then.
+moved, and compared anew if it is another model by then.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Verdict:
 def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path) -> Promotion:
     """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
 
-    model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses; done
-    again by the same run, what was registered is not registered twice.
+    model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses. When
+    the same run does it again, nothing is registered twice.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = holder_of(name, alias, uri)
@@ -117,7 +117,7 @@ class Comparison:
         except UnreachableError:
             raise  # an outage decides nothing
         except UserError as error:
-            return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
+            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
         try:
             ranker = Ranker.load(folder)
         except (UserError, RuntimeError) as error:  # or it fails at its own example
@@ -125,7 +125,7 @@ class Comparison:
         try:
             its = self._validation(ranker, folder, holder)
         except UserError as error:
-            return Verdict(False, f"{who} can't be compared with: {error}; {by_hand}")
+            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
         except NotFiniteError:
             return Verdict(True, f"{who} gives predictions that are not finite numbers")
         return self._judge(its, holder)
@@ -169,7 +169,7 @@ class Comparison:
         return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
 
     def _validation(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Validation:
-        """The holder's. Raises UserError where it is not of the same rows, or its tasks mean something else."""
+        """The holder's validation. Raises UserError where its rows would differ, or its tasks mean something else."""
         from mmoe_rec.batches.encoded_rows import EncodedRows
 
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
@@ -192,7 +192,7 @@ class Comparison:
             shutil.rmtree(encoded, ignore_errors=True)
 
     def _grown(self, ranker: LoadedRanker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
-        """The holder and its layout on the features at hand, where these grew from its own: the same outputs."""
+        """The holder and its layout on the training's features, where these grew from its own: the same outputs."""
         from mmoe_rec.model.mmoe import build_model
         from mmoe_rec.model.tables import plain_tables
         from mmoe_rec.settings import Model

@@ -50,7 +50,7 @@ def check_training_rows(settings: Settings, found: Prepared | None, start: str |
 
 
 def resolve(address: str, settings: Settings) -> Start:
-    """The model at an address, with what stands for it for good. Raises UserError where there is none."""
+    """The model at an address, with its permanent address. Raises UserError where there is none."""
     found = find_model(address, settings.tracking.address)
     weights = found.folder / "weights.safetensors"
     if not weights.is_file():
@@ -73,15 +73,14 @@ def begin(settings: Settings, start: str | None, resume: bool, held: contextlib.
 
 
 def something_left(checkpoints: Path) -> bool:
-    """Whether there is what a training may go on from, or one that has ended."""
+    """Whether there is a checkpoint to go on from, or the result of a training that has ended."""
     return any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))
 
 
 def course_of(settings: Settings, checkpoints: Path, start: str | None, resume: bool) -> Course:
-    """What the training does that is asked for. Nothing else may write to the folder meanwhile.
+    """What the training that is asked for does. Nothing else may write to the folder meanwhile.
 
-    Raises UserError where what is there is another training than the one that is asked for, and not one of an earlier
-    day.
+    Raises UserError where the folder holds another training than the one asked for, unless it is of an earlier day.
     """
     before = _Before.read(checkpoints) if resume else None
     if before is None:
@@ -122,8 +121,8 @@ class _Before:
     def _features(self, settings: Settings, start: str | None) -> tuple[str, int]:
         """Fingerprint of the features, and the last request that they know.
 
-        Those of a training that goes on are not built anew: a training cannot go on with other ones, and it would be
-        wrong to throw away what it has done because the log has grown meanwhile.
+        A training that goes on keeps its features: it cannot go on with others, and its work must not be thrown away
+        because the log has grown meanwhile.
         """
         place = log_and_place(settings)
         found = existing(*place)
@@ -144,6 +143,6 @@ class _Before:
         if one is not None and one.address == address and one.moves:
             return one
         start = resolve(address, settings)
-        # A folder that is started from may be the one that the training has written its model to.
+        # The folder to start from may be the one that the training has written its model to.
         own = self.finished is not None and start.weights == self.finished.weights
         return one if own and one is not None and one.address == address else start

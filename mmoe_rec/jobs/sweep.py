@@ -28,8 +28,8 @@ MOST_STEPS = 16
 
 @dataclass(frozen=True)
 class Swept:
-    """One way of scoring. k: experts a row and gate; masked: the expert left out, if any; milliseconds: median latency
-    of a request; tasks: task -> metric -> value, low and high.
+    """One way of scoring. k: experts per row and gate; masked: the expert left out, if any; milliseconds: median
+    latency of a request; tasks: task -> metric -> value, low and high.
     """
 
     k: int
@@ -39,7 +39,7 @@ class Swept:
 
 
 def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
-    """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: the first only."""
+    """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: how many."""
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.jobs.truth import test_rows
@@ -107,7 +107,7 @@ def _measured(
     asked: int | None,
     masked: int | None = None,
 ) -> Swept:
-    """asked: what the model is asked for, None is its own number, which k then is."""
+    """asked: the k that the model is asked for; None is its own number, which is then k."""
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
 

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
-    start: address of a model to start from. It needs features at hand that were extended from that model's. resume: go
-    on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
+    start: address of a model to start from, which needs existing features that were extended from that model's. resume:
+    go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
     features go on to a later day. Raises UserError where another process trains in `data.work`.
     """
-    # A wrong log or address is told of before torch is loaded.
+    # A wrong log or address is reported before torch is loaded.
     found = existing(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     if not (resume and something_left(checkpoints)):
@@ -67,7 +67,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
 
 
 def _ask_mlflow(settings: Settings, resume: bool) -> None:
-    """Raises UserError, before any work, where MLflow is away or would refuse a name. What waits for it is sent."""
+    """Raises UserError, before any work, where MLflow is away or would refuse a name. Sends what waits for it."""
     work = Path(settings.data.work)
     ended = resume and (work / "checkpoints" / "finished.json").is_file()
     if int(os.environ.get("RANK", "0")) or (ended and not runs_waiting(work / "unsent")):
@@ -213,7 +213,7 @@ def _finish(
 
 
 def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:
-    """The calibration of a trained model on the validation rows; tasks that are left as they are are told of."""
+    """The calibration of a trained model on the validation rows; reports the tasks that it leaves as they are."""
     from mmoe_rec.model.calibration import UNCALIBRATED
 
     method = settings.training.calibration

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def test_rows(settings: Settings, artifact: Path, ranker: LoadedRanker) -> Iterator[Path]:
-    """Encoded test rows, which nobody replaces meanwhile: those at hand if the model's features made them, else freshly
-    encoded with the model's.
+    """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
+    rows freshly encoded by those.
 
     artifact: the folder that the ranker was loaded from. Raises UserError where its tasks mean something else than
     those of the settings.
@@ -40,8 +40,8 @@ def test_rows(settings: Settings, artifact: Path, ranker: LoadedRanker) -> Itera
     if gone := Prepared(work / "features").gone(logs):
         told = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
         say(
-            "the features that the model was trained on are not at hand, so counters and histories are made anew from "
-            f"the files that are left in the log: {told}"
+            "the features that the model was trained on are not there, so counters and histories are rebuilt from the "
+            f"files that are left in the log: {told}"
         )
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
         encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)

@@ -25,8 +25,8 @@ Values = dict[str, Any]
 FAILURES_IN_A_ROW = 3
 NOT_VALID_IN_A_ROW = 20
 KILLS_OF_ONE_TRIAL = 3
-# What trials are marked with, beside the id of their run: why one was given up, which one it is instead of, and how
-# often its values were killed before.
+# What trials are marked with, beside the id of their run: why one was given up, which one it replaces, and how often a
+# trial of its values was killed before.
 _RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
 Outcome = Literal["reached", "cut short", "not valid", "failed"]
 
@@ -54,7 +54,7 @@ class Tuned:
 class Study:
     """Trials of settings for one data set.
 
-    with_values: gives the settings with some values in the place of theirs. The study is found again by what it depends
+    with_values: gives the settings with some values replaced. The study is found again by what it depends
     on: features, settings and search space.
     """
 
@@ -70,7 +70,7 @@ class Study:
         text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._study = self._opened(self.folder / "study.db")
-        # Another seed when the search goes on, as it would draw the same values again.
+        # Another seed when the search goes on, or it would draw the same values again.
         seed = settings.training.seed + len(self._study.get_trials(deepcopy=False))
         self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=settings.tuning.startup_trials, seed=seed)
         self._spaces = {name: self._space(search) for name, search in settings.tuning.search.items()}
@@ -102,7 +102,7 @@ class Study:
         """Tries until there are so many trials, those of earlier runs included.
 
         Raises:
-            StoppedError: the search was asked to stop; the trial at hand will be tried again.
+            StoppedError: the search was asked to stop; the current trial will be tried again.
             UserError: no trial ended well, or several in a row failed or were not valid.
         """
         uri, experiment = self.settings.tracking.address, self.settings.experiment
@@ -135,7 +135,7 @@ class Study:
         return Path(self.settings.data.work) / "unsent"
 
     def _ended(self) -> list[Any]:
-        """All trials that came to an end, but for those that will be or were tried again."""
+        """All trials that ended, except those that were or will be tried again."""
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False)
         again = {each.user_attrs.get(_INSTEAD_OF) for each in trials}
@@ -179,7 +179,7 @@ class Study:
         except UnreachableError as error:
             self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
             raise UserError(f"{error}; {again}, once MLflow answers") from None
-        except Exception as error:  # not the user's fault, but the search shall not come to it again
+        except Exception as error:  # not the user's fault, but the search must not come back to it
             trial.set_user_attr(_REASON, f"{type(error).__name__}: {error}")
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             raise
@@ -224,7 +224,7 @@ class Study:
 
         device = pick_device(settings.training.device)
         layout = ModelLayout.of(self.prepared.layout, settings)
-        # Trials are told apart by one measure, whatever weights of losses they try.
+        # Trials are compared by one measure, whatever loss weights they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
         uri, experiment = settings.tracking.address, settings.experiment
         with (
@@ -294,7 +294,7 @@ class Study:
 
 @contextlib.contextmanager
 def _not_valid(run: Run) -> Iterator[None]:
-    """Around the making of a model: where that can't be, its settings don't go together."""
+    """Around making a model: where that fails, its settings don't go together."""
     try:
         yield
     except UserError as error:

@@ -1,7 +1,7 @@
 """Whether a log's files are good, as far as their footers tell when the log is opened.
 
-Every problem of one file is a `BadFile` that names the file, the column and the rows. What the values tell while the
-log is read is in `mmoe_rec.log.value_checks`.
+Every problem of one file is a `BadFile` that names the file, the column and the rows. Values are checked while the log
+is read, in `mmoe_rec.log.value_checks`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
         return BadFile, (str(self), self.address)
 
     def explained(self) -> BadFile:
-        """The error with all that there is to say, which may have to be read first."""
+        """The error with its full message, which may first have to be read from the file."""
         return self
 
 
@@ -45,7 +45,7 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
 class LogFile:
     """One Parquet file of a log.
 
-    version: changes when the file is written again. in_path: columns that stand in its path.
+    version: changes when the file is written again. in_path: columns in its path.
     """
 
     address: str
@@ -85,7 +85,7 @@ def format_time(microseconds: int) -> str:
 def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """A Parquet file; strings of the columns in `coded` are read dictionary-coded.
 
-    Raises BadFile where it is none, UserError where its place can't be reached.
+    Raises BadFile where it is not one, UserError where its place can't be reached.
     """
     with ExitStack() as stack:
         try:
@@ -106,7 +106,7 @@ def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.Parquet
 
 
 def word_of(kind: pa.DataType) -> str | None:
-    """A canonical type in a word; None for that of a column which is null throughout."""
+    """A canonical type in a word; None for that of an all-null column."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_list(kind):  # whatever a file calls the elements
         return f"list<{kind.value_type}>"
@@ -236,7 +236,7 @@ def _add_kinds_in_path(footer: _Footer, uses: dict[str, Use], time_unit: str | N
 def _common_types(
     footers: Sequence[_Footer], uses: dict[str, Use], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """The fitted type of each column, or that which most files have (the first of equals), and files with another."""
+    """The fitted type of each column, or that of most files (the first of equals), and the files with another."""
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:

@@ -36,7 +36,7 @@ _EXPECTED: dict[Use, str] = {
 }
 
 _HINTS = {
-    ("key", "double"): " (pandas makes integers with missing values so: cast to Int64 before writing)",
+    ("key", "double"): " (pandas makes this of integers with missing values: cast to Int64 before writing)",
     ("key", "binary"): " (write it as a string)",
     ("number", "string"): " (a feature of kind id reads strings)",
     ("time", "string"): " (parse it, say with pandas.to_datetime, before writing)",
@@ -95,7 +95,7 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
     if len(found) > 1:
         readings = " and as ".join(f"{_EXPECTED[use]} by {reader}" for use, reader in found.items())
         raise UserError(
-            f"column '{column}' is read as {readings}; it can be one: change a feature, or add a column to the log"
+            f"column '{column}' is read as {readings}; it can be only one: change a feature, or add a column to the log"
         )
     return next(iter(found))
 
@@ -154,9 +154,9 @@ def canonical(
         if target == UTC_MICROSECONDS and pt.is_integer(array.type):
             array = array.cast(pa.int64()).cast(pa.timestamp(time_unit or "us", tz="UTC"))
         if target == UTC_MICROSECONDS and pt.is_timestamp(array.type) and array.type.unit == "ns":
-            # Truncation to microseconds is no loss that a log means.
+            # Nothing in a log depends on nanoseconds.
             return pc.cast(array, target, safe=False)
-        # The number nearest to an integer is what is meant, also beyond 2^53, where not every integer is a float64.
+        # The float64 nearest to an integer will do, also beyond 2^53, where not every integer has its own.
         array = array if array.type == target else array.cast(target, safe=use not in ("number", "vector"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{column}' cannot be read as {target}: {error}") from None

@@ -1,4 +1,4 @@
-"""Where Parquet files lie: local folders and globs, and what fsspec reaches (s3://, gs://, memory://, ...).
+"""Where Parquet files are: local folders and globs, and what fsspec reaches (s3://, gs://, memory://, ...).
 
 An address without `://` is a local path. Settings and credentials of remote places are fsspec's and the vendor's own,
 such as AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
@@ -24,7 +24,7 @@ FIRST_ANSWER_SECONDS = 15.0
 """A remote place that has not answered by then counts as unreachable, however often its library would try again."""
 
 _PACKAGES = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
-# Of these, read what is asked for: their libraries would fetch megabytes around a footer.
+# From these, read only what is asked for: their libraries would fetch megabytes around a footer.
 _READ_BY_RANGE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"}
 _VERSION_KEYS = (
     "ETag",
@@ -62,7 +62,7 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
         setting: the setting that holds `source`, for messages.
 
     Raises:
-        UserError: nothing is there, a folder may not be read, a link leads in a circle, or the place can't be reached.
+        UserError: nothing is there, a folder can't be read, a link leads in a circle, or the place can't be reached.
     """
     found, is_folder = _find_remote(source) if is_remote(source) else _find_local(local_path(source))
     if not found:
@@ -92,7 +92,7 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
 
 
 def path_values(address: str) -> dict[str, str | None]:
-    """What a Hive-partitioned folder's path says: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
+    """The columns in a Hive-partitioned folder's path: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
     folders = address.replace(os.sep, "/").split("/")[:-1]
     pairs = [folder.partition("=") for folder in folders if "=" in folder]
     null = "__HIVE_DEFAULT_PARTITION__"
@@ -112,7 +112,7 @@ def _find_local(source: str) -> tuple[list[FoundFile], bool]:
 def _local_file(path: Path) -> FoundFile:
     try:
         found = path.stat()
-    except OSError:  # a link to nowhere, say: what reads the file says so
+    except OSError:  # such as a broken link: whoever reads the file reports it
         return FoundFile(str(path), 0, "unknown")
     return FoundFile(str(path), found.st_size, str(found.st_mtime_ns))
 
@@ -191,7 +191,7 @@ def _file_system(address: str) -> tuple[Any, str]:
             f"its extra `{extra}`"
         ) from None
     except ValueError as error:
-        raise UserError(f"'{address}' is no address that can be read: {first_line(error)}") from None
+        raise UserError(f"'{address}' is not an address that can be read: {first_line(error)}") from None
     except Exception as error:
         _raise_unreachable(address, error)
 
@@ -220,7 +220,7 @@ def _first_answer(address: str, ask: Callable[[], Any]) -> Any:
         except Exception as error:
             errors.append(error)
 
-    # A daemon: a library that goes on trying does not keep the process from ending.
+    # A daemon: a library that keeps trying must not keep the process alive.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(FIRST_ANSWER_SECONDS)
@@ -234,7 +234,7 @@ def _first_answer(address: str, ask: Callable[[], Any]) -> Any:
 
 
 class _RemoteFile:
-    """A file whose reads fail with a UserError, so that a place that fails is told from a file that is damaged."""
+    """A file whose reads fail with a UserError, to tell a place that fails from a damaged file."""
 
     def __init__(self, address: str, handle: Any) -> None:
         self._address, self._handle = address, handle
@@ -251,7 +251,7 @@ class _RemoteFile:
 
 @contextmanager
 def _reaching(address: str) -> Iterator[None]:
-    """What goes wrong on the way to a remote place becomes a UserError; that a file is gone passes."""
+    """Errors in reaching a remote place become UserErrors; that a file is gone passes."""
     try:
         yield
     except (UserError, FileNotFoundError):
@@ -268,7 +268,7 @@ def _raise_unreachable(address: str, error: Exception) -> NoReturn:
             "s3fs": "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for "
             "public data",
             "gcsfs": "run `gcloud auth application-default login`, or set FSSPEC_GS_TOKEN=anon for public data",
-        }.get(_PACKAGES.get(_protocol(address), ("", ""))[0], "set those of the place")
+        }.get(_PACKAGES.get(_protocol(address), ("", ""))[0], "provide them")
     elif isinstance(error, PermissionError):
         what, to_do = f"may not be read ({reason})", "check the bucket's name, its permissions and the credentials"
     else:
@@ -277,5 +277,5 @@ def _raise_unreachable(address: str, error: Exception) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
+    """The first line of an error's message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,8 +17,8 @@ _FOREVER = np.iinfo(np.int64).max
 def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
     """Task or outcome -> (N,) float64 labels, NaN where unobserved at `known_by` (microseconds since 1970 UTC).
 
-    An outcome is unobserved, engagement or not, until the satisfaction's label could have matured: were the zeros of
-    recent rows known before their ones, there would seem to be less satisfaction than there is.
+    An outcome is unobserved, engagement or not, until the satisfaction's label could have matured: if the zeros of
+    recent rows were known before their ones, satisfaction would seem lower than it is.
     """
     tasks = rows.schema.tasks
     labels = {name: rows.labels(task, known_by) for name, task in tasks.items()}

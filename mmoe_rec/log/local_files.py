@@ -1,6 +1,6 @@
-"""Parquet files of local folders and globs, through links to folders; nothing that is there is left out unsaid.
+"""Parquet files of local folders and globs, through links to folders; no file is left out silently.
 
-Python's own `glob` and `Path.rglob` pass over folders that may not be read, and the latter over links to folders.
+Python's own `glob` and `Path.rglob` skip folders that can't be read, and the latter also links to folders.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def find_local(source: str) -> tuple[list[Path], bool]:
     """The Parquet files of a folder, a glob or a single file, and whether `source` is a folder.
 
     Raises:
-        UserError: a folder may not be read, a link leads nowhere or back to a folder that it lies in, or two paths lead
+        UserError: a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two paths lead
             to the same file.
     """
     found, is_folder = _Tree().find(source)
@@ -55,7 +55,7 @@ def find_local(source: str) -> tuple[list[Path], bool]:
 
 
 def would_find(source: str, files: Sequence[Path]) -> bool:
-    """Whether a folder or glob would hold any of some files if they were there. Raises UserError as `find_local`."""
+    """Whether a folder or glob would include any of these files if they existed. Raises UserError as `find_local`."""
     planted = {os.path.realpath(file) for file in files}
     names = {file.name for file in files}
     found, _ = _Tree(tuple(planted)).find(source)
@@ -69,7 +69,7 @@ class _Entry:
 
 
 class _Tree:
-    """The local file system, as if some files were there: `planted`, real paths."""
+    """The local file system, as if the files `planted` (real paths) existed."""
 
     def __init__(self, planted: tuple[str, ...] = ()) -> None:
         self.planted = planted
@@ -93,8 +93,8 @@ class _Tree:
         except OSError as error:
             place = source if error.filename is None else error.filename
             raise UserError(
-                f"'{place}' may not be read ({error.strerror}), and there may be files of '{source}' in it; give "
-                "yourself the right to read it, or move it elsewhere"
+                f"'{place}' may not be read ({error.strerror}), and there may be files of '{source}' in it; get "
+                "permission to read it, or move it elsewhere"
             ) from None
 
     def _within(self, folder: Path, above: tuple[_Identity, ...] = ()) -> Iterator[Path]:
@@ -133,8 +133,8 @@ class _Tree:
                     yield entry
 
     def _entries(self, folder: Path, pattern: str = "*") -> Iterator[_Entry]:
-        """What is in a folder. A link that leads nowhere is an error where its name matches `pattern`, but one to a
-        Parquet file, whose reader tells."""
+        """What is in a folder. A link that leads nowhere is an error if its name matches `pattern`, unless it is named
+        as a Parquet file: its reader reports it."""
         names = set()
         if folder.is_dir():
             with os.scandir(folder) as entries:
@@ -147,7 +147,7 @@ class _Tree:
                     elif entry.is_symlink() and _is_wanted(entry.name, pattern):
                         raise UserError(
                             f"'{folder / entry.name}' is a link to '{os.readlink(entry.path)}', which is not there: "
-                            "files may be missing; bring back what it leads to, or remove the link"
+                            "files may be missing; restore what it leads to, or remove the link"
                         )
         inside = os.path.join(os.path.realpath(folder), "") if self.planted else ""
         for file in self.planted:

@@ -1,4 +1,4 @@
-"""Parts of a log, each a task for a worker, and what reading them tells of the log's files."""
+"""Parts of a log, each a task for a worker, and what reading them tells about the log's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmoe_rec.log.checks import BadFile, LogFile, PathColumns
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive row groups of one file, their rows, and the columns that stand in the file's path."""
+    """Consecutive row groups of one file, their number of rows, and the columns in the file's path."""
 
     address: str
     groups: tuple[int, ...]
@@ -30,7 +30,7 @@ class LogPart:
 
 
 def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    """The files as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
+    """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
     parts: list[LogPart] = []
     pieces: list[Piece] = []
     start, rows = 0, 0
@@ -62,7 +62,7 @@ def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
 
 @dataclass
 class Noticed:
-    """What reading parts of a log tells of its files.
+    """What reading parts of a log tells about its files.
 
     bad: problems of files that can't be used; spans: file -> first and last time of its rows, microseconds.
     """

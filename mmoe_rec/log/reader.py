@@ -62,7 +62,7 @@ class _Reader(ABC):
         """What the values must hold."""
 
     def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
-        """Tables of canonical columns. Those of small files come together, so that a batch is worth its overhead."""
+        """Tables of canonical columns. Those of small files are joined, so that a batch is worth its overhead."""
         checks, waiting = self.checks, list[pa.Table]()
         for piece in part.pieces:
             try:
@@ -101,10 +101,10 @@ class LogReader(_Reader):
     def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked.
 
-        noticed: takes note of bad files, whose rows are left out from there on, instead of an error.
+        noticed: takes note of a bad file and leaves out the rest of its rows, instead of an error.
 
         Raises:
-            BadFile: a file is damaged, has changed, or holds values that can't be.
+            BadFile: a file is damaged, has changed, or holds invalid values.
             UserError: a remote place can't be reached.
         """
         for table in self._tables(part, noticed):
@@ -137,10 +137,10 @@ class EventReader(_Reader):
 
 
 class WrongValues(BadFile):
-    """Values that can't be, found by check number `check` of a reader in a piece of a file."""
+    """Invalid values, found by check number `check` of a reader in a piece of a file."""
 
     def __init__(self, reader: _Reader, piece: Piece, check: int) -> None:
-        super().__init__(f"'{piece.address}' holds values that can't be", piece.address)
+        super().__init__(f"'{piece.address}' holds invalid values", piece.address)
         self.reader, self.piece, self.check = reader, piece, check
 
     def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
@@ -171,7 +171,7 @@ Reader = TypeVar("Reader", LogReader, EventReader)
 class _Files(Generic[Reader]):
     """Rows of files, read in parts.
 
-    found: all files that are there; files: those that were checked, and not left out; types: of their columns; reader:
+    found: all files that are there; files: those that were not left out when checked; types: of their columns; reader:
     reads a part of them.
     """
 
@@ -197,7 +197,7 @@ class _Files(Generic[Reader]):
         return sum(file.rows for file in self.files)
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
-        """The files as parts of at least `rows_per_part` rows (but the last), at the borders of row groups."""
+        """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
         return cut(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
@@ -206,14 +206,14 @@ class _Files(Generic[Reader]):
             yield from self.reader.read(part)
 
     def check_unchanged(self) -> None:
-        """Raises BadFile where a file has been written again since the log was opened; one may be gone by now."""
+        """Raises BadFile where a file has been written again since the log was opened; one that is gone passes."""
         now = {file.address: (file.bytes, file.version) for file in find_files(self.source)}
         for file in self.files:
             if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
                 raise _changed(file.address)
 
     def without(self, bad: Mapping[str, LeftOut]) -> Self:
-        """The same log, of which files at further addresses are left out. Types stay those of all files."""
+        """The same log with further files left out, by address. Types stay those of all files."""
         fewer = copy.copy(self)
         fewer.files = [file for file in self.files if file.address not in bad]
         fewer.left_out = [*self.left_out, *(bad[file.address] for file in self.files if file.address in bad)]
@@ -226,8 +226,8 @@ class Log(_Files[LogReader]):
     Args:
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
         skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
-        types: of columns in words, as they have to be; by default as most files have them.
-        now: microseconds since 1970 UTC; later requests are an error when read. By default in a day's time.
+        types: required types of columns, in words; by default those of most files.
+        now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
 
     Raises:
         BadFile: the first file that is unreadable, lacks a column or has another type than most.
@@ -288,7 +288,7 @@ class EventRows(_Files[EventReader]):
 
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
-    """The error where all files of a log are left out."""
+    """The error when all files of a log are left out."""
     first = min(left_out, key=lambda each: each.address)
     return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
 

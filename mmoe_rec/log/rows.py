@@ -1,4 +1,4 @@
-"""Rows of a log, or of a request, in canonical types, with what features ask for again and again kept at hand."""
+"""Rows of a log, or of a request, in canonical types; what features ask for repeatedly is cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 class LogRows:
     """N rows; `table` holds canonical columns (see `mmoe_rec.log.columns`), strings dictionary-coded or not.
 
-    results: what counters and histories say of these rows, where it was looked up before: name -> results.
+    results: name -> what counters and histories give for these rows, where it was looked up before.
     """
 
     def __init__(self, table: pa.Table, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
@@ -70,7 +70,7 @@ class LogRows:
         return self._hashes[key]
 
     def look_ups(self, names: Sequence[str]) -> LookUps:
-        """What the rows ask by these columns."""
+        """The rows' look-ups by these columns."""
         key = tuple(names)
         if key not in self._look_ups:
             self._look_ups[key] = LookUps.sort(self.hashes(names), self.times())
@@ -141,14 +141,14 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
         if wanted is None:
             held = "64-bit integers" if pt.is_integer(column.type) else "64-bit floating-point numbers"
             raise UserError(
-                f"an `observed_when` compares column '{name}', which holds {held}, with {value}, which is none; "
+                f"an `observed_when` compares column '{name}', which holds {held}, with {value}, which is not one; "
                 "give `equals` a value that the column can hold"
             )
     return pc.fill_null(pc.equal(column, pa.scalar(wanted, column.type)), False).to_numpy(zero_copy_only=False)
 
 
 def _as_number(value: float, kind: pa.DataType) -> int | float | None:
-    """The value as one of a column's type; None where the type has none that equals it."""
+    """The value in a column's type; None where no value of that type equals it."""
     if pt.is_integer(kind):
         return int(value) if value == int(value) and -(2**63) <= value < 2**63 else None
     try:

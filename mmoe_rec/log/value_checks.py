@@ -18,7 +18,7 @@ _LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 
 @dataclass
 class Wrong:
-    """The wrong values of a column in one file: how many rows, the first one's number and value, and the range."""
+    """The wrong values of a column in one file: how many, the first one's row and value, and their range."""
 
     count: int = 0
     row: int = 0
@@ -40,7 +40,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: `values` (N,) of rows, which of them are `wrong`, and what one `says` of those."""
+    """A check of one column: its `values` (N,), which of them are `wrong`, and what the error `says` about those."""
 
     column: str
     values: Callable[[LogRows], np.ndarray]
@@ -62,7 +62,7 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
                 lambda values: ~((values > 0) & (values <= 1)),
                 lambda found: (
                     f"column '{rate}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
-                    f"({found.count} rows are not above 0 and at most 1); fix the data or remove columns.sampling_rate"
+                    f"({found.count} rows are not in (0, 1]); fix the data or remove columns.sampling_rate"
                 ),
             )
         )
@@ -93,9 +93,9 @@ def _no_future(column: str, now: int, what: str) -> ValueCheck:
         lambda rows: rows.times(column),
         lambda times: times > now,
         lambda found: (
-            f"column '{column}' holds {found.count} {what} of the future: {what} from "
+            f"column '{column}' holds {found.count} {what} in the future: {what} from "
             f"{format_time(int(found.least))} to {format_time(int(found.largest))}, later than {format_time(now)}; "
-            "fix the data, or set `columns.time_unit` if the column holds integers of another unit"
+            "fix the data, or set `columns.time_unit` if the column holds integers in another unit"
         ),
     )
 
@@ -108,16 +108,16 @@ def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
             lambda rows: list_lengths(rows.column(column)),
             lambda lengths: (lengths >= 0) & (lengths != size),
             lambda found: (
-                f"{what} a list of {found.first} numbers, but its `size` is {size} ({found.count} rows are so); write "
+                f"{what} a list of {found.first} numbers, but its `size` is {size} ({found.count} rows); write "
                 "lists of that length, or null where there is none"
             ),
         ),
         ValueCheck(
             column,
-            lambda rows: _elements_that_are_none(rows.column(column)),
+            lambda rows: _elements_not_finite(rows.column(column)),
             lambda elements: elements > 0,
             lambda found: (
-                f"{what} null, NaN or infinity within a list ({found.count} rows are so); write finite numbers, or "
+                f"{what} null, NaN or infinity within a list ({found.count} rows); write finite numbers, or "
                 "null instead of the whole list"
             ),
         ),
@@ -131,8 +131,8 @@ def list_lengths(lists: pa.Array) -> np.ndarray:
     return lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _elements_that_are_none(lists: pa.Array) -> np.ndarray:
-    """(N,) int64 how many elements of each list are null, or no finite numbers."""
+def _elements_not_finite(lists: pa.Array) -> np.ndarray:
+    """(N,) int64 how many elements of each list are null, NaN or infinite."""
     lengths = np.maximum(list_lengths(lists), 0)
     if not lengths.sum():
         return np.zeros(len(lists), np.int64)

@@ -1,4 +1,4 @@
-"""Columns of one file of a log in canonical types; what can't be read names the file, the column and the first row."""
+"""Columns of one file of a log in canonical types; errors name the file, the column and the first bad row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit
         while wrong - fine > 1:
             middle = (fine + wrong) // 2
             try:
-                # Taken, not sliced: of lists, a slice still has the elements of all.
+                # Taken, not sliced: a slice of lists keeps the elements of all of them.
                 _valid(column, use, values.take(pa.array(np.arange(middle))), time_unit)
                 fine = middle
             except UserError:
@@ -65,7 +65,7 @@ def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
     try:
         array.dictionary.validate(full=True)
     except pa.ArrowInvalid:
-        # The word may be one of other rows of the file.
+        # The invalid word may belong to other rows of the file.
         decoded = array.dictionary_decode()
         decoded.validate(full=True)
         return decoded.dictionary_encode()

@@ -14,7 +14,7 @@ FIRST, LAST = "1970-01-01", "2037-12-31"
 
 
 def zone_rules(schema: Schema) -> dict[str, str]:
-    """Time zone -> digest of what hours and weekdays are read by, of each zone of a schema but UTC."""
+    """Time zone -> digest of the rules that give hours and weekdays, for each zone of a schema but UTC."""
     zones = {zone for feature in schema.features.values() for zone in feature.time_zones} - {"UTC"}
     return {zone: _digest(zone) for zone in sorted(zones)}
 

@@ -24,7 +24,7 @@ class Columns(Section):
     )
     request_scope: Literal["log", "user"] = Field(
         "log",
-        description="log: a request id is one request's in the whole log; user: ids are a user's own, such as 1, 2, 3",
+        description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3",
     )
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
         None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"

@@ -20,7 +20,7 @@ _RESERVED = frozenset({"score", "ranking"})
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the health report has to know of a feature.
+    """What the health report needs to know about a feature.
 
     columns: what its values come from; row_name: (table, row) -> what a reader calls a row of a table, None where rows
     are the ids of a vocabulary; missing: row 0 stands for a missing value; unknown: rows after it that unknown ids
@@ -47,7 +47,7 @@ class Feature(Section, ABC):
         kind: str
 
     fixed_role: ClassVar[Role | None] = None
-    """The role of every feature of a kind whose columns do not tell it."""
+    """The role of a kind's features, where their columns do not decide it."""
 
     @abstractmethod
     def reads(self) -> Mapping[str, Use]:
@@ -55,7 +55,7 @@ class Feature(Section, ABC):
 
     @abstractmethod
     def meaning(self, schema: Schema) -> Meaning:
-        """What the health report has to know."""
+        """What the health report needs to know."""
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
@@ -64,7 +64,7 @@ class Feature(Section, ABC):
 
     @property
     def time_zones(self) -> tuple[str, ...]:
-        """Zones whose rules, which belong to the machine, decide how the feature is encoded."""
+        """Time zones that the encoding depends on; their rules belong to the machine."""
         return ()
 
     @property
@@ -143,12 +143,12 @@ class Schema(Section):
         return self
 
     def _check_case(self, names: Iterable[str], what: str) -> None:
-        """Files are named by tasks and features, and not all machines tell upper from lower case."""
+        """Files are named after tasks and features, and not all machines tell upper from lower case."""
         seen: dict[str, str] = {}
         for name in names:
             if (other := seen.setdefault(name.casefold(), name)) != name:
                 raise ValueError(
-                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which names of files on some "
+                    f"{what}s '{other}' and '{name}' differ only in upper and lower case, which file names on some "
                     "machines do not tell apart; rename one"
                 )
 
@@ -169,7 +169,7 @@ class Schema(Section):
             outcome = outcome_name(task.given, name)
             if outcome in taken:
                 raise ValueError(
-                    f"what tasks '{task.given}' and '{name}' are together is called '{outcome}', as is "
+                    f"the outcome of tasks '{task.given}' and '{name}' together is called '{outcome}', as is "
                     f"{taken[outcome]}; rename one"
                 )
             taken[outcome] = "that of two other tasks"
@@ -187,7 +187,7 @@ class Schema(Section):
         for name, task in self.tasks.items():
             if task.label in purposes:
                 raise ValueError(
-                    f"the label of task '{name}' is column '{task.label}', the {purposes[task.label]}'s own"
+                    f"the label of task '{name}' is column '{task.label}', which is columns.{purposes[task.label]} too"
                 )
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:

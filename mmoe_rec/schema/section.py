@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     """A strict, immutable part of the settings: an unknown key is an error, and so is a value of another type.
 
-    Nothing is made of text, true or false but what they are; a whole number may stand where any number may.
+    Text, true and false are never converted; a whole number may stand where any number may.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)

@@ -1,8 +1,8 @@
 """Tasks: what their labels mean, and what a model makes of them.
 
-The latter are objectives, and weights of losses and of the score; of features, it is the width of embeddings. They
-stand beside the meaning in a settings file, but no encoded row depends on them: another choice takes another training,
-not other features.
+The latter are objectives and the weights of losses and of the score; for features, the width of embeddings. They stand
+beside the meaning in a settings file, but no encoded row depends on them: to change one takes a new training, not new
+features.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Task(Section):
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(
-        None, description="binary task without which this one cannot be; the two are learnt from all rows (ESMM 2018)"
+        None, description="binary task without which this one cannot happen; both are learnt from all rows (ESMM 2018)"
     )
     matures_after_days: float = Field(
         0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
@@ -66,5 +66,5 @@ class TaskSettings(Task):
 
 
 def outcome_name(given: str, task: str) -> str:
-    """What both happened is called, of a task and the one that it is `given`: a name beside those of tasks."""
+    """Name of the outcome that a task and the one it is `given` both happened; it stands beside names of tasks."""
     return f"{given}_and_{task}"

@@ -4,7 +4,7 @@
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
         weights.safetensors    float32 weights by name
-        calibration.json       what makes probabilities of the weights' logits, where the model was calibrated
+        calibration.json       what turns the model's logits into probabilities, where it was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
         features/              what encoders have learnt, what counters and histories remember, latest values
@@ -135,7 +135,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """The calibration in an artifact folder, which has none where it was not calibrated.
+    """The calibration in an artifact folder, `UNCALIBRATED` where it has none.
 
     Raises UserError for a damaged file.
     """

@@ -3,7 +3,7 @@
 An expert whose weights are not finite numbers is taken out when the model is loaded. One that raises an error, or whose
 values are not finite, is found by running each on its own, and left out of that request: the gates share its weight
 among the others. Where a task has no expert left, its prediction is the tower's for no input, the same for every
-candidate. All of it is told in the reply's warnings.
+candidate. The reply's warnings report all of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmoe_rec.serving.values import check_count
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """What a request asks of the experts. top_k: experts a row and gate, None is the model's own number; masked:
+    """What a request asks of the experts. top_k: experts per row and gate, None is the model's own number; masked:
     numbers of experts to leave out.
     """
 
@@ -121,14 +121,14 @@ class GuardedModel:
 
 
 def _is_finite(outputs: Outputs) -> bool:
-    """Whether all logits are finite numbers, and what gates made of their inputs: they choose nothing of NaN."""
+    """Whether all logits and all gate probabilities are finite: a gate with NaN chooses nothing."""
     found = [outputs.logits, *(routing.probabilities for routing in outputs.routings)]
     return all(bool(each.isfinite().all()) for each in found)
 
 
 @torch.no_grad()
 def _take_out_broken(model: RankingModel) -> list[int]:
-    """Masks experts that have a weight which is not a finite number; gives their numbers."""
+    """Masks experts with a weight that is not finite; gives their numbers."""
     broken: set[int] = set()
     for level in model.mixture.each_level():
         for number, weights in level.weights_by_expert():

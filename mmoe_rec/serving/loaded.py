@@ -95,7 +95,7 @@ class LoadedRanker:
             candidates: column -> list of N values; the candidates' ids are required.
             task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
             top_k: give only this many best candidates.
-            gate_top_k: experts a candidate and gate, instead of the model's own number.
+            gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.
 
         Raises:

@@ -58,7 +58,7 @@ class RankingRequest(BaseModel):
         return {name: values[name] for name in self.model_fields_set}
 
 
-# MLflow warns that it leaves it to the model to tell numbers from strings, which is meant so.
+# MLflow warns that it leaves it to the model to tell numbers from strings, which is intended.
 logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 
 
@@ -66,7 +66,7 @@ class RankingPythonModel(PythonModel):
     """Ranks the candidates of each request."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads the artifact folder, and leaves torch one thread a request for the whole process."""
+        """Loads the artifact folder, and limits torch to one thread per request in the whole process."""
         import torch
 
         from mmoe_rec.serving.ranker import Ranker

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Ranker:
     """Where a model comes from: `Ranker.load(folder).rank(user, context, candidates)`.
 
-    What takes long to import is imported when a model is loaded.
+    Slow imports wait until a model is loaded.
     """
 
     @staticmethod

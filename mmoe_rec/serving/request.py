@@ -22,7 +22,7 @@ from mmoe_rec.serving.values import to_arrow
 
 
 class RequestReader:
-    """Checks requests and completes them: values given win, others come from the latest known users and candidates.
+    """Checks requests and completes them: given values win, others come from the latest known users and candidates.
 
     A given null means missing. Values of unknown users and candidates, and of the context, that are not given are null;
     the request's time is now.
@@ -111,5 +111,5 @@ class RequestReader:
 
 
 def request_time(rows: LogRows) -> int:
-    """Microseconds since 1970 UTC at which a request's rows were asked for."""
+    """The request time of a request's rows, microseconds since 1970 UTC."""
     return int(rows.times()[0])

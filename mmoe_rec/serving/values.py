@@ -19,7 +19,7 @@ from mmoe_rec.serving.errors import RequestError
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _NUMBERS = {int, float, type(None)}
-# Times beyond have no hour and weekday in every time zone database.
+# Beyond these years, not every time zone database gives an hour and weekday.
 _YEARS = (1700, 2200)
 _NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
@@ -75,7 +75,7 @@ def _floats(value: Any) -> Any:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises RequestError unless an option is missing or a whole number from 1 on."""
+    """Raises RequestError unless an option is missing or a whole number of at least 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise RequestError(f"{name} must be an integer of at least 1, found {value!r}")
 

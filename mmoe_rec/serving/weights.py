@@ -2,7 +2,7 @@
 
 A task's weight is its own weight times its objective's: the own weight is the one given under the task's name, else
 the settings' `score_weight`; the objective's is the one given under its name, else 1. So
-`{"satisfaction": 0.5}` halves the say of every satisfaction task, and `{"bought": 2}` sets one task's weight.
+`{"satisfaction": 0.5}` halves the weight of every satisfaction task, and `{"bought": 2}` sets one task's weight.
 A name that is both a task's and an objective's means the task.
 """
 
@@ -22,8 +22,8 @@ from mmoe_rec.serving.errors import RequestError
 def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
     """(T,) float64 weights of the tasks in the score.
 
-    Raises RequestError for an unknown name, a weight that is negative or no finite number, or weights that leave every
-    task out.
+    Raises RequestError for an unknown name, a weight that is negative or not finite, or weights that leave every task
+    out.
     """
     if given is None:
         return np.array([task.score_weight for task in tasks])

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Name of each setting that differs, such as `model.experts.count`, and what stands there, as texts."""
+    """Name of each setting that differs, such as `model.experts.count`, and both values, as text."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in one | other:
             yield from differences(one.get(name), other.get(name), f"{path}.{name}" if path else name)

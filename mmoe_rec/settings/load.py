@@ -16,7 +16,7 @@ from mmoe_rec.settings.yaml_text import load_yaml
 
 _INSTALLED = Path(__file__).with_name("template.yaml")
 TEMPLATE = _INSTALLED if _INSTALLED.is_file() else "configs/template.yaml"
-"""Where a user finds it: an installed package has it, the repository keeps it with the other settings files."""
+"""Where users find the template: inside an installed package, or with the repository's other settings files."""
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

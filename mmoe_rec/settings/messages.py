@@ -23,7 +23,7 @@ def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:
     told = set()
     for problem in error.errors():
         if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
-            continue  # It is long enough, but for an entry that has a sentence of its own.
+            continue  # It is long enough; an invalid entry, which has its own sentence, was not counted.
         # A tagged union puts the tag into the location, where the user's file has no such key.
         location = [str(part) for part in _user_location(problem["loc"], tree)]
         sentence = _sentence(problem["type"], location, problem, tree)

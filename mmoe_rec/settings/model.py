@@ -36,7 +36,7 @@ class Experts(Section):
     task_count: int = Field(0, ge=0, le=1024, description="further experts for each task alone (CGC)")
     levels: int = Field(1, ge=1, le=4, description="levels of experts on top of each other; more than one is PLE")
     units: tuple[Width, ...] = Field((128, 64), min_length=1, description="widths of an expert's layers")
-    activation: Literal["silu", "relu"] = Field("silu", description="what follows each layer")
+    activation: Literal["silu", "relu"] = Field("silu", description="activation after each layer")
     normalise: bool = Field(False, description="bring each expert's output to mean 0 and variance 1")
     raw_inputs: bool = Field(False, description="experts read the inputs besides the bottom's output")
     compute: Literal["auto", "dense", "grouped"] = Field(
@@ -55,10 +55,10 @@ class Gates(Section):
 
     routing: RoutingName = Field("soft", description=f"mix {', '.join(_RULES[:-1])}, or {_RULES[-1]}")
     per_task: bool = Field(True, description="a gate for each task; false is one for all (OMoE)")
-    top_k: int = Field(2, ge=1, le=1024, description="experts a row and gate in training, unless routing is soft")
+    top_k: int = Field(2, ge=1, le=1024, description="experts per row and gate in training, unless routing is soft")
     random_top_k: bool = Field(False, description="draw 1 to top_k at each step, so that fewer can serve")
     serving_top_k: int | None = Field(
-        None, ge=1, le=1024, description="experts a row and gate outside training; null is as in training"
+        None, ge=1, le=1024, description="experts per row and gate outside training; null is as in training"
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="probability of leaving an expert out of a gate in training, then renormalised"
@@ -69,10 +69,10 @@ class Gates(Section):
     )
     balance_weight: float = Field(0.1, ge=0, description="weight of the balance loss")
     bias_rate: float = Field(
-        0.03, gt=0, description="what the bias of an expert changes by at a step, at the peak of the learning rate"
+        0.03, gt=0, description="change of an expert's bias at each step, at the peak of the learning rate"
     )
-    z_loss: float = Field(0.0, ge=0, description="weight of the loss on large logits of gates")
-    ramp_steps: int = Field(1000, ge=1, description="training steps until an expert added under top-k is wholly in")
+    z_loss: float = Field(0.0, ge=0, description="weight of the router z-loss, on large gate logits")
+    ramp_steps: int = Field(1000, ge=1, description="training steps that phase in an expert added under top-k")
 
     @property
     def rule(self) -> RoutingRule:

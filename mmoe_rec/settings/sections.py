@@ -37,7 +37,7 @@ EngineName = Literal["local", "ray"]
 class Split(Section):
     """Training rows lie before `train_end`, validation rows before `validation_end`, test rows before `test_end`."""
 
-    train_start: Time | None = Field(None, description="first request time to train on; null is the log's begin")
+    train_start: Time | None = Field(None, description="first request time to train on; null is the log's start")
     train_end: Time = Field(description="end of training (exclusive), UTC unless an offset is given")
     validation_end: Time = Field(description="end of validation (exclusive)")
     test_end: Time | None = Field(None, description="end of test (exclusive); null is the log's end")
@@ -57,7 +57,7 @@ class Split(Section):
 
 
 class Data(Section):
-    """Where the log is and where what is built from it goes."""
+    """Where the log is, and where what is built from it goes."""
 
     log: str = Field(
         description="interaction log: a folder of Parquet files, one file, or a glob; a path or an s3:// address"
@@ -70,20 +70,20 @@ class Data(Section):
         "local", description="what builds features: local (threads or processes here) or ray (a Ray cluster)"
     )
     workers: int | None = Field(
-        None, ge=1, description="threads that build features (processes above 4); null is one a core"
+        None, ge=1, description="threads that build features (processes above 4); null is one per core"
     )
     rows_in_memory: int = Field(
-        1_048_576, ge=1024, description="rows that each of them holds of a counter or history; bounds memory"
+        1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
     )
-    skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them, or stop")
+    skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
     duplicates: Literal["error", "keep"] = Field(
         "error", description="what to do if a candidate occurs twice in a request"
     )
     future_times: Literal["error", "keep"] = Field(
-        "error", description="what to do about times later than now, most likely of another unit"
+        "error", description="what to do about times later than now, most likely in another unit"
     )
     several_times: Literal["first", "error"] = Field(
-        "first", description="what to do if rows of a request have several times: take the first for all, or stop"
+        "first", description="what to do if rows of a request have different times: take the first for all, or stop"
     )
 
     @field_validator("work")
@@ -100,19 +100,19 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto takes bf16 where the device has it")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
-    batch_size: int = Field(4096, ge=2, description="rows a step, over all ranks together")
+    batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of all steps in which the learning rates rise")
     clip_gradient: float = Field(1.0, gt=0, description="largest norm of the dense part's gradient")
     shuffle_window: int = Field(262_144, ge=1, description="rows that are shuffled together; bounds memory")
-    validations_per_epoch: int = Field(2, ge=1, description="times an epoch that the validation rows are scored")
+    validations_per_epoch: int = Field(2, ge=1, description="times per epoch that the validation rows are scored")
     patience: int = Field(4, ge=1, description="validations without a better result until training stops")
     select_by: Literal["auc", "loss"] = Field(
         "auc",
-        description="best model: highest mean AUC over the binary tasks with 50 validation rows of either label (loss, "
-        "where there is none), or lowest weighted loss",
+        description="best model: highest mean AUC over the binary tasks with 50 validation rows of each label (loss, "
+        "if there are none), or lowest weighted loss",
     )
     calibration: Literal["none", "temperature", "isotonic"] = Field(
         "none", description="how probabilities are corrected on the validation rows after training"
@@ -191,7 +191,7 @@ class Search(Section):
         return self
 
 
-# What can be tried of tasks and features, without building features anew.
+# Keys of tasks and features that can be tried without building features anew.
 _SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
 
 
@@ -210,7 +210,7 @@ class Tuning(Section):
             section, _, rest = name.partition(".")
             if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
                 raise ValueError(
-                    f"'{name}' can't be tried; what can are settings of model and training, such as "
+                    f"'{name}' can't be tried; only settings of model and training can, such as "
                     "training.learning_rate, and tasks.NAME.loss_weight, tasks.NAME.score_weight and features.NAME.dim"
                 )
         return search
@@ -219,7 +219,7 @@ class Tuning(Section):
 class Settings(Section):
     """All settings of one data set."""
 
-    name: str = Field(description="name of the data set: experiment and registered model are called so by default")
+    name: str = Field(description="name of the data set; by default also of experiment and registered model")
     data: Data
     columns: Columns
     roles: Roles = Roles()

@@ -1,4 +1,4 @@
-"""YAML as the settings are written in: what looks like a number is one, and no key is written twice.
+"""The YAML of settings files: what looks like a number is one, and no key is written twice.
 
 YAML 1.1, which PyYAML reads, takes 1e-3 for text, 1:30 for ninety and 017 for fifteen. Here the first is a number, and
 the others are text.
@@ -34,7 +34,7 @@ def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML would silently take the last; what is no date is text."""
+    """Refuses a key that is written twice, where YAML would silently take the last; an impossible date stays text."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeLoader)
 
@@ -50,20 +50,20 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError:  # no date, such as 2024-02-30, or too many digits: whoever expects one says so
+        except ValueError:  # not a date, such as 2024-02-30, or too many digits: what expects one reports it
             if not isinstance(node, yaml.ScalarNode):
                 raise
             return node.value
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts text into quotes that `_Loader` would take for a number."""
+    """Quotes text that `_Loader` would take for a number."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeDumper)
 
 
 def load_yaml(text: str) -> Any:
-    """The values of a YAML text. Raises yaml.YAMLError where it is none."""
+    """The values of a YAML text. Raises yaml.YAMLError where it is not valid."""
     return yaml.load(text, _Loader)
 
 

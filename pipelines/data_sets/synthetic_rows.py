@@ -20,7 +20,7 @@ MATURES_AFTER_DAYS = 3
 SLOTS = 12
 LEAST = 8
 ROUND = 5
-"""Requests of 8, 9, 10, 11 and 12 rows, in an order of chance, make a round."""
+"""Requests of 8, 9, 10, 11 and 12 rows, in random order, make a round."""
 ROUND_ROWS = sum(range(LEAST, SLOTS + 1))
 
 CATEGORIES, BRANDS_PER_CATEGORY, TASTES = 40, 25, 4
@@ -125,7 +125,7 @@ class Catalogue:
         price = np.round(20 * np.exp(0.8 * plan.normal("price", index)), 2).astype(np.float32)
         quality = 0.3 * plan.normal("brand quality", brand) + 0.5 * plan.normal("quality", index)
         craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
-        # Of the five ranks of a slot that are next to each other, the last comes late.
+        # Of each five neighbouring ranks of a slot, the last comes late.
         late = index // SLOTS % 5 == 4
         arrives = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
         return Catalogue(category, brand, price, quality, craft.astype(np.float32), arrives)

@@ -195,7 +195,7 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
     late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
     cases = {
         "duplicates": (twice, WINDOWS, "repeats request and candidate"),
-        "future_times": (future, late, "requests of the future"),
+        "future_times": (future, late, "requests in the future"),
     }
     for setting, (source, windows, message) in cases.items():
         place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})

@@ -230,7 +230,7 @@ def test_text_that_is_not_utf8(tmp_path):
         (
             "price",
             {100: 1.5, 200: None},
-            "column 'price' holds 1.5 (2 rows are not above 0 and at most 1); fix the data or remove "
+            "column 'price' holds 1.5 (2 rows are not in (0, 1]); fix the data or remove "
             "columns.sampling_rate (the first is row 100 ",
         ),
     ],
@@ -257,9 +257,9 @@ def test_times_of_the_future(tmp_path):
     assert len(later)
     error = _reading(folder, now=now)
     assert str(error) == (
-        f"'{folder}/0.parquet': column 'time' holds {len(later)} requests of the future: requests from "
+        f"'{folder}/0.parquet': column 'time' holds {len(later)} requests in the future: requests from "
         f"{format_time(int(times[later[0]]))} to {format_time(int(times[-1]))}, later than {format_time(now)}; "
-        "fix the data, or set `columns.time_unit` if the column holds integers of another unit "
+        "fix the data, or set `columns.time_unit` if the column holds integers in another unit "
         f"(the first is row {later[0]} of the file, counted from 0)"
     )
     assert sum(len(rows) for rows in Log(str(folder), SCHEMA, now=last).stream()) == 600
@@ -273,7 +273,7 @@ def test_without_a_now_tomorrow_passes_and_next_week_does_not(tmp_path):
         if passes:
             assert sum(len(rows) for rows in log.stream()) == 300
         else:
-            with pytest.raises(BadFile, match=r"column 'time' holds 1 requests of the future: .*row 299"):
+            with pytest.raises(BadFile, match=r"column 'time' holds 1 requests in the future: .*row 299"):
                 list(pickle.loads(pickle.dumps(log.reader)).read(log.parts()[0]))
 
 
@@ -317,7 +317,7 @@ def test_bad_files_of_events(tmp_path):
     assert purchases.rows == 600
 
     early = Log(log.source, log.schema, now=START)
-    message = r"0.parquet': column 'born' holds \d+ events of the future: events from .*\(the first is row \d+"
+    message = r"0.parquet': column 'born' holds \d+ events in the future: events from .*\(the first is row \d+"
     with pytest.raises(BadFile, match=message):
         list(EventRows("purchases", early, skip_bad_files=True).stream())
     pq.write_table(_at(events, "born", {77: None}), folder / "2.parquet")

@@ -174,7 +174,8 @@ def test_a_column_of_the_wrong_type(tmp_path, column, values, message):
 def test_a_column_that_is_read_in_two_ways(tmp_path):
     schema = schema_of({"a": {"kind": "id", "column": "born"}, "b": {"kind": "time", "column": "born"}})
     message = (
-        "column 'born' is read as integers or strings by feature 'a' and as timestamps .* by feature 'b'; it can be one"
+        "column 'born' is read as integers or strings by feature 'a' and as timestamps .* by feature 'b'; it can "
+        "be only one"
     )
     _refuses(message, write_log(tmp_path / "log", TABLE), tmp_path, schema)
 
@@ -277,7 +278,7 @@ def test_a_sampling_rate_out_of_range(tmp_path, rate, found):
     rates = pa.array([rate] + [0.5] * 299)
     log = write_log(tmp_path / "log", TABLE.append_column("rate", rates))
     schema = schema_of({"item": ALL_KINDS["item"]}, columns={**_COLUMNS, "sampling_rate": "rate"})
-    _refuses(rf"column 'rate' holds {found} \(1 rows are not above 0 and at most 1\)", log, tmp_path, schema)
+    _refuses(rf"column 'rate' holds {found} \(1 rows are not in \(0, 1\]\)", log, tmp_path, schema)
 
 
 _COLUMNS = {"user": "user", "candidate": "item", "time": "time"}

@@ -201,7 +201,7 @@ def test_a_missing_package(monkeypatch, protocol, package, extra):
 
 
 def test_addresses_that_nothing_reads():
-    with pytest.raises(UserError, match="'nothing://log' is no address that can be read: Protocol not known"):
+    with pytest.raises(UserError, match="'nothing://log' is not an address that can be read: Protocol not known"):
         find_files("nothing://log")
     with pytest.raises(UserError, match="'simplecache::memory://log' is a chain of addresses"):
         find_files("simplecache::memory://log")

@@ -51,11 +51,11 @@ def test_whole_numbers_are_compared_with_text_as_they_are_written():
 @pytest.mark.parametrize(
     ("values", "equals", "message"),
     [
-        ([4, None], 4.5, "which holds 64-bit integers, with 4.5, which is none"),
-        ([4, None], 2**70, "which holds 64-bit integers, with 1180591620717411303424, which is none"),
-        ([4, None], -(2**63) - 1, "which holds 64-bit integers, with -9223372036854775809, which is none"),
-        ([4, None], 1e300, "which holds 64-bit integers, with 1e\\+300, which is none"),
-        ([4.5, None], 2**53 + 1, "which holds 64-bit floating-point numbers, with 9007199254740993, which is none"),
+        ([4, None], 4.5, "which holds 64-bit integers, with 4.5, which is not one"),
+        ([4, None], 2**70, "which holds 64-bit integers, with 1180591620717411303424, which is not one"),
+        ([4, None], -(2**63) - 1, "which holds 64-bit integers, with -9223372036854775809, which is not one"),
+        ([4, None], 1e300, "which holds 64-bit integers, with 1e\\+300, which is not one"),
+        ([4.5, None], 2**53 + 1, "which holds 64-bit floating-point numbers, with 9007199254740993, which is not one"),
         pytest.param([4.5, None], 10**400, "which holds 64-bit floating-point numbers, with 10000", id="huge"),
         (["true", None], True, "which holds text, with true; write `equals` in quotes"),
         (["4.0", None], 4.0, "which holds text, with 4.0; write `equals` in quotes"),

@@ -73,10 +73,10 @@ def test_vectors_of_another_size_or_with_elements_that_are_no_numbers(tmp_path, 
     said, row = str(caught.value), (sizes or none)[0]
     assert said.startswith(f"'{folder}/1.parquet': column 'x' of feature 'look' holds ")
     if sizes and (rows_per_part > 1 or not none or sizes[0] // 40 <= none[0] // 40):
-        assert f"holds a list of {len(lists[row])} numbers, but its `size` is 2 ({len(sizes)} rows are so); " in said
+        assert f"holds a list of {len(lists[row])} numbers, but its `size` is 2 ({len(sizes)} rows); " in said
         assert said.endswith(f" (the first is row {row} of the file, counted from 0)")
     else:  # parts are read in turn
-        assert f"holds null, NaN or infinity within a list ({len(none)} rows are so); write finite" in said
+        assert f"holds null, NaN or infinity within a list ({len(none)} rows); write finite" in said
         assert said.endswith(f" (the first is row {none[0]} of the file, counted from 0)")
 
 

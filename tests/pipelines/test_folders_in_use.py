@@ -151,7 +151,7 @@ def test_a_second_search_and_an_edit_into_a_folder_in_use_are_refused(
         edit = ("--model", str(work / "model"), "--mask", "1", "--out", str(work / "model"))
         told = refused(capsys, edit_experts.main, world, *edit)
     assert "model' is in use by a training (" in told
-    assert told.endswith("or name another folder by --out")
+    assert told.endswith("or name another folder with --out")
 
 
 def test_features_that_another_process_builds_meanwhile_are_not_taken(

@@ -185,7 +185,7 @@ def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkey
     monkeypatch.setattr(promotion, "local_model", away)
     world.train()
     assert holder(world) == "2"
-    assert "can't be compared with: 'models:/learnable/2' can't be loaded" in said(world)[0]
+    assert "can't be compared: 'models:/learnable/2' can't be loaded" in said(world)[0]
 
 
 def test_an_outage_during_the_comparison_decides_nothing(

@@ -261,7 +261,7 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
         ({}, "has nothing to search: list settings under tuning.search"),
         (
             {"data.workers": {"low": 1, "high": 2}},
-            "'data.workers' can't be tried; what can are settings",
+            "'data.workers' can't be tried; only settings",
         ),
         (
             {"tasks.click.label": {"choices": ["click"]}},

@@ -23,7 +23,7 @@ NAMES = (
     "history",
     "counter",
 )
-"""Each is what `kind` is in a settings file, and the file of this folder whose `KIND` says all of it."""
+"""Each is a `kind` in a settings file, and the file of this folder whose `KIND` holds all of it."""
 
 KINDS: dict[str, Kind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
 

@@ -39,12 +39,12 @@ class CounterFeature(Remembering):
     window_days: tuple[Days | None, ...] = Field(
         (None,), min_length=1, description="trailing windows; null is all of the past"
     )
-    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that a rate is mixed with")
+    smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that are mixed into a rate")
 
     @model_validator(mode="before")
     @classmethod
     def _outputs_of_events(cls, values: Any) -> Any:
-        """The default of events, which have no labels, is without a rate."""
+        """Events have no labels, so their default has no rate."""
         if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
             return {**values, "outputs": ("positives", "recency")}
         return values
@@ -101,7 +101,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return self.source is None and self.task.kind == "regression"
 
     def make_room(self, units: Collection[int]) -> None:
-        """Gives the exact sums of fractions, in all memories from now on, the units of any label."""
+        """Makes all memories from now on hold exact sums of fractional labels in these units."""
         self.memory = self.memory.with_room(units)
 
     def _output_names(self) -> list[str]:
@@ -190,7 +190,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return result
 
     def distances(self, name: str, values: np.ndarray) -> np.ndarray:
-        """(N,) rates of a regression's labels from the overall mean, beside which they may differ by little."""
+        """(N,) distances of a regression's rates from the overall mean, beside which they may differ by little."""
         if self.task.kind == "binary" or not name.startswith(f"{self.name}_rate"):
             return values
         distances = values - self.prior

@@ -32,7 +32,7 @@ class HistoryFeature(Remembering):
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
     length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
-    at_least: float = Field(1.0, description="label from which on a row counts as engaged")
+    at_least: float = Field(1.0, description="smallest label that counts as engaged")
 
     def reads(self) -> Mapping[str, Use]:
         """None: every row has the user's id."""
@@ -48,13 +48,13 @@ class HistoryFeature(Remembering):
         return self.of
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError as any that remembers, and where `of` is no id feature of the candidate."""
+        """Raises ValueError as `Remembering.check`, and where `of` is not an id feature of the candidate."""
         super().check(name, schema)
         possible = [each for each in owners(schema, IdFeature) if schema.role_of(each) == "candidate"]
         check_owner(name, "of", self.of, possible, "an id feature of the candidate")
 
     def meaning(self, schema: Schema) -> Meaning:
-        """Rows as of the candidate's id feature."""
+        """Rows mean the same as in the candidate's id feature."""
         return meaning_of_ids(schema, (schema.columns.user, *schema.features[self.of].reads()), self.of)
 
 

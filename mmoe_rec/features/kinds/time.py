@@ -145,7 +145,7 @@ class TimeEncoder(Encoder):
         self.age.standardiser = Standardiser(**state.values)
 
     def largest_tables(self) -> tuple[Table, ...]:
-        """Those that there are."""
+        """The tables of `outline`."""
         return self.outline().tables
 
 

@@ -1,7 +1,7 @@
 """python -m pipelines.edit_experts --config configs/shop.yaml --model models:/shop@champion --add 2
 
 Changes the experts of a trained model, without training: --add N copies experts, those that --copy names, and changes
-no prediction (under soft gates a copy shares its original's weight, where gates choose further training lets it in);
+no prediction (under soft gates a copy shares its original's weight; where gates choose, further training phases it in);
 --remove E takes one away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it
 as `challenger`.
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     out = Path(arguments.out or Path(settings.data.work) / "edited")
     what = (arguments.add, arguments.copy, arguments.remove, arguments.mask)
-    with writing(out, "an edit of experts", "name another folder by --out"):
+    with writing(out, "an edit of experts", "name another folder with --out"):
         edited = edit_model(settings, arguments.model, out, *what)
     print(f"{edited.done}; the model has {edited.experts} experts")
     print(f"model: {out}, registered as {edited.address}")

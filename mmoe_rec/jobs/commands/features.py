@@ -2,11 +2,11 @@
 python -m pipelines.features --config configs/complete_journey.yaml --extend
 
 Fits the features to the log and encodes the training, validation and test rows into `data.work`/features. Training and
-evaluation do this by themselves when it is missing or when log, features or split have changed.
+evaluation do this themselves when it has not been done or when log, features or split have changed.
 
---extend adds new files of the log, with later requests, to the features at hand and reads nothing else: statistics and
+--extend adds new files of the log, with later requests, to existing features and reads nothing else: statistics and
 the table rows of known ids stay, frequent new ids get further rows, and only the new rows are encoded, into the splits
-of the settings. Then `python -m pipelines.train --config C --from MODEL` goes on from the model before.
+of the settings. Then `python -m pipelines.train --config C --from MODEL` goes on from the previous model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--extend", action="store_true", help="add new files of the log to the features at hand")
+    parser.add_argument("--extend", action="store_true", help="add new files of the log to existing features")
 
 
 def _champion(settings: Settings) -> str:
@@ -83,7 +83,7 @@ def _print(prepared: Prepared, settings: Settings) -> None:
 
     requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():
-        labels = "; ".join(  # what no task is called is the outcome of two, which is binary
+        labels = "; ".join(  # a name that is not a task's is the outcome of two, which is binary
             labels_told(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
             for task, observed in split["observed"].items()
         )

@@ -2,7 +2,7 @@
 
 The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage, ids
 that training does not know, drift, and how well it alone predicts each task, which finds leaks. Prepares the features
-as training would, or takes those at hand; writes `health.html` and `health.json` to `data.work`/inspection.
+as training would, or takes existing ones; writes `health.html` and `health.json` to `data.work`/inspection.
 """
 
 from __future__ import annotations

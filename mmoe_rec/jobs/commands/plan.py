@@ -1,7 +1,7 @@
 """python -m pipelines.plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80
 
 Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
-would take, for machines that need not be there: it needs no GPU, no log and no other process. What does not fit is
+would take, for machines that need not exist: it needs no GPU, no log and no other process. What does not fit is
 refused, with the reason and with the settings that would make it fit.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=count, required=True, metavar="N", help="processes, one for each GPU")
-    parser.add_argument("--local-world-size", type=count, required=True, metavar="N", help="of these, on each machine")
+    parser.add_argument("--local-world-size", type=count, required=True, metavar="N", help="processes on each machine")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    # Far beyond any machine on both sides; what lies between can be computed with.
+    # Both ends are far beyond any machine.
     memory, speed = number_between(0.01, 1e6), number_between(0.001, 1e6)
     parser.add_argument(
         "--hbm-gib", type=memory, default=80, metavar="X", help="memory of a GPU (default: %(default)s)"

@@ -1,6 +1,6 @@
 """python -m pipelines.sweep_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
-How good and how fast is a trained model with fewer experts? Scores test rows with k = E ... 1 experts a row and gate,
+How good and how fast is a trained model with fewer experts? Scores test rows with k = E ... 1 experts per row and gate,
 and without each expert in turn; prints AUC, AUC within users, calibration and latency, and writes them as `sweep.json`
 and `sweep.png` to `data.work`/sweep and to MLflow. A k that serves well enough goes into a request's `gate_top_k`, or
 into `model.gates.serving_top_k`. Latency: the median time that one thread takes for 500 rows, without their features.

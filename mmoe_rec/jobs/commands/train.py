@@ -3,20 +3,20 @@ torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey
 python -m pipelines.train --config configs/complete_journey.yaml --resume
 python -m pipelines.train --config configs/complete_journey.yaml --from models:/complete_journey@champion
 
-Fits features (or takes those at hand), trains the model over sharded tables, keeps the best one by validation, writes
+Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
 in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
 training that has ended; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
-end with exit code 75. So does the end of a training whose model could not be registered, as MLflow's server was away:
+end with exit code 75. So does a training whose model could not be registered because MLflow's server was away:
 --resume registers it.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `python -m pipelines.features --extend`); optimizers start afresh.
 
-The model takes over the alias if it does better on the validation rows than the one that holds it; another one is
-registered as its challenger. One process trains in a `data.work` at a time.
+The model takes over the alias if it does better on the validation rows than the one that holds it; otherwise it is
+registered as challenger. One process trains in a `data.work` at a time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ follow from what was found so far (Optuna's tree-structured Parzen estimator); a
 those before it is cut short, and a combination that is not valid is left out, with the reason.
 
 Each trial is a run in MLflow, within one of the whole search. The search is kept in `data.work`/tuning/study.db: the
-same command, also after a stop or a kill, goes on until there are --trials of them. Test rows play no part.
+same command, also after a stop or a kill, goes on until there are --trials trials. Test rows play no part.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmoe_rec.jobs.commands.command import count, read_command
 from mmoe_rec.program import spelled
 from mmoe_rec.settings import Search, Settings, load_settings
 
-COMBINATIONS = 30  # with values of the other settings, that a value is tried in which is not valid by itself
+COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 
 
 @exit_with_message()
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.jobs.places import features_in_use, log_and_place
     from mmoe_rec.locks import writing
 
-    existing(*log_and_place(settings))  # a wrong log is told of before MLflow and optuna are loaded
+    existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
     from mmoe_rec.jobs.tune import Study
 
     tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
@@ -66,7 +66,7 @@ def _were(trials: int) -> str:
 
 
 def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, object]], Settings]) -> None:
-    """Raises UserError, at once, for a value that is valid neither alone nor with any of some values of the others."""
+    """Raises UserError, at once, for a value that is valid neither alone nor in some combinations with the others."""
     chance = random.Random(17)
     for name, each in search.items():
         for value in each.choices or (each.low, each.high):
