@@ -13,7 +13,7 @@ from mmoe_rec.errors import UserError
 
 
 @dataclass(frozen=True)
-class TaskSpec:
+class MeasuredTask:
     """One predicted behaviour, as the metrics see it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Rows:
 
 
 def check_rows(
-    tasks: Sequence[TaskSpec],
+    tasks: Sequence[MeasuredTask],
     users: Any,
     requests: Any,
     predictions: Mapping[str, Any],
@@ -138,7 +138,7 @@ def _user_of_each_request(user: np.ndarray, request: np.ndarray, distinct_reques
     return request_user
 
 
-def _predictions(task: TaskSpec, predictions: Mapping[str, Any], rows: int) -> np.ndarray:
+def _predictions(task: MeasuredTask, predictions: Mapping[str, Any], rows: int) -> np.ndarray:
     name = f"predictions[{task.name!r}]"
     if task.name not in predictions:
         raise ValueError(f"task {task.name!r} has no predictions; found {sorted(predictions)}")
@@ -148,7 +148,7 @@ def _predictions(task: TaskSpec, predictions: Mapping[str, Any], rows: int) -> n
     return _checked(name, values, np.isfinite, "a finite number")
 
 
-def _labels(task: TaskSpec, labels: Mapping[str, Any], rows: int) -> np.ndarray:
+def _labels(task: MeasuredTask, labels: Mapping[str, Any], rows: int) -> np.ndarray:
     name = f"labels[{task.name!r}]"
     if task.name not in labels:
         raise ValueError(f"task {task.name!r} has no labels; found {sorted(labels)}")

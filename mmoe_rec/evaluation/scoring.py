@@ -11,7 +11,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
@@ -50,8 +50,8 @@ class Scored:
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
-        specs = [TaskSpec(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
-        specs += [TaskSpec(name, "binary", 0.0) for name in self.layout.outcomes]
+        specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
+        specs += [MeasuredTask(name, "binary", 0.0) for name in self.layout.outcomes]
         return measure(
             specs,
             self.users,

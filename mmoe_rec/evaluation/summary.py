@@ -9,7 +9,7 @@ from mmoe_rec.evaluation.metrics.metric import UserSums
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.resampling import Values, intervals
-from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
 
 def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
     return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
 
 
-def _describe(sums: EvaluationSums, task: TaskSpec) -> dict[str, Any]:
+def _describe(sums: EvaluationSums, task: MeasuredTask) -> dict[str, Any]:
     """What was observed of a task."""
     table = sums.tables[f"{task.name}.users"]
     positives = {"positives": _total(table["positives"])} if task.kind == "binary" else {}

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.checked_rows import Rows, TaskSpec, check_rows
+from mmoe_rec.evaluation.checked_rows import MeasuredTask, Rows, check_rows
 from mmoe_rec.evaluation.metrics.metric import TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 
-__all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "TaskSpec", "measure", "merge_all"]
+__all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "MeasuredTask", "measure", "merge_all"]
 
 BINS_PER_LOGIT = 1024
 LARGEST_LOGIT = 32  # probabilities from 1.3e-14 to 1 - 1.3e-14
@@ -59,7 +59,7 @@ class EvaluationSums:
             weighted sums `weight`, `label`, `prediction`.
     """
 
-    tasks: tuple[TaskSpec, ...]
+    tasks: tuple[MeasuredTask, ...]
     tables: dict[str, pa.Table]
 
     def merge(self, *others: "EvaluationSums") -> "EvaluationSums":
@@ -112,7 +112,7 @@ class EvaluationSums:
         manifest = json.loads(path.read_text())
         if manifest.get("format") != _FORMAT:
             raise UserError(f"'{path}' has format {manifest.get('format')!r}; this version reads format {_FORMAT}")
-        tasks = tuple(TaskSpec(**task) for task in manifest["tasks"])
+        tasks = tuple(MeasuredTask(**task) for task in manifest["tasks"])
         tables = {name: pq.read_table(path.parent / f"{name}.parquet") for name in manifest["tables"]}
         return EvaluationSums(tasks, tables)
 
@@ -137,7 +137,7 @@ def merge_all(parts: Iterable[EvaluationSums]) -> EvaluationSums:
 
 
 def measure(
-    tasks: Sequence[TaskSpec],
+    tasks: Sequence[MeasuredTask],
     users: Any,
     requests: Any,
     predictions: Mapping[str, Any],
@@ -173,7 +173,7 @@ def measure(
     return _merged(tuple(tasks), tables)
 
 
-def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
+def _ranking_table(tasks: Sequence[MeasuredTask], rows: Rows) -> pa.Table:
     requests = len(rows.request_user)
     lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
     left_out = ranks_nothing(lists)
@@ -189,14 +189,14 @@ def _ranking_table(tasks: Sequence[TaskSpec], rows: Rows) -> pa.Table:
     return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **columns})
 
 
-def _gain(tasks: Sequence[TaskSpec], rows: Rows) -> np.ndarray:
+def _gain(tasks: Sequence[MeasuredTask], rows: Rows) -> np.ndarray:
     gain = np.zeros(len(rows.request))
     for task in tasks:
         gain += task.weight * np.maximum(np.nan_to_num(rows.labels[task.name], nan=0.0), 0.0)
     return np.maximum(gain, 0.0)
 
 
-def _task_tables(task: TaskSpec, rows: Rows) -> dict[str, pa.Table]:
+def _task_tables(task: MeasuredTask, rows: Rows) -> dict[str, pa.Table]:
     observed = ~np.isnan(rows.labels[task.name])
     label, weight, given = (
         each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])
@@ -235,7 +235,7 @@ def _logit_bin(probability: np.ndarray) -> np.ndarray:
     return np.minimum(bins, 2 * LARGEST_LOGIT * BINS_PER_LOGIT - 1)
 
 
-def _merged(tasks: tuple[TaskSpec, ...], tables: Mapping[str, pa.Table]) -> EvaluationSums:
+def _merged(tasks: tuple[MeasuredTask, ...], tables: Mapping[str, pa.Table]) -> EvaluationSums:
     """Rows of equal keys merged."""
     kinds = {"ranking": "score"} | {f"{task.name}.users": task.kind for task in tasks}
     return EvaluationSums(tasks, {name: _by_key(table, kinds.get(name)) for name, table in tables.items()})

@@ -32,7 +32,7 @@ class ModelTask(TaskOutput):
 
     Of a task, the log has a `Task` (where its label is), encoded rows have a `TaskOutput` (what is learnt of it): the
     two that features are built and identified by. What is chosen for a model is added in `TaskSettings` and here, so
-    that no encoded row depends on a choice. A metric's `TaskSpec` knows of neither log nor model.
+    that no encoded row depends on a choice. A metric's `MeasuredTask` knows of neither log nor model.
     """
 
     objective: str

@@ -5,18 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 
-BOUGHT = TaskSpec("bought", "binary", 1.0)
-LIKED = TaskSpec("liked", "binary", 0.5)
-SPENT = TaskSpec("spent", "regression", 0.1)
+BOUGHT = MeasuredTask("bought", "binary", 1.0)
+LIKED = MeasuredTask("liked", "binary", 0.5)
+SPENT = MeasuredTask("spent", "regression", 0.1)
 
 
 @dataclass(frozen=True)
 class Log:
     """The arguments of `measure`, as arrays."""
 
-    tasks: tuple[TaskSpec, ...]
+    tasks: tuple[MeasuredTask, ...]
     users: np.ndarray
     requests: np.ndarray
     predictions: dict[str, np.ndarray]

@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.notes import told, warnings
 from mmoe_rec.evaluation.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.summary import compare, flatten, summarise, sums_by_user
-from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, TaskSpec, measure, merge_all
+from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, MeasuredTask, measure, merge_all
 
 
 def value(log: Log, task: str, metric: str) -> float:
@@ -181,7 +181,7 @@ def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: 
 
 def test_what_has_no_interval_is_said_and_why() -> None:
     """Two users, one of which has a single class: half of the resamples have no AUC by user."""
-    task = TaskSpec("bought", "binary")
+    task = MeasuredTask("bought", "binary")
     label = np.array([0.0, 1.0, 0.0, 0.0])
     score = np.array([0.2, 0.7, 0.3, 0.4])
     summary = summarise(measure((task,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": score}, {"bought": label}, score=score))
@@ -337,7 +337,7 @@ def test_the_interval_of_a_mean_is_its_closed_form() -> None:
     generator = np.random.default_rng(0)
     error = generator.gamma(2.0, size=2000)
     ids = np.arange(2000)
-    task = TaskSpec("spent", "regression")
+    task = MeasuredTask("spent", "regression")
     sums = measure((task,), ids, ids, {"spent": np.zeros(2000)}, {"spent": error}, score=np.zeros(2000))
     found = summarise(sums, resamples=4000)["tasks"]["spent"]["mae"]
     deviation = error.std() / np.sqrt(2000)
@@ -348,7 +348,7 @@ def test_the_interval_of_a_mean_is_its_closed_form() -> None:
 def test_intervals_cover_the_truth_although_rows_of_a_user_are_alike() -> None:
     """95% intervals of the mean over 200 populations; resampling rows instead of users would cover about 60%."""
     generator = np.random.default_rng(11)
-    task = TaskSpec("spent", "regression")
+    task = MeasuredTask("spent", "regression")
     users = np.repeat(np.arange(80), 10)
     covered = 0
     for seed in range(200):

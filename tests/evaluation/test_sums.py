@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.sums import EvaluationSums, TaskSpec, measure, merge_all
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure, merge_all
 
 
 def assert_same(found: EvaluationSums, expected: EvaluationSums) -> None:
@@ -195,4 +195,4 @@ def test_bad_input_is_named(log: Log, change, message: str) -> None:
 )
 def test_bad_tasks_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TaskSpec(*arguments)
+        MeasuredTask(*arguments)
