@@ -250,7 +250,8 @@ class Schema(Section):
         return self.features[name].shares or name
 
     def identity(self) -> dict[str, Any]:
-        """What features depend on, as JSON values. Where a log of events lies is not among it, but its files are."""
+        """What the settings decide of features, as JSON values, without the paths of event logs: of these, as of the
+        log itself, the files count (`mmoe_rec.build.prepare`)."""
         return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
 
     def input_columns(self) -> dict[str, Role]:
