@@ -14,8 +14,8 @@ LEFT_OUT = {
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _SAME_IN_ANY_ORDER = (
-    "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its size: set the "
-    "score_weight of regressions with large labels, such as times, to 0."
+    "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its size: set "
+    "the score_weight of regressions with large labels, such as times, to 0."
 )
 _NOTHING = {"value": None, "low": None, "high": None}
 

@@ -1,6 +1,6 @@
 """What is suspicious in a data set, in words.
 
-A finding is a `problem` if training would be wrong or without meaning, a `warning` if one should know of it. They come
+A finding is a `problem` if training would be wrong or meaningless, a `warning` if one should know of it. They come
 in order of what they cost (`costs.py`); only the first of many warnings are shown at once.
 """
 

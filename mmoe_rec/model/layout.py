@@ -113,5 +113,5 @@ class ModelLayout(Layout):
 def _unknown(what: str, name: str) -> UserError:
     return UserError(
         f"the existing features have the {what} '{name}', which the settings do not have: build the features anew, or "
-        "take the setting back"
+        "restore the setting"
     )

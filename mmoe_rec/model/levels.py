@@ -178,7 +178,7 @@ class Gates(nn.Module):
 
     @property
     def in_use(self) -> Tensor:
-        """(E,) bool: experts that are neither masked nor added and not let in yet."""
+        """(E,) bool: experts that are neither masked nor still waiting to be let in."""
         return ~(self.masked | (self.ramp >= 1))
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
@@ -194,8 +194,7 @@ class Gates(nn.Module):
         return masked_softmax(logits, allowed)
 
     def experts_a_row(self, asked: int | None = None) -> int | None:
-        """Experts a row and router, None where the rule takes no k; asked: outside training, instead of the
-        settings."""
+        """Experts a row and router, None where the rule takes no k; outside training `asked` overrides settings."""
         if not self.training:
             k = self.settings.serving_top_k if asked is None else asked
             if k is not None:

@@ -36,8 +36,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """An input for each group: G tensors (B, inputs) -> G tensors (B, outputs)."""
-        # One cast and one gradient of the whole: slices would each be cast, and each give a gradient as large as the
-        # whole.
+        # One cast and one gradient of the whole: each slice would be cast, and have a gradient as large as the whole.
         weights, biases = for_products(self.weight).unbind(), for_products(self.bias).unbind()
         return [functional.linear(*each) for each in zip(inputs, weights, biases, strict=True)]
 
@@ -52,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 def for_products(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's precision, if that is on: one cast where several products would each cast it."""
+    """The tensor in autocast's precision, if that is on: cast once for several products."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 

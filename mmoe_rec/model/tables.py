@@ -35,8 +35,7 @@ def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
 def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
     """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
 
-    A function of seed, table name and row alone, so that any sharding over any number of ranks starts with equal
-    weights.
+    A function of seed, table name and row alone, so that any sharding over any number of ranks starts the same.
     """
     weights = torch.empty(last - first, table.dim)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
@@ -120,7 +119,7 @@ def _zeros(weight: Tensor) -> Tensor:
 
 # How a table of any width is trained by kernels that take multiples of four columns only.
 #
-# fbgemm stores rows of D' columns, the table's width D rounded up to such a multiple; columns from D on are zeros, get
+# fbgemm stores rows of D' columns, the width D rounded up to such a multiple; columns from D on are zeros, get
 # no gradient and stay zeros. Row-wise Adagrad divides a row's step by the root of the mean square of its gradients, a
 # mean that then is over D' columns and so too small by D / D'. Hence what is stored is the weights times sqrt(D' / D):
 # steps do not depend on a gradient's scale, so a stored row moves by as much as any other, and the weights by sqrt(D /

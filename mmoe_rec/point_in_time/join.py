@@ -18,7 +18,7 @@ import numpy as np
 
 from mmoe_rec.point_in_time.sorting import sorted_order
 
-# Where there are so many times more events than look-ups, as in a server, nothing is computed of all events.
+# With this many times more events than look-ups, as in a server, nothing is computed for all events.
 _EVENTS_OF_A_SEARCH = 16
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
@@ -169,7 +169,7 @@ class Join:
 def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Small numbers for moments, from 0 to `count` - 1: an event is known at a time if its number is not greater.
 
-    unit: microseconds that all `times` are whole multiples of; groups: there must be room for so many times `count`
+    unit: microseconds that all `times` are whole multiples of; groups: there must be room for that many times `count`
     numbers, so where units since the first event are too many, the distinct known moments are counted instead.
 
     Returns:
