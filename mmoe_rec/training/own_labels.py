@@ -23,12 +23,12 @@ Kept = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class OwnLabels:
-    """Adds up batches of this rank; `exchange` makes that all ranks' batches."""
+    """Adds up batches of this rank; `exchange` makes them those of all ranks."""
 
     def __init__(self, layout: Layout) -> None:
         self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
         self._names = [layout.tasks[index].name for index in self._binary]
-        self._one_in = 1  # one of this many users is kept: a power of 2, so that a smaller share is part of a larger one
+        self._one_in = 1  # one of this many users is kept: a power of 2, so that fewer are part of more
         self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
         self._kept: list[Kept] = []
 

@@ -97,7 +97,8 @@ def _naming_lost(ranks: Ranks) -> Iterator[None]:
         if ranks.world_size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{_lost(ranks)}; rank {ranks.rank} can't go on alone: go on with --resume ({reason})") from error
+        message = f"{_lost(ranks)}; rank {ranks.rank} can't go on alone: go on with --resume ({reason})"
+        raise UserError(message) from error
 
 
 def _lost(ranks: Ranks) -> str:

@@ -1,7 +1,7 @@
 """Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
 
 The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
-updated. The dense part's own is done in `_forward`, so that a step whose gradient is not finite updates nothing.
+updated. The dense part's backward pass is in `_forward`, so that a step whose gradient is not finite updates nothing.
 """
 
 from __future__ import annotations
@@ -209,10 +209,10 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# This many in a row come from broken weights rather than single batches. Steps whose loss is not finite: training stops
-# with the batch at hand for inspection, or goes on without them.
+# Steps whose loss is not finite: training stops with the batch at hand for inspection, or goes on without them.
 
 
+# This many in a row come from broken weights rather than single batches.
 IN_A_ROW_AT_MOST = 20
 
 

@@ -49,7 +49,7 @@ class WarmStart:
 
     Raises:
         UserError: the model can't be read, or a difference besides new ids keeps its weights from fitting; the first
-        one is named.
+            one is named.
     """
 
     def __init__(
