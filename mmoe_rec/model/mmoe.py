@@ -317,7 +317,7 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
 def build_mixture(
     inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: section.Model
 ) -> Mixture:
-    """The dense part on so many inputs, with weights from torch's global generator.
+    """The dense part on `inputs` inputs, with weights from torch's global generator.
 
     edges: of each of the last inputs, the dense ones, see `Bottom`; placement_inputs: 0 leaves that tower out.
     """

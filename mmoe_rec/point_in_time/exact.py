@@ -14,7 +14,7 @@ import numpy as np
 
 BITS = 32
 _MASK = np.uint64(2**BITS - 1)
-_AT_A_TIME = 8192  # so many numbers stay in the processor's cache
+_AT_A_TIME = 8192  # this many numbers stay in the processor's cache
 
 
 class ExactSums:

@@ -73,7 +73,7 @@ class OwnLabels:
 
 
 def _of_users(kept: Kept, one_in: int) -> Kept:
-    """The rows of one user in so many, by the upper half of the hash: the lower one may be in use elsewhere."""
+    """The rows of one user in `one_in`, by the upper half of the hash: the lower one may be in use elsewhere."""
     users, logits, labels = kept
     chosen = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(one_in) == 0
     return users[chosen], logits[chosen], labels[chosen]

@@ -116,7 +116,7 @@ def _lost(ranks: Ranks) -> str:
     if not lost:
         return f"the {ranks.world_size} ranks have lost their connections to each other"
     names = ", ".join(map(str, lost))
-    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or does not answer"
+    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or gave no answer"
 
 
 @contextlib.contextmanager

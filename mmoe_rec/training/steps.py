@@ -217,7 +217,8 @@ IN_A_ROW_AT_MOST = 20
 
 
 class BadBatches:
-    """Counts them, all ranks alike. folder: where a batch is saved; policy: what to do; skipped: steps so far."""
+    """Counts bad batches, on all ranks alike. folder: where a batch is saved; policy: what to do; skipped: steps so
+    far."""
 
     def __init__(self, folder: Path, policy: Literal["stop", "skip"]) -> None:
         self.folder, self.policy = folder, policy

@@ -133,7 +133,7 @@ def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     for name, owner in old.owners.items():
         known, now = owner.vocabulary.ids, new.owners[name].vocabulary.ids
         if len(known) > len(now):
-            yield f"its feature '{name}' knows {len(known):,} ids, and {len(now):,} in the features"
+            yield f"its feature '{name}' knows {len(known):,} ids, the features only {len(now):,}"
         if len(known) and not known.equals(now[: len(known)]):
             yield f"the ids of its feature '{name}' have other rows than in the features"
     for name, encoder in old.encoders.items():
