@@ -248,8 +248,8 @@ class _Extension:
                 if found and sum(found.values()) >= old.rows:
                     raise UserError(
                         f"'{max(found, key=lambda address: found[address])}' holds events '{log.name}' of the time of "
-                        f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if they are "
-                        f"the same, they would count twice; put that file back, or {ANEW}"
+                        f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if they "
+                        f"are the same, they would count twice; put that file back, or {ANEW}"
                     )
 
     def _check_times(self, counted: Counted, requests: Requests) -> None:
