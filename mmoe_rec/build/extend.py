@@ -248,8 +248,8 @@ class _Extension:
                 if found and sum(found.values()) >= old.rows:
                     raise UserError(
                         f"'{max(found, key=lambda address: found[address])}' holds events '{log.name}' of the time of "
-                        f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if they "
-                        f"are the same, they would count twice; put that file back, or {ANEW}"
+                        f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if "
+                        f"they are the same, they would count twice; put that file back, or {ANEW}"
                     )
 
     def _check_times(self, counted: Counted, requests: Requests) -> None:
@@ -306,8 +306,7 @@ class _Extension:
     ) -> None:
         counted.first = (self.first, 0)
         stands_for, before = fingerprint_of(self.logs, self.windows), self.manifest["fingerprint"]
-        # Not that of a build of all files, whose ids have other rows: a model recognises its features by the
-        # fingerprint.
+        # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
         fingerprint = hashlib.sha256(f"{before} {stands_for}".encode()).hexdigest()[:16]
         manifest = {
             "fingerprint": fingerprint,

@@ -85,7 +85,7 @@ class Logs:
         return fewer
 
     def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
-        """The same logs, of which some files are not read: addresses for each of `all`.
+        """The same logs without some of their files: addresses for each of `all`.
 
         Raises UserError where the other files of the interaction log have no rows.
         """

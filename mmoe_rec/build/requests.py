@@ -65,7 +65,7 @@ class Requests:
     count: requests; several_times, several_users: those with rows of several times or users; moved: rows whose own time
     is not their request's; longest: greatest difference of times within a request, microseconds; continued,
     continued_rows: requests of days before that have rows here; begin: time of the first request that is none of them;
-    times_clash, users_clash: two rows that disagree, of which the second is the first such row; bad: files that can't
+    times_clash, users_clash: two rows that disagree, the second being the first such row; bad: files that can't
     be read.
     """
 

@@ -21,7 +21,7 @@ NEVER_SEEN = 0.90
 FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
-_ERRORS = 3.0  # standard errors by which rates must differ
+_ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
 
 Health = Mapping[str, Any]

@@ -24,7 +24,7 @@ _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples
 
 
 class KeyGroups:
-    """Rising keys, (N,) uint64, of which equal ones make a group."""
+    """Rising keys, (N,) uint64; equal ones make a group."""
 
     def __init__(self, key: np.ndarray) -> None:
         self.key = key
@@ -157,7 +157,7 @@ class Join:
         return np.where(low > first, low - 1, -1)
 
     def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
-        """Events and look-ups as single numbers in the order of key and time, of which both rise."""
+        """Events and look-ups as single numbers that rise with key, then time."""
         group, _ = self._groups
         known, moments, count = _ticks(self.events.known, times, unit, len(self.events.distinct) + 1)
         known += self.events.number * count

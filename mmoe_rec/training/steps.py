@@ -217,8 +217,7 @@ IN_A_ROW_AT_MOST = 20
 
 
 class BadBatches:
-    """Counts bad batches, on all ranks alike. folder: where a batch is saved; policy: what to do; skipped: steps so
-    far."""
+    """Counts bad batches, all ranks alike. folder: where one is saved; policy: what to do; skipped: steps so far."""
 
     def __init__(self, folder: Path, policy: Literal["stop", "skip"]) -> None:
         self.folder, self.policy = folder, policy

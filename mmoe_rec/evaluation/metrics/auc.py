@@ -92,7 +92,7 @@ def _left_out(sums: UserSums, groups: float, rows: float) -> dict[str, Any]:
 
 
 class _Bins:
-    """Rows by user and bin of the histogram, of which there are B.
+    """Rows by user and by the histogram's B bins.
 
     Attributes:
         positives, negatives: (B, U) rows, bins in the order of rising prediction.
