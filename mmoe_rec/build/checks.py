@@ -26,7 +26,7 @@ from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
-# One of each kind of Parquet files that are written to `data.work`.
+# One of each kind of Parquet file that is written to `data.work`.
 _WRITTEN = (
     "features/counts/x.parquet",
     "features/encoded/train/part-00000.parquet",
@@ -173,12 +173,12 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
                 )
             raise UserError(
                 f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
-                "give it labels, train on a longer time, or remove the task"
+                "give it labels, train on a longer period, or remove the task"
             )
         if task.kind == "binary" and positive in (0, observed):
             raise UserError(
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
-                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer time or remove it"
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
             )
 
 

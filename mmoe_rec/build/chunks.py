@@ -1,8 +1,8 @@
-"""What is held in memory of a partition of keys: all of it, or one chunk of time after the other.
+"""How much of a partition of keys is held in memory: all of it, or one chunk of time after the other.
 
 A partition that is too large for memory is divided by time into pieces that are not.
 
-A key may have most of a log's rows, so more partitions would not do. The partition is read twice, to sample its times
+A key may have most of a log's rows, so more partitions would not help. The partition is read twice, to sample its times
 and to write each row to the pieces that need it; what is still too large is divided again. Each piece is then read from
 its own files, so what is read grows with the rows, and not with the rows times the pieces. A single moment cannot be
 divided.
@@ -27,7 +27,7 @@ from mmoe_rec.point_in_time.sorting import sorted_order
 from mmoe_rec.point_in_time.windows import Window, in_any, in_window
 
 Group = Sequence[MemoryEncoder[Any]]
-_PIECES_AT_MOST = 1024  # of one division: what is held of it at a time is written as a batch for each
+_PIECES_AT_MOST = 1024  # of one division: what is held at a time is written as a batch a piece
 _ROOM = 1.1  # for pieces that are larger than the sample says
 
 
@@ -66,7 +66,7 @@ class Received:
     def divided(self, rows_in_memory: int, scratch: Path) -> Iterator[Received]:
         """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`.
 
-        A piece is there until the next one is asked for.
+        A piece lasts until the next one is asked for.
         """
         if self.rows <= rows_in_memory or self.is_a_moment:
             yield self
@@ -84,7 +84,7 @@ class Received:
 
     def _edges(self, rows_in_memory: int) -> list[int]:
         """Moments that divide the window into about equal pieces, from a sample of its times."""
-        # An event that becomes known late is in two pieces: of its look-up, and of when it is known.
+        # An event that becomes known late is in two pieces: that of its look-up and that of when it is known.
         copies = 1 + sum(each > 1 for each in self._matures_after)
         pieces = min(int(_ROOM * copies * self.rows / rows_in_memory) + 1, _PIECES_AT_MOST)
         step = 1 + pieces
@@ -203,8 +203,8 @@ def chunks(
 ) -> Iterator[Chunk]:
     """All that was received, in the order of time, at most `rows_in_memory` rows at a time.
 
-    held: events that a memory holds of those before. Where they are more, as within a long window of a counter, a
-    chunk is as large: memories are gone through once a chunk, which then costs no more than its own rows.
+    held: earlier events that a memory holds. Where these are more, as within a long window of a counter, a chunk is as
+    large: each chunk goes through the memories once, which then costs no more than its own rows.
     """
     waiting: _Pieces | None = None
     for piece in received.divided(rows_in_memory, scratch):

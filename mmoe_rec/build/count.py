@@ -100,7 +100,7 @@ def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts |
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Counted:
-    """Learns a part of the log of events of that name, or of the interaction log (None)."""
+    """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     reader = readers[source]
     noticed = Noticed()

@@ -26,7 +26,7 @@ from mmoe_rec.settings.sections import EngineName
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# So many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
+# This many share one interpreter well, since most of their time is spent in NumPy and Arrow; they start at once.
 THREADS_AT_MOST = 4
 
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
     """The engine of that name; `workers` is the number of tasks at a time, by default the cores at hand.
 
-    processes: whether `local` may start processes, for more workers than threads do well for.
+    processes: whether `local` may start processes, for more workers than threads suit.
     """
     workers = workers or len(os.sched_getaffinity(0))
     if not processes and name == "local":

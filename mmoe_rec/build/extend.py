@@ -1,4 +1,4 @@
-"""Adds new files of a log to features at hand: the state of the days before and the new rows give the next state.
+"""Adds new files of a log to existing features: the state of the days before and the new rows give the next state.
 
 Only rows of the new files are read. What a trained model relies on stays: rows of known ids, statistics, scales of
 labels; ids that have become frequent get rows at the end of their tables. Counters and histories go on from what they
@@ -11,7 +11,7 @@ a user's items that become known in one instant, a history takes those with the 
 then.
 
 Only new rows are encoded, into the splits of the settings. Earlier rows whose labels have matured since are not encoded
-again, but counters and histories get to know these labels on time. Nothing looks for a request that has the same
+again, but counters and histories see these labels on time. Nothing looks for a request that has the same
 candidate in an old and in a new file.
 
 No old file is needed: one that is gone stays counted, one that was written again is refused. A file that was left out
@@ -84,7 +84,7 @@ class Extended:
 def extend(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Extended | None:
-    """Adds the files that are new since to the features in `work`; None where there are none, and all stays.
+    """Adds new files to the features in `work`; None where there are none, and nothing changes.
 
     The folder is replaced at the end; before that, and after an error, it is the old one.
 
@@ -130,8 +130,8 @@ def _check_schema(prepared: Prepared, schema: Schema) -> None:
     if found is not None:
         where, old, new = found
         raise UserError(
-            f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or take the "
-            "setting back"
+            f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or "
+            "restore the setting"
         )
 
 
@@ -248,8 +248,8 @@ class _Extension:
                 if found and sum(found.values()) >= old.rows:
                     raise UserError(
                         f"'{max(found, key=lambda address: found[address])}' holds events '{log.name}' of the time of "
-                        f"'{old.address}', which is gone, and there are as many as it held ({old.rows:,}): if they are "
-                        f"the same, they would count twice; put that file back, or {ANEW}"
+                        f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if "
+                        f"they are the same, they would count twice; put that file back, or {ANEW}"
                     )
 
     def _check_times(self, counted: Counted, requests: Requests) -> None:
@@ -285,8 +285,8 @@ class _Extension:
         )
 
     def _add_latest(self, counted: Counted) -> None:
-        """Old values as of the last old request: rows of requests since are later. Those of earlier requests only tell
-        of users and candidates that were unknown."""
+        """Old values as of the last old request: rows of requests since are later. Those of earlier requests only add
+        users and candidates that were unknown."""
         schema, found = self.logs.schema, (counted.users, counted.candidates)
         for role, parts in zip(("user", "candidate"), found, strict=True):
             assert parts is not None
@@ -306,7 +306,7 @@ class _Extension:
     ) -> None:
         counted.first = (self.first, 0)
         stands_for, before = fingerprint_of(self.logs, self.windows), self.manifest["fingerprint"]
-        # Not that of a build of all files, whose ids have other rows: a model tells its features by the fingerprint.
+        # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
         fingerprint = hashlib.sha256(f"{before} {stands_for}".encode()).hexdigest()[:16]
         manifest = {
             "fingerprint": fingerprint,

@@ -33,7 +33,7 @@ class BuildOptions:
 
     @property
     def unchecked(self) -> list[str]:
-        """Settings by which a build does not look for rows that most logs hold by mistake only."""
+        """Settings by which a build does not look for rows that most logs hold only by mistake."""
         return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
 
 
@@ -73,7 +73,7 @@ class Logs:
 
     def without(self, bad: Sequence[BadFile]) -> Logs:
         """The same logs without further files. Raises UserError where nothing is left to read of one."""
-        first = {error.address: error for error in reversed(bad)}  # many parts of a file may tell of it
+        first = {error.address: error for error in reversed(bad)}  # several parts of a file may report it
         reasons = {address: LeftOut(address, str(error.explained())) for address, error in first.items()}
         fewer = copy.copy(self)
         fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
@@ -85,7 +85,7 @@ class Logs:
         return fewer
 
     def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
-        """The same logs, of which some files are not read: addresses for each of `all`.
+        """The same logs without some of their files: addresses for each of `all`.
 
         Raises UserError where the other files of the interaction log have no rows.
         """

@@ -80,7 +80,7 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
                 counting[encoder.name].learn_results(take(results, inside))
             found |= results
             if chunk.until is not None:
-                # No later than requests that will be asked: labels may become known long after the last row.
+                # No later than the next requests: labels may become known long after the last row.
                 memories[encoder.name] = encoder.compacted(memory, min(chunk.until, job.end))
             else:
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)

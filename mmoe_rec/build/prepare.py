@@ -1,4 +1,4 @@
-"""From a log to encoded rows: fits the features, encodes each split, keeps both until what they rest on changes.
+"""From a log to encoded rows: fits the features, encodes each split, keeps both until what they depend on changes.
 
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
@@ -135,11 +135,11 @@ def prepare(
 ) -> Prepared:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
-    Features to which days were added stay where files are gone since, as `existing` says; others are built anew.
+    Features to which days were added stay where files have gone since, as `existing` says; others are built anew.
 
     Args:
         windows: request times [start, end) in microseconds of each split.
-        going_on: whether a model goes on from the features at hand, so that these stay although files are gone.
+        going_on: whether a model goes on from the existing features, so that these stay although files are gone.
 
     Raises:
         UserError: the log can't be read or would take in what is built, a split is empty, a binary task has one class
@@ -166,23 +166,24 @@ def prepare(
 
 
 def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
-    """Raises UserError where files are gone that extended features hold; of others it says that they are gone."""
+    """Raises UserError where files are gone that extended features hold; for others it only says so."""
     gone = prepared.gone(logs)
     if gone and not prepared.is_extended:
-        say(f"files that the features hold are gone ({len(gone):,}, such as '{gone[0]}'): they are built anew without")
+        such_as = f"({len(gone):,}, such as '{gone[0]}')"
+        say(f"files that the features hold are gone {such_as}: the features are built anew without them")
     elif gone:
         raise UserError(
             f"the features in '{prepared.folder}' are not of this log and these settings, and hold rows of files that "
             f"are gone ({len(gone):,}, such as '{gone[0]}'), which building them anew would lose. To go on from them, "
-            "add new files with --extend, or take settings back; to build features from the log as it is, remove that "
-            "folder first"
+            "add new files with --extend, or restore the settings; to build features from the log as it is, remove "
+            "that folder first"
         )
 
 
 def existing(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Prepared | None:
-    """Features of this schema and these splits that hold all files of the log as they are, where they are there.
+    """Features of this schema and these splits that hold all files of the log as they are, or None.
 
     They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
@@ -193,7 +194,7 @@ def existing(
 
 
 def _may_stand(prepared: Prepared, logs: Logs) -> bool:
-    """Whether features may be as they are: a build anew says which rows, requests or files of the log may not be so.
+    """Whether features may stay; if not, a new build says which rows, requests or files of the log are at fault.
 
     A file that an extension left out may be fine by now but for its times, and would be no reason to lose days.
     """
@@ -268,7 +269,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         pipeline.finish_results()
         pipeline.save(serving)
         save_latest(counted, serving)
-        # Training may use only labels that had matured when training ended; judging waits until the log's end.
+        # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
         known_by = {"train": end, "validation": counted.last[0], "test": counted.last[0]}
         splits = steps.encode(serving, folder / "encoded", known_by)
     check_classes(logs.schema, splits["train"])

@@ -1,10 +1,10 @@
 """One request has one time: the first step of a build finds requests whose rows have several, and their first.
 
-A request's rows may lie in any parts of a log. So each part sends (request, time, user) of its rows, once for rows that
-follow each other and agree, by the hash of the request's id to a partition. A partition holds what it knows of each
+A request's rows may lie in any parts of a log. So each part sends (request, time, user) of its rows, once for
+consecutive rows that agree, to a partition by the hash of the request's id. A partition holds what it knows of each
 request, and never more of the rows than a part sent: a request may have most of a log's rows. Where a request has
 several times, it sends (row, first time) to blocks of rows, and whoever reads these gets the request's time instead of
-their own. What is known of requests is kept with the features, so that rows in a later day's files are recognised.
+the rows' own. What is known of requests is kept with the features, so that rows in a later day's files are recognised.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Requests:
     count: requests; several_times, several_users: those with rows of several times or users; moved: rows whose own time
     is not their request's; longest: greatest difference of times within a request, microseconds; continued,
     continued_rows: requests of days before that have rows here; begin: time of the first request that is none of them;
-    times_clash, users_clash: two rows that disagree, of which the second is the first such row; bad: files that can't
+    times_clash, users_clash: two rows that disagree, the second being the first such row; bad: files that can't
     be read.
     """
 

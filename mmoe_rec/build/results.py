@@ -70,7 +70,7 @@ class ResultExchange:
         self.exchange.send(group, sender, pa.table(columns), block)
 
     def receive(self, groups: Sequence[str], block: int) -> Results:
-        """What was sent to a block, at the place of each row; rows without a result may be left."""
+        """What was sent to a block, at the place of each row; rows without a result hold any value."""
         results: dict[str, np.ndarray | SharedRagged] = {}
         for group in groups:
             tables = list(self.exchange.receive(group, block))

@@ -118,7 +118,7 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
     columns["sampling_rate"] = pa.array(sampling_rates(rows).astype(np.float32))
-    # Columns that say that they have no nulls are written and read faster.
+    # Columns declared to have no nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 

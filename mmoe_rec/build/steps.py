@@ -5,7 +5,7 @@
     look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
 
-What is exchanged are Arrow tables. On the way there: (key, time, row, labels) of each look-up, once for all counters
+Arrow tables are exchanged. On the way there: (key, time, row, labels) of each look-up, once for all counters
 and histories that ask by the same columns, and (key, known, value) of each event that is not a look-up by its label. On
 the way back: (row, results). Everything else stays with the worker that read it.
 """
@@ -72,7 +72,7 @@ class Steps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Counted:
-        """Finds the times of requests and reads the logs, and both once more without bad files where some are skipped.
+        """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped.
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
         before: such a folder of the files that are not read.
@@ -151,7 +151,7 @@ class Steps:
     def look_up(
         self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
     ) -> None:
-        """Results all look-ups and writes memories, as of `end` (microseconds), into a folder.
+        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
 
         pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
         before: folder with memories to go on from.
@@ -211,7 +211,7 @@ class Steps:
 
         state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
 
-        Raises UserError for a file that has changed meanwhile: what was counted of its rows is no longer theirs.
+        Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
         """
         job = EncodeJob(state, self.windows, known_by, self._results, folder)
         tasks = list(enumerate(self._parts))

@@ -72,7 +72,7 @@ class TakenLog:
 
 @dataclass
 class Changes:
-    """What has become of one log's files. gone: taken in before; new: to be read, of which `mended` were left out."""
+    """What has become of one log's files. gone: taken in before; new: to be read; mended: those left out before."""
 
     gone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)

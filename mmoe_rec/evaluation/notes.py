@@ -11,11 +11,11 @@ LEFT_OUT = {
     "requests_without_relevant_row": "{} without a relevant row",
     "requests_of_equal_relevance": "{} whose rows are equally relevant",
 }
-FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which one is told
-SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order, from which on NDCG says nothing
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
+SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _SAME_IN_ANY_ORDER = (
-    "NDCG is nearly 1 in any order, as what the rows of a request are worth differs by little beside its size: set the "
-    "score_weight of regressions with large labels, such as times, to 0."
+    "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its size: set "
+    "the score_weight of regressions with large labels, such as times, to 0."
 )
 _NOTHING = {"value": None, "low": None, "high": None}
 
@@ -29,7 +29,7 @@ def task_note(task: Mapping[str, Any], users: int) -> str | None:
 
 
 def score_note(score: Mapping[str, Any], requests: int, users: int, least: float) -> str | None:
-    """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`), of so many.
+    """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`).
 
     least: the NDCG@10 of the worst order, summed over the requests that are not left out.
     """
@@ -48,7 +48,7 @@ def score_note(score: Mapping[str, Any], requests: int, users: int, least: float
 
 
 def told(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The notes of summaries of the same rows for people, each once, with what it is about; then what is left out."""
+    """For people: the notes of summaries of the same rows, each once, with its subject; then what is left out."""
     found = [each["note"] for each in summaries if "note" in each]
     for each in summaries:
         groups = {**each["tasks"], "score": each["score"]}

@@ -63,7 +63,7 @@ class Scored:
         )
 
     def with_predictions(self, values: np.ndarray) -> Scored:
-        """The same rows with another model's predictions (N, T), fused by the weights of what a row is worth."""
+        """The same rows with another model's predictions (N, T), fused by the relevance weights."""
         weights = np.array([self.relevance[task.name] for task in self.layout.tasks])
         score = np.log(np.clip(values, 1e-12, None)) @ weights
         return replace(self, predictions=values, score=score)
@@ -86,10 +86,10 @@ def score_rows(
     """Scores all rows without placement, in fp32, under a progress bar.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
-    is worth, against which rankings are measured, so that models of other weights are measured alike; None takes the
+    is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
     model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
     top_k: experts a row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run;
-    first: score so many batches as hold the first rows, instead of all.
+    first: score only the batches that hold this many first rows.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]

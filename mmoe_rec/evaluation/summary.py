@@ -72,7 +72,7 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
 
     Returns:
         Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have. There is no `score`
-        where relevance is by other weights in a than in b, as the two rankings had different truths.
+        where a and b weigh relevance differently, as the two rankings had different truths.
 
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.

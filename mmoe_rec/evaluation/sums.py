@@ -164,7 +164,7 @@ def measure(
             the calibration and the regression errors. AUC, GAUC, NDCG and MRR rank rows and never use them.
 
     Raises:
-        UserError, ValueError: see `rows.check_rows`.
+        UserError, ValueError: see `checked_rows.check_rows`.
     """
     rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight)
     tables = {"ranking": _ranking_table(tasks, rows)}

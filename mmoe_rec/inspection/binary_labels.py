@@ -11,7 +11,7 @@ from mmoe_rec.features.layout import Layout
 
 @dataclass(frozen=True)
 class BinaryLabels:
-    """Places of the positive and of the negative rows among N, per task; an unobserved row is in neither.
+    """Indices of the positive and of the negative rows among N, per task; an unobserved row is in neither.
 
     A regression's row is positive where its label is above the task's mean in training.
     """

@@ -1,13 +1,13 @@
-"""What a finding costs: about which share of the test rows' predictions it takes something away from, from 0 to 1.
+"""What a finding costs: roughly the share of the test rows' predictions that it harms, from 0 to 1.
 
     share of the rows that it spoils x how much the feature matters in them
 
 A feature matters as much as it alone ranks validation rows (2 AUC - 1, of the task that it ranks best). The id of the
-user or the candidate matters wholly where it is unknown, as all that was learnt of it is missing there; another id at
-least `LEAST`, since rows of unknown ids are among those that its AUC is measured on. Of a drift, the rows count that
-lie where training had less than half as many. A label rate that changes is in all rows. What only takes space costs 0.
+user or the candidate matters fully where it is unknown, as all that was learnt of it is missing there; another id at
+least `LEAST`, since rows of unknown ids are among those that its AUC is measured on. Of a drift, only the rows where
+training had less than half as many count. A label rate that changes is in all rows. What only takes space costs 0.
 
-It is for putting the findings in order. It is no measurement of what a model would gain.
+It puts the findings in order; it does not measure what a model would gain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def of_unknown(feature: Mapping[str, Any]) -> float:
 
 
 def of_drift(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
-    """Of an input whose values come in other shares than in training."""
+    """Of an input whose values have other shares than in training."""
     apart = (part["test"] - part["train"] for part in each["bins"] if part["test"] > _SELDOM * part["train"])
     return sum(apart) * importance(feature)
 

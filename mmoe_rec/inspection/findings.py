@@ -1,6 +1,6 @@
 """What is suspicious in a data set, in words.
 
-A finding is a `problem` if training would be wrong or without meaning, a `warning` if one should know of it. They come
+A finding is a `problem` if training would be wrong or meaningless, a `warning` if one should know of it. They come
 in order of what they cost (`costs.py`); only the first of many warnings are shown at once.
 """
 
@@ -21,7 +21,7 @@ NEVER_SEEN = 0.90
 FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
-_ERRORS = 3.0  # standard errors by which rates must differ
+_ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
 
 Health = Mapping[str, Any]

@@ -48,7 +48,7 @@ def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, in
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON: numbers of Python, and None for what is not finite."""
+    """The same for JSON: Python numbers, and None for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -115,7 +115,7 @@ def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict
         "name": each.name,
         "columns": [f"dense.{each.name}"] + [f"dense.{each.name}_missing"] * (each.indicator is not None),
         "table": None,
-        # Without an indicator no training row was without a value; of test rows that cannot be seen.
+        # Without an indicator every training row had a value; whether test rows do cannot be seen.
         "coverage": coverage if tells else {"train": 1.0, "test": None},
         "distinct": {"count": numbers.distinct.count(), "exact": numbers.distinct.exact},
         "constant": numbers.constant(),

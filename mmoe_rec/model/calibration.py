@@ -1,8 +1,8 @@
 """Calibrated logits: for each task a rising function of its logit, fitted after training and kept with the model.
 
 A model whose order is right may still give probabilities that are too high or too low, and the score multiplies
-probabilities. As calibrated values are logits again, predictions and score follow from them as from those of the model.
-How the functions are fitted is told in `mmoe_rec.evaluation.fit_calibration`, which serving does not need.
+probabilities. As calibrated values are logits again, predictions and score follow from them as from the model's own.
+`mmoe_rec.evaluation.fit_calibration`, which serving does not need, fits the functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model makes of a layout of rows: how wide each table is, and what each task counts in loss and score.
+"""What a model makes of a layout of rows: how wide each table is, and how much each task counts in loss and score.
 
 The rows are the same whatever is chosen here, so these values come from the settings when a model is made, and are
 saved as JSON inside a served model. Code that only reads rows takes the plain `Layout` and never sees them.
@@ -30,8 +30,8 @@ class EmbeddingTable(Table):
 class ModelTask(TaskOutput):
     """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.TaskSettings`.
 
-    Of a task, the log has a `Task` (where its label is), encoded rows have a `TaskOutput` (what is learnt of it): the
-    two that features are built and identified by. What is chosen for a model is added in `TaskSettings` and here, so
+    Of a task, the log has a `Task` (where its label is) and encoded rows a `TaskOutput` (what is learnt of it):
+    features are built and identified by these two. What is chosen for a model is added in `TaskSettings` and here, so
     that no encoded row depends on a choice. A metric's `MeasuredTask` knows of neither log nor model.
     """
 
@@ -112,6 +112,6 @@ class ModelLayout(Layout):
 
 def _unknown(what: str, name: str) -> UserError:
     return UserError(
-        f"the features at hand have the {what} '{name}', which the settings do not have: build the features anew, or "
-        "take the setting back"
+        f"the existing features have the {what} '{name}', which the settings do not have: build the features anew, or "
+        "restore the setting"
     )

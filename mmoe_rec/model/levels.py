@@ -2,11 +2,11 @@
 
 Experts come in this order: those that all tasks share, then those of the first task alone, and so on. The gate of a
 task sees the shared ones and its own. In all levels but the last there is one more gate, the shared one, which sees all
-experts; what it mixes is the input of the next level's shared experts, and what a task's gate mixes that of the task's
-own experts and gate.
+experts; its mix is the input of the next level's shared experts, and the mix of a task's gate that of the task's own
+experts and gate.
 
-A level reads from top to bottom: gates make logits of their input, a rule of `mmoe_rec.model.routing` makes these the
-weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
+A level reads from top to bottom: gates compute logits from their input, a rule of `mmoe_rec.model.routing` turns these
+into weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
 
 Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (G, or one), H width of an input, U width
 of an expert's output.
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "
 # this many weights (measured, see tests/benchmarks/experts.py).
 GROUPED_BELOW = 0.75
 GROUPED_FROM_WEIGHTS = 100_000
-# An added expert's logits begin so far below their own value, then rise to it.
+# An added expert's logits begin this far below their own value, then rise to it.
 RAMP = 10.0
 
 
@@ -117,12 +117,13 @@ class Gates(nn.Module):
     """G gates over E experts, all computed by one product; `settings.routing` names the rule by which they choose.
 
     Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16
-    one row in a hundred would train other experts than it is served by.
+    one row in a hundred would train other experts than those that serve it.
 
     State: linear (G, E, H); route (1, E, H) of a rule with one router; masked (E,) bool, experts that are out of use;
     ramp (E,) float32, 1 for an added expert that is not used yet and 0 for one that is used in full; selection_bias
     (E,) float32, added to the logits that experts are chosen by but not to those of their weights (Wang et al., 2024:
-    loss-free balancing, there to sigmoids; to a softmax's probabilities it evens far less, as these are near 0 and 1).
+    loss-free balancing, there added to sigmoids; added to a softmax's probabilities, which are near 0 and 1, it
+    balances far less).
 
     visible: (G, E) bool, the experts that a gate may use at all.
     """
@@ -147,8 +148,8 @@ class Gates(nn.Module):
         """One input (B, H) for all gates, or one for each -> where the rows go.
 
         top_k: experts a row and router, instead of the settings' number, outside training; usable: (E,) bool, the only
-        experts that may be used, on top of those that are masked. Raises ValueError where rows compete for experts,
-        outside training without a k.
+        experts that may be used, on top of those that are masked. Raises ValueError outside training where rows compete
+        for experts and there is no k.
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
         with torch.autocast(self.visible.device.type, enabled=False):
@@ -177,7 +178,7 @@ class Gates(nn.Module):
 
     @property
     def in_use(self) -> Tensor:
-        """(E,) bool: experts that are neither masked nor still wholly out since they were added."""
+        """(E,) bool: experts that are neither masked nor still waiting to be let in."""
         return ~(self.masked | (self.ramp >= 1))
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ class Gates(nn.Module):
         return masked_softmax(logits, allowed)
 
     def experts_a_row(self, asked: int | None = None) -> int | None:
-        """Experts a row and router, None where the rule takes no k; asked: outside training, before the settings."""
+        """Experts a row and router, None where the rule takes no k; outside training `asked` overrides settings."""
         if not self.training:
             k = self.settings.serving_top_k if asked is None else asked
             if k is not None:
@@ -229,12 +230,12 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def let_in(self, steps: int) -> None:
-        """Lets added experts in a little more, so that they are wholly in after so many calls."""
+        """Lets added experts in a little more: `steps` calls let them in fully."""
         self.ramp.sub_(1 / steps).clamp_(min=0)
 
 
 def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
-    """What is kept (..., E) bool of what is allowed, or all that is allowed where nothing of it would be kept.
+    """(..., E) bool: what is kept of what is allowed, or all of it where nothing would be kept.
 
     A softmax over the kept experts' logits equals the dropped and renormalised softmax; with none kept it would be NaN.
     """
@@ -281,8 +282,8 @@ class Experts(nn.Module):
     def mix(self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False) -> Tensor:
         """(B, H), weights (B, G, E) float32 -> (B, G, U), the experts' weighted sum for each gate.
 
-        used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert on rows
-        that use it only, whatever `compute` says.
+        used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert only on
+        rows that use it, whatever `compute` says.
         """
         if used is not None and (alone or self.takes_grouped(used)):
             hidden = for_products(hidden)

@@ -1,7 +1,7 @@
 """The ranking model: tables, shared bottom, experts, one gate and tower per task, and the placement tower.
 
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
-2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code by other
+2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code with other
 settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
 levels. The forward pass reads from top to bottom here, in `mmoe_rec.model.levels` and in `mmoe_rec.model.routing`.
 
@@ -38,10 +38,10 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """Of B rows: logits (B, T), and where each level of experts sent them, the last level's routing last.
+    """For B rows: logits (B, T), and where each level of experts sent them, the last level's routing last.
 
-    Logits are float32; of a `RankingModel` with a regression float64, as a float32 in the label's own unit may have
-    steps wider than the labels' deviation.
+    Logits are float32, or float64 from a `RankingModel` with a regression, as a float32 in the label's own unit may
+    have steps wider than the labels' deviation.
     """
 
     logits: Tensor
@@ -130,7 +130,7 @@ class Mixture(nn.Module):
         self.raw_inputs = raw_inputs
 
     def each_level(self) -> list[Level]:
-        """The levels, the last one last."""
+        """The levels, first to last."""
         return [module for module in self.levels if isinstance(module, Level)]
 
     @property
@@ -317,7 +317,7 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
 def build_mixture(
     inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: section.Model
 ) -> Mixture:
-    """The dense part on so many inputs, with weights from torch's global generator.
+    """The dense part on `inputs` inputs, with weights from torch's global generator.
 
     edges: of each of the last inputs, the dense ones, see `Bottom`; placement_inputs: 0 leaves that tower out.
     """

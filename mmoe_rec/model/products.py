@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# On a CPU, products in half precision are prepared anew for each number of rows not met before, which takes as long as
-# the product of some hundred rows: whole blocks of rows make for few numbers.
+# On a CPU, products in half precision are prepared anew for each new number of rows, which takes as long as the product
+# of some hundred rows: whole blocks of rows keep these numbers few.
 HALF_PRECISION_BLOCK = 16
 
 
@@ -36,7 +36,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """An input for each group: G tensors (B, inputs) -> G tensors (B, outputs)."""
-        # One cast and one gradient of the whole: each slice would be cast, and give a gradient as large as all.
+        # One cast and one gradient of the whole: each slice would be cast, and have a gradient as large as the whole.
         weights, biases = for_products(self.weight).unbind(), for_products(self.bias).unbind()
         return [functional.linear(*each) for each in zip(inputs, weights, biases, strict=True)]
 
@@ -51,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 def for_products(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's precision, if that is on: for what several products would each cast."""
+    """The tensor in autocast's precision, if that is on: cast once for several products."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
@@ -75,7 +75,7 @@ class Dispatch:
 
     @staticmethod
     def of(used: Tensor, block: int = 1) -> Dispatch:
-        """Of (B, E) bool. Each expert gets a multiple of `block` places; row 0 fills those that nobody asks for."""
+        """From (B, E) bool. Each expert gets a multiple of `block` places; row 0 fills those that nobody asks for."""
         experts, rows = used.t().nonzero(as_tuple=True)
         counts = used.sum(0)
         sizes = (counts + block - 1) // block * block
@@ -85,7 +85,7 @@ class Dispatch:
         filled = torch.arange(int(of_row.max()), device=used.device) < of_row
         places, owners = torch.zeros_like(filled, dtype=torch.int64), torch.zeros_like(filled, dtype=torch.int64)
         places[rows, nth], owners[rows, nth] = place, experts
-        # A result that is not a row's own would reach it as 0 times that, which is NaN if it is.
+        # A result that is not a row's own would reach it times 0, which is NaN if the result is.
         places = torch.where(filled, places, places[:, :1])
         in_place = rows.new_zeros(int(sizes.sum())).index_copy(0, place, rows)
         return Dispatch(in_place, sizes.tolist(), places, owners, filled)

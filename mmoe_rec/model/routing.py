@@ -1,10 +1,10 @@
 """Routing rules: which experts a row is sent to for each task, and with which weights. `RULES` lists them.
 
-A gate's softmax comes first. The weights of the chosen are divided by their sum, but not at k = 1 of a model that
-trains so: the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does;
-a model that trains at k = 1 alone never does, so that towers read what they were trained on. Outside training a model
-may be asked for fewer experts than it was trained with: then every rule takes the k largest (V-MoE: Riquelme et al.,
-NeurIPS 2021).
+A gate's softmax comes first. The weights of the chosen are divided by their sum, but not where a model trains at k = 1:
+the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does; a model
+that trains only at k = 1 never does, so that towers read what they were trained on. Outside training a model may be
+asked for fewer experts than it was trained with: then every rule takes the k largest (V-MoE: Riquelme et al., NeurIPS
+2021).
 
 The settings take a rule's name, its line in the help and its constraints from here, before torch is needed: so torch is
 imported by the functions that compute.
@@ -134,7 +134,7 @@ class Soft(RoutingRule):
 
 
 class TopK(RoutingRule):
-    """The k largest of it, the others 0 (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022)."""
+    """The k largest of the softmax, the others 0 (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022)."""
 
     name = "top_k"
     summary = "the k best of each task's gate"
@@ -148,7 +148,7 @@ class TopK(RoutingRule):
 class ExpertChoice(RoutingRule):
     """Each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022).
 
-    Each of the n experts that a gate may use takes ceil(B k / n) rows, so that a row gets k of them in the mean. Loads
+    Each of the n experts that a gate may use takes ceil(B k / n) rows, so that a row gets k of them on average. Loads
     are even by construction; but whether a row gets an expert depends on the other rows of its batch.
     """
 
@@ -200,7 +200,7 @@ RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
 
 
 def rule_named(name: str) -> RoutingRule:
-    """The rule that settings call so."""
+    """The rule that settings call by this name."""
     return next(rule for rule in RULES if rule.name == name)
 
 
@@ -246,13 +246,13 @@ def kept(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
 
 # Losses that keep experts in use, on what the gates of one level did.
 #
-# shares: (B,) float32, what each row counts in a mean over rows; by default all count 1 / B.
+# shares: (B,) float32, how much each row counts in a mean over rows; by default all count 1 / B.
 
 
 def expert_loads(routing: Routing, counted: Tensor | None = None) -> Tensor:
     """(E,) float32: each expert's share of all routers' choices together, without gradient; they sum to 1.
 
-    Summed over tasks: evenness within each task would forbid that tasks use different experts. counted: as in
+    Summed over tasks: evenness within each task would forbid tasks to use different experts. counted: as in
     `Routing.loads`.
     """
     return routing.loads(counted).mean(0)

@@ -1,11 +1,11 @@
-"""Experts are added to a trained model, removed from it, or put out of use: on its weights, without training.
+"""Adds experts to a trained model, removes them or takes them out of use, on its weights and without training.
 
 Only experts that all tasks share can be added and removed; in a model of several levels, at all levels alike.
 
 Adding under soft gates that serve with all experts changes no output: a copy takes over half of an expert's weight, as
 ln 2 is subtracted from the gate's logits of both. The two would stay alike for ever, since they get the same gradient:
-so a little noise is added to the weights of one and subtracted from those of the other, which the mix of both does not
-show in first order. Where gates choose experts, in training or at serving, half a probability may not be chosen, so an
+so a little noise is added to the weights of one and subtracted from those of the other, which cancels in the mix of
+both to first order. Where gates choose experts, in training or at serving, half a probability may not be chosen, so an
 added expert begins out of use (its ramp is 1), and training lets it in.
 """
 
@@ -24,7 +24,7 @@ from mmoe_rec.settings import Model
 from mmoe_rec.settings.messages import explain
 
 State = dict[str, Tensor]
-# Of each weight: twice its square is what soft gates' outputs change by, relatively.
+# As a share of each weight: soft gates' outputs change by twice its square.
 NOISE = 1e-4
 NOISE_OUT_OF_USE = 0.01
 
@@ -36,7 +36,7 @@ _PER_EXPERT = re.compile(r"mixture\.levels\.\d+\.gates\.(masked|ramp|selection_b
 def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0) -> tuple[State, Model]:
     """A copy of each given expert, numbered after the shared ones, and the `model` section that fits.
 
-    Raises UserError for an expert that is not shared, or a copy that is made of an expert which is out of use.
+    Raises UserError for an expert that is not shared or is out of use.
     """
     generator = torch.Generator().manual_seed(seed)
     soft = model.gates.rule.mixes_all and model.gates.serving_top_k is None
@@ -94,7 +94,7 @@ def _added(state: State, expert: int, count: int, soft: bool, generator: torch.G
 
 
 def _changed(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
-    """The state with all that has a dimension for experts changed along it."""
+    """The state with every tensor that has a dimension for experts changed along it."""
     changed = {}
     for name, values in state.items():
         if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name):
@@ -122,7 +122,7 @@ def _check_shared(model: Model, expert: int, what: str) -> None:
 
 
 def _with_count(model: Model, count: int) -> Model:
-    """Raises UserError where settings do not allow for so many or so few."""
+    """Raises UserError where the settings do not allow this number."""
     tree = model.model_dump()
     tree["experts"]["count"] = count
     try:

@@ -3,7 +3,7 @@
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
 `mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
 an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
-`mmoe_rec.model.tables`.
+`stored_width`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
 def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
     """Initial weights of rows first..last (exclusive): (last - first, dim) float32, normal with INITIAL_DEVIATION.
 
-    A function of seed, table name and row alone, so that any sharding over any number of ranks starts equal.
+    A function of seed, table name and row alone, so that any sharding over any number of ranks starts the same.
     """
     weights = torch.empty(last - first, table.dim)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
@@ -119,11 +119,11 @@ def _zeros(weight: Tensor) -> Tensor:
 
 # How a table of any width is trained by kernels that take multiples of four columns only.
 #
-# fbgemm stores rows of D' columns, the next such multiple of the table's width D; columns from D on are zeros, get no
-# gradient and stay zeros. Row-wise Adagrad divides a row's step by the root of the mean square of its gradients, a mean
-# that then is over D' columns and so too small by D / D'. Hence what is stored is the weights times sqrt(D' / D): steps
-# do not depend on a gradient's scale, so a stored row moves by as much as any other, and the weights by sqrt(D / D')
-# of that, which is what a table of D columns would do (but for Adagrad's epsilon of 1e-8).
+# fbgemm stores rows of D' columns, the width D rounded up to such a multiple; columns from D on are zeros, get
+# no gradient and stay zeros. Row-wise Adagrad divides a row's step by the root of the mean square of its gradients, a
+# mean that then is over D' columns and so too small by D / D'. Hence what is stored is the weights times sqrt(D' / D):
+# steps do not depend on a gradient's scale, so a stored row moves by as much as any other, and the weights by sqrt(D /
+# D') of that, which is what a table of D columns would do (but for Adagrad's epsilon of 1e-8).
 #
 # Only training stores tables so; a trained model, as it is served, started from or evaluated, has D columns.
 
@@ -144,6 +144,6 @@ def to_stored(weights: Tensor) -> Tensor:
 
 
 def from_stored(weights: Tensor, dim: int) -> Tensor:
-    """Stored rows, or means of such rows, (N, D') as they are meant: (N, D)."""
+    """Stored rows (N, D'), or means of such rows, as weights: (N, D)."""
     width = weights.shape[1]
     return weights if width == dim else weights[:, :dim] * math.sqrt(dim / width)

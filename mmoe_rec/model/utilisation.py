@@ -79,7 +79,7 @@ class Utilisation:
         loads = self.total_loads
         found = [
             f"expert {expert} is hardly used: it gets {loads[expert]:.2%} of the load, where an even share is "
-            f"{_numbers(loads).mean():.1%}; what it costs is its computation, not the predictions"
+            f"{_numbers(loads).mean():.1%}; it costs computation, not accuracy"
             for expert in self.hardly_used
         ]
         for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
@@ -92,9 +92,9 @@ class Utilisation:
         return found
 
     def note(self, rule: RoutingRule) -> str | None:
-        """What of it is worth a line on the terminal: that gates which choose experts leave some unchosen.
+        """What is worth a line on the terminal: gates that choose experts leave some unchosen.
 
-        Where gates mix all experts, unused ones and polarised gates cost no accuracy, and what evens them brings none,
+        Where gates mix all experts, unused ones and polarised gates cost no accuracy, and evening them out gains none,
         on large and small logs alike (`tests/benchmarks/LOG.md`). Where they choose, many are wanted for capacity.
         """
         experts = self.hardly_used
@@ -103,7 +103,7 @@ class Utilisation:
         count = len(_numbers(self.total_loads))
         return (
             f"gates choose {count - len(experts)} of {count} experts, and hardly ever {', '.join(map(str, experts))}: "
-            "if you want their capacity, set model.gates.balance, else have fewer experts"
+            "if you want their capacity, set model.gates.balance, otherwise use fewer experts"
         )
 
     def to_dict(self) -> dict[str, Any]:

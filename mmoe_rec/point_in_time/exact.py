@@ -14,7 +14,7 @@ import numpy as np
 
 BITS = 32
 _MASK = np.uint64(2**BITS - 1)
-_AT_A_TIME = 8192  # so many numbers stay in the processor's cache
+_AT_A_TIME = 8192  # this many numbers stay in the processor's cache
 
 
 class ExactSums:
@@ -86,7 +86,7 @@ class ExactSums:
         return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
 
     def rounded(self) -> np.ndarray:
-        """(N,) float64: the nearest to each sum, of two that are as near the even one; infinite beyond the largest."""
+        """(N,) float64: the nearest to each sum, of two equally near, the even one; infinite beyond the largest."""
         limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
         return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
 
@@ -144,7 +144,7 @@ def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
     first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
     below = np.logical_or.accumulate(digits != 0, axis=0)
     more = np.take_along_axis(below, np.maximum(leading - 3, 0)[None], 0)[0]
-    # The first 64 bits, and whether there is anything below them: half of them decides how 53 are rounded.
+    # The first 64 bits, and whether there is anything below them, which decides ties when rounding to 53.
     empty = BITS - np.frexp(first.astype(np.float64))[1].astype(np.uint64)
     head = (((first << np.uint64(BITS)) | second) << empty) | (third >> (np.uint64(BITS) - empty))
     more |= (third << empty) & _MASK != 0

@@ -18,13 +18,13 @@ import numpy as np
 
 from mmoe_rec.point_in_time.sorting import sorted_order
 
-# Where there are so many times more events than look-ups, as in a server, nothing is computed of all events.
+# With this many times more events than look-ups, as in a server, nothing is computed for all events.
 _EVENTS_OF_A_SEARCH = 16
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
 
 class KeyGroups:
-    """Rising keys, (N,) uint64, of which equal ones make a group."""
+    """Rising keys, (N,) uint64; equal ones make a group."""
 
     def __init__(self, key: np.ndarray) -> None:
         self.key = key
@@ -157,7 +157,7 @@ class Join:
         return np.where(low > first, low - 1, -1)
 
     def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
-        """Events and look-ups as single numbers in the order of key and time, of which both rise."""
+        """Events and look-ups as single numbers that rise with key, then time."""
         group, _ = self._groups
         known, moments, count = _ticks(self.events.known, times, unit, len(self.events.distinct) + 1)
         known += self.events.number * count
@@ -169,7 +169,7 @@ class Join:
 def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Small numbers for moments, from 0 to `count` - 1: an event is known at a time if its number is not greater.
 
-    unit: microseconds that all `times` are whole multiples of; groups: there must be room for so many times `count`
+    unit: microseconds that all `times` are whole multiples of; groups: there must be room for that many times `count`
     numbers, so where units since the first event are too many, the distinct known moments are counted instead.
 
     Returns:

@@ -48,7 +48,7 @@ class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
     rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
-    numbers, `ExactSums` where they may be any; last_positive: (E,) int64 moment of its last positive one, `NEVER`
+    numbers, `ExactSums` where they may be fractions; last_positive: (E,) int64 moment of its last positive one, `NEVER`
     without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
     all, and both are None.
     """
@@ -91,7 +91,7 @@ class CounterMemory(Memory):
         if label is not None and self.last_positive is not None:
             positive = np.where(label > 0, known, NEVER)
         if len(self.events):
-            # The events at hand as what each added to its key's totals.
+            # The existing events as what each added to its key's totals.
             rows = np.append(self._steps(self.rows), rows)
             labels = _appended(self._label_steps(), labels)
             if positive is not None and self.last_positive is not None:
@@ -126,7 +126,7 @@ class CounterMemory(Memory):
     def totals(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
 
-        before: events, by their index, as of which totals are taken off.
+        before: events, by their index, as of which totals are subtracted.
         """
         rows = self._difference(self.rows, index, before)
         if self.label_sum is None:

@@ -8,7 +8,7 @@ import numpy as np
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
     """(N,) int64 order by key, then time, then value where one is given; of equals, the first comes first.
 
-    Keys, (N,) uint64, are sorted 16 bits at a time, from the last ones to the first: NumPy's stable sort of 16 bits
+    Keys, (N,) uint64, are sorted 16 bits at a time, the least significant first: NumPy's stable sort of 16 bits
     counts instead of comparing, which makes four rounds many times faster than `np.lexsort` of keys. Rows from a log
     are nearly in the order of time already, which its stable sort recognises.
     """

@@ -22,13 +22,13 @@ CHECKS = {
     "rate": (
         "Label rates that change",
         f"More than {RATE_CHANGE:g} times between splits. Look at the rates by week: a step is often a change "
-        "in logging, a slope towards the end labels that have not matured.",
+        "in logging; a slope towards the end, labels that have not matured.",
     ),
     "constant": ("Constant inputs", "They cost space and teach nothing. Take them out, or check the column."),
     "coverage": (
         "Hardly any values",
         f"Present in less than {LEAST_COVERAGE:.0%} of the rows. For a counter's recency this means that it "
-        "rarely happened before, which may be as it should.",
+        "rarely happened before, which may be fine.",
     ),
     "unknown": (
         "Ids that training does not know",
@@ -43,7 +43,7 @@ CHECKS = {
     ),
     "empty table": (
         "Tables that are mostly empty",
-        f"More than {NEVER_SEEN:.0%} of the rows are never looked up in training: memory for nothing.",
+        f"More than {NEVER_SEEN:.0%} of the rows are never looked up in training: wasted memory.",
     ),
 }
 
@@ -77,7 +77,7 @@ MEASURES = {
         "Sum over bins of (q - p) ln(q / p), p and q being the shares of training and test rows; half a row "
         "is added to each bin. Numbers: between the quantiles at which the model may bend, or else about 20 "
         f"bins of equal training mass, and missing values. Ids: the {FREQUENT} most frequent in training, "
-        "unknown, missing, and all others. A finding takes (bins - 1) (1 / N + 1 / M) off first, what N and "
+        "unknown, missing, and all others. A finding first subtracts (bins - 1) (1 / N + 1 / M), what N and "
         "M rows have by chance."
     ),
     "AUC alone": (
@@ -87,12 +87,12 @@ MEASURES = {
         "validation rows. A regression's label counts as positive above its mean in training."
     ),
     "Order of findings": (
-        "Problems first. Warnings by what they cost, about: the share of the test rows that they spoil times how well "
+        "Problems first. Warnings by their rough cost: the share of the test rows that they spoil times how well "
         "the feature alone ranks validation rows (2 AUC - 1). Unknown ids of users and candidates count in full; of a "
-        "drift, those rows that lie where training had less than half as many."
+        "drift, only the rows where training had less than half as many."
     ),
     "Units": (
-        "Numbers are standardised as the model reads them: in deviations from the mean of training rows "
+        "Numbers are standardised as the model reads them: in standard deviations from the mean of training rows "
         "(after a logarithm, for counts and recencies)."
     ),
     "Counts": "Users, candidates and requests are exact below 65,536 and estimated beyond, good to 0.4%.",

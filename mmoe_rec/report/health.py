@@ -67,7 +67,7 @@ def _by_check(findings: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 def _notes(overview: dict[str, Any]) -> list[str]:
-    """What is to be known of the rows that the totals do not show."""
+    """What to know of the rows that the totals do not show."""
     told = requests_told(overview["requests"])
     return [each for each in (told,) if each] + [
         f"{name}: {unmatured_told(task, number, split['labels_known_by'])}"

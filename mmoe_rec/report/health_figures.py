@@ -75,7 +75,7 @@ def shares_figure(bins: list[dict[str, Any]], label: str) -> str:
 
 
 def shown_bins(bins: list[dict[str, Any]], ordered: bool) -> list[dict[str, Any]]:
-    """All bins that rise in value; of ids the first, the named ones at the end, and between them one of the rest."""
+    """All bins that rise in value; for ids the first, the named ones at the end, and between them one for the rest."""
     if ordered or len(bins) <= _SHOWN_BINS:
         return bins
     ends = [each for each in bins if each["bin"] in ("unknown", "missing")]
@@ -165,7 +165,7 @@ def _boxes(left: np.ndarray, width: float, bottom: Any, height: np.ndarray) -> l
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers around the values, at least a fifth of them apart in all: noise is not to look like news."""
+    """Round numbers around the values, at least a fifth of them apart in all: noise must not look like news."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     middle, span = (low + high) / 2, max(high - low, 0.2 * abs(low + high) / 2, 1e-9)
     least = max(middle - 0.6 * span, 0.0) if low >= 0 else middle - 0.6 * span

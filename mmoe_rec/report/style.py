@@ -27,7 +27,7 @@ COLOURS = {
     "test": "#1f6fd1",
 }
 SERIES = (COLOURS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
-"""Of lines that stand side by side, such as one for each task."""
+"""For lines side by side, such as one for each task."""
 
 _NAMES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _ROUNDED = {"d", "x", "y", "transform"}  # attributes of places, where a hundredth of a point is enough
@@ -41,7 +41,7 @@ def blank(width: float, height: float) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """Gives axes a light grid, no ticks, and no frame but at the left and below."""
+    """Gives axes a light grid, no ticks, and no frame except left and bottom."""
     axes.grid(color=COLOURS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)

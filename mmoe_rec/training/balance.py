@@ -15,8 +15,8 @@ from mmoe_rec.settings import Model
 
 @dataclass(frozen=True)
 class Balancing:
-    """weight: of the balance loss; bias_rate: what a selection bias changes by at a step of the peak learning rate;
-    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is wholly in. rule: of routing,
+    """weight: of the balance loss; bias_rate: by how much a selection bias changes in a step at the peak learning rate;
+    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is fully in. rule: of routing,
     which says what the balance loss is.
     """
 
@@ -46,8 +46,8 @@ class Balancing:
     def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor], shares: Tensor) -> Tensor | float:
         """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
 
-        loads: (E,) of each level, over all ranks; shares: (B,) float32, what each row counts, of which the mean over
-        ranks sums to 1.
+        loads: (E,) of each level, over all ranks; shares: (B,) float32, how much each row counts; their mean over ranks
+        sums to 1.
         """
         total: Tensor | float = 0.0
         if self.weight > 0:
@@ -58,7 +58,7 @@ class Balancing:
         return total
 
     def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
-        """Moves the state of the gates on; loads as in `loss`, or empty where they are not needed.
+        """Advances the state of the gates; loads as in `loss`, or empty where they are not needed.
 
         share: of the peak learning rate. The bias comes to rest with the weights: the loads of one step are noisy, and
         what they last did to it stays in the model.

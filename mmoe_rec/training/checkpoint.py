@@ -5,7 +5,7 @@
                              random state of each rank
         training.json        the rest, see `TrainingState`
 
-They are written beside the training, from a copy of its state, and appear when they are whole. A checkpoint can be
+They are written while training goes on, from a copy of its state, and appear once they are whole. A checkpoint can be
 read by any number of ranks.
 """
 
@@ -35,7 +35,7 @@ _LATEST = "latest.json"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands, but for the tensors.
+    """Where a training stands, apart from the tensors.
 
     step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
     one, 0 before the first; skipped: steps left out because their loss was not finite; origin: what was trained.
@@ -103,11 +103,11 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder, one at a time, beside the training. A collective object: every rank has one.
+    """Writes checkpoints into a folder, one at a time, while training goes on. A collective object: every rank has one.
 
-    folder: all ranks see it; kept: so many of the last ones stay, and the best; before: the checkpoint that training
-    goes on from; None forgets which step another training in the folder had reached. What others of the folder there
-    are is removed once the first new one is whole.
+    folder: all ranks see it; kept: this many of the latest stay, and the best; before: the checkpoint that training
+    goes on from; None forgets which step another training in the folder had reached. Others in the folder are removed
+    once the first new one is whole.
     """
 
     def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
@@ -121,13 +121,13 @@ class CheckpointWriter:
                 (folder / _LATEST).unlink(missing_ok=True)
             for left in folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
-        # The tensors of a checkpoint are exchanged by a thread: not in the group in which training does so.
+        # A thread exchanges the tensors of a checkpoint, so not in the group in which training exchanges its own.
         self._group: Any = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, tensors: dict[str, Any], state: TrainingState) -> None:
-        """Copies the tensors, then writes beside the training. A collective call; first waits for the one before.
+        """Copies the tensors, then writes while training goes on. A collective call; first waits for the one before.
 
         tensors: such as {"model": ..., "optimizer": ...}, state dicts. Raises UserError where the one before failed.
         """
@@ -167,7 +167,7 @@ class CheckpointWriter:
             writing.result()
         except RuntimeError:  # another rank is lost
             raise
-        except (Exception, CheckpointException) as error:  # which is none of Exception's
+        except (Exception, CheckpointException) as error:  # which is no subclass of Exception
             for left in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             raise UserError(

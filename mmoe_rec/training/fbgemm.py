@@ -5,7 +5,7 @@ answer from a variable of libc10. In the CUDA build of torch, which is the one o
 this variable, into which that code writes instead. So fbgemm finds an empty one and falls back to its reference loops:
 updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0).
 
-As this writes into another library's memory, it is done with the versions that it was tried with alone. The file can go
+As this writes into another library's memory, it is done only with the versions that it was tried with. The file can go
 when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
 """
 
@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
-"""How the versions begin that the copy was tried with."""
+"""How the versions that the copy was tried with begin."""
 
 _ANSWER = "cpuinfo_isa"
 _SYMBOL_ENTRY = 1  # dladdr1: ask for the ELF symbol
@@ -51,8 +51,8 @@ class _Symbol(ctypes.Structure):
 def share_cpuinfo() -> bool:
     """Copies what torch knows of the processor to where fbgemm looks, if that is empty; whether anything was copied.
 
-    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With
-    versions that it was not tried with it only warns that training will be slow.
+    Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With other
+    versions than those tried, it only warns that training will be slow.
     """
     found = _to_copy()
     if found is None:

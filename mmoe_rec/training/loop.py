@@ -56,7 +56,7 @@ LogMetrics = Callable[[dict[str, float], int], None]
 
 @dataclass
 class TrainingResult:
-    """What a training gave. rows_per_s counts all ranks, without validation; waiting is the share of that time.
+    """The result of a training. rows_per_s counts all ranks, without validation; waiting is the share of that time.
 
     history: (step, validation) of each; step 0 is that of the model that was started from. best_checkpoint: its folder;
     skipped: steps left out because their loss was not finite.
@@ -79,8 +79,8 @@ class Trainer:
 
     layout: that of the prepared rows, with what the model makes of it. log_metrics: called with metrics and the step;
     on rank 0 it may write them down. warm_start: the weights to start from, by default random ones. resume: a
-    checkpoint to go on from instead. origin: what checkpoints say of it all. watch: called with each validation and its
-    step; what it raises ends the training.
+    checkpoint to go on from instead. origin: what checkpoints say the training began with. watch: called with each
+    validation and its step; what it raises ends the training.
 
     Raises:
         UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
@@ -270,7 +270,7 @@ class Trainer:
     def _validate(self, meter: Meter) -> bool:
         """Validates, and sees whether this is the best model so far and whether patience has run out.
 
-        False where a rank was asked to stop, so that the validation did not come to its end.
+        False where a rank was asked to stop, so that the validation did not finish.
         """
         start = time.perf_counter()
         batches = Prefetch(self._batches(self.validation_reader, self.validation_reader.position(0), 1))

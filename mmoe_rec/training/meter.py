@@ -1,4 +1,4 @@
-"""What training tells of itself while it runs."""
+"""What training reports while it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Meter:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def leave_out(self, seconds: float) -> None:
-        """Time that was spent on something else than training."""
+        """Time that was spent on something other than training."""
         self.left_out += seconds
 
     @property

@@ -1,4 +1,4 @@
-"""What a training was begun with: its settings, features and start, by which a command sees whether it is the same."""
+"""What a training was begun with: its settings, features and start, by which a command recognises it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _FREE = {"calibration", "device", "on_bad_loss", "checkpoint_steps", "checkpoint
 class Start:
     """The model that a training started from.
 
-    address: as it was given; exact: the same for good, where an alias stood; weights: their checksum; run: that made
-    them.
+    address: as it was given; exact: a lasting address of the same model, where that is an alias; weights: their
+    checksum; run: that made them.
     """
 
     address: str
@@ -60,7 +60,7 @@ class Origin:
         return Origin(**{**tree, "start": None if start is None else Start(**start)})
 
     def difference(self, now: Origin) -> str | None:
-        """What is other now, as the end of a sentence on the training; None where all is the same."""
+        """What is different now, as the end of a sentence on the training; None where all is the same."""
         return next(self._differences(now), None)
 
     def _differences(self, now: Origin) -> Iterator[str]:
@@ -77,7 +77,7 @@ class Origin:
             yield f"it was begun with --from {one}, now it is --from {other}; give --from {one.exact}"
 
     def check(self, now: Origin, folder: Path) -> None:
-        """Raises UserError where anything is other now than for the checkpoint in a folder."""
+        """Raises UserError where anything differs from the checkpoint in a folder."""
         if (found := self.difference(now)) is not None:
             raise UserError(
                 f"the training of '{folder}' can't go on: {found}, or train from the start, without --resume"

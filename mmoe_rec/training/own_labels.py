@@ -1,7 +1,7 @@
 """What validation says of binary tasks besides loss and AUC: calibration and GAUC, over the rows of a task's own label.
 
 Sums are kept by every rank. GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange
-them. Where these are more than ROWS_KEPT, it is that of a share of the users, drawn by a hash of their ids.
+them. Where there are more than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Kept = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class OwnLabels:
-    """Adds up batches of this rank; `exchange` makes it those of all ranks."""
+    """Adds up batches of this rank; `exchange` makes them those of all ranks."""
 
     def __init__(self, layout: Layout) -> None:
         self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
         self._names = [layout.tasks[index].name for index in self._binary]
-        self._one_in = 1  # of so many users one is kept: a power of 2, so that fewer are some of those before
+        self._one_in = 1  # one of this many users is kept: a power of 2, so that fewer are part of more
         self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
         self._kept: list[Kept] = []
 
@@ -73,7 +73,7 @@ class OwnLabels:
 
 
 def _of_users(kept: Kept, one_in: int) -> Kept:
-    """The rows of one user in so many, by the upper half of the hash: the lower one may tell ids apart elsewhere."""
+    """The rows of one user in `one_in`, by the upper half of the hash: the lower one may be in use elsewhere."""
     users, logits, labels = kept
     chosen = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(one_in) == 0
     return users[chosen], logits[chosen], labels[chosen]

@@ -17,8 +17,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 
-# The planner tries every combination of ways to spread the tables if there are so few, by ranks: each takes time that
-# grows with the ranks. Beyond that it goes from the best way of each table on to the next.
+# The planner tries every combination of ways to spread the tables if there are at most this many, by ranks: the time
+# for each grows with the ranks. Beyond that it starts from the best way of each table and goes on to the next.
 _COMBINATIONS_BY_RANKS = 64_000
 _MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
@@ -79,7 +79,7 @@ def sharders() -> list[Any]:
 
 
 def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any = None) -> Any:
-    """torchrec's planner. batch_size: rows a rank and step; stats: is told of the plan."""
+    """torchrec's planner. batch_size: rows a rank and step; stats: receives the plan."""
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -154,7 +154,7 @@ def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, bat
 
 
 class _Listener:
-    """Keeps what the planner tells of its plan."""
+    """Keeps what the planner reports of its plan."""
 
     def __init__(self) -> None:
         self.options: Sequence[Any] = ()
@@ -184,7 +184,7 @@ def plan_text(plan: Any) -> str:
 
 
 def alike(ranks: Sequence[tuple[int, str]]) -> list[str]:
-    """What is said of each rank, once for neighbours of which the same is said."""
+    """The text on each rank, once for neighbours with the same text."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
         numbers = [rank for rank, _ in group]
@@ -203,7 +203,7 @@ def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]
-    where = f"{machines.world_size} rank(s), of which each has {machines.rank_bytes / GIB:.2f} GiB for them"
+    where = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them"
     what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
     most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     whole = machines.rank_bytes if machines.device == "cpu" else offered  # on CPUs a table is not split

@@ -39,9 +39,9 @@ class Ranks:
         return self.rank == 0
 
     def after_first(self, work: Callable[[], str]) -> str:
-        """Rank 0 does the work, however long it takes; the others wait for it. Gives what it gave.
+        """Rank 0 does the work, however long it takes; the others wait for it. Returns its result on all.
 
-        Raises UserError on all of them if it failed: where it had a sentence for the user, they have the same.
+        Raises UserError on all of them if it failed: where it had a sentence for the user, they raise the same.
         """
         if not self.first:
             self.store.wait(["first"], _DAYS_FOR_FEATURES)
@@ -82,8 +82,8 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
         with _silenced(), _naming_lost(ranks):
             yield ranks
     finally:
-        # Without both, a rank can abort at exit: a thread of gloo that still has to let go of the last tensors needs
-        # the interpreter's lock for it, and is ended in the middle. Sleeping gives it the lock.
+        # Without both, a rank can abort at exit: a thread of gloo that still has to release the last tensors needs the
+        # interpreter's lock for it, and is killed in the middle. Sleeping gives it the lock.
         dist.destroy_process_group()
         time.sleep(_SECONDS_TO_LET_GO)
 
@@ -97,7 +97,8 @@ def _naming_lost(ranks: Ranks) -> Iterator[None]:
         if ranks.world_size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{_lost(ranks)}; rank {ranks.rank} can't go on alone, --resume can ({reason})") from error
+        message = f"{_lost(ranks)}; rank {ranks.rank} can't go on alone: go on with --resume ({reason})"
+        raise UserError(message) from error
 
 
 def _lost(ranks: Ranks) -> str:
@@ -115,7 +116,7 @@ def _lost(ranks: Ranks) -> str:
     if not lost:
         return f"the {ranks.world_size} ranks have lost their connections to each other"
     names = ", ".join(map(str, lost))
-    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or does not answer"
+    return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or gave no answer"
 
 
 @contextlib.contextmanager

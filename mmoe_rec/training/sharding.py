@@ -126,7 +126,7 @@ def load_plain(model: nn.Module, folder: Path) -> None:
         raise UserError(f"'{folder}' holds no complete checkpoint")
     state = {"model": {name: _as_stored(name, weight) for name, weight in model.state_dict().items()}}
     with warnings.catch_warnings():
-        # That is what is meant here.
+        # That is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     expected = model.state_dict()
@@ -149,7 +149,7 @@ def _as_stored(name: str, weight: Tensor) -> Tensor:
 # Tables are updated by their optimizer within their backward pass, so what is to be known before anything is updated,
 # such as whether the gradient is finite, must be known by then. The graph is cut where the tables' outputs enter the
 # dense part; the gradient that arrives there is handed on later, unchanged. The price is that the ranks' exchange of
-# dense gradients does not run beside that of the tables.
+# dense gradients does not overlap with that of the tables.
 
 
 class TablesLast:
@@ -160,7 +160,7 @@ class TablesLast:
         mixture.register_forward_pre_hook(self._cut)
 
     def _cut(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        # torchrec's pipeline traces the model by symbols, which are no tensors.
+        # torchrec's pipeline traces the model by symbols, which are not tensors.
         if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
             return None
         self._cuts = []

@@ -1,7 +1,7 @@
 """Training steps in torchrec's pipeline: while a batch is trained on, the ids of the next one are on their way already.
 
 The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
-updated. That of the dense part is done in `_forward`, so that a step whose gradient is not finite updates nothing.
+updated. The dense part's backward pass is in `_forward`, so that a step whose gradient is not finite updates nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mmoe_rec.training.stop import StopRequest
 class Step:
     """A batch that was trained on.
 
-    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they are of (or the sum of their
+    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they cover (or the sum of their
     rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" or
     "gradient"; then nothing was updated.
     """
@@ -209,15 +209,15 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# So many in a row come of broken weights rather than of single batches.
 # Steps whose loss is not finite: training stops with the batch at hand for inspection, or goes on without them.
 
 
+# This many in a row come from broken weights rather than single batches.
 IN_A_ROW_AT_MOST = 20
 
 
 class BadBatches:
-    """Counts them, all ranks alike. folder: where a batch is saved; policy: what to do; skipped: steps so far."""
+    """Counts bad batches, all ranks alike. folder: where one is saved; policy: what to do; skipped: steps so far."""
 
     def __init__(self, folder: Path, policy: Literal["stop", "skip"]) -> None:
         self.folder, self.policy = folder, policy
@@ -231,7 +231,7 @@ class BadBatches:
     def leave_out(self, batch: Batch, logits: Tensor, step: int, what: str) -> None:
         """Skips a step, or raises UserError, as every rank does at the same step.
 
-        what: is not finite: "loss" or "gradient".
+        what: what is not finite: "loss" or "gradient".
         """
         self.skipped += 1
         self._in_a_row += 1

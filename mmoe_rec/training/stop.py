@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Notes the first SIGTERM or SIGINT within its context, so that a loop can end in order; a second one acts at once.
+    """Notes the first SIGTERM or SIGINT within its context, so that a loop can end cleanly; a second one acts at once.
 
     asked: name of the signal that came, None before. Outside the main thread, which alone gets signals, none comes.
     """

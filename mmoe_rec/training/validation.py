@@ -220,10 +220,10 @@ def validate_alone(
     return sums.result()
 
 
-# What a training's validations say in words: why a state was chosen, and what of it should worry its owner.
+# What a training's validations say in words: why a state was chosen, and what in them should worry its owner.
 
 
-FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which one is told
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 _ERRORS = 1.96
 
 
@@ -248,7 +248,7 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
             why = (
                 f"with {rows} rows of its rarer label that may be chance, but nothing shows that it ranks at all"
                 if rows < FEWEST or _may_be_chance(auc, rows)
-                else "it ranks worse than chance: the label may be turned round, or validation unlike training"
+                else "it ranks worse than chance: the label may be inverted, or validation unlike training"
             )
             found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
     for task, ratio in best.calibration.items():
@@ -266,10 +266,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _may_be_chance(auc: float, rows: int) -> bool:
-    """Whether random scores come so far from .5 in one of 20 validations, with so many rows of the rarer label.
+    """Whether random scores stray this far from .5 in one of 20 validations, with this many rows of the rarer label.
 
     Their AUC has the variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and Whitney, 1947); how many
-    have the other label is not known here, and no more would make it smaller than half of that with as many.
+    have the other label is not known here, but no number makes it smaller than half of that with as many.
     """
     return abs(auc - 0.5) <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
 

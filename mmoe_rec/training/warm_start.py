@@ -48,8 +48,8 @@ class WarmStart:
         settings: the `model` section of the model that is to start.
 
     Raises:
-        UserError: the model can't be read, or another difference than new ids keeps its weights from fitting; the
-            first such difference is named.
+        UserError: the model can't be read, or a difference besides new ids keeps its weights from fitting; the first
+            one is named.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ def _structures(one: Model, other: Model) -> Iterator[str]:
 
 
 def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
-    """What else than new ids distinguishes the features, each as a part of a sentence."""
+    """What besides new ids distinguishes the features, each as a part of a sentence."""
     for where, its, theirs in differences(old.schema.identity(), new.schema.identity()):
         if where.rpartition(".")[2] not in _FREE:
             yield f"its setting '{where}' is {its}, and {theirs} in the features"
     for name, owner in old.owners.items():
         known, now = owner.vocabulary.ids, new.owners[name].vocabulary.ids
         if len(known) > len(now):
-            yield f"its feature '{name}' knows {len(known):,} ids, and {len(now):,} in the features"
+            yield f"its feature '{name}' knows {len(known):,} ids, the features only {len(now):,}"
         if len(known) and not known.equals(now[: len(known)]):
             yield f"the ids of its feature '{name}' have other rows than in the features"
     for name, encoder in old.encoders.items():
@@ -162,10 +162,10 @@ def _shape(layout: ModelLayout) -> tuple[Any, ...]:
     return tables, layout.ids, layout.dense, tasks
 
 
-# Towers begin at the base rates: a new model says of every row what the training rows say on average.
+# Towers begin at the base rates: a new model predicts for every row what the training rows say on average.
 #
-# From a bias of 0 it says .5, and the first steps, in which learning rates rise, go into the way down: of a label that
-# one row in 200 has, a short training never arrives, and all its probabilities are too high.
+# From a bias of 0 it predicts .5, and the first steps, in which learning rates rise, are spent getting down: for a
+# label that one row in 200 has, a short training never gets there, and all its probabilities are too high.
 
 
 def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:

@@ -15,7 +15,7 @@ from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, U
 
 
 def one_class(_: Metric[Any], group: Mapping[str, Any]) -> str:
-    """Why metrics of a binary task are undefined whose observed labels are all alike."""
+    """Why metrics of a binary task are undefined where its observed labels are all alike."""
     label = int(group["positives"] > 0)
     also = "" if label else " So is calibration."
     return f"All {group['rows']:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"
@@ -92,7 +92,7 @@ def _left_out(sums: UserSums, groups: float, rows: float) -> dict[str, Any]:
 
 
 class _Bins:
-    """Rows by user and bin of the histogram, of which there are B.
+    """Rows by user and by the histogram's B bins.
 
     Attributes:
         positives, negatives: (B, U) rows, bins in the order of rising prediction.

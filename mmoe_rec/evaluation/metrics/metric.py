@@ -1,8 +1,8 @@
 """What a metric says of itself, and what it is given.
 
 Rows are measured into sums per user (`measure`), which are added up over any number of parts of the rows; `summarise`
-makes the value of the sums. The intervals redraw users, so `summarise` is asked for R resamples at once, in which each
-user counts as often as it was drawn. One resample that counts every user once gives the metric itself.
+computes the value from the sums. The intervals redraw users, so `summarise` is asked for R resamples at once, in which
+each user counts as often as it was drawn. One resample that counts every user once gives the metric itself.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ class Metric(ABC, Generic[Measured]):
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
-    """How those of its sums are merged that are not added up."""
+    """How to merge those of its sums that are not added up."""
 
     def __init__(self) -> None:
         if missing := [each for each in ("name", "kinds", "better", "totals") if not hasattr(self, each)]:
@@ -56,7 +56,7 @@ class Metric(ABC, Generic[Measured]):
         return {}
 
     def before_merging(self, parts: pa.Table) -> pa.Table:
-        """Sums of parts of the rows, some of the same user, as they may be merged."""
+        """Readies sums of parts of the rows, some of the same user, for merging."""
         return parts
 
     @property
@@ -119,7 +119,7 @@ class UserSums:
         """(U,) float64, the sum of each user; `absent` for users without a row."""
         if name not in self.table.column_names:
             raise UserError(
-                f"the sums hold no {name!r}, which a metric reads: they are of a version without it; evaluate again"
+                f"the sums hold no {name!r}, which a metric reads: they are from a version without it; evaluate again"
             )
         values = np.full(len(self.users), absent)
         values[self._place] = self.table[name].to_numpy()
@@ -130,12 +130,12 @@ class UserSums:
         return pc.index_in(users, value_set=self.users.combine_chunks()).to_numpy().astype(np.int64)
 
     def once(self, make: Callable[["UserSums"], Made]) -> Made:
-        """What `make` gives of these sums, made when it is first asked for."""
+        """What `make` gives for these sums, made on first use."""
         made: Made = self._made.get(make) or self._made.setdefault(make, make(self))
         return made
 
     def drawn(self, counts: np.ndarray) -> "Drawn":
-        """In resamples that count the users `counts` (U, R) float64 times."""
+        """The sums in R resamples that draw the users `counts` (U, R) float64 times."""
         # One product for the sums of all metrics reads the counts once.
         return Drawn(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
 

@@ -1,8 +1,8 @@
 """Metrics of the score: how well it ranks the rows of a request, as means over requests whose rows differ in relevance.
 
-They are of all requests at once, without a Python loop: sums over requests and over *runs*, rows of one request with
-equal scores. Rows of a run have no order of their own, so each metric is its expected value over a random order of
-them: no metric can gain from ties.
+They are computed for all requests at once, without a Python loop: sums over requests and over *runs*, rows of one
+request with equal scores. Rows of a run have no order of their own, so each metric is its expected value over a random
+order of them: no metric can gain from ties.
 """
 
 from dataclasses import dataclass
@@ -70,10 +70,10 @@ class MeanReciprocalRank(Ratio[RankedLists]):
 
 
 def ranks_nothing(lists: RankedLists) -> dict[str, np.ndarray]:
-    """The requests of which every order is as good as any other: why -> (Q,) bool, each under the first that holds.
+    """The requests for which every order is as good as any other: why -> (Q,) bool, each under the first that holds.
 
     `of_one_row`; `without_relevant_row`; `of_equal_relevance`, where all rows have the same positive gain. NDCG and
-    reciprocal rank are 1, or undefined, for whatever scores.
+    reciprocal rank are 1, or undefined, whatever the scores.
     """
     largest, least = np.full(lists.requests, -np.inf), np.full(lists.requests, np.inf)
     np.maximum.at(largest, lists.request, lists.gain)

@@ -1,8 +1,8 @@
 """Errors of a regression, over observed rows.
 
-R2 needs the spread of the labels, and the mean of squares less the square of the mean cancels: of labels of 1.7e9 +-
-100, float64 keeps nothing of the deviation. Kept instead is the sum of squares about the mean of each part, which
-merges by what the means of the parts lie apart (Chan, Golub and LeVeque, 1983).
+R2 needs the spread of the labels, and the mean of squares less the square of the mean cancels: for labels of 1.7e9 +-
+100, float64 keeps nothing of the deviation. Instead the sum of squares about the mean of each part is kept, which
+merges by how far the means of the parts lie apart (Chan, Golub and LeVeque, 1983).
 """
 
 from collections.abc import Mapping
