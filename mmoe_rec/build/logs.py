@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.schema import Schema
-from mmoe_rec.settings.sections import EngineName
+from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
 
 _NEVER = np.iinfo(np.int64).max
 Source = TypeVar("Source", Log, EventRows)
@@ -27,9 +27,9 @@ class BuildOptions:
     workers: int | None = None
     rows_in_memory: int = 1_048_576
     skip_bad_files: bool = False
-    duplicates: Literal["error", "keep"] = "error"
-    future_times: Literal["error", "keep"] = "error"
-    several_times: Literal["first", "error"] = "first"
+    duplicates: ErrorOrKeep = "error"
+    future_times: ErrorOrKeep = "error"
+    several_times: FirstOrError = "first"
 
     @property
     def unchecked(self) -> list[str]:

@@ -32,6 +32,8 @@ def _as_time(value: Any) -> datetime | None:
 
 Time = Annotated[datetime, BeforeValidator(_as_time)]
 EngineName = Literal["local", "ray"]
+ErrorOrKeep = Literal["error", "keep"]
+FirstOrError = Literal["first", "error"]
 
 
 class Split(Section):
@@ -76,13 +78,11 @@ class Data(Section):
         1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
     )
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
-    duplicates: Literal["error", "keep"] = Field(
-        "error", description="what to do if a candidate occurs twice in a request"
-    )
-    future_times: Literal["error", "keep"] = Field(
+    duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
+    future_times: ErrorOrKeep = Field(
         "error", description="what to do about times later than now, most likely in another unit"
     )
-    several_times: Literal["first", "error"] = Field(
+    several_times: FirstOrError = Field(
         "first", description="what to do if rows of a request have different times: take the first for all, or stop"
     )
 

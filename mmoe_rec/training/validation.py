@@ -269,7 +269,8 @@ def _may_be_chance(auc: float, rows: int) -> bool:
     """Whether random scores stray this far from .5 in one of 20 validations, with this many rows of the rarer label.
 
     Their AUC has the variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and Whitney, 1947); how many
-    have the other label is not known here, but no number makes it smaller than half of that with as many.
+    have the other label is not known here, but no number makes it much smaller than half of that with
+    as many.
     """
     return abs(auc - 0.5) <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
 
