@@ -21,10 +21,10 @@ class AddedPackage:
         shutil.copytree(ROOT / "mmoe_rec", folder / "mmoe_rec", ignore=shutil.ignore_patterns("__pycache__"))
 
     def add(self, file: str, text: str, *, listed_in: str, after: str, line: str) -> None:
-        """Writes the file, and the line that registers it below the line `after` of the file `listed_in`."""
+        """Writes `text` into a new file, or at the end of one; and a line below the line `after` of `listed_in`."""
         target, listing = self.folder / "mmoe_rec" / file, self.folder / "mmoe_rec" / listed_in
-        assert not target.exists()
-        target.write_text(text, encoding="utf-8")
+        before = target.read_text(encoding="utf-8") if target.exists() else ""
+        target.write_text(before + text, encoding="utf-8")
         before = listing.read_text(encoding="utf-8")
         assert before.count(f"{after}\n") == 1, f"{listed_in} has not one line {after!r}"
         listing.write_text(before.replace(f"{after}\n", f"{after}\n{line}\n"), encoding="utf-8")

@@ -245,12 +245,18 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
         assert f"`{name}`" in DOCS, name
 
 
-def test_python_example(said: dict[str, str], folder: Path) -> None:
-    (example,) = blocks("python")
-    rows, auc, candidates = shell(shlex.join(["python", "-c", example]), folder).splitlines()[-3:]
+def test_python_examples(said: dict[str, str], folder: Path) -> None:
+    trained, scored = blocks("python")
+    rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
     assert re.fullmatch(r"\d+ rows", rows)
     assert "'value': 0." in auc
     assert sorted(json.loads(candidates)) == [29789, 826249]
+    (told,) = shell(shlex.join(["python", "-c", scored]), folder).splitlines()
+    table = pq.read_table(folder / "scored.parquet")
+    assert told == f"{len(table)} rows scored for ['bought', 'rebought']"
+    bought = table["predicted_bought"].to_numpy()
+    assert ((bought > 0) & (bought < 1)).all()
+    assert np.corrcoef(bought, table["bought"].to_numpy())[0, 1] > 0.2
 
 
 def test_readme_is_read_in_one_sitting() -> None:

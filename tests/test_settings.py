@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.schema import Section
 from mmoe_rec.settings import Settings, describe, load_settings, parse_overrides
@@ -310,8 +311,7 @@ def test_a_missing_key(tmp_path, changes, message):
         ({"roles__user": "country"}, "'roles.user' must be a list, such as [a, b], found 'country'"),
         (
             {"features__item__kind": "idd"},
-            "'features.item.kind' must be one of id, ids, numeric, vector, time, cross, history, counter, found 'idd'; "
-            "did you mean 'id'?",
+            f"'features.item.kind' must be one of {', '.join(KINDS)}, found 'idd'; did you mean 'id'?",
         ),
         (
             {"features__user_brand__outputs": ["rates"]},
@@ -546,7 +546,7 @@ def test_the_template_mentions_every_key():
             return set(value).union(*map(keys, value.values()))
         return set()
 
-    used = {kind: set() for kind in ("id", "ids", "numeric", "vector", "time", "cross", "history", "counter")}
+    used = {kind: set() for kind in KINDS}
     for feature in tree["features"].values():
         used[feature["kind"]] |= set(feature)
     for model in _models(Settings, []):

@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 @contextmanager
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
-    """The engine of that name; `workers` is the number of tasks at a time, by default the cores at hand.
+    """The engine of that name; `workers` is the number of tasks at a time, by default one for each core.
 
     processes: whether `local` may start processes, for more workers than threads suit.
     """

@@ -7,8 +7,8 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.metric import UserSums
 from mmoe_rec.evaluation.metrics.registered import metrics_of
+from mmoe_rec.evaluation.metrics.resampling import Values, intervals
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
-from mmoe_rec.evaluation.resampling import Values, intervals
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
 

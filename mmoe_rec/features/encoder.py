@@ -77,7 +77,7 @@ class Encoder(ABC):
     counts: what it is fitted from, None where it shares another feature's vocabulary or learns nothing.
     """
 
-    counts: Any = None
+    counts: Any
 
     def __init__(self, name: str, feature: Any, shared: Shared) -> None:
         self.name, self.feature = name, feature
@@ -121,6 +121,8 @@ class Encoder(ABC):
 
 class Unfitted(Encoder):
     """An encoder that learns nothing from rows."""
+
+    counts = None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Nothing."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass
 
-from mmoe_rec.features.encoder import Encoder
-from mmoe_rec.schema import CHOICES, Feature
+from mmoe_rec.features.encoder import Encoder, MemoryEncoder
+from mmoe_rec.schema import CHOICES, Feature, Remembering
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Kind:
                 raise TypeError(f"{part.__name__} must be a subclass of {of.__name__}")
             if missing := sorted(getattr(part, "__abstractmethods__", ())):
                 raise TypeError(f"{part.__name__} lacks {', '.join(missing)}")
+        if issubclass(self.encoder, MemoryEncoder) != issubclass(self.feature, Remembering):
+            raise TypeError(
+                f"{self.encoder.__name__} does not fit {self.feature.__name__}: a MemoryEncoder needs a Remembering "
+                "feature, whose events are read and checked, and no other encoder can have one"
+            )
         if (file := self.feature.__module__.rpartition(".")[2]) not in _literals(self.feature):
             raise TypeError(f"{self.feature.__name__} lacks the name of its file: kind: Literal['{file}']")
         if added := set(self.settings.model_fields) - set(self.feature.model_fields) - CHOICES["features"]:

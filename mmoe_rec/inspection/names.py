@@ -21,7 +21,7 @@ def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path)
 
 
 def _ids(vocabulary: Path, meaning: Meaning, rows: list[int]) -> dict[int, str]:
-    """Table row -> the id itself, where the vocabulary is at hand; a row's number is name enough otherwise."""
+    """Table row -> the id itself, where the vocabulary can be read; otherwise the row's number is name enough."""
     try:
         known = pq.read_table(vocabulary, columns=["id"]).column("id")
         found = known.take(pa.array([row - meaning.first_known for row in rows], pa.int64())).to_pylist()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelLayout
@@ -125,17 +126,28 @@ class LoadedRanker:
         )
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions (N, T) and log scores (N,) float64 of rows in canonical types (see `mmoe_rec.log.columns`).
+        """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
 
-        Predictions are float32, or float64 where a task is a regression.
+        Predictions are float32, or float64 where a task is a regression, in the order of `names`.
         Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
-        ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`.
+        ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError
+        for a column that is missing, or that cannot be read as the features do.
         """
         if isinstance(rows, pa.Table):
-            rows = LogRows(rows, self.pipeline.schema)
+            rows = self._canonical(rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
         return self._score(rows, weights, ExpertChoice())[:2]
+
+    def _canonical(self, rows: pa.Table) -> LogRows:
+        schema = self.pipeline.schema
+        needed = [name for name, role in schema.input_columns().items() if role != "placement"]
+        if missing := [name for name in needed if name not in rows.column_names]:
+            raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
+        uses, unit = column_uses(schema), schema.columns.time_unit
+        read = {name: canonical(name, uses[name], rows[name], unit) for name in rows.column_names if name in uses}
+        given = {name: rows[name] for name in rows.column_names if name not in uses}
+        return LogRows(pa.table(read | given), schema)
 
     def _score(
         self, rows: LogRows, weights: np.ndarray, choice: ExpertChoice

@@ -1,6 +1,6 @@
 """The same counters by this project's engine, by Polars and by DuckDB: contestants of `tests.benchmarks.features`.
 
-engine  memories of events and sorted look-ups, merged (`mmoe_rec.point_in_time`), a group of counters a thread
+engine  memories of events, in which sorted look-ups are found (`mmoe_rec.point_in_time`), a group of counters a thread
 polars  cumulative sums for each key, `join_asof` for each look-up, all in one lazy plan, its order declared
 duckdb  cumulative sums for each key and known time, `ASOF JOIN` for each look-up
 

@@ -19,6 +19,7 @@ from mmoe_rec.evaluation.metrics.ranking import RankedLists
 from mmoe_rec.evaluation.summary import compare, flatten, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, merge_all
 from mmoe_rec.evaluation.table import results_table
+from tests.added_package import AddedPackage
 
 
 class Brier(Ratio[TaskRows]):
@@ -55,6 +56,49 @@ class FirstIsRelevant(Ratio[RankedLists]):
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
         first = (lists.position == 0) & (lists.gain > 0)
         return {"hit": np.bincount(lists.request, first, lists.requests)}
+
+
+BRIER = '''
+
+class Brier(Ratio[TaskRows]):
+    """Mean squared deviation of the probability from the label (Brier, 1950)."""
+
+    name, kinds, better, totals = "brier", ("binary",), "lower", ("squared_deviation", "weight")
+
+    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
+        """`squared_deviation`."""
+        return {"squared_deviation": rows.weight * (rows.prediction - rows.label) ** 2}
+'''
+
+
+def test_a_class_and_a_line_are_all_that_is_added(log: Log, tmp_path: Path) -> None:
+    """To the package itself, a copy of which measures the log in a process of its own."""
+    package = AddedPackage(tmp_path)
+    package.add(
+        "evaluation/metrics/probability.py",
+        BRIER,
+        listed_in="evaluation/metrics/registered.py",
+        after="    probability.Logloss(),",
+        line="    probability.Brier(),",
+    )
+    _, label, prediction = log.observed("bought")
+    np.savez(tmp_path / "rows.npz", label=label, prediction=prediction)
+    printed = package.run("""
+import json, numpy as np
+from mmoe_rec.evaluation.summary import flatten, summarise
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
+rows = np.load("rows.npz")
+number = np.arange(len(rows["label"]))
+sums = measure(
+    [MeasuredTask("bought", "binary")],
+    users=number // 8, requests=number // 4, score=rows["prediction"],
+    predictions={"bought": rows["prediction"]}, labels={"bought": rows["label"]},
+)
+print(json.dumps(flatten(summarise(sums, 20))))
+""")
+    found = json.loads(printed)
+    assert found["bought.brier"] == pytest.approx(brier_score_loss(label, prediction))
+    assert found["bought.brier.low"] < found["bought.brier"] < found["bought.brier.high"]
 
 
 @pytest.fixture

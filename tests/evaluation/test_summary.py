@@ -9,8 +9,8 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.notes import told, warnings
-from mmoe_rec.evaluation.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.summary import compare, flatten, summarise, sums_by_user
 from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, MeasuredTask, measure, merge_all
 

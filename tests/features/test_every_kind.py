@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder
+from mmoe_rec.features.encoder import Encoder, MemoryEncoder
 from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.kinds import KINDS, NAMES
 from mmoe_rec.features.kinds.counter import CounterEncoder, CounterFeature
@@ -18,10 +18,12 @@ from mmoe_rec.features.kinds.cross import CrossEncoder, CrossFeature, EmbeddedCr
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.sizes import largest_layout
+from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import Schema
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.schema import Remembering, Schema
 from mmoe_rec.settings import describe
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log, schema_of
 
@@ -49,7 +51,7 @@ def _schema(kind: str) -> Schema:
 
 
 def test_every_kind_is_tested_and_described() -> None:
-    assert tuple(EXAMPLES) == NAMES == tuple(KINDS)
+    assert set(EXAMPLES) == set(NAMES) == set(KINDS)
     files = Path("mmoe_rec/features/kinds").glob("*.py")
     assert {file.stem for file in files} - {"__init__"} == set(NAMES)
     guide = Path("configs/README.md").read_text(encoding="utf-8")
@@ -90,6 +92,45 @@ def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: 
         assert np.array_equal(again.dense[name], each)
     for name, each in inputs.ids.items():
         assert np.array_equal(getattr(again.ids[name], "values", again.ids[name]), getattr(each, "values", each))
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_it_is_fitted_by_merging_what_parts_of_the_log_counted(kind: str) -> None:
+    """As workers of a build do: what an encoder learns outside its `counts` would be lost."""
+    schema, until = _schema(kind), START + 8 * DAY
+    whole = fit(_log(1), schema, until)
+    rows = [log_rows(part, schema) for part in (_log(1).slice(0, 100), _log(1).slice(100))]
+    merged = FeaturePipeline(schema)
+    for each in rows:
+        worker = FeaturePipeline(schema)
+        worker.learn(each.filter(in_window(each.times(), (None, until))), until)
+        sent = {name: type(counts).from_table(counts.to_table()) for name, counts in worker.counts.items()}
+        merged.merge(sent, worker.key_types)
+    merged.finish()
+    if isinstance(merged.encoders["f"], MemoryEncoder):
+        assert getattr(merged.encoders["f"], "prior", 0) == getattr(whole.encoders["f"], "prior", 0)
+    else:
+        assert merged.encoders["f"].state() == whole.encoders["f"].state()
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> None:
+    schema = _schema(kind)
+    feature, pipeline = schema.features["f"], fit(_log(1), schema, START + 8 * DAY)
+    encoder, reads = pipeline.encoders["f"], feature.reads()
+    assert set(feature.list_lengths) == {column for column, use in reads.items() if use == "vector"}
+    assert feature.time_zones == ((feature.timezone,) if "timezone" in type(feature).model_fields else ())
+    own = {table.name for table in encoder.outline().tables}
+    others = {table for _, table, _ in encoder.outline().ids} - own
+    assert others == ({feature.shares} if feature.shares else set())
+    assert bool(encoder.column_types()) == isinstance(feature, VocabularyFeature)
+    (use,) = set(reads.values()) or {"time"}
+    if len(reads) == 1 and use in ("key", "keys", "number") and not isinstance(feature, Remembering):
+        assert encoder.usual(use) is not None
+    meaning = feature.meaning(schema)
+    assert meaning.zeros_missing == (use == "vector")
+    assert meaning.hashed == (kind == "cross")
+    assert reads or schema.role_of("f") in (feature.fixed_role, "context")
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -174,6 +215,10 @@ def test_a_feature_without_a_part_is_refused() -> None:
         Kind(NoReads, NoReads, CrossEncoder)
     with pytest.raises(TypeError, match="lacks the name of its file: kind: Literal"):
         Kind(other := type("Other", (CrossFeature,), {"__module__": "x.other"}), other, CrossEncoder)
+    with pytest.raises(TypeError, match="a MemoryEncoder needs a Remembering feature"):
+        Kind(CrossFeature, EmbeddedCross, CounterEncoder)
+    with pytest.raises(TypeError, match="a MemoryEncoder needs a Remembering feature"):
+        Kind(CounterFeature, CounterFeature, CrossEncoder)
     with pytest.raises(TypeError, match="EmbeddedCross must be a subclass of IdFeature"):
         Kind(IdFeature, EmbeddedCross, CrossEncoder)
 

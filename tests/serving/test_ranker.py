@@ -14,6 +14,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.features.encoded import label_types
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -50,6 +51,30 @@ def test_score_equals_offline_path(small: SmallModel, ranker: Ranker) -> None:
     np.testing.assert_allclose(values, expected, atol=1e-6)
     np.testing.assert_allclose(log_scores, expected_scores, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(ranker.score(rows.table)[1], log_scores)
+
+
+def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranker) -> None:
+    """Types that say the same, such as pandas writes, give the same scores; what is missing is named."""
+    _, rows = small.later_rows()
+    expected = ranker.score(rows)[1]
+    same = {
+        pa.string(): pa.large_string(),
+        pa.int64(): pa.int64(),
+        pa.timestamp("us", "UTC"): pa.timestamp("ns", "UTC"),
+    }
+    columns = {name: rows.table[name] for name in rows.table.column_names}
+    other = pa.table({name: each.cast(same.get(each.type, each.type)) for name, each in columns.items()})
+    np.testing.assert_array_equal(ranker.score(other)[1], expected)
+    coded = pa.table(
+        {n: e.combine_chunks().dictionary_encode() if e.type == pa.string() else e for n, e in columns.items()}
+    )
+    np.testing.assert_array_equal(ranker.score(coded)[1], expected)
+    key = ranker.pipeline.schema.columns.candidate
+    with pytest.raises(UserError, match=f"the rows have no column '{key}', which the model's features read"):
+        ranker.score(other.drop_columns([key]))
+    number = pa.array(np.arange(len(other)) / 7)
+    with pytest.raises(UserError, match=f"column '{key}' must hold integers or strings, found double"):
+        ranker.score(other.set_column(other.column_names.index(key), key, number))
 
 
 CALIBRATION = Calibration(

@@ -18,6 +18,7 @@ from mmoe_rec.errors import UserError
 
 Measured = TypeVar("Measured")
 Made = TypeVar("Made")
+_BETTER = {"higher": "↑", "lower": "↓", "one": "→ 1"}
 
 
 class Metric(ABC, Generic[Measured]):
@@ -62,7 +63,7 @@ class Metric(ABC, Generic[Measured]):
     @property
     def label(self) -> str:
         """Its name in a table."""
-        return f"{self.name} { ({'higher': '↑', 'lower': '↓', 'one': '→ 1'}[self.better]) }"
+        return f"{self.name} {_BETTER[self.better]}"
 
     def loss(self, value: float) -> float:
         """A number that is smaller for better values."""

@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 
 from mmoe_rec.evaluation.metrics.auc import one_class
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
-from mmoe_rec.evaluation.resampling import Values, replicate, with_interval
+from mmoe_rec.evaluation.metrics.resampling import Values, replicate, with_interval
 
 
 class Logloss(Ratio[TaskRows]):

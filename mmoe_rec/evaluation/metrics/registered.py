@@ -2,26 +2,23 @@
 
 from typing import Any
 
-from mmoe_rec.evaluation.metrics.auc import Auc, GaucRequest, GaucUser
+from mmoe_rec.evaluation.metrics import auc, probability, ranking, regression
 from mmoe_rec.evaluation.metrics.metric import Metric
-from mmoe_rec.evaluation.metrics.probability import Calibration, ExpectedCalibrationError, Logloss, NormalisedEntropy
-from mmoe_rec.evaluation.metrics.ranking import MeanReciprocalRank, Ndcg
-from mmoe_rec.evaluation.metrics.regression import MeanAbsoluteError, RootMeanSquaredError, RSquared
 
 METRICS: tuple[Metric[Any], ...] = (
-    Auc(),
-    GaucUser(),
-    GaucRequest(),
-    Logloss(),
-    NormalisedEntropy(),
-    Calibration(),
-    ExpectedCalibrationError(),
-    RootMeanSquaredError(),
-    MeanAbsoluteError(),
-    RSquared(),
-    Ndcg(5),
-    Ndcg(10),
-    MeanReciprocalRank(),
+    auc.Auc(),
+    auc.GaucUser(),
+    auc.GaucRequest(),
+    probability.Logloss(),
+    probability.NormalisedEntropy(),
+    probability.Calibration(),
+    probability.ExpectedCalibrationError(),
+    regression.RootMeanSquaredError(),
+    regression.MeanAbsoluteError(),
+    regression.RSquared(),
+    ranking.Ndcg(5),
+    ranking.Ndcg(10),
+    ranking.MeanReciprocalRank(),
 )
 """In the order in which tables show them."""
 
