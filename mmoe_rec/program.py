@@ -6,6 +6,9 @@ from pathlib import Path
 
 NAMES = ("train", "evaluate", "features", "inspect", "tune", "plan", "edit_experts", "sweep_experts", "doctor")
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
+_INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
+TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
+"""The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
 _MODULE = re.compile(rf"(python\s+)?-m\s+pipelines\.({'|'.join(NAMES)})\b")
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "devices": {"errors", "settings"},
     "schema": {"errors"},
     "routing": set(),
-    "settings": {"errors", "schema", "features", "routing"},
+    "settings": {"errors", "program", "schema", "features", "routing"},
     "point_in_time": set(),
     "log": {"errors", "schema", "point_in_time"},
     "features": {"errors", "atomic", "schema", *LOG},

@@ -40,6 +40,7 @@ def test_commands_are_listed_without_one() -> None:
     assert (found.code, found.imported) == (0, ())
     for name in NAMES:
         assert f"\n  {name.replace('_', '-')} " in found.out
+    assert "first steps: adapt a copy of configs/template.yaml" in found.out
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +85,8 @@ def test_an_installed_package_has_the_template(tmp_path: Path) -> None:
     for source, target in included["wheel"]["force-include"].items():
         shutil.copy(ROOT / source, tmp_path / target)
     printed = package.run("""
-from mmoe_rec.settings import TEMPLATE, load_settings
+from mmoe_rec.program import TEMPLATE
+from mmoe_rec.settings import load_settings
 print(load_settings(TEMPLATE).name)
 try:
     load_settings("no.yaml")

@@ -33,7 +33,7 @@ def explain_envelope(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"a request needs the key '{names[0]}'"
     if len(names) > 1 and names[0] == "candidates":
-        return f"column '{names[1]}' in 'candidates' must be a list with one value a candidate"
+        return f"column '{names[1]}' in 'candidates' must be a list with one value per candidate"
     wanted = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
     wanted |= {"gate_top_k": "an integer", "mask_experts": "a list of integers"}
     return f"'{names[0]}' must be {wanted.get(names[0], 'an object of numbers')}"

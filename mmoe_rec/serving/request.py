@@ -60,7 +60,7 @@ class RequestReader:
             raise RequestError(f"'candidates' needs a column '{name}' with the candidates' ids")
         for column, values in candidates.items():
             if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-                raise RequestError(f"column '{column}' in 'candidates' must be a list with one value a candidate")
+                raise RequestError(f"column '{column}' in 'candidates' must be a list with one value per candidate")
         count = len(candidates[name])
         if count == 0:
             raise RequestError(f"'candidates' is empty: column '{name}' needs at least one id")

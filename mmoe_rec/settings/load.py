@@ -10,13 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.program import TEMPLATE
 from mmoe_rec.settings.messages import explain
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import load_yaml
-
-_INSTALLED = Path(__file__).with_name("template.yaml")
-TEMPLATE = _INSTALLED if _INSTALLED.is_file() else "configs/template.yaml"
-"""Where users find the template: inside an installed package, or with the repository's other settings files."""
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

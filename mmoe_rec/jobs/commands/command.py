@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.program import spelled
-from mmoe_rec.settings import TEMPLATE, Settings, describe, load_settings
+from mmoe_rec.program import TEMPLATE, spelled
+from mmoe_rec.settings import Settings, describe, load_settings
 
 
 def read_command(
@@ -28,7 +28,7 @@ def read_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    template = str(TEMPLATE).replace("%", "%%")
+    template = TEMPLATE.replace("%", "%%")
     parser.add_argument("--config", required=True, metavar="C", help=f"settings file, such as {template}")
     if add_arguments is not None:
         add_arguments(parser)

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
-from mmoe_rec.program import NAMES
+from mmoe_rec.program import NAMES, TEMPLATE
 
 _ABOUT = {
     "train": "features, training, and registration of the model",
@@ -26,6 +26,14 @@ _ABOUT = {
     "sweep_experts": "accuracy and speed with fewer experts",
     "doctor": "checks this machine and its packages",
 }
+
+_FIRST_STEPS = f"""first steps: adapt a copy of {TEMPLATE}
+to your log, then
+  mmoe-rec features --config COPY
+  mmoe-rec inspect --config COPY
+  mmoe-rec train --config COPY
+  mmoe-rec evaluate --config COPY --model models:/NAME@champion
+"""
 
 
 @exit_with_message()
@@ -55,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mmoe-rec",
         usage="mmoe-rec COMMAND ...",
         description=f"{(__doc__ or '').partition('...')[2].strip()}\n\ncommands:\n{commands}",
+        epilog=_FIRST_STEPS.replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
