@@ -22,12 +22,17 @@ class AddedPackage:
 
     def add(self, file: str, text: str, *, listed_in: str, after: str, line: str) -> None:
         """Writes `text` into a new file, or at the end of one; and a line below the line `after` of `listed_in`."""
-        target, listing = self.folder / "mmoe_rec" / file, self.folder / "mmoe_rec" / listed_in
+        target = self.folder / "mmoe_rec" / file
         before = target.read_text(encoding="utf-8") if target.exists() else ""
         target.write_text(before + text, encoding="utf-8")
-        before = listing.read_text(encoding="utf-8")
-        assert before.count(f"{after}\n") == 1, f"{listed_in} has not one line {after!r}"
-        listing.write_text(before.replace(f"{after}\n", f"{after}\n{line}\n"), encoding="utf-8")
+        self.replace(listed_in, after, f"{after}\n{line}")
+
+    def replace(self, file: str, line: str, text: str) -> None:
+        """Writes the text in place of the one line of a file that ends in `line`."""
+        path = self.folder / "mmoe_rec" / file
+        before = path.read_text(encoding="utf-8")
+        assert before.count(f"{line}\n") == 1, f"{file} has not one line {line!r}"
+        path.write_text(before.replace(f"{line}\n", f"{text}\n"), encoding="utf-8")
 
     def run(self, script: str) -> str:
         """What a script prints that imports this package."""

@@ -33,8 +33,7 @@ MAY_IMPORT = {
     "evaluation": LEAVES | {"features", "batches", "model"},
     "report": {"errors", "atomic", "inspection"},
 }
-"""Stage -> other stages. Routing rules, whose names settings hold, are in `model` and a stage of their own. A
-stage that is not listed, such as `tracking`, is held to the absence of cycles only."""
+"""Stage -> other stages. A stage that is not listed, such as `tracking`, is held to the absence of cycles only."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -53,8 +52,6 @@ def _imports(path: Path) -> set[str]:
 
 def _stage(module: str) -> str | None:
     parts = module.split(".")
-    if module.startswith(f"{PACKAGE.name}.model.routing"):
-        return "routing"
     return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
 
 

@@ -5,7 +5,7 @@ task sees the shared ones and its own. In all levels but the last there is one m
 experts; its mix is the input of the next level's shared experts, and the mix of a task's gate that of the task's own
 experts and gate.
 
-A level reads from top to bottom: gates compute logits from their input, a rule of `mmoe_rec.model.routing` turns these
+A level reads from top to bottom: gates compute logits from their input, a rule of `mmoe_rec.routing` turns these
 into weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
 
 Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (G, or one), H width of an input, U width
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.model.products import HALF_PRECISION_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
-from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
+from mmoe_rec.routing.rule import Gated, Routing, largest, masked_softmax
+from mmoe_rec.routing.rules import rule_named
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import model as section
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "relu": functional.relu}
 # Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
 # this many weights (measured, see tests/benchmarks/experts.py).
 GROUPED_BELOW = 0.75
@@ -147,9 +147,9 @@ class Gates(nn.Module):
     def forward(self, inputs: Tensor | list[Tensor], top_k: int | None = None, usable: Tensor | None = None) -> Routing:
         """One input (B, H) for all gates, or one for each -> where the rows go.
 
-        top_k: experts a row and router, instead of the settings' number, outside training; usable: (E,) bool, the only
-        experts that may be used, on top of those that are masked. Raises ValueError outside training where rows compete
-        for experts and there is no k.
+        top_k: experts per row and router, instead of the settings' number, outside training; usable: (E,) bool, the
+        only experts that may be used, on top of those that are masked. Raises ValueError outside training where rows
+        compete for experts and there is no k.
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
         with torch.autocast(self.visible.device.type, enabled=False):
@@ -194,7 +194,7 @@ class Gates(nn.Module):
         return masked_softmax(logits, allowed)
 
     def experts_a_row(self, asked: int | None = None) -> int | None:
-        """Experts a row and router, None where the rule takes no k; outside training `asked` overrides settings."""
+        """Experts per row and router, None where the rule takes no k; outside training `asked` overrides settings."""
         if not self.training:
             k = self.settings.serving_top_k if asked is None else asked
             if k is not None:
@@ -256,7 +256,8 @@ class Experts(nn.Module):
     def __init__(self, count: int, inputs: int, settings: section.Experts) -> None:
         super().__init__()
         self.count = count
-        self.activate = ACTIVATIONS[settings.activation]
+        # Activations are named as torch names them.
+        self.activate: Callable[[Tensor], Tensor] = getattr(functional, settings.activation)
         self.normalise, self.compute = settings.normalise, settings.compute
         widths = [inputs, *settings.units]
         self.weights_each = sum(width * below for below, width in pairwise(widths))

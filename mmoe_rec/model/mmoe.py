@@ -3,7 +3,7 @@
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
 2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code with other
 settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
-levels. The forward pass reads from top to bottom here, in `mmoe_rec.model.levels` and in `mmoe_rec.model.routing`.
+levels. The forward pass reads from top to bottom here, in `mmoe_rec.model.levels` and in `mmoe_rec.routing`.
 
 Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
 tasks.
@@ -27,8 +27,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
 from mmoe_rec.model.products import StackedLinear, for_products
-from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name
+from mmoe_rec.routing.rule import Routing
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import model as section
@@ -148,7 +148,7 @@ class Mixture(nn.Module):
     ) -> Outputs:
         """inputs (B, sum of widths), placement (B, P) -> logits and routings.
 
-        use_placement: add the placement tower's logits; None does so in training only. top_k: experts a row and gate,
+        use_placement: add the placement tower's logits; None does so in training only. top_k: experts per row and gate,
         outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
         """
         hidden = for_products(self.bottom(inputs))  # (B, H)
@@ -194,7 +194,9 @@ class Bottom(nn.Module):
 
 
 class Crosses(nn.Module):
-    """x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l for `layers` layers of the given rank, (B, W) -> (B, W).
+    """Feature crosses: DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
+
+    x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, for `layers` layers of the given rank.
 
     A product of two embeddings, such as a user's and a candidate's, is what layers of weighted sums learn badly.
     """
@@ -213,7 +215,9 @@ class Crosses(nn.Module):
 
 
 class PiecewiseLinear(nn.Module):
-    """Each number as K parts: how far it reaches into each of the K intervals between its edges, 0 to 1.
+    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1).
+
+    Each number becomes K parts: how far it reaches into each of the K intervals between its edges, 0 to 1.
 
     The first linear layer above then fits any piecewise-linear function of the number, with bends at the edges, where a
     standardised number alone gives it a single slope. A number with fewer edges than others has fewer parts.

@@ -89,7 +89,7 @@ def sweep_figure(
     """AUC and calibration of each task, and latency, against the number of experts that score.
 
     Args:
-        counts: experts a row and gate, of each way of scoring.
+        counts: experts per row and gate, of each way of scoring.
         milliseconds: latency of each.
         tasks: of each, task -> metric -> `value`, `low` and `high`, for `auc` and `calibration`.
     """
@@ -111,7 +111,7 @@ def sweep_figure(
     for axes, name in zip(panels, ("AUC", "predicted /\nobserved", "ms for\n500 rows"), strict=True):
         axes.set_ylabel(name)
     panels[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
-    panels[2].set_xlabel("experts a row and gate")
+    panels[2].set_xlabel("experts per row and gate")
     panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle("Fewer experts at serving", x=0.03, ha="left", fontsize=13, fontweight="bold", color=_INK)
     return figure

@@ -18,6 +18,7 @@ SERVED_CODE = (
     "errors.py",
     "program.py",
     "schema",
+    "routing",
     "settings",
     "atomic.py",
     "log",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmoe_rec.model.routing import RULES, RoutingRule, rule_named
+from mmoe_rec.routing.rule import RoutingRule
+from mmoe_rec.routing.rules import RULES, rule_named
 from mmoe_rec.schema import Section
 
 if TYPE_CHECKING:

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.routing import RULES, Routing, RoutingRule, expert_loads, z_loss
+from mmoe_rec.routing.rule import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.settings import Model
 
 
 @dataclass(frozen=True)
 class Balancing:
     """weight: of the balance loss; bias_rate: by how much a selection bias changes in a step at the peak learning rate;
-    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is fully in. rule: of routing,
-    which says what the balance loss is.
+    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is fully in.
     """
 
     weight: float = 0.0
     bias_rate: float = 0.0
     z_weight: float = 0.0
     ramp_steps: int = 1000
-    rule: RoutingRule = RULES[0]
 
     @staticmethod
     def of(model: Model) -> Balancing:
@@ -35,7 +33,6 @@ class Balancing:
             gates.bias_rate if gates.balance == "bias" else 0.0,
             gates.z_loss,
             gates.ramp_steps,
-            gates.rule,
         )
 
     @property
@@ -52,7 +49,7 @@ class Balancing:
         total: Tensor | float = 0.0
         if self.weight > 0:
             pairs = zip(routings, loads, strict=True)
-            total = total + self.weight * sum(self.rule.balance_loss(*pair, shares) for pair in pairs) / len(routings)
+            total = total + self.weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
         if self.z_weight > 0:
             total = total + self.z_weight * sum(z_loss(routing, shares) for routing in routings) / len(routings)
         return total

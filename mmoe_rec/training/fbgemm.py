@@ -62,7 +62,7 @@ def share_cpuinfo() -> bool:
         named = " and ".join(f"{name} {each}" for name, each in versions.items())
         warnings.warn(
             f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
-            "times as slowly: install the versions that pyproject.toml asks for",
+            f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
             stacklevel=2,
         )
         return False

@@ -1,4 +1,4 @@
-"""Which rank holds which part of which table: torchrec's planner, for the ranks at hand or for any, on paper."""
+"""Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper."""
 
 from __future__ import annotations
 

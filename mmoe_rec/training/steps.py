@@ -209,7 +209,7 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# Steps whose loss is not finite: training stops with the batch at hand for inspection, or goes on without them.
+# Steps whose loss is not finite: training stops and keeps the batch for inspection, or goes on without them.
 
 
 # This many in a row come from broken weights rather than single batches.

@@ -6,13 +6,13 @@ forward and backward pass, and AdamW on its weights) on 4096 rows of width 256, 
 dense    all experts on all rows, in few large products, whatever the gates chose;
 grouped  each expert on the rows that some gate sent to it.
 
-For 8, 16, 32 and 64 experts of units [128, 64] and [512, 256], 1, 2 and 4 experts a row and gate, fp32 and bf16. Cases
-that differ in the number of experts alone take turns, on new rows each time and with freed memory kept, as in training;
-the fastest step of each counts. `executions` are rows that experts ran on, counted where their results are mixed;
-`union` is what the gates chose, counted from their choice; `multiplied` are the rows of the products, with those that
-make up whole blocks in half precision.
+For 8, 16, 32 and 64 experts of units [128, 64] and [512, 256], 1, 2 and 4 experts per row and gate, fp32 and bf16.
+Cases that differ in the number of experts alone take turns, on new rows each time and with freed memory kept, as in
+training; the fastest step of each counts. `executions` are rows that experts ran on, counted where their results are
+mixed; `union` is what the gates chose, counted from their choice; `multiplied` are the rows of the products, with those
+that make up whole blocks in half precision.
 
-growth_k2_8_to_64: time of a grouped step, 64 over 8 experts of [512, 256], two a row and gate, the larger one of both
+growth_k2_8_to_64: time of a grouped step, 64 over 8 experts of [512, 256], two per row and gate, the larger one of both
 precisions; sparse_over_dense_E64_k2: grouped over dense with 64 of them, likewise. `_without_optimizer`: the same
 without AdamW, whose work grows with the number of weights, and not with that of rows. `auto_never_slower`: the largest
 time of what `compute: auto` takes over the faster of both.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,19 +16,21 @@ from mmoe_rec.model.products import Dispatch, combine, grouped_linear
 from mmoe_rec.settings import model as section
 from tests.model.examples import small_settings
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
+
 
 def made_of(count: int, inputs: int, units: tuple[int, ...], **changes: Any) -> Experts:
     return Experts(count, inputs, section.Experts(units=units, **changes))
 
 
-def alone(experts: Experts, index: int) -> nn.Sequential:
+def alone(experts: Experts, index: int, activation: str = "silu") -> nn.Sequential:
     """One expert as a network of its own."""
     layers: list[nn.Module] = []
     for layer in experts.layers:
         weight, bias = layer.weight[index].detach(), layer.bias[index].detach()  # type: ignore[index, union-attr]
         linear = nn.Linear(weight.shape[1], weight.shape[0])
         linear.load_state_dict({"weight": weight, "bias": bias})
-        layers += [linear, nn.SiLU() if experts.activate is functional.silu else nn.ReLU()]
+        layers += [linear, ACTIVATIONS[activation]()]
     if experts.normalise:
         layers.append(nn.LayerNorm(layers[-2].out_features, elementwise_affine=False))
     return nn.Sequential(*layers)
@@ -42,7 +44,7 @@ def routed(rows: int, gates: int, count: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("compute", ["dense", "grouped"])
-@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("activation", get_args(section.Experts.model_fields["activation"].annotation))
 @pytest.mark.parametrize("normalise", [False, True])
 def test_mixing_equals_a_loop_over_expert_modules(compute: Any, activation: Any, normalise: bool) -> None:
     torch.manual_seed(0)
@@ -51,7 +53,7 @@ def test_mixing_equals_a_loop_over_expert_modules(compute: Any, activation: Any,
     weights, used = routed(30, 3, 6, 2)
     expected = torch.zeros(30, 3, 5)
     for index in range(6):
-        expected += weights[:, :, index, None] * alone(experts, index)(hidden)[:, None]
+        expected += weights[:, :, index, None] * alone(experts, index, activation)(hidden)[:, None]
     torch.testing.assert_close(experts.mix(hidden, weights, used), expected, atol=1e-5, rtol=1e-5)
 
 

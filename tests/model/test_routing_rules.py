@@ -1,51 +1,13 @@
-"""A routing rule is one class and one line: everything else follows from the list, and a part left out is refused."""
+"""Routing rules: their names, what each must say of itself, and what none may do."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
-from mmoe_rec.model.routing import RULES, Gated, RoutingRule, rule_named
+from mmoe_rec.routing.rule import Gated, RoutingRule
+from mmoe_rec.routing.rules import RULES, rule_named
 from mmoe_rec.settings import describe
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def added(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process found that has a rule more."""
-    command = [sys.executable, "-m", "tests.model.added_routing", str(tmp_path_factory.mktemp("added"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.rpartition("found:")[2])
-    return found
-
-
-def test_an_added_rule_trains_and_serves_as_a_loop_says(added: dict[str, Any]) -> None:
-    assert set(added["used"]) >= {1, 2}, "rows differ in how many experts they need"
-    assert max(added["used"]) < 4
-    served = np.array(added["served"])
-    assert np.ptp(served, axis=0).min() > 1e-3
-    np.testing.assert_allclose(served, added["expected"], atol=1e-6)
-
-
-def test_settings_follow_from_the_list(added: dict[str, Any]) -> None:
-    assert "soft | top_k | expert_choice | shared_route | above_average" in added["help"]
-    assert "those experts that are at least average (above_average)" in added["help"]
-    unknown, drawn, biased = added["refused"]
-    assert (
-        "'model.gates.routing' must be one of soft, top_k, expert_choice, shared_route, above_average, found "
-        "'above_averag'; did you mean 'above_average'?"
-    ) in unknown
-    assert "random_top_k has no meaning with routing above_average: use top_k or shared_route" in drawn
-    assert "balance bias has no meaning with routing above_average: use top_k or shared_route" in biased
 
 
 def test_names_are_unique_and_in_the_help() -> None:
@@ -55,6 +17,11 @@ def test_names_are_unique_and_in_the_help() -> None:
     for rule in RULES:
         assert rule_named(rule.name) is rule
         assert f"{rule.summary} ({rule.name})" in text
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no routing rule is called 'hard', there are soft, top_k, "):
+        rule_named("hard")
 
 
 PARTS = {"name": "toy", "summary": "any experts", "select": lambda self, gated: None}

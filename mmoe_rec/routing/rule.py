@@ -1,4 +1,4 @@
-"""Routing rules: which experts a row is sent to for each task, and with which weights. `RULES` lists them.
+"""What a routing rule is, what it chooses from and what it makes of it, and the losses on where gates sent rows.
 
 A gate's softmax comes first. The weights of the chosen are divided by their sum, but not where a model trains at k = 1:
 the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does; a model
@@ -6,15 +6,11 @@ that trains only at k = 1 never does, so that towers read what they were trained
 asked for fewer experts than it was trained with: then every rule takes the k largest (V-MoE: Riquelme et al., NeurIPS
 2021).
 
-The settings take a rule's name, its line in the help and its constraints from here, before torch is needed: so torch is
-imported by the functions that compute.
-
-Shapes: B rows, G gates, E experts, R routers: what chooses experts, one a gate, or one for all of them.
+Shapes: B rows, G gates, E experts, R routers: what chooses experts, one per gate, or one for all of them.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,11 +23,11 @@ if TYPE_CHECKING:
 class Gated:
     """What a rule chooses from: what gates made of B rows.
 
-    gates: (B, G, E) float32 logits; routers: (B, R, E) float32 logits, which are those of the gates unless one router
-    chooses for all tasks; both are minus infinity for an expert that one does not see. probabilities: (B, R, E)
-    float32, the routers' softmax over the experts that may be used, in training with noise and dropout. allowed: (R, E)
-    bool, these experts; bias: (E,) float32, the selection bias; k: experts a row and router, None for a rule that takes
-    no k.
+    gates: (B, G, E) float32 logits; routers: (B, R, E) float32, the gates' logits less what holds back experts that are
+    being let in, or the logits of the one router that chooses for all tasks, less the same; both are minus infinity for
+    an expert that one does not see. probabilities: (B, R, E) float32, the routers' softmax over the experts that may be
+    used, in training with noise and dropout. allowed: (R, E) bool, these experts; bias: (E,) float32, the selection
+    bias; k: experts per row and router, None for a rule that takes no k.
     """
 
     gates: Tensor
@@ -80,14 +76,14 @@ class Routing(NamedTuple):
 class RoutingRule(ABC):
     """How gates choose experts and weigh them.
 
-    A rule is a subclass, which says its name, its summary and what it selects, and a line in `RULES`. It has no state:
-    what is set, and learnt, is in the gates.
+    A rule is a subclass, which says its name, its summary and what it selects, and a line in the list `RULES` of
+    `mmoe_rec.routing.rules`. It has no state: what is set, and learnt, is in the gates.
     """
 
     mixes_all = False
     """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
     takes_k = True
-    """`gates.top_k` says how many experts a row gets in training."""
+    """`gates.top_k` says how many experts each row gets in training."""
     takes_bias = False
     """`Gated.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
     rows_compete = False
@@ -115,93 +111,6 @@ class RoutingRule(ABC):
         renormalise: whether the weights of a row sum to 1, or to the probability of what was selected.
         """
         return gated.probabilities if selected is None else kept(gated.probabilities, selected, renormalise)
-
-    def balance_loss(self, routing: Routing, loads: Tensor, shares: Tensor | None = None) -> Tensor:
-        """What `gates.balance: loss` adds for a level: see `balance_loss`, whose arguments these are."""
-        return balance_loss(routing, loads, shares)
-
-
-class Soft(RoutingRule):
-    """A softmax over all experts (Jacobs et al., 1991), one gate a task (Ma et al., KDD 2018)."""
-
-    name = "soft"
-    summary = "all experts"
-    mixes_all = True
-    takes_k = False
-
-    def select(self, gated: Gated) -> None:
-        """All of them."""
-
-
-class TopK(RoutingRule):
-    """The k largest of the softmax, the others 0 (Shazeer et al., ICLR 2017; k = 1: Fedus et al., JMLR 2022)."""
-
-    name = "top_k"
-    summary = "the k best of each task's gate"
-    takes_bias = True
-
-    def select(self, gated: Gated) -> Tensor:
-        """Each gate's k largest."""
-        return largest(gated)
-
-
-class ExpertChoice(RoutingRule):
-    """Each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022).
-
-    Each of the n experts that a gate may use takes ceil(B k / n) rows, so that a row gets k of them on average. Loads
-    are even by construction; but whether a row gets an expert depends on the other rows of its batch.
-    """
-
-    name = "expert_choice"
-    summary = "in training the rows that each expert wants most"
-    rows_compete = True
-
-    def select(self, gated: Gated) -> Tensor:
-        """Each expert's rows."""
-        import torch
-
-        assert gated.k is not None
-        probabilities, device = gated.probabilities, gated.probabilities.device
-        rows = len(probabilities)
-        capacities = [min(rows, math.ceil(rows * gated.k / max(1, n))) for n in gated.allowed.sum(-1).tolist()]
-        most_wanted = probabilities.topk(max(capacities), dim=0).indices  # (C, G, E) places of rows
-        place = torch.arange(len(most_wanted), device=device)[:, None, None]
-        taken = place < torch.tensor(capacities, device=device)[:, None]
-        chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
-            0, most_wanted, taken.expand_as(most_wanted)
-        )
-        return chosen & (probabilities > 0)
-
-
-class SharedRoute(RoutingRule):
-    """One router picks k experts for all tasks, and each task's gate weighs these: exactly k are computed a row."""
-
-    name = "shared_route"
-    summary = "k experts chosen for all tasks together"
-    takes_bias = True
-    one_router = True
-
-    def select(self, gated: Gated) -> Tensor:
-        """The router's k largest."""
-        return largest(gated)
-
-    def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:
-        """Each gate's softmax over the selected."""
-        assert selected is not None
-        # The router's logits are part of the weights, or it would get no gradient.
-        weights = masked_softmax(gated.gates + gated.routers, selected)
-        if not renormalise:
-            weights = weights * kept(gated.probabilities, selected, renormalise=False).sum(-1, keepdim=True)
-        return weights
-
-
-RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
-"""The rules that settings may name."""
-
-
-def rule_named(name: str) -> RoutingRule:
-    """The rule that settings call by this name."""
-    return next(rule for rule in RULES if rule.name == name)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
