@@ -88,7 +88,7 @@ def score_rows(
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
     model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
-    top_k: experts per row and gate, instead of the model's own number; usable: (E,) bool, the only experts that are run;
+    top_k: experts per row and gate, in place of the model's; usable: (E,) bool, the only experts that are run;
     first: score only the batches that hold this many first rows.
     """
     model.eval()
