@@ -21,6 +21,7 @@ _LONG = [
     "pipelines/test_commands",
     "build/test_prepare",
     "training/test_loop",
+    "training/test_checkpoint",
     "point_in_time/test_drawn_logs",
     "training/test_task_weights",
     "training/test_ranks",
@@ -29,6 +30,8 @@ _LONG = [
     "training/test_warm_start",
     "pipelines/test_resumed_trainings",
     "pipelines/test_promotion",
+    "features/test_added_kind",
+    "model/test_added_rule",
 ]
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 
