@@ -141,13 +141,15 @@ class LoadedRanker:
 
     def _canonical(self, rows: pa.Table) -> LogRows:
         schema = self.pipeline.schema
-        needed = [name for name, role in schema.input_columns().items() if role != "placement"]
-        if missing := [name for name in needed if name not in rows.column_names]:
+        read = schema.input_columns()
+        missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
+        if missing:
             raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
         uses, unit = column_uses(schema), schema.columns.time_unit
-        read = {name: canonical(name, uses[name], rows[name], unit) for name in rows.column_names if name in uses}
-        given = {name: rows[name] for name in rows.column_names if name not in uses}
-        return LogRows(pa.table(read | given), schema)
+        columns = {name: rows[name] for name in rows.column_names}
+        for name in read.keys() & columns.keys():
+            columns[name] = canonical(name, uses[name], rows[name], unit)
+        return LogRows(pa.table(columns), schema)
 
     def _score(
         self, rows: LogRows, weights: np.ndarray, choice: ExpertChoice

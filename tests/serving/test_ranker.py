@@ -69,6 +69,10 @@ def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranke
         {n: e.combine_chunks().dictionary_encode() if e.type == pa.string() else e for n, e in columns.items()}
     )
     np.testing.assert_array_equal(ranker.score(coded)[1], expected)
+    (label, *_) = {task.label for task in ranker.pipeline.schema.tasks.values()}
+    unread = other.drop_columns([label] if label in other.column_names else [])
+    unread = unread.append_column(label, pa.array(["not read"] * len(other)))
+    np.testing.assert_array_equal(ranker.score(unread)[1], expected)
     key = ranker.pipeline.schema.columns.candidate
     with pytest.raises(UserError, match=f"the rows have no column '{key}', which the model's features read"):
         ranker.score(other.drop_columns([key]))
