@@ -173,7 +173,7 @@ class Gates(nn.Module):
         if isinstance(inputs, Tensor):
             logits = self.linear.shared(inputs.float()).unflatten(1, self.visible.shape)
         else:
-            logits = torch.stack(self.linear([each.float() for each in inputs]), dim=1)
+            logits = self.linear(torch.stack([each.float() for each in inputs], dim=1))
         return logits if self._sees_all else logits.masked_fill(~self.visible, float("-inf"))
 
     @property
@@ -267,10 +267,10 @@ class Experts(nn.Module):
         """(B, H) -> (B, E, U): every expert on every row."""
         first, *others = self.layers
         assert isinstance(first, StackedLinear)
-        parts = list(self.activate(first.shared(hidden)).chunk(self.count, dim=1))
+        outputs = self.activate(first.shared(hidden)).unflatten(1, (self.count, -1))
         for layer in others:
-            parts = [self.activate(part) for part in layer(parts)]
-        return self._normalised(torch.stack(parts, dim=1))
+            outputs = self.activate(layer(outputs))
+        return self._normalised(outputs)
 
     def sent(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
         """(B, H) -> (S, U): the outputs of a dispatch's places, each expert on the rows sent to it."""

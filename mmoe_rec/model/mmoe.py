@@ -151,9 +151,10 @@ class Mixture(nn.Module):
         use_placement: add the placement tower's logits; None does so in training only. top_k: experts per row and gate,
         outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
         """
-        hidden = for_products(self.bottom(inputs))  # (B, H)
+        hidden = self.bottom(inputs)  # (B, H)
         gate_inputs = [hidden]
-        expert_inputs = [torch.cat([hidden, inputs.to(hidden.dtype)], dim=1)] if self.raw_inputs else gate_inputs
+        rounded = for_products(hidden)
+        expert_inputs = [torch.cat([rounded, inputs.to(rounded.dtype)], dim=1) if self.raw_inputs else rounded]
         routings = []
         for level in self.levels:
             mixed, routing = level(gate_inputs, expert_inputs, top_k, usable)  # (B, G, U)
@@ -264,10 +265,11 @@ class Towers(nn.Module):
 
     def forward(self, gated: Tensor) -> Tensor:
         """(B, T, U) -> logits (B, T)."""
-        parts = list(gated.unbind(1))
+        hidden = gated
         for layer in self.layers[:-1]:
-            parts = [functional.silu(part) for part in layer(parts)]
-        return torch.cat(self.layers[-1](parts), dim=1)
+            hidden = functional.silu(layer(hidden))
+        logits: Tensor = self.layers[-1](hidden)
+        return logits.squeeze(-1)
 
 
 class PlacementTower(nn.Module):

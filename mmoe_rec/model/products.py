@@ -2,7 +2,8 @@
 
 G independent layers of one shape are stored as one weight. Measured on CPU: inputs that all groups share go through one
 large product; groups with inputs of their own go through a loop of products over slices, which beats a strided batched
-product because nothing is copied.
+product because nothing is copied. What the slices of all groups lie in is one tensor in either direction, so that
+activations and their gradients are one pass over memory without gaps.
 """
 
 from __future__ import annotations
@@ -34,11 +35,10 @@ class StackedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """An input for each group: G tensors (B, inputs) -> G tensors (B, outputs)."""
-        # One cast and one gradient of the whole: each slice would be cast, and have a gradient as large as the whole.
-        weights, biases = for_products(self.weight).unbind(), for_products(self.bias).unbind()
-        return [functional.linear(*each) for each in zip(inputs, weights, biases, strict=True)]
+    def forward(self, x: Tensor) -> Tensor:
+        """An input for each group: (B, G, inputs) -> (B, G, outputs)."""
+        out: Tensor = _Stacked.apply(for_products(x), self.weight, self.bias)
+        return out
 
     def shared(self, x: Tensor) -> Tensor:
         """One input for all groups: (B, inputs) -> (B, G * outputs), group-major."""
@@ -54,6 +54,36 @@ def for_products(tensor: Tensor) -> Tensor:
     """The tensor in autocast's precision, if that is on: cast once for several products."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+class _Stacked(torch.autograd.Function):
+    """Linear layers of G groups, each over its own slice of the rows; every result is written where it stays.
+
+    Weights of higher precision than the rows are cast, and so are their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = weight.to(x.dtype)
+        ctx.save_for_backward(x, own)
+        ctx.dtype = weight.dtype
+        out = x.new_empty(*x.shape[:2], weight.shape[1])
+        for rows, result, each, each_bias in zip(x.unbind(1), out.unbind(1), own, bias.to(x.dtype), strict=True):
+            torch.addmm(each_bias, rows, each.t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        to_weight, to_x = torch.empty_like(weight), None
+        for part, rows, result in zip(gradient.unbind(1), x.unbind(1), to_weight, strict=True):
+            torch.mm(part.t(), rows, out=result)
+        if ctx.needs_input_grad[0]:
+            to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for part, each, result in zip(gradient.unbind(1), weight, to_x.unbind(1), strict=True):
+                torch.mm(part, each, out=result)
+        return to_x, to_weight.to(ctx.dtype), gradient.sum(0).to(ctx.dtype)
 
 
 # Sparse compute: rows are gathered by the expert they were sent to, and each expert multiplies its own rows only.

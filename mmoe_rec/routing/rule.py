@@ -115,9 +115,16 @@ class RoutingRule(ABC):
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     """Softmax over the allowed entries of the last dimension, 0 elsewhere; all 0 where none is allowed."""
+    if not allowed.is_cuda and allowed.all():  # asking a GPU would be to wait for it
+        return _softmax(logits)
     some = allowed.any(-1, keepdim=True)
     # Where nothing is allowed, a plain softmax in place of one over nothing, which would be NaN.
-    return logits.masked_fill(~(allowed | ~some), float("-inf")).softmax(-1) * some
+    return _softmax(logits.masked_fill(~(allowed | ~some), float("-inf"))) * some
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension. Rows next to each other are computed together: on a CPU 8 entries take a tenth so."""
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous()
 
 
 def largest(gated: Gated) -> Tensor:

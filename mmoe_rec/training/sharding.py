@@ -77,7 +77,9 @@ def shard(
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+        parallel = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders(), init_data_parallel=dist.get_world_size() > 1
+        )
     _fill_tables(parallel, layout, first_rows or (lambda table, first, last: initial_rows(table, seed, first, last)))
     return Sharded(parallel, parallel.fused_optimizer, plan_text(plan))
 
@@ -173,15 +175,30 @@ class TablesLast:
 
     @property
     def finite(self) -> Tensor:
-        """() bool: whether the gradients that have arrived at the cut are finite, on this rank."""
-        found = [leaf.grad.isfinite().all() for _, leaf in self._cuts if leaf.grad is not None]
-        return torch.stack(found).all() if found else torch.tensor(True)
+        """() bool: whether the gradients that have arrived at the cut, and their sum, are finite, on this rank."""
+        # One pass: an infinity or NaN never leaves a sum.
+        found = [leaf.grad.sum() for _, leaf in self._cuts if leaf.grad is not None]
+        return torch.stack(found).isfinite().all() if found else torch.tensor(True)
 
     def rest(self) -> Tensor:
         """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut."""
-        parts = [(output * leaf.grad).sum() for output, leaf in self._cuts if leaf.grad is not None]
+        parts = [_HandedOn.apply(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
         self._cuts = []
         return torch.stack(parts).sum() if parts else nothing()
+
+
+class _HandedOn(torch.autograd.Function):
+    """A zero whose gradient, which has to be 1, becomes a given gradient of what went in."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
 
 
 def nothing() -> Tensor:

@@ -80,7 +80,7 @@ class Steps:
             TrainPipelineSparseDist(
                 sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
             )
-            if used_tables(layout)
+            if used_tables(layout) and (self._ranks > 1 or device.type == "cuda")
             else _NothingAhead(self, device, self._forward)
         )
         self._now: Step | None = None
@@ -176,7 +176,9 @@ class _NothingAhead:
     forward: Callable[[Batch], tuple[Tensor, Step]]
 
     def progress(self, batches: Iterator[Batch]) -> Step:
-        batch = next(batches).to(self.device, non_blocking=True)
+        batch = next(batches)
+        if self.device.type != "cpu":
+            batch = batch.to(self.device, non_blocking=True)
         self.steps.zero_grad()
         loss, step = self.forward(batch)
         loss.backward()
