@@ -172,7 +172,7 @@ def _finish(
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
-    from mmoe_rec.training.sharding import load_plain
+    from mmoe_rec.tables.loading import load_plain
 
     work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"

@@ -1,7 +1,7 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
-`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
+`mmoe_rec.tables.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
 an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
 `stored_width`.
 """
@@ -76,7 +76,7 @@ def plain_tables(layout: ModelLayout, seed: int = 0) -> PlainTables:
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
-    Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
+    Weights are zeros until `mmoe_rec.tables.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
     KeyedJaggedTensor and gives a KeyedTensor; read it by name, since its order follows the sharding plan.
     """
     tables = used_tables(layout)

@@ -32,6 +32,7 @@ from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
+from mmoe_rec.tables.sharding import Sharded, shard
 from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
@@ -44,7 +45,6 @@ from mmoe_rec.training.checkpoint import (
 from mmoe_rec.training.losses import LOG_VARIANCES, add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.meter import Meter
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.stop import StopRequest
 from mmoe_rec.training.validation import Validation, validate

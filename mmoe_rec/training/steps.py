@@ -23,10 +23,11 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.settings import Training
+from mmoe_rec.tables.sharding import Sharded
 from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import log_variances, masked_loss
-from mmoe_rec.training.sharding import Sharded, TablesLast, nothing
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.tables_last import TablesLast, nothing
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Sharded training: the sharding plan, tables spread over the ranks, and the way back to a plain model.
+"""Sharded training: the sharding plan, and tables spread over the ranks.
 
 One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun.
 """
@@ -9,18 +9,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.tables import from_stored, initial_rows, stored_width, to_stored, used_tables
-from mmoe_rec.training.fbgemm import share_cpuinfo
-from mmoe_rec.training.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
+from mmoe_rec.model.tables import initial_rows, to_stored, used_tables
+from mmoe_rec.tables.cpuinfo import share_cpuinfo
+from mmoe_rec.tables.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
@@ -113,81 +111,3 @@ def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
     """First row and tensor of each part of a sharded table that this rank holds; the tensor is the storage itself."""
     for part in weights.local_shards():
         yield part.metadata.shard_offsets[0], part.tensor
-
-
-def load_plain(model: nn.Module, folder: Path) -> None:
-    """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
-
-    model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    if not (folder / ".metadata").is_file():
-        raise UserError(f"'{folder}' holds no complete checkpoint")
-    state = {"model": {name: _as_stored(name, weight) for name, weight in model.state_dict().items()}}
-    with warnings.catch_warnings():
-        # That is intended here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-    expected = model.state_dict()
-    model.load_state_dict(
-        {
-            name: from_stored(weight, expected[name].shape[1]) if name.startswith("tables.") else weight
-            for name, weight in state["model"].items()
-        }
-    )
-
-
-def _as_stored(name: str, weight: Tensor) -> Tensor:
-    """Where a weight of a plain model is read to, before it has its own width."""
-    padded = name.startswith("tables.") and stored_width(weight.shape[1]) != weight.shape[1]
-    return torch.empty(len(weight), stored_width(weight.shape[1])) if padded else weight
-
-
-# The backward pass in two parts: that of the dense part first, then that of the tables.
-#
-# Tables are updated by their optimizer within their backward pass, so what is to be known before anything is updated,
-# such as whether the gradient is finite, must be known by then. The graph is cut where the tables' outputs enter the
-# dense part; the gradient that arrives there is handed on later, unchanged. The price is that the ranks' exchange of
-# dense gradients does not overlap with that of the tables.
-
-
-class TablesLast:
-    """Cuts the graph in front of a model's `mixture` in each training step."""
-
-    def __init__(self, mixture: nn.Module) -> None:
-        self._cuts: list[tuple[Tensor, Tensor]] = []
-        mixture.register_forward_pre_hook(self._cut)
-
-    def _cut(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        # torchrec's pipeline traces the model by symbols, which are not tensors.
-        if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
-            return None
-        self._cuts = []
-        return tuple(self._leaf(each) if _has_graph(each) else each for each in arguments)
-
-    def _leaf(self, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        self._cuts.append((output, leaf))
-        return leaf
-
-    @property
-    def finite(self) -> Tensor:
-        """() bool: whether the gradients that have arrived at the cut are finite, on this rank."""
-        found = [leaf.grad.isfinite().all() for _, leaf in self._cuts if leaf.grad is not None]
-        return torch.stack(found).all() if found else torch.tensor(True)
-
-    def rest(self) -> Tensor:
-        """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut."""
-        parts = [(output * leaf.grad).sum() for output, leaf in self._cuts if leaf.grad is not None]
-        self._cuts = []
-        return torch.stack(parts).sum() if parts else nothing()
-
-
-def nothing() -> Tensor:
-    """What has no backward pass, on any rank."""
-    return torch.zeros((), requires_grad=True)
-
-
-def _has_graph(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.requires_grad
