@@ -45,6 +45,11 @@ class KeyedIds:
         """Number of rows B."""
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
+    @property
+    def offsets(self) -> Tensor:
+        """(F * B + 1,) int64: where the ids of each row of each input begin."""
+        return self._ends
+
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them. KeyError: no such input."""
         first = self._index[name] * self.rows

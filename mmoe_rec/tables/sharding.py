@@ -1,6 +1,7 @@
 """Sharded training: the sharding plan, and tables spread over the ranks.
 
-One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun.
+One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun. Where torchrec
+is not installed, one process trains on tables in plain PyTorch instead.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.tables import initial_rows, to_stored, used_tables
-from mmoe_rec.tables.cpuinfo import share_cpuinfo
-from mmoe_rec.tables.planning import Machines, does_not_fit, plan_text, planner, sharders, update_in_backward
+from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
+from mmoe_rec.tables.installed import torchrec_installed
+from mmoe_rec.tables.one_process import OneProcess, OneProcessTables, RowWiseAdagrad
+from mmoe_rec.tables.ways import Way, use_way, way_of
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
@@ -28,19 +30,30 @@ FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 class Sharded:
     """A model spread over the ranks.
 
-    model: torchrec's DistributedModelParallel, called with a `Batch`; table_optimizer: its fused row-wise Adagrad,
-    which updates the tables within the backward pass and takes its learning rate from `param_groups` at `step()`;
-    plan: one line per table, saying how and where it is stored.
+    model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
+    row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
+    at `step()`; plan: one line per table, saying how and where it is stored; way: how tables are looked up and updated.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
+    way: Way
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether torchrec's pipeline takes the model: there are tables, and they may lie on other ranks."""
+        return bool(self.plan) and not isinstance(self.model, OneProcess)
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is not a table: what a dense optimizer steps."""
         named = self.model.module.named_parameters()
         return {name: parameter for name, parameter in named if not name.startswith("tables.")}
+
+
+def training_tables(layout: ModelLayout) -> nn.Module:
+    """What `shard` takes as tables of a model: those of torchrec where it is installed."""
+    return torchrec_tables(layout, torch.device("meta")) if torchrec_installed() else OneProcessTables(layout)
 
 
 def shard(
@@ -52,21 +65,26 @@ def shard(
     table_learning_rate: float,
     seed: int = 0,
     first_rows: FirstRows | None = None,
+    way: Literal["auto"] | Way = "auto",
 ) -> Sharded:
-    """Spreads a model with `torchrec_tables` over the ranks of the current process group.
+    """Spreads a model over `training_tables` over the ranks of the current process group.
 
     batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`,
-    whatever the plan. A layout without tables gives plain data parallelism. Raises UserError when the tables do not fit
-    into memory.
+    whatever the plan. way: see `ways`. A layout without tables gives plain data parallelism. Raises UserError when the
+    tables do not fit into memory, or the way is not on offer.
     """
+    first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
+    way = way_of(way, device.type, dist.get_world_size())
+    if not torchrec_installed():
+        return _one_process(model, layout, table_learning_rate, first_rows)
+
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
     from torchrec.streamable import Pipelineable
 
     from mmoe_rec.batches.batch import Batch
+    from mmoe_rec.tables.planning import plan_text, sharders, update_in_backward
 
-    if device.type == "cpu":
-        share_cpuinfo()
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     plan = ShardingPlan({})
     if used_tables(layout):
@@ -76,12 +94,25 @@ def shard(
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         parallel = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
-    _fill_tables(parallel, layout, first_rows or (lambda table, first, last: initial_rows(table, seed, first, last)))
-    return Sharded(parallel, parallel.fused_optimizer, plan_text(plan))
+    if device.type == "cpu":
+        use_way(parallel, way)
+    _fill_tables(parallel, layout, first_rows)
+    return Sharded(parallel, parallel.fused_optimizer, plan_text(plan), way)
+
+
+def _one_process(model: nn.Module, layout: ModelLayout, rate: float, first_rows: FirstRows) -> Sharded:
+    tables = model.get_submodule("tables")
+    assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
+    one = OneProcess(model)
+    _fill_tables(one, layout, first_rows)
+    plan = "\n".join(f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout))
+    return Sharded(one, RowWiseAdagrad(tables, rate), plan, "torch")
 
 
 def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
     from torchrec.distributed.planner.types import PlannerError
+
+    from mmoe_rec.tables.planning import Machines, does_not_fit, planner, sharders
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kind: Any = device.type
@@ -108,6 +139,9 @@ def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> N
 
 
 def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
-    """First row and tensor of each part of a sharded table that this rank holds; the tensor is the storage itself."""
+    """First row and tensor of each part of a table that this rank holds; the tensor is the storage itself."""
+    if not hasattr(weights, "local_shards"):
+        yield 0, weights
+        return
     for part in weights.local_shards():
         yield part.metadata.shard_offsets[0], part.tensor

@@ -70,22 +70,33 @@ def test_versions_that_were_not_tried_are_left_alone(
     monkeypatch: pytest.MonkeyPatch, torch: str, of_fbgemm: str, tried: bool
 ) -> None:
     empty, known = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"AVX2", 8)
+    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
     monkeypatch.setattr(cpuinfo, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
     monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
     if tried:
-        assert cpuinfo.share_cpuinfo()
-        assert empty.raw == known.raw
+        assert cpuinfo.can_be_withheld()
+        for _ in range(2):
+            assert cpuinfo.share_cpuinfo()
+            assert not cpuinfo.share_cpuinfo()
+            assert empty.raw == known.raw
+            cpuinfo.withhold_cpuinfo()
+            assert not any(empty.raw)
+        assert cpuinfo.can_be_withheld()
     else:
         warned = f"with torch {re.escape(torch)} and fbgemm {of_fbgemm}, .*: install torch 2.14.\\* and fbgemm 1.9.\\*$"
         with pytest.warns(UserWarning, match=warned):
             assert not cpuinfo.share_cpuinfo()
         assert not any(empty.raw)
+        assert not cpuinfo.can_be_withheld()
 
 
 def test_no_warning_where_nothing_is_amiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
     monkeypatch.setattr(cpuinfo, "_to_copy", lambda: None)
     monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": "9.0", "fbgemm": "9.0"})
     assert not cpuinfo.share_cpuinfo()
+    cpuinfo.withhold_cpuinfo()
+    assert not cpuinfo.can_be_withheld()
 
 
 def test_the_installed_versions_are_known() -> None:
