@@ -26,13 +26,21 @@ def torchrec_installed() -> bool:
     return True
 
 
-def require_torchrec(what: str) -> None:
-    """Raises UserError where torchrec is not installed. what: what needs it, such as "a plan"."""
+def require_torchrec(what: str, instead: str = "") -> None:
+    """Raises UserError where torchrec is not installed. what: what needs it, such as "a plan"; instead: of it."""
     if not torchrec_installed():
         raise UserError(
-            f"{what} needs torchrec and fbgemm, which are not installed: they are in the extras cpu and cuda "
-            f"(uv sync --extra cpu; {spelled('python -m pipelines.doctor')} says what else to type)"
+            f"{what} needs torchrec and fbgemm, which are not installed; they come with the extra cpu or cuda, and "
+            f"`{spelled('python -m pipelines.doctor')}` says what to type{instead and f'; or {instead}'}"
         )
+
+
+def note() -> str:
+    """What a training without torchrec says of its tables."""
+    return (
+        "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
+        f"`{spelled('python -m pipelines.doctor')}` says what to type for sharded tables"
+    )
 
 
 def _does_not_load(error: Exception) -> UserError:

@@ -32,8 +32,10 @@ def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
 
     Raises UserError where it is not on offer here.
     """
-    if not torchrec_installed() and (ranks > 1 or device == "cuda"):
-        require_torchrec("training on several processes" if ranks > 1 else "training on a GPU")
+    if ranks > 1:
+        require_torchrec("training on several processes", "start it without torchrun")
+    if device == "cuda":
+        require_torchrec("training on a GPU", "set training.device to cpu")
     if device == "cuda":
         if choice in ("auto", "fbgemm"):
             return "fbgemm"

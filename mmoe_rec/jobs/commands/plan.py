@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if arguments.world_size > MOST_RANKS:
         raise UserError(f"--world-size {arguments.world_size} is more than a plan is made for, {MOST_RANKS:,}")
+    from mmoe_rec.tables.installed import require_torchrec
+
+    require_torchrec("a plan")
     import torch
 
     from mmoe_rec.model.mmoe import build_model
