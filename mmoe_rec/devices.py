@@ -22,6 +22,12 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # which Linux alone has
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware."""
     import torch

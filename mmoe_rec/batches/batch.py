@@ -7,7 +7,7 @@ KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,11 @@ class KeyedIds:
         """Number of rows B."""
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
+    @property
+    def offsets(self) -> Tensor:
+        """(F * B + 1,) int64: where the ids of each row of each input begin."""
+        return self._ends
+
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them. KeyError: no such input."""
         first = self._index[name] * self.rows
@@ -76,7 +81,9 @@ class Batch:
     `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
     (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
     order; weights: (B,) float32 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
-    row's user, where metrics are by user.
+    row's user, where metrics are by user. ragged: names of the R inputs of which not every row has exactly one id;
+    shares: (R, B) float32, what one of a row's ids counts in their mean, 1 / number of ids, and 0 where there is none;
+    None where R is 0.
     """
 
     ids: Any
@@ -86,6 +93,8 @@ class Batch:
     position: Position | None = None
     weights: Tensor | None = None
     users: Tensor | None = None
+    ragged: tuple[str, ...] = ()
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -115,7 +124,7 @@ class Batch:
         return replace(self, **{name: change(getattr(self, name)) for name in self._parts()})
 
     def _parts(self) -> list[str]:
-        optional = [name for name in ("weights", "users") if getattr(self, name) is not None]
+        optional = [name for name in ("weights", "users", "shares") if getattr(self, name) is not None]
         return ["ids", "dense", "labels", "observed", *optional]
 
 
@@ -136,7 +145,9 @@ def make_batch(
     ValueError when inputs, labels, weights and layout do not fit each other.
     """
     rows = len(encoded)
-    values, lengths, totals = _key_major([_input(encoded, each.name) for each in layout.ids], rows)
+    inputs = {each.name: _input(encoded, each.name) for each in layout.ids}
+    values, lengths, totals = _key_major(list(inputs.values()), rows)
+    ragged = {name: each for name, each in inputs.items() if isinstance(each, Ragged) and (each.lengths != 1).any()}
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
     if labels is None:
         observed = torch.zeros(rows, len(layout.tasks), dtype=torch.bool)
@@ -148,15 +159,24 @@ def make_batch(
         known = given.masked_fill(~observed, 0.0)
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
     rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
-    keys = [each.name for each in layout.ids]
-    if not torchrec:
-        return Batch(KeyedIds(tuple(keys), values, lengths), dense, known, observed, position, rows_weights, rows_users)
+    ids = _keyed_jagged(inputs, values, lengths, totals, rows) if torchrec else KeyedIds(tuple(inputs), values, lengths)
+    return Batch(
+        ids, dense, known, observed, position, rows_weights, rows_users, tuple(ragged), _shares(list(ragged.values()))
+    )
 
+
+def _keyed_jagged(keys: Iterable[str], values: Tensor, lengths: Tensor, totals: list[int], rows: int) -> Any:
     from torchrec import KeyedJaggedTensor
 
     # The totals are known on the host; without them torchrec would read them back from the device.
-    ids = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=rows, length_per_key=totals)
-    return Batch(ids, dense, known, observed, position, rows_weights, rows_users)
+    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=rows, length_per_key=totals)
+
+
+def _shares(inputs: Sequence[Ragged]) -> Tensor | None:
+    if not inputs:
+        return None
+    lengths = np.stack([each.lengths for each in inputs])
+    return torch.from_numpy(np.divide(1.0, lengths, out=np.zeros(lengths.shape, np.float32), where=lengths > 0))
 
 
 def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:

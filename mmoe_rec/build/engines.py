@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 
 from mmoe_rec.allocation import freed_memory_kept, keep_freed_memory
+from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.sections import EngineName
 
@@ -43,7 +44,7 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
 
     processes: whether `local` may start processes, for more workers than threads suit.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     if not processes and name == "local":
         workers = min(workers, THREADS_AT_MOST)
     if name == "ray":

@@ -18,6 +18,7 @@ TORCHREC_NEEDS = ("pyre-extensions", "tensordict", "torchmetrics==1.0.3", "tqdm"
 """What torchrec asks for besides fbgemm, whose build it would choose."""
 SYSTEM_LIBRARIES = {"libstdc++.so.6": "libstdc++6", "libgcc_s.so.1": "libgcc-s1", "libz.so.1": "zlib1g"}
 """Shared libraries beyond the C library that the wheels of pyproject.toml do not bring, and their Debian packages."""
+PLAIN = "plain PyTorch tables, one process"
 GIB = 2**30
 PYTHONS = (3, 11), (3, 14)
 """The oldest and the newest Python, as `requires-python` in pyproject.toml says."""
@@ -53,6 +54,11 @@ class Installer:
         commands = ["pip install " + " ".join(others)] if others else []
         commands += [f"pip install --no-deps {self.required['torchrec']}"] if "torchrec" in names else []
         return " && ".join(commands)
+
+    def install_sharded(self) -> str:
+        """Installs torchrec and fbgemm, and what torchrec needs besides."""
+        needs = [name for name, line in self.required.items() if line in TORCHREC_NEEDS]
+        return self.install([*needs, BUILDS[self.build], "torchrec"])
 
     def install_all(self) -> str:
         """Installs everything the project needs."""
@@ -94,12 +100,25 @@ def check_python(version: tuple[int, int, int]) -> Check:
 
 
 def check_platform(system: str, machine: str) -> Check:
-    """fbgemm has wheels for Linux on x86-64 and 64-bit ARM only."""
+    """fbgemm has wheels for Linux on x86-64 and 64-bit ARM only; elsewhere tables are plain PyTorch."""
     found = f"{system} {machine}"
-    if system == "Linux" and machine in ("x86_64", "aarch64"):
+    if has_fbgemm(system, machine):
         return Check("platform", "ok", found)
-    fix = "fbgemm has no build for this machine: use Linux on x86_64 or aarch64 (on Windows WSL, on a Mac a container)"
-    return Check("platform", "fail", found, fix)
+    if system == "Windows":
+        fix = "folders can't be locked on Windows: use Linux, in WSL or a container"
+        return Check("platform", "fail", found, fix)
+    fix = "use Linux on x86_64 or aarch64 (on a Mac a container) for sharded tables, or several processes"
+    return Check("platform", "warn", f"{found}: fbgemm has no build for it; {PLAIN}", fix)
+
+
+def has_fbgemm(system: str, machine: str) -> bool:
+    """Whether there is a build of fbgemm for a machine."""
+    return system == "Linux" and machine in ("x86_64", "aarch64")
+
+
+def without_torchrec(versions: Mapping[str, str]) -> bool:
+    """Whether neither torchrec nor a build of fbgemm is installed, so that tables are plain PyTorch."""
+    return not any(name in versions for name in ("torchrec", *BUILDS.values()))
 
 
 def check_system_files(missing_libraries: Iterable[str], has_time_zones: bool) -> Check:
@@ -113,8 +132,17 @@ def check_system_files(missing_libraries: Iterable[str], has_time_zones: bool) -
     return Check("system files", "fail", f"missing: {', '.join(missing)}", fix)
 
 
-def check_trio(versions: Mapping[str, str], installer: Installer) -> Check:
-    """Torch, torchrec and fbgemm go together; `versions` holds the installed packages only."""
+def check_trio(versions: Mapping[str, str], installer: Installer, offered: bool = True) -> Check:
+    """Torch, torchrec and fbgemm go together; `versions` holds the installed packages only.
+
+    offered: whether there is a build of fbgemm for this machine.
+    """
+    torch = _problem("torch", versions.get("torch"), installer.required["torch"])
+    if without_torchrec(versions) and torch is None:
+        found = f"torch {versions['torch']}, without torchrec and fbgemm: {PLAIN}"
+        if not offered:
+            return Check("torch trio", "ok", found)
+        return Check("torch trio", "warn", found, installer.install_sharded() + "  # for sharded tables")
     installed = [build for build in BUILDS.values() if build in versions]
     builds = installed or [BUILDS[installer.build]]
     names = ["torch", "torchrec", *builds]
@@ -133,15 +161,18 @@ def check_fbgemm_build(versions: Mapping[str, str], has_driver: bool, cards: int
     if cpu and cuda:
         found = "fbgemm-gpu and fbgemm-gpu-cpu are both installed, into the same folder: one breaks the other"
         return Check("fbgemm build", "fail", found, installer.reinstall_fbgemm())
+    if without_torchrec(versions) and not cards:
+        return Check("fbgemm build", "ok", "none is needed without torchrec")
+    if cards and not cuda:
+        devices = f"{cards} CUDA device{'s' if cards > 1 else ''}"
+        found = f"{'CPU build' if cpu else 'none'}, but torch sees {devices}: tables cannot train there"
+        install = installer.reinstall_fbgemm() if cpu else installer.install_sharded()
+        return Check("fbgemm build", "fail", found, install + "  # or train with --training.device cpu")
     if not cpu and not cuda:
         return Check("fbgemm build", "fail", "none is installed", installer.install([BUILDS[installer.build]]))
     if cuda and not has_driver:
         found = f"CUDA build, but this machine has no NVIDIA driver ({DRIVER})"
         return Check("fbgemm build", "fail", found, installer.reinstall_fbgemm())
-    if cpu and cards:
-        found = f"CPU build, but torch sees {cards} CUDA device{'s' if cards > 1 else ''}: tables cannot train there"
-        fix = installer.reinstall_fbgemm() + "  # or train with --training.device cpu"
-        return Check("fbgemm build", "fail", found, fix)
     return Check("fbgemm build", "ok", "CUDA build" if cuda else "CPU build")
 
 
@@ -174,6 +205,8 @@ def check_packages(versions: Mapping[str, str], installer: Installer) -> list[Ch
     """The other packages, within the ranges of pyproject.toml: a line for the central ones, one for all the rest."""
     central = ("mlflow", "pandas", "pyarrow")
     rest = [name for name in installer.required if name not in (*TRIO, *central)]
+    if without_torchrec(versions):
+        rest = [name for name in rest if installer.required[name] not in TORCHREC_NEEDS]
     checks = []
     for title, names in [*((name, [name]) for name in central), ("other packages", rest)]:
         problems = {name: _problem(name, versions.get(name), installer.required[name]) for name in names}

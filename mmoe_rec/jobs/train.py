@@ -54,16 +54,21 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
     from mmoe_rec.training.ranks import process_group
 
     device = pick_device(settings.training.device)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.training.tables != "auto" or ranks > 1:
+        from mmoe_rec.tables.ways import way_of
+
+        way_of(settings.training.tables, device.type, ranks)
     with (
-        process_group(device, settings.training.timeout_minutes) as ranks,
+        process_group(device, settings.training.timeout_minutes) as group,
         contextlib.ExitStack() as held,
     ):
-        text = ranks.after_first(lambda: begin(settings, start, resume, held).to_json())
+        text = group.after_first(lambda: begin(settings, start, resume, held).to_json())
         course = Course.from_json(text)
         if course.kind == "at its end":
-            finished = Finished.read(checkpoints) if ranks.first else None
+            finished = Finished.read(checkpoints) if group.first else None
             return None if finished is None else finished.trained(settings, before=True)
-        return _train(settings, ranks.first, device, course, resume)
+        return _train(settings, group.first, device, course, resume)
 
 
 def _ask_mlflow(settings: Settings, resume: bool) -> None:
@@ -80,6 +85,7 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
     import torch.distributed as dist
 
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.tables.installed import note, torchrec_installed
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.origin import Origin, fixed_settings
@@ -109,6 +115,8 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
     ) as run:
         if first:
             say(f"MLflow run: {run.address}")
+            if not torchrec_installed():
+                say(note())
         _log_start(run, settings, prepared)
         if start is not None:
             # An alias such as `champion` will point at the new model soon.
@@ -172,7 +180,7 @@ def _finish(
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.serving.artifact import write_artifact
-    from mmoe_rec.training.sharding import load_plain
+    from mmoe_rec.tables.loading import load_plain
 
     work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"

@@ -95,7 +95,8 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
-        embeddings = by_name(self.tables(batch.ids), self.dims)  # of each id input (B, its dim)
+        pooled = self.tables(batch.ids)
+        embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)  # (B, W)
         placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)  # (B, P)
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)

@@ -1,15 +1,17 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
-`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, average the ids of
-an input (no id gives zeros), and answer by input name. The state of the latter is as wide as kernels need it, see
-`stored_width`.
+`mmoe_rec.tables.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, by input
+name and once they are read by `by_name`, the mean of an input's ids (no id gives zeros). The state of the latter is as
+wide as kernels need it, see `stored_width`, and it adds ids up, since kernels that average them are several times as
+slow on some processors; `by_name` divides.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,8 +78,8 @@ def plain_tables(layout: ModelLayout, seed: int = 0) -> PlainTables:
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
-    Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
-    KeyedJaggedTensor and gives a KeyedTensor; read it by name, since its order follows the sharding plan.
+    Weights are zeros until `mmoe_rec.tables.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
+    KeyedJaggedTensor and gives a KeyedTensor of sums; read it by `by_name`, as its order follows the sharding plan.
     """
     tables = used_tables(layout)
     if not tables:
@@ -91,7 +93,7 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
             num_embeddings=table.rows,
             embedding_dim=stored_width(table.dim),
             feature_names=[each.name for each in layout.ids if each.table == table.name],
-            pooling=PoolingType.MEAN,
+            pooling=PoolingType.SUM,
             init_fn=_zeros,
         )
         for table in tables
@@ -100,16 +102,20 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
     return collection
 
 
-def by_name(embeddings: Any, dims: dict[str, int]) -> dict[str, Tensor]:
-    """What a collection of either form answers: input name -> (B, dim) float32.
+def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None) -> dict[str, Tensor]:
+    """Mean embeddings from what a collection of either form gives: input name -> (B, dim) float32.
 
-    dims: width of each input's embedding. The order of a sharded collection's own output follows the sharding plan.
+    dims: width of each input's embedding; ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
+    The order of a sharded collection's own output follows the sharding plan.
     """
     if isinstance(embeddings, dict):
         return embeddings
     # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
     parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
-    return {name: from_stored(part, dims[name]) for name, part in zip(embeddings.keys(), parts, strict=True)}
+    sums = {name: from_stored(part, dims[name]) for name, part in zip(embeddings.keys(), parts, strict=True)}
+    if shares is None:
+        return sums
+    return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
 
 
 def _zeros(weight: Tensor) -> Tensor:

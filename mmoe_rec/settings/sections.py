@@ -99,6 +99,12 @@ class Training(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto takes bf16 where the device has it")
+    tables: Literal["auto", "fbgemm", "fbgemm_reference", "torch"] = Field(
+        "auto",
+        description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, by its plain loops, "
+        "or by PyTorch alone. Which is fastest depends on the processor; results are equal but for rounding. auto is "
+        "fbgemm, where it is installed",
+    )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,10 @@ from mmoe_rec.devices import use_bf16
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
-from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
+from mmoe_rec.tables.installed import torchrec_installed
+from mmoe_rec.tables.sharding import Sharded, shard, training_tables
 from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
@@ -41,10 +42,10 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.losses import LOG_VARIANCES, add_log_variances, log_variances, loss_factors
+from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.optimizers import Optimizers
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharding import Sharded, shard
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.stop import StopRequest
 from mmoe_rec.training.validation import Validation, validate
@@ -109,7 +110,7 @@ class Trainer:
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
         self.position = self.reader.position(0)
         self.sharded = self._sharded(model_settings, warm_start, prepared)
-        self.optimizer, self._dense_optimizer = _optimizers(self.sharded, settings)
+        self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.validate_at = validation_steps(self.reader.batches_per_epoch, settings)
@@ -146,8 +147,7 @@ class Trainer:
         )
 
     def _sharded(self, model_settings: Model, warm_start: WarmStart | None, prepared: Prepared) -> Sharded:
-        tables = torchrec_tables(self.layout, torch.device("meta"))
-        model = build_model(self.layout, model_settings, tables, self.settings.seed)
+        model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
@@ -163,11 +163,11 @@ class Trainer:
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
+            way=self.settings.tables,
         )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        # AdamW makes its state at its first step, and only what is there can be filled.
-        self._dense_optimizer.init_state()
+        self.optimizer.init_state()
         state, result = checkpoint.state, self.result
         seed = self.settings.seed + self.rank + state.step
         restore(checkpoint.folder, self.sharded.model, self.optimizer, self.device, seed)
@@ -229,9 +229,10 @@ class Trainer:
             self._log(meter)
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
+        keyed_jagged = torchrec_installed()
         for rows, position in reader.resume(start, epochs):
             batch = make_batch(
-                rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=True
+                rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=keyed_jagged
             )
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
@@ -314,20 +315,3 @@ class Trainer:
         asked = self.stop.asked or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
         raise StoppedError(f"{asked} came; {steps} is saved, go on with --resume")
-
-
-def _optimizers(sharded: Sharded, settings: Training) -> tuple[Any, Any]:
-    """That of all parameters, and its part for the dense ones."""
-    from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-
-    named = sharded.dense_parameters()
-    groups: list[dict[str, Any]] = [{"params": [each for name, each in named.items() if name != LOG_VARIANCES]}]
-    if LOG_VARIANCES in named:
-        # Decay would pull the weights of tasks toward 1.
-        groups.append({"params": [named[LOG_VARIANCES]], "weight_decay": 0.0})
-
-    def adamw(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-
-    dense = KeyedOptimizerWrapper(named, adamw)
-    return CombinedOptimizer([sharded.table_optimizer, dense]), dense

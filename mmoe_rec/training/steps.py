@@ -21,12 +21,12 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.tables import used_tables
 from mmoe_rec.settings import Training
+from mmoe_rec.tables.sharding import Sharded
 from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import log_variances, masked_loss
-from mmoe_rec.training.sharding import Sharded, TablesLast, nothing
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.tables_last import TablesLast, nothing
 
 
 @dataclass
@@ -65,8 +65,6 @@ class Steps:
         stop: StopRequest,
         balancing: Balancing,
     ) -> None:
-        from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
         self._balancing = balancing
@@ -76,14 +74,17 @@ class Steps:
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
         self._tables = TablesLast(sharded.model.module.mixture)
-        self._pipeline: Any = (
-            TrainPipelineSparseDist(
-                sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
-            )
-            if used_tables(layout) and (self._ranks > 1 or device.type == "cuda")
-            else _NothingAhead(self, device, self._forward)
-        )
+        self._pipeline = self._made_for(sharded)
         self._now: Step | None = None
+
+    def _made_for(self, sharded: Sharded) -> Any:
+        if not sharded.pipelined:
+            return _NothingAhead(self, self._device, self._forward)
+        from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+        return TrainPipelineSparseDist(
+            sharded.model, self, self._device, execute_all_batches=True, custom_model_fwd=self._forward
+        )
 
     def next(self, batches: Iterator[Batch], share: float) -> Step | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
@@ -169,7 +170,7 @@ class Steps:
 
 @dataclass
 class _NothingAhead:
-    """The order of the pipeline's calls for a model without tables, which has no ids to send ahead."""
+    """The order of the pipeline's calls where no ids are to be sent ahead: without tables, or without other ranks."""
 
     steps: Steps
     device: torch.device

@@ -53,9 +53,9 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.settings import load_settings
+    from mmoe_rec.tables.loading import load_plain
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
-    from mmoe_rec.training.sharding import load_plain
 
     settings = load_settings(CONFIG, list(overrides))
     prepared, device = build_features(settings), torch.device("cpu")

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.model import tables as tables_module
 from mmoe_rec.model.layout import EmbeddingTable
-from mmoe_rec.model.tables import INITIAL_DEVIATION, initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.model.tables import INITIAL_DEVIATION, by_name, initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.point_in_time.lists import Ragged
 from tests.model.examples import LAYOUT, random_rows
+
+DIMS = {each.name: LAYOUT.table(each.table).dim for each in LAYOUT.ids}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -23,9 +27,33 @@ def test_plain_tables_equal_torchrec(seed: int) -> None:
     assert list(plain.state_dict()) == list(collection.state_dict())
     collection.load_state_dict(plain.state_dict())
     ours = plain(make_batch(encoded, LAYOUT, labels, torchrec=False).ids)
-    theirs = collection(make_batch(encoded, LAYOUT, labels, torchrec=True).ids)
-    for each in LAYOUT.ids:
-        torch.testing.assert_close(ours[each.name], theirs[each.name], atol=1e-7, rtol=0)
+    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
+    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
+    assert ours.keys() == theirs.keys()
+    for name, means in ours.items():
+        torch.testing.assert_close(means, theirs[name], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2, 9])
+def test_gradients_equal_those_of_plain_means(longest: int) -> None:
+    """Ids repeated in a row and between rows and inputs, empty rows; inputs all of whose rows have one id."""
+    random = np.random.default_rng(longest)
+    encoded, _ = random_rows(31, longest)
+    history = random.integers(0, longest + 1, 31).astype(np.int32)
+    ids = {**encoded.ids, "tags": Ragged(random.integers(0, 90, 31), np.ones(31, np.int32))}
+    ids["history"] = Ragged(random.integers(0, 5, history.sum()), history)
+    encoded = Encoded(ids, encoded.dense)
+    plain, collection = plain_tables(LAYOUT), torchrec_tables(LAYOUT, "cpu")
+    collection.load_state_dict(plain.state_dict())
+    batch = make_batch(encoded, LAYOUT, torchrec=True)
+    assert batch.ragged == ("history",)
+    ours = plain(make_batch(encoded, LAYOUT, torchrec=False).ids)
+    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
+    into = {name: torch.randn(each.shape) for name, each in ours.items()}
+    for pooled in (ours, theirs):
+        torch.stack([(pooled[name] * each).sum() for name, each in into.items()]).sum().backward()
+    for one, other in zip(plain.parameters(), collection.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_an_input_without_ids_gives_zeros() -> None:

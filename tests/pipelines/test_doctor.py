@@ -60,7 +60,13 @@ def test_python_version(version, status):
 
 @pytest.mark.parametrize(
     ("system", "machine", "status"),
-    [("Linux", "x86_64", "ok"), ("Linux", "aarch64", "ok"), ("Darwin", "arm64", "fail"), ("Windows", "AMD64", "fail")],
+    [
+        ("Linux", "x86_64", "ok"),
+        ("Linux", "aarch64", "ok"),
+        ("Linux", "ppc64le", "warn"),
+        ("Darwin", "arm64", "warn"),
+        ("Windows", "AMD64", "fail"),
+    ],
 )
 def test_platform(system, machine, status):
     assert checks.check_platform(system, machine).status == status
@@ -96,11 +102,35 @@ def test_mismatched_trio():
 
 
 def test_missing_part_of_the_trio_is_that_of_this_machine():
-    without = {"torch": "2.14.1"}
-    assert checks.check_trio(without, UV).found == "torch 2.14.1, torchrec is missing, fbgemm-gpu-cpu is missing"
+    without = {"torch": "2.14.1", "torchrec": "1.9.2"}
+    assert checks.check_trio(without, UV).found == "torch 2.14.1, torchrec 1.9.2, fbgemm-gpu-cpu is missing"
     check = checks.check_trio(without, PIP_CUDA)
-    assert check.found == "torch 2.14.1, torchrec is missing, fbgemm-gpu is missing"
+    assert check.found == "torch 2.14.1, torchrec 1.9.2, fbgemm-gpu is missing"
     assert "fbgemm-gpu==1.9.0" in check.fix
+    assert checks.check_fbgemm_build(without, False, 0, PIP).fix == "pip install fbgemm-gpu-cpu==1.9.0"
+    assert checks.check_trio({}, UV).status == "fail"
+
+
+def test_without_torchrec_and_fbgemm_tables_are_plain():
+    without = {"torch": "2.14.1"}
+    check = checks.check_trio(without, UV)
+    found = "torch 2.14.1, without torchrec and fbgemm: plain PyTorch tables, one process"
+    assert (check.status, check.found) == ("warn", found)
+    assert check.fix.startswith("uv sync --extra cpu  #")
+    assert checks.check_trio(without, PIP).fix.startswith(
+        "pip install pyre-extensions tensordict torchmetrics==1.0.3 tqdm fbgemm-gpu-cpu==1.9.0"
+        " && pip install --no-deps torchrec==1.9.2  #"
+    )
+    assert outcome(checks.check_trio(without, UV, offered=False)) == ("ok", found, "")
+    assert outcome(checks.check_fbgemm_build(without, False, 0, PIP)) == ("ok", "none is needed without torchrec", "")
+    on_a_card = checks.check_fbgemm_build(without, True, 1, PIP_CUDA)
+    assert on_a_card.found == "none, but torch sees 1 CUDA device: tables cannot train there"
+    assert "--training.device cpu" in on_a_card.fix
+    versions = doctor.installed_versions(REQUIRED)
+    assert "tensordict" in checks.check_packages({"torchrec": "1.9.2"}, PIP)[-1].found
+    for name in ("torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "tensordict", "torchmetrics", "pyre-extensions"):
+        versions.pop(name, None)
+    assert {check.status for check in checks.check_packages(versions, PIP)} == {"ok"}
 
 
 def test_both_fbgemm_builds():
@@ -123,7 +153,6 @@ def test_fbgemm_build_that_does_not_suit_the_machine():
     assert cpu_on_a_card.found.startswith("CPU build, but torch sees 1 CUDA device:")
     assert "pip install fbgemm-gpu==1.9.0" in cpu_on_a_card.fix
 
-    assert checks.check_fbgemm_build({}, False, 0, PIP).fix == "pip install fbgemm-gpu-cpu==1.9.0"
     assert outcome(checks.check_fbgemm_build(RIGHT, False, 0, UV)) == ("ok", "CPU build", "")
     assert outcome(checks.check_fbgemm_build(CUDA, True, 8, PIP_CUDA)) == ("ok", "CUDA build", "")
 
@@ -220,6 +249,12 @@ def test_memory_and_disk():
     assert outcome(checks.check_memory(16 * GIB, 8 * GIB)) == ("ok", "8.0 GiB available of 16.0 GiB", "")
     assert checks.check_memory(16 * GIB, GIB).status == "warn"
     assert [checks.check_disk(free * GIB, "here").status for free in (0, 2, 50)] == ["fail", "warn", "ok"]
+
+
+def test_the_look_up_without_torchrec():
+    doctor._expect_sums(doctor._plain_sums())
+    with pytest.raises(ArithmeticError, match="expected sums of 2 and 1"):
+        doctor._expect_sums(doctor._plain_sums() + 1)
 
 
 def test_uv_environment_is_recognised(tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.serving.artifact import write_artifact
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.tables.loading import load_plain
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import load_plain
 from tests.fitting_log import write_fitting_logs
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

@@ -22,9 +22,9 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings import Model, Training
+from mmoe_rec.tables.loading import load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import load_plain
 from tests.model.examples import LAYOUT, random_rows
 
 CPU = torch.device("cpu")

@@ -25,8 +25,9 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.settings import Model
+from mmoe_rec.tables.loading import load_plain
+from mmoe_rec.tables.sharding import shard
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import load_plain, shard
 from mmoe_rec.training.warm_start import WarmStart
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
 from tests.serving.small_model import SmallModel

@@ -14,8 +14,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
+from mmoe_rec.tables.loading import load_plain
+from mmoe_rec.tables.sharding import shard
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import load_plain, shard
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.ranks import CPU, ROWS, SEED, join_and_train, spawn, train_one_step
 from tests.training.saving import save_weights

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +22,17 @@ TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
 """How the versions that the copy was tried with begin."""
 
 _ANSWER = "cpuinfo_isa"
+
+
+@dataclass
+class _Shared:
+    """The addresses and bytes that `share_cpuinfo` has found, and whether what it copied is there now."""
+
+    found: tuple[int, int, int] | None = None
+    there: bool = False
+
+
+_shared = _Shared()
 _SYMBOL_ENTRY = 1  # dladdr1: ask for the ELF symbol
 
 
@@ -54,20 +66,40 @@ def share_cpuinfo() -> bool:
     Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With other
     versions than those tried, it only warns that training will be slow.
     """
-    found = _to_copy()
-    if found is None:
+    if _shared.there:
         return False
-    versions = _versions()
-    if not all(versions[name].startswith(tried) for name, tried in TRIED.items()):
-        named = " and ".join(f"{name} {each}" for name, each in versions.items())
-        warnings.warn(
-            f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
-            f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
-            stacklevel=2,
-        )
+    if _shared.found is None and (found := _to_copy()) is not None:
+        versions = _versions()
+        if not _tried(versions):
+            named = " and ".join(f"{name} {each}" for name, each in versions.items())
+            warnings.warn(
+                f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
+                f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
+                stacklevel=2,
+            )
+            return False
+        _shared.found = found
+    if _shared.found is None:
         return False
-    ctypes.memmove(*found)
+    ctypes.memmove(*_shared.found)
+    _shared.there = True
     return True
+
+
+def withhold_cpuinfo() -> None:
+    """Takes back what `share_cpuinfo` copied, if it did: fbgemm runs its reference loops again."""
+    if _shared.there and _shared.found is not None:
+        ctypes.memset(_shared.found[0], 0, _shared.found[2])
+        _shared.there = False
+
+
+def can_be_withheld() -> bool:
+    """Whether fbgemm's loops can be chosen by sharing or not: its variable is apart from torch's, and empty or ours."""
+    return _shared.found is not None or (_to_copy() is not None and _tried(_versions()))
+
+
+def _tried(versions: dict[str, str]) -> bool:
+    return all(versions[name].startswith(begin) for name, begin in TRIED.items())
 
 
 def _to_copy() -> tuple[int, int, int] | None:

@@ -19,9 +19,10 @@ from mmoe_rec.model.tables import (
     to_stored,
     torchrec_tables,
 )
-from mmoe_rec.training.planning import table_bytes
+from mmoe_rec.tables.loading import load_plain
+from mmoe_rec.tables.planning import table_bytes
+from mmoe_rec.tables.sharding import shard
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import load_plain, shard
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.ranks import CPU
 from tests.training.saving import save_weights

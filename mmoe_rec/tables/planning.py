@@ -89,8 +89,6 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
     from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
     from torchrec.distributed.types import ShardingType
 
-    from mmoe_rec.training.planning import OncePerSize
-
     # Data parallel is left out (its optimizer state has other keys, so a table could not be resharded) and so is
     # column-wise (row-wise Adagrad would keep a state per shard of a row).
     types = [ShardingType.TABLE_WISE]
