@@ -19,7 +19,7 @@ from mmoe_rec.tables.ways import Way, set_way, tell_fbgemm, way_of
 
 ROWS_AT_MOST = 50_000
 _RATE = 0.05
-_DEVIATION = 0.01
+_WEIGHT = 0.01
 
 
 def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
@@ -77,13 +77,13 @@ def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tens
         pooling_mode=PoolingMode.SUM,
         table_names=names,
     )
-    module.weights_host.detach().normal_(0.0, _DEVIATION)
+    module.weights_host.detach().fill_(_WEIGHT)
     set_way(module, way)
     return lambda values, offsets: module(indices=values, offsets=offsets)
 
 
 def _alone(layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
     tables = OneProcessTables(layout)
-    tables.storage.weights.normal_(0.0, _DEVIATION)
+    tables.storage.weights.fill_(_WEIGHT)
     tables.storage.rate.fill_(_RATE)
     return tables.look_up

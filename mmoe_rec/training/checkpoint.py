@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.batches.position import Position
+from mmoe_rec.choices.choices import Choices
 from mmoe_rec.errors import UserError
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
@@ -38,7 +39,8 @@ class TrainingState:
     """Where a training stands, apart from the tensors.
 
     step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
-    one, 0 before the first; skipped: steps left out because their loss was not finite; origin: what was trained.
+    one, 0 before the first; skipped: steps left out because their loss was not finite; origin: what was trained;
+    choices: what it is computed with, None in checkpoints of versions that did not choose.
     """
 
     step: int
@@ -47,12 +49,14 @@ class TrainingState:
     best_step: int
     skipped: int
     origin: Origin
+    choices: Choices | None = None
 
     def to_json(self) -> str:
         """The fields as text."""
         tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": self.position.to_dict()}
         tree["history"] = [[step, each.to_dict()] for step, each in self.history]
         tree |= {"best_step": self.best_step, "skipped": self.skipped, "origin": asdict(self.origin)}
+        tree["choices"] = None if self.choices is None else self.choices.to_dict()
         return json.dumps(tree, indent=1)
 
     @staticmethod
@@ -64,6 +68,8 @@ class TrainingState:
         tree["position"] = Position.from_dict(tree["position"])
         tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
         tree["origin"] = Origin.from_dict(tree["origin"])
+        if (choices := tree.get("choices")) is not None:
+            tree["choices"] = Choices.from_dict(choices)
         return TrainingState(**tree)
 
 

@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 
 from mmoe_rec.allocation import freed_memory_kept
-from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import Prefetch
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.devices import use_bf16
+from mmoe_rec.choices.choices import Choices
+from mmoe_rec.choices.measure import SOME_ROWS, Chooser, kept, set_compute, threads
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.tables.installed import torchrec_installed
@@ -109,7 +110,7 @@ class Trainer:
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
         self.position = self.reader.position(0)
-        self.sharded = self._sharded(model_settings, warm_start, prepared)
+        self.sharded, self.choices = self._sharded(model_settings, warm_start, resume, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
@@ -122,7 +123,7 @@ class Trainer:
             self.optimizer,
             self.layout,
             device,
-            bf16=use_bf16(settings.precision, device),
+            bf16=self.choices.precision == "bf16",
             clip_gradient=settings.clip_gradient,
             stop=self.stop,
             balancing=Balancing.of(model_settings),
@@ -146,7 +147,9 @@ class Trainer:
             world_size=self.world_size,
         )
 
-    def _sharded(self, model_settings: Model, warm_start: WarmStart | None, prepared: Prepared) -> Sharded:
+    def _sharded(
+        self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: Prepared
+    ) -> tuple[Sharded, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)
@@ -155,7 +158,9 @@ class Trainer:
             start_at(model.mixture.towers, base_rates(prepared.manifest, self.layout.tasks, weighted))
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
-        return shard(
+        choices = self._choices(model, None if resume is None else resume.state.choices)
+        set_compute(model.mixture, choices.experts)
+        sharded = shard(
             model,
             self.layout,
             self.device,
@@ -163,8 +168,19 @@ class Trainer:
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
-            way=self.settings.tables,
+            way=choices.tables,
         )
+        return sharded, choices
+
+    def _choices(self, model: RankingModel, before: Choices | None) -> Choices:
+        """Those of the training that goes on, as far as this machine allows, or new ones."""
+        if before is not None:
+            return kept(before, self.settings, self.device)
+        first = self.reader.rows.read_row_groups(self.reader.rows.groups[:1])
+        rows = min(math.ceil(self.settings.batch_size / self.world_size), self.reader.rows.rows)
+        some = first.slice(0, min(rows, SOME_ROWS, len(first)))
+        ids: KeyedIds = make_batch(some.encoded, self.layout, torchrec=False).ids
+        return Chooser(model.mixture, self.layout, self.device, rows, ids).choose(self.settings)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.optimizer.init_state()
@@ -186,7 +202,7 @@ class Trainer:
         result, meter = self.result, Meter(self.layout, self.world_size)
         shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
         try:
-            with shown as progress, self.stop, freed_memory_kept():
+            with shown as progress, self.stop, freed_memory_kept(), threads(self.choices.threads):
                 task = progress.add_task("training", total=self.total_steps, note="") if progress else None
 
                 def show() -> None:
@@ -300,7 +316,7 @@ class Trainer:
         result = self.result
         history = tuple(result.history)
         state = TrainingState(
-            result.steps, self.position, history, result.best_step, self.bad_batches.skipped, self.origin
+            result.steps, self.position, history, result.best_step, self.bad_batches.skipped, self.origin, self.choices
         )
         tensors = {
             "model": self.sharded.model.state_dict(),

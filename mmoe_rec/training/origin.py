@@ -14,7 +14,16 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
-_FREE = {"calibration", "device", "tables", "on_bad_loss", "checkpoint_steps", "checkpoints_kept", "timeout_minutes"}
+_FREE = {
+    "calibration",
+    "checkpoint_steps",
+    "checkpoints_kept",
+    "device",
+    "on_bad_loss",
+    "tables",
+    "threads",
+    "timeout_minutes",
+}
 
 
 @dataclass(frozen=True)

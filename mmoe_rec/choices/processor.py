@@ -1,0 +1,65 @@
+"""What this machine's processor is, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Of those that /proc/cpuinfo names, the ones that kernels of products and tables ask for.
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_tile", "bf16", "sve")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """vendor, name: as the system calls them; flags: what products and tables may use; cores: that are free for us;
+    settings: environment variables that hold libraries back from using what the processor has."""
+
+    vendor: str
+    name: str
+    flags: tuple[str, ...]
+    cores: int
+    settings: tuple[str, ...]
+
+
+def processor() -> Processor:
+    """This machine's."""
+    file, first = Path("/proc/cpuinfo"), ""
+    if file.is_file():
+        first = file.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in fields.items()}
+    known = set(found.get("flags", found.get("Features", "")).split())
+    held = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS")
+    return Processor(
+        found.get("vendor_id", "unknown"),
+        found.get("model name", platform.processor() or platform.machine()),
+        tuple(flag for flag in _FLAGS if flag in known),
+        cores(),
+        tuple(f"{name}={os.environ[name]}" for name in held if name in os.environ),
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
+    """Operations a second, fp32 and bf16, in products of two square matrices on the CPU: the fastest of many.
+
+    seconds: for each precision; one product is done in any case, which takes long where bf16 is emulated.
+    """
+    import torch
+
+    rates = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = (torch.randn(size, size).to(kind) for _ in range(2))
+        shortest, end = float("inf"), time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
+            torch.mm(left, right)
+            shortest = min(shortest, time.perf_counter() - started)
+        rates[name] = 2 * size**3 / shortest
+    return rates
