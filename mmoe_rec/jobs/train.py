@@ -25,6 +25,7 @@ from mmoe_rec.training.origin import checksum, result_settings
 if TYPE_CHECKING:
     import torch
 
+    from mmoe_rec.choices.choices import Choices
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
@@ -140,11 +141,20 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
             origin,
             watch=draw,
         )
+        _log_choices(run, trainer.choices, first)
         if first and checkpoint is None:
             Finished.forget(checkpoints)
         result = trainer.run()
         dist.barrier()
         return _finish(run, settings, prepared, layout, result, origin) if first else None
+
+
+def _log_choices(run: Run, choices: Choices, first: bool) -> None:
+    if first:
+        say(f"computing in {choices}")
+    run.log_dict(choices.to_dict(), "choices.json")
+    taken = {name: value for name, value in choices.to_dict().items() if name != "measured"}
+    run.set_tags({f"choices.{name}": str(value) for name, value in taken.items()})
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
