@@ -88,7 +88,7 @@ class OneProcessTables(nn.Module):
 class RowWiseAdagrad:
     """The part of an optimizer that is left to do: it holds the learning rate, and the state by name.
 
-    param_groups: one, whose `lr` counts from the next `step()` on.
+    param_groups: one, whose `lr` counts from the next `zero_grad()` or `step()` on, as in torchrec.
     """
 
     def __init__(self, tables: OneProcessTables, rate: float) -> None:
@@ -97,10 +97,11 @@ class RowWiseAdagrad:
         self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": tables.storage.rate.item()}]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Tables have no gradient."""
+        """Takes the learning rate over; tables have no gradient."""
+        self.step()
 
     def step(self) -> None:
-        """Takes the learning rate over; tables are updated in the backward pass."""
+        """Takes the learning rate over; tables have been updated in the backward pass."""
         self._tables.storage.rate.fill_(self.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Sharded:
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `step()`; plan: one line per table, saying how and where it is stored; way: how tables are looked up and updated.
+    at `zero_grad()` and `step()`; plan: one line per table, saying how and where it is stored; way: how tables are
+    looked up and updated.
     """
 
     model: Any

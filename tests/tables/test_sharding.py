@@ -74,6 +74,17 @@ def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> Non
         assert torch.equal(first.state_dict()[name], weights) != is_weight(name), f"{name} was not trained"
 
 
+def test_two_ranks_in_plain_pytorch_give_the_same_weights(one_rank: Path, tmp_path: Path) -> None:
+    spawn(join_and_train, tmp_path, "torch")
+    by_fbgemm, by_torch = (small_model(plain_tables(LAYOUT, seed)) for seed in (98, 99))
+    load_plain(by_fbgemm, one_rank / "after")
+    load_plain(by_torch, tmp_path / "after")
+    for name, weights in by_fbgemm.state_dict().items():
+        torch.testing.assert_close(by_torch.state_dict()[name], weights, atol=1e-6, rtol=0, msg=f"{name} differs")
+    both = torch.cat([read(tmp_path, rank)["logits"] for rank in (0, 1)])
+    torch.testing.assert_close(both, read(one_rank)["logits"], atol=1e-6, rtol=0)
+
+
 def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> None:
     first, loaded = (small_model(plain_tables(LAYOUT, seed)) for seed in (SEED, 99))
     load_plain(loaded, two_ranks / "before")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.tables.sharding import shard
+from mmoe_rec.tables.ways import Way
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from tests.forked import start_server
@@ -49,18 +50,24 @@ def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None
     torch.multiprocessing.start_processes(work, args=(ranks, port, *arguments), nprocs=ranks, start_method="forkserver")
 
 
-def join_and_train(rank: int, world: int, port: int, folder: Path) -> None:
+def join_and_train(rank: int, world: int, port: int, folder: Path, way: Way = "fbgemm") -> None:
     """One step on one of several ranks."""
     with join(rank, world, port):
-        train_one_step(folder)
+        train_one_step(folder, way)
 
 
-def train_one_step(folder: Path) -> None:
+def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
     """Shards the model, scores this rank's rows, takes one step, and saves everything to compare."""
     rank, world = dist.get_rank(), dist.get_world_size()
     share = ROWS // world
     sharded = shard(
-        small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=share, table_learning_rate=0.05, seed=SEED
+        small_model(torchrec_tables(LAYOUT)),
+        LAYOUT,
+        CPU,
+        batch_size=share,
+        table_learning_rate=0.05,
+        seed=SEED,
+        way=way,
     )
     encoded, labels = random_rows(ROWS)
     mine = torch.arange(rank * share, (rank + 1) * share).numpy()
