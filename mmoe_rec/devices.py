@@ -1,14 +1,23 @@
-"""Which device and precision a machine offers."""
+"""Which device and precision a machine offers, and what a GPU needs beyond a CPU.
+
+On a GPU, products of fp32 matrices may be computed in TF32: fp32's range with 10 bits of mantissa, between bf16's 7 and
+fp32's 23, at several times the speed. Training takes it for all products but those of gates (`fp32_products`), which
+choose experts: an expert that training chose by a rounded number would not be the one that serving chooses.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -43,3 +52,36 @@ def has_fast_bf16(device: torch.device) -> bool:
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether to train under bf16 autocast for a precision of `auto`, `bf16` or `fp32`."""
     return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model that lies on one device is."""
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def fp32_products(precision: Literal["ieee", "tf32"], device: torch.device) -> Iterator[None]:
+    """Products of fp32 matrices on a GPU are in this precision within the block; on a CPU they are fp32 anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(n,) numbers that do not change, on a device where they stay: making a tensor of them anew at each step would
+    copy them there, for which host and device wait for each other.
+    """
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made under it could not take part in training later
+        return torch.tensor(values, dtype=dtype, device=device)

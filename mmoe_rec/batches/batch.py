@@ -25,12 +25,15 @@ from mmoe_rec.point_in_time.lists import Ragged
 class KeyedIds:
     """Any number of ids for each of F inputs and B rows.
 
-    keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major.
+    keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major. starts: F + 1
+    places in `values` where inputs begin and the last one ends; read from the lengths where not given, for which the
+    host waits if they are on a GPU.
     """
 
     keys: tuple[str, ...]
     values: Tensor
     lengths: Tensor
+    starts: tuple[int, ...] | None = field(default=None, repr=False)
     _index: dict[str, int] = field(init=False, repr=False)
     _ends: Tensor = field(init=False, repr=False)
 
@@ -38,7 +41,10 @@ class KeyedIds:
         # Frozen: derived fields are set once, here, so that each column is a slice.
         object.__setattr__(self, "_index", {key: index for index, key in enumerate(self.keys)})
         starts_at_zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
-        object.__setattr__(self, "_ends", torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)]))
+        ends = torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)])
+        object.__setattr__(self, "_ends", ends)
+        if self.starts is None:
+            object.__setattr__(self, "starts", tuple(ends[:: max(1, self.rows)].tolist()))
 
     @property
     def rows(self) -> int:
@@ -52,9 +58,11 @@ class KeyedIds:
 
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them. KeyError: no such input."""
-        first = self._index[name] * self.rows
-        ends = self._ends[first : first + self.rows + 1]
-        return self.values[int(ends[0]) : int(ends[-1])], ends - ends[0]
+        assert self.starts is not None
+        index = self._index[name]
+        ends = self._ends[index * self.rows : (index + 1) * self.rows + 1]
+        start, end = self.starts[index : index + 2] if self.rows else (0, 0)
+        return self.values[start:end], ends - start
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyedIds:
         """The same ids on another device."""
@@ -70,7 +78,7 @@ class KeyedIds:
             tensor.record_stream(stream)
 
     def _map(self, change: Any) -> KeyedIds:
-        return KeyedIds(self.keys, change(self.values), change(self.lengths))
+        return KeyedIds(self.keys, change(self.values), change(self.lengths), self.starts)
 
 
 @dataclass(eq=False)

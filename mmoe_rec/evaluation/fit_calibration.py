@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
@@ -134,7 +135,8 @@ def calibration_rows(
     with bar() as progress:
         task = progress.add_task("calibrating", total=rows.rows)
         for part, _ in rows.stream(batch_size):
-            logits.append(model(make_batch(part.encoded, layout, torchrec=False)).logits.numpy())
+            batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
+            logits.append(model(batch).logits.cpu().numpy())
             labels.append(part.labels)
             if part.weights is not None:
                 weights.append(part.weights)

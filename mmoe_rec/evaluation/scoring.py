@@ -11,6 +11,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.devices import device_of
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout
@@ -83,7 +84,7 @@ def score_rows(
     usable: torch.Tensor | None = None,
     first: int | None = None,
 ) -> Scored:
-    """Scores all rows without placement, in fp32, under a progress bar.
+    """Scores all rows without placement, in fp32, on the model's device, under a progress bar.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
@@ -103,8 +104,9 @@ def score_rows(
     with bar() as progress:
         task = progress.add_task("scoring", total=min(rows.rows, rows.rows if first is None else first))
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
-            outputs = model(make_batch(part.encoded, layout, torchrec=False), top_k=top_k, usable=usable)
-            logits = calibration.apply(outputs.logits, names)
+            batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
+            outputs = model(batch, top_k=top_k, usable=usable)
+            logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
             tables.append(table)

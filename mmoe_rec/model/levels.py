@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.devices import fp32_products
+from mmoe_rec.model.grouped_mm import Sent, in_one_product
 from mmoe_rec.model.products import HALF_PRECISION_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
 from mmoe_rec.routing.rule import Gated, Routing, largest, masked_softmax
 from mmoe_rec.routing.rules import rule_named
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 # this many weights (measured, see tests/benchmarks/experts.py).
 GROUPED_BELOW = 0.75
 GROUPED_FROM_WEIGHTS = 100_000
+# On a GPU, one product for the rows of all experts is taken where a row uses at most this share of them. A guess from
+# the numbers of operations, not measured: see tests/benchmarks/gpu.py.
+ONE_PRODUCT_BELOW = 0.5
 # An added expert's logits begin this far below their own value, then rise to it.
 RAMP = 10.0
 
@@ -59,6 +64,9 @@ class Level(nn.Module):
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, model.gates)
+        # How many routers may choose experts of each group: those of one task are seen by its gate and the shared one.
+        routers = len(visible) if self.gates.route is None else 1
+        self.readers = [routers if self.first or task == tasks else 2 - last for task, size in groups if size]
 
     def forward(
         self,
@@ -80,10 +88,11 @@ class Level(nn.Module):
         used = (routing.weights > 0).any(1) if alone else routing.used()  # (B, E), or None: all of them
         mixed: list[Tensor] = []
         start = 0
-        for source, experts in zip(self.sources, self.each_group(), strict=True):
+        for source, experts, readers in zip(self.sources, self.each_group(), self.readers, strict=True):
             part = slice(start, start + experts.count)
             of_part = None if used is None else used[:, part]
-            mixed.append(experts.mix(expert_inputs[source], routing.weights[:, :, part], of_part, alone))
+            most = None if routing.at_most is None else routing.at_most * readers
+            mixed.append(experts.mix(expert_inputs[source], routing.weights[:, :, part], of_part, alone, most))
             start = part.stop
         total = sum(mixed[1:], start=mixed[0])  # (B, G, U)
         if not self.per_task:
@@ -116,8 +125,8 @@ def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Ten
 class Gates(nn.Module):
     """G gates over E experts, all computed by one product; `settings.routing` names the rule by which they choose.
 
-    Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), as in serving: in bf16
-    one row in a hundred would train other experts than those that serve it.
+    Logits are computed in fp32 whatever the precision of experts (Fedus et al., section 2.4), on a GPU without TF32, as
+    in serving: in bf16 one row in a hundred would train other experts than those that serve it.
 
     State: linear (G, E, H); route (1, E, H) of a rule with one router; masked (E,) bool, experts that are out of use;
     ramp (E,) float32, 1 for an added expert that is not used yet and 0 for one that is used in full; selection_bias
@@ -152,7 +161,8 @@ class Gates(nn.Module):
         compete for experts and there is no k.
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
-        with torch.autocast(self.visible.device.type, enabled=False):
+        device = self.visible.device
+        with torch.autocast(device.type, enabled=False), fp32_products("ieee", device):
             gates = logits = self._logits(inputs)  # (B, G, E)
             if self.route is None:
                 routers = logits - RAMP * self.ramp
@@ -166,7 +176,7 @@ class Gates(nn.Module):
             fewer = not self.training and k is not None
             selected = largest(gated) if fewer else self.rule.select(gated)  # (B, R, E), or None: all of them
             weights = self.rule.weigh(gated, selected, self._renormalises(k))  # (B, G, E)
-            return Routing(weights, probabilities, selected, logits)
+            return Routing(weights, probabilities, selected, logits, k if fewer or self.rule.k_a_row else None)
 
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """(B, G, E) float32, minus infinity for what a gate does not see."""
@@ -225,7 +235,8 @@ class Gates(nn.Module):
         Experts that are masked or being let in have no part in it: their bias would make up for what keeps them out.
         """
         settled = ~self.masked & (self.ramp <= 0)
-        moved = self.selection_bias + rate * (loads[settled].mean() - loads).sign()
+        mean = torch.where(settled, loads, 0).sum() / settled.sum()
+        moved = self.selection_bias + rate * (mean - loads).sign()
         self.selection_bias.copy_(torch.where(settled, moved, self.selection_bias))
 
     @torch.no_grad()
@@ -260,6 +271,7 @@ class Experts(nn.Module):
         self.activate: Callable[[Tensor], Tensor] = getattr(functional, settings.activation)
         self.normalise, self.compute = settings.normalise, settings.compute
         widths = [inputs, *settings.units]
+        self.widths = tuple(widths)
         self.weights_each = sum(width * below for below, width in pairwise(widths))
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
 
@@ -280,12 +292,20 @@ class Experts(nn.Module):
             x = self.activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts))
         return self._normalised(x)
 
-    def mix(self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False) -> Tensor:
+    def mix(
+        self, hidden: Tensor, weights: Tensor, used: Tensor | None, alone: bool = False, most: int | None = None
+    ) -> Tensor:
         """(B, H), weights (B, G, E) float32 -> (B, G, U), the experts' weighted sum for each gate.
 
         used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert only on
-        rows that use it, whatever `compute` says.
+        rows that use it, whatever `compute` says. most: experts that a row uses, at most; None if not known.
         """
+        if used is not None and most is not None and not alone and self._in_one_product(hidden, most):
+            sent = Sent.of(used, most)
+            x = sent.to_places(for_products(hidden))
+            for layer in self.layers:
+                x = self.activate(sent.product(x, layer.weight, layer.bias))  # type: ignore[arg-type]
+            return sent.combine(self._normalised(x), weights)
         if used is not None and (alone or self.takes_grouped(used)):
             hidden = for_products(hidden)
             dispatch = Dispatch.of(used, HALF_PRECISION_BLOCK if hidden.dtype.itemsize == 2 else 1)
@@ -297,7 +317,15 @@ class Experts(nn.Module):
         """Whether `mix` runs experts on their own rows only, where (B, E) of them are in use."""
         if self.compute != "auto":
             return self.compute == "grouped"
+        if used.is_cuda:  # counting them would make the host wait, and a loop over experts is no work for a GPU
+            return False
         return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
+
+    def _in_one_product(self, hidden: Tensor, most: int) -> bool:
+        """Whether `mix` runs experts on their own rows by a product of a GPU, at most so many a row."""
+        if self.compute == "dense" or (self.compute == "auto" and most > ONE_PRODUCT_BELOW * self.count):
+            return False
+        return in_one_product(for_products(hidden), self.widths)
 
     def _normalised(self, outputs: Tensor) -> Tensor:
         return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs

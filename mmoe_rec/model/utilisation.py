@@ -120,12 +120,12 @@ class UtilisationSums:
     """Adds up what gates did; sums of several ranks may be added to each other.
 
     visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64, weights and
-    choices of each task and expert, then the number of rows.
+    choices of each task and expert, then the number of rows; they stay on the model's device until the end.
     """
 
     def __init__(self, visible: Tensor) -> None:
-        self.visible = visible.cpu()
-        self.sums = torch.zeros(2 * visible.numel() + 1, dtype=torch.float64)
+        self.visible = visible
+        self.sums = torch.zeros(2 * visible.numel() + 1, dtype=torch.float64, device=visible.device)
 
     def add(self, outputs: Outputs, counted: Tensor | None = None) -> None:
         """Adds a batch. counted: (B,) bool, the rows that count; None is all."""
@@ -136,16 +136,14 @@ class UtilisationSums:
             chosen = (selected / selected.sum(-1, keepdim=True).clamp(min=1)).expand_as(weights)
         rows = weights.new_ones(len(weights)) if counted is None else counted.to(weights)
         sums = [torch.einsum("b,bte->te", rows, each).flatten() for each in (weights, chosen)]
-        self.sums += torch.cat([*sums, rows.sum()[None]]).cpu()
+        self.sums += torch.cat([*sums, rows.sum()[None]])
 
     def result(self) -> Utilisation:
         """The means of all rows that were added."""
-        weights, choices = self.sums[:-1].unflatten(0, (2, *self.visible.shape)).unbind()
+        sums, unseen = self.sums.cpu(), ~self.visible.cpu()
+        weights, choices = sums[:-1].unflatten(0, (2, *unseen.shape)).unbind()
         shares = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
-        unseen = ~self.visible
-        return Utilisation(
-            (weights / self.sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan)
-        )
+        return Utilisation((weights / sums[-1]).masked_fill(unseen, math.nan), shares.masked_fill(unseen, math.nan))
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -43,13 +43,15 @@ class Routing(NamedTuple):
 
     weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
     float32, the softmax that experts were chosen by; selected: (B, R, E) bool, the chosen ones, or None where all are;
-    logits: (B, R, E) float32 of the routers, minus infinity for an expert that one does not see.
+    logits: (B, R, E) float32 of the routers, minus infinity for an expert that one does not see; at_most: experts that
+    a router chose for a row, at most; None where that is not known beforehand.
     """
 
     weights: Tensor
     probabilities: Tensor
     selected: Tensor | None
     logits: Tensor
+    at_most: int | None = None
 
     def used(self) -> Tensor | None:
         """(B, E) bool, the experts that some gate chose for a row; None where all are."""
@@ -88,6 +90,8 @@ class RoutingRule(ABC):
     """`Gated.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
     rows_compete = False
     """A row's experts depend on the batch's other rows: the rule is for training, and scoring takes the k largest."""
+    k_a_row = False
+    """A router selects at most `Gated.k` experts for a row, so that a GPU can make room for them beforehand."""
     one_router = False
     """One router chooses for all tasks, which then see the same experts."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from mmoe_rec.routing.rule import Gated, RoutingRule, kept, largest, masked_softmax
@@ -29,6 +28,7 @@ class TopK(RoutingRule):
     name = "top_k"
     summary = "the k best of each task's gate"
     takes_bias = True
+    k_a_row = True
 
     def select(self, gated: Gated) -> Tensor:
         """Each gate's k largest."""
@@ -51,12 +51,14 @@ class ExpertChoice(RoutingRule):
         import torch
 
         assert gated.k is not None
-        probabilities, device = gated.probabilities, gated.probabilities.device
+        probabilities = gated.probabilities
         rows = len(probabilities)
-        capacities = [min(rows, math.ceil(rows * gated.k / max(1, n))) for n in gated.allowed.sum(-1).tolist()]
-        most_wanted = probabilities.topk(max(capacities), dim=0).indices  # (C, G, E) places of rows
-        place = torch.arange(len(most_wanted), device=device)[:, None, None]
-        taken = place < torch.tensor(capacities, device=device)[:, None]
+        seen = gated.allowed.sum(-1, keepdim=True).clamp(min=1)  # (G, 1)
+        capacities = (rows * gated.k + seen - 1) // seen
+        # A GPU sorts all rows for any number of them, and the host would have to wait to learn this one.
+        most = rows if probabilities.is_cuda else min(rows, int(capacities.max()))
+        most_wanted = probabilities.topk(most, dim=0).indices  # (C, G, E) places of rows
+        taken = torch.arange(most, device=probabilities.device)[:, None, None] < capacities
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
             0, most_wanted, taken.expand_as(most_wanted)
         )
@@ -69,6 +71,7 @@ class SharedRoute(RoutingRule):
     name = "shared_route"
     summary = "k experts chosen for all tasks together"
     takes_bias = True
+    k_a_row = True
     one_router = True
 
     def select(self, gated: Gated) -> Tensor:

@@ -1,4 +1,8 @@
-"""A ranker in memory: the request's rows are encoded, scored by the model, calibrated and put in order."""
+"""A ranker in memory: the request's rows are encoded, scored by the model, calibrated and put in order.
+
+It runs on the CPU, where the rows are encoded: a request's few hundred rows are no work for a GPU, and the server needs
+none. Who scores millions of rows moves the `model` of a ranker to a GPU and gives it batches there.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ SERVED_CODE = (
     "routing",
     "settings",
     "atomic.py",
+    "devices.py",
     "log",
     "point_in_time",
     "features",

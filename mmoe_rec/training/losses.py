@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.devices import constant
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import logit_of_both
@@ -39,7 +40,7 @@ def masked_loss(
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
     losses = row_losses(logits, labels, tasks) * observed
     sums = (losses if weights is None else losses * weights[:, None]).sum(0)
-    task_weights = torch.tensor([task.loss_weight for task in tasks], dtype=sums.dtype, device=sums.device)
+    task_weights = constant(tuple(task.loss_weight for task in tasks), sums.dtype, sums.device)
     scale = world_size * task_weights / global_counts.to(sums).clamp(min=1)
     if log_variances is None:
         return (scale * sums).sum(), sums.detach()
@@ -94,5 +95,5 @@ def log_variances(model: nn.Module) -> nn.Parameter | None:
 
 def loss_factors(logs: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """(T,) log variances -> (T,) what each task's mean loss is multiplied by, besides its `loss_weight`."""
-    halves = torch.tensor([1.0 if task.kind == "binary" else 0.5 for task in tasks], dtype=logs.dtype)
-    return halves.to(logs.device) * torch.exp(-logs)
+    halves = constant(tuple(1.0 if task.kind == "binary" else 0.5 for task in tasks), logs.dtype, logs.device)
+    return halves * torch.exp(-logs)

@@ -33,13 +33,13 @@ class OwnLabels:
         self._kept: list[Kept] = []
 
     def add(self, logits: Tensor, batch: Batch, own: Tensor) -> None:
-        """logits (B, T) and own (B, T) bool, the rows of each task's own label, on any device."""
-        logits, labels, known = (each[:, self._binary].double().cpu() for each in (logits, batch.labels, own))
-        weights = known if batch.weights is None else known * batch.weights.double().cpu()[:, None]
+        """logits (B, T) and own (B, T) bool, the rows of each task's own label; all in main memory."""
+        logits, labels, known = (each[:, self._binary].double() for each in (logits, batch.labels, own))
+        weights = known if batch.weights is None else known * batch.weights.double()[:, None]
         self._sums += torch.stack([(weights * logits.sigmoid()).sum(0), (weights * labels).sum(0)], dim=1)
         if batch.users is not None:
             seen = torch.where(known > 0, labels, torch.nan)
-            kept = batch.users.cpu().numpy(), logits.numpy().astype(np.float32), seen.numpy()
+            kept = batch.users.numpy(), logits.numpy().astype(np.float32), seen.numpy()
             self._kept.append(_of_users(kept, self._one_in))
             while sum(len(users) for users, _, _ in self._kept) > ROWS_KEPT // dist.get_world_size():
                 self._keep(2 * self._one_in)

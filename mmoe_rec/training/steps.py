@@ -2,6 +2,20 @@
 
 The pipeline calls back in this order: `zero_grad`, `_forward`, and `step` after its backward pass, in which tables are
 updated. The dense part's backward pass is in `_forward`, so that a step whose gradient is not finite updates nothing.
+
+A GPU works through what the host has queued, and stands still whenever the host first waits for it and then queues the
+next. So the host waits for the device in these places only:
+
+- once a step, `Steps._forward` reads whether loss and gradient are finite and whether a rank was asked to stop;
+- torchrec's pipeline, with several ranks: how many ids they send each other, on a stream of its own, a step ahead;
+- every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
+- a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
+- a checkpoint is copied to main memory, and a bad batch is saved;
+- an `Experts.mix` that is told to run experts on their own rows only, and can't in one product: see
+  `mmoe_rec.model.grouped_mm`;
+- the first use of each number that a device keeps from then on (`mmoe_rec.devices.constant`).
+
+`tests/training/test_host_waits.py` counts them on a device that need not be there.
 """
 
 from __future__ import annotations
@@ -18,6 +32,7 @@ from torch import Tensor
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.batches.batch import Batch
+from mmoe_rec.devices import fp32_products
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
@@ -68,6 +83,7 @@ class Steps:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
         self._balancing = balancing
+        self._has_tables = bool(layout.ids)
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._share = 1.0
         self._loads: list[Tensor] = []
@@ -112,10 +128,11 @@ class Steps:
         observed = batch.observed_weights
         # The copies that stretch an epoch's last batch have no labels.
         counted = batch.observed.any(1).float()
-        asked = torch.tensor([self._stop.asked is not None], device=self._device)
-        shared = torch.cat([observed, counted.sum()[None].to(observed), asked.to(observed)])
+        asked = observed.new_full((1,), int(self._stop.asked is not None))  # queued, where a tensor of it is copied
+        shared = torch.cat([observed, counted.sum()[None].to(observed), asked])
         added = self._add_up(shared)  # beside the forward pass
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+        with autocast, fp32_products("tf32", self._device):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
@@ -139,22 +156,27 @@ class Steps:
             log_variances=log_variances(self._model.module),
         )
         total = total + self._balancing.loss(outputs.routings, self._loads, counted * (self._ranks / rows))
-        stopping, some_bad = (torch.stack([shared[-1].float(), bad]) > 0).tolist()
-        if some_bad:
-            wrong: str | None = "loss"
-        else:
+        with fp32_products("tf32", self._device):
             total.backward()
-            wrong = None if self._gradient_is_finite() else "gradient"
+        # Read only now, when a device has the backward pass to work on; a bad loss has cost one for nothing.
+        told = torch.stack([shared[-1].float(), bad, self._gradient_is_bad()])
+        stopping, bad_loss, bad_gradient = (told > 0).tolist()
+        wrong = "loss" if bad_loss else "gradient" if bad_gradient else None
         self._now = Step(batch, logits, losses, observed, stopping, wrong)
         return nothing() if wrong else self._tables.rest(), self._now
 
-    def _gradient_is_finite(self) -> bool:
-        """On all ranks, once the dense part's backward pass is done; clips its gradient."""
+    def _gradient_is_bad(self) -> Tensor:
+        """() float32, above 0 where it is not finite on some rank, once the dense part's backward pass is done; clips
+        its gradient.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        bad = (~(norm.isfinite() & self._tables.finite.to(norm.device))).float()
+        finite = norm.isfinite()
+        if self._has_tables:
+            finite = finite & self._tables.finite.to(norm.device)
+        bad = (~finite).float()
         if self._ranks > 1:  # the norm is the same on all of them, what goes to the tables is not
             dist.all_reduce(bad)
-        return not bad
+        return bad
 
     def step(self) -> None:
         """For the pipeline, after the backward pass of the tables, which has updated them."""

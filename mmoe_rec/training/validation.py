@@ -14,6 +14,7 @@ from torch import Tensor
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
@@ -90,17 +91,21 @@ class ValidationSums:
         self.utilisation = UtilisationSums(experts)
         self.own_labels = OwnLabels(layout)
 
-    def add(self, outputs: Outputs, batch: Batch) -> None:
-        """Adds a batch that was scored without placement, its tasks in the order of the layout."""
-        logits = outputs.logits
-        self.utilisation.add(outputs, batch.observed.any(1))
+    def add(self, outputs: Outputs, batch: Batch, counted: Tensor | None = None) -> None:
+        """Adds a batch that was scored without placement, its tasks in the order of the layout.
+
+        outputs: on any device; batch: in main memory, as all is but what gates did; counted: (B,) bool, the rows with a
+        label, on the device of the outputs. None where that is the batch's.
+        """
+        self.utilisation.add(outputs, batch.observed.any(1) if counted is None else counted)
+        logits = outputs.logits.cpu()
         losses = row_losses(logits, batch.labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
-        self.loss[:, 0] += weighted.double().sum(0).cpu()
-        self.loss[:, 1] += batch.observed_weights.double().cpu()
+        self.loss[:, 0] += weighted.double().sum(0)
+        self.loss[:, 1] += batch.observed_weights.double()
         own = _of_own_label(batch, self.layout)
         self.own_labels.add(logits, batch, own)
-        _count(self.counts, logits.cpu(), batch.labels.cpu(), own.cpu())
+        _count(self.counts, logits, batch.labels, own)
 
     def result(self) -> Validation:
         """Of all rows that were added. Raises UserError where no label was observed."""
@@ -135,8 +140,8 @@ def validate(
         if stop is not None and _any_rank(stop.asked is not None, device):
             model.train()
             return None
-        batch = each.to(device)
-        sums.add(model(batch), batch)
+        batch = each.to(device, non_blocking=True)
+        sums.add(model(batch), each, batch.observed.any(1))
     model.train()
     for total in (sums.counts, sums.loss, sums.utilisation.sums):
         _add_up(total, device)
@@ -164,9 +169,10 @@ def _count(counts: Tensor, logits: Tensor, labels: Tensor, observed: Tensor) -> 
 
 
 def _any_rank(asked: bool, device: torch.device) -> bool:
+    if dist.get_world_size() == 1:
+        return asked
     flag = torch.tensor(int(asked), device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(flag)
+    dist.all_reduce(flag)
     return bool(flag)
 
 
@@ -212,11 +218,12 @@ def validate_alone(
         if not ids.equals(same_ids):
             raise UserError("its features give other validation rows")
         batch = make_batch(part.encoded, inputs.layout, known.labels, None, known.weights, torchrec=False)
-        outputs = model(batch)
-        logits = outputs.logits[:, order]
+        device = device_of(model)
+        outputs = model(batch.to(device))
+        logits = outputs.logits[:, order].cpu()
         if not logits.isfinite().all():
             raise NotFiniteError
-        sums.add(outputs._replace(logits=logits), batch)
+        sums.add(outputs._replace(logits=logits), batch, batch.observed.any(1).to(device))
     return sums.result()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from mmoe_rec.batches.batch import KeyedIds, make_batch
+from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.point_in_time.lists import Ragged
 from tests.model.examples import LAYOUT, random_rows
@@ -112,3 +114,54 @@ def test_weights_of_rows() -> None:
     assert batch.observed_weights.tolist() == (~np.isnan(labels) * weights[:, None]).sum(0).tolist()
     with pytest.raises(ValueError, match=r"weights: expected shape \(5,\)"):
         make_batch(encoded, LAYOUT, labels, None, weights[:4], torchrec=False)
+
+
+class Spied:
+    """In place of a tensor: writes down what is asked of it."""
+
+    def __init__(self, name: str, asked: list[tuple[str, str]]) -> None:
+        self.name, self.asked = name, asked
+
+    def __getattr__(self, method: str) -> Callable[..., Spied]:
+        def call(*arguments: object, **named: object) -> Spied:
+            self.asked.append((self.name, f"{method} {arguments[1:]} {named}"))
+            return self
+
+        return call
+
+    def __len__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_every_tensor_goes_the_whole_way_to_a_gpu(optional: bool) -> None:
+    """One that is forgotten in `record_stream` has its memory reused while a GPU still reads it."""
+    encoded, labels = random_rows(5)
+    more = (np.ones(5, np.float32), np.arange(5)) if optional else (None, None)
+    batch = make_batch(encoded, LAYOUT, labels, None, *more, torchrec=True)
+    held = [each.name for each in fields(Batch) if hasattr(getattr(batch, each.name), "to")]
+    assert {"ids", "dense", "labels", "observed"} <= set(held)
+    assert {"weights", "users"} <= set(held) or not optional
+    asked: list[tuple[str, str]] = []
+    spied = replace(batch, **{name: Spied(name, asked) for name in held})
+    for step, expected in (
+        (spied.pin_memory, "pin_memory () {}"),
+        (lambda: spied.to("cpu", non_blocking=True), "to () {'non_blocking': True}"),
+        (lambda: spied.record_stream("stream"), "record_stream () {}"),
+    ):
+        asked.clear()
+        step()
+        assert sorted(asked) == sorted((name, expected) for name in held)
+
+
+def test_plain_ids_go_the_whole_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = make_batch(random_rows(5)[0], LAYOUT, torchrec=False).ids
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: seen.append(tensor))
+    ids.record_stream("stream")
+    held = [each for each in vars(ids).values() if isinstance(each, torch.Tensor)]
+    assert {each.data_ptr() for each in seen} == {each.data_ptr() for each in held}
+    moved = ids.to("cpu", non_blocking=True)
+    assert moved.starts == ids.starts
+    for name in ids.keys:
+        assert all(torch.equal(*pair) for pair in zip(ids.column(name), moved.column(name), strict=True))

@@ -66,7 +66,7 @@ def validated(
         seen = torch.from_numpy(known)
         batches.append(Batch(None, torch.from_numpy(dense[rows]), label, seen, weights=weight, users=who))
     for batch in batches:
-        batch.to = lambda device, batch=batch: batch  # type: ignore[method-assign, misc]
+        batch.to = lambda device, non_blocking, batch=batch: batch  # type: ignore[method-assign, misc]
     found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
     assert model.training
     return found

@@ -1,0 +1,265 @@
+"""Where the host waits for a GPU in a training step and a validation, by each routing rule: nowhere but where stated.
+
+What is stated is in `mmoe_rec.training.steps`. On fake tensors of a GPU, also that a step leaves nothing on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
+from mmoe_rec.evaluation.scoring import predictions
+from mmoe_rec.model import levels
+from mmoe_rec.model.grouped_mm import Sent
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.mmoe import RankingModel, Towers
+from mmoe_rec.model.score import fuse
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.routing.rules import RULES
+from mmoe_rec.training.balance import Balancing
+from mmoe_rec.training.losses import add_log_variances
+from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.steps import Steps
+from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.validation import ValidationSums
+from tests.model.examples import random_rows, small_model
+from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu
+from tests.training.learnable import CPU, GIVEN, LAYOUTS
+
+ROWS = 32
+ONCE_A_STEP = [("training/steps.py _forward", "tolist")]
+EXPERTS = {"count": 16, "units": (16, 8)}
+WHOLE_BLOCKS = {"bottom": {"units": (16,)}, "experts": EXPERTS}
+# Each rule, as all of its options are, and what a layout adds to a step.
+CASES: dict[str, dict[str, Any]] = {
+    rule.name: {"gates": _gates} for rule in RULES for _gates in [{"routing": rule.name}]
+}
+CASES |= {
+    "noise and dropout": {"gates": {"routing": "top_k", "noise": 0.5, "dropout": 0.2, "random_top_k": True}},
+    "one gate": {"gates": {"routing": "top_k", "per_task": False}},
+    "levels": {"gates": {"routing": "top_k"}, "experts": EXPERTS | {"count": 4, "task_count": 2, "levels": 2}},
+    "wide": {"bottom": {"units": (16,), "piecewise": True, "cross_layers": 2, "dropout": 0.1}},
+    "normalised": {"experts": EXPERTS | {"normalise": True, "raw_inputs": True}},
+    "placement": {"placement": {"dropout": 0.3}},
+}
+
+
+def changes(case: str) -> dict[str, Any]:
+    found = WHOLE_BLOCKS | CASES[case]
+    gates = found.get("gates", {})
+    if gates.get("routing") == "expert_choice":
+        gates = gates | {"serving_top_k": 2}
+    return found | {"gates": {"top_k": 2} | gates}
+
+
+def batch_of(layout: ModelLayout, weighted: bool = False) -> Batch:
+    encoded, labels = random_rows(ROWS, 3, layout)
+    weights = np.full(ROWS, 2.0, np.float32) if weighted else None
+    return make_batch(encoded, layout, labels, None, weights, np.arange(ROWS), torchrec=False)
+
+
+def faked(batch: Batch, mode: Any) -> Batch:
+    """In main memory; the ids' places stay known."""
+    ids = batch.ids
+    keyed = KeyedIds(ids.keys, mode.from_tensor(ids.values), mode.from_tensor(ids.lengths), ids.starts)
+    parts = {name: mode.from_tensor(getattr(batch, name)) for name in batch._parts() if name != "ids"}
+    return replace(batch, ids=keyed, **parts)
+
+
+def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool, **balancing: float) -> Steps:
+    class Whole(nn.Module):
+        """As torchrec's wrapper has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+        def forward(self, batch: Batch) -> Any:
+            return self.module(batch)
+
+    sharded: Any = SimpleNamespace(
+        model=Whole(), dense_parameters=lambda: dict(model.named_parameters()), pipelined=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return Steps(
+        sharded,
+        optimizer,
+        layout,
+        device,
+        bf16=bf16,
+        clip_gradient=1.0,
+        stop=StopRequest(),
+        balancing=Balancing(**balancing),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(CPU):
+        yield
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_waits_once(monkeypatch: pytest.MonkeyPatch, case: str, bf16: bool) -> None:
+    """The whole step, but for the gradients' values: a model without tables takes no part of torchrec's."""
+    layout = LAYOUTS["no ids"]
+    model = small_model(plain_tables(layout), layout, **changes(case)).train()
+    add_log_variances(model, layout.tasks)
+    batches = [batch_of(layout, weighted) for weighted in (False, True, False)]
+    with fake_gpu(monkeypatch) as mode:
+        on_gpu(model)
+
+        def backward(loss: Tensor) -> None:
+            assert loss.shape == ()
+            for parameter in model.parameters() if loss.is_cuda else ():
+                parameter.grad = torch.empty_like(parameter)
+
+        takes_bias = "gates" in CASES[case] and CASES[case]["gates"]["routing"] in ("top_k", "shared_route")
+        steps = steps_of(model, layout, CUDA, bf16, weight=0.1, z_weight=0.1, bias_rate=0.1 * takes_bias)
+        batches = [faked(batch, mode) for batch in batches]
+        waits = Waits(backward)
+        found = []
+        with waits.watching():
+            for batch in batches:
+                waits.found = []
+                step = steps.next(iter([batch]), 0.5)
+                assert step is not None
+                assert step.bad is None
+                assert step.logits.is_cuda
+                found.append(waits.found)
+    # Numbers that the device keeps are copied there in the first step of their kind, and never again.
+    for first in found[:2]:
+        assert [each for each in first if each[0] != "devices.py constant"] == ONCE_A_STEP
+    assert found[2] == ONCE_A_STEP
+
+
+def test_products_of_fp32_are_in_tf32_but_for_those_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+    layout = LAYOUTS["no ids"]
+    model = small_model(plain_tables(layout), layout, **changes("soft")).train()
+    parts = {"gates": (levels.Gates, "_logits"), "experts": (levels.Experts, "forward"), "towers": (Towers, "forward")}
+    for part, (owner, name) in parts.items():
+        of = getattr(owner, name)
+
+        def told(*arguments: Any, part: str = part, of: Any = of) -> Any:
+            seen[part] = torch.backends.cuda.matmul.fp32_precision
+            return of(*arguments)
+
+        monkeypatch.setattr(owner, name, told)
+
+    def backward(loss: Tensor) -> None:
+        seen.setdefault("backward", torch.backends.cuda.matmul.fp32_precision)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    batch = batch_of(layout)
+    with fake_gpu(monkeypatch) as mode:
+        on_gpu(model)
+        steps = steps_of(model, layout, CUDA, bf16=False)
+        with Waits(backward).watching():
+            assert steps.next(iter([faked(batch, mode)]), 0.5) is not None
+    assert seen == {"gates": "ieee", "experts": "tf32", "towers": "tf32", "backward": "tf32"}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_pass_over_tables_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    layout = GIVEN
+    model = small_model(plain_tables(layout), layout, **changes(case))
+    batch = batch_of(layout)
+    with fake_gpu(monkeypatch) as mode:
+        on_gpu(model)
+        batch = faked(batch, mode)
+        waits = Waits()
+        with waits.watching(), torch.inference_mode():
+            for training in (True, False):
+                model.train(training)
+                outputs = model(batch.to(CUDA, non_blocking=True))
+                assert outputs.logits.is_cuda
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.k_a_row])
+def test_sparse_experts_are_one_product_in_bf16(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    layout = LAYOUTS["no ids"]
+    model = small_model(plain_tables(layout), layout, **changes(rule)).train()
+    asked: list[int] = []
+
+    def of(used: Tensor, most: int) -> Sent:
+        asked.append(most)
+        return Sent.of(used, most)
+
+    monkeypatch.setattr(levels, "Sent", SimpleNamespace(of=of))
+    batch = batch_of(layout)
+    with fake_gpu(monkeypatch) as mode:
+        on_gpu(model)
+        batch = faked(batch, mode).to(CUDA)
+        with torch.autocast("cuda", torch.bfloat16):
+            model(batch)
+        model(batch)  # fp32
+    assert asked == [2 if rule == "shared_route" else 6], "k experts for each of three tasks, or for all of them"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_backward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """On a CPU, of what a GPU would run: autograd can't be asked about a GPU that is not there."""
+    layout = LAYOUTS["no ids"]
+    monkeypatch.setattr(levels, "in_one_product", lambda x, widths: True)
+    monkeypatch.setattr(levels.Experts, "takes_grouped", lambda self, used: False)
+    model = small_model(plain_tables(layout), layout, **changes(case)).train()
+    watched: list[str] = []
+    steps = steps_of(model, layout, CPU, bf16=False, weight=0.1, z_weight=0.1)
+
+    def backward(loss: Tensor) -> None:
+        with torch._C.DisableTorchFunction(), _Names(watched):
+            torch.autograd.backward(loss)
+
+    with Waits(backward).watching():
+        assert steps.next(iter([batch_of(layout)]), 0.5) is not None
+    assert len(set(watched)) > 10
+    refused = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "bincount", "index by bool"}
+    assert not refused & set(watched)
+
+
+class _Names(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        masks = name in ("index", "index_put", "index_put_") and any(
+            isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
+        )
+        self.names.append("index by bool" if masks else name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_validation_reads_the_logits_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["no ids"]
+    model = small_model(plain_tables(layout), layout, **changes("top_k")).eval()
+    batch = batch_of(layout, weighted=True)
+    with fake_gpu(monkeypatch) as mode:
+        on_gpu(model)
+        experts = model.experts_in_use
+        moved = faked(batch, mode).to(CUDA, non_blocking=True)
+        waits = Waits()
+        with waits.watching(), torch.no_grad():
+            outputs = model(moved)
+            sums = ValidationSums(layout, experts)
+            sums.utilisation.add(outputs, moved.observed.any(1))
+            assert sums.utilisation.sums.is_cuda
+            assert waits.found == []
+            predictions(outputs.logits.cpu(), [task.kind for task in layout.tasks])
+            fuse(outputs.logits.cpu(), [task.kind for task in layout.tasks], [1.0] * len(layout.tasks))
+        assert waits.found == [("elsewhere", "copy to the host")] * 2
