@@ -37,23 +37,6 @@ def usable_cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to train under bf16 autocast for a precision of `auto`, `bf16` or `fp32`."""
-    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a model that lies on one device is."""
     return next(model.parameters()).device

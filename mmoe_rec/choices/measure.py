@@ -1,8 +1,8 @@
 """Chooses what a training computes with, by timing steps of the model's own shapes on drawn inputs.
 
-Three rules keep noise from making choices. Options run in turns, and the fastest run of each counts. What changes
-results by more than rounding, and what is known to be right on most machines, gives way only to what is a fifth faster.
-And ranks decide together, each option by the time of the slowest of them.
+Three rules keep noise from making choices. Options run in turns, and the fastest run of each counts. The default, which
+is fp32, fbgemm's kernels and a thread a core, gives way only to what is a fifth faster. And ranks decide together, each
+option by the time of the slowest of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from mmoe_rec.tables.ways import Way, way_of, ways_on_offer
 SECONDS = 0.025
 """For each choice, besides the runs that are not counted."""
 CLEARLY = 1.2
-"""How many times as long as the best the default has to take, where a choice changes more than the time."""
-SLIGHTLY = 1.05
+"""How many times as long as the best the default has to take to be left."""
 _OPERATIONS = 1.2e9
 """Of a step that is timed: some milliseconds in fp32 on two cores."""
 _FIRST_ROWS = 64
@@ -65,7 +64,7 @@ class Chooser:
 
         Raises UserError where the way of tables that is set is not on offer.
         """
-        way = way_of(settings.tables, self._device.type, dist.get_world_size())
+        way = way_of(settings.tables, self._device.type, _ranks())
         with _random_states_kept(self._device):
             precision = settings.precision if settings.precision != "auto" else self._precision()
             experts = self._experts(precision)
@@ -118,7 +117,7 @@ class Chooser:
         if len(times) < 2:
             return by_default
         self._times["tables"] = times
-        taken = faster(times, by_default, SLIGHTLY)
+        taken = faster(times, by_default, CLEARLY)
         return next(way for way in offered if way == taken)
 
     def _trial(self, way: Way) -> Callable[[], object]:
@@ -131,7 +130,7 @@ class Chooser:
             return wanted
         now = torch.get_num_threads()
         # Set by hand, or by torchrun for each of its processes.
-        if "OMP_NUM_THREADS" in os.environ or now == 1 or dist.get_world_size() > 1:
+        if "OMP_NUM_THREADS" in os.environ or now == 1 or _ranks() > 1:
             return now
         tables = self._trial(way)
 
@@ -150,7 +149,7 @@ class Chooser:
         finally:
             torch.set_num_threads(now)
         self._times["threads"] = times
-        return int(faster(times, str(now), SLIGHTLY))
+        return int(faster(times, str(now), CLEARLY))
 
     def _step(self, precision: Precision, rows: int) -> None:
         """Forward and backward pass of the dense part."""
@@ -169,7 +168,7 @@ class Chooser:
         """
         wait = torch.cuda.synchronize if self._device.type == "cuda" else lambda: None
         times = milliseconds(options, seconds, wait)
-        if dist.get_world_size() == 1:
+        if _ranks() == 1:
             return times
         asked = list(names or options)
         values = torch.tensor([times.get(name, math.inf) for name in asked], dtype=torch.float64, device=self._device)
@@ -186,7 +185,7 @@ def kept(before: Choices, settings: Training, device: torch.device) -> Choices:
     here = device.type == "cpu" and before.tables in ways_on_offer()
     wanted = before.tables if settings.tables == "auto" and here else settings.tables
     count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
-    return replace(before, tables=way_of(wanted, device.type, dist.get_world_size()), threads=count)
+    return replace(before, tables=way_of(wanted, device.type, _ranks()), threads=count)
 
 
 @contextlib.contextmanager
@@ -224,6 +223,10 @@ def set_compute(mixture: Mixture, compute: Compute) -> None:
 def _random_states_kept(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _with(option: Callable[[int], object], rows: int) -> Callable[[], object]:

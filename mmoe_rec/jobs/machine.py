@@ -101,8 +101,8 @@ class Probe:
     """CUDA release that torch was built for; None for a CPU build."""
     cards: Sequence[tuple[str, int]] = ()
     """Name and bytes of memory of each CUDA device."""
-    bf16: Mapping[str, bool] = field(default_factory=dict)
-    """Whether `cpu` and `cuda` multiply bf16 matrices in hardware."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """For `cpu` and `cuda`, what a training of common size would compute in."""
 
 
 def check_python(version: tuple[int, int, int]) -> Check:
@@ -285,12 +285,14 @@ def check_cuda(probe: Probe, has_driver: bool) -> Check:
     return Check("CUDA devices", "ok", "none: models train on the CPU")
 
 
-def check_bf16(probe: Probe) -> Check:
-    """Where mixed precision pays; without it training takes fp32, which is no fault."""
-    if not probe.bf16:
-        return Check("bf16", "warn", "unknown, since torch could not be asked", "fix the embedding lookup first")
-    found = ", ".join(f"{device}: {'fast' if fast else 'no, fp32 is used'}" for device, fast in probe.bf16.items())
-    return Check("bf16", "ok", found)
+def check_choices(probe: Probe) -> Check:
+    """What a training of common size would compute in, by measurement; each training measures its own steps."""
+    if not probe.choices:
+        return Check(
+            "measured choices", "warn", "unknown, since nothing could be run", "fix the embedding lookup first"
+        )
+    found = "; ".join(f"{device}: {choices}" for device, choices in probe.choices.items())
+    return Check("measured choices", "ok", found)
 
 
 def check_memory(total: int, available: int) -> Check:

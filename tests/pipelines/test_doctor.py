@@ -290,8 +290,9 @@ def test_devices():
     unseen = checks.check_cuda(Probe(torch_cuda="13.0"), True)
     assert unseen.status == "warn"
     assert "built for CUDA 13.0" in unseen.fix
-    assert checks.check_bf16(Probe(bf16={"cpu": False, "cuda": True})).found == "cpu: no, fp32 is used, cuda: fast"
-    assert checks.check_bf16(Probe()).status == "warn"
+    found = checks.check_choices(Probe(choices={"cpu": "fp32, 2 threads", "cuda": "bf16"})).found
+    assert found == "cpu: fp32, 2 threads; cuda: bf16"
+    assert checks.check_choices(Probe()).status == "warn"
 
 
 def test_memory_and_disk():

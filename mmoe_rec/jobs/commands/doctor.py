@@ -37,7 +37,7 @@ from mmoe_rec.jobs.machine import (
     Check,
     Installer,
     Probe,
-    check_bf16,
+    check_choices,
     check_cpu,
     check_cuda,
     check_disk,
@@ -117,20 +117,16 @@ def probe() -> None:
         report(stage="import torch")
         import torch
 
-        from mmoe_rec.devices import has_fast_bf16
-
-        devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         report(
             torch_cuda=torch.version.cuda,
             cards=[(card.name, card.total_memory) for card in cards],
-            bf16={device.type: has_fast_bf16(device) for device in devices},
             stage="import fbgemm_gpu",
         )
         if not any(map(find_spec, ("fbgemm_gpu", "torchrec"))):
             report(stage="look up an embedding")
             _expect_sums(_plain_sums())
-            report(stage="done")
+            report(choices=_choices(), stage="done")
             return
         import fbgemm_gpu  # noqa: F401
 
@@ -143,10 +139,21 @@ def probe() -> None:
         torch.nn.init.ones_(tables.embedding_bags["table"].weight)
         ids = KeyedJaggedTensor.from_lengths_sync(["feature"], torch.tensor([0, 2, 1]), torch.tensor([2, 1]))
         _expect_sums(tables(ids)["feature"])
-        report(stage="done")
+        report(stage="train a model for a few steps")
+        report(choices=_choices(), stage="done")
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         report(error=f"{type(error).__name__}: {lines[-1]}")
+
+
+def _choices() -> dict[str, str]:
+    """Device -> what a training of common size would compute in there."""
+    import torch
+
+    from mmoe_rec.choices.sample import sample_choices
+
+    devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
+    return {device.type: str(sample_choices(device)) for device in devices}
 
 
 def _plain_sums() -> Any:
@@ -220,7 +227,7 @@ def run_checks() -> list[Check]:
         check_uvicorn(shutil.which("uvicorn"), installed_script("uvicorn"), installer),
         check_cpu(usable_cores(), os.environ.get("OMP_NUM_THREADS")),
         check_cuda(probed, has_driver),
-        check_bf16(probed),
+        check_choices(probed),
         *([check_memory(*_memory())] if linux else []),
         check_disk(shutil.disk_usage(Path.cwd()).free, str(Path.cwd())),
     ]
