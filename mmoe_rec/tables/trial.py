@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
@@ -37,8 +37,12 @@ def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_M
     way_of(way, "cpu")
     if not layout.ids:
         return lambda: None
-    small = replace(layout, tables=tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in layout.tables))
-    values, offsets = _ids(small, ids)
+    tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in layout.tables)
+    # fbgemm wants inputs that share a table next to each other.
+    names = [table.name for table in tables]
+    inputs = tuple(sorted(layout.ids, key=lambda each: names.index(each.table)))
+    small = replace(layout, tables=tables, ids=inputs)
+    values, offsets = _ids(small, ids, [layout.ids.index(each) for each in inputs])
     look_up = _by_fbgemm(way, small) if torchrec_installed() else _alone(small)
     width = sum(stored_width(small.table(each.table).dim) for each in small.ids)
     gradient = torch.randn((len(offsets) - 1) // len(small.ids), width)
@@ -50,12 +54,15 @@ def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_M
     return once
 
 
-def _ids(layout: ModelLayout, ids: Any) -> tuple[Tensor, Tensor]:
+def _ids(layout: ModelLayout, ids: Any, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids and offsets in the layout's order of inputs; order: the number in `ids` of each of them."""
     values, offsets = (ids.values, ids.offsets) if isinstance(ids, KeyedIds) else (ids.values(), ids.offsets())
-    ends = offsets[:: (len(offsets) - 1) // len(layout.ids)].tolist()
+    batch = (len(offsets) - 1) // len(order)
+    ends = offsets[::batch].tolist()
     rows = [layout.table(each.table).rows for each in layout.ids]
-    parts = [values[first:last] % most for (first, last), most in zip(pairwise(ends), rows, strict=True)]
-    return torch.cat(parts), offsets.long()
+    parts = [values[ends[number] : ends[number + 1]] % most for number, most in zip(order, rows, strict=True)]
+    lengths = offsets.long().diff().view(len(order), batch)[list(order)].flatten()
+    return torch.cat(parts), functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:

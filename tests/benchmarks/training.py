@@ -6,19 +6,26 @@ numbers, 8 experts [128, 64] on all inputs, 2 tasks, batch 4096) are trained on,
 ours     this project's trainer: rows from Parquet, shuffled, tables through torchrec, checkpoints, metrics;
 rechub   torch-rechub 0.9.0, its own trainer and loader;
 deepctr  DeepCTR-Torch 0.3.0, its own `fit`;
-tight    a loop in plain PyTorch, written for speed, with all rows in memory (`tight_loop.py`).
+tight    a loop in plain PyTorch, written for speed, with all rows in memory (`tight_loop.py`), in fp32 and in bf16.
 
 Tables have 50 thousand, 500 thousand or 2 million rows each. The peers get an environment of their own, which uv makes
 in `--peers` (kept in the folder for temporary files), with the same release of torch. Rows a second are those of the
-steps after a warm-up; what is timed several times counts by its fastest. `two_ranks_over_one`: two processes of one
-thread over one process of one thread, at the same batch size. The limit of `fraction_of_matmul_limit`: the machine's
-bf16 rate in products of two matrices of 2048 x 2048, measured in turn with the trainings, over the operations that the
-model's products take for a row.
+steps after a warm-up; what is timed several times counts by its fastest. `--peers-only-50k`: only what is needed to
+compare with the peers, at 50 thousand rows.
+
+`two_ranks_over_one`: two processes of one thread over one process of one thread, at the same batch size. The limit of
+`fraction_of_matmul_limit`: the faster of the machine's fp32 and bf16 rates in products of two matrices of 2048 x 2048,
+measured in turn with the trainings, over the operations that the model's products take for a row.
+
+`choices` is what a training chose by itself. `auto_over_best_by_hand`: its speed over that of the best combination of
+precision, way of tables and threads set by hand, all of which are timed in turn with it (`by_hand`). To see another
+processor: ONEDNN_MAX_CPU_ISA=AVX512_CORE takes its bf16 units away.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -27,35 +34,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 PEERS = {"rechub": "torch-rechub==0.9.0", "deepctr": "deepctr-torch==0.3.0"}
 TABLE_ROWS = (50_000, 500_000, 2_000_000)
 SECONDS = 40  # for a peer's training; some would take an hour
-MATRIX = 2048
+EMULATED = 0.5
+"""bf16 products that have less than this share of fp32's rate are not worth a training."""
 
 
-def matrix_rate(seconds: float = 3.0) -> float:
-    """bf16 operations a second in products of two square matrices: the fastest of many."""
-    import torch
-
-    left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16) for _ in range(2))
-    shortest, end = float("inf"), time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end:
-        torch.mm(left, right)
-        shortest = min(shortest, time.perf_counter() - started)
-    return 2 * MATRIX**3 / shortest
-
-
-def tight_loop(rows: int, table_rows: int) -> float:
+def tight_loop(rows: int, table_rows: int, precision: str) -> float:
     """Rows a second of the tight loop."""
-    import torch
-
-    from mmoe_rec.devices import use_bf16
     from tests.benchmarks.tight_loop import tight
     from tests.benchmarks.training_rows import draw
 
-    return tight(draw(rows, table_rows), table_rows, use_bf16("auto", torch.device("cpu")), SECONDS)
+    return tight(draw(rows, table_rows), table_rows, precision == "bf16", SECONDS)
 
 
 def write_rows(rows: int, table_rows: int, folder: Path) -> float:
@@ -68,12 +63,12 @@ def write_rows(rows: int, table_rows: int, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def run(command: Sequence[str], **environment: str) -> float:
-    """The number that a command prints last."""
+def run(command: Sequence[str], **environment: str) -> Any:
+    """What a command prints last, as JSON."""
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | environment)
     if finished.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed")
-    return float(finished.stdout.splitlines()[-1])
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def stage(name: str, *arguments: object) -> list[str]:
@@ -81,10 +76,10 @@ def stage(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", "tests.benchmarks.training", "--stage", name, *map(str, arguments)]
 
 
-def ours(folder: Path, ranks: int = 1) -> list[str]:
-    """This project's training, by one process or by several under torchrun."""
+def ours(folder: Path, ranks: int = 1, *options: str) -> list[str]:
+    """This project's training, by one process or by several under torchrun; options: settings by hand."""
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return [sys.executable, "-m", *start, "tests.benchmarks.training_ours", str(folder)]
+    return [sys.executable, "-m", *start, "tests.benchmarks.training_ours", str(folder), *options]
 
 
 def peers_environment(folder: Path) -> str:
@@ -100,52 +95,106 @@ def peers_environment(folder: Path) -> str:
     return str(python)
 
 
-def benchmark(rows: int, repeats: int, peers: Path) -> dict[str, object]:
-    """Runs all and tells how they compare."""
-    from tests.benchmarks.training_rows import operations_per_row
+class Timer:
+    """Runs contestants and keeps the fastest time of each, and the machine's rates in turn with them."""
 
+    def __init__(self) -> None:
+        self.speeds: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
+        self.choices: dict[str, Any] = {}
+
+    def rate(self) -> None:
+        """Measures the machine."""
+        for name, rate in run(stage("rates")).items():
+            self.rates[name] = max(rate, self.rates.get(name, 0))
+
+    def timed(self, name: str, command: Sequence[str], **environment: str) -> None:
+        """Measures a contestant."""
+        found = run(command, **environment)
+        if isinstance(found, dict):
+            self.choices[name], found = found["choices"], found["rows_per_s"]
+        self.speeds[name] = max(found, self.speeds.get(name, 0))
+        print(f"{name:28} {found:12,.0f} rows/s", flush=True)
+
+    def tight(self, rows: int, table_rows: int) -> None:
+        """The loop in both precisions."""
+        name = f"tight_{_short(table_rows)}"
+        for precision in ("fp32", "bf16"):
+            if precision == "fp32" or self.rates["bf16"] >= EMULATED * self.rates["fp32"]:
+                self.timed(name, stage("tight", rows, table_rows, precision))
+
+
+def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, object]:
+    """Runs all and tells how they compare; few: only what the comparison with the peers at 50 thousand rows takes."""
     python = peers_environment(peers)
-    speeds: dict[str, float] = {}
-    rate = 0.0
-
-    def timed(name: str, command: Sequence[str], **environment: str) -> None:
-        speed = run(command, **environment)
-        speeds[name] = max(speed, speeds.get(name, 0))
-        print(f"{name:16} {speed:12,.0f} rows/s", flush=True)
-
+    timer = Timer()
+    tables = TABLE_ROWS[:1] if few else TABLE_ROWS
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {table_rows: Path(scratch, str(table_rows)) for table_rows in TABLE_ROWS}
+        folders = {table_rows: Path(scratch, str(table_rows)) for table_rows in tables}
         for table_rows, folder in folders.items():
             run(stage("write", rows, table_rows, folder))
+        smallest = folders[TABLE_ROWS[0]]
         for _ in range(repeats):
             # What is divided by each other is measured next to each other.
-            rate = max(rate, run(stage("matrix")))
-            for table_rows in TABLE_ROWS:
-                timed(f"ours_{_short(table_rows)}", ours(folders[table_rows]))
-            timed("tight_50k", stage("tight", rows, TABLE_ROWS[0]))
-            for ranks in (1, 2):
-                timed(f"ours_50k_{ranks}x1", ours(folders[TABLE_ROWS[0]], ranks), OMP_NUM_THREADS="1")
-        for table_rows in TABLE_ROWS:
+            timer.rate()
+            for table_rows in tables:
+                timer.timed(f"ours_{_short(table_rows)}", ours(folders[table_rows]))
+            timer.tight(rows, TABLE_ROWS[0])
+            if not few:
+                for ranks in (1, 2):
+                    timer.timed(f"ours_50k_{ranks}x1", ours(smallest, ranks), OMP_NUM_THREADS="1")
+                for name, options in by_hand(timer.rates).items():
+                    timer.timed(name, ours(smallest, 1, *options))
+                timer.timed("ours_50k", ours(smallest))
+        for table_rows in tables:
             for peer in PEERS:
                 sizes = map(str, (table_rows, rows, SECONDS))
-                timed(f"{peer}_{_short(table_rows)}", [python, "-m", "tests.benchmarks.training_peers", peer, *sizes])
+                timer.timed(
+                    f"{peer}_{_short(table_rows)}", [python, "-m", "tests.benchmarks.training_peers", peer, *sizes]
+                )
             if table_rows != TABLE_ROWS[0]:
-                timed(f"tight_{_short(table_rows)}", stage("tight", rows, table_rows))
-    limit = rate / operations_per_row()
-    return {"rows_per_s": {name: round(speed) for name, speed in speeds.items()}} | _ratios(speeds, limit)
+                timer.tight(rows, table_rows)
+    return _report(timer)
 
 
-def _ratios(speeds: Mapping[str, float], limit: float) -> dict[str, float]:
+def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
+    """Every combination of settings that a training could have chosen here, by name."""
+    from mmoe_rec.choices.processor import cores
+    from mmoe_rec.tables.ways import ways_on_offer
+
+    precisions = ["fp32", *["bf16"] * (rates["bf16"] >= EMULATED * rates["fp32"])]
+    threads = sorted({count for count in (cores(), cores() // 2) if count})
+    return {
+        f"{precision}, {way}, {count} threads": [f"precision={precision}", f"tables={way}", f"threads={count}"]
+        for precision, way, count in itertools.product(precisions, ways_on_offer(), threads)
+    }
+
+
+def _report(timer: Timer) -> dict[str, object]:
+    from mmoe_rec.choices.processor import processor
+    from tests.benchmarks.training_rows import operations_per_row
+
+    speeds, limit = timer.speeds, max(timer.rates.values()) / operations_per_row()
     best = max(speeds[f"{peer}_50k"] for peer in (*PEERS, "tight"))
     ratios = {
         "ours_over_rechub_50k": speeds["ours_50k"] / speeds["rechub_50k"],
         "ours_over_best_peer_50k": speeds["ours_50k"] / best,
-        "growth_50k_to_2m": speeds["ours_50k"] / speeds["ours_2m"],
-        "two_ranks_over_one": speeds["ours_50k_2x1"] / speeds["ours_50k_1x1"],
         "fraction_of_matmul_limit": speeds["ours_50k"] / limit,
         "limit_rows_per_s": limit,
     }
-    return {name: round(value, 3) for name, value in ratios.items()}
+    if "ours_2m" in speeds:
+        ratios |= {
+            "growth_50k_to_2m": speeds["ours_50k"] / speeds["ours_2m"],
+            "two_ranks_over_one": speeds["ours_50k_2x1"] / speeds["ours_50k_1x1"],
+            "auto_over_best_by_hand": speeds["ours_50k"] / max(speeds[name] for name in by_hand(timer.rates)),
+        }
+    gigas = {f"{name}_gflop_per_s": round(rate / 1e9) for name, rate in timer.rates.items()}
+    return {
+        "machine": asdict(processor()) | gigas,
+        "choices": timer.choices["ours_50k"],
+        "rows_per_s": {name: round(speed) for name, speed in speeds.items()},
+        **{name: round(value, 3) for name, value in ratios.items()},
+    }
 
 
 def _short(rows: int) -> str:
@@ -158,15 +207,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100 * 4096, help="rows that each trains on (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="times that ours is timed (default: %(default)s)")
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_peers"))
+    parser.add_argument("--peers-only-50k", action="store_true", help="a quick answer, under four minutes")
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     match options.stage:
         case None:
-            print(json.dumps(benchmark(options.rows, options.repeats, options.peers)))
-        case ["matrix"]:
-            print(matrix_rate())
-        case ["tight", rows, table_rows]:
-            print(tight_loop(int(rows), int(table_rows)))
+            print(json.dumps(benchmark(options.rows, options.repeats, options.peers, options.peers_only_50k)))
+        case ["rates"]:
+            from mmoe_rec.choices.processor import product_rates
+
+            print(json.dumps(product_rates()))
+        case ["tight", rows, table_rows, precision]:
+            print(tight_loop(int(rows), int(table_rows), precision))
         case ["write", rows, table_rows, folder]:
             print(write_rows(int(rows), int(table_rows), Path(folder)))
 

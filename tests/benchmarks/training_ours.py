@@ -91,10 +91,11 @@ def train(features: Path, training: Training = TRAINING) -> float:
 
 
 def main() -> None:
-    """Trains, as one process or as a rank under torchrun, and prints rows a second."""
-    speed = train(Path(sys.argv[1]))
-    if speed:
-        print(json.dumps(speed))
+    """Trains, as one process or as a rank under torchrun, and prints what it found; arguments: features, settings."""
+    changes = dict(each.split("=", 1) for each in sys.argv[2:])
+    found = train(Path(sys.argv[1]), Training.model_validate(TRAINING.model_dump() | changes))
+    if found is not None:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,35 @@ from mmoe_rec.model.score import SMALLEST_VALUE, fuse, logit_of_both, prediction
 from mmoe_rec.settings import model as section
 
 
-def test_stacked_layers_equal_separate_ones() -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_stacked_layers_equal_separate_ones(precision: torch.dtype) -> None:
+    """Outputs and all gradients, rows in either precision, which need not lie next to each other."""
+    torch.manual_seed(0)
     layer = StackedLinear(4, 6, 5)
-    inputs = [torch.randn(7, 6) for _ in range(4)]
-    for group, output in enumerate(layer(inputs)):
-        torch.testing.assert_close(output, functional.linear(inputs[group], layer.weight[group], layer.bias[group]))
-    torch.testing.assert_close(layer.shared(inputs[0]), torch.cat(layer([inputs[0]] * 4), dim=1))
+    x = torch.randn(4, 9, 6).transpose(0, 1).requires_grad_()
+    gradient = torch.randn(9, 5, 4).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        outputs = layer(x)
+    assert outputs.dtype == precision
+    outputs.backward(gradient.to(precision))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    for group in range(4):
+        own, weight, bias = (
+            each.detach().clone().requires_grad_() for each in (x[:, group], layer.weight[group], layer.bias[group])
+        )
+        expected = functional.linear(own, weight, bias)
+        expected.backward(gradient[:, group])
+        torch.testing.assert_close(outputs[:, group].float(), expected, **tolerance)
+        assert x.grad is not None
+        found = (x.grad[:, group], layer.weight.grad[group], layer.bias.grad[group])  # type: ignore[index]
+        for one, other in zip(found, (own.grad, weight.grad, bias.grad), strict=True):
+            torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_stacked_layers_of_one_input() -> None:
+    layer = StackedLinear(4, 6, 5)
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(layer.shared(x), layer(x.expand(4, 7, 6).transpose(0, 1)).flatten(1))
 
 
 def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:

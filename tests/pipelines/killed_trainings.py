@@ -30,7 +30,15 @@ class Training:
         command = [sys.executable, "-m", "pipelines.train", "--config", CONFIG, "--resume"]
         command += ["--data.log", str(self.log), "--data.work", str(self.work)]
         command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db", "--training.batch_size", "64"]
-        return [*command, "--training.precision", "fp32", "--training.checkpoint_steps", "20", *self.options]
+        return [
+            *command,
+            "--training.precision=fp32",
+            "--training.tables=fbgemm",
+            "--training.threads=1",
+            "--training.checkpoint_steps",
+            "20",
+            *self.options,
+        ]
 
     def prepare(self, features: Path) -> None:
         """An empty folder but for the features."""

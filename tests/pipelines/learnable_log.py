@@ -74,6 +74,8 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
         "training": {
             "device": "cpu",
             "precision": "fp32",
+            "tables": "fbgemm",
+            "threads": 1,
             "batch_size": 128,
             "learning_rate": 0.01,
             "table_learning_rate": 0.1,

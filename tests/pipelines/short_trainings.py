@@ -21,7 +21,15 @@ from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
 FIRST_DAY = {"train_end": "2024-03-06", "validation_end": "2024-03-08"}
 SECOND_DAY = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
-SMALL = {"precision": "fp32", "device": "cpu", "batch_size": 64, "epochs": 1, "checkpoint_steps": 5}
+SMALL = {
+    "precision": "fp32",
+    "tables": "fbgemm",
+    "threads": 1,
+    "device": "cpu",
+    "batch_size": 64,
+    "epochs": 1,
+    "checkpoint_steps": 5,
+}
 RATES = {"learning_rate": 0.01, "table_learning_rate": 0.1}
 
 

@@ -27,7 +27,14 @@ from tests.fitting_log import write_fitting_logs
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 CPU = torch.device("cpu")
-HERE = ["--data.engine=local", "--data.workers=1", "--training.device=cpu", "--training.precision=fp32"]
+HERE = [
+    "--data.engine=local",
+    "--data.workers=1",
+    "--training.device=cpu",
+    "--training.precision=fp32",
+    "--training.tables=fbgemm",
+    "--training.threads=1",
+]
 SHORT = ["--training.batch_size=100", "--training.epochs=1"]
 NARROW = ["--model.bottom.units=[32]", "--model.experts.units=[16]"]
 

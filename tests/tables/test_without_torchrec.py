@@ -52,7 +52,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     (folder / "log").mkdir()
     pq.write_table(learnable_log(rows=6_000), folder / "log" / "all.parquet")
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings_tree(folder)), encoding="utf-8")
+    tree = settings_tree(folder)
+    tree["training"]["tables"] = "auto"
+    (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = str(folder / "settings.yaml")
     command("pipelines.features", "--config", config)
     return World(folder, command("pipelines.train", "--config", config).stderr)

@@ -43,6 +43,8 @@ TRAINING = Training.model_validate(
     {
         "device": "cpu",
         "precision": "fp32",
+        "tables": "fbgemm",
+        "threads": 1,
         "batch_size": 60,
         "learning_rate": 0.01,
         "table_learning_rate": 0.1,

@@ -19,6 +19,7 @@ from tests.training.ranks import join
 DROPS = Model.model_validate(
     MODEL.model_dump()
     | {
+        "experts": MODEL.experts.model_dump() | {"compute": "grouped"},
         "gates": {"dropout": 0.2, "routing": "top_k", "top_k": 1, "balance": "bias"},
         "placement": {"units": [4], "dropout": 0.3},
     }

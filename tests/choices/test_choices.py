@@ -1,0 +1,207 @@
+"""What is chosen from which times, what a training keeps of it, and that measuring leaves a model as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import KeyedIds, make_batch
+from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.choices import measure, timing
+from mmoe_rec.choices.choices import Choices, faster
+from mmoe_rec.choices.measure import Chooser, kept
+from mmoe_rec.choices.timing import GIVE_UP, milliseconds
+from mmoe_rec.errors import UserError
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.settings import Model, Training
+from mmoe_rec.training.checkpoint import latest_checkpoint
+from tests.model.examples import LAYOUT, random_rows
+from tests.training.learnable import CPU, MODEL, write_prepared
+from tests.training.resuming import CrashError, crash, train
+
+CHOICES = Choices("bf16", "torch", "grouped", 3, {"precision": {"fp32": 9.0, "bf16": 3.0}})
+TOP_K = MODEL.model_dump() | {"gates": {"routing": "top_k", "top_k": 2}}
+
+
+def built(settings: Model = MODEL) -> RankingModel:
+    return build_model(LAYOUT, settings, plain_tables(LAYOUT))
+
+
+def ids(rows: int = 50) -> KeyedIds:
+    encoded, _ = random_rows(rows, seed=1)
+    return make_batch(encoded, LAYOUT, torchrec=False).ids
+
+
+def chooser(model: RankingModel, rows: int = 64) -> Chooser:
+    return Chooser(model.mixture, LAYOUT, CPU, rows, ids())
+
+
+def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> list[list[str]]:
+    """Options take the given milliseconds; gives the list of what was compared."""
+    compared: list[list[str]] = []
+
+    def told(options: Mapping[str, Callable[[], object]], *_: object) -> dict[str, float]:
+        for option in options.values():
+            option()
+        compared.append(list(options))
+        return {name: times[name] for name in options}
+
+    monkeypatch.setattr(measure, "milliseconds", told)
+    return compared
+
+
+TIMES = {"fp32": 10.0, "bf16": 5.0, "fbgemm": 4.0, "fbgemm_reference": 9.0, "torch": 2.0, "auto": 1.0, "dense": 2.0}
+TIMES |= {"grouped": 0.5} | {str(threads): 1.0 / threads for threads in range(1, 65)}
+
+
+def test_the_default_stays_unless_another_is_clearly_faster() -> None:
+    assert faster({"fp32": 11.9, "bf16": 10.0}, "fp32", 1.2) == "fp32"
+    assert faster({"fp32": 12.1, "bf16": 10.0}, "fp32", 1.2) == "bf16"
+    assert faster({"a": 3.0, "b": 1.0, "c": 2.0}, "c", 1.2) == "b"
+    assert faster({"a": 3.0, "b": 1.0}, "not there", 1.2) == "b"
+
+
+def test_what_is_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(monkeypatch, TIMES)
+    choices = chooser(built(Model.model_validate(TOP_K))).choose(Training())
+    assert (choices.precision, choices.tables, choices.experts) == ("bf16", "torch", "grouped")
+    assert choices.measured["precision"] == {"fp32": 10.0, "bf16": 5.0}
+    assert str(choices).startswith(
+        "bf16 (5.0 ms, fp32 10.0), tables by torch (2.0 ms, fbgemm 4.0), experts grouped (0.5"
+    )
+
+
+def test_what_is_set_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training(precision="bf16", tables="torch", threads=7))
+    assert choices == Choices("bf16", "torch", "auto", 7, {})
+    assert compared == []
+
+
+def test_experts_that_all_run_or_have_a_setting_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES)
+    settings = Training(precision="fp32", tables="torch", threads=1)
+    dense = Model.model_validate(TOP_K | {"experts": MODEL.experts.model_dump() | {"compute": "dense"}})
+    for model in (built(), built(dense)):
+        assert chooser(model).choose(settings).experts == "auto"
+    assert compared == []
+
+
+def test_bf16_that_is_emulated_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES | {"bf16": 50.0})
+    assert chooser(built()).choose(Training(tables="torch", threads=1)).precision == "fp32"
+    assert compared == [["fp32", "bf16"]]
+
+
+@pytest.mark.parametrize("structure", [MODEL, Model.model_validate(TOP_K)])
+def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> None:
+    model, before, state = built(structure), built(structure).state_dict(), torch.get_rng_state()
+    threads, way = torch.get_num_threads(), [each.compute for each in model.modules() if isinstance(each, Experts)]
+    choices = chooser(model).choose(Training())
+    assert choices.precision in ("fp32", "bf16")
+    assert set(choices.measured["tables"]) >= {"fbgemm", "torch"}
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
+
+
+class Clock:
+    """Time that passes only where an option lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def option(self, name: str, *seconds: float) -> Callable[[], None]:
+        """What takes so long at its first call, its second, and so on; then what the last took."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_options_run_in_turns_and_the_fastest_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    options = {"a": clock.option("a", 0.001, 0.02, 0.01), "b": clock.option("b", 0.5, 0.008, 0.012)}
+    assert milliseconds(options, 0) == pytest.approx({"a": 10, "b": 8})  # first runs are not counted
+    assert clock.calls == ["a", "b"] * 3
+
+
+def test_turns_begin_until_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    milliseconds({"a": clock.option("a", 0.01)}, 0.055)
+    assert len(clock.calls) == 1 + 6
+
+
+def test_a_hopeless_option_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times = milliseconds({"fast": clock.option("fast", 1), "slow": clock.option("slow", 1.01 * GIVE_UP)}, 100)
+    assert clock.calls.count("slow") == 2  # once to prepare, once to be timed
+    assert times["slow"] == pytest.approx(1010 * GIVE_UP)
+
+
+def test_choices_as_json() -> None:
+    assert Choices.from_dict(json.loads(json.dumps(CHOICES.to_dict()))) == CHOICES
+
+
+def test_a_training_that_goes_on_keeps_them() -> None:
+    now = kept(CHOICES, Training(threads=2), CPU)
+    assert (now.precision, now.tables, now.experts, now.threads) == ("bf16", "torch", "grouped", 2)
+    assert kept(CHOICES, Training(), CPU).threads == min(3, torch.get_num_threads())
+    assert kept(CHOICES, Training(tables="fbgemm"), CPU).tables == "fbgemm"
+
+
+def test_a_way_of_tables_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ways_on_offer", lambda: ("fbgemm",))
+    assert kept(CHOICES, Training(), CPU).tables == "fbgemm"
+    with pytest.raises(UserError, match=r"^training\.tables is fbgemm_reference, a way of CPUs"):
+        kept(CHOICES, Training(tables="fbgemm_reference"), torch.device("cuda", 0))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = {"precision": "auto", "tables": "auto"}
+    with_times(monkeypatch, TIMES)
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, crash(60), MODEL, **auto)
+    before = latest_checkpoint(tmp_path)
+    assert before is not None
+    assert before.state.choices is not None
+    assert (before.state.choices.precision, before.state.choices.tables) == ("bf16", "torch")
+    compared = with_times(monkeypatch, {name: 1 / time for name, time in TIMES.items()})
+    train(prepared, tmp_path, None, MODEL, **auto)
+    after = latest_checkpoint(tmp_path)
+    assert after is not None
+    assert after.state.step > before.state.step
+    assert after.state.choices == before.state.choices
+    assert compared == []
+
+
+def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, crash(60), MODEL)
+    before = latest_checkpoint(tmp_path)
+    assert before is not None
+    file = before.folder / "training.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    assert tree.pop("choices")["precision"] == "fp32"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    assert train(prepared, tmp_path, None, MODEL).steps > before.state.step
