@@ -32,6 +32,7 @@ _LONG = [
     "pipelines/test_promotion",
     "features/test_added_kind",
     "model/test_added_rule",
+    "tables/test_without_torchrec",
 ]
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 

@@ -196,8 +196,8 @@ class _Group:
         new = torch.ones(len(ordered), dtype=torch.bool)
         torch.ne(ordered[1:], ordered[:-1], out=new[1:])
         runs = new.nonzero().view(-1)
-        rows = ordered[runs]
-        bags = order if found.bags is None else found.bags[order]
+        rows = ordered.index_select(0, runs)
+        bags = order if found.bags is None else found.bags.index_select(0, order)
         sums = functional.embedding_bag(bags, gradient, runs, mode="sum")
         places = rows + self._shifts_of(rows)
         storage.momentum.index_add_(0, places, sums.square().mean(1))

@@ -23,7 +23,9 @@ _WEIGHT = 0.01
 
 
 def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
-    """What does one look-up and one update in this way, with two threads in some milliseconds; call it once unmeasured.
+    """What does one look-up and one update in this way, in some milliseconds for a batch of thousands of rows.
+
+    Call it once or twice unmeasured, within `mmoe_rec.allocation.freed_memory_kept`, as training does.
 
     Args:
         way: one of `ways_on_offer`. Another one raises UserError.

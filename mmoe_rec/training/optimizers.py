@@ -13,7 +13,10 @@ from mmoe_rec.training.losses import LOG_VARIANCES
 
 
 class Optimizers:
-    """Steps tables and dense parameters together. Its state goes by the names of parameters, on any number of ranks."""
+    """Steps tables and dense parameters together. Its state goes by the names of parameters, on any number of ranks.
+
+    dense: AdamW of all that is not a table.
+    """
 
     def __init__(self, sharded: Sharded, settings: Training) -> None:
         self._tables = sharded.table_optimizer
@@ -24,24 +27,24 @@ class Optimizers:
         if LOG_VARIANCES in self._named:
             # Decay would pull the weights of tasks toward 1.
             groups.append({"params": [self._named[LOG_VARIANCES]], "weight_decay": 0.0})
-        self._dense = torch.optim.AdamW(
+        self.dense = torch.optim.AdamW(
             groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Of the tables, then of the dense part; each with the learning rate `lr` of its next step."""
-        return [*self._tables.param_groups, *self._dense.param_groups]
+        return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
         """Before a forward pass."""
         self._tables.zero_grad()
-        self._dense.zero_grad(set_to_none=False)
+        self.dense.zero_grad(set_to_none=False)
 
     def step(self) -> None:
         """After a backward pass."""
         self._tables.step()
-        self._dense.step()
+        self.dense.step()
 
     def init_state(self) -> None:
         """Makes the state that AdamW would make at its first step, as only what is there can be filled.
@@ -54,7 +57,7 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Any]:
         """`state`: name of a parameter -> its state; the tensors are those that are stepped."""
-        state = {name: dict(self._dense.state[each]) for name, each in self._named.items() if each in self._dense.state}
+        state = {name: dict(self.dense.state[each]) for name, each in self._named.items() if each in self.dense.state}
         return {"state": {**self._tables.state_dict()["state"], **state}}
 
     @torch.no_grad()
@@ -63,5 +66,5 @@ class Optimizers:
         found = state["state"]
         self._tables.load_state_dict({"state": {name: each for name, each in found.items() if name not in self._named}})
         for name, parameter in self._named.items():
-            for part, tensor in self._dense.state[parameter].items():
+            for part, tensor in self.dense.state[parameter].items():
                 tensor.copy_(found[name][part])

@@ -148,7 +148,7 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
                 timer.timed("ours_50k", ours(smallest))
         for table_rows in tables:
             for peer in PEERS:
-                sizes = map(str, (table_rows, rows, SECONDS))
+                sizes = [peer, *map(str, (table_rows, rows, SECONDS))]
                 timer.timed(
                     f"{peer}_{_short(table_rows)}", [python, "-m", "tests.benchmarks.training_peers", peer, *sizes]
                 )

@@ -6,8 +6,9 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,8 +75,16 @@ def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"splits": {"train": asdict(counts)}}), encoding="utf-8")
 
 
-def train(features: Path, training: Training = TRAINING) -> float:
-    """Rows a second of all ranks, from the first line of the log to the last."""
+@dataclass(frozen=True)
+class Trained:
+    """rows_per_s: of all ranks, from the first line of the log to the last; choices: what the training chose."""
+
+    rows_per_s: float
+    choices: dict[str, Any]
+
+
+def train(features: Path, training: Training = TRAINING) -> Trained | None:
+    """Trains as one rank or as one of several; on the first, what it found."""
     device = pick_device(training.device)
     times: list[tuple[int, float]] = []
 
@@ -84,10 +93,12 @@ def train(features: Path, training: Training = TRAINING) -> float:
             times.append((step, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        Trainer(Prepared(features), ModelLayout.read(features), MODEL, training, device, Path(folder), log).run()
+        trainer = Trainer(Prepared(features), ModelLayout.read(features), MODEL, training, device, Path(folder), log)
+        trainer.run()
         first = dist.get_rank() == 0
     (begin, started), (end, ended) = times[0], times[-1]
-    return (end - begin) * training.batch_size / (ended - started) if first else 0.0
+    speed = (end - begin) * training.batch_size / (ended - started)
+    return Trained(speed, trainer.choices.to_dict()) if first else None
 
 
 def main() -> None:
@@ -95,7 +106,7 @@ def main() -> None:
     changes = dict(each.split("=", 1) for each in sys.argv[2:])
     found = train(Path(sys.argv[1]), Training.model_validate(TRAINING.model_dump() | changes))
     if found is not None:
-        print(json.dumps(found))
+        print(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> N
         settings = TRAINING.model_copy(update=LEARNT | {"weight_decay": 0.25})
         trainer = Trainer(prepared, LAYOUT, MODEL, settings, CPU, tmp_path, lambda *_: None)
         decays = {}
-        for group in trainer.optimizer._dense.param_groups:
+        for group in trainer.optimizer.dense.param_groups:
             decays |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
         for name, parameter in trainer.sharded.dense_parameters().items():
             assert decays.pop(id(parameter)) == (0.0 if name == "log_variances" else 0.25)
