@@ -44,7 +44,9 @@ EXERCISED_BY = {
     "uv run --extra cpu pytest": "test_the_checks_are_those_of_ci",
     "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
     "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
-    Installer(False, "cpu", doctor.requirements()).install_all(): ("test_pip_command_is_that_of_the_doctor"),
+    Installer(False, "cpu", doctor.requirements()).beside(None).install_all(): (
+        "test_pip_command_is_that_of_the_doctor"
+    ),
     "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
     "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
@@ -219,7 +221,7 @@ def test_the_checks_are_those_of_ci() -> None:
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:
-    installer = Installer(uv=False, build="cpu", required=doctor.requirements())
+    installer = Installer(uv=False, build="cpu", required=doctor.requirements()).beside(None)
     assert commands("test_pip_command_is_that_of_the_doctor") == [installer.install_all()]
 
 

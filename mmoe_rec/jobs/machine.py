@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 BUILDS = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
 TRIO = ("torch", "torchrec", *BUILDS.values())
+TOGETHER = {
+    "2.11": ("1.6.1", "1.6.0"),
+    "2.12": ("1.7.0", "1.7.0"),
+    "2.13": ("1.8.0", "1.8.0"),
+    "2.14": ("1.9.2", "1.9.0"),
+}
+"""Release of torch -> of torchrec and of fbgemm, built for it and tried with it. By default the last of them."""
 DRIVER = "libnvidia-ml.so.1"
 TORCHREC_NEEDS = ("pyre-extensions", "tensordict", "torchmetrics==1.0.3", "tqdm")
 """What torchrec asks for besides fbgemm, whose build it would choose."""
@@ -43,6 +50,16 @@ class Installer:
     build: Literal["cpu", "cuda"]
     required: Mapping[str, str]
     """Package name to requirement, such as `"mlflow": "mlflow==3.17.*"`."""
+
+    def beside(self, torch: str | None) -> Installer:
+        """The same, asking for the torchrec and fbgemm that go with this release of torch; by default with the last."""
+        release = ".".join((torch or "").split(".")[:2])
+        if release not in TOGETHER:
+            release = list(TOGETHER)[-1]
+        torchrec, fbgemm = TOGETHER[release]
+        trio = {"torch": f"torch=={release}.*", "torchrec": f"torchrec=={torchrec}"}
+        trio |= {build: f"{build}=={fbgemm}" for build in BUILDS.values()}
+        return replace(self, required=dict(self.required) | trio)
 
     def install(self, names: Iterable[str]) -> str:
         """Installs these packages; torchrec without its dependencies, since they ask for fbgemm's CUDA build."""
@@ -123,7 +140,8 @@ def check_trio(versions: Mapping[str, str], installer: Installer) -> Check:
         found = ", ".join(f"{name} {versions[name]}" for name in names)
         return Check("torch trio", "ok", found)
     parts = [problem or f"{name} {versions[name]}" for name, problem in zip(names, problems, strict=True)]
-    fix = installer.install(["torch", "torchrec", BUILDS[installer.build]]) + "  # the three releases go together"
+    wanted = ["torch"] if problems[0] else []  # one that is right stays, which may be what its machine came with
+    fix = installer.install([*wanted, "torchrec", BUILDS[installer.build]]) + "  # the three releases go together"
     return Check("torch trio", "fail", ", ".join(parts), fix)
 
 
@@ -153,6 +171,9 @@ def check_tables(probe: Probe, installer: Installer) -> Check:
     found = f"could not {probe.stage}: {error}"
     if DRIVER in error or "libcuda.so" in error:
         fix = installer.reinstall_fbgemm()
+    elif "libcudart.so" in error:
+        built = f"for CUDA {probe.torch_cuda}" if probe.torch_cuda else "without CUDA"
+        fix = f"{_forced(installer)}  # torch is built {built}, fbgemm for another release of CUDA"
     elif missing := next((name for name in SYSTEM_LIBRARIES if name in error), None):
         fix = f"apt-get install -y {SYSTEM_LIBRARIES[missing]}"
     elif "SIGILL" in error:
@@ -161,13 +182,17 @@ def check_tables(probe: Probe, installer: Installer) -> Check:
         fix = "python -m pipelines.doctor  # once more: a first import from a slow disk takes long"
     elif "fbgemm" in probe.stage + error:
         fix = installer.reinstall_fbgemm()
-    elif installer.uv:
-        names = ("torch", "torchrec", BUILDS[installer.build])
-        fix = " ".join(["uv sync --extra", installer.build, *(f"--reinstall-package {name}" for name in names)])
     else:
-        needed = installer.install(["torch", "torchrec", BUILDS[installer.build]])
-        fix = needed.replace("pip install", "pip install --force-reinstall")
+        fix = _forced(installer)
     return Check("embedding lookup", "fail", found, fix)
+
+
+def _forced(installer: Installer) -> str:
+    """Installs the three anew, whatever is there."""
+    names = ("torch", "torchrec", BUILDS[installer.build])
+    if installer.uv:
+        return " ".join(["uv sync --extra", installer.build, *(f"--reinstall-package {name}" for name in names)])
+    return installer.install(names).replace("pip install", "pip install --force-reinstall")
 
 
 def check_packages(versions: Mapping[str, str], installer: Installer) -> list[Check]:

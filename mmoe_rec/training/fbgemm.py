@@ -3,7 +3,8 @@
 fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the
 answer from a variable of libc10. In the CUDA build of torch, which is the one on PyPI, libtorch has a second copy of
 this variable, into which that code writes instead. So fbgemm finds an empty one and falls back to its reference loops:
-updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0).
+updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11, 2.12
+and 2.13 with fbgemm 1.6, 1.7 and 1.8 have one copy, and nothing to do.
 
 As this writes into another library's memory, it is done only with the versions that it was tried with. The file can go
 when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.

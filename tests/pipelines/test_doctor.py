@@ -17,9 +17,9 @@ from mmoe_rec.jobs.machine import GIB, Check, Installer, Probe
 
 ROOT = doctor.PYPROJECT.parent
 REQUIRED = doctor.requirements()
-UV = Installer(uv=True, build="cpu", required=REQUIRED)
-PIP = Installer(uv=False, build="cpu", required=REQUIRED)
-PIP_CUDA = Installer(uv=False, build="cuda", required=REQUIRED)
+UV = Installer(uv=True, build="cpu", required=REQUIRED).beside("2.14.1")
+PIP = Installer(uv=False, build="cpu", required=REQUIRED).beside("2.14.1")
+PIP_CUDA = Installer(uv=False, build="cuda", required=REQUIRED).beside("2.14.1")
 RIGHT = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
 BOTH = {**RIGHT, "fbgemm-gpu": "1.9.0"}
 CUDA = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu": "1.9.0"}
@@ -83,16 +83,65 @@ def test_trio_that_goes_together():
     assert checks.check_trio(RIGHT, UV).found == "torch 2.14.1, torchrec 1.9.2, fbgemm-gpu-cpu 1.9.0"
 
 
+NOTE = "  # the three releases go together"
+
+
+@pytest.mark.parametrize("torch", [*checks.TOGETHER, "2.10", "2.15", "3.14", None])
+def test_the_trio_is_that_of_the_installed_torch(torch):
+    """Minor numbers go together: torch 2.N, torchrec and fbgemm 1.(N - 5)."""
+    minor = int(torch.split(".")[1]) if torch in checks.TOGETHER else 14
+    found = UV.beside(torch and f"{torch}.0+cu130").required
+    assert found["torch"] == f"torch==2.{minor}.*"
+    assert found["torchrec"].startswith(f"torchrec==1.{minor - 5}.")
+    for build in checks.BUILDS.values():
+        assert found[build] == f"{build}==1.{minor - 5}.0"
+    assert found["mlflow"] == REQUIRED["mlflow"]
+    versions = {name: found[name].split("==")[1].replace("*", "7") for name in ("torch", "torchrec", "fbgemm-gpu")}
+    assert checks.check_trio(versions, PIP_CUDA.beside(torch)).status == "ok"
+
+
 def test_mismatched_trio():
+    """A torch of a release that is supported stays."""
     versions = {"torch": "2.13.0", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.8.0"}
-    found = "torch 2.13.0 (needs ==2.14.*), torchrec 1.9.2, fbgemm-gpu-cpu 1.8.0 (needs ==1.9.0)"
-    note = "  # the three releases go together"
-    assert outcome(checks.check_trio(versions, UV)) == ("fail", found, "uv sync --extra cpu" + note)
-    assert outcome(checks.check_trio(versions, PIP)) == (
+    found = "torch 2.13.0, torchrec 1.9.2 (needs ==1.8.0), fbgemm-gpu-cpu 1.8.0"
+    assert outcome(checks.check_trio(versions, UV.beside("2.13.0"))) == ("fail", found, "uv sync --extra cpu" + NOTE)
+    assert outcome(checks.check_trio(versions, PIP.beside("2.13.0"))) == (
         "fail",
         found,
-        "pip install 'torch==2.14.*' fbgemm-gpu-cpu==1.9.0 && pip install --no-deps torchrec==1.9.2" + note,
+        "pip install fbgemm-gpu-cpu==1.8.0 && pip install --no-deps torchrec==1.8.0" + NOTE,
     )
+
+
+def test_a_torch_that_is_too_old_or_too_new_is_replaced():
+    versions = {"torch": "2.15.0", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
+    assert outcome(checks.check_trio(versions, PIP.beside("2.15.0"))) == (
+        "fail",
+        "torch 2.15.0 (needs ==2.14.*), torchrec 1.9.2, fbgemm-gpu-cpu 1.9.0",
+        "pip install 'torch==2.14.*' fbgemm-gpu-cpu==1.9.0 && pip install --no-deps torchrec==1.9.2" + NOTE,
+    )
+
+
+def test_a_build_for_another_release_of_cuda():
+    probe = Probe("import fbgemm_gpu", "OSError: libcudart.so.13: cannot open shared object file", torch_cuda="12.8")
+    assert checks.check_tables(probe, PIP_CUDA.beside("2.11.0+cu128")).fix == (
+        "pip install --force-reinstall 'torch==2.11.*' fbgemm-gpu==1.6.0 && pip install --force-reinstall --no-deps "
+        "torchrec==1.6.1  # torch is built for CUDA 12.8, fbgemm for another release of CUDA"
+    )
+
+
+def test_pyproject_asks_for_the_newest_trio_and_takes_every_torch_of_the_table():
+    """So that `uv sync` in a new environment gives three that go together."""
+    newest = list(checks.TOGETHER)[-1]
+    torchrec, fbgemm = checks.TOGETHER[newest]
+    assert REQUIRED["torchrec"] == f"torchrec=={torchrec}"
+    assert {REQUIRED[build] for build in checks.BUILDS.values()} == {
+        f"{build}=={fbgemm}" for build in checks.BUILDS.values()
+    }
+    taken = SpecifierSet(REQUIRED["torch"].removeprefix("torch"))
+    assert all(taken.contains(f"{release}.1") for release in checks.TOGETHER)
+    (oldest, *_), above = checks.TOGETHER, f"2.{int(newest.split('.')[1]) + 1}.0"
+    assert not taken.contains(above)
+    assert not taken.contains(f"2.{int(oldest.split('.')[1]) - 1}.1")
 
 
 def test_missing_part_of_the_trio_is_that_of_this_machine():

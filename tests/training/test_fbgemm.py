@@ -89,5 +89,9 @@ def test_no_warning_where_nothing_is_amiss(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_installed_versions_are_known() -> None:
+    code = f"from {fbgemm.__name__} import _to_copy; print(_to_copy() is None)"  # here another test may have copied it
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "True":
+        pytest.skip("there is one answer, and nothing to copy")
     for name, found in fbgemm._versions().items():
         assert found.startswith(fbgemm.TRIED[name]), "try the copy with these versions, then add them"

@@ -179,13 +179,14 @@ def run_checks() -> list[Check]:
     has_driver = _loads(DRIVER)
     required = requirements()
     with_cuda = has_driver and platform.machine() == "x86_64"  # fbgemm's CUDA build has no other wheel
+    versions = installed_versions(required)
     installer = Installer(made_by_uv(Path(sys.prefix)), "cuda" if with_cuda else "cpu", required)
+    installer = installer.beside(versions.get("torch"))
     if find_spec("packaging") is None or find_spec("rich") is None:
         found = f"{sys.executable} lacks the project's packages"
         again = f"uv run --extra {installer.build} python -m pipelines.doctor"
         return [*checks, Check("packages", "fail", found, again if installer.uv else installer.install_all())]
 
-    versions = installed_versions(required)
     probed = run_probe()
     return [
         *checks,
