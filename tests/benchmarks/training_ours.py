@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import torch.distributed as dist
 
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.build.splits import SplitCounts
+from mmoe_rec.devices import pick_device
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
@@ -74,9 +74,9 @@ def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"splits": {"train": asdict(counts)}}), encoding="utf-8")
 
 
-def train(features: Path) -> float:
+def train(features: Path, training: Training = TRAINING) -> float:
     """Rows a second of all ranks, from the first line of the log to the last."""
-    device = torch.device("cpu")
+    device = pick_device(training.device)
     times: list[tuple[int, float]] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -84,10 +84,10 @@ def train(features: Path) -> float:
             times.append((step, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        Trainer(Prepared(features), ModelLayout.read(features), MODEL, TRAINING, device, Path(folder), log).run()
+        Trainer(Prepared(features), ModelLayout.read(features), MODEL, training, device, Path(folder), log).run()
         first = dist.get_rank() == 0
     (begin, started), (end, ended) = times[0], times[-1]
-    return (end - begin) * BATCH / (ended - started) if first else 0.0
+    return (end - begin) * training.batch_size / (ended - started) if first else 0.0
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""What a GPU should show first: that it computes what a CPU does, and that the host does not wait for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.devices import fp32_products
+from mmoe_rec.evaluation.fit_calibration import calibration_rows
+from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.model.grouped_mm import in_one_product
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.settings import model as section
+from mmoe_rec.training.losses import masked_loss
+from mmoe_rec.training.ranks import process_group
+from tests.model.examples import LAYOUT, random_rows, small_model
+from tests.training.learnable import LAYOUTS, write_prepared
+from tests.training.test_host_waits import CASES, changes, steps_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda", 0)
+ROWS = 512
+
+
+@pytest.fixture
+def waits() -> Iterator[None]:
+    """Within the test, an operator for which the host would wait raises an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def batch_of(layout: Any = LAYOUT) -> Batch:
+    return make_batch(*random_rows(ROWS, 1, layout)[:1], layout, random_rows(ROWS, 1, layout)[1], torchrec=False)
+
+
+def loss_of(model: RankingModel, batch: Batch) -> Tensor:
+    logits = model(batch).logits
+    return masked_loss(logits, batch.labels, batch.observed, tasks=LAYOUT.tasks, global_counts=batch.observed_weights)[
+        0
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_a_cpu(case: str) -> None:
+    """Without TF32, and so the same experts."""
+    model, batch = small_model(plain_tables(LAYOUT), **changes(case)).eval(), batch_of()
+    with torch.inference_mode(), fp32_products("ieee", GPU):
+        cpu = model(batch)
+        gpu = model.to(GPU)(batch.pin_memory().to(GPU, non_blocking=True))
+    torch.testing.assert_close(gpu.logits.cpu(), cpu.logits, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(gpu.routings, cpu.routings, strict=True):
+        if theirs.selected is not None:
+            assert ours.selected is not None
+            assert torch.equal(ours.selected.cpu(), theirs.selected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_does_not_wait(case: str, bf16: bool, request: pytest.FixtureRequest) -> None:
+    layout = LAYOUTS["no ids"]  # torch's own tables, which a training on a GPU has not, may do as they like
+    model, batch = small_model(plain_tables(layout), layout, **changes(case)).to(GPU).train(), batch_of(layout).to(GPU)
+    loss_of(model, batch).backward()  # what is made once is made
+    request.getfixturevalue("waits")
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        loss = loss_of(model, batch)
+    loss.backward()
+
+
+def test_the_host_waits_once_a_step() -> None:
+    layout = LAYOUTS["no ids"]
+    with process_group(GPU):
+        model = small_model(plain_tables(layout), layout, **changes("top_k")).to(GPU).train()
+        steps = steps_of(model, layout, GPU, bf16=True, weight=0.1, z_weight=0.1, bias_rate=0.1)
+        batch = batch_of(layout).pin_memory()
+        for _ in range(3):
+            assert steps.next(iter([batch]), 1.0) is not None
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                assert steps.next(iter([batch]), 1.0) is not None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
+
+
+def test_experts_in_one_product_are_those_of_the_loop_and_the_same_each_time() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, 64, device=GPU).bfloat16()
+    if not in_one_product(hidden, (64, 128, 64)):
+        pytest.skip("this GPU has no product for all experts")
+    experts = Experts(16, 64, section.Experts(units=(128, 64), compute="grouped")).to(GPU)
+    probabilities = torch.rand(ROWS, 2, 16, device=GPU)
+    probabilities[:, :, 5] = 0  # an expert without rows
+    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2).indices, 1.0)
+    weights, used = probabilities * chosen, chosen.bool().any(1)
+    found = []
+    for most in (4, 4, None):  # by the product twice, then by a loop
+        x = hidden.clone().requires_grad_()
+        experts.zero_grad()
+        mixed = experts.mix(x, weights, used, most=most)
+        mixed.float().square().sum().backward()
+        found.append([mixed.float(), x.grad, *(each.grad for each in experts.parameters())])
+    for first, second, loop in zip(*found, strict=True):
+        assert first is not None
+        assert torch.equal(first, second)
+        scale = float(loop.abs().max())
+        torch.testing.assert_close(first / scale, loop / scale, atol=0.02, rtol=0.05)
+
+
+def test_gates_take_no_tf32_where_other_products_do() -> None:
+    made = small_model(plain_tables(LAYOUT), experts={"count": 8, "units": (16, 8)}).to(GPU).mixture.gates[0]
+    hidden = torch.randn(ROWS, 12, device=GPU)
+    with fp32_products("ieee", GPU):
+        expected = made(hidden).logits
+    with fp32_products("tf32", GPU):
+        assert torch.equal(made(hidden).logits, expected)
+        rough = hidden @ made.linear.weight[0].t()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with fp32_products("ieee", GPU):
+        assert not torch.equal(hidden @ made.linear.weight[0].t(), rough)
+
+
+def test_evaluation_and_calibration_follow_the_model(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path, LAYOUT)
+    model = small_model(plain_tables(LAYOUT))
+    (file,) = (prepared.folder / "encoded" / "validation").glob("*.parquet")
+    table = pq.read_table(file)
+    for name in ("request", "candidate"):
+        table = table.append_column(name, pa.array(range(len(table))))
+    pq.write_table(table, file)
+    rows = EncodedRows(prepared.split("validation"), LAYOUT)
+    found = []
+    for device in (torch.device("cpu"), GPU):
+        model.to(device)
+        logits, _, _ = calibration_rows(model, LAYOUT, rows, 1_000)
+        found.append((logits, score_rows(model, LAYOUT, rows, 1_000)))
+    (cpu_logits, cpu), (gpu_logits, gpu) = found
+    np.testing.assert_allclose(gpu_logits, cpu_logits, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(gpu.predictions, cpu.predictions, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(gpu.score, cpu.score, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(gpu.experts.weights, cpu.experts.weights, atol=1e-3, rtol=1e-3)
