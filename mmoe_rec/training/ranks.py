@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,11 @@ from mmoe_rec.errors import UserError
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
+# How warnings begin that torchrec brings upon itself, with torch 2.11 to 2.13.
+NOISY_WARNINGS = (
+    "`_get_pg_default_device` will be deprecated",
+    "Multiple backends are registered with this ProcessGroup",
+)
 SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_LET_GO = 0.05
 _DAYS_FOR_FEATURES = timedelta(days=7)
@@ -126,7 +132,10 @@ def _silenced() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            for start in NOISY_WARNINGS:
+                warnings.filterwarnings("ignore", message=start, category=UserWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -86,7 +86,9 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
                 case = f"batch {size:,}, tables of {of_table:,}, {precision}"
                 changes = {"device": device.type, "batch_size": size, "precision": precision}
                 settings = TRAINING.model_copy(update=changes)
-                yield Figure("training", case, "whole", train(features, settings), "rows/s")
+                found = train(features, settings)
+                assert found is not None, "there is one rank"
+                yield Figure("training", case, "whole", found.rows_per_s, "rows/s")
                 for name, value, unit in _steps(features, settings, device, sizes.steps):
                     yield Figure("training", case, name, value, unit)
 
