@@ -100,8 +100,8 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="of products; auto takes bf16 where a step of this model is a fifth faster with it. On a GPU fp32 is "
-        "TF32, except in gates",
+        description="of products; auto takes bf16 where a step of this model is a fifth faster with it. On a GPU fp32 "
+        "is TF32, except in gates",
     )
     tables: Literal["auto", "fbgemm", "fbgemm_reference", "torch"] = Field(
         "auto",
