@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-RUNS_AT_LEAST = 2
+RUNS_AT_LEAST = 3
 GIVE_UP = 3.0
 """An option that takes so many times as long as the fastest is not run again."""
 

@@ -134,9 +134,9 @@ class Clock:
 
 def test_options_run_in_turns_and_the_fastest_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    options = {"a": clock.option("a", 0.001, 0.02, 0.01), "b": clock.option("b", 0.5, 0.008, 0.012)}
+    options = {"a": clock.option("a", 0.001, 0.02, 0.01, 0.03), "b": clock.option("b", 0.5, 0.008, 0.012, 0.009)}
     assert milliseconds(options, 0) == pytest.approx({"a": 10, "b": 8})  # first runs are not counted
-    assert clock.calls == ["a", "b"] * 3
+    assert clock.calls == ["a", "b"] * 4
 
 
 def test_turns_begin_until_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
