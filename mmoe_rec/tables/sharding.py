@@ -97,8 +97,10 @@ def shard(
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
+        alone = device.type == "cpu" and dist.get_world_size() == 1
         parallel = DistributedModelParallel(
-            model, device=device, plan=plan, sharders=sharders(), init_data_parallel=dist.get_world_size() > 1
+            model, device=device, plan=plan, sharders=sharders(), init_data_parallel=not alone
         )
     if device.type == "cpu":
         use_way(parallel, way)
