@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.choices.choices import Choices, Compute, Precision, faster
 from mmoe_rec.choices.timing import milliseconds
@@ -65,7 +66,7 @@ class Chooser:
         Raises UserError where the way of tables that is set is not on offer.
         """
         way = way_of(settings.tables, self._device.type, _ranks())
-        with _random_states_kept(self._device):
+        with _random_states_kept(self._device), freed_memory_kept():  # as in training
             precision = settings.precision if settings.precision != "auto" else self._precision()
             experts = self._experts(precision)
             if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
