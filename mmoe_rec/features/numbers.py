@@ -9,7 +9,7 @@ import pyarrow as pa
 
 _VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
-_WAITING_AT_MOST = 64  # counted arrays, before they are added up
+_WAITING_AT_MOST = 4  # counted arrays, before they are added up
 CLIP = 10.0
 EDGES = 17
 _LARGEST = 1e150  # its square is still finite
@@ -102,8 +102,7 @@ class NumberHistogram:
     @property
     def values(self) -> np.ndarray:
         """(V,) float64 distinct values, rising; where bits were dropped, the middle of what they may have been."""
-        least, largest, _ = self._bins
-        return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
+        return _middles(*self._bins[:2])
 
     @property
     def counts(self) -> np.ndarray:
@@ -131,16 +130,17 @@ class NumberHistogram:
 
         Values beyond +-1e150 count as +-1e150.
         """
-        values, counts = np.clip(self.values, -_LARGEST, _LARGEST), self.counts
+        least, largest, counts = self._bins
+        values = np.clip(_middles(least, largest), -_LARGEST, _LARGEST)
         if not len(values):
             return Standardiser(0.0, 1.0, self.missing > 0, ())
         # Sums of distances, not of values: differences may be small beside the values themselves.
         median = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
         mean = float(median + ((values - median) * counts).sum() / counts.sum())
-        largest = float(np.abs(values - mean).max())
-        if largest <= _ROUNDING * np.abs(values).max():
+        farthest = float(np.abs(values - mean).max())
+        if farthest <= _ROUNDING * np.abs(values).max():
             return Standardiser(mean, 1.0, self.missing > 0, ())
-        deviation = float(largest * np.sqrt((np.square((values - mean) / largest) * counts).sum() / counts.sum()))
+        deviation = float(farthest * np.sqrt((np.square((values - mean) / farthest) * counts).sum() / counts.sum()))
         scaled = np.clip((_spread_quantiles(values, counts, EDGES) - mean) / deviation, -CLIP, CLIP)
         return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
@@ -155,6 +155,10 @@ class NumberHistogram:
         ends = _equal_parts(counts, min(buckets, len(counts)))[:-1]
         low, high = largest[ends - 1], least[ends]
         return np.maximum(low, np.minimum(low / 2 + high / 2, np.nextafter(high, -np.inf)))
+
+
+def _middles(least: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
 
 
 def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:

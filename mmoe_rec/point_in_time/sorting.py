@@ -8,19 +8,28 @@ import numpy as np
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
     """(N,) int64 order by key, then time, then value where one is given; of equals, the first comes first.
 
-    Keys are (N,) uint64. Rows from a log are nearly in the order of time already, which NumPy's stable sort recognises.
+    Keys are (N,) uint64, times and values int64. Rows from a log are mostly in the order of time already, or nearly,
+    which NumPy's stable sort recognises.
     """
-    order = np.argsort(time, kind="stable") if value is None else np.lexsort((value, time))
-    return order[_stable_order(key[order])] if len(key) else order
+    if value is not None:
+        order = _stable_order(value)
+        order = order[_stable_order(time[order])]
+    elif (time[1:] >= time[:-1]).all():
+        return _stable_order(key)
+    else:
+        order = np.argsort(time, kind="stable")
+    return order[_stable_order(key[order])]
 
 
 def _stable_order(key: np.ndarray) -> np.ndarray:
-    """(N,) int64 order by key, (N,) uint64; of equals, the first comes first.
+    """(N,) int64 order by key, (N,) 64-bit integers; of equals, the first comes first.
 
     Keys are sorted as numbers that end in each one's place, since NumPy sorts numbers several times as fast as it finds
     their order. These have room for the first bits of the keys, which are hashes, so seldom do other bits matter.
     """
-    key = key - key.min()
+    if not len(key):
+        return np.empty(0, np.int64)
+    key = (key - key.min()).view(np.uint64)
     room = 64 - len(key).bit_length()
     low = max(0, int(key.max()).bit_length() - room)
     order = _order_by_bits(key >> np.uint64(low), room)
