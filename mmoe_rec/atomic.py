@@ -80,7 +80,7 @@ def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
             _make_folder(temporary)
         yield temporaries
         for temporary in temporaries:
-            _flush_tree(temporary)
+            flush_tree(temporary)
         for temporary, target in zip(temporaries, targets, strict=True):
             _put_folder(temporary, target)
             _flush(target.parent)
@@ -92,7 +92,7 @@ def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
 
 def put_folder(temporary: Path, target: Path) -> None:
     """Flushes a filled folder beside the target to disk and renames it over the target, for where no context fits."""
-    _flush_tree(temporary)
+    flush_tree(temporary)
     _put_folder(temporary, target)
     _flush(target.parent)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -169,8 +169,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def _flush_tree(folder: Path) -> None:
-    # Several at a time, as each waits for the disk.
+def flush_tree(folder: Path) -> None:
+    """Force all files in a folder to disk, several at a time, as each waits for it."""
     with ThreadPoolExecutor(8) as pool:
         for parent, _, names in os.walk(folder, topdown=False):
             list(pool.map(_flush, (Path(parent, name) for name in names)))

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder, one_at_a_time
+from mmoe_rec.atomic import atomic_folder, flush_tree, one_at_a_time
 from mmoe_rec.build.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.build.count import Counted
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
@@ -264,14 +264,16 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish()
-        save_counts(pipeline, counts)
+        steps.beside(save_counts, pipeline, counts)
+        steps.beside(save_latest, counted, serving)
         steps.look_up(pipeline, serving, end=counted.last[0] + 1, training=windows["train"])
         pipeline.finish_results()
         pipeline.save(serving)
-        save_latest(counted, serving)
+        steps.beside(flush_tree, serving)
         # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
         known_by = {"train": end, "validation": counted.last[0], "test": counted.last[0]}
         splits = steps.encode(serving, folder / "encoded", known_by)
+        steps.beside(flush_tree, folder / "encoded")
     check_classes(logs.schema, splits["train"])
     taken.write(folder)
     manifest = {

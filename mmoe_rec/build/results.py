@@ -20,7 +20,7 @@ from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 
-ROWS_PER_BLOCK = 131_072
+ROWS_PER_BLOCK = 131_072  # about
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Blocks:
 
     @staticmethod
     def of(parts: Sequence[LogPart]) -> Blocks:
-        """A block is a part of the log, or a piece of one that is large."""
-        starts = [np.arange(part.start, part.start + part.rows, ROWS_PER_BLOCK) for part in parts]
+        """A block is a part of the log, or one of the equal pieces of a part that is large."""
+        pieces = [-(-part.rows // max(1, round(part.rows / ROWS_PER_BLOCK))) for part in parts]
+        starts = [np.arange(p.start, p.start + p.rows, rows) for p, rows in zip(parts, pieces, strict=True)]
         return Blocks(np.concatenate(starts), sum(part.rows for part in parts))
 
     def __len__(self) -> int:

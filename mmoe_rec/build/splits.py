@@ -47,12 +47,13 @@ class SplitCounts:
         for task, values in labels.items():
             observed = ~np.isnan(values)
             found, weights = values[observed], 1 / rates[observed]
+            weighted = weights * found  # no `@`: for a while after it BLAS keeps its threads, and the cores, busy
             self.merge(
                 SplitCounts(
                     observed={task: len(found)},
                     label_sum={task: float(found.sum())},
                     weight={task: float(weights.sum())},
-                    weighted_sum={task: float(weights @ found)},
+                    weighted_sum={task: float(weighted.sum())},
                 )
             )
         self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -59,12 +60,21 @@ class Steps:
         few = self.logs.rows < ROWS_FOR_PROCESSES
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
         engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
+        self._thread = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
         self._engine: Engine = self._stack.enter_context(engine)
+        self._beside: list[Future[None]] = []
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+        if error == (None, None, None):
+            for done in self._beside:
+                done.result()
+
+    def beside(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has a thread do what no step waits for, until the end of the context, which raises what it raised."""
+        self._beside.append(self._thread.submit(function, *arguments))
 
     @property
     def _partitions(self) -> int:
@@ -187,7 +197,7 @@ class Steps:
             for name, counts in features.items():
                 for result, mine in encoders[name].result_counts.items():
                     mine.merge(counts[result])
-        self._events.remove()
+        self.beside(self._events.remove)
 
     @property
     def _events(self) -> Exchange:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 _VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
-_WAITING_AT_MOST = 64  # counted arrays, before they are added up
+_WAITING_AT_MOST = 4  # counted arrays, before they are added up
 CLIP = 10.0
 EDGES = 17
 _LARGEST = 1e150  # its square is still finite
@@ -66,7 +66,7 @@ class NumberHistogram:
             values = values[finite]
             self.missing += len(finite) - len(values)
         dropped = max(each.dropped for each in (self._sums, *self._waiting))
-        self._take([_counted(values.astype(np.float64, copy=False), dropped).bounded()])
+        self._take([_counted(values, dropped).bounded()])
 
     def merge(self, other: NumberHistogram) -> None:
         """Adds what another histogram counted."""
@@ -102,8 +102,7 @@ class NumberHistogram:
     @property
     def values(self) -> np.ndarray:
         """(V,) float64 distinct values, rising; where bits were dropped, the middle of what they may have been."""
-        least, largest, _ = self._bins
-        return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
+        return _middles(*self._bins[:2])
 
     @property
     def counts(self) -> np.ndarray:
@@ -131,16 +130,17 @@ class NumberHistogram:
 
         Values beyond +-1e150 count as +-1e150.
         """
-        values, counts = np.clip(self.values, -_LARGEST, _LARGEST), self.counts
+        least, largest, counts = self._bins
+        values = np.clip(_middles(least, largest), -_LARGEST, _LARGEST)
         if not len(values):
             return Standardiser(0.0, 1.0, self.missing > 0, ())
         # Sums of distances, not of values: differences may be small beside the values themselves.
         median = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
         mean = float(median + ((values - median) * counts).sum() / counts.sum())
-        largest = float(np.abs(values - mean).max())
-        if largest <= _ROUNDING * np.abs(values).max():
+        farthest = float(np.abs(values - mean).max())
+        if farthest <= _ROUNDING * np.abs(values).max():
             return Standardiser(mean, 1.0, self.missing > 0, ())
-        deviation = float(largest * np.sqrt((np.square((values - mean) / largest) * counts).sum() / counts.sum()))
+        deviation = float(farthest * np.sqrt((np.square((values - mean) / farthest) * counts).sum() / counts.sum()))
         scaled = np.clip((_spread_quantiles(values, counts, EDGES) - mean) / deviation, -CLIP, CLIP)
         return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
@@ -155,6 +155,10 @@ class NumberHistogram:
         ends = _equal_parts(counts, min(buckets, len(counts)))[:-1]
         low, high = largest[ends - 1], least[ends]
         return np.maximum(low, np.minimum(low / 2 + high / 2, np.nextafter(high, -np.inf)))
+
+
+def _middles(least: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
 
 
 def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
@@ -181,17 +185,22 @@ def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _counted(values: np.ndarray, dropped: int) -> _Counted:
-    """(N,) finite float64 values, counted by their bits without the last `dropped`."""
-    bits = (values + 0.0).view(np.int64)  # 0 and -0 are one
-    # Faster than sorting all values, as few are usually distinct.
-    found = pa.array(bits >> dropped).value_counts()
-    return _summed(found.field("values").to_numpy(), found.field("counts").to_numpy(), dropped)
+    """(N,) finite float32 or float64 values, counted by their bits, as float64, without the last `dropped`."""
+    values = np.sort(values)
+    first = _first_of_each(values)
+    bits = (values[first] + np.float64(0)).view(np.int64)  # 0 and -0 are one
+    return _summed(bits >> dropped, np.diff(first, append=len(values)), dropped)
+
+
+def _first_of_each(values: np.ndarray) -> np.ndarray:
+    """(V,) int64 place of the first of each of V distinct values, of (N,) sorted ones."""
+    return np.flatnonzero(np.append(len(values) > 0, values[1:] != values[:-1]))
 
 
 def _summed(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
     order = np.argsort(keys, kind="stable")  # which merges runs that are sorted already
     keys = keys[order]
-    first = np.flatnonzero(np.append(len(keys) > 0, keys[1:] != keys[:-1]))
+    first = _first_of_each(keys)
     return _Counted(keys[first], np.add.reduceat(counts[order], first) if len(first) else counts, dropped)
 
 

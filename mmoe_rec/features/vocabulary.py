@@ -30,6 +30,7 @@ class IdCounts:
 
     def __init__(self) -> None:
         self._parts: list[pa.Table] = []
+        self._ordered: pa.Table | None = None
 
     def add(self, values: pa.Array) -> None:
         """Counts the non-null values of an array of int64 or strings, dictionary-coded or not."""
@@ -41,13 +42,15 @@ class IdCounts:
             counted = values.drop_null().value_counts()
             ids, counts = counted.field("values"), counted.field("counts")
         if len(ids):
-            self._parts.append(pa.table({"id": ids, "count": counts}))
-        if len(self._parts) > 64:
-            self._parts = [self._summed()]
+            self._take([pa.table({"id": ids, "count": counts})])
 
     def merge(self, other: IdCounts) -> None:
         """Adds what another one counted."""
-        self._parts += other._parts
+        self._take(other._parts)
+
+    def _take(self, parts: list[pa.Table]) -> None:
+        self._parts += parts
+        self._ordered = None
         if len(self._parts) > 64:
             self._parts = [self._summed()]
 
@@ -55,7 +58,10 @@ class IdCounts:
         """id and count, the most frequent ones first; ties are ordered by id."""
         if not self._parts:
             return pa.table({"id": pa.nulls(0), "count": pa.array([], pa.int64())})
-        return self._summed().sort_by([("count", "descending"), ("id", "ascending")]).combine_chunks()
+        if self._ordered is None:
+            by_count = self._summed().sort_by([("count", "descending"), ("id", "ascending")])
+            self._ordered = by_count.combine_chunks()
+        return self._ordered
 
     @staticmethod
     def from_table(table: pa.Table) -> IdCounts:

@@ -312,7 +312,7 @@ def _piece_tables(
         if there != piece.rows or not set(in_file) <= set(parquet.schema_arrow.names):
             raise _changed(address)
         start = sum(group_rows[: piece.groups[0]])
-        batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(piece.groups), columns=in_file)
+        batches = parquet.iter_batches(ROWS_AT_A_TIME, list(piece.groups), in_file, use_threads=False)
         while (batch := next_batch(batches, address, parquet.schema_arrow)) is not None:
             raw = {column: batch.column(column) for column in in_file}
             raw |= {column: pa.repeat(pa.scalar(value), batch.num_rows) for column, value in in_path.items()}

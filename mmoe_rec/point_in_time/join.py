@@ -32,8 +32,7 @@ class KeyGroups:
     @cached_property
     def starts(self) -> np.ndarray:
         """(G + 1,) int64 index of the first of each of G groups, then N."""
-        changes = np.append(len(self.key) > 0, self.key[1:] != self.key[:-1])
-        return np.append(np.flatnonzero(changes), len(self.key)).astype(np.int64)
+        return np.append(np.flatnonzero(self._begins), len(self.key)).astype(np.int64)
 
     @cached_property
     def distinct(self) -> np.ndarray:
@@ -43,7 +42,11 @@ class KeyGroups:
     @cached_property
     def number(self) -> np.ndarray:
         """(N,) int64 group of each key."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        return np.append(True, self.key[1:] != self.key[:-1])[: len(self.key)]
 
 
 class KnownEvents(KeyGroups):
@@ -158,12 +161,15 @@ class Join:
 
     def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
         """Events and look-ups as single numbers that rise with key, then time."""
-        group, _ = self._groups
-        known, moments, count = _ticks(self.events.known, times, unit, len(self.events.distinct) + 1)
-        known += self.events.number * count
-        moments += (group * count)[self.asked.groups.number]
-        before = np.searchsorted(known, moments, side="right")
-        return np.where(before > self._first, before - 1, -1)
+        group, found = self._groups
+        known, moments, count = _ticks(self.events.known, times, unit, 2 * len(self.events.distinct) + 2)
+        # Odd groups are keys with events, even ones lie between them.
+        known += (2 * self.events.number + 1) * count
+        moments += ((2 * group + found) * count)[self.asked.groups.number]
+        # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
+        order = np.argsort(np.concatenate([known, moments]), kind="stable")
+        before = np.flatnonzero(order >= len(known)) - np.arange(len(moments))
+        return before * (before > self._first) - 1  # `np.where` would guess, often wrongly, which way each one goes
 
 
 def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -255,8 +255,13 @@ def _running_labels(
 
 def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
     """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
-    found = values[index] if len(values) else np.zeros(len(index), values.dtype)
-    found[index < 0] = nothing
+    if not len(values):
+        return np.full(len(index), nothing, values.dtype)
+    found = values[np.maximum(index, 0)]
+    if nothing:
+        found[index < 0] = nothing
+    else:
+        found *= index >= 0  # no branches, which a processor would often guess wrongly
     return found
 
 

@@ -345,3 +345,14 @@ def _with_columns(tree: Any, names: dict[str, str]) -> Any:
         return names.get(value, value) if key in naming and isinstance(value, str) else value
 
     return change("", tree)
+
+
+def test_an_error_beside_the_steps_ends_the_build_and_leaves_nothing(tmp_path, monkeypatch):
+    def disk_full(counted: object, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = str(write_log(tmp_path / "log", random_log(5, rows=500)))
+    monkeypatch.setattr("mmoe_rec.build.prepare.save_latest", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work")
+    assert not list((tmp_path / "work").iterdir())

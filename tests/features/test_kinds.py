@@ -230,7 +230,7 @@ def test_numbers_are_standardised(values, transform):
     missing = [value is None or not math.isfinite(value) for value in values]
     numbers = np.array([0.0 if out else value for value, out in zip(values, missing, strict=True)])
     if transform == "log":
-        numbers = np.sign(numbers) * np.log(1 + np.abs(numbers))
+        numbers = np.array([math.copysign(math.log1p(abs(each)), each) for each in numbers])
     used = numbers[~np.array(missing)]
     mean, deviation = (used.mean(), used.std()) if len(used) else (0.0, 1.0)
     slack = np.abs(used).max(initial=0.0) * 1e-13

@@ -360,14 +360,14 @@ def test_neither_folder_is_replaced_before_both_are_on_disk(tmp_path, monkeypatc
     source, out = a_busy_source(tmp_path / "source"), tmp_path / "out"
     ingest(source, out, Selection(seed=1, households=2))
     before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
-    flush = atomic._flush_tree
+    flush = atomic.flush_tree
 
     def disk_full(path: Path) -> None:
         if folder in path.name:
             raise OSError(28, "No space left on device")
         flush(path)
 
-    monkeypatch.setattr(atomic, "_flush_tree", disk_full)
+    monkeypatch.setattr(atomic, "flush_tree", disk_full)
     with pytest.raises(OSError, match="No space"):
         ingest(source, out, Selection())
     assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before

@@ -17,10 +17,10 @@ from mmoe_rec.point_in_time.sorting import sorted_order
 )
 def test_rows_are_ordered_by_key_then_time_then_value_then_place(rows, distinct, spread, neighbours, in_time, seed):
     rng = np.random.default_rng(seed)
-    # Neighbours differ in their last bits alone, so that they share the bits that are counted.
+    # Neighbours differ in their last bits alone, so that they share those that are sorted first.
     key = rng.integers(0, 2**63, distinct, np.uint64)[rng.integers(0, distinct, rows)] >> np.uint64(spread)
     key += rng.integers(0, neighbours, rows).astype(np.uint64)
-    time, value = rng.integers(-9, 9, rows), rng.integers(0, 3, rows) - 0.5
+    time, value = rng.integers(-9, 9, rows), rng.integers(-1, 2, rows)
     if in_time:
         time.sort()
     assert sorted_order(key, time).tolist() == np.lexsort((time, key)).tolist()
