@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
+import yaml
 
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.build.splits import SplitCounts
@@ -103,7 +104,7 @@ def train(features: Path, training: Training = TRAINING) -> Trained | None:
 
 def main() -> None:
     """Trains, as one process or as a rank under torchrun, and prints what it found; arguments: features, settings."""
-    changes = dict(each.split("=", 1) for each in sys.argv[2:])
+    changes = {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in sys.argv[2:])}
     found = train(Path(sys.argv[1]), Training.model_validate(TRAINING.model_dump() | changes))
     if found is not None:
         print(json.dumps(asdict(found)))
