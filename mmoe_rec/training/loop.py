@@ -159,7 +159,8 @@ class Trainer:
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         choices = self._choices(model, None if resume is None else resume.state.choices)
-        set_compute(model.mixture, choices.experts)
+        if choices.experts != "auto":
+            set_compute(model.mixture, choices.experts)
         sharded = shard(
             model,
             self.layout,

@@ -21,6 +21,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.checkpoint import latest_checkpoint
+from mmoe_rec.training.loop import Trainer
 from tests.model.examples import LAYOUT, random_rows
 from tests.training.learnable import CPU, MODEL, write_prepared
 from tests.training.resuming import CrashError, crash, train
@@ -193,6 +194,24 @@ def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
     assert after.state.step > before.state.step
     assert after.state.choices == before.state.choices
     assert compared == []
+
+
+@pytest.mark.parametrize(("set_by_hand", "expected"), [("auto", "grouped"), ("dense", "dense")])
+def test_experts_are_computed_as_chosen_or_as_set(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_hand: str, expected: str
+) -> None:
+    with_times(monkeypatch, TIMES)
+    experts = MODEL.experts.model_dump() | {"compute": set_by_hand}
+    found: list[str] = []
+
+    def look(trainer: Trainer) -> None:
+        modules = trainer.sharded.model.modules()
+        found.extend(each.compute for each in modules if isinstance(each, Experts))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, Model.model_validate(TOP_K | {"experts": experts}), precision="fp32")
+    assert set(found) == {expected}
 
 
 def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path: Path) -> None:
