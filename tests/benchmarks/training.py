@@ -148,10 +148,8 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
                 timer.timed("ours_50k", ours(smallest))
         for table_rows in tables:
             for peer in PEERS:
-                sizes = [peer, *map(str, (table_rows, rows, SECONDS))]
-                timer.timed(
-                    f"{peer}_{_short(table_rows)}", [python, "-m", "tests.benchmarks.training_peers", peer, *sizes]
-                )
+                told = [peer, *map(str, (table_rows, rows, SECONDS))]
+                timer.timed(f"{peer}_{_short(table_rows)}", [python, "-m", "tests.benchmarks.training_peers", *told])
             if table_rows != TABLE_ROWS[0]:
                 timer.tight(rows, table_rows)
     return _report(timer)
