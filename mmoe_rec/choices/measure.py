@@ -26,6 +26,7 @@ from mmoe_rec.choices.timing import milliseconds
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings import Training
 from mmoe_rec.tables.trial import trial
 from mmoe_rec.tables.ways import Way, way_of, ways_on_offer
@@ -36,10 +37,14 @@ CLEARLY = 1.2
 """How many times as long as the best the default has to take to be left."""
 _OPERATIONS = 0.8e9
 """Of a step that is timed: some milliseconds in fp32 on two cores."""
-_FIRST_ROWS = 64
-_TABLE_ROWS = 20_000
 SOME_ROWS = 1024
+"""Of a batch, by which ways of tables are timed."""
+_TABLE_ROWS = 20_000
+_TABLE_WEIGHTS = 16_000_000
+"""At most, of each way's tables together: 64 MB."""
+_FIRST_ROWS = 64
 _HOPELESS = 4.0
+"""bf16 that takes so many times as long as fp32 for a few rows is not tried on more."""
 
 
 class Chooser:
@@ -122,7 +127,8 @@ class Chooser:
         return next(way for way in offered if way == taken)
 
     def _trial(self, way: Way) -> Callable[[], object]:
-        return trial(way, self._layout, self._ids, _TABLE_ROWS)
+        widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
+        return trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
 
     def _threads(self, wanted: int | None, precision: Precision, way: Way) -> int:
         if self._device.type != "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mmoe_rec.choices.choices import Choices, faster
 from mmoe_rec.choices.measure import Chooser, kept
 from mmoe_rec.choices.timing import GIVE_UP, milliseconds
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
@@ -112,6 +114,21 @@ def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> Non
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
+
+
+def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def noted(way: str, layout: ModelLayout, ids: KeyedIds, most: int) -> Callable[[], None]:
+        rows.append(most)
+        return lambda: None
+
+    monkeypatch.setattr(measure, "trial", noted)
+    wide = replace(LAYOUT, tables=tuple(replace(each, rows=10**9, dim=1024) for each in LAYOUT.tables))
+    for layout in (LAYOUT, wide):
+        Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", threads=1))
+    assert max(rows) == 20_000
+    assert min(rows) * 1024 * len(wide.tables) * 4 <= 64e6
 
 
 class Clock:
