@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "inspection": LEAVES | LOG | {"features", "build", "batches"},
     "model": LEAVES | {"features", "batches", "point_in_time", "routing"},
     "tables": LEAVES | {"features", "batches", "model"},
-    "choices": {"allocation", "settings", "batches", "features", "model", "tables"},
+    "choices": {"allocation", "devices", "settings", "batches", "features", "model", "tables"},
     "training": LEAVES | {"features", "build", "batches", "model", "routing", "tables", "choices", "tracking"},
     "serving": LEAVES | LOG | {"features", "build", "batches", "model"},
     "evaluation": LEAVES | {"features", "batches", "model"},

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmoe_rec.devices import usable_cores
+
 # Of those that /proc/cpuinfo names, the ones that kernels of products and tables ask for.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_tile", "bf16", "sve")
 
@@ -37,14 +39,9 @@ def processor() -> Processor:
         found.get("vendor_id", "unknown"),
         found.get("model name", platform.processor() or platform.machine()),
         tuple(flag for flag in _FLAGS if flag in known),
-        cores(),
+        usable_cores(),
         tuple(f"{name}={os.environ[name]}" for name in held if name in os.environ),
     )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:

@@ -23,12 +23,12 @@ Way = Literal["fbgemm", "fbgemm_reference", "torch"]
 
 
 def ways_on_offer() -> tuple[Way, ...]:
-    """What this machine and its packages allow, on a CPU; the first is what `auto` takes."""
+    """What this machine and its packages allow, on a CPU; the first is the default."""
     return tuple(way for way in get_args(Way) if _missing(way) is None)
 
 
 def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
-    """The way that a setting asks for. device: "cpu" or "cuda"; ranks: that train together.
+    """The way that a setting asks for, for `auto` the default. device: "cpu" or "cuda"; ranks: that train together.
 
     Raises UserError where it is not on offer here.
     """
@@ -36,7 +36,6 @@ def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
         require_torchrec("training on several processes", "start it without torchrun")
     if device == "cuda":
         require_torchrec("training on a GPU", "set training.device to cpu")
-    if device == "cuda":
         if choice in ("auto", "fbgemm"):
             return "fbgemm"
         raise UserError(f"training.tables is {choice}, a way of CPUs; on GPUs there is fbgemm alone: set it to auto")

@@ -157,11 +157,11 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
 
 def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     """Every combination of settings that a training could have chosen here, by name."""
-    from mmoe_rec.choices.processor import cores
+    from mmoe_rec.devices import usable_cores
     from mmoe_rec.tables.ways import ways_on_offer
 
     precisions = ["fp32", *["bf16"] * (rates["bf16"] >= EMULATED * rates["fp32"])]
-    threads = sorted({count for count in (cores(), cores() // 2) if count})
+    threads = sorted({count for count in (usable_cores(), usable_cores() // 2) if count})
     return {
         f"{precision}, {way}, {count} threads": [f"precision={precision}", f"tables={way}", f"threads={count}"]
         for precision, way, count in itertools.product(precisions, ways_on_offer(), threads)
