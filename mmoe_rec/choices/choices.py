@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from mmoe_rec.model.multiply import Products
     from mmoe_rec.tables.ways import Way
 
 Precision = Literal["fp32", "bf16"]
@@ -19,13 +20,15 @@ class Choices:
 
     precision: of products; tables: the way in which tables are looked up and updated; experts: `auto` goes by the share
     of experts in use; threads: of each process, for what torch computes, 0 where they do not matter (on a GPU);
-    measured: what was chosen by measurement -> option -> milliseconds, of the slowest rank.
+    products: the library that multiplies fp32 matrices on a CPU; measured: what was chosen by measurement -> option ->
+    milliseconds, of the slowest rank.
     """
 
     precision: Precision
     tables: Way
     experts: Compute
     threads: int
+    products: Products = "blas"
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,6 +42,8 @@ class Choices:
 
     def __str__(self) -> str:
         parts = [f"{self.precision}{self._against('precision', self.precision)}"]
+        if self.precision == "fp32" and "products" in self.measured:
+            parts.append(f"products by {self.products}{self._against('products', self.products)}")
         parts.append(f"tables by {self.tables}{self._against('tables', self.tables)}")
         if self.experts != "auto":
             parts.append(f"experts {self.experts}{self._against('experts', self.experts)}")

@@ -1,8 +1,9 @@
 """Chooses what a training computes with, by timing steps of the model's own shapes on drawn inputs.
 
 Three rules keep noise from making choices. Options run in turns, and the fastest run of each counts. The default, which
-is fp32, fbgemm's kernels and a thread a core, gives way only to what is a fifth faster. And ranks decide together, each
-option by the time of the slowest of them.
+is fp32, fbgemm's kernels and a thread a core, gives way only to what is a fifth faster (torch's BLAS library to what is
+a twentieth faster, as the two differ by rounding alone). And ranks decide together, each option by the time of the
+slowest of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -23,9 +23,11 @@ from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.choices.choices import Choices, Compute, Precision, faster
 from mmoe_rec.choices.timing import milliseconds
+from mmoe_rec.choices.using import computed, multiplied, ranks
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.multiply import Products, onednn_offered, products_of
 from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings import Training
 from mmoe_rec.tables.trial import trial
@@ -35,7 +37,9 @@ SECONDS = 0.025
 """For each choice, besides the runs that are not counted."""
 CLEARLY = 1.2
 """How many times as long as the best the default has to take to be left."""
-_OPERATIONS = 0.8e9
+BY_ROUNDING = 1.05
+"""The same where results are equal but for rounding and what is timed is a whole step."""
+_OPERATIONS = 1.6e9
 """Of a step that is timed: some milliseconds in fp32 on two cores."""
 SOME_ROWS = 1024
 """Of a batch, by which ways of tables are timed."""
@@ -70,28 +74,57 @@ class Chooser:
 
         Raises UserError where the way of tables that is set is not on offer.
         """
-        way = way_of(settings.tables, self._device.type, _ranks())
+        way = way_of(settings.tables, self._device.type, ranks())
+        products = products_of(settings.products, self._device.type)
         with _random_states_kept(self._device), freed_memory_kept():  # as in training
-            precision = settings.precision if settings.precision != "auto" else self._precision()
-            experts = self._experts(precision)
-            if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
-                way = self._way(way)
-            threads = self._threads(settings.threads, precision, way)
-        return Choices(precision, way, experts, threads, self._times)
+            precision, products = self._multiplied(settings, products)
+            with multiplied(self._mixture, products):
+                experts = self._experts(precision)
+                if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
+                    way = self._way(way)
+                threads = self._threads(settings.threads, precision, way)
+        return Choices(precision, way, experts, threads, products, self._times)
 
-    def _precision(self) -> Precision:
-        options: dict[str, Callable[[int], object]] = {
-            "fp32": lambda rows: self._step("fp32", rows),
-            "bf16": lambda rows: self._step("bf16", rows),
-        }
-        # Where bf16 is emulated a step takes seconds, so a few rows tell first.
-        few = self._timed({name: _with(option, _FIRST_ROWS) for name, option in options.items()}, 0)
-        left = {name: option for name, option in options.items() if few[name] <= _HOPELESS * few["fp32"]}
-        times = few
-        if len(left) > 1:
-            times = self._timed({name: _with(option, self._rows) for name, option in left.items()}, SECONDS)
-        self._times["precision"] = times
-        return "bf16" if faster(times, "fp32", CLEARLY) == "bf16" else "fp32"
+    def _multiplied(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
+        """Precision of products and the library of those in fp32, from the same times: bf16 competes with the fp32
+        that would be taken instead of it.
+        """
+        precisions = self._precisions(by_default) if settings.precision == "auto" else [settings.precision]
+        libraries: list[Products] = [by_default]
+        if settings.products == "auto" and self._device.type == "cpu" and "fp32" in precisions:
+            libraries = list(get_args(Products))
+        if len(precisions) == len(libraries) == 1:
+            return precisions[0], by_default
+        options: dict[str, Callable[[], object]] = {}
+        for each in libraries:
+            if each == "blas" or onednn_offered():
+                options[each] = self._option("fp32", each, self._rows)
+        if "bf16" in precisions:
+            options["bf16"] = self._option("bf16", by_default, self._rows)
+        times = self._timed(options, SECONDS, [*libraries, *precisions[1:]])
+        fp32 = {name: time for name, time in times.items() if name != "bf16"}
+        products = next(each for each in libraries if each == faster(fp32, by_default, BY_ROUNDING))
+        if len(fp32) > 1:
+            self._times["products"] = fp32
+        if "bf16" not in times:
+            return "fp32", products
+        self._times["precision"] = {"fp32": fp32[products], "bf16": times["bf16"]}
+        return ("bf16" if faster(self._times["precision"], "fp32", CLEARLY) == "bf16" else "fp32"), products
+
+    def _precisions(self, products: Products) -> list[Precision]:
+        """Those that are worth a step to be timed: where bf16 is emulated it takes seconds, so few rows tell first."""
+        few = self._timed({each: self._option(each, products, _FIRST_ROWS) for each in get_args(Precision)}, 0)
+        if few["bf16"] <= _HOPELESS * few["fp32"]:
+            return ["fp32", "bf16"]
+        self._times["precision"] = few
+        return ["fp32"]
+
+    def _option(self, precision: Precision, products: Products, rows: int) -> Callable[[], object]:
+        def run() -> None:
+            with multiplied(self._mixture, products):
+                self._step(precision, rows)
+
+        return run
 
     def _experts(self, precision: Precision) -> Compute:
         """`auto`, which goes by the share of experts in use, unless one way is clearly faster for this model."""
@@ -137,7 +170,7 @@ class Chooser:
             return wanted
         now = torch.get_num_threads()
         # Set by hand, or by torchrun for each of its processes.
-        if "OMP_NUM_THREADS" in os.environ or now == 1 or _ranks() > 1:
+        if "OMP_NUM_THREADS" in os.environ or now == 1 or ranks() > 1:
             return now
         tables = self._trial(way)
 
@@ -175,7 +208,7 @@ class Chooser:
         """
         wait = torch.cuda.synchronize if self._device.type == "cuda" else lambda: None
         times = milliseconds(options, seconds, wait)
-        if _ranks() == 1:
+        if ranks() == 1:
             return times
         asked = list(names or options)
         values = torch.tensor([times.get(name, math.inf) for name in asked], dtype=torch.float64, device=self._device)
@@ -183,58 +216,7 @@ class Chooser:
         return {name: time for name, time in zip(asked, values.tolist(), strict=True) if math.isfinite(time)}
 
 
-def kept(before: Choices, settings: Training, device: torch.device) -> Choices:
-    """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
-
-    A way of tables that this machine does not have gives way to one that it has, threads to as many as there are.
-    Raises UserError where the way of tables that is set is not on offer.
-    """
-    here = device.type == "cpu" and before.tables in ways_on_offer()
-    wanted = before.tables if settings.tables == "auto" and here else settings.tables
-    count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
-    return replace(before, tables=way_of(wanted, device.type, _ranks()), threads=count)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within it torch computes with so many threads; 0 leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def computed(mixture: Mixture, compute: Compute) -> Iterator[None]:
-    """Within it, experts are computed in this way."""
-    groups = [each for each in mixture.modules() if isinstance(each, Experts)]
-    before = [each.compute for each in groups]
-    set_compute(mixture, compute)
-    try:
-        yield
-    finally:
-        for each, own in zip(groups, before, strict=True):
-            each.compute = own
-
-
-def set_compute(mixture: Mixture, compute: Compute) -> None:
-    """From now on experts are computed in this way."""
-    for each in mixture.modules():
-        if isinstance(each, Experts):
-            each.compute = compute
-
-
 @contextlib.contextmanager
 def _random_states_kept(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _with(option: Callable[[int], object], rows: int) -> Callable[[], object]:
-    return lambda: option(rows)

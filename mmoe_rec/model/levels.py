@@ -24,7 +24,8 @@ from torch.nn import functional
 
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.model.grouped_mm import Sent, in_one_product
-from mmoe_rec.model.products import HALF_PRECISION_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
+from mmoe_rec.model.multiply import taken
+from mmoe_rec.model.products import ONEDNN_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
 from mmoe_rec.routing.rule import Gated, Routing, largest, masked_softmax
 from mmoe_rec.routing.rules import rule_named
 
@@ -289,7 +290,7 @@ class Experts(nn.Module):
         x = hidden.index_select(0, dispatch.rows)
         for layer in self.layers:
             assert isinstance(layer, StackedLinear)
-            x = self.activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts))
+            x = self.activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts, layer.products))
         return self._normalised(x)
 
     def mix(
@@ -308,7 +309,7 @@ class Experts(nn.Module):
             return sent.combine(self._normalised(x), weights)
         if used is not None and (alone or self.takes_grouped(used)):
             hidden = for_products(hidden)
-            dispatch = Dispatch.of(used, HALF_PRECISION_BLOCK if hidden.dtype.itemsize == 2 else 1)
+            dispatch = Dispatch.of(used, ONEDNN_BLOCK if self._by_onednn(hidden) else 1)
             return combine(self.sent(hidden, dispatch), weights, dispatch)
         experts = self(hidden)
         return torch.bmm(weights.to(experts.dtype), experts)
@@ -320,6 +321,11 @@ class Experts(nn.Module):
         if used.is_cuda:  # counting them would make the host wait, and a loop over experts is no work for a GPU
             return False
         return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
+
+    def _by_onednn(self, hidden: Tensor) -> bool:
+        """Whether oneDNN multiplies such rows on a CPU."""
+        products = next(layer.products for layer in self.layers if isinstance(layer, StackedLinear))
+        return hidden.dtype.itemsize == 2 or taken(hidden, products) == "onednn"
 
     def _in_one_product(self, hidden: Tensor, most: int) -> bool:
         """Whether `mix` runs experts on their own rows by a product of a GPU, at most so many a row."""

@@ -26,6 +26,7 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
+from mmoe_rec.model.multiply import Linear
 from mmoe_rec.model.products import StackedLinear, for_products
 from mmoe_rec.model.tables import by_name
 from mmoe_rec.routing.rule import Routing
@@ -205,8 +206,8 @@ class Crosses(nn.Module):
 
     def __init__(self, inputs: int, layers: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.ModuleList(nn.Linear(inputs, rank, bias=False) for _ in range(layers))
-        self.up = nn.ModuleList(nn.Linear(rank, inputs) for _ in range(layers))
+        self.down = nn.ModuleList(Linear(inputs, rank, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(Linear(rank, inputs) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, W) -> (B, W)."""
@@ -285,7 +286,7 @@ class PlacementTower(nn.Module):
         super().__init__()
         self.dropout = settings.dropout
         self.layers = mlp(inputs, settings.units)
-        self.logits = nn.Linear(settings.units[-1] if settings.units else inputs, tasks)
+        self.logits = Linear(settings.units[-1] if settings.units else inputs, tasks)
 
     def forward(self, placement: Tensor) -> Tensor:
         """(B, P) -> logits (B, T)."""
@@ -300,7 +301,7 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
     """Linear layers of the given widths, each followed by SiLU and, if asked for, dropout."""
     layers: list[nn.Module] = []
     for width in units:
-        layers += [nn.Linear(inputs, width), nn.SiLU()]
+        layers += [Linear(inputs, width), nn.SiLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         inputs = width

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-# On a CPU, products in half precision are prepared anew for each new number of rows, which takes as long as the product
-# of some hundred rows: whole blocks of rows keep these numbers few.
-HALF_PRECISION_BLOCK = 16
+from mmoe_rec.model.multiply import Multiplying, Products, linear, multiply_into, taken, weights_gradient_into
+
+# oneDNN, which multiplies in half precision on a CPU, prepares products anew for each new number of rows, which takes
+# as long as the product of some hundred rows: whole blocks of rows keep these numbers few.
+ONEDNN_BLOCK = 16
 
 
-class StackedLinear(nn.Module):
+class StackedLinear(Multiplying):
     """G independent linear layers from `inputs` to `outputs`, each initialised as `nn.Linear` would be.
 
     State: weight (G, outputs, inputs), bias (G, outputs).
@@ -39,12 +40,12 @@ class StackedLinear(nn.Module):
         """An input for each group: (B, G, inputs) -> (B, G, outputs)."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func maps over backward passes of its own
             return torch.einsum("bgi,goi->bgo", x, self.weight) + self.bias
-        out: Tensor = _Stacked.apply(for_products(x), self.weight, self.bias)
+        out: Tensor = _Stacked.apply(for_products(x), self.weight, self.bias, self.products)
         return out
 
     def shared(self, x: Tensor) -> Tensor:
         """One input for all groups: (B, inputs) -> (B, G * outputs), group-major."""
-        return functional.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
+        return linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.products)
 
     def extra_repr(self) -> str:
         """Shape for printing."""
@@ -65,27 +66,27 @@ class _Stacked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, products: Products) -> Tensor:
         own = weight.to(x.dtype)
         ctx.save_for_backward(x, own)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.products = weight.dtype, taken(x, products)
         out = x.new_empty(*x.shape[:2], weight.shape[1])
         for rows, result, each, each_bias in zip(x.unbind(1), out.unbind(1), own, bias.to(x.dtype), strict=True):
-            torch.addmm(each_bias, rows, each.t(), out=result)
+            multiply_into(result, rows, each.t(), each_bias, ctx.products)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_weight, to_x = torch.empty_like(weight), None
         for part, rows, result in zip(gradient.unbind(1), x.unbind(1), to_weight, strict=True):
-            torch.mm(part.t(), rows, out=result)
+            weights_gradient_into(result, part, rows, ctx.products)
         if ctx.needs_input_grad[0]:
             to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             for part, each, result in zip(gradient.unbind(1), weight, to_x.unbind(1), strict=True):
-                torch.mm(part, each, out=result)
-        return to_x, to_weight.to(ctx.dtype), gradient.sum(0).to(ctx.dtype)
+                multiply_into(result, part, each, None, ctx.products)
+        return to_x, to_weight.to(ctx.dtype), gradient.sum(0).to(ctx.dtype), None
 
 
 # Sparse compute: rows are gathered by the expert they were sent to, and each expert multiplies its own rows only.
@@ -131,17 +132,17 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], products: Products) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
+        ctx.counts, ctx.products = counts, taken(x, products)
         out = x.new_empty(len(x), weight.shape[1])
         parts = zip(x.split(counts), out.split(counts), weight, bias.to(x.dtype), strict=True)
         for rows, result, own_weight, own_bias in parts:
-            torch.addmm(own_bias, rows, own_weight.to(x.dtype).t(), out=result)
+            multiply_into(result, rows, own_weight.to(x.dtype).t(), own_bias, ctx.products)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -149,19 +150,19 @@ class _Grouped(torch.autograd.Function):
         xs, gradients = x.split(ctx.counts), gradient.split(ctx.counts)
         if to_x is not None:
             for part, own_weight, result in zip(gradients, weight, to_x.split(ctx.counts), strict=True):
-                torch.mm(part, own_weight.to(x.dtype), out=result)
+                multiply_into(result, part, own_weight.to(x.dtype), None, ctx.products)
         for part, inputs, own_weight, own_bias in zip(gradients, xs, to_weight, to_bias, strict=True):
             if weight.dtype == x.dtype:
-                torch.mm(part.t(), inputs, out=own_weight)
+                weights_gradient_into(own_weight, part, inputs, ctx.products)
             else:
                 own_weight.copy_(torch.mm(part.t(), inputs))
             torch.sum(part, dim=0, out=own_bias)
-        return to_x, to_weight, to_bias.to(weight.dtype), None
+        return to_x, to_weight, to_bias.to(weight.dtype), None, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], products: Products = "blas") -> Tensor:
     """(S, I) rows ordered by expert, (E, O, I) weights, (E, O) biases, rows of each expert -> (S, O) like the rows."""
-    out: Tensor = _Grouped.apply(x, weight, bias, counts)
+    out: Tensor = _Grouped.apply(x, weight, bias, counts, products)
     return out
 
 

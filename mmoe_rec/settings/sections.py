@@ -103,6 +103,11 @@ class Training(Section):
         description="of products; auto takes bf16 where a step of this model is a fifth faster with it. On a GPU fp32 "
         "is TF32, except in gates",
     )
+    products: Literal["auto", "blas", "onednn"] = Field(
+        "auto",
+        description="what multiplies fp32 matrices on a CPU: torch's BLAS library, or oneDNN. Which is faster depends "
+        "on the processor; results are equal but for rounding. auto measures",
+    )
     tables: Literal["auto", "fbgemm", "fbgemm_reference", "torch"] = Field(
         "auto",
         description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, by its plain loops, "

@@ -26,10 +26,12 @@ from mmoe_rec.batches.prefetch import Prefetch
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.choices.choices import Choices
-from mmoe_rec.choices.measure import SOME_ROWS, Chooser, kept, set_compute, threads
+from mmoe_rec.choices.measure import SOME_ROWS, Chooser
+from mmoe_rec.choices.using import kept, set_compute, threads
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.multiply import set_products
 from mmoe_rec.progress import bar
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.tables.installed import torchrec_installed
@@ -161,6 +163,7 @@ class Trainer:
         choices = self._choices(model, None if resume is None else resume.state.choices)
         if choices.experts != "auto":
             set_compute(model.mixture, choices.experts)
+        set_products(model, choices.products)
         sharded = shard(
             model,
             self.layout,

@@ -20,6 +20,7 @@ _FREE = {
     "checkpoints_kept",
     "device",
     "on_bad_loss",
+    "products",
     "tables",
     "threads",
     "timeout_minutes",

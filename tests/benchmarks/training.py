@@ -14,12 +14,13 @@ steps after a warm-up; what is timed several times counts by its fastest. `--pee
 compare with the peers, at 50 thousand rows.
 
 `two_ranks_over_one`: two processes of one thread over one process of one thread, at the same batch size. The limit of
-`fraction_of_matmul_limit`: the faster of the machine's fp32 and bf16 rates in products of two matrices of 2048 x 2048,
-measured in turn with the trainings, over the operations that the model's products take for a row.
+`fraction_of_matmul_limit`: the fastest of the machine's rates in products of two matrices of 2048 x 2048, in fp32 by
+torch's BLAS library and by oneDNN and in bf16, measured in turn with the trainings, over the operations that the
+model's products take for a row.
 
 `choices` is what a training chose by itself. `auto_over_best_by_hand`: its speed over that of the best combination of
-precision, way of tables and threads set by hand, all of which are timed in turn with it (`by_hand`). To see another
-processor: ONEDNN_MAX_CPU_ISA=AVX512_CORE takes its bf16 units away.
+precision, library of products, way of tables and threads set by hand, all of which are timed in turn with it
+(`by_hand`). To see another processor: ONEDNN_MAX_CPU_ISA=AVX512_CORE takes its bf16 units away.
 """
 
 from __future__ import annotations
@@ -160,16 +161,20 @@ def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     from mmoe_rec.devices import usable_cores
     from mmoe_rec.tables.ways import ways_on_offer
 
-    precisions = ["fp32", *["bf16"] * (rates["bf16"] >= EMULATED * rates["fp32"])]
+    products = {"fp32": ["precision=fp32", "products=blas"]}
+    if "fp32_onednn" in rates:
+        products["fp32 by oneDNN"] = ["precision=fp32", "products=onednn"]
+    if rates["bf16"] >= EMULATED * rates["fp32"]:
+        products["bf16"] = ["precision=bf16"]
     threads = sorted({count for count in (usable_cores(), usable_cores() // 2) if count})
     return {
-        f"{precision}, {way}, {count} threads": [f"precision={precision}", f"tables={way}", f"threads={count}"]
-        for precision, way, count in itertools.product(precisions, ways_on_offer(), threads)
+        f"{name}, {way}, {count} threads": [*options, f"tables={way}", f"threads={count}"]
+        for (name, options), way, count in itertools.product(products.items(), ways_on_offer(), threads)
     }
 
 
 def _report(timer: Timer) -> dict[str, object]:
-    from mmoe_rec.choices.processor import processor
+    from tests.benchmarks.machine import processor
     from tests.benchmarks.training_rows import operations_per_row
 
     speeds, limit = timer.speeds, max(timer.rates.values()) / operations_per_row()
@@ -212,7 +217,7 @@ def main() -> None:
         case None:
             print(json.dumps(benchmark(options.rows, options.repeats, options.peers, options.peers_only_50k)))
         case ["rates"]:
-            from mmoe_rec.choices.processor import product_rates
+            from tests.benchmarks.machine import product_rates
 
             print(json.dumps(product_rates()))
         case ["tight", rows, table_rows, precision]:

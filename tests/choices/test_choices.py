@@ -12,14 +12,16 @@ import torch
 
 from mmoe_rec.batches.batch import KeyedIds, make_batch
 from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.choices import measure, timing
+from mmoe_rec.choices import measure, timing, using
 from mmoe_rec.choices.choices import Choices, faster
-from mmoe_rec.choices.measure import Chooser, kept
+from mmoe_rec.choices.measure import Chooser
 from mmoe_rec.choices.timing import GIVE_UP, milliseconds
+from mmoe_rec.choices.using import kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.multiply import Multiplying
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training
 from mmoe_rec.training.checkpoint import latest_checkpoint
@@ -28,7 +30,7 @@ from tests.model.examples import LAYOUT, random_rows
 from tests.training.learnable import CPU, MODEL, write_prepared
 from tests.training.resuming import CrashError, crash, train
 
-CHOICES = Choices("bf16", "torch", "grouped", 3, {"precision": {"fp32": 9.0, "bf16": 3.0}})
+CHOICES = Choices("bf16", "torch", "grouped", 3, "blas", {"precision": {"fp32": 9.0, "bf16": 3.0}})
 TOP_K = MODEL.model_dump() | {"gates": {"routing": "top_k", "top_k": 2}}
 
 
@@ -59,7 +61,8 @@ def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> l
     return compared
 
 
-TIMES = {"fp32": 10.0, "bf16": 5.0, "fbgemm": 4.0, "fbgemm_reference": 9.0, "torch": 2.0, "auto": 1.0, "dense": 2.0}
+TIMES = {"fp32": 10.0, "blas": 10.0, "onednn": 9.0, "bf16": 5.0}
+TIMES |= {"fbgemm": 4.0, "fbgemm_reference": 9.0, "torch": 2.0, "auto": 1.0, "dense": 2.0}
 TIMES |= {"grouped": 0.5} | {str(threads): 1.0 / threads for threads in range(1, 65)}
 
 
@@ -83,13 +86,43 @@ def test_what_is_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_set_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = with_times(monkeypatch, TIMES)
     choices = chooser(built()).choose(Training(precision="bf16", tables="torch", threads=7))
-    assert choices == Choices("bf16", "torch", "auto", 7, {})
+    assert choices == Choices("bf16", "torch", "auto", 7, "blas", {})
     assert compared == []
+
+
+def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES | {"onednn": 5.5})
+    choices = chooser(built()).choose(Training(tables="torch", threads=1))
+    assert (choices.precision, choices.products) == ("fp32", "onednn")
+    assert choices.measured == {
+        "products": {"blas": 10.0, "onednn": 5.5},
+        "precision": {"fp32": 5.5, "bf16": 5.0},
+    }
+    assert compared == [["fp32", "bf16"], ["blas", "onednn", "bf16"]]
+    assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
+
+
+@pytest.mark.parametrize(
+    ("settings", "compared"),
+    [
+        ({"precision": "bf16"}, []),
+        ({"precision": "fp32"}, [["blas", "onednn"]]),
+        ({"precision": "fp32", "products": "onednn"}, []),
+        ({"products": "onednn"}, [["fp32", "bf16"], ["onednn", "bf16"]]),
+    ],
+)
+def test_only_what_matters_is_measured(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], compared: list[list[str]]
+) -> None:
+    found = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training.model_validate(settings | {"tables": "torch", "threads": 1}))
+    assert found == compared
+    assert choices.products == settings.get("products", "blas")
 
 
 def test_experts_that_all_run_or_have_a_setting_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = with_times(monkeypatch, TIMES)
-    settings = Training(precision="fp32", tables="torch", threads=1)
+    settings = Training(precision="fp32", products="blas", tables="torch", threads=1)
     dense = Model.model_validate(TOP_K | {"experts": MODEL.experts.model_dump() | {"compute": "dense"}})
     for model in (built(), built(dense)):
         assert chooser(model).choose(settings).experts == "auto"
@@ -99,7 +132,7 @@ def test_experts_that_all_run_or_have_a_setting_are_not_measured(monkeypatch: py
 def test_bf16_that_is_emulated_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = with_times(monkeypatch, TIMES | {"bf16": 50.0})
     assert chooser(built()).choose(Training(tables="torch", threads=1)).precision == "fp32"
-    assert compared == [["fp32", "bf16"]]
+    assert compared == [["fp32", "bf16"], ["blas", "onednn"]]
 
 
 @pytest.mark.parametrize("structure", [MODEL, Model.model_validate(TOP_K)])
@@ -107,6 +140,7 @@ def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> Non
     model, before, state = built(structure), built(structure).state_dict(), torch.get_rng_state()
     threads, way = torch.get_num_threads(), [each.compute for each in model.modules() if isinstance(each, Experts)]
     choices = chooser(model).choose(Training())
+    assert set(choices.measured["products"]) == {"blas", "onednn"}
     assert choices.precision in ("fp32", "bf16")
     assert set(choices.measured["tables"]) >= {"fbgemm", "torch"}
     assert all(map(torch.equal, model.state_dict().values(), before.values()))
@@ -114,6 +148,7 @@ def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> Non
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
+    assert {each.products for each in model.modules() if isinstance(each, Multiplying)} == {"blas"}
 
 
 def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +161,7 @@ def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(measure, "trial", noted)
     wide = replace(LAYOUT, tables=tuple(replace(each, rows=10**9, dim=1024) for each in LAYOUT.tables))
     for layout in (LAYOUT, wide):
-        Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", threads=1))
+        Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", products="blas", threads=1))
     assert max(rows) == 20_000
     assert min(rows) * 1024 * len(wide.tables) * 4 <= 64e6
 
@@ -182,7 +217,7 @@ def test_a_training_that_goes_on_keeps_them() -> None:
 
 
 def test_a_way_of_tables_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "ways_on_offer", lambda: ("fbgemm",))
+    monkeypatch.setattr(using, "ways_on_offer", lambda: ("fbgemm",))
     assert kept(CHOICES, Training(), CPU).tables == "fbgemm"
     with pytest.raises(UserError, match=r"^training\.tables is fbgemm_reference, a way of CPUs"):
         kept(CHOICES, Training(tables="fbgemm_reference"), torch.device("cuda", 0))
@@ -196,14 +231,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    auto = {"precision": "auto", "tables": "auto"}
-    with_times(monkeypatch, TIMES)
+    auto = {"precision": "auto", "products": "auto", "tables": "auto"}
+    with_times(monkeypatch, TIMES | {"onednn": 3.0})
     with pytest.raises(CrashError):
         train(prepared, tmp_path, crash(60), MODEL, **auto)
     before = latest_checkpoint(tmp_path)
     assert before is not None
     assert before.state.choices is not None
-    assert (before.state.choices.precision, before.state.choices.tables) == ("bf16", "torch")
+    choices = before.state.choices
+    assert (choices.precision, choices.products, choices.tables) == ("fp32", "onednn", "torch")
     compared = with_times(monkeypatch, {name: 1 / time for name, time in TIMES.items()})
     train(prepared, tmp_path, None, MODEL, **auto)
     after = latest_checkpoint(tmp_path)
@@ -229,6 +265,22 @@ def test_experts_are_computed_as_chosen_or_as_set(
     with pytest.raises(CrashError):
         train(prepared, tmp_path, look, Model.model_validate(TOP_K | {"experts": experts}), precision="fp32")
     assert set(found) == {expected}
+
+
+@pytest.mark.parametrize("chosen", ["blas", "onednn"])
+def test_all_layers_multiply_as_chosen(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    with_times(monkeypatch, TIMES | {chosen: 1.0})
+    found: list[str] = []
+
+    def look(trainer: Trainer) -> None:
+        found.extend(each.products for each in trainer.sharded.model.modules() if isinstance(each, Multiplying))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, MODEL, products="auto")
+    assert set(found) == {chosen}
 
 
 def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from mmoe_rec.model import levels as levels_module
 from mmoe_rec.model.levels import Experts, visible_experts
 from mmoe_rec.model.mmoe import Mixture, build_mixture
+from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.products import Dispatch, combine, grouped_linear
 from mmoe_rec.settings import model as section
 from tests.model.examples import small_settings
@@ -88,10 +89,10 @@ def test_grouped_layers_pass_finite_differences() -> None:
 def test_only_the_used_pairs_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
 
-    def counting(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+    def counting(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], products: Products) -> Tensor:
         computed.append(len(x))
         assert sum(counts) == len(x)
-        return grouped_linear(x, weight, bias, counts)
+        return grouped_linear(x, weight, bias, counts, products)
 
     monkeypatch.setattr(levels_module, "grouped_linear", counting)
     weights, used = routed(200, 2, 16, 2)

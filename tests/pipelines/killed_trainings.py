@@ -33,6 +33,7 @@ class Training:
         return [
             *command,
             "--training.precision=fp32",
+            "--training.products=blas",
             "--training.tables=fbgemm",
             "--training.threads=1",
             "--training.checkpoint_steps",

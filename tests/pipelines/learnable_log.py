@@ -74,6 +74,7 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
         "training": {
             "device": "cpu",
             "precision": "fp32",
+            "products": "blas",
             "tables": "fbgemm",
             "threads": 1,
             "batch_size": 128,

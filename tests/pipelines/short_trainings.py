@@ -23,6 +23,7 @@ FIRST_DAY = {"train_end": "2024-03-06", "validation_end": "2024-03-08"}
 SECOND_DAY = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
 SMALL = {
     "precision": "fp32",
+    "products": "blas",
     "tables": "fbgemm",
     "threads": 1,
     "device": "cpu",

@@ -32,6 +32,7 @@ HERE = [
     "--data.workers=1",
     "--training.device=cpu",
     "--training.precision=fp32",
+    "--training.products=blas",
     "--training.tables=fbgemm",
     "--training.threads=1",
 ]

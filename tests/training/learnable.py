@@ -43,6 +43,7 @@ TRAINING = Training.model_validate(
     {
         "device": "cpu",
         "precision": "fp32",
+        "products": "blas",
         "tables": "fbgemm",
         "threads": 1,
         "batch_size": 60,

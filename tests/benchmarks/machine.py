@@ -45,18 +45,24 @@ def processor() -> Processor:
 
 
 def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
-    """Operations a second, fp32 and bf16, in products of two square matrices on the CPU: the fastest of many.
+    """Operations a second in products of two square matrices, the fastest of many: in fp32 by torch's BLAS library and
+    by oneDNN, where torch has it, and in bf16.
 
-    seconds: for each precision; one product is done in any case, which takes long where bf16 is emulated.
+    seconds: for each; one product is done in any case, which takes long where bf16 is emulated.
     """
     import torch
 
+    from mmoe_rec.model.multiply import by_onednn, onednn_offered
+
+    ways = {"fp32": (torch.float32, torch.mm), "bf16": (torch.bfloat16, torch.mm)}
+    if onednn_offered():
+        ways["fp32_onednn"] = torch.float32, by_onednn
     rates = {}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, (kind, multiply) in ways.items():
         left, right = (torch.randn(size, size).to(kind) for _ in range(2))
         shortest, end = float("inf"), time.perf_counter() + seconds
         while (started := time.perf_counter()) < end:
-            torch.mm(left, right)
+            multiply(left, right)
             shortest = min(shortest, time.perf_counter() - started)
         rates[name] = 2 * size**3 / shortest
     return rates

@@ -1,0 +1,78 @@
+"""Has a process, or a model, compute in what was chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from mmoe_rec.choices.choices import Choices, Compute
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.multiply import Products, onednn_offered, products_of, set_products
+from mmoe_rec.settings import Training
+from mmoe_rec.tables.ways import way_of, ways_on_offer
+
+
+def kept(before: Choices, settings: Training, device: torch.device) -> Choices:
+    """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
+
+    A way of tables or a library of products that this machine does not have gives way to one that it has, threads to
+    as many as there are. Raises UserError where what is set is not on offer.
+    """
+    here = device.type == "cpu" and before.tables in ways_on_offer()
+    wanted = before.tables if settings.tables == "auto" and here else settings.tables
+    count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
+    products = products_of(settings.products, device.type)
+    if settings.products == "auto" and device.type == "cpu" and (before.products == "blas" or onednn_offered()):
+        products = before.products
+    return replace(before, products=products, tables=way_of(wanted, device.type, ranks()), threads=count)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within it torch computes with so many threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def computed(mixture: Mixture, compute: Compute) -> Iterator[None]:
+    """Within it, experts are computed in this way."""
+    groups = [each for each in mixture.modules() if isinstance(each, Experts)]
+    before = [each.compute for each in groups]
+    set_compute(mixture, compute)
+    try:
+        yield
+    finally:
+        for each, own in zip(groups, before, strict=True):
+            each.compute = own
+
+
+def set_compute(mixture: Mixture, compute: Compute) -> None:
+    """From now on experts are computed in this way."""
+    for each in mixture.modules():
+        if isinstance(each, Experts):
+            each.compute = compute
+
+
+@contextlib.contextmanager
+def multiplied(mixture: Mixture, products: Products) -> Iterator[None]:
+    """Within it, products in fp32 are by this library; then by torch's BLAS, as in every model that is built."""
+    set_products(mixture, products)
+    try:
+        yield
+    finally:
+        set_products(mixture, "blas")
+
+
+def ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,196 @@
+"""Products by oneDNN against float64, layer by layer and for whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.model import multiply
+from mmoe_rec.model.mmoe import build_mixture
+from mmoe_rec.model.multiply import Linear, Multiplying, by_onednn, onednn_offered, products_of, set_products
+from mmoe_rec.model.products import StackedLinear, grouped_linear
+from mmoe_rec.settings import Model, Training
+
+pytestmark = pytest.mark.skipif(not onednn_offered(), reason="this build of torch has no oneDNN")
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+ROWS = (0, 1, 7, 64)
+WIDTHS = ((1, 1), (5, 3), (3, 17), (64, 8))
+
+
+def rows(count: int, *widths: int, gaps: bool = False) -> Tensor:
+    """Random rows, on request columns of a wider tensor."""
+    drawn = torch.randn(count, *widths[:-1], 2 * widths[-1] if gaps else widths[-1])
+    return (drawn[..., ::2] if gaps else drawn).requires_grad_()
+
+
+def values(module: nn.Module, x: Tensor, run: Run) -> list[Tensor]:
+    """Outputs, and gradients of inputs and weights, where each output counts by a weight of its own."""
+    out = run(module, x)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])]
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN multiplies from now on."""
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append((*left.shape, right.shape[1]))
+        return by_onednn(left, right, bias)
+
+    monkeypatch.setattr(multiply, "by_onednn", noted)
+    return shapes
+
+
+def grouped(module: nn.Module, x: Tensor) -> Tensor:
+    """Rows in three groups, the second of which is empty."""
+    assert isinstance(module, StackedLinear)
+    first = len(x) // 2
+    return grouped_linear(x, module.weight, module.bias, [first, 0, len(x) - first], module.products)
+
+
+LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int, bool], Tensor], Run]] = {
+    "linear": (Linear, lambda count, width, gaps: rows(count, width, gaps=gaps), lambda module, x: module(x)),
+    "no bias": (
+        lambda inputs, outputs: Linear(inputs, outputs, bias=False),
+        lambda count, width, gaps: rows(count, width, gaps=gaps),
+        lambda module, x: module(x),
+    ),
+    "stacked": (
+        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
+        lambda count, width, gaps: rows(count, 3, width, gaps=gaps),
+        lambda module, x: module(x),
+    ),
+    "shared": (
+        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
+        lambda count, width, gaps: rows(count, width, gaps=gaps),
+        lambda module, x: module.shared(x),
+    ),
+    "grouped": (
+        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
+        lambda count, width, gaps: rows(count, width, gaps=gaps),
+        grouped,
+    ),
+}
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_against_float64(monkeypatch: pytest.MonkeyPatch, kind: str, gaps: bool) -> None:
+    torch.manual_seed(0)
+    shapes = calls(monkeypatch)
+    make, draw, run = LAYERS[kind]
+    for count, (inputs, outputs) in product(ROWS, WIDTHS):
+        module, x = make(inputs, outputs), draw(count, inputs, gaps)
+        set_products(module, "onednn")
+        shapes.clear()
+        found = values(module, x, run)
+        assert bool(shapes) == (count > 0)
+        # All that float64 computes is by torch's own BLAS.
+        shapes.clear()
+        expected = values(module.double(), x.detach().double().requires_grad_(), run)
+        assert shapes == []
+        for ours, exact in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * max(1, count))
+
+
+def test_what_is_not_differentiated_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(4, 3), rows(5, 4).detach()
+    set_products(layer, "onednn")
+    shapes = calls(monkeypatch)
+    layer(x).sum().backward()
+    assert len(shapes) == 2  # the outputs and the gradient of weights
+    shapes.clear()
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    assert len(shapes) == 1
+
+
+def test_bf16_and_maps_over_gradients_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = calls(monkeypatch)
+    layer, stacked, x = Linear(4, 3), StackedLinear(2, 4, 3), rows(5, 4)
+    for each in (layer, stacked):
+        set_products(each, "onednn")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == stacked.shared(x).dtype == torch.bfloat16
+        assert stacked(torch.stack([x, x], 1)).dtype == torch.bfloat16
+    found = torch.func.vmap(torch.func.grad(lambda row: layer(row.unsqueeze(0)).sum()))(x.detach())
+    torch.testing.assert_close(found, layer.weight.detach().sum(0).expand_as(found))
+    assert shapes == []
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "sparse": {"gates": {"routing": "top_k", "top_k": 2}, "experts": {"compute": "grouped"}},
+    "levels": {"experts": {"levels": 2, "task_count": 1, "raw_inputs": False}},
+    "raw inputs": {"experts": {"raw_inputs": True, "normalise": True}},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_models_learn_the_same(monkeypatch: pytest.MonkeyPatch, structure: str) -> None:
+    torch.manual_seed(3)
+    small = {"bottom": {"units": [16]}, "experts": {"count": 4, "units": [12, 8]}, "towers": {"units": [6]}}
+    changed = STRUCTURES[structure]
+    settings = Model.model_validate({name: small.get(name, {}) | changed.get(name, {}) for name in {*small, *changed}})
+    mixture = build_mixture(10, [(0.0, 0.5, 1.0), ()], 3, 2, settings)
+    inputs, placement = rows(37, 10), rows(37, 3)
+    shapes, found = calls(monkeypatch), {}
+    for products in ("blas", "onednn"):
+        set_products(mixture, products)
+        torch.manual_seed(5)  # what is dropped
+        loss = mixture(inputs, placement).logits.square().mean()
+        gradients = torch.autograd.grad(loss, [inputs, placement, *mixture.parameters()])
+        found[products] = [loss, *gradients]
+        assert bool(shapes) == (products == "onednn")
+    for blas, onednn in zip(found["blas"], found["onednn"], strict=True):
+        torch.testing.assert_close(onednn, blas, rtol=1e-4, atol=1e-6)
+
+
+def test_every_layer_with_weights_can_change() -> None:
+    structure = Model.model_validate(
+        {"gates": {"routing": "expert_choice", "serving_top_k": 2}, "bottom": {"cross_layers": 2}}
+    )
+    mixture = build_mixture(10, [(0.0, 0.5, 1.0)], 3, 2, structure)
+    owners = {name.rpartition(".")[0] for name, _ in mixture.named_parameters()}
+    assert all(isinstance(mixture.get_submodule(name), Multiplying) for name in owners)
+
+
+def test_a_linear_layer_starts_and_is_kept_as_torchs() -> None:
+    torch.manual_seed(1)
+    ours = Linear(5, 4)
+    torch.manual_seed(1)
+    theirs = nn.Linear(5, 4)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (products_of("auto", "cpu"), products_of("onednn", "cpu")) == ("blas", "onednn")
+    with pytest.raises(UserError, match=r"^training\.products is onednn, a library of CPUs: set it to auto$"):
+        products_of("onednn", "cuda")
+
+    def missing(*_: object) -> Tensor:
+        raise AttributeError
+
+    monkeypatch.setattr(multiply, "by_onednn", missing)
+    onednn_offered.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"^training\.products is onednn, but torch is built without it here"):
+            products_of("onednn", "cpu")
+    finally:
+        onednn_offered.cache_clear()
+
+
+def test_settings_name_the_libraries() -> None:
+    assert {products_of(each, "cpu") for each in ("auto", "blas", "onednn")} == {"blas", "onednn"}
+    assert Training().products == "auto"
