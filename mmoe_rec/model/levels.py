@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.model.grouped_mm import Sent, in_one_product
-from mmoe_rec.model.multiply import taken
-from mmoe_rec.model.products import ONEDNN_BLOCK, Dispatch, StackedLinear, combine, for_products, grouped_linear
+from mmoe_rec.model.multiply import for_products, taken
+from mmoe_rec.model.products import ONEDNN_BLOCK, Dispatch, StackedLinear, combine, grouped_linear
 from mmoe_rec.routing.rule import Gated, Routing, largest, masked_softmax
 from mmoe_rec.routing.rules import rule_named
 

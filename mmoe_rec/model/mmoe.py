@@ -26,8 +26,8 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
-from mmoe_rec.model.multiply import Linear
-from mmoe_rec.model.products import StackedLinear, for_products
+from mmoe_rec.model.multiply import Linear, for_products
+from mmoe_rec.model.products import StackedLinear
 from mmoe_rec.model.tables import by_name
 from mmoe_rec.routing.rule import Routing
 
@@ -190,9 +190,15 @@ class Bottom(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, W) float32 -> (B, H)."""
         crossed = x if self.crosses is None else self.crosses(x)  # (B, W)
-        if self.bends is not None:
-            crossed = torch.cat([crossed, self.bends(x[:, -self.dense :]).to(crossed.dtype)], dim=1)
-        hidden: Tensor = self.layers(crossed)
+        if self.bends is None:
+            return self.layers(crossed)
+        bends = self.bends(x[:, -self.dense :])
+        if not self.layers:
+            return torch.cat([crossed, bends.to(crossed.dtype)], dim=1)
+        first, *others = self.layers
+        hidden: Tensor = first(crossed, bends)
+        for layer in others:
+            hidden = layer(hidden)
         return hidden
 
 

@@ -29,9 +29,9 @@ class Multiplying(nn.Module):
 class Linear(nn.Linear, Multiplying):
     """`nn.Linear`, with its weights and its state, of (B, inputs) alone."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, inputs) -> (B, outputs)."""
-        return linear(input, self.weight, self.bias, self.products)
+    def forward(self, input: Tensor, data: Tensor | None = None) -> Tensor:
+        """(B, inputs) -> (B, outputs). data: (B, D) the last D of the inputs, which get no gradient."""
+        return linear(input, self.weight, self.bias, self.products, data)
 
 
 def set_products(model: nn.Module, products: Products) -> None:
@@ -65,22 +65,45 @@ def products_of(choice: Literal["auto"] | Products, device: str) -> Products:
 
 def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """(m, k) and (k, n) float32, with or without gaps but not empty, to (m, n) plus bias (n,)."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(
+        _without_gaps(left), _without_gaps(right).t(), bias, "none", [], ""
+    )
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
-    """`functional.linear`: (B, I), (O, I), (O,) -> (B, O)."""
-    if taken(x, products) == "blas" or not x.numel() or torch.is_autocast_enabled(x.device.type):
-        return functional.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x, weight, bias)
+def _without_gaps(matrix: Tensor) -> Tensor:
+    """Some matrices with gaps go through a loop of oneDNN's that takes a thousand times as long."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, data: Tensor | None = None) -> Tensor:
+    """`functional.linear`: (B, I), (O, I), (O,) -> (B, O). data: (B, D) the last D of I, which get no gradient."""
+    x, data = for_products(x), None if data is None else for_products(data)
+    if _within_functorch() or (data is None and taken(x, products) == "blas"):
+        return functional.linear(_beside(x, data), weight, bias)
+    out: Tensor = _Linear.apply(x, data, weight, bias, products)
     return out
+
+
+def for_products(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's precision, if that is on: cast once for several products."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def taken(x: Tensor, products: Products) -> Products:
     """The library by which rows such as these are multiplied where `products` is asked for."""
     fits = x.dtype == torch.float32 and x.device.type == "cpu"
-    return products if fits and torch._C._functorch.peek_interpreter_stack() is None else "blas"
+    return products if fits and not _within_functorch() else "blas"
+
+
+def _within_functorch() -> bool:
+    """Whether `torch.func` maps or differentiates what runs, which has backward passes of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _beside(x: Tensor, data: Tensor | None) -> Tensor:
+    return x if data is None else torch.cat([x, data], dim=1)
 
 
 def multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, products: Products) -> None:
@@ -96,35 +119,50 @@ def multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
 def weights_gradient_into(out: Tensor, gradient: Tensor, x: Tensor, products: Products) -> None:
     """Gradients (B, O) of outputs and inputs (B, I), with what `taken` gave, to the (O, I) of weights."""
     if products == "onednn" and x.numel():
-        out.copy_(_weights_gradient(gradient, x))
+        out.copy_(_weights_gradient(gradient, x, products))
     else:
         torch.mm(gradient.t(), x, out=out)
 
 
-def _weights_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """By oneDNN. It takes up to twice as long where the result has more rows than columns, and for rows with gaps."""
-    gradient, x = gradient.contiguous(), x.contiguous()
+def _weights_gradient(gradient: Tensor, x: Tensor, products: Products) -> Tensor:
+    if products == "blas" or not x.numel():
+        return torch.mm(gradient.t(), x)
+    # oneDNN takes up to twice as long where its result has more rows than columns.
     if gradient.shape[1] > x.shape[1]:
-        return by_onednn(x.t(), gradient).t()
+        return by_onednn(x.t(), gradient).t().contiguous()  # as sums of gradients take longer with gaps
     return by_onednn(gradient.t(), x)
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer by oneDNN."""
+    """A linear layer, without a gradient of data among its inputs.
+
+    Weights of higher precision than the rows are cast, and so are their gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return by_onednn(x, weight.t(), bias)
+    def forward(
+        ctx: Any, x: Tensor, data: Tensor | None, weight: Tensor, bias: Tensor | None, products: Products
+    ) -> Tensor:
+        inputs, own = _beside(x, data), weight.to(x.dtype)
+        own_bias = None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(inputs, own)
+        ctx.own, ctx.dtype = x.shape[1], weight.dtype
+        ctx.products = taken(x, products) if inputs.numel() else "blas"
+        if ctx.products == "onednn":
+            return by_onednn(inputs, own.t(), own_bias)
+        return functional.linear(inputs, own, own_bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        gradient = gradient.contiguous()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        inputs, weight = ctx.saved_tensors
+        to_x, _, to_weight, to_bias, _ = ctx.needs_input_grad
+        gradient, own = gradient.contiguous(), weight[:, : ctx.own]
+        multiply = by_onednn if ctx.products == "onednn" else torch.mm
         return (
-            by_onednn(gradient, weight) if to_x else None,
-            _weights_gradient(gradient, x) if to_weight else None,
-            gradient.sum(0) if to_bias else None,
+            multiply(gradient, own) if to_x else None,
+            None,
+            _weights_gradient(gradient, inputs, ctx.products).to(ctx.dtype) if to_weight else None,
+            gradient.sum(0).to(ctx.dtype) if to_bias else None,
+            None,
         )

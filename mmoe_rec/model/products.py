@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmoe_rec.model.multiply import Multiplying, Products, linear, multiply_into, taken, weights_gradient_into
+from mmoe_rec.model.multiply import (
+    Multiplying,
+    Products,
+    for_products,
+    linear,
+    multiply_into,
+    taken,
+    weights_gradient_into,
+)
 
 # oneDNN, which multiplies in half precision on a CPU, prepares products anew for each new number of rows, which takes
 # as long as the product of some hundred rows: whole blocks of rows keep these numbers few.
@@ -53,12 +61,6 @@ class StackedLinear(Multiplying):
         return f"groups={groups}, inputs={inputs}, outputs={outputs}"
 
 
-def for_products(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's precision, if that is on: cast once for several products."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
 class _Stacked(torch.autograd.Function):
     """Linear layers of G groups, each over its own slice of the rows; every result is written where it stays.
 
@@ -67,26 +69,33 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, products: Products) -> Tensor:
-        own = weight.to(x.dtype)
-        ctx.save_for_backward(x, own)
         ctx.dtype, ctx.products = weight.dtype, taken(x, products)
+        own, by_group = weight.to(x.dtype), _by_group(x, ctx.products)
+        ctx.save_for_backward(by_group, own)
         out = x.new_empty(*x.shape[:2], weight.shape[1])
-        for rows, result, each, each_bias in zip(x.unbind(1), out.unbind(1), own, bias.to(x.dtype), strict=True):
+        for rows, result, each, each_bias in zip(by_group, out.unbind(1), own, bias.to(x.dtype), strict=True):
             multiply_into(result, rows, each.t(), each_bias, ctx.products)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
+        by_group, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
+        gradients = _by_group(gradient, ctx.products)
         to_weight, to_x = torch.empty_like(weight), None
-        for part, rows, result in zip(gradient.unbind(1), x.unbind(1), to_weight, strict=True):
+        for part, rows, result in zip(gradients, by_group, to_weight, strict=True):
             weights_gradient_into(result, part, rows, ctx.products)
         if ctx.needs_input_grad[0]:
-            to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            for part, each, result in zip(gradient.unbind(1), weight, to_x.unbind(1), strict=True):
+            to_x = gradient.new_empty(*gradient.shape[:2], weight.shape[2])
+            for part, each, result in zip(gradients, weight, to_x.unbind(1), strict=True):
                 multiply_into(result, part, each, None, ctx.products)
         return to_x, to_weight.to(ctx.dtype), gradient.sum(0).to(ctx.dtype), None
+
+
+def _by_group(x: Tensor, products: Products) -> Tensor:
+    """(B, G, I) to (G, B, I), as a view but for oneDNN, which takes no rows with gaps."""
+    turned = x.transpose(0, 1)
+    return turned.contiguous() if products == "onednn" else turned
 
 
 # Sparse compute: rows are gathered by the expert they were sent to, and each expert multiplies its own rows only.

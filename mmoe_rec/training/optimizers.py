@@ -39,7 +39,7 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Before a forward pass."""
         self._tables.zero_grad()
-        self.dense.zero_grad(set_to_none=False)
+        self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """After a backward pass."""
