@@ -153,7 +153,10 @@ def make_batch(
     ValueError when inputs, labels, weights and layout do not fit each other.
     """
     rows = len(encoded)
-    inputs = {each.name: _input(encoded, each.name) for each in layout.ids}
+    # Those that share a table side by side, as torchrec takes them: it would have to order them otherwise.
+    tables = {table.name: number for number, table in enumerate(layout.tables)}
+    in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
+    inputs = {each.name: _input(encoded, each.name) for each in in_order}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
     ragged = {name: each for name, each in inputs.items() if isinstance(each, Ragged) and (each.lengths != 1).any()}
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")

@@ -87,6 +87,7 @@ def shard(
     from torchrec.streamable import Pipelineable
 
     from mmoe_rec.batches.batch import Batch
+    from mmoe_rec.tables.direct import look_up_directly
     from mmoe_rec.tables.planning import plan_text, sharders, update_in_backward
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
@@ -104,6 +105,8 @@ def shard(
         )
     if device.type == "cpu":
         use_way(parallel, way)
+    if alone and plan.plan:
+        look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
     return Sharded(parallel, parallel.fused_optimizer, plan_text(plan), way)
 
