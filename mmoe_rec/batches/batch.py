@@ -212,7 +212,8 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
     lengths = np.ones(len(columns) * rows, np.int32)
     for index, each in enumerate(columns):
         if isinstance(each, Ragged):
+            assert int(each.lengths.sum()) == totals[index], "ids do not fit their lengths"
             lengths[index * rows : (index + 1) * rows] = each.lengths
-        assert int(lengths[index * rows : (index + 1) * rows].sum()) == totals[index], "ids do not fit their lengths"
+        assert isinstance(each, Ragged) or totals[index] == rows, "ids do not fit the rows"
     values = np.concatenate(flat).astype(np.int64, copy=False) if flat else np.empty(0, np.int64)
     return torch.from_numpy(values), torch.from_numpy(lengths), totals

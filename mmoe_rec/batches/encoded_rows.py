@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,21 +19,25 @@ from mmoe_rec.features.encoded import IDS, Encoded, label_types
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.lists import join
+from mmoe_rec.point_in_time.lists import Ragged, join
 
 ADVICE = "run python -m pipelines.features again"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N encoded rows with their labels.
+    """N encoded rows with their labels, as they are cut into batches: inputs that have one id a row are one array.
 
+    names, ids: of these inputs, (F, N) int64; lists: the inputs with any number of ids a row; dense: as in `Encoded`;
     labels: (N, T) float32, or float64 where a task is a regression, in the order of `layout.tasks`, NaN is unobserved.
     Where they were asked for: weights: (N,) float32, 1 / the rate at which a row was kept when the log was sampled;
     users: (N,) int64, a hash of each row's user.
     """
 
-    encoded: Encoded
+    names: tuple[str, ...]
+    ids: np.ndarray
+    lists: dict[str, Ragged]
+    dense: np.ndarray
     labels: np.ndarray
     weights: np.ndarray | None = None
     users: np.ndarray | None = None
@@ -41,28 +45,49 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def encoded(self) -> Encoded:
+        """All inputs, as views."""
+        return Encoded({**dict(zip(self.names, self.ids, strict=True)), **self.lists}, self.dense)
+
+    @staticmethod
+    def of(encoded: Encoded, labels: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None) -> Rows:
+        """Encoded rows beside what belongs to them."""
+        lists = {name: each for name, each in encoded.ids.items() if isinstance(each, Ragged)}
+        single = {name: each for name, each in encoded.ids.items() if not isinstance(each, Ragged)}
+        ids = np.stack(list(single.values())) if single else np.empty((0, len(encoded)), np.int64)
+        return Rows(tuple(single), ids, lists, encoded.dense, labels, weights, users)
+
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start to stop (exclusive, at most N), as views."""
-        weights = None if self.weights is None else self.weights[start:stop]
-        users = None if self.users is None else self.users[start:stop]
-        return Rows(self.encoded.slice(start, stop), self.labels[start:stop], weights, users)
+        lists = {name: each.slice(start, stop) for name, each in self.lists.items()}
+        return self._with(self.ids[:, start:stop], lists, lambda part: part[start:stop])
 
     def take(self, rows: np.ndarray) -> Rows:
         """The given rows, in the given order, as copies."""
-        weights = None if self.weights is None else self.weights[rows]
-        users = None if self.users is None else self.users[rows]
-        return Rows(self.encoded.take(rows), self.labels[rows], weights, users)
+        lists = {name: each.take(rows) for name, each in self.lists.items()}
+        return self._with(self.ids.take(rows, axis=1), lists, lambda part: part[rows])
+
+    def _with(self, ids: np.ndarray, lists: dict[str, Ragged], change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+        weights = None if self.weights is None else change(self.weights)
+        users = None if self.users is None else change(self.users)
+        return Rows(self.names, ids, lists, change(self.dense), change(self.labels), weights, users)
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts (at least one), in order, as copies."""
-        ids = {name: join([part.encoded.ids[name] for part in parts]) for name in parts[0].encoded.ids}
-        dense = np.concatenate([part.encoded.dense for part in parts])
+        first = parts[0]
+        lists = {name: join([part.lists[name] for part in parts]) for name in first.lists}
         weights = [part.weights for part in parts if part.weights is not None]
         users = [part.users for part in parts if part.users is not None]
-        labels = np.concatenate([part.labels for part in parts])
-        more = (np.concatenate(each) if each else None for each in (weights, users))
-        return Rows(Encoded(ids, dense), labels, *more)
+        return Rows(
+            first.names,
+            np.concatenate([part.ids for part in parts], axis=1),
+            lists,
+            np.concatenate([part.dense for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            *(np.concatenate(each) if each else None for each in (weights, users)),
+        )
 
 
 class EncodedRows:
@@ -161,7 +186,7 @@ class EncodedRows:
             labels[:, index] = table.column(name).to_numpy()
         weights = 1 / table.column("sampling_rate").to_numpy() if self._weighted else None
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
-        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users)
+        return Rows.of(Encoded.from_arrow(table, self.layout), labels, weights, users)
 
 
 def _column_types(layout: Layout) -> dict[str, pa.DataType]:

@@ -63,14 +63,9 @@ class SharedRagged:
         """The rows of all parts, in order."""
         firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
         lists = join([part.lists for part in parts])
-        assert isinstance(lists, Ragged)
         return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))
 
 
-def join(parts: Sequence[np.ndarray | Ragged]) -> np.ndarray | Ragged:
-    """The rows of all parts (at least one, all of one kind), in order."""
-    ragged = [part for part in parts if isinstance(part, Ragged)]
-    if not ragged:
-        return np.concatenate([np.asarray(part) for part in parts])
-    values = np.concatenate([part.values for part in ragged])
-    return Ragged(values, np.concatenate([part.lengths for part in ragged]))
+def join(parts: Sequence[Ragged]) -> Ragged:
+    """The rows of all parts (at least one), in order."""
+    return Ragged(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))
