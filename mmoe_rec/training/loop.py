@@ -22,7 +22,7 @@ from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
-from mmoe_rec.batches.prefetch import Prefetch
+from mmoe_rec.batches.prefetch import OnDemand, Prefetch
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.choices.choices import Choices
@@ -229,13 +229,13 @@ class Trainer:
                 self._save_and_stop()
             if self.result.steps == 0:
                 self._save()
-        ahead = Prefetch(self._batches(self.reader, self.position, self.settings.epochs))
-        with contextlib.closing(iter(ahead)) as batches:
+        source = self._batches(self.reader, self.position, self.settings.epochs)
+        with contextlib.closing(iter(source)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
                 until = min(step for step in self.validate_at if step > self.result.steps)
                 part = itertools.islice(batches, until - self.result.steps)
                 while (stopping := self._step(part, meter)) is not None:
-                    meter.waited = ahead.waited
+                    meter.waited = source.waited
                     show()
                     if stopping:
                         self._save_and_stop()
@@ -248,7 +248,11 @@ class Trainer:
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
 
-    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
+    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch] | OnDemand[Batch]:
+        made = self._made(reader, start, epochs)
+        return OnDemand(made) if self.device.type == "cpu" else Prefetch(made)
+
+    def _made(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         keyed_jagged = torchrec_installed()
         for rows, position in reader.resume(start, epochs):
             batch = make_batch(
@@ -294,7 +298,7 @@ class Trainer:
         False where a rank was asked to stop, so that the validation did not finish.
         """
         start = time.perf_counter()
-        batches = Prefetch(self._batches(self.validation_reader, self.validation_reader.position(0), 1))
+        batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.leave_out(time.perf_counter() - start)
         if found is None:

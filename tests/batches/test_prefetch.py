@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mmoe_rec.batches import prefetch
-from mmoe_rec.batches.prefetch import Prefetch
+from mmoe_rec.batches.prefetch import OnDemand, Prefetch
 from tests.batches.threads import background_threads
 
 
@@ -135,3 +135,41 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     next(items)
     assert ready.waited == before
     items.close()
+
+
+def test_on_demand_makes_an_item_when_it_is_asked_for() -> None:
+    counter = Counter()
+    for item in OnDemand(counter.items()):
+        assert counter.made == item
+        assert not background_threads()
+        if item == 3:
+            break
+    assert counter.closed
+    assert list(OnDemand(iter(range(5)))) == list(range(5))
+
+
+def test_on_demand_raises_what_the_source_raises_after_the_items_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise ValueError("bad item")
+
+    items = iter(OnDemand(source()))
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="bad item"):
+        next(items)
+
+
+def test_on_demand_waits_while_an_item_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(prefetch, "time", clock)
+
+    def slow() -> Iterator[int]:
+        for item in range(3):
+            clock.now += 3
+            yield item
+        clock.now += 1
+
+    waiting = OnDemand(slow())
+    for _ in waiting:
+        clock.now += 100  # the consumer is busy
+    assert waiting.waited == 3 * 3 + 1
