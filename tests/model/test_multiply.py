@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.model import multiply
 from mmoe_rec.model.mmoe import build_mixture
-from mmoe_rec.model.multiply import Linear, Multiplying, by_onednn, onednn_offered, products_of, set_products
+from mmoe_rec.model.multiply import (
+    Linear,
+    Multiplying,
+    Products,
+    by_onednn,
+    onednn_offered,
+    products_of,
+    set_products,
+)
 from mmoe_rec.model.products import StackedLinear, grouped_linear
 from mmoe_rec.settings import Model, Training
 
@@ -100,6 +108,27 @@ def test_layers_against_float64(monkeypatch: pytest.MonkeyPatch, kind: str, gaps
         for ours, exact in zip(found, expected, strict=True):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * max(1, count))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("products", ["blas", "onednn"])
+@pytest.mark.parametrize("count", [0, 1, 64])
+def test_data_among_the_inputs_gets_no_gradient(products: Products, bf16: bool, count: int) -> None:
+    """All else is as if inputs and data were one input of torch's own linear layer."""
+    torch.manual_seed(0)
+    ours, theirs = Linear(12, 5), nn.Linear(12, 5)
+    theirs.load_state_dict(ours.state_dict())
+    set_products(ours, products)
+    x, data = rows(count, 4), rows(count, 8)
+    weights = torch.linspace(-1, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found, expected = ours(x, data), theirs(torch.cat([x, data], 1))
+    assert found.dtype == expected.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    got = torch.autograd.grad((found * weights).sum(), [x, *ours.parameters()], retain_graph=True)
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, *theirs.parameters()])
+    for one, other in zip([found, *got], [expected, *wanted], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2 if bf16 else 1e-5, atol=2e-2 if bf16 else 1e-5)
+    assert torch.autograd.grad(found.sum(), [data], allow_unused=True) == (None,)
 
 
 def test_what_is_not_differentiated_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
