@@ -19,6 +19,7 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
+from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of
@@ -132,7 +133,7 @@ def calibration_rows(
     """Logits (N, T) without placement, labels (N, T), NaN where unobserved, and weights (N,), if rows have them."""
     model.eval()
     logits, labels, weights = [], [], []
-    with bar() as progress:
+    with bar() as progress, freed_memory_kept():
         task = progress.add_task("calibrating", total=rows.rows)
         for part, _ in rows.stream(batch_size):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))

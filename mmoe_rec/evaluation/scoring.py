@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of
@@ -101,7 +102,7 @@ def score_rows(
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
     experts = UtilisationSums(model.experts_in_use)
-    with bar() as progress:
+    with bar() as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=min(rows.rows, rows.rows if first is None else first))
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
