@@ -42,7 +42,7 @@ class Choices:
 
     def __str__(self) -> str:
         parts = [f"{self.precision}{self._against('precision', self.precision)}"]
-        if self.precision == "fp32" and "products" in self.measured:
+        if self.products != "blas" or (self.precision == "fp32" and "products" in self.measured):
             parts.append(f"products by {self.products}{self._against('products', self.products)}")
         parts.append(f"tables by {self.tables}{self._against('tables', self.tables)}")
         if self.experts != "auto":

@@ -109,7 +109,9 @@ class Chooser:
         if "bf16" not in times:
             return "fp32", products
         self._times["precision"] = {"fp32": fp32[products], "bf16": times["bf16"]}
-        return ("bf16" if faster(self._times["precision"], "fp32", CLEARLY) == "bf16" else "fp32"), products
+        if faster(self._times["precision"], "fp32", CLEARLY) == "fp32":
+            return "fp32", products
+        return "bf16", by_default  # as it was timed: the products of gates stay in fp32
 
     def _precisions(self, products: Products) -> list[Precision]:
         """Those that are worth a step to be timed: where bf16 is emulated it takes seconds, so few rows tell first."""

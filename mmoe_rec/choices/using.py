@@ -12,23 +12,32 @@ import torch.distributed as dist
 from mmoe_rec.choices.choices import Choices, Compute
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.model.multiply import Products, onednn_offered, products_of, set_products
+from mmoe_rec.model.multiply import Multiplying, Products, onednn_offered, products_of, set_products
 from mmoe_rec.settings import Training
 from mmoe_rec.tables.ways import way_of, ways_on_offer
+
+
+def check_offered(settings: Training, device: str, ranks: int = 1) -> None:
+    """Raises UserError where a way of tables or a library of products is set that is not on offer here.
+
+    device: "cpu" or "cuda"; ranks: that train together.
+    """
+    way_of(settings.tables, device, ranks)
+    products_of(settings.products, device)
 
 
 def kept(before: Choices, settings: Training, device: torch.device) -> Choices:
     """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
 
     A way of tables or a library of products that this machine does not have gives way to one that it has, threads to
-    as many as there are. Raises UserError where what is set is not on offer.
+    as many as there are. Raises UserError where what is set is not on offer. A collective call.
     """
     here = device.type == "cpu" and before.tables in ways_on_offer()
     wanted = before.tables if settings.tables == "auto" and here else settings.tables
     count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
     products = products_of(settings.products, device.type)
-    if settings.products == "auto" and device.type == "cpu" and (before.products == "blas" or onednn_offered()):
-        products = before.products
+    if settings.products == "auto" and device.type == "cpu" and before.products == "onednn":
+        products = "onednn" if _on_all_ranks(onednn_offered()) else "blas"
     return replace(before, products=products, tables=way_of(wanted, device.type, ranks()), threads=count)
 
 
@@ -65,14 +74,26 @@ def set_compute(mixture: Mixture, compute: Compute) -> None:
 
 @contextlib.contextmanager
 def multiplied(mixture: Mixture, products: Products) -> Iterator[None]:
-    """Within it, products in fp32 are by this library; then by torch's BLAS, as in every model that is built."""
+    """Within it, products in fp32 are by this library."""
+    layers = [each for each in mixture.modules() if isinstance(each, Multiplying)]
+    before = [each.products for each in layers]
     set_products(mixture, products)
     try:
         yield
     finally:
-        set_products(mixture, "blas")
+        for each, own in zip(layers, before, strict=True):
+            each.products = own
 
 
 def ranks() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _on_all_ranks(here: bool) -> bool:
+    """Whether it holds on every rank, on CPUs."""
+    if ranks() == 1:
+        return here
+    told = torch.tensor(int(here))
+    dist.all_reduce(told, op=dist.ReduceOp.MIN)
+    return bool(told)

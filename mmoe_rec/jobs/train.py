@@ -56,10 +56,10 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
 
     device = pick_device(settings.training.device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.training.tables != "auto" or ranks > 1:
-        from mmoe_rec.tables.ways import way_of
+    if ranks > 1 or {settings.training.tables, settings.training.products} != {"auto"}:
+        from mmoe_rec.choices.using import check_offered
 
-        way_of(settings.training.tables, device.type, ranks)
+        check_offered(settings.training, device.type, ranks)
     with (
         process_group(device, settings.training.timeout_minutes) as group,
         contextlib.ExitStack() as held,

@@ -216,15 +216,15 @@ class Study:
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
         """What the training reached; None where it was cut short."""
+        from mmoe_rec.choices.using import check_offered
         from mmoe_rec.devices import pick_device
         from mmoe_rec.model.layout import ModelLayout
-        from mmoe_rec.tables.ways import way_of
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import process_group
         from mmoe_rec.training.validation import Validation
 
         device = pick_device(settings.training.device)
-        way_of(settings.training.tables, device.type)  # what is not on offer here is no fault of a trial
+        check_offered(settings.training, device.type)  # what is not on offer here is no fault of a trial
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are compared by one measure, whatever loss weights they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by

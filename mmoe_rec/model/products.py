@@ -2,8 +2,8 @@
 
 G independent layers of one shape are stored as one weight. Measured on CPU: inputs that all groups share go through one
 large product; groups with inputs of their own go through a loop of products over slices, which beats a strided batched
-product because nothing is copied. What the slices of all groups lie in is one tensor in either direction, so that
-activations and their gradients are one pass over memory without gaps.
+product (but for oneDNN in fp32, nothing is copied). What the slices of all groups lie in is one tensor in either
+direction, so that activations and their gradients are one pass over memory without gaps.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StackedLinear(Multiplying):
 
 
 class _Stacked(torch.autograd.Function):
-    """Linear layers of G groups, each over its own slice of the rows; every result is written where it stays.
+    """Linear layers of G groups, each over its own slice of the rows, whose results lie in one tensor.
 
     Weights of higher precision than the rows are cast, and so are their gradients.
     """
@@ -134,7 +134,7 @@ class Dispatch:
 
 
 class _Grouped(torch.autograd.Function):
-    """Linear layers of E experts over rows that are ordered by expert; every result is written where it stays.
+    """Linear layers of E experts over rows that are ordered by expert, whose results lie in one tensor.
 
     Weights of higher precision than the rows are cast one expert at a time, while they are in the cache anyway, and so
     are their gradients: with many experts, casting all of them takes longer than the products.

@@ -79,7 +79,8 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.tables.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
-    KeyedJaggedTensor and gives a KeyedTensor of sums; read it by `by_name`, as its order follows the sharding plan.
+    KeyedJaggedTensor and gives sums, a KeyedTensor or what is read like one; read it by `by_name`, as its order follows
+    the sharding plan.
     """
     tables = used_tables(layout)
     if not tables:

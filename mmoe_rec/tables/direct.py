@@ -27,9 +27,9 @@ def look_up_directly(model: Any) -> None:
 
 
 def _inputs(model: Any) -> Iterator[list[str]]:
-    """Names of the inputs of each of fbgemm's modules, in their order there."""
-    for lookup in model.module.tables._lookups:
-        yield from (config.feature_names() for config in lookup.grouped_configs)
+    """Names of the inputs of each of fbgemm's modules, in their order there, or none where torchrec hides them."""
+    for lookup in getattr(model.module.tables, "_lookups", ()):
+        yield from (config.feature_names() for config in getattr(lookup, "grouped_configs", ()))
 
 
 def _forward(module: Any, names: list[str], widths: list[int], ids: Any) -> Pooled:

@@ -1,7 +1,8 @@
 """Sharded training: the sharding plan, and tables spread over the ranks.
 
-One path for a laptop and a cluster: world size 1 on a CPU runs the same calls as 64 GPUs under torchrun. Where torchrec
-is not installed, one process trains on tables in plain PyTorch instead.
+One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs under torchrun do, and leaves out only what
+sends ids and embeddings to other ranks (`direct`). Where torchrec is not installed, one process trains on tables in
+plain PyTorch instead.
 """
 
 from __future__ import annotations

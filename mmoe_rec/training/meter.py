@@ -10,7 +10,8 @@ from mmoe_rec.features.layout import Layout
 
 
 class Meter:
-    """Rows a second, the share of time spent waiting for data, and the mean loss per task since the last reading.
+    """Rows a second, the share of time spent waiting for data (on a CPU, making batches too), and the mean loss per
+    task since the last reading.
 
     note: the same for a progress bar.
     """

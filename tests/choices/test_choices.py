@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import KeyedIds, make_batch
+from mmoe_rec.batches.prefetch import OnDemand
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.choices import measure, timing, using
 from mmoe_rec.choices.choices import Choices, faster
@@ -18,16 +19,21 @@ from mmoe_rec.choices.measure import Chooser
 from mmoe_rec.choices.timing import GIVE_UP, milliseconds
 from mmoe_rec.choices.using import kept
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.model import multiply
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.multiply import Multiplying
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.settings import Model, Training
+from mmoe_rec.settings import Model, Training, load_settings
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
+from tests.choices.ranks import choose_on_a_rank
 from tests.model.examples import LAYOUT, random_rows
+from tests.pipelines.learnable_log import write_files
 from tests.training.learnable import CPU, MODEL, write_prepared
+from tests.training.ranks import spawn
 from tests.training.resuming import CrashError, crash, train
 
 CHOICES = Choices("bf16", "torch", "grouped", 3, "blas", {"precision": {"fp32": 9.0, "bf16": 3.0}})
@@ -100,6 +106,52 @@ def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> 
     }
     assert compared == [["fp32", "bf16"], ["blas", "onednn", "bf16"]]
     assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
+
+
+def test_bf16_trains_with_the_library_that_it_was_timed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(monkeypatch, TIMES | {"onednn": 6.0, "bf16": 2.0})
+    choices = chooser(built()).choose(Training(tables="torch", threads=1))
+    assert (choices.precision, choices.products) == ("bf16", "blas")
+    assert choices.measured["precision"] == {"fp32": 6.0, "bf16": 2.0}
+
+
+def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "onednn_offered", lambda: False)
+    compared = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training(precision="fp32", tables="torch", threads=1))
+    assert compared == [["blas"]]
+    assert (choices.products, choices.measured) == ("blas", {})
+    assert str(choices) == "fp32, tables by torch, 1 thread"
+
+
+def test_a_library_that_was_set_is_said() -> None:
+    assert str(Choices("fp32", "torch", "auto", 1, "onednn")) == "fp32, products by onednn, tables by torch, 1 thread"
+
+
+def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path) -> None:
+    spawn(choose_on_a_rank, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert found == [["blas", ["blas"], "blas"]] * 2
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_library_of_products_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch, offered: bool) -> None:
+    monkeypatch.setattr(using, "onednn_offered", lambda: offered)
+    before = replace(CHOICES, products="onednn")
+    assert kept(before, Training(), CPU).products == ("onednn" if offered else "blas")
+    assert kept(before, Training(products="blas"), CPU).products == "blas"
+
+
+def test_what_is_not_on_offer_is_told_before_features_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiply, "onednn_offered", lambda: False)
+    settings = load_settings(write_files(tmp_path), ["--training.products", "onednn"])
+    with pytest.raises(
+        UserError, match=r"^training\.products is onednn, but torch does not multiply by it in fp32 here"
+    ):
+        train_model(settings)
+    assert not Path(settings.data.work, "features").exists()
 
 
 @pytest.mark.parametrize(
@@ -293,3 +345,15 @@ def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path:
     assert tree.pop("choices")["precision"] == "fp32"
     file.write_text(json.dumps(tree), encoding="utf-8")
     assert train(prepared, tmp_path, None, MODEL).steps > before.state.step
+
+
+def test_batches_of_a_cpu_are_made_on_demand(prepared: Prepared, tmp_path: Path) -> None:
+    found: list[object] = []
+
+    def look(trainer: Trainer) -> None:
+        found.append(trainer._batches(trainer.reader, trainer.position, 1))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, MODEL)
+    assert [type(each) for each in found] == [OnDemand]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -214,12 +214,44 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiply, "by_onednn", missing)
     onednn_offered.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"^training\.products is onednn, but torch is built without it here"):
+        with pytest.raises(UserError, match=r"^training\.products is onednn, but torch does not multiply by it"):
             products_of("onednn", "cpu")
     finally:
         onednn_offered.cache_clear()
 
 
+def test_what_rounds_to_less_than_fp32_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some settings of torch's and oneDNN's have it, on processors that can."""
+    monkeypatch.setattr(multiply, "by_onednn", lambda left, right: (left.bfloat16() @ right.bfloat16()).float())
+    onednn_offered.cache_clear()
+    try:
+        assert not onednn_offered()
+    finally:
+        onednn_offered.cache_clear()
+
+
+def test_rows_of_another_type_than_the_weights_are_refused() -> None:
+    layer = Linear(4, 3)
+    set_products(layer, "onednn")
+    for data in (None, rows(5, 2).double()):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(rows(5, 4 if data is None else 2).double(), data)
+
+
+def test_blocks_of_rows_keep_what_onednn_prepares_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of sparse models get other numbers of rows in each step."""
+    settings = Model.model_validate(
+        {"gates": {"routing": "top_k", "top_k": 1}, "experts": {"count": 3, "units": [8], "compute": "grouped"}}
+    )
+    mixture = build_mixture(10, [], 0, 2, settings)
+    shapes = calls(monkeypatch)
+    set_products(mixture.levels, "onednn")
+    mixture(rows(77, 10), rows(77, 0)).logits.sum().backward()
+    of_experts = [shape[0] for shape in shapes if shape[2] == 8]
+    assert of_experts
+    assert all(count % 16 == 0 for count in of_experts)
+
+
 def test_settings_name_the_libraries() -> None:
-    assert {products_of(each, "cpu") for each in ("auto", "blas", "onednn")} == {"blas", "onednn"}
+    assert get_args(Training.model_fields["products"].annotation) == ("auto", *get_args(Products))
     assert Training().products == "auto"

@@ -63,6 +63,17 @@ def test_the_same_as_by_torchrec(layout: ModelLayout, way: Any) -> None:
         assert torch.equal(direct, other)
 
 
+def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
+    encoded, _ = random_rows(8)
+    ids = make_batch(encoded, MIXED, torchrec=True).ids
+    names = ids.keys()
+    tables = [next(each.table for each in MIXED.ids if each.name == name) for name in names]
+    assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
+    assert [each.table for each in MIXED.ids] != tables
+    for name, table in zip(names, tables, strict=True):
+        assert (ids[name].values() < MIXED.table(table).rows).all()
+
+
 def test_ids_in_another_order_are_found_by_name() -> None:
     encoded, labels = random_rows(64)
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
