@@ -55,25 +55,28 @@ class Exchange:
         with ExitStack() as stack:
             writer = None
             for table, receiver in turns:
-                rows = np.bincount(receiver, minlength=self.receivers)
-                total += rows
                 if not table.num_rows:
                     continue
+                table, rows = self._in_order(table, receiver)
+                total += rows
                 if writer is None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     file = stack.enter_context(pa.OSFile(str(path), "wb"))
                     writer = stack.enter_context(pa.ipc.new_file(file, table.schema))
-                whole, ends = self._in_order(table, receiver).combine_chunks().to_batches()[0], np.cumsum(rows)
+                whole, ends = table.combine_chunks().to_batches()[0], np.cumsum(rows)
                 for start, end in zip(ends - rows, ends, strict=True):
                     writer.write_batch(whole.slice(start, end - start))
         return total
 
-    def _in_order(self, table: pa.Table, receiver: np.ndarray) -> pa.Table:
+    def _in_order(self, table: pa.Table, receiver: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+        """The rows by their receiver, and the number of rows of each."""
         if (receiver[1:] >= receiver[:-1]).all():
-            return table
+            ends = np.searchsorted(receiver, np.arange(self.receivers), side="right")
+            return table, np.diff(ends, prepend=0)
         # Numpy's stable sort of 16 bits counts instead of comparing.
         small = receiver.astype(np.uint16 if self.receivers < 2**16 else np.uint32)
-        return table.take(pa.array(np.argsort(small, kind="stable")))
+        order = pa.array(np.argsort(small, kind="stable"))
+        return table.take(order), np.bincount(receiver, minlength=self.receivers)
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
         """The rows for a receiver, sender by sender in order."""

@@ -198,6 +198,8 @@ def _first_of_each(values: np.ndarray) -> np.ndarray:
 
 
 def _summed(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
+    if (keys[1:] > keys[:-1]).all():
+        return _Counted(keys, counts, dropped)
     order = np.argsort(keys, kind="stable")  # which merges runs that are sorted already
     keys = keys[order]
     first = _first_of_each(keys)

@@ -120,6 +120,7 @@ class Join:
 
     def __init__(self, events: KnownEvents, asked: LookUps) -> None:
         self.events, self.asked = events, asked
+        self._ticks: _Ticks | None = None
 
     def last(self, earlier: int = 0) -> np.ndarray:
         """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
@@ -137,6 +138,12 @@ class Join:
         keys, asked = self.events.distinct, self.asked.groups.distinct
         group = np.searchsorted(keys, asked)
         return group, keys[np.minimum(group, len(keys) - 1)] == asked
+
+    @cached_property
+    def _between(self) -> np.ndarray:
+        """(D,) int64 of each look-up's key: 2 i + 1 for run i of events, or 2 i if it would lie before run i."""
+        group, found = self._groups
+        return (2 * group + found)[self.asked.groups.number]
 
     @cached_property
     def _first(self) -> np.ndarray:
@@ -161,33 +168,51 @@ class Join:
 
     def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
         """Events and look-ups as single numbers that rise with key, then time."""
-        group, found = self._groups
-        known, moments, count = _ticks(self.events.known, times, unit, 2 * len(self.events.distinct) + 2)
-        # Odd groups are keys with events, even ones lie between them.
-        known += (2 * self.events.number + 1) * count
-        moments += ((2 * group + found) * count)[self.asked.groups.number]
+        if self._ticks is None or self._ticks.unit != unit:  # windows mostly share one
+            self._ticks = _Ticks.of(self.events, unit)
+        known, moments = self._ticks.known, self._ticks.numbers(times)
+        moments += self._between * self._ticks.count
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
         order = np.argsort(np.concatenate([known, moments]), kind="stable")
         before = np.flatnonzero(order >= len(known)) - np.arange(len(moments))
         return before * (before > self._first) - 1  # `np.where` would guess, often wrongly, which way each one goes
 
 
-def _ticks(known: np.ndarray, times: np.ndarray, unit: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Small numbers for moments, from 0 to `count` - 1: an event is known at a time if its number is not greater.
+@dataclass(frozen=True)
+class _Ticks:
+    """Events as single numbers that rise with key, then time, and the same for moments of their keys.
 
-    unit: microseconds that all `times` are whole multiples of; groups: there must be room for that many times `count`
-    numbers, so where units since the first event are too many, the distinct known moments are counted instead.
-
-    Returns:
-        (E,) int64 of `known`, (N,) int64 of `times`, and `count`.
+    unit: microseconds that all moments asked for are whole multiples of; known: (E,) int64 number of each event; count:
+    numbers of a key; moments: rising known times, where these are counted as there are too many units to tell apart.
     """
-    origin = int(known.min()) // unit * unit
-    count = -(-(int(known.max()) - origin) // unit) + 2
-    if count * groups < 2**63:
-        asked = (times - (origin - unit)) // unit
-        return (known - (origin - 2 * unit + 1)) // unit, np.clip(asked, 0, count - 1, out=asked), count
-    moments = np.unique(known)
-    return np.searchsorted(moments, known) + 1, np.searchsorted(moments, times, side="right"), len(moments) + 1
+
+    unit: int
+    known: np.ndarray
+    count: int
+    _origin: int
+    _moments: np.ndarray | None
+
+    @staticmethod
+    def of(events: KnownEvents, unit: int) -> _Ticks:
+        """Numbers of events (at least one); the keys with events are odd groups, and even ones lie between them."""
+        known, groups = events.known, 2 * len(events.distinct) + 2
+        origin = int(known.min()) // unit * unit
+        count = -(-(int(known.max()) - origin) // unit) + 2
+        moments = None
+        if count * groups < 2**63:
+            ticks = (known - (origin - 2 * unit + 1)) // unit
+        else:
+            moments = np.unique(known)
+            ticks, count = np.searchsorted(moments, known) + 1, len(moments) + 1
+        ticks += (2 * events.number + 1) * count
+        return _Ticks(unit, ticks, count, origin, moments)
+
+    def numbers(self, times: np.ndarray) -> np.ndarray:
+        """(N,) int64 from 0 to `count` - 1: an event of group 0 is known at a time if its number is not greater."""
+        if self._moments is not None:
+            return np.searchsorted(self._moments, times, side="right")
+        asked = (times - (self._origin - self.unit)) // self.unit
+        return np.clip(asked, 0, self.count - 1, out=asked)
 
 
 def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:

@@ -83,7 +83,7 @@ class CounterMemory(Memory):
         """
         if not len(key):
             return self
-        rows = np.ones(len(key), np.int32)
+        rows = None  # each counts 1
         labels: np.ndarray | ExactSums | None = label
         if label is not None and isinstance(self.label_sum, ExactSums):
             labels = ExactSums.of(label).over(self.units)
@@ -92,7 +92,7 @@ class CounterMemory(Memory):
             positive = np.where(label > 0, known, NEVER)
         if len(self.events):
             # The existing events as what each added to its key's totals.
-            rows = np.append(self._steps(self.rows), rows)
+            rows = np.append(self._steps(self.rows), np.ones(len(key), np.int32))
             labels = _appended(self._label_steps(), labels)
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
@@ -103,10 +103,11 @@ class CounterMemory(Memory):
             rows, labels, positive = (_taken(each, order) for each in (rows, labels, positive))
         groups = KeyGroups(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
+        first = groups.starts[groups.number[kept]]
         return CounterMemory(
             KnownEvents(key[kept], known[kept]),
-            _running(groups, rows, kept).astype(np.int32),
-            _running_labels(groups, labels, kept),
+            _running(rows, first, kept).astype(np.int32),
+            _running_labels(labels, first, kept),
             None if positive is None else _running_latest(groups, positive)[kept],
             self.floor,
         )
@@ -239,18 +240,21 @@ class HistoryMemory(Memory):
         return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
 
 
-def _running(groups: KeyGroups, values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(K,) int64 sums of whole `values` of a key from its first event up to each of K `kept` ones."""
-    total = np.append(0, np.cumsum(values, dtype=np.int64))
-    return total[kept + 1] - total[groups.starts][groups.number[kept]]
+def _running(values: np.ndarray | None, first: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(K,) int64 sums of whole `values`, None where each is 1, from event `first` up to each of K `kept` ones."""
+    if values is None:
+        return kept + 1 - first
+    total = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, dtype=np.int64, out=total[1:])
+    return total[1:][kept] - total[first]
 
 
 def _running_labels(
-    groups: KeyGroups, labels: np.ndarray | ExactSums | None, kept: np.ndarray
+    labels: np.ndarray | ExactSums | None, first: np.ndarray, kept: np.ndarray
 ) -> np.ndarray | ExactSums | None:
     if isinstance(labels, ExactSums):
-        return labels.each(lambda limb: _running(groups, limb, kept))
-    return None if labels is None else _running(groups, labels, kept).astype(np.float64, copy=False)
+        return labels.each(lambda limb: _running(limb, first, kept))
+    return None if labels is None else _running(labels, first, kept).astype(np.float64, copy=False)
 
 
 def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
