@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.build.look_up import fitted
 from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader
-from mmoe_rec.features.encoded import label_types
+from mmoe_rec.features.encoded import arrow_columns, label_types
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.labels import labels_of, unmatured
@@ -110,7 +110,8 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
 
 def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
     """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
-    columns = pipeline.encode(rows).to_arrow(layout)
+    encoded = pipeline.inputs(rows)
+    columns = arrow_columns(encoded.ids, encoded.dense, layout)  # a matrix of numbers would only be taken apart again
     inputs = set(columns)
     types = label_types(layout)
     for task, values in labels.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,27 @@ def label_types(layout: Layout) -> dict[str, pa.DataType]:
 
 # Lists of ids in an encoded file.
 IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
+def arrow_columns(
+    ids: Mapping[str, np.ndarray | Ragged], dense: Mapping[str, np.ndarray], layout: Layout
+) -> dict[str, pa.Array]:
+    """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32), none of which has nulls, of N rows.
+
+    ids: name -> (N,) int64 for one id a row, `Ragged` for any number; dense: name -> (N,) float32.
+    """
+    columns: dict[str, pa.Array] = {}
+    for each in layout.ids:
+        value = ids[each.name]
+        if isinstance(value, Ragged):
+            offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
+            values = pa.array(value.values.astype(np.int32, copy=False))
+            columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=IDS)
+        else:
+            columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
+    for number in layout.dense:
+        columns[f"dense.{number.name}"] = pa.array(np.ascontiguousarray(dense[number.name], np.float32))
+    return columns
 
 
 @dataclass(frozen=True)
@@ -53,19 +75,8 @@ class Encoded:
         return Encoded(ids, self.dense[rows])
 
     def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:
-        """Columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32), none of which has nulls."""
-        columns: dict[str, pa.Array] = {}
-        for each in layout.ids:
-            value = self.ids[each.name]
-            if isinstance(value, Ragged):
-                offsets = np.concatenate([[0], np.cumsum(value.lengths)]).astype(np.int32)
-                values = pa.array(value.values.astype(np.int32, copy=False))
-                columns[f"id.{each.name}"] = pa.ListArray.from_arrays(pa.array(offsets), values, type=IDS)
-            else:
-                columns[f"id.{each.name}"] = pa.array(value.astype(np.int32))
-        for index, dense in enumerate(layout.dense):
-            columns[f"dense.{dense.name}"] = pa.array(np.ascontiguousarray(self.dense[:, index]))
-        return columns
+        """Columns as `arrow_columns` gives them."""
+        return arrow_columns(self.ids, {each.name: self.dense[:, i] for i, each in enumerate(layout.dense)}, layout)
 
     @staticmethod
     def from_arrow(table: pa.Table, layout: Layout) -> Encoded:

@@ -164,18 +164,22 @@ class FeaturePipeline:
             tasks.append(TaskOutput(name, task.kind, mean=mean, deviation=deviation, given=task.given))
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
-    def encode(self, rows: LogRows) -> Encoded:
-        """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
-        ids, dense = {}, {}
+    def inputs(self, rows: LogRows) -> Inputs:
+        """Inputs of N rows, by name. Placement columns may be absent, as they are in serving."""
+        all_inputs = Inputs()
         for name, encoder in self.encoders.items():
             inputs = encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows))
-            ids.update(inputs.ids)
-            dense.update(inputs.dense)
-        layout = self.layout
-        matrix = np.empty((len(rows), len(layout.dense)), np.float32, order="F")  # written to Parquet by column
+            all_inputs.ids.update(inputs.ids)
+            all_inputs.dense.update(inputs.dense)
+        return all_inputs
+
+    def encode(self, rows: LogRows) -> Encoded:
+        """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
+        inputs, layout = self.inputs(rows), self.layout
+        matrix = np.empty((len(rows), len(layout.dense)), np.float32, order="F")
         for index, each in enumerate(layout.dense):
-            matrix[:, index] = dense[each.name]
-        return Encoded({each.name: ids[each.name] for each in layout.ids}, matrix)
+            matrix[:, index] = inputs.dense[each.name]
+        return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
 
     def _has_columns(self, name: str, rows: LogRows) -> bool:
         if name not in self._placement:
