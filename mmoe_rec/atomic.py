@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +175,12 @@ def flush_tree(folder: Path) -> None:
         for parent, _, names in os.walk(folder, topdown=False):
             list(pool.map(_flush, (Path(parent, name) for name in names)))
             _flush(Path(parent))
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """Force the content of files to disk, one after the other."""
+    for path in paths:
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

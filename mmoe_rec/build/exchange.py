@@ -57,13 +57,13 @@ class Exchange:
             for table, receiver in turns:
                 if not table.num_rows:
                     continue
-                table, rows = self._in_order(table, receiver)
+                in_order, rows = self._in_order(table, receiver)
                 total += rows
                 if writer is None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     file = stack.enter_context(pa.OSFile(str(path), "wb"))
                     writer = stack.enter_context(pa.ipc.new_file(file, table.schema))
-                whole, ends = table.combine_chunks().to_batches()[0], np.cumsum(rows)
+                whole, ends = in_order.combine_chunks().to_batches()[0], np.cumsum(rows)
                 for start, end in zip(ends - rows, ends, strict=True):
                     writer.write_batch(whole.slice(start, end - start))
         return total

@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmoe_rec.atomic import flush_files
 from mmoe_rec.build.checks import check_readings, check_requests, check_times, place, repeats
 from mmoe_rec.build.count import Counted, CountJob, Reader, count_part
 from mmoe_rec.build.engines import Engine, open_engine
 from mmoe_rec.build.exchange import DUPLICATES, Exchange, events_of, look_ups_of
 from mmoe_rec.build.logs import Logs
-from mmoe_rec.build.look_up import LookUpJob, Partition, look_up_partition
+from mmoe_rec.build.look_up import LookUpJob, Partition, fitted, look_up_partition
 from mmoe_rec.build.requests import OneTimeReader, Requests, RequestsJob, find_requests
 from mmoe_rec.build.results import Blocks, ResultExchange
 from mmoe_rec.build.splits import EncodeJob, SplitCounts, encode_part
@@ -227,13 +228,16 @@ class Steps:
         tasks = list(enumerate(self._parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
         function = partial(encode_part, job, self._reader)
-        for part in self._run(function, tasks, [part.rows for _, part in tasks], "encoding"):
+        sizes = [part.rows for _, part in tasks]
+        for (number, _), part in zip(tasks, self._run(function, tasks, sizes, "encoding"), strict=True):
             for name, each in part.items():
                 counts[name].merge(each)
+            # While others are encoded: at the end the whole build would wait for the disk.
+            self.beside(flush_files, list(folder.glob(f"*/part-{number:05d}.parquet")))
         for log in self.logs.all:
             log.check_unchanged()
         folder.mkdir(exist_ok=True)
-        layout = FeaturePipeline.load(state, memories=False).layout
+        layout = fitted(state).layout
         (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
         return counts
 

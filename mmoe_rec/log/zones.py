@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ def zone_rules(schema: Schema) -> dict[str, str]:
     return {zone: _digest(zone) for zone in sorted(zones)}
 
 
+@cache
 def _digest(zone: str) -> str:
     """The same wherever the zone's offsets from UTC are the same in every hour."""
     hours = pd.date_range(FIRST, LAST, freq="h", unit="s")

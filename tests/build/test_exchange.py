@@ -11,11 +11,18 @@ from mmoe_rec.build.exchange import Exchange, key_range, partition_of
 
 
 @settings(max_examples=50, deadline=None)
-@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4), receivers=st.integers(1, 5), seed=st.integers(0, 99))
-def test_rows_arrive_once_and_in_order(tmp_path_factory, sizes, receivers, seed):
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    receivers=st.integers(1, 5),
+    rising=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_arrive_once_and_in_order(tmp_path_factory, sizes, receivers, rising, seed):
+    """rising: whether rows lie in the order of their receivers already."""
     exchange = Exchange(tmp_path_factory.mktemp("exchange"), receivers)
     random = np.random.default_rng(seed)
     sent = [random.integers(0, receivers, size) for size in sizes]
+    sent = [np.sort(each) for each in sent] if rising else sent
     counts = np.zeros(receivers, np.int64)
     for number, receiver in reversed(list(enumerate(sent))):
         rows = pa.table({"sender": pa.array([number] * len(receiver)), "row": pa.array(range(len(receiver)))})

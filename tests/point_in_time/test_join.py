@@ -58,6 +58,23 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, merged, earlier, uni
 
 
 @settings(max_examples=100, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 60), crowded=st.booleans())
+def test_windows_that_share_a_join_find_what_each_finds_alone(data, rows, crowded):
+    """crowded: times so far apart that there is no room for keys beside them."""
+    key, known, _ = _events(data)
+    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    known = known * 1_000_000
+    if crowded and len(known):
+        known[0] = -(2**62)
+    order = sorted_order(key, known)
+    events = KnownEvents(key[order], known[order])
+    asked = LookUps.sort(random.choice(KEYS, rows), 1_000_000 * random.integers(-7, 17, rows))
+    join = Join(events, asked)
+    for earlier in (0, 3_000_000, 1_000, 6_000, 2_000_000):  # multiples of several units
+        np.testing.assert_array_equal(join.last(earlier), Join(events, asked).last(earlier))
+
+
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), rows=st.integers(0, 60))
 def test_rows_that_ask_the_same_share_a_look_up(data, rows):
     random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
