@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from mmoe_rec.batches.batch import KeyedIds, make_batch
 from mmoe_rec.batches.prefetch import OnDemand
@@ -24,7 +25,7 @@ from mmoe_rec.model import multiply
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.multiply import Multiplying
+from mmoe_rec.model.multiply import Multiplying, onednn_offered
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import Model, Training, load_settings
 from mmoe_rec.training.checkpoint import latest_checkpoint
@@ -51,6 +52,18 @@ def ids(rows: int = 50) -> KeyedIds:
 
 def chooser(model: RankingModel, rows: int = 64) -> Chooser:
     return Chooser(model.mixture, LAYOUT, CPU, rows, ids())
+
+
+@pytest.fixture(autouse=True)
+def _onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where torch does not multiply by oneDNN, its own product stands in, as options are run."""
+    if onednn_offered():
+        yield
+        return
+    monkeypatch.setattr(multiply, "by_onednn", lambda left, right, bias=None: linear(left, right.t(), bias))
+    onednn_offered.cache_clear()
+    yield
+    onednn_offered.cache_clear()
 
 
 def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> list[list[str]]:
