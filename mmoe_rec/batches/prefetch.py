@@ -68,9 +68,7 @@ class Prefetch(Generic[T]):
         except BaseException as error:
             self._ready.put(_End(error))
         finally:
-            close = getattr(self._source, "close", None)
-            if close is not None:
-                close()
+            _close(self._source)
 
     def _take_place(self) -> bool:
         self._places.acquire()
@@ -100,6 +98,11 @@ class OnDemand(Generic[T]):
                     self.waited += time.perf_counter() - start
                 yield item
         finally:
-            close = getattr(self._source, "close", None)
-            if close is not None:
-                close()
+            _close(self._source)
+
+
+def _close(source: Iterator[T]) -> None:
+    """Ends a source that is a generator."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mmoe_rec.choices.choices import Choices, Compute
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.model.multiply import Multiplying, Products, onednn_offered, products_of, set_products
+from mmoe_rec.model.multiply import Multiplying, Products, onednn_offered, products_of
 from mmoe_rec.settings import Training
 from mmoe_rec.tables.ways import way_of, ways_on_offer
 
@@ -52,17 +54,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def computed(mixture: Mixture, compute: Compute) -> Iterator[None]:
+def computed(mixture: Mixture, compute: Compute) -> AbstractContextManager[None]:
     """Within it, experts are computed in this way."""
-    groups = [each for each in mixture.modules() if isinstance(each, Experts)]
-    before = [each.compute for each in groups]
-    set_compute(mixture, compute)
-    try:
-        yield
-    finally:
-        for each, own in zip(groups, before, strict=True):
-            each.compute = own
+    return _with(mixture, Experts, "compute", compute)
 
 
 def set_compute(mixture: Mixture, compute: Compute) -> None:
@@ -72,17 +66,23 @@ def set_compute(mixture: Mixture, compute: Compute) -> None:
             each.compute = compute
 
 
-@contextlib.contextmanager
-def multiplied(mixture: Mixture, products: Products) -> Iterator[None]:
+def multiplied(mixture: Mixture, products: Products) -> AbstractContextManager[None]:
     """Within it, products in fp32 are by this library."""
-    layers = [each for each in mixture.modules() if isinstance(each, Multiplying)]
-    before = [each.products for each in layers]
-    set_products(mixture, products)
+    return _with(mixture, Multiplying, "products", products)
+
+
+@contextlib.contextmanager
+def _with(mixture: Mixture, kind: type[nn.Module], name: str, value: str) -> Iterator[None]:
+    """Within it, all modules of a kind have this value of an attribute."""
+    modules = [each for each in mixture.modules() if isinstance(each, kind)]
+    before = [getattr(each, name) for each in modules]
+    for each in modules:
+        setattr(each, name, value)
     try:
         yield
     finally:
-        for each, own in zip(layers, before, strict=True):
-            each.products = own
+        for each, own in zip(modules, before, strict=True):
+            setattr(each, name, own)
 
 
 def ranks() -> int:
