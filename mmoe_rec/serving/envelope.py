@@ -1,11 +1,21 @@
-"""The outer shape of a request: its parts, not yet their columns."""
+"""A call as it arrives: any number of elements, of which each holds a request, and options for all of them."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.request import Request
+
+if TYPE_CHECKING:
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
 
 
 class Envelope(BaseModel):
@@ -22,7 +32,40 @@ class Envelope(BaseModel):
     mask_experts: list[int] | None = None
 
 
-def explain_envelope(error: ValidationError) -> str:
+def ranked(
+    ranker: LoadedRanker, elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
+) -> list[Ranking | RequestError]:
+    """One answer an element, in order: a ranking, or the sentence for the caller about what is wrong with it.
+
+    params: options for all elements, of which an element's own win.
+    """
+    opened: list[Request | RequestError] = []
+    for element in elements:
+        try:
+            opened.append(_opened(element, params))
+        except RequestError as error:
+            opened.append(error)
+    found = iter(ranker.rank_many([each for each in opened if isinstance(each, Request)]))
+    return [each if isinstance(each, RequestError) else next(found) for each in opened]
+
+
+def _opened(element: Mapping[str, Any], params: Mapping[str, Any]) -> Request:
+    """The request in an element. Raises RequestError for one of another shape."""
+    try:
+        envelope = Envelope.model_validate(element)
+    except ValidationError as error:
+        raise RequestError(_explained(error)) from None
+    options = {name: _first(getattr(envelope, name), params.get(name)) for name in OPTIONS}
+    return Request(envelope.user, envelope.context, envelope.candidates, **options)
+
+
+def _first(own: Any, common: Any) -> Any:
+    """The request's own option, or the one for all requests; MLflow gives an array for a list."""
+    value = common if own is None else own
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _explained(error: ValidationError) -> str:
     """One sentence for the first problem."""
     problem = error.errors()[0]
     names = [str(part) for part in problem["loc"]]

@@ -31,7 +31,7 @@ from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_ca
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import RequestReader, request_time
+from mmoe_rec.serving.request import Request, RequestReader, request_time
 from mmoe_rec.serving.values import check_count
 from mmoe_rec.serving.weights import fused_weights
 from mmoe_rec.settings import Model
@@ -106,17 +106,34 @@ class LoadedRanker:
         Raises:
             RequestError: naming the column or option that the caller has to change.
         """
-        weights = fused_weights(self.about.tasks, task_weights)
-        check_count("top_k", top_k)
-        choice = self.guarded.choice(gate_top_k, mask_experts)
-        rows = self.reader.rows(user, context, candidates)
+        request = Request(user, context, candidates, task_weights, top_k, gate_top_k, mask_experts)
+        answer = self.rank_many([request])[0]
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    def rank_many(self, requests: Sequence[Request]) -> list[Ranking | RequestError]:
+        """Ranks the candidates of each request; one that is wrong gets its error, as `rank` would raise it."""
+        answers: list[Ranking | RequestError] = []
+        for request in requests:
+            try:
+                answers.append(self._ranked(request))
+            except RequestError as error:
+                answers.append(error)
+        return answers
+
+    def _ranked(self, request: Request) -> Ranking:
+        weights = fused_weights(self.about.tasks, request.task_weights)
+        check_count("top_k", request.top_k)
+        choice = self.guarded.choice(request.gate_top_k, request.mask_experts)
+        rows = self.reader.rows(request.user, request.context, request.candidates)
         try:
             values, log_scores, warnings = self._score(rows, weights, choice)
         except RequestError:
             raise
         except UserError as error:
             raise RequestError(str(error)) from None
-        order = np.argsort(-log_scores, kind="stable")[:top_k]
+        order = np.argsort(-log_scores, kind="stable")[: request.top_k]
         ids = rows.column(self.pipeline.schema.columns.candidate)
         best = values[order].astype(np.float64)
         return Ranking(

@@ -16,13 +16,12 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from pydantic import BaseModel, ConfigDict, SkipValidation, ValidationError
+from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from mmoe_rec.serving.envelope import Envelope, explain_envelope
+from mmoe_rec.serving.envelope import ranked
 from mmoe_rec.serving.errors import RequestError
 
 ARTIFACT = "model"
-OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
 Value = bool | int | float | str | None
 Reply = dict[str, str | list[Value] | dict[str, list[float]]]
 
@@ -81,31 +80,16 @@ class RankingPythonModel(PythonModel):
         self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
     ) -> list[Reply]:
         """One ranking a request, see `Ranking`. Raises BadRequest with the sentence for the caller."""
-        several = len(model_input) > 1
-        replies = []
-        for index, each in enumerate(model_input):
-            try:
-                replies.append(self._rank(each, params or {}))
-            except RequestError as error:
-                raise BadRequest(f"inputs[{index}]: {error}" if several else str(error)) from None
-            except RuntimeError as error:
-                raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
-        return replies
-
-    def _rank(self, request: RankingRequest, params: dict[str, Any]) -> Reply:
         try:
-            envelope = Envelope.model_validate(request.given())
-        except ValidationError as error:
-            raise RequestError(explain_envelope(error)) from None
-        options = {name: _first(getattr(envelope, name), params.get(name)) for name in OPTIONS}
-        ranking = self.ranker.rank(envelope.user, envelope.context, envelope.candidates, **options)
-        return ranking.to_dict()
-
-
-def _first(own: Any, common: Any) -> Any:
-    """The request's own option, or the one for all requests; MLflow gives an array for a list."""
-    value = common if own is None else own
-    return value.tolist() if hasattr(value, "tolist") else value
+            answers = ranked(self.ranker, [each.given() for each in model_input], params or {})
+        except RuntimeError as error:
+            raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
+        replies = []
+        for index, answer in enumerate(answers):
+            if isinstance(answer, RequestError):
+                raise BadRequest(f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer))
+            replies.append(answer.to_dict())
+        return replies
 
 
 mlflow.models.set_model(RankingPythonModel())

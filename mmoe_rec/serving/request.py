@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ from mmoe_rec.schema import Role
 from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.values import to_arrow
+
+
+@dataclass(frozen=True)
+class Request:
+    """One candidate list, for one user in one context, not yet checked; see `LoadedRanker.rank` for the parts."""
+
+    user: Mapping[str, Any]
+    context: Mapping[str, Any]
+    candidates: Mapping[str, Any]
+    task_weights: Mapping[str, Any] | None = None
+    top_k: int | None = None
+    gate_top_k: int | None = None
+    mask_experts: Sequence[int] | None = None
 
 
 class RequestReader:
