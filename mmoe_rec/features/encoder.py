@@ -13,7 +13,7 @@ import pyarrow as pa
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.point_in_time.join import AnyLookUps
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.schema import Schema, Use
@@ -197,7 +197,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """Names of what `results` gives."""
 
     @abstractmethod
-    def distinct_results(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
+    def distinct_results(self, memory: MemoryKind, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
         """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
@@ -229,7 +229,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
             return {name: rows.results[name] for name in self.result_names}
         return self.results(self.memory, rows.look_ups(self.by))
 
-    def results(self, memory: MemoryKind, asked: LookUps) -> Results:
+    def results(self, memory: MemoryKind, asked: AnyLookUps) -> Results:
         """What was known at the look-ups of N rows."""
         return {
             name: SharedRagged(each, asked.number)

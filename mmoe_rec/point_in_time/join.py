@@ -5,7 +5,7 @@ becomes known at max(r + 1 microsecond, r + m); a request at time t sees the eve
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
 
 Events and look-ups are each sorted by key and time, once; a `Join` then finds each look-up's place among the events,
-for each window that is asked for.
+for each window that is asked for. A request's few look-ups are searched instead (`mmoe_rec.point_in_time.search`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from functools import cached_property
 
 import numpy as np
 
+from mmoe_rec.point_in_time.search import KeyIndex, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
-# With this many times more events than look-ups, as in a server, nothing is computed for all events.
-_EVENTS_OF_A_SEARCH = 16
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
 
@@ -43,6 +42,11 @@ class KeyGroups:
     def number(self) -> np.ndarray:
         """(N,) int64 group of each key."""
         return np.cumsum(self._begins) - 1  # `np.repeat` would keep other threads waiting
+
+    @cached_property
+    def index(self) -> KeyIndex:
+        """Finds groups by their keys."""
+        return KeyIndex(self.distinct)
 
     @cached_property
     def _begins(self) -> np.ndarray:
@@ -80,6 +84,11 @@ class LookUps:
     def __len__(self) -> int:
         return len(self.time)
 
+    @property
+    def key(self) -> np.ndarray:
+        """(D,) uint64 the keys asked for, rising."""
+        return self.groups.key
+
     @staticmethod
     def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
         """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
@@ -115,6 +124,9 @@ class LookUps:
         return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
 
 
+AnyLookUps = LookUps | UnsortedLookUps
+
+
 class Join:
     """Events and look-ups brought together by their keys."""
 
@@ -128,8 +140,6 @@ class Join:
         events, asked = self.events, self.asked
         if not len(events) or not len(asked):
             return np.full(len(asked), -1, np.int64)
-        if len(asked) * _EVENTS_OF_A_SEARCH < len(events):
-            return self._searched(asked.time - earlier)
         return self._placed(asked.time - earlier, math.gcd(asked.unit, earlier))
 
     @cached_property
@@ -146,25 +156,11 @@ class Join:
         return (2 * group + found)[self.asked.groups.number]
 
     @cached_property
-    def _first(self) -> np.ndarray:
+    def first(self) -> np.ndarray:
         """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
         group, found = self._groups
         first = np.where(found, self.events.starts[group], len(self.events))
         return first[self.asked.groups.number]
-
-    def _searched(self, times: np.ndarray) -> np.ndarray:
-        """A binary search within each key's events, of all look-ups at once."""
-        group, found = self._groups
-        first = low = self._first
-        end = np.where(found, self.events.starts[np.minimum(group + 1, len(self.events.starts) - 1)], 0)
-        high = end[self.asked.groups.number]
-        # The first event after `times` lies between low and high.
-        while (searching := low < high).any():
-            middle = (low + high) >> 1
-            earlier = self.events.known[np.minimum(middle, len(self.events) - 1)] <= times
-            low = np.where(searching & earlier, middle + 1, low)
-            high = np.where(searching & ~earlier, middle, high)
-        return np.where(low > first, low - 1, -1)
 
     def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
         """Events and look-ups as single numbers that rise with key, then time."""
@@ -175,7 +171,7 @@ class Join:
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
         order = np.argsort(np.concatenate([known, moments]), kind="stable")
         before = np.flatnonzero(order >= len(known)) - np.arange(len(moments))
-        return before * (before > self._first) - 1  # `np.where` would guess, often wrongly, which way each one goes
+        return before * (before > self.first) - 1  # `np.where` would guess, often wrongly, which way each one goes
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
-from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents, LookUps
+from mmoe_rec.point_in_time.join import AnyLookUps, Join, KeyGroups, KnownEvents
 from mmoe_rec.point_in_time.lists import Ragged, consecutive
+from mmoe_rec.point_in_time.search import Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
+# With this many times more events than look-ups, nothing is computed for all events.
+_EVENTS_OF_A_SEARCH = 16
 _LIMB = "label_sum."
 NEVER = np.iinfo(np.int64).min
 
@@ -32,9 +35,13 @@ class Memory:
     def __init__(self, events: KnownEvents, floor: int | None) -> None:
         self.events, self.floor = events, floor
 
-    def joined(self, asked: LookUps) -> Join:
+    def joined(self, asked: AnyLookUps) -> Join | Search:
         """The events beside look-ups of them, which are no earlier than what can be answered."""
-        return Join(self.events, asked.as_of(self.floor))
+        if isinstance(asked, UnsortedLookUps):
+            return Search(self.events, asked.as_of(self.floor))
+        asked = asked.as_of(self.floor)
+        few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
+        return Search(self.events, asked) if few else Join(self.events, asked)
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
@@ -211,10 +218,13 @@ class HistoryMemory(Memory):
         order = sorted_order(key, known, items)
         return HistoryMemory(KnownEvents(key[order], known[order]), items[order], self.floor)
 
-    def last(self, asked: LookUps, length: int) -> Ragged:
+    def last(self, asked: AnyLookUps, length: int) -> Ragged:
         """The last `length` items that were known at N look-ups, oldest first."""
-        last = self.joined(asked).last()
-        lengths = np.minimum(_at(self._within_key, last, -1) + 1, length)
+        join = self.joined(asked)
+        if not len(self.events):
+            return Ragged(self.items, np.zeros(len(asked), np.int32))
+        last = join.last()
+        lengths = np.clip(last + 1 - join.first, 0, length)
         return Ragged(self.items[consecutive(last + 1 - lengths, lengths)], lengths.astype(np.int32))
 
     @cached_property

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time import join as module
 from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps
 from mmoe_rec.point_in_time.memory import CounterMemory, HistoryMemory
+from mmoe_rec.point_in_time.search import KeyIndex, Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
+WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, UnsortedLookUps))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
 KEYS = np.array([0, 1, 2, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 
@@ -36,9 +37,9 @@ def test_the_order_of_events_is_that_of_a_sort(data, whole):
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), rows=st.integers(0, 60), merged=st.booleans(), earlier=st.sampled_from([0, 3]))
+@given(data=st.data(), rows=st.integers(0, 60), way=st.sampled_from(WAYS), earlier=st.sampled_from([0, 3]))
 @pytest.mark.parametrize(("unit", "start"), [(1, 0), (1, 2**62 - 10**3), (1_000, 77_000), (1_000_000, -3_000_000)])
-def test_the_last_known_event_is_that_of_a_loop(data, rows, merged, earlier, unit, start):
+def test_the_last_known_event_is_that_of_a_loop(data, rows, way, earlier, unit, start):
     """unit: of times that are asked for; events become known at any moment. From 2^62 on there is no room for keys."""
     key, known, _ = _events(data)
     random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
@@ -48,13 +49,28 @@ def test_the_last_known_event_is_that_of_a_loop(data, rows, merged, earlier, uni
     order = sorted_order(key, known)
     events = KnownEvents(key[order], known[order])
     keys, times = random.choice(KEYS, rows), start + unit * random.integers(-7, 17, rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_EVENTS_OF_A_SEARCH", 10**6 if merged else 0)
-        asked = LookUps.sort(keys, times)
-        found = Join(events, asked).last(earlier * unit)[asked.number]
+    kind, ask = way
+    asked = ask(keys, times)
+    join = kind(events, asked)
+    found = join.last(earlier * unit)[asked.number]
     for row in range(rows):
         before = np.flatnonzero((events.key == keys[row]) & (events.known <= times[row] - earlier * unit))
         assert found[row] == (before[-1] if len(before) else -1)
+        if len(before):
+            assert join.first[asked.number][row] == np.flatnonzero(events.key == keys[row])[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), size=st.integers(0, 300), crowded=st.booleans())
+def test_an_index_finds_each_key(data, size, crowded):
+    """crowded: keys that are alike in their first bits, so that they share a bucket."""
+    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    some = random.integers(0, 1000 if crowded else 2**64, size, np.uint64)
+    keys, asked = np.unique(np.append(some, KEYS[:3])), np.append(random.choice(np.append(some, KEYS[:1]), 50), KEYS)
+    number, found = KeyIndex(keys[: len(keys) if size else 0]).find(asked)
+    known = keys.tolist() if size else []
+    assert number.tolist() == [sum(key < each for key in known) for each in asked.tolist()]
+    assert found.tolist() == [each in known for each in asked.tolist()]
 
 
 @settings(max_examples=100, deadline=None)

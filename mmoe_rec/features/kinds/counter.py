@@ -17,7 +17,7 @@ from mmoe_rec.features.layout import Table
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
-from mmoe_rec.point_in_time.join import LookUps, known_at
+from mmoe_rec.point_in_time.join import AnyLookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use, each_once
 
@@ -171,7 +171,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics."""
         return tuple(self.numbers)
 
-    def distinct_results(self, memory: CounterMemory, asked: LookUps) -> Mapping[str, np.ndarray]:
+    def distinct_results(self, memory: CounterMemory, asked: AnyLookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
         join = memory.joined(asked)
         last = join.last()

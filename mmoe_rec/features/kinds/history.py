@@ -16,7 +16,7 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.join import LookUps, known_at
+from mmoe_rec.point_in_time.join import AnyLookUps, known_at
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import HistoryMemory
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use
@@ -100,7 +100,7 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         """One, of the feature's name."""
         return (self.name,)
 
-    def distinct_results(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
+    def distinct_results(self, memory: HistoryMemory, asked: AnyLookUps) -> Mapping[str, Ragged]:
         """For each row, a list of table rows, of any length."""
         return {self.name: memory.last(asked, self.feature.length)}
 
