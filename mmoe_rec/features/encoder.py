@@ -10,12 +10,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.features.dense_number import DenseNumber, encode_together
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.join import AnyLookUps
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.schema import Schema, Use
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
@@ -25,10 +26,32 @@ Results = Mapping[str, np.ndarray | SharedRagged]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model inputs of N rows. ids: name -> (N,) int64 or `Ragged`; dense: name -> (N,) float32."""
+    """Model inputs of N rows.
+
+    ids: name -> (N,) int64 or `Ragged`; dense: name -> (N,) float32; numbers: name -> (N,) float32 or float64 that are
+    still to be standardised, and what does it.
+    """
 
     ids: dict[str, np.ndarray | Ragged] = field(default_factory=dict)
     dense: dict[str, np.ndarray] = field(default_factory=dict)
+    numbers: dict[str, tuple[np.ndarray, DenseNumber]] = field(default_factory=dict)
+
+    def add(self, other: Inputs) -> None:
+        """Takes another feature's inputs."""
+        self.ids.update(other.ids)
+        self.dense.update(other.dense)
+        self.numbers.update(other.numbers)
+
+    def standardised(self) -> Inputs:
+        """The same with all numbers among the dense inputs."""
+        dense = dict(self.dense)
+        for values, number in self.numbers.values():
+            dense |= number.encode(values)
+        return Inputs(self.ids, dense)
+
+    def standardised_together(self) -> Inputs:
+        """As `standardised`, to the bit; of few rows, many numbers are faster in one matrix than one by one."""
+        return Inputs(self.ids, self.dense | encode_together(list(self.numbers.values()))) if self.numbers else self
 
 
 @dataclass(frozen=True)

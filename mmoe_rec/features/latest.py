@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -11,8 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.request_rows import Stored, StoredColumn
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.arrays import one_array, shared_index
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.index import KeyIndex
 from mmoe_rec.schema import Schema
 
 
@@ -125,13 +128,28 @@ class LatestValues:
         self.table = table
 
     @cached_property
-    def _index(self) -> pd.Index:
-        return shared_index(hash_column(one_array(self.table.column(self.key))))
+    def columns(self) -> dict[str, StoredColumn]:
+        """The columns by name."""
+        return {name: StoredColumn(one_array(self.table.column(name))) for name in self.table.column_names}
+
+    @cached_property
+    def _index(self) -> tuple[KeyIndex, np.ndarray]:
+        hashes = hash_column(one_array(self.table.column(self.key)))
+        order = np.argsort(hashes)
+        return KeyIndex(hashes[order]), order.astype(np.int32)
 
     def find(self, keys: pa.Array) -> np.ndarray:
         """(N,) int64 row of each key, -1 for an unknown one."""
-        return self._index.get_indexer(pd.Index(hash_column(keys)))
+        index, order = self._index
+        place, found = index.find(hash_column(keys))
+        rows = np.full(len(keys), -1)
+        rows[found] = order[place[found]]
+        return rows
 
-    def values(self, column: str, found: np.ndarray) -> pa.Array:
-        """(N,) values of a column at the rows that `find` gave; null for unknown keys."""
-        return one_array(self.table.column(column)).take(pa.array(found, mask=found < 0))
+    def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:
+        """Columns of N rows with those that are not given beside them, null for unknown keys. The keys are given."""
+        keys = given[self.key]
+        rows = self.find(keys)
+        columns = {name: Stored(column, rows) for name, column in self.columns.items() if name not in given}
+        # What is known of a key that is known is the same as of the given one.
+        return {**given, **columns, self.key: Stored(self.columns[self.key], rows, keys)}

@@ -221,12 +221,18 @@ class Standardiser:
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(N,) float32 of float32 or float64 values; missing values become 0, the mean."""
-        # In float64: differences may be small beside the values themselves.
-        scaled = np.subtract(values, self.mean, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            scaled /= self.deviation
-        np.clip(scaled, -CLIP, CLIP, out=scaled)
-        finite = np.isfinite(values)
-        if not finite.all():
-            scaled[~finite] = 0.0
-        return scaled.astype(np.float32)
+        return standardised(values, self.mean, self.deviation, np.isfinite(values))
+
+
+def standardised(
+    values: np.ndarray, mean: float | np.ndarray, deviation: float | np.ndarray, finite: np.ndarray
+) -> np.ndarray:
+    """(values - mean) / deviation as float32 and within +-10, 0 where not `finite`: arrays that broadcast."""
+    # In float64: differences may be small beside the values themselves.
+    scaled = np.subtract(values, mean, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        scaled /= deviation
+    np.clip(scaled, -CLIP, CLIP, out=scaled)
+    if not finite.all():
+        scaled[~finite] = 0.0
+    return scaled.astype(np.float32)

@@ -26,6 +26,7 @@ from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOut
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.memory import Memory
@@ -168,10 +169,19 @@ class FeaturePipeline:
         """Inputs of N rows, by name. Placement columns may be absent, as they are in serving."""
         all_inputs = Inputs()
         for name, encoder in self.encoders.items():
-            inputs = encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows))
-            all_inputs.ids.update(inputs.ids)
-            all_inputs.dense.update(inputs.dense)
-        return all_inputs
+            all_inputs.add(encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
+        return all_inputs.standardised()
+
+    def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
+        """Inputs of R requests, of the features that describe user or context, and of N candidates, of the others.
+
+        Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
+        """
+        shared, own = Inputs(), Inputs()
+        for name, encoder in self.encoders.items():
+            part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
+            part.add(encoder.encode(asked) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
+        return shared.standardised_together(), own.standardised_together()
 
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
@@ -185,6 +195,10 @@ class FeaturePipeline:
         if name not in self._placement:
             return True
         return all(map(rows.has, self.schema.features[name].reads()))
+
+    @cached_property
+    def _of_requests(self) -> frozenset[str]:
+        return frozenset(name for name in self.encoders if self.schema.role_of(name) in ("user", "context"))
 
     @cached_property
     def _placement(self) -> frozenset[str]:

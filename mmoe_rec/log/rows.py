@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
+from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.schema import Schema, Task
 
 MICROSECONDS_PER_DAY = 86_400_000_000
@@ -27,6 +28,9 @@ class LogRows:
 
     def __init__(self, table: pa.Table, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
         self.table = table
+        self._start(schema, results)
+
+    def _start(self, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
         self.schema = schema
         self.results = results or {}
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
@@ -52,24 +56,26 @@ class LogRows:
         """A column as one array, with strings as they are held."""
         return one_array(self.table.column(name))
 
+    def each(self, name: str, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+        """(N,) what a function makes of a column's values (as `coded` gives them), of each value for itself."""
+        return function(self.coded(name))
+
     def numbers(self, name: str) -> np.ndarray:
         """(N,) float64 of a column of numbers, NaN where null."""
-        column = self.column(name)
-        if pt.is_null(column.type):
-            return np.full(len(column), np.nan)
-        if pt.is_string(column.type):
-            raise UserError(f"column '{name}' must hold numbers, found strings")
-        return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        try:
+            return self.each(name, _numbers)
+        except UserError as error:
+            raise UserError(f"column '{name}' {error}") from None
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
         """(N,) uint64 hash of one column or of the combination of several."""
         key = tuple(names)
         if key not in self._hashes:
-            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [hash_column(self.coded(names[0]))]
+            parts = [self.hashes([name]) for name in names] if len(key) > 1 else [self.each(names[0], hash_column)]
             self._hashes[key] = combine(parts)
         return self._hashes[key]
 
-    def look_ups(self, names: Sequence[str]) -> LookUps:
+    def look_ups(self, names: Sequence[str]) -> AnyLookUps:
         """The rows' look-ups by these columns."""
         key = tuple(names)
         if key not in self._look_ups:
@@ -112,6 +118,16 @@ class LogRows:
             rule = task.observed_when
             observed &= _equals(self.column(rule.column), rule.column, rule.equals)
         return np.where(observed, labels, np.nan)
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    if pt.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pt.is_null(column.type):
+        return np.full(len(column), np.nan)
+    if pt.is_string(column.type):
+        raise UserError("must hold numbers, found strings")
+    return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
 def maturity(task: Task, schema: Schema) -> int:

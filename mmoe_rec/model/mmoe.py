@@ -96,10 +96,28 @@ class RankingModel(nn.Module):
 
         Over sharded tables this is a collective call: every rank makes it.
         """
+        inputs, placement = self.side_by_side(batch)
+        return self.of_inputs(inputs, placement, use_placement, top_k, usable)
+
+    def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch's inputs, (B, W) float32: embeddings, then numbers, in the order of the layout; and its placement,
+        (B, P). Over sharded tables this is a collective call."""
         pooled = self.tables(batch.ids)
         embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
-        inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)  # (B, W)
-        placement = _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)  # (B, P)
+        inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
+        return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
+
+    def of_inputs(
+        self,
+        inputs: Tensor,
+        placement: Tensor | None,
+        use_placement: bool | None = None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+    ) -> Outputs:
+        """Logits and routings of inputs as `side_by_side` gives them; without placement, its tower adds nothing."""
+        if placement is None:
+            use_placement = False
         outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
@@ -143,12 +161,12 @@ class Mixture(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        placement: Tensor,
+        placement: Tensor | None,
         use_placement: bool | None = None,
         top_k: int | None = None,
         usable: Tensor | None = None,
     ) -> Outputs:
-        """inputs (B, sum of widths), placement (B, P) -> logits and routings.
+        """inputs (B, sum of widths), placement (B, P) where it is used -> logits and routings.
 
         use_placement: add the placement tower's logits; None does so in training only. top_k: experts per row and gate,
         outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.point_in_time.search import KeyIndex, UnsortedLookUps
+from mmoe_rec.point_in_time.index import KeyIndex
 from mmoe_rec.point_in_time.sorting import sorted_order
 
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
@@ -122,9 +122,6 @@ class LookUps:
     def unit(self) -> int:
         """Microseconds that all times are whole multiples of, so that less room is needed to tell them apart."""
         return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
-
-
-AnyLookUps = LookUps | UnsortedLookUps
 
 
 class Join:

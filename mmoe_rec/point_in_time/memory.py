@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
-from mmoe_rec.point_in_time.join import AnyLookUps, Join, KeyGroups, KnownEvents
+from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents
 from mmoe_rec.point_in_time.lists import Ragged, consecutive
-from mmoe_rec.point_in_time.search import Search, UnsortedLookUps
+from mmoe_rec.point_in_time.search import AnyLookUps, Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
 # With this many times more events than look-ups, nothing is computed for all events.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.request import Request
-
-if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
 
@@ -32,8 +29,15 @@ class Envelope(BaseModel):
     mask_experts: list[int] | None = None
 
 
+class Ranks(Protocol):
+    """What answers requests: a loaded ranker."""
+
+    def rank_many(self, requests: Sequence[Request]) -> list[Ranking | RequestError]:
+        """One answer a request, in order."""
+
+
 def ranked(
-    ranker: LoadedRanker, elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
+    ranker: Ranks, elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
 ) -> list[Ranking | RequestError]:
     """One answer an element, in order: a ranking, or the sentence for the caller about what is wrong with it.
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.values import check_count
@@ -29,6 +28,17 @@ class ExpertChoice:
 
     top_k: int | None = None
     masked: tuple[int, ...] = ()
+
+
+MODELS_OWN = ExpertChoice()
+
+
+class Guarded(NamedTuple):
+    """Logits (B, T), a sentence for each thing that went wrong, and whether an expert failed on these rows."""
+
+    logits: Tensor
+    warnings: list[str]
+    failed: bool
 
 
 class GuardedModel:
@@ -56,8 +66,8 @@ class GuardedModel:
                 raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
         return ExpertChoice(top_k, tuple(sorted(set(masked))))
 
-    def logits(self, batch: Batch, choice: ExpertChoice = ExpertChoice()) -> tuple[Tensor, list[str]]:
-        """Logits (B, T), and a sentence for each thing that went wrong.
+    def logits(self, inputs: Tensor, choice: ExpertChoice = MODELS_OWN) -> Guarded:
+        """Logits (B, T) of inputs (B, W).
 
         Raises RuntimeError where the model fails for another reason than an expert.
         """
@@ -66,25 +76,25 @@ class GuardedModel:
         ]
         usable = self.all_but(choice.masked) if choice.masked else None
         try:
-            found = self._forward(batch, choice.top_k, usable)
+            found = self._forward(inputs, choice.top_k, usable)
         except Exception:
             found = None
-        if found is None or not _is_finite(found):
-            failed = self._failed(batch, choice)
+        if failing := found is None or not _is_finite(found):
+            failed = self._failed(inputs, choice)
             warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
             usable = self.all_but([*choice.masked, *failed])
-            found = self._forward(batch, choice.top_k, usable)
-        return found.logits, warnings + self._bias_only(usable)
+            found = self._forward(inputs, choice.top_k, usable)
+        assert found is not None
+        return Guarded(found.logits, warnings + self._bias_only(usable), failing)
 
-    def _forward(self, batch: Batch, top_k: int | None, usable: Tensor | None) -> Outputs:
+    def _forward(self, inputs: Tensor, top_k: int | None, usable: Tensor | None) -> Outputs:
         with torch.inference_mode():
-            outputs: Outputs = self.model(batch, top_k=top_k, usable=usable)
-        return outputs
+            return self.model.of_inputs(inputs, None, top_k=top_k, usable=usable)
 
-    def _failed(self, batch: Batch, choice: ExpertChoice) -> dict[int, str]:
+    def _failed(self, inputs: Tensor, choice: ExpertChoice) -> dict[int, str]:
         """Experts that fail when each is run on its own, and why."""
         # What fails here is no expert's fault.
-        without = self._forward(batch, choice.top_k, self._only(None))
+        without = self._forward(inputs, choice.top_k, self._only(None))
         if not without.routings[0].probabilities.isfinite().all():
             raise RuntimeError("what experts and gates read has values that are not finite numbers")
         failed = {}
@@ -92,7 +102,7 @@ class GuardedModel:
             if expert in choice.masked:
                 continue
             try:
-                if not _is_finite(self._forward(batch, choice.top_k, self._only(expert))):
+                if not _is_finite(self._forward(inputs, choice.top_k, self._only(expert))):
                     failed[expert] = "its values are not finite numbers"
             except Exception as error:
                 failed[expert] = " ".join(str(error).split())[:200] or type(error).__name__

@@ -23,21 +23,19 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
+from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.score import log_predictions, predictions, with_outcomes
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_weights
+from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_weights
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
+from mmoe_rec.serving.experts import GuardedModel
+from mmoe_rec.serving.passes import Passes
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import Request, RequestReader, request_time
-from mmoe_rec.serving.values import check_count
+from mmoe_rec.serving.request import Request, RequestReader
+from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
 from mmoe_rec.serving.weights import fused_weights
 from mmoe_rec.settings import Model
-
-ROWS_AT_A_TIME = 16_384
-_LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 class LoadedRanker:
@@ -56,10 +54,13 @@ class LoadedRanker:
         self.model = model.eval()
         self.guarded = GuardedModel(model, [task.name for task in about.tasks])
         self.calibration = calibration
+        self.scorer = Scorer(about, self.guarded, calibration)
         self.pipeline = pipeline
-        self.reader = RequestReader(pipeline, features, about.max_candidates)
-        self.kinds = [task.kind for task in about.tasks]
         self.names = [task.name for task in about.tasks]
+        tables = model.tables
+        assert isinstance(tables, PlainTables)
+        self.reader = RequestReader(pipeline, features, about.max_candidates)
+        self._passes = Passes(self.scorer, pipeline, RequestInputs(self.layout, tables), self.reader)
 
     @staticmethod
     def read(folder: Path) -> LoadedRanker:
@@ -113,38 +114,11 @@ class LoadedRanker:
         return answer
 
     def rank_many(self, requests: Sequence[Request]) -> list[Ranking | RequestError]:
-        """Ranks the candidates of each request; one that is wrong gets its error, as `rank` would raise it."""
-        answers: list[Ranking | RequestError] = []
-        for request in requests:
-            try:
-                answers.append(self._ranked(request))
-            except RequestError as error:
-                answers.append(error)
-        return answers
+        """Ranks the candidates of each request; one that is wrong gets its error, as `rank` would raise it.
 
-    def _ranked(self, request: Request) -> Ranking:
-        weights = fused_weights(self.about.tasks, request.task_weights)
-        check_count("top_k", request.top_k)
-        choice = self.guarded.choice(request.gate_top_k, request.mask_experts)
-        rows = self.reader.rows(request.user, request.context, request.candidates)
-        try:
-            values, log_scores, warnings = self._score(rows, weights, choice)
-        except RequestError:
-            raise
-        except UserError as error:
-            raise RequestError(str(error)) from None
-        order = np.argsort(-log_scores, kind="stable")[: request.top_k]
-        ids = rows.column(self.pipeline.schema.columns.candidate)
-        best = values[order].astype(np.float64)
-        return Ranking(
-            candidates=ids.take(pa.array(order)).to_pylist(),
-            scores=np.exp(np.minimum(log_scores[order], _LARGEST)).tolist(),
-            predictions={name: values.tolist() for name, values in with_outcomes(best, self.layout).items()},
-            order=order.tolist(),
-            request_time=iso_time(request_time(rows)),
-            tables_as_of=self.about.tables_as_of,
-            warnings=warnings,
-        )
+        Requests that give the same columns and ask for the same experts share one pass of features and model.
+        """
+        return self._passes.answers(requests)
 
     def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
@@ -158,7 +132,17 @@ class LoadedRanker:
             rows = self._canonical(rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
-        return self._score(rows, weights, ExpertChoice())[:2]
+        starts = range(0, len(rows), ROWS_AT_A_TIME)
+        scored = Scored.joined([self.scorer.score(self._inputs(rows, start)) for start in starts], len(self.names))
+        return scored.values, scored.logs @ weights
+
+    def _inputs(self, rows: LogRows, start: int) -> Tensor:
+        """The model's inputs of at most ROWS_AT_A_TIME rows."""
+        if len(rows) > ROWS_AT_A_TIME:
+            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
+        batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
+        with torch.inference_mode():
+            return self.model.side_by_side(batch)[0]
 
     def _canonical(self, rows: pa.Table) -> LogRows:
         schema = self.pipeline.schema
@@ -171,27 +155,6 @@ class LoadedRanker:
         for name in read.keys() & columns.keys():
             columns[name] = canonical(name, uses[name], rows[name], unit)
         return LogRows(pa.table(columns), schema)
-
-    def _score(
-        self, rows: LogRows, weights: np.ndarray, choice: ExpertChoice
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        parts = [self._logits(rows, start, choice) for start in range(0, len(rows), ROWS_AT_A_TIME)]
-        logits = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, len(self.kinds))
-        warnings = list(dict.fromkeys(sentence for _, found in parts for sentence in found))
-        values = predictions(logits, self.kinds).numpy()
-        log_scores = log_predictions(logits.double(), self.kinds).numpy() @ weights
-        if not (np.isfinite(values).all() and np.isfinite(log_scores).all()):
-            # NaN would make the reply invalid JSON, and a ranking by it means nothing.
-            raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
-        return values, log_scores, warnings
-
-    def _logits(self, rows: LogRows, start: int, choice: ExpertChoice) -> tuple[Tensor, list[str]]:
-        """Calibrated logits (n, T) of at most ROWS_AT_A_TIME rows, and what went wrong with experts."""
-        if len(rows) > ROWS_AT_A_TIME:
-            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
-        batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
-        logits, warnings = self.guarded.logits(batch, choice)
-        return self.calibration.apply(logits, self.names), warnings
 
 
 def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.request_rows import FewRows, RequestRows
+from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError
@@ -50,23 +52,25 @@ class RequestReader:
         self.candidates = LatestValues(columns.candidate, pq.read_table(features / "latest.candidate.parquet"))
         self.columns = RequestColumns(pipeline, self.users, self.candidates)
 
-    def rows(self, user: Mapping[str, Any], context: Mapping[str, Any], candidates: Mapping[str, Any]) -> LogRows:
-        """One row for each of the N candidates. Raises RequestError naming the column."""
-        count = self._count(candidates)
-        given = self._read_candidates(candidates)
-        one = self._read_one("user", user) | self._read_one("context", context)
-        self._require(one, given)
+    def rows(self, requests: Sequence[Request]) -> RequestRows:
+        """A row for each of the candidates of requests (at least one) that give the same columns, in order.
+
+        Raises RequestError naming the column; which of several requests is wrong, it does not say.
+        """
         names = self.schema.columns
-        one.setdefault(names.time, pa.array([time.time_ns() // 1_000], UTC_MICROSECONDS))
-        self._complete(one, self.users, "user")
-        self._complete(given, self.candidates, "candidate")
+        counts = [self._count(request.candidates) for request in requests]
+        one = self._read("user", [request.user for request in requests])
+        one |= self._read("context", [request.context for request in requests])
+        given = self._read_candidates([request.candidates for request in requests])
+        self._require(one, given)
+        if names.time not in one:
+            one[names.time] = pa.repeat(_now(), len(requests))
+        shared, own = self.users.completed(one), self.candidates.completed(given)
         for name in self.columns.log_columns:
-            if name not in given and name not in one:
-                one[name] = pa.nulls(1)
-        every_row = pa.array(np.zeros(count, np.int64))
-        # Taking row 0 many times repeats a value of any type.
-        given.update((name, values.take(every_row)) for name, values in one.items())
-        return LogRows(pa.table(given), self.schema)
+            if name not in own and name not in shared:
+                shared[name] = pa.nulls(len(requests))
+        of = np.repeat(np.arange(len(requests)), counts)
+        return RequestRows(FewRows(shared, len(requests), self.schema), own, of)
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
         name = self.schema.columns.candidate
@@ -91,24 +95,23 @@ class RequestReader:
                 )
         return count
 
-    def _read_candidates(self, candidates: Mapping[str, Any]) -> dict[str, pa.Array]:
+    def _read_candidates(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
         return {
-            each.name: to_arrow(
-                each.name, candidates[each.name], each.use, each.expected, self.schema.columns.time_unit
-            )
-            for each in self.columns.of_part("candidate", candidates)
+            each.name: self._array(each, list(chain.from_iterable(part[each.name] for part in parts)))
+            for each in self.columns.of_part("candidate", parts[0])
         }
 
-    def _read_one(self, role: Role, values: Mapping[str, Any]) -> dict[str, pa.Array]:
-        if not isinstance(values, Mapping):
+    def _read(self, role: Role, parts: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+        if not all(isinstance(part, Mapping) for part in parts):
             raise RequestError(f"'{PARTS[role]}' must be an object of columns and values")
-        return {each.name: self._one(each, values[each.name]) for each in self.columns.of_part(role, values)}
+        return {
+            each.name: self._array(each, [part[each.name] for part in parts])
+            for each in self.columns.of_part(role, parts[0])
+        }
 
-    def _one(self, column: RequestColumn, value: Any) -> pa.Array:
-        if column.name == self.schema.columns.time and value is None:
-            value = time.time_ns() // 1_000
-            return pa.array([value], UTC_MICROSECONDS)
-        return to_arrow(column.name, [value], column.use, column.expected, self.schema.columns.time_unit)
+    def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
+        array = to_arrow(column.name, values, column.use, column.expected, self.schema.columns.time_unit)
+        return filled(array, _now()) if column.name == self.schema.columns.time else array
 
     def _require(self, one: dict[str, pa.Array], given: dict[str, pa.Array]) -> None:
         names = self.schema.columns
@@ -117,13 +120,12 @@ class RequestReader:
         if given[names.candidate].null_count:
             raise RequestError(f"column '{names.candidate}' in 'candidates' holds null; every candidate needs an id")
 
-    def _complete(self, values: dict[str, pa.Array], latest: LatestValues, role: Role) -> None:
-        missing = [name for name in latest.table.column_names if name not in values]
-        if missing:
-            found = latest.find(values[latest.key])
-            values.update((name, latest.values(name, found)) for name in missing)
+
+def same_columns(request: Request) -> tuple[Any, ...]:
+    """What requests that can be read together have in common: the columns that they give."""
+    parts = (request.user, request.context, request.candidates)
+    return tuple(tuple(part) if isinstance(part, Mapping) else None for part in parts)
 
 
-def request_time(rows: LogRows) -> int:
-    """The request time of a request's rows, microseconds since 1970 UTC."""
-    return int(rows.times()[0])
+def _now() -> pa.Scalar:
+    return pa.scalar(time.time_ns() // 1_000, UTC_MICROSECONDS)

@@ -67,7 +67,7 @@ def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: 
     schema = _schema(kind)
     pipeline = fit(_log(1), schema, START + 8 * DAY)
     rows = log_rows(_log(2), schema)
-    outline, inputs = pipeline.encoders["f"].outline(), pipeline.encoders["f"].encode(rows)
+    outline, inputs = pipeline.encoders["f"].outline(), pipeline.encoders["f"].encode(rows).standardised()
     assert [name for name, _, _ in outline.ids] == list(inputs.ids)
     assert [each.name for each in outline.dense] == list(inputs.dense)
     assert inputs.ids or inputs.dense
@@ -86,7 +86,7 @@ def test_inputs_are_those_of_the_layout_and_survive_saving(kind: str, tmp_path: 
     restored = FeaturePipeline.load(tmp_path, memories=False)
     for name, encoder in pipeline.memory_encoders.items():
         restored.memory_encoders[name].memory = encoder.memory
-    again = restored.encoders["f"].encode(rows)
+    again = restored.encoders["f"].encode(rows).standardised()
     assert restored.layout == pipeline.layout
     for name, each in inputs.dense.items():
         assert np.array_equal(again.dense[name], each)
@@ -155,7 +155,7 @@ def test_every_column_that_it_reads_is_told(kind: str) -> None:
     told = {*column_uses(schema)}
     pipeline = fit(_log(1), schema, START + 8 * DAY)
     rows = log_rows(_log(2).select([each for each in _log(2).column_names if each in told]), schema)
-    pipeline.encoders["f"].encode(rows)
+    pipeline.encoders["f"].encode(rows).standardised()
 
 
 @pytest.mark.parametrize("kind", NAMES)

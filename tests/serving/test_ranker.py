@@ -22,6 +22,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.serving.request import Request
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 KINDS = ["binary", "binary", "regression"]
@@ -174,7 +175,7 @@ def _times(text: str, rows: int) -> pa.Array:
 
 def encoded_inputs(ranker: Ranker, **request: object) -> dict[str, list]:
     """What the model is given, by name of the input, for the first candidate."""
-    rows = ranker.reader.rows(**request)  # type: ignore[arg-type]
+    rows = ranker.reader.rows([Request(**request)])  # type: ignore[arg-type]
     table = ranker.pipeline.encode(rows).to_arrow(ranker.layout)
     return {name: values.to_pylist() for name, values in table.items()}
 

@@ -17,8 +17,9 @@ from mmoe_rec.features.layout import Table
 from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
-from mmoe_rec.point_in_time.join import AnyLookUps, known_at
+from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
+from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use, each_once
 
 Days = Annotated[float, Field(gt=0, le=36_500)]
@@ -228,14 +229,14 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def encode(self, rows: LogRows) -> Inputs:
         """The standardised statistics. A column with the name of one wins."""
-        dense: dict[str, np.ndarray] = {}
+        numbers: dict[str, tuple[np.ndarray, DenseNumber]] = {}
         given = {name for name in self.numbers if rows.has(name)}
         results = {} if len(given) == len(self.numbers) else self.look_up(rows)
         for name, number in self.numbers.items():
             values = self.distances(name, rows.numbers(name)) if name in given else results[name]
             assert isinstance(values, np.ndarray)
-            dense |= number.encode(values)
-        return Inputs(dense=dense)
+            numbers[name] = (values, number)
+        return Inputs(numbers=numbers)
 
     def state(self) -> State:
         """The overall mean, and the statistics' means and deviations."""

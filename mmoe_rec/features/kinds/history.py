@@ -16,9 +16,10 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.join import AnyLookUps, known_at
+from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import HistoryMemory
+from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use
 
 _FOREVER = np.iinfo(np.int64).max

@@ -58,7 +58,7 @@ class IdEncoder(Encoder):
 
     def encode(self, rows: LogRows) -> Inputs:
         """Rows of the table."""
-        return Inputs({self.name: self.owner.encode(rows.coded(self.feature.column))})
+        return Inputs({self.name: rows.each(self.feature.column, self.owner.encode)})
 
     def state(self) -> State:
         """The vocabulary, if it is this feature's own: known ids in the order of their rows."""

@@ -79,7 +79,7 @@ class NumericEncoder(Encoder):
         """The standardised number or its bucket."""
         values = self._values(rows)
         if self.feature.transform != "buckets":
-            return Inputs(dense=self.number.encode(values))
+            return Inputs(numbers={self.name: (values, self.number)})
         bucket = 1 + np.searchsorted(self.edges, values, side="left")
         return Inputs({self.name: np.where(np.isfinite(values), bucket, 0)})
 

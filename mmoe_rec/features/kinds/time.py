@@ -134,7 +134,8 @@ class TimeEncoder(Encoder):
             for part, read in parts.items()
             if part in self.feature.parts
         }
-        return Inputs(dict(ids), self.age.encode(self._age(rows)) if "age" in self.feature.parts else {})
+        ages = {self.age.name: (self._age(rows), self.age)} if "age" in self.feature.parts else {}
+        return Inputs(dict(ids), numbers=ages)
 
     def state(self) -> State:
         """Mean and deviation of the age."""

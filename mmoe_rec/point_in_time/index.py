@@ -1,0 +1,47 @@
+"""Keys found among many at a cost that does not grow with their number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class KeyIndex:
+    """Finds keys among (G,) distinct rising uint64 ones.
+
+    These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys = keys
+        bits = max(1, (len(keys) - 1).bit_length())
+        self._shift = np.uint64(64 - bits)
+        counts = np.bincount((keys >> self._shift).view(np.int64), minlength=2**bits)
+        # (2^bits + 1,) where each bucket begins, and the last one ends.
+        self._starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
+        np.cumsum(counts, out=self._starts[1:])
+
+    def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int64 number of the first key that is not less than each of (N,) uint64 asked ones, and whether it is
+        that key."""
+        if not len(self.keys):
+            return np.zeros(len(asked), np.int64), np.zeros(len(asked), bool)
+        bucket = (asked >> self._shift).view(np.int64)
+        low, high = self._starts.take(bucket).astype(np.int64), self._starts.take(bucket + 1)
+        found = bisected(self.keys, asked, low, high, np.less)
+        return found, self.keys.take(found, mode="clip") == asked
+
+
+def bisected(values: np.ndarray, asked: np.ndarray, low: np.ndarray, high: np.ndarray, before: np.ufunc) -> np.ndarray:
+    """(N,) int64 places of the first of the rising `values` from `low` to `high` (exclusive) that is not `before` what
+    is asked, `high` for none."""
+    found = low.copy()
+    open_ = np.flatnonzero(low < high)
+    low, high, asked = low[open_], high[open_], asked[open_]
+    while len(open_):
+        middle = (low + high) >> 1
+        is_before = before(values[middle], asked)
+        low, high = np.where(is_before, middle + 1, low), np.where(is_before, high, middle)
+        found[open_] = low
+        left = np.flatnonzero(low < high)
+        open_, low, high, asked = open_[left], low[left], high[left], asked[left]
+    return found

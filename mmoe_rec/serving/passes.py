@@ -1,0 +1,141 @@
+"""Requests that can be answered together share one pass: one reading, one encoding, one run of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.request_rows import RequestRows
+from mmoe_rec.model.inputs import RequestInputs
+from mmoe_rec.model.score import with_outcomes
+from mmoe_rec.serving.artifact import Artifact, iso_time
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.experts import ExpertChoice
+from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.request import Request, RequestReader, same_columns
+from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
+from mmoe_rec.serving.values import check_count
+from mmoe_rec.serving.weights import fused_weights
+
+_LARGEST = float(np.log(np.finfo(np.float64).max))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose options are checked. weights: (T,) float64 of the tasks in the score."""
+
+    number: int
+    request: Request
+    weights: np.ndarray
+    choice: ExpertChoice
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Answers requests, as many as possible at a time, by the parts of a loaded ranker."""
+
+    scorer: Scorer
+    pipeline: FeaturePipeline
+    inputs: RequestInputs
+    reader: RequestReader
+
+    @property
+    def _about(self) -> Artifact:
+        return self.scorer.about
+
+    def answers(self, requests: Sequence[Request]) -> list[Ranking | RequestError]:
+        """One answer a request, in order, which does not depend on the others; see `LoadedRanker.rank_many`."""
+        answers: dict[int, Ranking | RequestError] = {}
+        alike: dict[Any, list[_Asked]] = {}
+        for number, request in enumerate(requests):
+            try:
+                asked = self._checked(number, request)
+                alike.setdefault((asked.choice, same_columns(request)), []).append(asked)
+            except RequestError as error:
+                answers[number] = error
+        for group in alike.values():
+            for some in _parts(group):
+                answers.update(zip((asked.number for asked in some), self._answered(some), strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def _checked(self, number: int, request: Request) -> _Asked:
+        weights = fused_weights(self._about.tasks, request.task_weights)
+        check_count("top_k", request.top_k)
+        choice = self.scorer.guarded.choice(request.gate_top_k, request.mask_experts)
+        return _Asked(number, request, weights, choice)
+
+    def _answered(self, asked: Sequence[_Asked]) -> Sequence[Ranking | RequestError]:
+        try:
+            if (rankings := self._passed(asked)) is not None:
+                return rankings
+        except RequestError as error:
+            if len(asked) == 1:
+                return [error]
+        # Some of them are wrong, or give values of other types than the others: halves find out which.
+        half = len(asked) // 2
+        return [*self._answered(asked[:half]), *self._answered(asked[half:])]
+
+    def _passed(self, asked: Sequence[_Asked]) -> list[Ranking] | None:
+        """The rankings; None where an expert failed, which may be the fault of one request among several."""
+        rows = self.reader.rows([each.request for each in asked])
+        try:
+            inputs = self.pipeline.request_inputs(rows)
+        except RequestError:
+            raise
+        except UserError as error:
+            raise RequestError(str(error)) from None
+        scored = self.scorer.score(self.inputs.matrix(*inputs, rows.of), asked[0].choice)
+        return None if scored.failed and len(asked) > 1 else self._rankings(asked, rows, scored)
+
+    def _rankings(self, asked: Sequence[_Asked], rows: RequestRows, scored: Scored) -> list[Ranking]:
+        weights = np.array([each.weights for each in asked])
+        log_scores = (scored.logs * weights[rows.of]).sum(1)
+        if not np.isfinite(log_scores).all():
+            raise RuntimeError(f"model '{self._about.name}' gives scores that are not finite numbers")
+        starts = np.searchsorted(rows.of, np.arange(len(asked) + 1))
+        # By request, then by falling score; equal ones keep their order.
+        order = np.lexsort((-log_scores, rows.of))
+        ids = rows.column(self.pipeline.schema.columns.candidate).to_pylist()
+        best = scored.values[order].astype(np.float64)
+        lists = {name: each.tolist() for name, each in with_outcomes(best, self._about.layout).items()}
+        scores = np.exp(np.minimum(log_scores[order], _LARGEST)).tolist()
+        places, positions = order.tolist(), (order - starts[rows.of]).tolist()
+        times = rows.shared.times().tolist()
+        rankings = []
+        for number, each in enumerate(asked):
+            start, end = int(starts[number]), int(starts[number + 1])
+            if each.request.top_k is not None:
+                end = min(end, start + each.request.top_k)
+            rankings.append(
+                Ranking(
+                    candidates=[ids[place] for place in places[start:end]],
+                    scores=scores[start:end],
+                    predictions={name: every[start:end] for name, every in lists.items()},
+                    order=positions[start:end],
+                    request_time=iso_time(times[number]),
+                    tables_as_of=self._about.tables_as_of,
+                    warnings=list(scored.warnings),
+                )
+            )
+        return rankings
+
+
+def _parts(asked: Sequence[_Asked]) -> Iterator[Sequence[_Asked]]:
+    """Requests whose candidates fill a pass; one that has more than that is a part of its own."""
+    part: list[_Asked] = []
+    rows = 0
+    for each in asked:
+        columns = each.request.candidates
+        lists = columns.values() if isinstance(columns, Mapping) else ()
+        count = max((len(column) for column in lists if isinstance(column, Sequence)), default=0)
+        if part and rows + count > ROWS_AT_A_TIME:
+            yield part
+            part, rows = [], 0
+        part.append(each)
+        rows += count
+    yield part
