@@ -141,9 +141,9 @@ class LatestValues:
     def find(self, keys: pa.Array) -> np.ndarray:
         """(N,) int64 row of each key, -1 for an unknown one."""
         index, order = self._index
-        place, found = index.find(hash_column(keys))
+        found, place = index.find(hash_column(keys))
         rows = np.full(len(keys), -1)
-        rows[found] = order[place[found]]
+        rows[found] = order[place]
         return rows
 
     def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:

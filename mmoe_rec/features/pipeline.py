@@ -30,6 +30,7 @@ from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.memory import Memory
+from mmoe_rec.point_in_time.search import TogetherIndex
 from mmoe_rec.schema import Schema
 
 FORMAT = 9
@@ -60,6 +61,7 @@ class FeaturePipeline:
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
+        self._together: TogetherIndex | None = None
         self._check_names()
 
     def _check_names(self) -> None:
@@ -78,7 +80,7 @@ class FeaturePipeline:
                         f"feature '{name}' gives an input '{each}', which is also a column; rename the feature"
                     )
 
-    @property
+    @cached_property
     def memory_encoders(self) -> dict[str, MemoryEncoder[Any]]:
         """The counters and histories."""
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, MemoryEncoder)}
@@ -177,11 +179,28 @@ class FeaturePipeline:
 
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
+        self._find_together(rows)
         shared, own = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
             part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
             part.add(encoder.encode(asked) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
         return shared.standardised_together(), own.standardised_together()
+
+    def _find_together(self, rows: RequestRows) -> None:
+        """Finds what the rows ask of all memories at once."""
+        encoders = self.memory_encoders
+        memories = [encoder.memory.events for encoder in encoders.values()]
+        index = self._together
+        if index is None or any(a is not b for a, b in zip(index.memories, memories, strict=True)):
+            index = self._together = TogetherIndex(memories)
+        asking = [(each, rows.shared if name in self._of_requests else rows) for name, each in encoders.items()]
+        index.find(
+            [
+                (encoder.memory.events, asked.look_ups(encoder.by))
+                for encoder, asked in asking
+                if not all(map(asked.has, encoder.precomputed()))
+            ]
+        )
 
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""

@@ -21,14 +21,14 @@ class KeyIndex:
         np.cumsum(counts, out=self._starts[1:])
 
     def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int64 number of the first key that is not less than each of (N,) uint64 asked ones, and whether it is
-        that key."""
+        """Which of (N,) uint64 asked keys are there, (K,) int64 rising places, and the number of each of these keys."""
         if not len(self.keys):
-            return np.zeros(len(asked), np.int64), np.zeros(len(asked), bool)
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         bucket = (asked >> self._shift).view(np.int64)
         low, high = self._starts.take(bucket).astype(np.int64), self._starts.take(bucket + 1)
-        found = bisected(self.keys, asked, low, high, np.less)
-        return found, self.keys.take(found, mode="clip") == asked
+        number = bisected(self.keys, asked, low, high, np.less)
+        found = np.flatnonzero(self.keys.take(number, mode="clip") == asked)
+        return found, number[found]
 
 
 def bisected(values: np.ndarray, asked: np.ndarray, low: np.ndarray, high: np.ndarray, before: np.ufunc) -> np.ndarray:

@@ -68,10 +68,10 @@ def test_an_index_finds_each_key(data, size, crowded):
     random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     some = random.integers(0, 1000 if crowded else 2**64, size, np.uint64)
     keys, asked = np.unique(np.append(some, KEYS[:3])), np.append(random.choice(np.append(some, KEYS[:1]), 50), KEYS)
-    number, found = KeyIndex(keys[: len(keys) if size else 0]).find(asked)
+    found, number = KeyIndex(keys[: len(keys) if size else 0]).find(asked)
     known = keys.tolist() if size else []
-    assert number.tolist() == [sum(key < each for key in known) for each in asked.tolist()]
-    assert found.tolist() == [each in known for each in asked.tolist()]
+    assert found.tolist() == [place for place, each in enumerate(asked.tolist()) if each in known]
+    assert number.tolist() == [known.index(each) for each in asked.tolist() if each in known]
 
 
 @settings(max_examples=100, deadline=None)
