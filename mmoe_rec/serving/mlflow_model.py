@@ -75,6 +75,7 @@ class RankingPythonModel(PythonModel):
         # percentile was six times that of one thread. Very long lists on idle cores lose: a third at 10,000.
         torch.set_num_threads(1)
         self.ranker = Ranker.load(context.artifacts[ARTIFACT])
+        self.ranker.serve_faster()
 
     def predict(
         self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
