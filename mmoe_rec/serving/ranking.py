@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -25,5 +25,5 @@ class Ranking:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking as JSON values."""
-        return asdict(self)
+        """The ranking as JSON values, whose lists are its own."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
