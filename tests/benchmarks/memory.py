@@ -44,19 +44,32 @@ def measure(command: Sequence[str], *, capture: bool = False, env: Mapping[str, 
 
 def tree_bytes(root: int) -> int:
     """Sum of the PSS of a process and its descendants; one that ends meanwhile counts as nothing."""
+    lines = (line for pid in _tree(root) for line in _read(PROC / str(pid) / "smaps_rollup").splitlines())
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def tree_processor_seconds(root: int) -> float:
+    """Processor time that a process and its descendants have spent so far, those that have ended left out."""
+    spent = [_stat(pid)[11:13] for pid in _tree(root)]  # by itself, and by the kernel for it
+    return sum(int(ticks) for each in spent for ticks in each) / os.sysconf("SC_CLK_TCK")
+
+
+def _tree(root: int) -> list[int]:
+    """A process and its descendants."""
     children: dict[int, list[int]] = defaultdict(list)
     for pid in (int(name) for name in os.listdir(PROC) if name.isdecimal()):
-        # The program's name, in parentheses, may hold spaces.
-        fields = _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
-        if fields:
+        if fields := _stat(pid):
             children[int(fields[1])].append(pid)
-    total, waiting = 0, [root]
+    found, waiting = [], [root]
     while waiting:
-        pid = waiting.pop()
-        waiting += children[pid]
-        lines = _read(PROC / str(pid) / "smaps_rollup").splitlines()
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+        found.append(waiting.pop())
+        waiting += children[found[-1]]
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process's state that follow its name, which stands in parentheses and may hold spaces."""
+    return _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
 
 
 def _read(path: Path) -> str:

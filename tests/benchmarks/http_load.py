@@ -1,0 +1,84 @@
+"""Requests to a server on this machine, one after the other or by several clients, and the processor time they cost."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.benchmarks.memory import tree_processor_seconds
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds that each request took, in order."""
+
+    seconds: np.ndarray
+
+    def ms(self, percentile: float) -> float:
+        """A percentile in milliseconds."""
+        return round(float(np.percentile(self.seconds, percentile)) * 1e3, 3)
+
+
+class Client:
+    """A connection that is kept."""
+
+    def __init__(self, port: int, page: str = "/invocations") -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        self._page = page
+
+    def ask(self, body: bytes | None) -> bytes:
+        """The reply to a body, or to a GET without one. Raises RuntimeError for an error."""
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("GET" if body is None else "POST", self._page, body, headers)
+        reply = self._connection.getresponse()
+        content = reply.read()
+        if reply.status != 200:
+            raise RuntimeError(f"{reply.status}: {content[:300]!r}")
+        return content
+
+
+def latencies(client: Client, body: bytes | None, seconds: float) -> Latencies:
+    """As many requests as fit into a time, at least five, after two that are not timed."""
+    for _ in range(2):
+        client.ask(body)
+    taken = []
+    end = time.perf_counter() + seconds
+    while len(taken) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        client.ask(body)
+        taken.append(time.perf_counter() - start)
+    return Latencies(np.array(taken))
+
+
+def requests_a_second(connect: Callable[[], Client], body: bytes, clients: int, seconds: float) -> float:
+    """How many requests several clients get answered, each asking again once it has its answer."""
+    counts = [0] * clients
+    end = time.perf_counter() + seconds
+
+    def ask(number: int) -> None:
+        client = connect()
+        while time.perf_counter() < end:
+            client.ask(body)
+            counts[number] += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def processor_seconds(process: int, client: Client, body: bytes, requests: int) -> float:
+    """Processor time that a request costs a server, of its process and all that it started."""
+    client.ask(body)
+    before = tree_processor_seconds(process)
+    for _ in range(requests):
+        client.ask(body)
+    return (tree_processor_seconds(process) - before) / requests

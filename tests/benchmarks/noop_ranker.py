@@ -1,0 +1,72 @@
+"""A ranker that does nothing: replies of the same size as a model's, of which no number is computed.
+
+It shows what a server costs by itself. As a script it serves such a ranker by our own server:
+
+    python -m tests.benchmarks.noop_ranker PORT ARTIFACT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mmoe_rec.serving.artifact import read_artifact
+from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.request import Request
+
+
+class NoopRanker:
+    """Gives back the candidates in the order in which they came, with the same numbers for all.
+
+    names: of the predictions in a reply.
+    """
+
+    def __init__(self, names: Sequence[str], key: str, tables_as_of: str) -> None:
+        self.names, self.key, self.tables_as_of = tuple(names), key, tables_as_of
+
+    @staticmethod
+    def like(artifact: Path) -> NoopRanker:
+        """Replies as the model of an artifact does."""
+        about = read_artifact(artifact)
+        example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+        names = [*(task.name for task in about.tasks), *about.layout.outcomes]
+        return NoopRanker(names, next(iter(example["candidates"])), about.tables_as_of)
+
+    def rank_many(self, requests: Sequence[Request]) -> list[Any]:
+        """One answer a request."""
+        return [self._answer(request.candidates[self.key]) for request in requests]
+
+    def _answer(self, ids: Any) -> Ranking:
+        numbers = [0.12345678901234567] * len(ids)
+        predictions = dict.fromkeys(self.names, numbers)
+        return Ranking(list(ids), numbers, predictions, list(range(len(ids))), self.tables_as_of, self.tables_as_of)
+
+
+def main() -> None:
+    """Serves at a port until SIGTERM."""
+    from mmoe_rec.server.app import Application
+    from mmoe_rec.server.limits import Limits
+    from mmoe_rec.server.models import Models, Served
+    from mmoe_rec.server.options import Options, listening_socket
+    from mmoe_rec.server.reloading import Source
+    from mmoe_rec.server.running import Server
+
+    from mmoe_rec.settings import load_settings
+
+    port, folder = int(sys.argv[1]), Path(sys.argv[2])
+    limits = Limits.of(load_settings(folder / "settings.yaml"))
+    models = Models(limits)
+    ranker: Any = NoopRanker.like(folder)
+    ranker.about = SimpleNamespace(name="noop", tables_as_of=ranker.tables_as_of)
+    example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
+    models.current = Served(ranker, Source(folder, "noop", None), example)
+    server = Server(Application(models, limits), Options(limits))
+    server.serve_on(listening_socket("127.0.0.1", port), lambda loop: None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""python -m tests.benchmarks.serving
+
+What scoring costs over HTTP, on MLflow's server and on ours, beside a no-op model with the same request and reply on
+the same server, and beside this project as it was before its serving was made fast.
+
+It takes the model of the quickstart (`python -m pipelines.quickstart` comes first), or another one's folder
+(`--model`). Servers run one at a time, each scoring in one thread; clients share the
+cores with them. Requests name candidates by their ids; `given` also gives their attributes.
+
+before        commit 5889222, in a worktree of its own (`--before`, kept in the folder for temporary files), where its
+              own quickstart trains its model first;
+growth        the median of a request to a model that remembers ten times as many events, over the same model's;
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.http_load import Client, latencies, processor_seconds, requests_a_second
+from tests.benchmarks.serving_bodies import Bodies
+from tests.serving.running_server import free_port, running_program
+
+BEFORE = "5889222"
+MODEL = Path("data/complete_journey/work/model")
+COUNTS = (5, 500, 5_000)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server: its port and process."""
+
+    port: int
+    pid: int
+
+    def client(self, page: str = "/invocations") -> Client:
+        """A new connection."""
+        return Client(self.port, page)
+
+
+def save_pyfunc(model: Path, target: Path, noop: bool) -> None:
+    """Writes the MLflow model of an artifact, or the no-op one that replies as it does."""
+    import mlflow
+
+    from mmoe_rec.serving.mlflow_package import arguments
+
+    with tempfile.TemporaryDirectory() as scratch:
+        told = arguments(model, Path(scratch))
+        if noop:
+            told |= {"python_model": "tests/benchmarks/noop_model.py", "code_paths": ["mmoe_rec", "tests"]}
+        mlflow.pyfunc.save_model(path=target, **told)
+
+
+@contextmanager
+def serving(words: list[str], port: int, folder: Path, cwd: Path | None = None) -> Iterator[Running]:
+    """A server's program, until the block ends. folder: gets what it prints."""
+    programs = Path(sys.executable).parent
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    env = {**own, "PATH": f"{programs}{os.pathsep}{own['PATH']}", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    page, log = f"http://127.0.0.1:{port}/ping", folder / f"server_{port}.log"
+    with running_program(words, page, log, cwd=cwd or Path.cwd(), env=env) as process:
+        yield Running(port, process.pid)
+
+
+@contextmanager
+def by_mlflow(address: str | Path, folder: Path, cwd: Path | None = None) -> Iterator[Running]:
+    """MLflow's server with one worker."""
+    port = free_port()
+    program = str(Path(sys.executable).parent / "mlflow")
+    words = [program, "models", "serve", "-m", str(address), "--env-manager", "local", "--port", str(port)]
+    with serving(words, port, folder, cwd) as running:
+        yield running
+
+
+@contextmanager
+def by_ours(model: Path, folder: Path, workers: int = 1) -> Iterator[Running]:
+    """Our server."""
+    port = free_port()
+    words = [sys.executable, "-m", "pipelines.serve", "--model", str(model), "--port", str(port)]
+    with serving([*words, "--workers", str(workers)], port, folder) as running:
+        yield running
+
+
+@contextmanager
+def noop_by_ours(model: Path, folder: Path) -> Iterator[Running]:
+    """Our server with a ranker that does nothing."""
+    port = free_port()
+    words = [sys.executable, "-m", "tests.benchmarks.noop_ranker", str(port), str(model)]
+    with serving(words, port, folder) as running:
+        yield running
+
+
+def before(folder: Path) -> Path:
+    """A worktree of the earlier commit with its quickstart's model, made if it is not there."""
+    if not folder.is_dir():
+        subprocess.run(["git", "worktree", "add", "--detach", str(folder), BEFORE], check=True, stdout=sys.stderr)
+    if not (folder / MODEL / "model.json").is_file():
+        print("training the model of the earlier commit", file=sys.stderr)
+        words = [sys.executable, "-m", "pipelines.quickstart"]
+        subprocess.run(words, cwd=folder, check=True, stdout=subprocess.DEVNULL, env=_env_of(folder))
+    return folder
+
+
+def _env_of(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+class Benchmark:
+    """Figures of servers, collected by their names."""
+
+    def __init__(self, bodies: Bodies, seconds: float) -> None:
+        self.bodies, self.seconds = bodies, seconds
+        self.figures: dict[str, dict[str, float]] = {"p50_ms": {}, "p99_ms": {}, "rps_8_clients": {}, "cpu_ms": {}}
+
+    def measure(self, name: str, server: Running, given: bool = False) -> None:
+        """All requests to one server, and what they cost it."""
+        asked: Mapping[str, bytes | None] = {
+            **{f"{name}_{count}": self.bodies.ids(count) for count in COUNTS},
+            f"{name}_100x5": self.bodies.ids(5, elements=100),
+            **({f"{name}_given_500": self.bodies.given(500)} if given else {}),
+        }
+        self._ask(f"{name}_health", server.client("/ping"), None)
+        for what, body in asked.items():
+            self._ask(what, server.client(), body)
+        body = self.bodies.ids(500)
+        self._note("cpu_ms", name, 1e3 * processor_seconds(server.pid, server.client(), body, 100))
+        self._note("rps_8_clients", name, requests_a_second(server.client, body, 8, 2 * self.seconds))
+
+    def _ask(self, name: str, client: Client, body: bytes | None) -> None:
+        found = latencies(client, body, self.seconds)
+        self._note("p50_ms", name, found.ms(50))
+        self._note("p99_ms", name, found.ms(99))
+
+    def _note(self, figure: str, name: str, value: float) -> None:
+        self.figures[figure][name] = round(value, 3)
+        print(f"{figure} {name}: {value:.3f}", file=sys.stderr)
+
+
+def grown(model: Path, times: int) -> float:
+    """Median time of a request, in one thread and without HTTP, to a model that remembers `times` as many events, over
+    that of the model as it is."""
+    words = [sys.executable, "-m", "tests.benchmarks.growth", str(model), str(times)]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
+def benchmark(model: Path, earlier: Path | None, seconds: float) -> dict[str, Any]:
+    """All figures."""
+    run = Benchmark(Bodies(model), seconds)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for noop in (False, True):
+            save_pyfunc(model, folder / f"pyfunc_{noop}", noop)
+        with by_mlflow(folder / "pyfunc_True", folder) as server:
+            run.measure("noop_mlflow", server)
+        with by_mlflow(folder / "pyfunc_False", folder) as server:
+            run.measure("mlflow", server, given=True)
+        with noop_by_ours(model, folder) as server:
+            run.measure("noop", server)
+        with by_ours(model, folder) as server:
+            run.measure("ours", server, given=True)
+        with by_ours(model, folder, workers=2) as server:
+            run.measure("ours_2_workers", server)
+        if earlier is not None:
+            with by_mlflow("models:/complete_journey@champion", folder, before(earlier)) as server:
+                cost = 1e3 * processor_seconds(server.pid, server.client(), run.bodies.ids(500), 50)
+                run.figures["cpu_ms"]["before"] = round(cost, 3)
+                rate = requests_a_second(server.client, run.bodies.ids(500), 8, 2 * seconds)
+                run.figures["rps_8_clients"]["before"] = round(rate, 3)
+    p50, cpu = run.figures["p50_ms"], run.figures["cpu_ms"]
+    ratios = {
+        "ours_over_noop_p50": p50["ours_500"] / p50["noop_500"],
+        "ours_over_noop_p50_mlflow": p50["mlflow_500"] / p50["noop_mlflow_500"],
+        "ours_over_noop_100x5": p50["ours_100x5"] / p50["noop_100x5"],
+        "growth_memory_10x": grown(model, 10),
+    }
+    if earlier is not None:
+        ratios["before_over_ours_cpu"] = cpu["before"] / cpu["mlflow"]
+    return {**run.figures, **{name: round(value, 3) for name, value in ratios.items()}}
+
+
+def main() -> None:
+    """Runs all; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="an artifact folder (default: %(default)s)")
+    parser.add_argument("--before", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_before"))
+    parser.add_argument("--no-before", action="store_true", help="without the earlier commit")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each kind of request (default: %(default)s)")
+    options = parser.parse_args()
+    if not (options.model / "model.json").is_file():
+        parser.error(f"'{options.model}' holds no model; run python -m pipelines.quickstart first")
+    print(json.dumps(benchmark(options.model, None if options.no_before else options.before, options.seconds)))
+
+
+if __name__ == "__main__":
+    main()
