@@ -123,8 +123,10 @@ class LoadedRanker:
 
         Args:
             user: column -> value; the user's id is required.
-            context: column -> value; the request's time is now unless given.
-            candidates: column -> list of N values; the candidates' ids are required.
+            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings, integers,
+                or datetimes of Python, pandas or numpy.
+            candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
+                the candidates' ids are required.
             task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
