@@ -39,16 +39,19 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
+def open_engine(
+    name: EngineName, workers: int | None = None, processes: bool = True, lasting: bool = False
+) -> Iterator[Engine]:
     """The engine of that name; `workers` is the number of tasks at a time, by default one for each core.
 
-    processes: whether `local` may start processes, for more workers than threads suit.
+    processes: whether `local` may start processes, for more workers than threads suit; lasting: whether tasks hold
+    something large in memory for the tasks that come after them, so that Ray runs them in actors.
     """
     workers = workers or usable_cores()
     if not processes and name == "local":
         workers = min(workers, THREADS_AT_MOST)
     if name == "ray":
-        with closing(_RayEngine(workers)) as engine:
+        with closing(_RayEngine(workers, lasting)) as engine:
             yield engine
     elif workers == 1:
         with freed_memory_kept():
@@ -118,13 +121,13 @@ class _RayEngine:
     On several machines the work folder and the log must be ones that all of them see.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, lasting: bool) -> None:
         try:
             import ray
             import ray.data
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
-        self._ray = ray
+        self._ray, self._actors = ray, workers if lasting else 0
         self._mine = not ray.is_initialized()
         if self._mine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -150,9 +153,12 @@ class _RayEngine:
             return
         table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
         dataset = self._ray.data.from_arrow([table.slice(index, 1) for index in range(len(tasks))])
-        dataset = dataset.map_batches(
-            _run_tasks, fn_kwargs={"function": function}, batch_size=1, batch_format="pyarrow", num_cpus=1
-        )
+        options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 1}
+        if self._actors:
+            options |= {"fn_constructor_kwargs": {"function": function}, "concurrency": (1, self._actors)}
+            dataset = dataset.map_batches(_Tasks, **options)
+        else:
+            dataset = dataset.map_batches(_run_tasks, fn_kwargs={"function": function}, **options)
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             for packed in batch["result"]:
                 result = pickle.loads(packed.as_py())
@@ -169,3 +175,13 @@ def _run_tasks(table: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
         except UserError as error:
             results.append(error)
     return pa.table({"result": pa.array([pickle.dumps(result) for result in results], pa.large_binary())})
+
+
+class _Tasks:
+    """An actor that runs tasks."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return _run_tasks(table, self._function)
