@@ -34,24 +34,25 @@ THREADS_AT_MOST = 4
 class Engine(Protocol):
     """Runs the tasks of a job."""
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks."""
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks.
+
+        lasting: whether a process that runs tasks holds something large in memory for those that follow, so that it
+        should be an actor where processes come and go.
+        """
 
 
 @contextmanager
-def open_engine(
-    name: EngineName, workers: int | None = None, processes: bool = True, lasting: bool = False
-) -> Iterator[Engine]:
+def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
     """The engine of that name; `workers` is the number of tasks at a time, by default one for each core.
 
-    processes: whether `local` may start processes, for more workers than threads suit; lasting: whether tasks hold
-    something large in memory for the tasks that come after them, so that Ray runs them in actors.
+    processes: whether `local` may start processes, for more workers than threads suit.
     """
     workers = workers or usable_cores()
     if not processes and name == "local":
         workers = min(workers, THREADS_AT_MOST)
     if name == "ray":
-        with closing(_RayEngine(workers, lasting)) as engine:
+        with closing(_RayEngine(workers)) as engine:
             yield engine
     elif workers == 1:
         with freed_memory_kept():
@@ -71,7 +72,7 @@ def open_engine(
 
 
 class _SameProcess:
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         return map(function, tasks)
 
 
@@ -79,7 +80,7 @@ class _ThreadEngine:
     def __init__(self, workers: int) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         return self._pool.map(function, tasks)
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ class _ProcessEngine:
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         try:
             yield from self._pool.map(function, tasks)
         except BrokenProcessPool:
@@ -121,13 +122,13 @@ class _RayEngine:
     On several machines the work folder and the log must be ones that all of them see.
     """
 
-    def __init__(self, workers: int, lasting: bool) -> None:
+    def __init__(self, workers: int) -> None:
         try:
             import ray
             import ray.data
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
-        self._ray, self._actors = ray, workers if lasting else 0
+        self._ray, self._workers = ray, workers
         self._mine = not ray.is_initialized()
         if self._mine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -148,14 +149,14 @@ class _RayEngine:
         if self._mine:
             self._ray.shutdown()
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         if not tasks:
             return
         table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
         dataset = self._ray.data.from_arrow([table.slice(index, 1) for index in range(len(tasks))])
         options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 1}
-        if self._actors:
-            options |= {"fn_constructor_kwargs": {"function": function}, "concurrency": (1, self._actors)}
+        if lasting:
+            options |= {"fn_constructor_kwargs": {"function": function}, "concurrency": (1, self._workers)}
             dataset = dataset.map_batches(_Tasks, **options)
         else:
             dataset = dataset.map_batches(_run_tasks, fn_kwargs={"function": function}, **options)

@@ -25,6 +25,7 @@ from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name, 
 from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, logs_to_score
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
@@ -49,8 +50,8 @@ class ScoredLog:
 
 
 def score_log(
-    model: str,
-    source: str,
+    model: str | Path,
+    source: str | Path,
     output: str | Path,
     as_of: AsOf = "log",
     window: Window = ALL,
@@ -73,8 +74,11 @@ def score_log(
         UserError: bad input, model or settings, or a folder that holds something else.
         StoppedError: Ctrl-C; what was scored is kept.
     """
+    model, source = str(model), str(source)
     found = find_model(model, _tracking_address(overrides))
     settings = load_settings(found.folder / "settings.yaml", overrides)
+    if is_remote(str(output)):
+        raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
     out = Output(Path(output))
     out.check(source)
     with writing(out.folder, "a scoring", "give another folder with --output"):
@@ -134,7 +138,7 @@ class _Scoring:
         options, in_memory = self.logs.options, self.source.startswith("memory://")
         processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
         # What a product gives may depend on the number of threads that share it.
-        with threads(1), open_engine(options.engine, options.workers, processes, lasting=True) as engine:
+        with threads(1), open_engine(options.engine, options.workers, processes) as engine:
             try:
                 each = self._score_parts(engine, parts, known["moved"])
             finally:
@@ -209,7 +213,7 @@ class _Scoring:
         with bar() as progress:
             completed = sum(parts[number].rows for number in done)
             task = progress.add_task("scoring", total=self.logs.log.rows, completed=completed)
-            for (number, part), found in zip(left, engine.map(function, left), strict=True):
+            for (number, part), found in zip(left, engine.map(function, left, lasting=True), strict=True):
                 done[number] = found
                 progress.advance(task, part.rows)
         if not any(part.rows for part in done.values()):

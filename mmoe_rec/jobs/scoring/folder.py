@@ -24,11 +24,17 @@ from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.progress import say
 
 FORMAT = 1
+SCORES, RANKS = "scores", "ranks"  # channels on which rows are sent to be ranked, and sent back
 
 
 def finished_name(number: int) -> str:
     """The name of the file of a part of the log."""
     return f"part-{number:05d}.parquet"
+
+
+def scored_file(scored: Path, number: int) -> Path:
+    """The file of a part's rows before they are ranked: their keys, predictions and scores."""
+    return scored / f"part-{number:05d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,6 @@ class Output:
     def check(self, source: str) -> None:
         """Raises UserError where the output would be read as input, or the folder holds something else than scores."""
         address = str(self.folder)
-        if is_remote(address):
-            raise UserError(f"--output '{address}' must be a folder of this machine, or one mounted like one")
         planted = [each / finished_name(0) for each in (self.folder, self.finished)]
         if not is_remote(source) and would_find(local_path(source), planted):
             raise UserError(f"--input '{source}' takes in the files of --output '{address}'; give a folder outside it")

@@ -22,6 +22,7 @@ from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader, take
 from mmoe_rec.features.encoder import Results
+from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.jobs.scoring.inputs import key_columns, prediction_columns
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
@@ -30,7 +31,6 @@ from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.point_in_time.windows import Window, in_window
 from mmoe_rec.serving.loaded import LoadedRanker
 
-SCORES = "scores"  # the channel on which rows are sent to be ranked
 ROWS_AT_A_TIME = 16_384
 _LARGEST = float(np.log(np.finfo(np.float64).max))
 _LOADING = threading.Lock()
@@ -78,11 +78,6 @@ class PartScored:
             return PartScored(**json.loads(_about(scored, number).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-
-
-def scored_file(scored: Path, number: int) -> Path:
-    """The file of a part's rows: their keys, predictions and scores."""
-    return scored / f"part-{number:05d}.arrow"
 
 
 def _about(scored: Path, number: int) -> Path:

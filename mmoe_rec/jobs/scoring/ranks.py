@@ -19,10 +19,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.exchange import Exchange
-from mmoe_rec.jobs.scoring.folder import finished_name
-from mmoe_rec.jobs.scoring.parts import SCORES, scored_file
+from mmoe_rec.jobs.scoring.folder import RANKS, SCORES, finished_name, scored_file
 
-RANKS = "ranks"
 ROWS_PER_GROUP = 131_072
 
 
