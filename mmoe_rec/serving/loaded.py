@@ -30,7 +30,7 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_weights
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice, GuardedModel
-from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.request import Request, RequestReader, request_time
 from mmoe_rec.serving.values import check_count
 from mmoe_rec.serving.weights import fused_weights
@@ -159,6 +159,12 @@ class LoadedRanker:
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
         return self._score(rows, weights, ExpertChoice())[:2]
+
+    def score_table(self, rows: LogRows | pa.Table) -> pa.Table:
+        """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
+        if isinstance(rows, pa.Table):
+            rows = self._canonical(rows)
+        return scored_table(rows, *self.score(rows), self.layout)
 
     def _canonical(self, rows: pa.Table) -> LogRows:
         schema = self.pipeline.schema

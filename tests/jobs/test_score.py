@@ -158,3 +158,14 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     assert len(read(tmp_path / "out")) == 80
     main([*arguments, "--start", start, "--data.duplicates", "keep"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["as_of"] == "log"
+
+
+def test_a_table_in_a_table_out(small: SmallModel, tmp_path: Path) -> None:
+    """As a notebook or Spark's `mapInArrow` asks for it: the columns of the file, but for those of whole requests."""
+    table = later_table()
+    found = Ranker.load(small.folder).score_table(table.drop_columns(["request", "click"]))
+    assert found.column_names == ["user", "item", "time", *PREDICTED, "score"]
+    expected, _ = scored(small.folder, write_finely(tmp_path / "log", table), tmp_path / "out", as_of="tables")
+    np.testing.assert_array_equal(found["item"].to_numpy(), table["item"].to_numpy())
+    for name in (*PREDICTED, "score"):
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name], rtol=1e-5, atol=1e-6)

@@ -8,11 +8,11 @@ from typing import Literal
 
 from mmoe_rec.build.logs import BuildOptions, Logs
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import open_parquet
 from mmoe_rec.log.files import find_files, path_values
 from mmoe_rec.schema import Remembering, Schema
+from mmoe_rec.serving.ranking import key_columns, prediction_columns
 
 ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]
@@ -36,17 +36,6 @@ def logs_to_score(source: str, pipeline: FeaturePipeline, schema: Schema, option
     # The time column of events may be named like a key of the log.
     types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
     return Logs(source, read, options, types)
-
-
-def key_columns(schema: Schema) -> list[str]:
-    """The columns by which a scored row is told from others."""
-    names = schema.columns
-    return [name for name in (names.request, names.user, names.candidate, names.time) if name is not None]
-
-
-def prediction_columns(layout: Layout) -> list[str]:
-    """The columns of predictions, each task's and then each outcome's."""
-    return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.outcomes)]
 
 
 def check_names(pipeline: FeaturePipeline) -> None:

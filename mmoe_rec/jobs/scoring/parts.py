@@ -23,16 +23,14 @@ from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader, take
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
-from mmoe_rec.jobs.scoring.inputs import key_columns, prediction_columns
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.point_in_time.windows import Window, in_window
 from mmoe_rec.serving.loaded import LoadedRanker
+from mmoe_rec.serving.ranking import scored_table
 
 ROWS_AT_A_TIME = 16_384
-_LARGEST = float(np.log(np.finfo(np.float64).max))
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max
 
@@ -148,12 +146,7 @@ def _known_rows(job: ScoreJob, ranker: LoadedRanker, part: LogPart) -> Iterator[
 def _scored(ranker: LoadedRanker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
     """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
     values, log_scores = ranker.score(rows)
-    columns = {name: rows.column(name) for name in key_columns(rows.schema)}
-    predicted = with_outcomes(values, ranker.layout).values()
-    for name, each in zip(prediction_columns(ranker.layout), predicted, strict=True):
-        columns[name] = pa.array(each)
-    columns["score"] = pa.array(np.exp(np.minimum(log_scores, _LARGEST)))
-    return pa.table(columns), log_scores
+    return scored_table(rows, values, log_scores, ranker.layout), log_scores
 
 
 class _Sender:
