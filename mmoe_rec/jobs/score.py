@@ -30,6 +30,7 @@ from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel, find_model
+from mmoe_rec.serving.artifact import read_artifact
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.settings.load import parse_overrides
 from mmoe_rec.settings.sections import Tracking
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.scoring.parts import PartScored, ScoreJob
 
 ALL: Window = (None, None)
+_HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def score_log(
     """
     model, source = str(model), str(source)
     found = find_model(model, _tracking_address(overrides))
-    settings = load_settings(found.folder / "settings.yaml", overrides)
+    settings = load_settings(found.folder / "settings.yaml", [*_HERE, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
     out = Output(Path(output))
@@ -106,9 +108,8 @@ class _Scoring:
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
         check_names(self.pipeline)
         self.version = version_of(found.folder)
-        address, about = found.address, json.loads((found.folder / "model.json").read_text(encoding="utf-8"))
-        self.tables_as_of = str(about["tables_as_of"])
-        self.constants = {"model": address, "model_version": self.version}
+        self.tables_as_of = read_artifact(found.folder).tables_as_of
+        self.constants = {"model": found.address, "model_version": self.version}
         self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
 
     def run(self) -> ScoredLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def test_folders_that_hold_something_else(small: SmallModel, tmp_path: Path) -> 
         score_log(small.folder, source, source / "scores", "tables")
     with pytest.raises(UserError, match="must be a folder of this machine"):
         score_log(small.folder, source, "s3://bucket/scores", "tables")
+
+
+def test_wrong_models(small: SmallModel, tmp_path: Path) -> None:
+    source = write_finely(tmp_path / "log", good())
+    with pytest.raises(UserError, match="holds no model"):
+        score_log(tmp_path, source, tmp_path / "out")
+    shutil.copytree(small.folder, tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"weights\.safetensors' can't be read"):
+        score_log(tmp_path / "model", source, tmp_path / "out")
+    assert {each.name for each in tmp_path.iterdir()} == {"log", "model"}
+    with pytest.raises(UserError, match=r"'.*nothing' does not exist; set `--input`"):
+        score_log(small.folder, tmp_path / "nothing", tmp_path / "out")
 
 
 def test_columns_of_the_same_name(tmp_path: Path) -> None:
