@@ -157,7 +157,7 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
     assert "their future" not in told
     assert len(read(tmp_path / "out")) == 80
     main([*arguments, "--start", start, "--data.duplicates", "keep"])
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["as_of"] == "log"
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
 
 
 def test_a_table_in_a_table_out(small: SmallModel, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Where scores go: a folder that appears whole, and a hidden one beside it in which a run that was cut short goes on.
 
-<output>/manifest.json            what was scored by which model; the folder is whole if it is there
+<output>/_manifest.json            what was scored by which model; the folder is whole if it is there
 <output>/part-00000.parquet       the scored rows, in the input's order
 .<output>.scoring/                of a run that has not ended: its fingerprint, and what it has done so far
 """
@@ -75,7 +75,7 @@ class Output:
         if self.folder.is_dir():
             found = sorted(each.name for each in self.folder.iterdir())
             manifest = self.manifest
-            others = [name for name in found if manifest is None or name not in {"manifest.json", *manifest["parts"]}]
+            others = [name for name in found if manifest is None or name not in {"_manifest.json", *manifest["parts"]}]
             if others:
                 raise UserError(
                     f"--output '{address}' holds something else than scores, such as '{others[0]}'; give a new or "
@@ -86,7 +86,7 @@ class Output:
     def manifest(self) -> dict[str, Any] | None:
         """What the manifest of a whole folder says, None where there are no scores."""
         try:
-            found = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / "_manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         is_ours = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("parts"), dict)
@@ -114,7 +114,7 @@ class Output:
 
     def end(self, manifest: dict[str, Any]) -> None:
         """Puts the finished files and their manifest in the output's place."""
-        with atomic_file(self.finished / "manifest.json") as path:
+        with atomic_file(self.finished / "_manifest.json") as path:
             path.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
         put_folder(self.finished, Path(os.path.realpath(self.folder)))
         self.forget()
