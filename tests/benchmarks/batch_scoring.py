@@ -7,8 +7,8 @@ start of the process and imports:
 
 tables   `mmoe-rec score --as-of tables`: Parquet to Parquet, with ids looked up in vocabularies, counters and ranks;
 log      the same with `--as-of log`: counters as of each request, from the log;
-rechub   torch-rechub 0.9.0: `MTLTrainer.predict` of its own data set, from arrays in memory with ids as row numbers, the
-         faster of a loader in its process and one with two workers.
+rechub   torch-rechub 0.9.0: `MTLTrainer.predict` of its own data set, from arrays in memory with ids as row numbers,
+         the faster of a loader in its process and one with two workers.
 
 Peak memory is that of all processes of a contestant (see `tests/benchmarks/memory.py`). torch-rechub gets its
 environment as in `tests/benchmarks/training.py`, in `--peers`. What is timed several times counts by its fastest.
