@@ -5,6 +5,7 @@
     trained = mmoe_rec.train(settings)
     evaluated = mmoe_rec.evaluate(settings, trained.address, "metrics")
     ranker = mmoe_rec.Ranker.load(trained.artifact)
+    mmoe_rec.score(trained.address, "data/complete_journey/log", "scores")
 
 Each is imported when it is first used, so that importing the package is quick.
 """
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
     from mmoe_rec.jobs.features import build_features
+    from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
     from mmoe_rec.registry import Ranker
     from mmoe_rec.settings import load_settings
 
-__all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "train"]
+__all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "score", "train"]
 
 _PLACES = {
     "Ranker": ("mmoe_rec.registry", "Ranker"),
     "build_features": ("mmoe_rec.jobs.features", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_settings": ("mmoe_rec.settings", "load_settings"),
+    "score": ("mmoe_rec.jobs.score", "score_log"),
     "train": ("mmoe_rec.jobs.train", "train_model"),
 }
 

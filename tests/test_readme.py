@@ -68,6 +68,10 @@ EXERCISED_BY = {
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
     ),
+    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "--output scores": "test_commands_of_the_first_data_set",
+    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "--output scores_now --as-of tables": "test_commands_of_the_first_data_set",
     "python -m pipelines.sweep_experts --config configs/complete_journey.yaml "
     "--model models:/complete_journey@champion": (
         "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
@@ -248,17 +252,46 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
 
 
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
-    trained, scored = blocks("python")
+    trained, scored, _ = blocks("python")
     rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
     assert re.fullmatch(r"\d+ rows", rows)
     assert "'value': 0." in auc
     assert sorted(json.loads(candidates)) == [29789, 826249]
-    (told,) = shell(shlex.join(["python", "-c", scored]), folder).splitlines()
-    table = pq.read_table(folder / "scored.parquet")
-    assert told == f"{len(table)} rows scored for ['bought', 'rebought']"
-    bought = table["predicted_bought"].to_numpy()
+    shell(shlex.join(["python", "-c", scored]), folder)
+    log, found = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
+    assert found["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(found)]
+    _check_scores(found, log)
+
+
+def test_scores_of_a_log(said: dict[str, str], folder: Path) -> None:
+    log = pq.read_table(folder / "data/complete_journey/log")
+    for name, says in (("scores", "in the log that was given"), ("scores_now", "their features know their future")):
+        (told,) = (text for line, text in said.items() if re.search(rf"--output {name}\b(?!_)", line))
+        assert says in told
+        found = pq.read_table(folder / name)
+        assert set(found.column_names) > {"request_id", "predicted_rebought", "score", "rank", "model", "model_version"}
+        assert found["product_id"].to_pylist() == log["product_id"].to_pylist()
+        assert found["model"][0].as_py().startswith("models:/complete_journey/")
+        _check_scores(found, log)
+
+
+def _check_scores(found: pa.Table, log: pa.Table) -> None:
+    bought = found["predicted_bought"].to_numpy()
     assert ((bought >= 0) & (bought <= 1)).all()
-    assert np.corrcoef(bought, table["bought"].to_numpy())[0, 1] > 0.2
+    assert np.corrcoef(bought, log["bought"].to_numpy()[: len(bought)])[0, 1] > 0.2
+
+
+def test_scores_by_spark(said: dict[str, str], folder: Path) -> None:
+    if importlib.util.find_spec("pyspark") is None or shutil.which("java") is None:
+        pytest.skip("pyspark or Java is not installed")
+    quiet = "export SPARK_LOCAL_IP=127.0.0.1 PYSPARK_SUBMIT_ARGS='--conf spark.ui.enabled=false pyspark-shell'; "
+    shell(quiet + shlex.join(["python", "-c", blocks("python")[-1]]), folder)
+    found = pq.read_table(folder / "scored_by_spark")
+    assert 0 < found.num_rows <= 5_000
+    keys = ["request_id", "product_id"]
+    log = pq.read_table(folder / "data/complete_journey/log", columns=[*keys, "bought"])
+    joined = found.join(log, keys)  # Spark keeps no order
+    _check_scores(joined, joined)
 
 
 def test_readme_is_read_in_one_sitting() -> None:

@@ -34,8 +34,12 @@ THREADS_AT_MOST = 4
 class Engine(Protocol):
     """Runs the tasks of a job."""
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks."""
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks.
+
+        lasting: whether a process that runs tasks holds something large in memory for those that follow, so that it
+        should be an actor where processes come and go.
+        """
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
 
 
 class _SameProcess:
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         return map(function, tasks)
 
 
@@ -76,7 +80,7 @@ class _ThreadEngine:
     def __init__(self, workers: int) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         return self._pool.map(function, tasks)
 
     def close(self) -> None:
@@ -88,7 +92,7 @@ class _ProcessEngine:
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         try:
             yield from self._pool.map(function, tasks)
         except BrokenProcessPool:
@@ -124,7 +128,7 @@ class _RayEngine:
             import ray.data
         except ImportError:
             raise UserError("the engine 'ray' needs Ray: install this package with its extra `ray`") from None
-        self._ray = ray
+        self._ray, self._workers = ray, workers
         self._mine = not ray.is_initialized()
         if self._mine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -145,14 +149,17 @@ class _RayEngine:
         if self._mine:
             self._ray.shutdown()
 
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
         if not tasks:
             return
         table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
         dataset = self._ray.data.from_arrow([table.slice(index, 1) for index in range(len(tasks))])
-        dataset = dataset.map_batches(
-            _run_tasks, fn_kwargs={"function": function}, batch_size=1, batch_format="pyarrow", num_cpus=1
-        )
+        options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 1}
+        if lasting:
+            options |= {"fn_constructor_kwargs": {"function": function}, "concurrency": (1, self._workers)}
+            dataset = dataset.map_batches(_Tasks, **options)
+        else:
+            dataset = dataset.map_batches(_run_tasks, fn_kwargs={"function": function}, **options)
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1):
             for packed in batch["result"]:
                 result = pickle.loads(packed.as_py())
@@ -169,3 +176,13 @@ def _run_tasks(table: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
         except UserError as error:
             results.append(error)
     return pa.table({"result": pa.array([pickle.dumps(result) for result in results], pa.large_binary())})
+
+
+class _Tasks:
+    """An actor that runs tasks."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return _run_tasks(table, self._function)

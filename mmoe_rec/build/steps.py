@@ -35,13 +35,25 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
+_FIRST_TIMES, _RESULTS = "first_times", "results"  # folders
 Result = TypeVar("Result")
+
+
+def kept_reader(folder: Path, log: Log, parts: Sequence[LogPart], moved: int) -> LogReader | OneTimeReader:
+    """Reads parts of a log after the steps that found its requests, see `Steps.keep`. moved: as in `Requests`."""
+    blocks = Blocks.of(parts)
+    return OneTimeReader(log.reader, Exchange(folder / _FIRST_TIMES, len(blocks)), blocks) if moved else log.reader
+
+
+def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
+    """What counters and histories knew of the rows, see `Steps.keep`."""
+    return ResultExchange(folder / _RESULTS, Blocks.of(parts))
 
 
 class Steps:
@@ -101,13 +113,30 @@ class Steps:
             self._check_duplicates()
         return counted
 
+    def find_requests(self) -> None:
+        """Only finds the times of requests, for rows whose counters and histories are known elsewhere.
+
+        Raises UserError for a bad file, and as `count` does for requests of several users or times.
+        """
+        self.requests = find_requests(self._requests_job(None, None), self.logs.log, self.parts, self._run)
+        if self.requests.bad:
+            raise self.requests.bad[0].explained()
+        check_requests(self.logs.log, self.requests)
+
+    def keep(self, folder: Path) -> None:
+        """Moves what `kept_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
+        of the same file system and is there."""
+        for name in (_FIRST_TIMES, _RESULTS):
+            if (self.scratch / name).is_dir():
+                (self.scratch / name).rename(folder / name)
+
     def leave_out(self, bad: Sequence[BadFile]) -> None:
         """Forgets what was counted, and reads without further files from now on."""
         self.logs = self.logs.without(bad)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Counted:
-        self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self._parts, self._run)
+        self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self.parts, self._run)
         bad = self.requests.bad
         if bad and not self.logs.options.skip_bad_files:
             raise bad[0].explained()
@@ -115,8 +144,8 @@ class Steps:
         return Counted(bad=[*bad, *counted.bad]) if bad else counted
 
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
-        runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self._parts)
-        first_times = Exchange(self.scratch / "first_times", len(blocks))
+        runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self.parts)
+        first_times = Exchange(self.scratch / _FIRST_TIMES, len(blocks))
         one_time = self.logs.options.several_times == "error"
         return RequestsJob(runs, first_times, blocks, before, kept, one_time)
 
@@ -130,7 +159,7 @@ class Steps:
         look = options.duplicates == "error"
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
         readers: dict[str | None, Reader] = {None: self._reader}
-        parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self._parts]
+        parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
             readers[events.name] = events.reader
             parts += [(events.name, part) for part in events.parts()]
@@ -142,7 +171,8 @@ class Steps:
         return counted
 
     @property
-    def _parts(self) -> list[LogPart]:
+    def parts(self) -> list[LogPart]:
+        """The parts of the interaction log, each a task, whatever runs them."""
         # Enough of them for many workers to end at about the same time.
         return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
 
@@ -206,7 +236,7 @@ class Steps:
 
     @property
     def _results(self) -> ResultExchange:
-        return ResultExchange(self.scratch / "results", Blocks.of(self._parts))
+        return ResultExchange(self.scratch / _RESULTS, Blocks.of(self.parts))
 
     def _sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
@@ -225,7 +255,7 @@ class Steps:
         Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
         """
         job = EncodeJob(state, self.windows, known_by, self._results, folder)
-        tasks = list(enumerate(self._parts))
+        tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
         function = partial(encode_part, job, self._reader)
         sizes = [part.rows for _, part in tasks]

@@ -16,6 +16,7 @@ from mmoe_rec.features.layout import Layout
 
 # The smallest regression value that enters a product: zero or less would make the score 0 whatever the other tasks say.
 SMALLEST_VALUE = 1e-6
+_LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 
 
 def predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
@@ -63,3 +64,8 @@ def _is_binary(logits: Tensor, kinds: Sequence[str]) -> Tensor:
     if len(kinds) != logits.shape[-1]:
         raise ValueError(f"expected one logit for each of {len(kinds)} tasks, found {logits.shape[-1]}")
     return torch.tensor([kind == "binary" for kind in kinds], device=logits.device)
+
+
+def from_logs(log_scores: np.ndarray) -> np.ndarray:
+    """(N,) float64 scores of (N,) log scores; what is too large for a float64 becomes the largest."""
+    return np.exp(np.minimum(log_scores, _LARGEST_LOG))

@@ -33,7 +33,7 @@ from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
 from mmoe_rec.serving.passes import Passes
-from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.request import Request, RequestReader
 from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
 from mmoe_rec.serving.weights import fused_weights
@@ -176,6 +176,12 @@ class LoadedRanker:
         batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
         with torch.inference_mode():
             return self.model.side_by_side(batch)[0]
+
+    def score_table(self, rows: LogRows | pa.Table) -> pa.Table:
+        """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
+        if isinstance(rows, pa.Table):
+            rows = self._canonical(rows)
+        return scored_table(rows, *self.score(rows), self.layout)
 
     def _canonical(self, rows: pa.Table) -> LogRows:
         schema = self.pipeline.schema

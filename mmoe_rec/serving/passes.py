@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.model.inputs import RequestInputs
-from mmoe_rec.model.score import with_outcomes
+from mmoe_rec.model.score import from_logs, with_outcomes
 from mmoe_rec.serving.artifact import Artifact, iso_time
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice
@@ -21,8 +21,6 @@ from mmoe_rec.serving.request import Request, RequestReader, same_columns
 from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
 from mmoe_rec.serving.values import check_count
 from mmoe_rec.serving.weights import fused_weights
-
-_LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Passes:
         ids = rows.column(self.pipeline.schema.columns.candidate).to_pylist()
         best = scored.values[order].astype(np.float64)
         lists = {name: each.tolist() for name, each in with_outcomes(best, self._about.layout).items()}
-        scores = np.exp(np.minimum(log_scores[order], _LARGEST)).tolist()
+        scores = from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         rankings = []

@@ -37,6 +37,14 @@ def test_a_missing_log_or_model(tmp_path: Path, name: str) -> None:
     assert len(found.err.splitlines()) == 1
 
 
+def test_scoring_without_a_model_or_a_log(tmp_path: Path) -> None:
+    for mistake in (["--model", "no/model", "--input", str(tmp_path)], ["--model", "no/model"]):
+        found = answer("pipelines.score", "--output", str(tmp_path / "out"), *mistake)
+        assert (found.code, found.imported) == (2, ())
+        assert found.err.startswith("error: ")
+        assert len(found.err.splitlines()) == 1
+
+
 def test_a_wrong_setting(tmp_path: Path) -> None:
     tree = yaml.safe_load((ROOT / "configs" / "template.yaml").read_text(encoding="utf-8"))
     tree["model"]["expert"] = {"count": 3}

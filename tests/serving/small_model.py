@@ -1,5 +1,6 @@
 """A small log, its features, and an artifact with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ def small_settings(work: Path, **sections: Any) -> Settings:
 
 
 class SmallModel:
-    """Settings, prepared features, model and artifact folder in `work`."""
+    """Settings, prepared features, model and artifact folder in `work`; of a random log, unless tables are given, each
+    of which becomes a file."""
 
-    def __init__(self, work: Path, strings: bool = False, **sections: Any) -> None:
+    def __init__(self, work: Path, strings: bool = False, log: Sequence[pa.Table] = (), **sections: Any) -> None:
         self.settings = small_settings(work, **sections)
-        write_log(work / "log", random_log(1, rows=600, strings=strings))
+        write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
         schema = self.settings.schema_
         self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work)
         layout = ModelLayout.of(self.prepared.layout, self.settings)

@@ -1,0 +1,289 @@
+"""Predictions, scores and ranks of a log's rows, as Parquet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.build.engines import Engine, open_engine
+from mmoe_rec.build.exchange import Exchange
+from mmoe_rec.build.logs import Logs
+from mmoe_rec.build.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.jobs.places import build_options
+from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name, version_of
+from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, logs_to_score
+from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.files import is_remote
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.progress import bar, say
+from mmoe_rec.registry import FoundModel, find_model
+from mmoe_rec.serving.artifact import read_artifact
+from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.load import parse_overrides
+from mmoe_rec.settings.sections import Tracking
+
+if TYPE_CHECKING:
+    from mmoe_rec.jobs.scoring.parts import PartScored, ScoreJob
+
+ALL: Window = (None, None)
+_HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
+
+
+@dataclass(frozen=True)
+class ScoredLog:
+    """Scores in a folder: what its manifest says of them, and whether they were there before."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    before: bool = False
+
+
+def score_log(
+    model: str | Path,
+    source: str | Path,
+    output: str | Path,
+    as_of: AsOf = "log",
+    window: Window = ALL,
+    overrides: Sequence[str] = (),
+) -> ScoredLog:
+    """Scores each row of a log with the model at an address; writes keys, predictions, score and rank to a folder.
+
+    A run that was cut short goes on where the same one is started again, with any engine and number of workers.
+
+    Args:
+        model: an address as `find_model` takes it.
+        source: a folder of Parquet files, one file or a glob.
+        output: a folder, new or empty, or with scores that are replaced once the new ones are whole.
+        as_of: `log` gives each row what the log, and the logs of events, knew before its request; `tables` what the
+            model itself remembers.
+        window: request times to score, microseconds; other rows of the log are only its past.
+        overrides: of the settings that the model was trained with, such as `--data.workers 2`.
+
+    Raises:
+        UserError: bad input, model or settings, or a folder that holds something else.
+        StoppedError: Ctrl-C; what was scored is kept.
+    """
+    model, source = str(model), str(source)
+    found = find_model(model, _tracking_address(overrides))
+    settings = load_settings(found.folder / "settings.yaml", [*_HERE, *overrides])
+    if is_remote(str(output)):
+        raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
+    out = Output(Path(output))
+    out.check(source)
+    with writing(out.folder, "a scoring", "give another folder with --output"):
+        out.check(source)
+        return _Scoring(found, settings, source, out, as_of, window).run()
+
+
+def _tracking_address(overrides: Sequence[str]) -> str:
+    """Where models are registered, which must be known before a model's own settings are."""
+    given = [value for key, value in parse_overrides(overrides) if key == ["tracking", "uri"]]
+    return Tracking(uri=given[-1] if given else None).address
+
+
+class _Scoring:
+    """One run."""
+
+    def __init__(
+        self, found: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window
+    ) -> None:
+        self.found, self.source, self.out, self.as_of, self.window = found, source, out, as_of, window
+        self.pipeline = FeaturePipeline.load(found.folder / "features", memories=False)
+        schema = self.pipeline.schema
+        events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+        schema = schema.model_copy(update={"events": events})
+        self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
+        check_names(self.pipeline)
+        self.version = version_of(found.folder)
+        self.tables_as_of = read_artifact(found.folder).tables_as_of
+        self.constants = {"model": found.address, "model_version": self.version}
+        self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
+
+    def run(self) -> ScoredLog:
+        """Scores, or goes on."""
+        before = self.out.manifest
+        if before is not None and before["fingerprint"] == self.fingerprint:
+            return ScoredLog(self.out.folder, before, before=True)
+        self.out.begin(self.fingerprint)
+        try:
+            manifest = self._scored()
+        except UserError as error:
+            # Another try with the same input and nothing done would begin at the same place.
+            if isinstance(error, BadFile) or not any(self.out.scored.iterdir()):
+                self.out.forget()
+            raise
+        except KeyboardInterrupt:
+            raise StoppedError(f"what was scored for '{self.out.folder}' is kept; the same command goes on") from None
+        self.out.end(manifest)
+        return ScoredLog(self.out.folder, manifest)
+
+    def _scored(self) -> dict[str, Any]:
+        """Writes the files of the output; gives its manifest."""
+        from mmoe_rec.choices.using import threads
+        from mmoe_rec.jobs.scoring.parts import forget_ranker
+
+        parts, known = self._known_rows()
+        options, in_memory = self.logs.options, self.source.startswith("memory://")
+        processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
+        # What a product gives may depend on the number of threads that share it.
+        with threads(1), open_engine(options.engine, options.workers, processes) as engine:
+            try:
+                each = self._score_parts(engine, parts, known["moved"])
+            finally:
+                forget_ranker()
+            for log in self.logs.all:
+                log.check_unchanged()
+            self._rank(engine, parts, [number for number, part in enumerate(each) if part.rows])
+        return self._manifest(each, known)
+
+    def _known_rows(self) -> tuple[list[LogPart], dict[str, Any]]:
+        """The parts of the log, and what was found out before they are scored, which is kept for a run that goes on."""
+        known, scratch = self.out.known, self.out.work / "scratch"
+        steps = Steps(self.logs, {"scored": self.window}, scratch)
+        parts, ready = steps.parts, known / "ready.json"
+        if ready.is_file():
+            found: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
+            return parts, found
+        for left in (known, scratch):
+            shutil.rmtree(left, ignore_errors=True)
+        known.mkdir()
+        with steps:
+            found = self._find_out(steps, scratch / "compacted")
+            steps.keep(known)
+        with atomic_file(ready) as path:
+            path.write_text(json.dumps(found), encoding="utf-8")
+        return parts, found
+
+    def _find_out(self, steps: Steps, memories: Path) -> dict[str, Any]:
+        if self.as_of == "tables":
+            steps.find_requests()
+            return {"moved": steps.requests.moved, "first": None}
+        counted = steps.count(statistics=False)
+        if not counted.rows["scored"]:
+            raise self._no_rows()
+        memories.mkdir(parents=True)
+        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
+        return {"moved": steps.requests.moved, "first": counted.first[0]}
+
+    def _no_rows(self) -> UserError:
+        start, end = ("any time" if each is None else format_time(each) for each in self.window)
+        return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
+
+    def _job(self, parts: Sequence[LogPart], moved: int) -> ScoreJob:
+        from mmoe_rec.jobs.scoring.parts import ScoreJob
+
+        return ScoreJob(
+            model=self.found.folder,
+            version=self.version,
+            reader=kept_reader(self.out.known, self.logs.log, parts, moved),
+            results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
+            window=self.window,
+            known_until=microseconds(self.tables_as_of),
+            scores=self._by_request,
+            scored=self.out.scored,
+        )
+
+    @property
+    def _by_request(self) -> Exchange:
+        partitions = -(-self.logs.log.rows // self.logs.options.rows_in_memory)
+        return Exchange(self.out.work / "by_request", partitions)
+
+    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], moved: int) -> list[PartScored]:
+        """What is known of each part, all of which are scored then."""
+        from mmoe_rec.jobs.scoring.parts import PartScored, score_part
+
+        before = {n: PartScored.read(self.out.scored, n) for n in range(len(parts))}
+        done = {number: found for number, found in before.items() if found is not None}
+        left = [(number, part) for number, part in enumerate(parts) if number not in done]
+        if done:
+            say(f"going on with a run that was cut short: {len(done):,} of {len(parts):,} parts are scored")
+        function = partial(score_part, self._job(parts, moved))
+        with bar() as progress:
+            completed = sum(parts[number].rows for number in done)
+            task = progress.add_task("scoring", total=self.logs.log.rows, completed=completed)
+            for (number, part), found in zip(left, engine.map(function, left, lasting=True), strict=True):
+                done[number] = found
+                progress.advance(task, part.rows)
+        if not any(part.rows for part in done.values()):
+            raise self._no_rows()
+        return [done[number] for number in range(len(parts))]
+
+    def _rank(self, engine: Engine, parts: Sequence[LogPart], numbers: Sequence[int]) -> None:
+        """Writes the files of the output, of the parts of these numbers."""
+        from mmoe_rec.jobs.scoring.ranks import RankJob, finish_part, rank_partition
+
+        ranks = Exchange(self.out.work / "by_part", len(parts))
+        ranks.remove()  # what a killed run may have written in part
+        starts = np.array([part.start for part in parts])
+        job = RankJob(starts, self._by_request, ranks, self.out.scored, self.out.finished, self.constants)
+        partitions = range(self._by_request.receivers)
+        with bar() as progress:
+            task = progress.add_task("ranking and writing", total=len(partitions) + len(numbers))
+            for function, tasks in ((rank_partition, partitions), (finish_part, numbers)):
+                for _ in engine.map(partial(function, job), tasks):
+                    progress.advance(task)
+
+    def _manifest(self, each: Sequence[PartScored], known: dict[str, Any]) -> dict[str, Any]:
+        from mmoe_rec.jobs.scoring.parts import PartScored
+
+        whole = PartScored()
+        for part in each:
+            whole.merge(part)
+        return {
+            "fingerprint": self.fingerprint,
+            **self.constants,
+            "tables_as_of": self.tables_as_of,
+            "as_of": self.as_of,
+            "known_from": None if known["first"] is None else format_time(known["first"]),
+            "meaning": self._meaning(whole, known),
+            "input": self.source,
+            "files": [file.address for file in self.logs.log.files],
+            "events": {log.name: [file.address for file in log.files] for log in self.logs.events},
+            "rows": whole.rows,
+            "first_request": format_time(whole.first),
+            "last_request": format_time(whole.last),
+            "rows_before_tables_as_of": whole.early,
+            "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
+        }
+
+    def _meaning(self, whole: PartScored, known: dict[str, Any]) -> str:
+        """What the features of the rows knew."""
+        if self.as_of == "log":
+            events = "".join(f" and in events '{log.name}'" for log in self.logs.events)
+            return (
+                "counters and histories know what was known before each request in the log that was given (its first "
+                f"request: {format_time(known['first'])}){events}, and nothing of the past besides"
+            )
+        sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
+        if whole.early:
+            sentence += (
+                f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "
+                "their future: to judge a model by them, score with --as-of log"
+            )
+        return sentence
+
+
+def microseconds(time: str) -> int:
+    """An ISO time in microseconds since 1970 UTC; one without an offset is in UTC.
+
+    Raises UserError for another text.
+    """
+    try:
+        found = datetime.fromisoformat(time)
+    except ValueError:
+        raise UserError(f"'{time}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
+    since = (found if found.tzinfo else found.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return since // timedelta(microseconds=1)

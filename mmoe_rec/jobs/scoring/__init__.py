@@ -1,0 +1,1 @@
+"""Scores the rows of a log, part by part."""

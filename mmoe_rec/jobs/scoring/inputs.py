@@ -1,0 +1,90 @@
+"""What a scoring reads of a log: the columns of the model's features, and labels only where these are remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from mmoe_rec.build.logs import BuildOptions, Logs
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import open_parquet
+from mmoe_rec.log.files import find_files, path_values
+from mmoe_rec.schema import Remembering, Schema
+from mmoe_rec.serving.ranking import key_columns, prediction_columns
+
+ADDED = ("score", "rank", "model", "model_version")
+AsOf = Literal["log", "tables"]
+"""Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
+
+
+def logs_to_score(source: str, pipeline: FeaturePipeline, schema: Schema, options: BuildOptions, as_of: AsOf) -> Logs:
+    """The log to score with the logs of events that its features remember, in the types of the fitted features.
+
+    pipeline: the model's features; schema: theirs, with the paths of the logs of events. Raises UserError for a log
+    that is not there, has no rows, or lacks a column, the columns of labels among them.
+    """
+    read = read_schema(schema, as_of)
+    find_files(source, "--input")  # in words of this command
+    if as_of == "log":
+        _check_labels(source, read)
+    # Requests that are yet to come may be scored by what is known now.
+    future_times = "keep" if as_of == "tables" else options.future_times
+    options = replace(options, skip_bad_files=False, future_times=future_times)
+    kinds = pipeline.key_types
+    # The time column of events may be named like a key of the log.
+    types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
+    return Logs(source, read, options, types)
+
+
+def check_names(pipeline: FeaturePipeline) -> None:
+    """Raises UserError where a key of the log is called like a column that scoring adds."""
+    for name in key_columns(pipeline.schema):
+        if name in {*prediction_columns(pipeline.layout), *ADDED}:
+            raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
+
+
+def read_schema(schema: Schema, as_of: AsOf) -> Schema:
+    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor the sampling
+    rate, and only those labels and events that counters and histories remember."""
+    scored = [name for name in schema.features if schema.role_of(name) != "placement"]
+    kept = {*scored, *(schema.features[name].shares for name in scored)}
+    features = {name: feature for name, feature in schema.features.items() if name in kept}
+    tasks: set[str | None] = set()
+    if as_of == "log":
+        tasks = {each.task for each in features.values() if isinstance(each, Remembering)}
+        tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
+    return schema.model_copy(
+        update={
+            "features": features,
+            "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
+            "events": schema.events if as_of == "log" else {},
+            "columns": schema.columns.model_copy(update={"sampling_rate": None}),
+        }
+    )
+
+
+def _check_labels(source: str, schema: Schema) -> None:
+    """Raises UserError where the first file of a log has no labels to count."""
+    first = find_files(source)[0].address
+    with open_parquet(first) as parquet:
+        there = {*parquet.schema_arrow.names, *path_values(first)}
+    for column, feature in _labels(schema):
+        if column not in there:
+            raise UserError(
+                f"'{first}' has no column '{column}', a label by which feature '{feature}' knows what happened before: "
+                "give a log that has it (null in rows of which nothing is known yet), or score with --as-of tables, by "
+                "what the model itself remembers"
+            )
+
+
+def _labels(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Columns of labels, each with a feature that remembers it."""
+    for name, feature in schema.features.items():
+        if isinstance(feature, Remembering) and feature.task is not None:
+            task = schema.tasks[feature.task]
+            for each in (task, *([schema.tasks[task.given]] if task.given else [])):
+                yield each.label, name
+                if each.observed_when is not None:
+                    yield each.observed_when.column, name

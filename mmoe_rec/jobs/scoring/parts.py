@@ -1,0 +1,171 @@
+"""The task of a scoring: a part of the log, with what was known before each request, to predictions and scores.
+
+A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
+each, so that no bit depends on the engine or the number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.build.exchange import Exchange, partition_of
+from mmoe_rec.build.requests import OneTimeReader
+from mmoe_rec.build.results import ResultExchange, ResultReader, take
+from mmoe_rec.features.encoder import Results
+from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import Window, in_window
+from mmoe_rec.serving.loaded import LoadedRanker
+from mmoe_rec.serving.ranking import scored_table
+
+ROWS_AT_A_TIME = 16_384
+_LOADING = threading.Lock()
+_GREATEST = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What the tasks of this step share.
+
+    model: artifact folder, and version, its checksum; reader: of the log; results: what counters and histories knew of
+    the rows, None where the model's own tables are asked; window: request times to score; known_until: time of the last
+    request that the tables know, microseconds; scores: exchange by request; scored: folder that gets a file a part.
+    """
+
+    model: Path
+    version: str
+    reader: LogReader | OneTimeReader
+    results: ResultExchange | None
+    window: Window
+    known_until: int
+    scores: Exchange
+    scored: Path
+
+
+@dataclass
+class PartScored:
+    """Rows of parts that were scored; early: of these, requested when the tables already knew more; first, last:
+    request times, microseconds. Parts are merged in any order."""
+
+    rows: int = 0
+    early: int = 0
+    first: int = _GREATEST
+    last: int = -_GREATEST
+
+    def merge(self, other: PartScored) -> None:
+        """Adds other parts."""
+        self.rows, self.early = self.rows + other.rows, self.early + other.early
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+
+    @staticmethod
+    def read(scored: Path, number: int) -> PartScored | None:
+        """What is known of a part that was scored before, None where it was not."""
+        try:
+            return PartScored(**json.loads(_about(scored, number).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+
+def _about(scored: Path, number: int) -> Path:
+    return scored / f"part-{number:05d}.json"
+
+
+def ranker_of(folder: Path, version: str) -> LoadedRanker:
+    """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`."""
+    with _LOADING:
+        return _loaded(folder, version)
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, version: str) -> LoadedRanker:
+    return LoadedRanker.read(folder)
+
+
+def forget_ranker() -> None:
+    """Frees the memory of the model."""
+    _loaded.cache_clear()
+
+
+def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
+    """Scores part number `task[0]` of a log into a file, and sends each row's score to where its request is ranked.
+
+    The part is done when `PartScored.read` finds it; what a killed task has left is written again.
+    """
+    number, part = task
+    torch.set_num_threads(1)
+    ranker = ranker_of(job.model, job.version)
+    found = PartScored()
+    sender = _Sender(job.scores, part.start)
+    with atomic_file(scored_file(job.scored, number)) as path, pa.OSFile(str(path), "wb") as file:
+        writer = None
+        for numbers, rows in _known_rows(job, ranker, part):
+            table, log_scores = _scored(ranker, rows)
+            writer = writer or pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+            sender.add(rows.request_hashes(), log_scores, numbers)
+            times = rows.times()
+            early = int((times <= job.known_until).sum())
+            found.merge(PartScored(len(rows), early, int(times.min()), int(times.max())))
+        if writer is not None:
+            writer.close()
+    sender.flush()
+    with atomic_file(_about(job.scored, number)) as path:
+        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return found
+
+
+def _known_rows(job: ScoreJob, ranker: LoadedRanker, part: LogPart) -> Iterator[tuple[np.ndarray, LogRows]]:
+    """The rows of a part that lie in the window, some at a time, with their numbers in the log, (N,) int64."""
+    results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
+    first = part.start
+    for rows in job.reader.read(part):
+        wanted = in_window(rows.times(), job.window)
+        numbers, first = first + np.flatnonzero(wanted), first + len(rows)
+        if not len(numbers):
+            continue
+        known: Results = {} if results is None else results.of(first - len(rows), wanted)
+        inside = rows.filter(wanted).table
+        for start in range(0, len(numbers), ROWS_AT_A_TIME):
+            some = np.arange(start, min(start + ROWS_AT_A_TIME, len(numbers)))
+            table = inside.slice(start, len(some))
+            yield numbers[some], LogRows(table, rows.schema, take(known, some) if known else None)
+
+
+def _scored(ranker: LoadedRanker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
+    """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
+    values, log_scores = ranker.score(rows)
+    return scored_table(rows, values, log_scores, ranker.layout), log_scores
+
+
+class _Sender:
+    """Sends the log scores of a part's rows to partitions of requests, many rows at a time."""
+
+    def __init__(self, exchange: Exchange, start: int) -> None:
+        self.exchange, self.start, self.turn = exchange, start, 0
+        self._waiting: list[pa.Table] = []
+
+    def add(self, request: np.ndarray, score: np.ndarray, row: np.ndarray) -> None:
+        """Takes N rows: the hash of their request, their log score, and their number in the log."""
+        self._waiting.append(pa.table({"request": request, "score": score, "row": row}))
+        if sum(map(len, self._waiting)) >= ROWS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting."""
+        if self._waiting:
+            table = pa.concat_tables(self._waiting)
+            receiver = partition_of(table["request"].to_numpy(), self.exchange.receivers)
+            self.exchange.send(SCORES, (self.start, self.turn), table, receiver)
+            self._waiting, self.turn = [], self.turn + 1

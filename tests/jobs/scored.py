@@ -1,0 +1,80 @@
+"""What tests of scoring share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.build import steps
+from mmoe_rec.jobs.score import ScoredLog, score_log
+
+
+def cut_finely(setattr: Callable[[Any, str, Any], None]) -> None:
+    """Has logs be cut into parts of some 40 rows."""
+    setattr(steps, "ROWS_PER_PART", 40)
+
+
+def write_finely(folder: Path, *tables: pa.Table) -> Path:
+    """One Parquet file a table, in row groups of few rows."""
+    folder.mkdir(parents=True)
+    for index, table in enumerate(tables):
+        pq.write_table(table, folder / f"{index}.parquet", row_group_size=30)
+    return folder
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The scored rows, in order."""
+    return pd.concat([pq.read_table(path).to_pandas() for path in sorted(folder.glob("part-*.parquet"))])
+
+
+def scored(*arguments: Any, **options: Any) -> tuple[pd.DataFrame, ScoredLog]:
+    """The rows that `score_log` writes."""
+    done = score_log(*arguments, **options)
+    return read(done.folder), done
+
+
+_KILLED = """
+import os, signal, sys
+from mmoe_rec.jobs import score
+from mmoe_rec.jobs.scoring import folder, parts, ranks
+from tests.jobs.scored import cut_finely
+if __name__ == "__main__":
+    model, log, output, place, calls = sys.argv[1:]
+    cut_finely(setattr)
+    module, name = {
+        "look_up": (score.Steps, "look_up"),
+        "keep": (score.Steps, "keep"),
+        "score": (parts, "_scored"),
+        "send": (parts._Sender, "flush"),
+        "finish": (ranks, "_groups"),
+        "put": (folder, "put_folder"),
+    }[place]
+    left, before = int(calls), getattr(module, name)
+    def killed(*arguments, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(*arguments, **options)
+    setattr(module, name, killed)
+    score.score_log(model, log, output, overrides=["--data.workers", "1"])
+"""
+
+
+def killed_run(scratch: Path, model: Path, log: Path, output: Path, place: str, calls: int) -> None:
+    """A run that is killed by SIGKILL at a place in the program, when it has come by there so many times."""
+    script = scratch / "killed.py"
+    script.write_text(_KILLED, encoding="utf-8")
+    command = [sys.executable, script, model, log, output, place, str(calls)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, check=False, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr

@@ -1,0 +1,171 @@
+"""Scored rows against the offline evaluation, and against the ranker that the server asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.build.exchange import Exchange, partition_of
+from mmoe_rec.build.prepare import encode_with
+from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
+from mmoe_rec.jobs.commands.score import main
+from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.scoring.folder import RANKS, SCORES
+from mmoe_rec.jobs.scoring.ranks import RankJob, rank_partition
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.model.score import with_outcomes
+from mmoe_rec.serving.ranker import Ranker
+from tests.jobs.scored import read, scored, write_finely
+from tests.log.small_logs import DAY, START, random_log, with_requests
+from tests.serving.small_model import SmallModel, as_request
+
+PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]
+
+
+def later_table(rows: int = 80, seed: int = 7) -> pa.Table:
+    """Rows of requests that lie anywhere in the table, later than all that the small model knows."""
+    table, rng = random_log(seed, rows=rows), np.random.default_rng(seed)
+    request = rng.integers(0, 9, rows)
+    times = START + (20 + request) * DAY
+    columns = {
+        "user": np.array([5, -7, 10**6])[request % 3],  # the last one is unknown
+        "time": pa.array(times).cast(UTC_MICROSECONDS),
+        "born": pa.array(times - 800 * DAY).cast(UTC_MICROSECONDS),
+        "age": request % 2,
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    return table.append_column("request", pa.array(request))
+
+
+def best_first(frame: pd.DataFrame, request: str = "request") -> np.ndarray:
+    """Ranks by the scores of a frame, in the order of its rows."""
+    return frame.groupby(request).score.rank(method="first", ascending=False).to_numpy()
+
+
+def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_path: Path, fine: None) -> None:
+    """Requests whose rows lie in several files and have several times; more rows than are ranked at a time."""
+    ranker = Ranker.load(small.folder)
+    log = with_requests(random_log(3, rows=2500), seed=3)
+    source = write_finely(tmp_path / "log", log.slice(0, 1100), log.slice(1100, 1), log.slice(1101))
+    settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
+    windows = {"test": settings.split.windows()["test"]}
+    encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
+    rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
+    expected = score_rows(ranker.model, ranker.layout, rows, 256, calibration=ranker.calibration)
+
+    options = ["--data.rows_in_memory", "1024", "--data.workers", "2"]
+    found, done = scored(small.folder, source, tmp_path / "out", window=windows["test"], overrides=options)
+    assert len(done.manifest["parts"]) > 20
+    assert done.manifest["rows"] == len(found) == len(expected.score) > 300
+    names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
+    for name, ids in zip(names, (getattr(expected, f"{column}s") for column in COLUMNS), strict=True):
+        np.testing.assert_array_equal(found[name], ids.to_numpy())
+    predictions = with_outcomes(expected.predictions, ranker.layout)
+    assert [f"predicted_{name}" for name in predictions] == PREDICTED
+    for name, values in predictions.items():
+        np.testing.assert_allclose(found[f"predicted_{name}"], values, atol=1e-5)
+    np.testing.assert_allclose(np.log(found["score"]), expected.score, atol=1e-5)
+    np.testing.assert_array_equal(found["rank"], best_first(found))
+    sizes = found.groupby("request").size()
+    assert sizes.max() > 3
+    assert (found.groupby("request").time.nunique() == 1).all()
+    assert "in the log that was given" in done.manifest["meaning"]
+
+
+def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_path: Path, fine: None) -> None:
+    ranker, table = Ranker.load(small.folder), later_table()
+    unread = table.drop_columns(["click", "liked", "spent", "slot"])  # labels and placement
+    source = write_finely(tmp_path / "candidates", unread.slice(0, 33), unread.slice(33, 0), unread.slice(33))
+    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    np.testing.assert_array_equal(found["item"], table["item"])
+    assert found["item"].nunique() > 5
+    requests = table["request"].to_numpy()
+    for request in np.unique(requests):
+        places = np.flatnonzero(requests == request)
+        ranking = ranker.rank(**as_request(table.take(pa.array(places))))
+        mine = found.iloc[places].sort_values("rank")
+        assert mine["rank"].tolist() == list(range(1, len(places) + 1))
+        assert mine["item"].tolist() == ranking.candidates
+        np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
+        for name, values in ranking.predictions.items():
+            np.testing.assert_allclose(mine[f"predicted_{name}"], values, atol=1e-6)
+    assert list(found) == ["request", "user", "item", "time", *PREDICTED, "score", "rank", "model", "model_version"]
+    assert (found["model"] == str(small.folder)).all()
+    assert (found["model_version"] == done.manifest["model_version"]).all()
+    assert done.manifest["rows_before_tables_as_of"] == 0
+    assert "their future" not in done.manifest["meaning"]
+
+
+def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
+    """Many equal scores, of requests that lie in several parts and partitions, against pandas."""
+    rng, starts = np.random.default_rng(0), np.array([0, 30, 31, 200])
+    request, score = rng.integers(0, 2**64, 20, np.uint64)[rng.integers(0, 20, 300)], rng.integers(-2, 2, 300) * 1.5
+    scores, ranks = Exchange(tmp_path / "scores", 3), Exchange(tmp_path / "ranks", len(starts))
+    rows = pa.table({"request": request, "score": score, "row": np.arange(300)})
+    for turn, part in enumerate(np.array_split(rng.permutation(300), 4)):
+        scores.send(SCORES, (0, turn), rows.take(pa.array(part)), partition_of(request[part], 3))
+    job = RankJob(starts, scores, ranks, tmp_path, tmp_path, {})
+    for partition in range(3):
+        rank_partition(job, partition)
+    expected = best_first(pd.DataFrame({"request": request, "score": score}))
+    found = [ranks.receive_all(RANKS, part).sort_by("row") for part in range(len(starts))]
+    np.testing.assert_array_equal(np.concatenate([each["row"].to_numpy() for each in found]), np.arange(300))
+    np.testing.assert_array_equal(np.concatenate([each["rank"].to_numpy() for each in found]), expected)
+
+
+def test_without_a_request_column_rows_of_a_user_and_time_are_ranked(tmp_path: Path) -> None:
+    small = SmallModel(tmp_path / "work", strings=True)
+    log = random_log(5, rows=200, strings=True)
+    source = write_finely(tmp_path / "log", log.take(pa.array(np.random.default_rng(0).permutation(200))))
+    found, _ = scored(small.folder, source, tmp_path / "out")
+    assert list(found)[:3] == ["user", "item", "time"]
+    np.testing.assert_array_equal(found["rank"], best_first(found, ["user", "time"]))  # type: ignore[arg-type]
+    assert found["rank"].max() > 1
+
+
+def test_rows_that_the_tables_know_the_future_of_are_told(
+    small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, later = with_requests(random_log(1, rows=600)), later_table()
+    known = pa.scalar(np.datetime64(Ranker.load(small.folder).about.tables_as_of[:-6], "us").item(), pa.timestamp("us"))
+    at_the_end = later.set_column(later.column_names.index("time"), "time", pa.repeat(known.cast(UTC_MICROSECONDS), 80))
+
+    def numbered(table: pa.Table, first: int) -> pa.Table:
+        place = table.column_names.index("request")
+        return table.set_column(place, "request", pc.add(table["request"], first))
+
+    source = write_finely(tmp_path / "log", log, numbered(later, 10**6), numbered(at_the_end, 2 * 10**6))
+    arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
+    main([*arguments, "--as-of", "tables"])
+    told = capsys.readouterr().out
+    assert "680 of 760 rows were requested no later than that, so their features know their future" in told
+    assert f"scores: {tmp_path / 'out'}" in told
+    main([*arguments, "--as-of", "tables"])
+    assert "these rows were already scored" in capsys.readouterr().out
+    # The same rows may be left out, or be the past of those that are scored.
+    start = np.datetime64(START + 15 * DAY, "us").item().isoformat()
+    main([*arguments, "--as-of", "tables", "--start", start])
+    assert "80 rows scored" in (told := capsys.readouterr().out)
+    assert "their future" not in told
+    assert len(read(tmp_path / "out")) == 80
+    main([*arguments, "--start", start, "--data.duplicates", "keep"])
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
+
+
+def test_a_table_in_a_table_out(small: SmallModel, tmp_path: Path) -> None:
+    """As a notebook or Spark's `mapInArrow` asks for it: the columns of the file, but for those of whole requests."""
+    table = later_table()
+    found = Ranker.load(small.folder).score_table(table.drop_columns(["request", "click"]))
+    assert found.column_names == ["user", "item", "time", *PREDICTED, "score"]
+    expected, _ = scored(small.folder, write_finely(tmp_path / "log", table), tmp_path / "out", as_of="tables")
+    np.testing.assert_array_equal(found["item"].to_numpy(), table["item"].to_numpy())
+    for name in (*PREDICTED, "score"):
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name], rtol=1e-5, atol=1e-6)

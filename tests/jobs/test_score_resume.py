@@ -1,0 +1,143 @@
+"""The same bytes however rows are scored, and after whatever kill; a run goes on only with what is the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.build import engines
+from mmoe_rec.errors import StoppedError
+from mmoe_rec.jobs import score
+from mmoe_rec.jobs.score import score_log
+from mmoe_rec.jobs.scoring import parts
+from tests.jobs.scored import killed_run, write_finely
+from tests.log.small_logs import files_of, random_log, with_requests
+from tests.serving.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    log = with_requests(random_log(4, rows=300), seed=4)
+    return write_finely(tmp_path_factory.mktemp("source") / "log", log.slice(0, 170), log.slice(170))
+
+
+@pytest.fixture
+def whole(small: SmallModel, source: Path, tmp_path: Path, fine: None) -> dict[str, bytes]:
+    """What a run on one worker writes that nothing disturbs."""
+    score_log(small.folder, source, tmp_path / "whole", overrides=["--data.workers", "1"])
+    files = files_of(tmp_path / "whole")
+    assert len(files) > 4
+    return files
+
+
+def alone(tmp_path: Path) -> bool:
+    """Whether nothing but outputs is left in the folder."""
+    return {each.name for each in tmp_path.iterdir()} <= {"whole", "out", "killed.py"}
+
+
+@pytest.mark.parametrize("way", ["threads", "processes", "ray"])
+def test_the_same_bytes_on_any_engine(
+    small: SmallModel, source: Path, tmp_path: Path, whole: dict[str, bytes], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "ray":
+        pytest.importorskip("ray")
+    if way == "processes":
+        monkeypatch.setattr(engines, "THREADS_AT_MOST", 1)
+        monkeypatch.setattr(score, "ROWS_FOR_PROCESSES", 0)
+    options = ["--data.workers", "2", "--data.engine", "ray" if way == "ray" else "local"]
+    score_log(small.folder, source, tmp_path / "out", overrides=options)
+    assert files_of(tmp_path / "out") == whole
+    assert alone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "calls", "done"),
+    [("look_up", 0, 0), ("keep", 0, 0), ("score", 2, 2), ("send", 1, 1), ("finish", 1, None), ("put", 0, None)],
+)
+def test_a_killed_run_goes_on(
+    small: SmallModel,
+    source: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    place: str,
+    calls: int,
+    done: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed_run(tmp_path, small.folder, source, tmp_path / "out", place, calls)
+    assert not (tmp_path / "out").exists()
+    scored: list[int] = []
+
+    def counted(job: Any, task: Any) -> Any:
+        scored.append(task[0])
+        return before(job, task)
+
+    before = parts.score_part
+    monkeypatch.setattr(parts, "score_part", counted)
+    # What is the same may be scored with other workers.
+    score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "2"])
+    count = len(whole) - 1
+    assert sorted(scored) == list(range(count if done is None else done, count))
+    assert files_of(tmp_path / "out") == whole
+    assert alone(tmp_path)
+
+
+def test_ctrl_c_keeps_what_was_scored(
+    small: SmallModel, source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_scored", interrupted)
+        with pytest.raises(StoppedError, match="the same command goes on"):
+            score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "1"])
+    assert not (tmp_path / "out").exists()
+    score_log(small.folder, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("changed", ["input", "model", "settings"])
+def test_with_something_else_a_killed_run_starts_anew(
+    small: SmallModel, source: Path, tmp_path: Path, changed: str, fine: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, model = tmp_path / "log", tmp_path / "model"
+    shutil.copytree(source, log)
+    shutil.copytree(small.folder, model)
+    killed_run(tmp_path, model, log, tmp_path / "out", "score", 2)
+    as_of: Any = "log"
+    if changed == "input":
+        shutil.rmtree(log)
+        write_finely(log, with_requests(random_log(9, rows=200), seed=9))
+    elif changed == "model":
+        (model / "calibration.json").unlink()
+    else:
+        as_of = "tables"
+    score_log(model, log, tmp_path / "out", as_of)
+    assert "scoring starts anew" in capsys.readouterr().err.replace("\n", " ")
+    score_log(model, log, tmp_path / "expected", as_of)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_scores_are_replaced_once_new_ones_are_whole(
+    small: SmallModel, source: Path, tmp_path: Path, fine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = score_log(small.folder, source, tmp_path / "out")
+    assert not first.before
+    assert score_log(small.folder, source, tmp_path / "out").before
+    old = files_of(tmp_path / "out")
+
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score.Output, "end", fails)
+        with pytest.raises(OSError, match="no space"):
+            score_log(small.folder, source, tmp_path / "out", "tables")
+    assert files_of(tmp_path / "out") == old
+    score_log(small.folder, source, tmp_path / "out", "tables")
+    assert files_of(tmp_path / "out").keys() == old.keys()
+    assert files_of(tmp_path / "out") != old
