@@ -1,0 +1,70 @@
+"""HTTP connections that can't be held open by sending nothing, or very little.
+
+uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; and what a
+caller goes on sending after a refusal is read until it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+from typing import Any
+
+MOST_HEADER_BYTES = 64 * 2**10
+
+
+def protocol(header_seconds: float) -> type[asyncio.Protocol]:
+    """The class for uvicorn's `http`. header_seconds: for the headers of a request to arrive, and for the rest of a
+    body that was refused.
+    """
+    base: Any
+    if importlib.util.find_spec("httptools"):
+        base = importlib.import_module("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+    else:
+        base = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+
+    class Bounded(base):
+        """uvicorn's protocol, closing connections between requests that stay unfinished."""
+
+        _end: asyncio.TimerHandle | None = None
+        _unfinished = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.transport is None or self.transport.is_closing():
+                return
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._disarm()
+                self._unfinished = 0
+                return
+            self._arm()
+            # What follows a refusal is read and dropped; all else are headers, which are kept until they are whole.
+            if self.cycle is None or not self.cycle.more_body:
+                self._unfinished += len(data)
+                if self._unfinished > MOST_HEADER_BYTES:
+                    self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def _arm(self) -> None:
+            if self._end is None:
+                self._end = self.loop.call_later(header_seconds, self._too_late)
+
+        def _disarm(self) -> None:
+            if self._end is not None:
+                self._end.cancel()
+                self._end = None
+
+        def _too_late(self) -> None:
+            self._end = None
+            if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+
+    return Bounded
