@@ -15,15 +15,17 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.serving.envelope import ranked_calls
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranking import Ranking
+
+if TYPE_CHECKING:
+    from mmoe_rec.serving.loaded import LoadedRanker
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096

@@ -10,11 +10,11 @@ import json
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.reloading import Source
 from mmoe_rec.serving.envelope import ranked
 from mmoe_rec.serving.ranking import Ranking
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker
 
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies. address: permanent, of the registry or the folder's path; run_id: of the run that made it."""
-
-    folder: Path
-    address: str
-    run_id: str | None = None
 
 
 @dataclass(frozen=True)

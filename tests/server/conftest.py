@@ -4,7 +4,8 @@ import pytest
 
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import Source
 from tests.serving.small_model import SmallModel
 
 

@@ -13,7 +13,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import written
 from mmoe_rec.server.limits import Limits, Refused
-from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import Source
 from mmoe_rec.serving.ranking import Ranking
 from tests.server.asking import ask, element
 from tests.serving.small_model import SmallModel

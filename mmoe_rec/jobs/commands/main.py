@@ -18,6 +18,7 @@ from mmoe_rec.program import NAMES, TEMPLATE
 _ABOUT = {
     "train": "features, training, and registration of the model",
     "evaluate": "metrics of a model on the test rows",
+    "serve": "serves a model over HTTP",
     "features": "fits features and encodes rows, or adds new days",
     "inspect": "the health of the log and its features",
     "tune": "searches for better settings",
