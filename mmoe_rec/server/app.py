@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -18,7 +19,7 @@ from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, refusal
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.security import is_allowed
 
 Reload = Callable[[], Awaitable[None]]
@@ -102,12 +103,15 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
     app.exception_handler(Exception)(_failed)
     described = app.openapi
 
-    def schema() -> dict[str, Any]:
+    @lru_cache(maxsize=1)
+    def schema_of(served: Served | None) -> dict[str, Any]:
         tree = described()
-        example = models.current.example if models.current else None
-        tree["paths"]["/invocations"] = {"post": openapi.invocation(example)}
+        tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
         tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
         return tree
+
+    def schema() -> dict[str, Any]:
+        return schema_of(models.current)
 
     app.openapi = schema  # type: ignore[method-assign]
     return app

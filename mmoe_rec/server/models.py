@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Served:
     """A loaded model, ready to answer. example: a request that can be sent as it is."""
 

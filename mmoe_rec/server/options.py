@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.limits import Limits
@@ -53,3 +55,11 @@ def log_to_stderr() -> None:
 def ignore_interrupts() -> None:
     """Leaves Ctrl-C, which reaches all processes of a terminal, to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends at once. Python would first take models apart, which for a large one takes seconds."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,7 +1,7 @@
 """HTTP connections that can't be held open by sending nothing, or very little.
 
-uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; and what a
-caller goes on sending after a refusal is read until it ends.
+uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; what a
+caller goes on sending after a refusal is read until it ends, and a reply that nobody takes is kept for ever.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 MOST_HEADER_BYTES = 64 * 2**10
 
 
-def protocol(header_seconds: float) -> type[asyncio.Protocol]:
-    """The class for uvicorn's `http`. header_seconds: for the headers of a request to arrive, and for the rest of a
-    body that was refused.
+def protocol(seconds: float) -> type[asyncio.Protocol]:
+    """The class for uvicorn's `http`. seconds: for the headers of a request to arrive, for the rest of a body that was
+    refused, and for the caller to take the reply.
     """
     base: Any
     if importlib.util.find_spec("httptools"):
@@ -28,6 +28,7 @@ def protocol(header_seconds: float) -> type[asyncio.Protocol]:
         """uvicorn's protocol, closing connections between requests that stay unfinished."""
 
         _end: asyncio.TimerHandle | None = None
+        _written: asyncio.TimerHandle | None = None
         _unfinished = 0
 
         def connection_made(self, transport: Any) -> None:
@@ -51,11 +52,23 @@ def protocol(header_seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            if self._written is not None:
+                self._written.cancel()
             super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._written is None and self.transport.get_write_buffer_size():
+                self._written = self.loop.call_later(seconds, self._not_taken)
+
+        def _not_taken(self) -> None:
+            self._written = None
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
 
         def _arm(self) -> None:
             if self._end is None:
-                self._end = self.loop.call_later(header_seconds, self._too_late)
+                self._end = self.loop.call_later(seconds, self._too_late)
 
         def _disarm(self) -> None:
             if self._end is not None:

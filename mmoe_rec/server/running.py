@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options, address_of
+from mmoe_rec.server.options import Options, address_of, end_process
 from mmoe_rec.server.protocol import protocol
 from mmoe_rec.server.reloading import Finder, Source, Watch
 
@@ -35,6 +34,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Application, options: Options, ignored: tuple[int, ...] = ()) -> None:
         self._app, self._options, self._ignored = app, options, ignored
+        self._last: threading.Timer | None = None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -58,9 +58,9 @@ class Server(uvicorn.Server):
         """As a signal to end."""
         if not self.should_exit:
             self.should_exit = True
-            last = threading.Timer(self._options.grace, self._end_now)
-            last.daemon = True
-            last.start()
+            self._last = threading.Timer(self._options.grace, self._end_now)
+            self._last.daemon = True
+            self._last.start()
 
     def serve_on(self, bound: socket.socket, started: Callable[[asyncio.AbstractEventLoop], None]) -> None:
         """Serves until a signal. started: is called in the event loop before the first request."""
@@ -73,14 +73,15 @@ class Server(uvicorn.Server):
 
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(serve())
+        if self._last is not None:
+            self._last.cancel()
         if self._app.calls.batcher.is_busy:
             self._end_now()
 
     @staticmethod
     def _end_now() -> None:
         _log.warning("ended while a call was under way: it took longer than --grace")
-        logging.shutdown()
-        os._exit(1)
+        end_process(1)
 
 
 def in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:

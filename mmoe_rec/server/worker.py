@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.server.options import Options, ignore_interrupts, log_to_stderr
+from mmoe_rec.server.options import Options, end_process, ignore_interrupts, log_to_stderr
 from mmoe_rec.server.reloading import Source
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def run_worker(source: Source, bound: socket.socket, options: Options, pipe: Con
         pipe.send(("ready",))
 
     server.serve_on(bound, started)
+    end_process(0)
 
 
 class _Talk:

@@ -165,7 +165,7 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """Limits of the served model. `max_candidates` holds for every way of serving, the others for `pipelines.serve`."""
+    """Limits of the served model: of a request (max_candidates), and of calls to the command `serve` (the others)."""
 
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")

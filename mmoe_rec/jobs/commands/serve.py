@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"'--{'.'.join(keys)}' is no argument of serve, nor a setting of section serving; see --help"
             )
     from mmoe_rec.jobs.serve import serve_model
+    from mmoe_rec.server.options import end_process
     from mmoe_rec.server.security import read_token
     from mmoe_rec.settings import Tracking
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         token=read_token(arguments.token_file),
         overrides=overrides,
     )
+    end_process(0)
 
 
 def _parser() -> argparse.ArgumentParser:
