@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
+import socket
+import struct
 from typing import Any
 
 MOST_HEADER_BYTES = 64 * 2**10
@@ -64,6 +66,9 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
         def _not_taken(self) -> None:
             self._written = None
             if self.transport.get_write_buffer_size():
+                # Without this the system would keep what is not taken for minutes.
+                at_once = struct.pack("ii", 1, 0)
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 self.transport.abort()
 
         def _arm(self) -> None:
