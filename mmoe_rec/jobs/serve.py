@@ -48,8 +48,8 @@ def serve_model(
     grace: float = 10.0,
     token: str | None = None,
     overrides: Sequence[str] = (),
-) -> None:
-    """Serves until SIGTERM or SIGINT.
+) -> int:
+    """Serves until SIGTERM or SIGINT. Gives the exit code: 0 if all that was accepted was answered.
 
     Args:
         address: as `mmoe_rec.registry.find_model` takes it, at MLflow's `uri`.
@@ -68,16 +68,17 @@ def serve_model(
     # Before the model is fetched and loaded, which may take minutes.
     bound = listening_socket(host, port)
     log_to_stderr()
+    known = finder.state()
     source = finder.find()
     options = Options(limits_of(source.folder, overrides), grace, token)
     if workers == 1:
         from mmoe_rec.server.running import serve
 
-        serve(source, finder, bound, options, poll)
-    else:
-        from mmoe_rec.server.workers import serve_by_workers
+        serve(source, known, finder, bound, options, poll)
+        return 0
+    from mmoe_rec.server.workers import serve_by_workers
 
-        serve_by_workers(source, finder, bound, options, poll, workers)
+    return serve_by_workers(source, known, finder, bound, options, poll, workers)
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

@@ -20,7 +20,7 @@ from mmoe_rec.server.calls import Calls, refusal
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, Served
-from mmoe_rec.server.security import is_allowed
+from mmoe_rec.server.security import OPEN_PATHS, is_allowed
 
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError where that can't be."""
@@ -68,8 +68,9 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
             return _json({"status": "stuck"}, 503)
         return _json({"status": "ok"})
 
-    app.get("/health", response_model=None)(health)
-    app.get("/ping", response_model=None)(health)
+    for page in OPEN_PATHS:
+        app.get(page, response_model=None)(health)
+        app.head(page, response_model=None, include_in_schema=False)(health)
 
     @app.get("/version", response_model=None)
     async def version() -> Response:

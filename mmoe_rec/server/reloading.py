@@ -37,6 +37,7 @@ class Watch:
     """Looks every few seconds whether another model lies at the address, and has it taken up.
 
     take_up: loads a model; raises UserError for one that can't be loaded, which is not tried again until it changes.
+    seconds: between looks, 0 for none at all.
     """
 
     def __init__(self, finder: Finder, take_up: Callable[[Source], None], seconds: float) -> None:
@@ -44,10 +45,10 @@ class Watch:
         self._known: str | None = None
         self._told: str | None = None
 
-    def start(self) -> None:
-        """Looks from now on, in a thread of its own. Nothing for 0 seconds."""
+    def start(self, known: str) -> None:
+        """Looks from now on, in a thread of its own. known: the state before the model was found that is served now."""
         if self._seconds > 0:
-            self._known = self._finder.state()
+            self._known = known
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _run(self) -> None:

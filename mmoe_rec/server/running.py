@@ -125,8 +125,11 @@ class Reloading:
         _log.info("serving %s", source.address)
 
 
-def serve(source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
-    """Serves a model until SIGTERM or SIGINT. Raises UserError for one that can't be loaded."""
+def serve(source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
+    """Serves a model until SIGTERM or SIGINT. Raises UserError for one that can't be loaded.
+
+    known: the finder's state before it found the model; poll: seconds between looks for another one, 0 for none.
+    """
     models, metrics = Models(options.limits), Metrics()
     metrics.show_model(models.load(source).about())
     reloading = Reloading(models, metrics)
@@ -138,7 +141,7 @@ def serve(source: Source, finder: Finder, bound: socket.socket, options: Options
     watch = Watch(finder, reloading.take_up, poll)
 
     def started(loop: asyncio.AbstractEventLoop) -> None:
-        watch.start()
+        watch.start(known)
         _log.info("serving %s at %s/invocations", source.address, address_of(bound))
 
     server.serve_on(bound, started)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -32,19 +32,22 @@ from mmoe_rec.server.worker import run_worker
 
 LONGEST_PAUSE_SECONDS = 30.0
 _TICK_SECONDS = 0.1
-_ENDING_SECONDS = 2.0  # for a worker to end by itself after its own time to stop
+_SHARE_OF_WORKERS = 0.9  # of the time to stop: a worker that has not ended by then is killed
 
 _log = logging.getLogger(__name__)
 
 
 def serve_by_workers(
-    source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float, count: int
-) -> None:
-    """Serves a model by `count` processes until SIGTERM or SIGINT. Raises UserError for one that can't be loaded."""
+    source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float, count: int
+) -> int:
+    """Serves a model by `count` processes until SIGTERM or SIGINT; the rest as in `running.serve`.
+
+    Gives the exit code: 0 if all that was accepted was answered. Raises UserError for a model that can't be loaded.
+    """
     with tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
         try:
-            _Parent(source, finder, bound, options, poll).run(count)
+            return _Parent(source, finder, bound, options, poll).run(known, count)
         finally:
             del os.environ[FOLDER_VARIABLE]
 
@@ -60,26 +63,29 @@ class _Parent:
     """Keeps `count` workers. Everything but the watch happens in its main thread."""
 
     def __init__(self, source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
-        self._source, self._finder, self._bound, self._options = source, finder, bound, options
+        self._source, self._finder, self._bound, self._grace = source, finder, bound, options.grace
+        self._options = replace(options, grace=_SHARE_OF_WORKERS * options.grace)
         self._workers: list[_Worker] = []
         self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._watch = Watch(finder, lambda found: self._todo.put(lambda: self._take_up(found)), poll)
         self._stopping = self._was_ready = False
         self._failures, self._next_start = 0, 0.0
 
-    def run(self, count: int) -> None:
+    def run(self, known: str, count: int) -> int:
+        """Keeps so many workers until a signal; gives the exit code."""
         before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._watch.start()
+            self._watch.start(known)
             while not self._stopping:
                 self._start_missing(count)
                 self._listen()
                 while not self._todo.empty():
                     self._todo.get()()
         finally:
-            self._end()
+            code = self._end()
             for each, handler in before.items():
                 signal.signal(each, handler)
+        return code
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -162,14 +168,18 @@ class _Parent:
         self._next_start = time.monotonic() + pause
         _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
 
-    def _end(self) -> None:
+    def _end(self) -> int:
         self._bound.close()
         for worker in self._workers:
             worker.process.terminate()
-        end = time.monotonic() + self._options.grace + _ENDING_SECONDS
+        end = time.monotonic() + self._grace
+        code = 0
         for worker in self._workers:
             worker.process.join(max(end - time.monotonic(), 0.0))
             if worker.process.is_alive():
                 _log.warning("worker %s does not end and is killed", worker.process.pid)
                 worker.process.kill()
                 worker.process.join()
+            if worker.is_ready and worker.process.exitcode != 0:
+                code = 1
+        return code

@@ -199,6 +199,7 @@ def test_pages(app: Application, models: Models, small: SmallModel) -> None:
     assert served is not None
     for page in ("/health", "/ping"):
         assert ask(app, b"", page=page, method="GET").status == 200
+        assert ask(app, b"", page=page, method="HEAD").status == 200
     version = ask(app, b"", page="/version", method="GET").tree
     assert version["model"] == "small"
     assert version["version"] == "7"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -125,10 +125,10 @@ def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallMo
         until((tmp_path / "started").exists)
         behind = Sending(running, GOOD)
         until(lambda: "mmoe_rec_waiting 1.0" in running.send(None, "/metrics", "GET")[1])
-        idle = running.connect()
-        running.process.send_signal(signal.SIGTERM)
-        until(running.refuses)
-        assert idle.recv(1) == b""
+        with running.connect() as idle:
+            running.process.send_signal(signal.SIGTERM)
+            until(running.refuses)
+            assert idle.recv(1) == b""
         assert slow.found is behind.found is None
         (tmp_path / "go_on").touch()
         assert running.process.wait(PATIENCE) == 0
@@ -143,39 +143,46 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
     if workers == "2":
         tmp_path = tmp_path / "no wait in workers"  # they are other processes, which the test does not slow down
         tmp_path.mkdir()
-    with served(small.folder, tmp_path, "--grace", "1", "--workers", workers) as running:
-        half = running.connect()
+    with served(small.folder, tmp_path, "--grace", "1", "--workers", workers) as running, ExitStack() as ends:
+        half = ends.enter_context(running.connect())
         half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         if workers == "1":
             Sending(running, SLOW)
             until((tmp_path / "started").exists)
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == (1 if workers == "1" else 0)
+        assert running.process.wait(PATIENCE) in ((1,) if workers == "1" else (0, 1)), "1 where a machine is slow"
         assert not running.workers()
 
 
 def test_connections_that_stay_unfinished_are_closed(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path, "--serving.read_seconds", "0.3", "--serving.max_body_mib", "1") as running:
-        for start in (b"", b"POST /invo", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Name: "):
-            with running.connect() as half:
-                half.sendall(start)
-                assert half.recv(100) == b""
-        with running.connect() as half:
-            half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
-            reply = b"".join(iter(lambda: half.recv(4096), b""))
-            assert reply.startswith(b"HTTP/1.1 408 ")
-            assert b"did not arrive within 0.3 seconds" in reply
-        with running.connect() as half:  # a second request that stops in its headers
-            half.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert half.recv(4096).startswith(b"HTTP/1.1 200 OK")
-            half.sendall(b"GET /health HTTP/1.1\r\nHost:")
-            rest = b"".join(iter(lambda: half.recv(4096), b""))
-            assert b"HTTP/1.1" not in rest
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    starts = [b"", b"POST /invo", health[:-2] + b"X-Name: ", health + health[:-2]]
+    with (
+        served(small.folder, tmp_path, "--serving.read_seconds", "2", "--serving.max_body_mib", "1") as running,
+        ExitStack() as connections,
+    ):
+        halves = [connections.enter_context(running.connect()) for _ in starts]
+        body = connections.enter_context(running.connect())
+        for half, start in zip(halves, starts, strict=True):
+            half.sendall(start)
+        body.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
+        assert running.send(None, "/health", "GET")[0] == 200
+        replies = [everything(half) for half in halves]
+        assert replies[:3] == [b""] * 3
+        assert replies[3].count(b"HTTP/1.1 200 OK") == 1
+        told = everything(body)
+        assert told.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 2 seconds" in told
         assert running.send(GOOD)[0] == 200
 
 
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the server closes a connection."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
 def test_a_caller_who_takes_no_reply_is_cut_off(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path, "--serving.read_seconds", "0.3") as running, running.connect() as sender:
+    with served(small.folder, tmp_path, "--serving.read_seconds", "2") as running, running.connect() as sender:
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
         with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as the system likes
@@ -283,7 +290,7 @@ def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path:
 def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
-    with served(folder, tmp_path, "--workers", "2") as running:
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
         until(lambda: _model_count(running) == 2)
         before = running.send(GOOD)
         first = running.workers()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.server.security import read_token
     from mmoe_rec.settings import Tracking
 
-    serve_model(
+    code = serve_model(
         arguments.model,
         Tracking(uri=arguments.tracking_uri).address,
         host=arguments.host,
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         token=read_token(arguments.token_file),
         overrides=overrides,
     )
-    end_process(0)
+    end_process(code)
 
 
 def _parser() -> argparse.ArgumentParser:
