@@ -14,6 +14,7 @@ import struct
 from typing import Any
 
 MOST_HEADER_BYTES = 64 * 2**10
+MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
 
 
 def protocol(seconds: float) -> type[asyncio.Protocol]:
@@ -31,7 +32,7 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
 
         _end: asyncio.TimerHandle | None = None
         _written: asyncio.TimerHandle | None = None
-        _unfinished = 0
+        _unfinished = _replies = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -40,6 +41,9 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.transport is None or self.transport.is_closing():
+                return
+            if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
+                self._drop()
                 return
             if self.cycle is not None and not self.cycle.response_complete:
                 self._disarm()
@@ -60,16 +64,28 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self._written is None and self.transport.get_write_buffer_size():
-                self._written = self.loop.call_later(seconds, self._not_taken)
+            self._replies += 1
+            if self._written is None:
+                self._wait_until_taken()
 
-        def _not_taken(self) -> None:
+        def _wait_until_taken(self) -> None:
             self._written = None
             if self.transport.get_write_buffer_size():
-                # Without this the system would keep what is not taken for minutes.
-                at_once = struct.pack("ii", 1, 0)
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-                self.transport.abort()
+                self._written = self.loop.call_later(seconds, self._not_taken, self._replies)
+
+        def _not_taken(self, replies: int) -> None:
+            if self._replies > replies:  # what is left may be of a later one
+                self._wait_until_taken()
+            elif self.transport.get_write_buffer_size():
+                self._drop()
+            else:
+                self._written = None
+
+        def _drop(self) -> None:
+            # Without this the system would keep for minutes what the caller does not take.
+            at_once = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            self.transport.abort()
 
         def _arm(self) -> None:
             if self._end is None:
