@@ -55,7 +55,7 @@ def find_model(address: str, uri: str) -> FoundModel:
 
     What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
     """
-    pinned = _pinned(address, uri)
+    pinned = permanent_address(address, uri)
     return FoundModel(pinned, local_model(pinned, uri), run_of(pinned, uri))
 
 
@@ -63,7 +63,7 @@ def check_address(address: str, uri: str) -> None:
     """Raises UserError for an address of the registry or a folder without a model, at little cost: fetches nothing."""
     if Path(address).exists() or _scheme(address) is None:
         local_model(address, uri)
-    _pinned(address, uri)
+    permanent_address(address, uri)
 
 
 def local_model(address: str, uri: str) -> Path:
@@ -114,8 +114,11 @@ def run_of(address: str, uri: str) -> str | None:
     return run_id if run_id and _is_there(mlflow, uri, run_id) else None
 
 
-def _pinned(address: str, uri: str) -> str:
-    """An address of the registry that does not move, any other one as it is."""
+def permanent_address(address: str, uri: str) -> str:
+    """An address of the registry that does not move, any other one as it is: fetches nothing.
+
+    Raises UserError for an unknown name or alias.
+    """
     if _scheme(address) != "models" or Path(address).exists():
         return address
     mlflow = _registry(address, uri)

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "choices": {"allocation", "devices", "settings", "batches", "features", "model", "tables"},
     "training": LEAVES | {"features", "build", "batches", "model", "routing", "tables", "choices", "tracking"},
     "serving": LEAVES | LOG | {"features", "build", "batches", "model"},
+    "server": {"errors", "settings", "serving"},
     "evaluation": LEAVES | {"features", "batches", "model"},
     "report": {"errors", "atomic", "inspection"},
 }
@@ -85,6 +86,8 @@ def test_a_file_imports_earlier_stages_only(path):
             )
         if module.split(".")[0] in ("jinja2", "matplotlib"):
             assert stage == "report", f"{path} imports {module}; see mmoe_rec/report"
+        if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client"):
+            assert stage == "server", f"{path} imports {module}; see mmoe_rec/server"
         if module.split(".")[0] == "torchrec":
             assert stage != "serving", f"{path} imports {module}; serving runs without torchrec"
 

@@ -64,6 +64,19 @@ EXERCISED_BY = {
     ),
     "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port 5002": "test_mlflow_pages",
     "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
+    "python -m pipelines.serve --model models:/complete_journey@champion --port 8000": "test_commands_of_the_server",
+    "curl -s localhost:8000/invocations -H 'Content-Type: application/json' -d @request.json": (
+        "test_commands_of_the_server"
+    ),
+    "curl -s 'localhost:8000/invocations?partial=true' -H 'Content-Type: application/json' -d @request.json": (
+        "test_commands_of_the_server"
+    ),
+    "curl -s localhost:8000/version": "test_commands_of_the_server",
+    "curl -s localhost:8000/metrics": "test_commands_of_the_server",
+    "curl -s -X POST localhost:8000/reload": "test_commands_of_the_server",
+    "python -m pipelines.serve --model models:/complete_journey@champion --workers 4 --poll 60": (
+        "server/test_processes.py::test_workers_are_replaced_reloaded_and_counted_together"
+    ),
     "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
@@ -317,6 +330,21 @@ def test_served_request(said: dict[str, str], folder: Path) -> None:
     assert list(found["predictions"]) == list(shown["predictions"])
     assert len(found["candidates"]) == len(shown["candidates"])
     assert found["request_time"] == shown["request_time"]
+
+
+def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
+    serve, *asks = commands("test_commands_of_the_server")
+    request, reply = blocks("json")
+    (folder / "request.json").write_text(request)
+    with running(serve, "8000", "/health", folder) as port:
+        answers = [shell(ask.replace("8000", str(port)), folder) for ask in asks]
+    ranked, partial, version, metrics, reloaded = answers
+    assert ranked == partial
+    (found,), (shown,) = json.loads(ranked)["predictions"], json.loads(reply)["predictions"]
+    assert list(found) == list(shown)
+    assert json.loads(version)["model"] == "complete_journey"
+    assert 'mmoe_rec_replies_total{status="200"} 2.0' in metrics
+    assert json.loads(reloaded)["reload_failure"] is None
 
 
 def test_the_request_and_its_reply_agree(said: dict[str, str], folder: Path) -> None:

@@ -43,14 +43,23 @@ def ranked(
 
     params: options for all elements, of which an element's own win.
     """
-    opened: list[Request | RequestError] = []
-    for element in elements:
-        try:
-            opened.append(_opened(element, params))
-        except RequestError as error:
-            opened.append(error)
-    found = iter(ranker.rank_many([each for each in opened if isinstance(each, Request)]))
-    return [each if isinstance(each, RequestError) else next(found) for each in opened]
+    return ranked_calls(ranker, [(elements, params)])[0]
+
+
+def ranked_calls(
+    ranker: Ranks, calls: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]
+) -> list[list[Ranking | RequestError]]:
+    """The answers of several calls, each with its elements and params as `ranked` takes them, from one pass."""
+    opened: list[list[Request | RequestError]] = []
+    for elements, params in calls:
+        opened.append([])
+        for element in elements:
+            try:
+                opened[-1].append(_opened(element, params))
+            except RequestError as error:
+                opened[-1].append(error)
+    found = iter(ranker.rank_many([each for call in opened for each in call if isinstance(each, Request)]))
+    return [[each if isinstance(each, RequestError) else next(found) for each in call] for call in opened]
 
 
 def _opened(element: Mapping[str, Any], params: Mapping[str, Any]) -> Request:

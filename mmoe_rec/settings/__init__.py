@@ -7,13 +7,14 @@ unknown or ill-typed key is a `UserError` that names it and the nearest valid ke
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Search, Settings, Split, Training
+from mmoe_rec.settings.sections import Search, Settings, Split, Tracking, Training
 
 __all__ = [
     "Model",
     "Search",
     "Settings",
     "Split",
+    "Tracking",
     "Training",
     "describe",
     "load_settings",

@@ -17,9 +17,13 @@ from mmoe_rec.settings.messages import feature_kinds, without_none
 from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
 
 
-def describe() -> str:
-    """Every setting with its type, default and meaning: the body of `--help`."""
-    return "\n".join(_describe(Settings, ""))
+def describe(section: str | None = None) -> str:
+    """Every setting, or those of one section, with type, default and meaning: the body of `--help`."""
+    if section is None:
+        return "\n".join(_describe(Settings, ""))
+    inner = Settings.model_fields[section].annotation
+    assert isinstance(inner, type), f"'{section}' is no section"
+    return "\n".join(_describe(inner, f"{section}."))
 
 
 def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:

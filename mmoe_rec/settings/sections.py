@@ -165,9 +165,16 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """Limits of the served model."""
+    """Limits of the served model: of a request (max_candidates), and of calls to the command `serve` (the others)."""
 
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
+    max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
+    max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
+    max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
+    max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
+    max_waiting: int = Field(64, ge=1, description="calls at a time in a worker; further ones are told to come again")
+    read_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
+    answer_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
 
 
 class Tracking(Section):

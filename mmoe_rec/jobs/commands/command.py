@@ -21,7 +21,7 @@ def read_command(
     doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. The
     parsed arguments hold the overrides, as they were written, in `overrides`. Raises UserError for a wrong setting.
     """
-    parser = Parser(
+    parser = SentenceParser(
         prog=spelled(" ".join(doc.split()[:3])),
         description=spelled(doc),
         epilog=spelled("settings (in the YAML file, or as overrides):\n" + describe()),
@@ -41,7 +41,7 @@ def read_command(
     return arguments, load_settings(arguments.config, overrides)
 
 
-class Parser(argparse.ArgumentParser):
+class SentenceParser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:

@@ -19,6 +19,7 @@ _ABOUT = {
     "train": "features, training, and registration of the model",
     "evaluate": "metrics of a model on the test rows",
     "score": "predictions, scores and ranks of a log or of candidates",
+    "serve": "serves a model over HTTP",
     "features": "fits features and encodes rows, or adds new days",
     "inspect": "the health of the log and its features",
     "tune": "searches for better settings",

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from typing import get_args
 
 from mmoe_rec.errors import exit_with_message
-from mmoe_rec.jobs.commands.command import Parser
+from mmoe_rec.jobs.commands.command import SentenceParser
 from mmoe_rec.program import spelled
 from mmoe_rec.settings.sections import EngineName
 
 
 def _parser() -> argparse.ArgumentParser:
     doc = spelled(__doc__ or "")
-    parser = Parser(
+    parser = SentenceParser(
         prog=" ".join(doc.split("--")[0].split()),
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,0 +1,93 @@
+"""Serving a model of the registry, or of a folder, by our own server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmoe_rec.registry import find_model, permanent_address
+
+if TYPE_CHECKING:
+    from mmoe_rec.server.limits import Limits
+    from mmoe_rec.server.reloading import Source
+
+MOST_CANDIDATES = "max_candidates"
+
+
+@dataclass(frozen=True)
+class AtAddress:
+    """The model at an address, which MLflow at `uri` knows; a `Finder`."""
+
+    address: str
+    uri: str
+
+    def state(self) -> str:
+        """Name and version that an alias stands for; of a folder, when its model was written."""
+        permanent = permanent_address(self.address, self.uri)
+        file = Path(permanent) / "model.json"
+        return f"{permanent} {file.stat().st_mtime_ns}" if file.is_file() else permanent
+
+    def find(self) -> Source:
+        """The model with its files on this machine."""
+        from mmoe_rec.server.reloading import Source
+
+        found = find_model(self.address, self.uri)
+        return Source(found.folder.resolve(), found.address, found.run_id)
+
+
+def serve_model(
+    address: str,
+    uri: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    workers: int = 1,
+    poll: float = 0.0,
+    grace: float = 10.0,
+    token: str | None = None,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Serves until SIGTERM or SIGINT. Gives the exit code: 0 if all that was accepted was answered.
+
+    Args:
+        address: as `mmoe_rec.registry.find_model` takes it, at MLflow's `uri`.
+        port: 0 takes a free one.
+        poll: seconds between looks at whether the alias has moved; 0 does not look.
+        grace: seconds from SIGTERM to the end at the latest.
+        token: which callers have to show; None lets everybody in.
+        overrides: settings of section `serving`, such as `--serving.max_elements 10`, before those of the model.
+
+    Raises:
+        UserError: an address without a model, a model that can't be loaded, or a host and port that can't be taken.
+    """
+    from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
+
+    finder = AtAddress(address, uri)
+    # Before the model is fetched and loaded, which may take minutes.
+    bound = listening_socket(host, port)
+    log_to_stderr()
+    known = finder.state()
+    source = finder.find()
+    options = Options(limits_of(source.folder, overrides), grace, token)
+    if workers == 1:
+        from mmoe_rec.server.running import serve
+
+        serve(source, known, finder, bound, options, poll)
+        return 0
+    from mmoe_rec.server.workers import serve_by_workers
+
+    return serve_by_workers(source, known, finder, bound, options, poll, workers)
+
+
+def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:
+    """The limits in the settings that a model was trained with, and in what overrides them. Raises UserError."""
+    from mmoe_rec.server.limits import Limits
+    from mmoe_rec.settings import load_settings, parse_overrides
+
+    settings = load_settings(folder / "settings.yaml", overrides)
+    limits = Limits.of(settings)
+    if any(keys[-1] == MOST_CANDIDATES for keys, _ in parse_overrides(overrides)):
+        limits = replace(limits, max_candidates=settings.serving.max_candidates)
+    return limits

@@ -1,0 +1,1 @@
+"""The model server: `/invocations` as MLflow's, with limits, batches of waiting calls, metrics, reload and workers."""

@@ -1,0 +1,136 @@
+"""The application: its pages, who may see them, and replies of one form to whatever goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import mmoe_rec
+from mmoe_rec.errors import UserError
+from mmoe_rec.server import openapi
+from mmoe_rec.server.calls import Calls, refusal
+from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
+from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.security import OPEN_PATHS, is_allowed
+
+Reload = Callable[[], Awaitable[None]]
+"""Takes up the model that the server's address names now. Raises UserError where that can't be."""
+
+_log = logging.getLogger(__name__)
+
+
+class Application:
+    """The ASGI application of a worker, and the parts that others ask about it."""
+
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        metrics: Metrics | None = None,
+        reload: Reload | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.models, self.token = models, token
+        self.metrics = metrics or Metrics()
+        self.calls = Calls(models, limits, self.metrics)
+        self._pages: ASGIApp = _pages(self.calls, reload)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as ASGI has it. Without the token nothing of it is read."""
+        if scope["type"] == "http":
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not is_allowed(scope["path"], given, self.token):
+                self.metrics.refusals.labels("unauthorised").inc()
+                sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
+                await refusal(Refused(401, sentence, "unauthorised", "UNAUTHENTICATED"))(scope, receive, send)
+                return
+        await self._pages(scope, receive, send)
+
+
+def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
+    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None)
+    models = calls.models
+
+    async def health() -> Response:
+        """200 once the model has answered its own example, and as long as it answers at all."""
+        if models.current is None:
+            return _json({"status": "loading"}, 503)
+        if calls.batcher.is_stuck:
+            return _json({"status": "stuck"}, 503)
+        return _json({"status": "ok"})
+
+    for page in OPEN_PATHS:
+        app.get(page, response_model=None)(health)
+        app.head(page, response_model=None, include_in_schema=False)(health)
+
+    @app.get("/version", response_model=None)
+    async def version() -> Response:
+        """The model that is served, the version of this package, and why a newer model is not served, if so."""
+        about: dict[str, Any] = models.current.about() if models.current else {}
+        return _json({**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure})
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """What the server counts, in Prometheus' text format."""
+        return Response(calls.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def invocations(request: Request) -> Response:
+        """Ranks the candidates of each element."""
+        return await calls.answer(request)
+
+    app.post("/invocations", response_model=None, include_in_schema=False)(invocations)
+
+    if reload is not None:
+
+        @app.post("/reload", response_model=None)
+        async def take_up() -> Response:
+            """Loads the model that the server's address names now, and serves it once it answers its own example."""
+            try:
+                await reload()
+            except UserError as error:
+                return refusal(Refused(503, f"the model before goes on serving: {error}", "reload", INTERNAL))
+            return await version()
+
+    app.exception_handler(HTTPException)(_no_page)
+    app.exception_handler(Exception)(_failed)
+    described = app.openapi
+
+    @lru_cache(maxsize=1)
+    def schema_of(served: Served | None) -> dict[str, Any]:
+        tree = described()
+        tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
+        tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
+        return tree
+
+    def schema() -> dict[str, Any]:
+        return schema_of(models.current)
+
+    app.openapi = schema  # type: ignore[method-assign]
+    return app
+
+
+def _json(tree: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(tree), status, media_type="application/json")
+
+
+async def _no_page(request: Request, error: HTTPException) -> Response:
+    sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
+    sentence = sentences.get(error.status_code, "this request can't be answered")
+    code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
+    response = refusal(Refused(error.status_code, sentence, "page", code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    _log.error("a request failed", exc_info=error)
+    return refusal(Refused(500, "the server failed; the log says why", "internal", INTERNAL))

@@ -1,0 +1,157 @@
+"""Calls wait in a queue for one thread that ranks; those that wait while a pass is under way share the next one.
+
+One thread, as torch has one thread and Python's own work holds the interpreter's lock: a second pass at the same time
+would only slow the first. A pass of several calls that fails is done again call by call, so that each caller gets an
+answer to what they sent and never another one's error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.models import Models
+from mmoe_rec.serving.envelope import ranked_calls
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.ranking import Ranking
+
+if TYPE_CHECKING:
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+Answers = list[Ranking | RequestError]
+JOINT_CANDIDATES = 4_096
+"""Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A call in the queue."""
+
+    elements: Sequence[Mapping[str, Any]]
+    params: Mapping[str, Any]
+    candidates: int
+    found: asyncio.Future[Answers]
+    since: float = field(default_factory=perf_counter)
+
+
+class Batcher:
+    """Ranks calls with the current model. Used from one event loop alone."""
+
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
+        self._models, self._limits, self._metrics = models, limits, metrics
+        self._queue: deque[_Waiting] = deque()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._busy_since: float | None = None
+        # A daemon: a pass that hangs must not keep the process from ending.
+        threading.Thread(target=self._work, name="ranking", daemon=True).start()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a pass has taken so long that it will hardly end."""
+        since = self._busy_since
+        return since is not None and monotonic() - since > 3 * self._limits.answer_seconds
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a pass is under way."""
+        return self._busy_since is not None
+
+    async def answers(
+        self, elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any], candidates: int
+    ) -> Answers:
+        """One answer an element, as `ranked` gives them.
+
+        candidates: of all elements, at least. Raises Refused where the time is over, or the model fails.
+        """
+        call = _Waiting(elements, params, candidates, asyncio.get_running_loop().create_future())
+        self._queue.append(call)
+        self._metrics.waiting.set(len(self._queue))
+        self._start_pass()
+        try:
+            async with asyncio.timeout(self._limits.answer_seconds):
+                return await call.found
+        except TimeoutError:
+            raise Refused(
+                504,
+                f"no answer within {self._limits.answer_seconds:g} seconds (setting `serving.answer_seconds`)",
+                "too_long",
+                "DEADLINE_EXCEEDED",
+            ) from None
+
+    def _start_pass(self) -> None:
+        """Gives the thread the calls that wait, unless it has some."""
+        if self._busy_since is not None:
+            return
+        calls: list[_Waiting] = []
+        candidates = 0
+        while self._queue and (not calls or candidates + self._queue[0].candidates <= JOINT_CANDIDATES):
+            call = self._queue.popleft()
+            if not call.found.done():  # else its time is over, or its caller has gone
+                calls.append(call)
+                candidates += call.candidates
+        self._metrics.waiting.set(len(self._queue))
+        if not calls:
+            return
+        served = self._models.current
+        assert served is not None, "a call was let in before there was a model"
+        self._busy_since = monotonic()
+        self._metrics.passes.observe(len(calls))
+        for call in calls:
+            self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
+        loop, ranker = asyncio.get_running_loop(), served.ranker
+
+        def work() -> None:
+            with self._metrics.timed("score"):
+                found = rank_together(ranker, [(call.elements, call.params) for call in calls])
+            loop.call_soon_threadsafe(self._end_pass, calls, found)
+
+        self._tasks.put(work)
+
+    def _end_pass(self, calls: Sequence[_Waiting], found: Sequence[Answers | Refused]) -> None:
+        self._busy_since = None
+        for call, answers in zip(calls, found, strict=True):
+            if call.found.done():
+                continue
+            if isinstance(answers, Refused):
+                call.found.set_exception(answers)
+            else:
+                call.found.set_result(answers)
+        self._start_pass()
+
+    def _work(self) -> None:
+        import torch
+
+        # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.serving.mlflow_model`.
+        torch.set_num_threads(1)
+        while True:
+            task = self._tasks.get()
+            try:
+                task()
+            except RuntimeError:  # the event loop has ended, and nobody waits
+                _log.debug("a pass ended after the server", exc_info=True)
+
+
+def rank_together(
+    ranker: LoadedRanker, calls: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]
+) -> list[Answers | Refused]:
+    """The answers of each call, from one pass where that succeeds; of each alone where it does not."""
+    try:
+        return list(ranked_calls(ranker, calls))
+    except Exception as error:
+        if len(calls) > 1:
+            return [rank_together(ranker, [call])[0] for call in calls]
+        _log.exception("the model failed")
+        # What MLflow's server says of a RuntimeError. Other errors may hold anything of this machine.
+        told = " ".join(str(error).split()) if type(error) is RuntimeError else "the model failed; the log says why"
+        return [Refused(500, told, "model", INTERNAL)]

@@ -1,0 +1,175 @@
+"""`POST /invocations`: read within limits, parse, rank, write. A reply is rankings or one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mmoe_rec.server.batching import Answers, Batcher
+from mmoe_rec.server.limits import INTERNAL, Limits, Refused, shortened
+from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.parsing import Call, exactly, parse
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.ranking import Ranking
+
+PARSED_AT_ONCE = 256 * 2**10
+"""Larger bodies are parsed in a thread, so that the event loop answers others in between."""
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_NO_NUMBER = (b"[null", b",null", b":null")
+
+
+class Calls:
+    """Answers calls with the current model."""
+
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
+        self.models, self.limits, self.metrics = models, limits, metrics
+        self.batcher = Batcher(models, limits, metrics)
+        self._open = 0
+
+    async def answer(self, request: Request) -> Response:
+        """The reply to a call, whatever is wrong with it."""
+        try:
+            with self.metrics.timed("total"), self._let_in():
+                response = Response(await self._rankings(request), media_type="application/json")
+        except Refused as refused:
+            if refused.reason in ("body", "element", "model"):
+                self.metrics.errors.labels(refused.reason).inc()
+            else:
+                self.metrics.refusals.labels(refused.reason).inc()
+            response = refusal(refused)
+        except ClientDisconnect:
+            self.metrics.refusals.labels("caller_gone").inc()
+            response = Response(status_code=499)  # which nobody reads
+        self.metrics.replies.labels(str(response.status_code)).inc()
+        return response
+
+    @contextmanager
+    def _let_in(self) -> Iterator[None]:
+        """Counts a call from its headers on: its body takes memory long before it waits for the model."""
+        if self.models.current is None:
+            raise Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
+        if self._open >= self.limits.max_waiting:
+            raise Refused(
+                503,
+                f"{self._open} calls are under way, as many as this server takes at a time (setting "
+                "`serving.max_waiting`); come again",
+                "busy",
+                "RESOURCE_EXHAUSTED",
+                1,
+            )
+        self._open += 1
+        self.metrics.calls.set(self._open)
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self.metrics.calls.set(self._open)
+
+    async def _rankings(self, request: Request) -> bytes:
+        partial = _partial(request.query_params)
+        with self.metrics.timed("read"):
+            body = await read_body(request, self.limits)
+        with self.metrics.timed("parse"):
+            if len(body) <= PARSED_AT_ONCE:
+                call = parse(body, self.limits)
+            else:
+                call = await asyncio.to_thread(parse, body, self.limits)
+        self.metrics.elements.inc(len(call.elements))
+        self.metrics.candidates.inc(call.candidates)
+        answers = await self._answers(call)
+        if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
+            call, answers = exact, await self._answers(exact)
+        self.metrics.warnings.inc(sum(len(each.warnings) for each in answers if isinstance(each, Ranking)))
+        with self.metrics.timed("write"):
+            return written(answers, call.ignored, partial)
+
+    async def _answers(self, call: Call) -> Answers:
+        found = iter(await self.batcher.answers(call.objects, call.params, call.candidates) if call.objects else ())
+        return [each if isinstance(each, RequestError) else next(found) for each in call.elements]
+
+
+def refusal(refused: Refused) -> Response:
+    """A refusal as a reply."""
+    headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
+    if refused.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refused.status == 408:
+        headers["Connection"] = "close"
+    return Response(orjson.dumps(refused.body()), refused.status, headers, "application/json")
+
+
+def _partial(query: Mapping[str, str]) -> bool:
+    for name in query:
+        if name != "partial":
+            raise Refused(400, f"/invocations has no query parameter '{name}'; there is 'partial'", "body")
+    value = query.get("partial", "false")
+    if value not in _TRUTH:
+        raise Refused(400, "the query parameter 'partial' must be true or false", "body")
+    return _TRUTH[value]
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a call. Raises Refused for one that is too large, as soon as that is known, too slow, or no JSON."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(415, "the body must not be compressed: leave the header Content-Encoding out", "no_json")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+        raise _too_large(limits)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.read_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limits.max_body_bytes:
+                    raise _too_large(limits)
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(
+            408,
+            f"the body did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)",
+            "too_slow",
+            "REQUEST_TIMEOUT",
+        ) from None
+    return b"".join(parts)
+
+
+def _too_large(limits: Limits) -> Refused:
+    sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
+    return Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
+
+
+def written(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
+    """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
+    ignored = [shortened(each) for each in ignored]
+    replies: list[Ranking | dict[str, str]] = []
+    for index, answer in enumerate(answers):
+        if isinstance(answer, Ranking):
+            replies.append(replace(answer, warnings=[*answer.warnings, *ignored]) if ignored else answer)
+        elif partial:
+            replies.append({"error": shortened(str(answer))})
+        else:
+            raise Refused(400, f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer), "element")
+    body = orjson.dumps({"predictions": replies})
+    # orjson writes null for what is no number. A ranking holds none, and this says so before a caller finds out.
+    if any(each in body for each in _NO_NUMBER) and not all(map(_is_finite, replies)):
+        raise Refused(500, "the model gives scores that are not finite numbers", "model", INTERNAL)
+    return body
+
+
+def _is_finite(reply: Any) -> bool:
+    if not isinstance(reply, Ranking):
+        return True
+    return all(math.isfinite(each) for values in (reply.scores, *reply.predictions.values()) for each in values)

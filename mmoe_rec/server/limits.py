@@ -1,0 +1,68 @@
+"""What a call may cost, and the refusal of one that costs more or is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings import Settings
+
+MOST_CHARACTERS = 400
+MEBIBYTE = 2**20
+INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a call; the settings of section `serving` say what each means.
+
+    max_candidates: of a request, None is what its model says; max_depth: of nested lists and objects, the outermost
+    object is at depth 1.
+    """
+
+    max_candidates: int | None = None
+    max_total_candidates: int = 100_000
+    max_elements: int = 256
+    max_body_mib: int = 8
+    max_depth: int = 16
+    max_waiting: int = 64
+    read_seconds: float = 10
+    answer_seconds: float = 30
+
+    @staticmethod
+    def of(settings: Settings) -> Limits:
+        """The limits in settings. `max_candidates` stays with each model, as another one may take its place."""
+        names = [each.name for each in fields(Limits) if each.name != "max_candidates"]
+        return Limits(**{name: getattr(settings.serving, name) for name in names})
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Size of the largest body."""
+        return self.max_body_mib * MEBIBYTE
+
+
+class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
+    """A call that gets no rankings: an HTTP status and one sentence for the caller.
+
+    reason: one of few words, for the metrics; retry_after: seconds after which the same call may succeed.
+    """
+
+    def __init__(
+        self, status: int, sentence: str, reason: str, error_code: str = INVALID, retry_after: int | None = None
+    ) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.sentence = shortened(sentence)
+        self.reason = reason
+        self.error_code = error_code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, str]:
+        """The reply, in MLflow's form."""
+        return {"error_code": self.error_code, "message": self.sentence}
+
+
+def shortened(sentence: str) -> str:
+    """A sentence of bounded length: it may quote a value or name of the caller's, which can be as long as the body."""
+    return sentence if len(sentence) <= MOST_CHARACTERS else f"{sentence[: MOST_CHARACTERS - 3]}..."

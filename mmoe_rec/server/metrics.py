@@ -1,0 +1,85 @@
+"""What the server counts, for Prometheus.
+
+With several workers the numbers of each lie in files of one folder, which prometheus-client knows by the environment's
+PROMETHEUS_MULTIPROC_DIR when it is imported; whichever worker is asked then adds them all up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_CALLS = (1, 2, 4, 8, 16, 32, 64)
+_PREFIX = "mmoe_rec_"
+
+
+class Metrics:
+    """The counters of one worker."""
+
+    def __init__(self) -> None:
+        self._own = CollectorRegistry()
+        counter, gauge = self._counter, self._gauge
+        self.stages = Histogram(
+            f"{_PREFIX}stage_seconds",
+            "Time of a call by stage: read, parse, wait, score, write, and total",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self._own,
+        )
+        self.replies = counter("replies", "Replies to /invocations by status", "status")
+        self.elements = counter("elements", "Elements of calls that were parsed")
+        self.candidates = counter("candidates", "Candidates of calls that were parsed")
+        self.errors = counter("errors", "Wrong calls by kind: body, element, model", "kind")
+        self.refusals = counter("refusals", "Calls refused for what they cost, or without a token, by reason", "reason")
+        self.warnings = counter("expert_warnings", "Warnings in rankings that an expert is lost")
+        self.reloads = counter("reloads", "Attempts to take up another model by outcome", "outcome")
+        self.passes = Histogram(
+            f"{_PREFIX}calls_per_pass", "Calls ranked in one pass", buckets=_CALLS, registry=self._own
+        )
+        self.calls = gauge("calls", "Calls being read, waiting or scored now")
+        self.waiting = gauge("waiting", "Calls waiting for a pass now")
+        self._model = gauge("model_info", "Workers that serve this model", "model", "version", "run_id", "tables_as_of")
+        self._shown: tuple[str, ...] | None = None
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", help_text, labels, registry=self._own)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode="livesum")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Counts the time of a block as that of a stage."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.stages.labels(stage).observe(perf_counter() - started)
+
+    def show_model(self, about: Mapping[str, str | None]) -> None:
+        """Says which model this worker serves from now on."""
+        if self._shown is not None:
+            self._model.labels(*self._shown).set(0)
+        self._shown = tuple(about[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
+        self._model.labels(*self._shown).set(1)
+
+    def text(self) -> bytes:
+        """The numbers of all workers in Prometheus' text format."""
+        if FOLDER_VARIABLE not in os.environ:
+            return generate_latest(self._own)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)
+
+
+def forget_process(pid: int | None) -> None:
+    """Takes what an ended worker had under way out of the numbers; what it has counted stays."""
+    mark_process_dead(pid)

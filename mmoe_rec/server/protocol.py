@@ -1,0 +1,104 @@
+"""HTTP connections that can't be held open by sending nothing, or very little.
+
+uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; what a
+caller goes on sending after a refusal is read until it ends, and a reply that nobody takes is kept for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import socket
+import struct
+from typing import Any
+
+MOST_HEADER_BYTES = 64 * 2**10
+MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
+
+
+def protocol(seconds: float) -> type[asyncio.Protocol]:
+    """The class for uvicorn's `http`. seconds: for the headers of a request to arrive, for the rest of a body that was
+    refused, and for the caller to take the reply.
+    """
+    base: Any
+    if importlib.util.find_spec("httptools"):
+        base = importlib.import_module("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+    else:
+        base = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+
+    class Bounded(base):
+        """uvicorn's protocol, closing connections between requests that stay unfinished."""
+
+        _end: asyncio.TimerHandle | None = None
+        _written: asyncio.TimerHandle | None = None
+        _unfinished = _replies = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.transport is None or self.transport.is_closing():
+                return
+            if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
+                self._drop()
+                return
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._disarm()
+                self._unfinished = 0
+                return
+            self._arm()
+            # What follows a refusal is read and dropped; all else are headers, which are kept until they are whole.
+            if self.cycle is None or not self.cycle.more_body:
+                self._unfinished += len(data)
+                if self._unfinished > MOST_HEADER_BYTES:
+                    self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            if self._written is not None:
+                self._written.cancel()
+            super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._replies += 1
+            if self._written is None:
+                self._wait_until_taken()
+
+        def _wait_until_taken(self) -> None:
+            self._written = None
+            if self.transport.get_write_buffer_size():
+                self._written = self.loop.call_later(seconds, self._not_taken, self._replies)
+
+        def _not_taken(self, replies: int) -> None:
+            if self._replies > replies:  # what is left may be of a later one
+                self._wait_until_taken()
+            elif self.transport.get_write_buffer_size():
+                self._drop()
+            else:
+                self._written = None
+
+        def _drop(self) -> None:
+            # Without this the system would keep for minutes what the caller does not take.
+            at_once = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            self.transport.abort()
+
+        def _arm(self) -> None:
+            if self._end is None:
+                self._end = self.loop.call_later(seconds, self._too_late)
+
+        def _disarm(self) -> None:
+            if self._end is not None:
+                self._end.cancel()
+                self._end = None
+
+        def _too_late(self) -> None:
+            self._end = None
+            if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+
+    return Bounded

@@ -1,0 +1,185 @@
+"""Serving by several processes that share one listening socket, and the parent that keeps them going.
+
+The parent looks for models and says which one to load, so that all workers serve the same; it neither loads one nor
+answers requests. A worker that ends is replaced by one with the model that was last taken up. What they say to each
+other over a pipe: the parent `("load", source)` and `("refused", sentence)`; a worker `("ready",)`, `("failed",
+sentence)`, `("reload",)` and `("loaded", source, sentence or None)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
+from mmoe_rec.server.options import Options, address_of
+from mmoe_rec.server.reloading import Finder, Source, Watch
+from mmoe_rec.server.worker import run_worker
+
+LONGEST_PAUSE_SECONDS = 30.0
+_TICK_SECONDS = 0.1
+_SHARE_OF_WORKERS = 0.9  # of the time to stop: a worker that has not ended by then is killed
+
+_log = logging.getLogger(__name__)
+
+
+def serve_by_workers(
+    source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float, count: int
+) -> int:
+    """Serves a model by `count` processes until SIGTERM or SIGINT; the rest as in `running.serve`.
+
+    Gives the exit code: 0 if all that was accepted was answered. Raises UserError for a model that can't be loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-") as folder:
+        os.environ[FOLDER_VARIABLE] = folder
+        try:
+            return _Parent(source, finder, bound, options, poll).run(known, count)
+        finally:
+            del os.environ[FOLDER_VARIABLE]
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    is_ready: bool = False
+
+
+class _Parent:
+    """Keeps `count` workers. Everything but the watch happens in its main thread."""
+
+    def __init__(self, source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
+        self._source, self._finder, self._bound, self._grace = source, finder, bound, options.grace
+        self._options = replace(options, grace=_SHARE_OF_WORKERS * options.grace)
+        self._workers: list[_Worker] = []
+        self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._watch = Watch(finder, lambda found: self._todo.put(lambda: self._take_up(found)), poll)
+        self._stopping = self._was_ready = False
+        self._failures, self._next_start = 0, 0.0
+
+    def run(self, known: str, count: int) -> int:
+        """Keeps so many workers until a signal; gives the exit code."""
+        before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._watch.start(known)
+            while not self._stopping:
+                self._start_missing(count)
+                self._listen()
+                while not self._todo.empty():
+                    self._todo.get()()
+        finally:
+            code = self._end()
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        return code
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _start_missing(self, count: int) -> None:
+        while len(self._workers) < count and time.monotonic() >= self._next_start and not self._stopping:
+            ours, theirs = multiprocessing.Pipe()
+            context = multiprocessing.get_context("spawn")
+            process = context.Process(target=run_worker, args=(self._source, self._bound, self._options, theirs))
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours))
+
+    def _listen(self) -> None:
+        """What workers say, and which of them have ended, within a short while."""
+        pipes = {worker.pipe: worker for worker in self._workers}
+        for ready in wait([*pipes, *(worker.process.sentinel for worker in self._workers)], _TICK_SECONDS):
+            if isinstance(ready, Connection):
+                with suppress(EOFError, OSError):
+                    while ready.poll():
+                        self._heard(pipes[ready], *ready.recv())
+        for worker in [each for each in self._workers if not each.process.is_alive()]:
+            self._ended(worker)
+        if not self._workers:
+            time.sleep(_TICK_SECONDS)
+
+    def _heard(self, worker: _Worker, what: str, *rest: Any) -> None:
+        if what == "ready":
+            worker.is_ready, self._failures = True, 0
+            if not self._was_ready:
+                _log.info("serving %s at %s/invocations", self._source.address, address_of(self._bound))
+            self._was_ready = True
+        elif what == "failed":
+            if not self._was_ready:
+                raise UserError(rest[0])
+            _log.error("a worker can't load the model: %s", rest[0])
+        elif what == "loaded":
+            source, failure = rest
+            if failure is None:
+                self._source = source
+            else:
+                _log.warning("worker %s goes on with the model before: %s", worker.process.pid, failure)
+        elif what == "reload":
+            threading.Thread(target=self._find_for, args=(worker,), daemon=True).start()
+
+    def _find_for(self, worker: _Worker) -> None:
+        try:
+            found = self._finder.find()
+        except Exception as error:
+            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._todo.put(lambda: self._tell(worker, "refused", sentence))
+        else:
+            self._todo.put(lambda: self._take_up(found))
+
+    def _take_up(self, source: Source) -> None:
+        for worker in self._workers:
+            self._tell(worker, "load", source)
+
+    @staticmethod
+    def _tell(worker: _Worker, *what: Any) -> None:
+        with suppress(OSError):  # it has ended, and its replacement will be told
+            worker.pipe.send(what)
+
+    def _ended(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        with suppress(EOFError, OSError):
+            while worker.pipe.poll():
+                self._heard(worker, *worker.pipe.recv())
+        worker.pipe.close()
+        forget_process(worker.process.pid)
+        if self._stopping:
+            return
+        code = worker.process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if not worker.is_ready:
+            self._failures += 1
+            if not self._was_ready:
+                raise UserError(f"a worker ended by {how} before it could serve; its own lines above say why")
+        pause = min(2.0**self._failures, LONGEST_PAUSE_SECONDS) if self._failures else 0.0
+        self._next_start = time.monotonic() + pause
+        _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
+
+    def _end(self) -> int:
+        self._bound.close()
+        for worker in self._workers:
+            worker.process.terminate()
+        end = time.monotonic() + self._grace
+        code = 0
+        for worker in self._workers:
+            worker.process.join(max(end - time.monotonic(), 0.0))
+            if worker.process.is_alive():
+                _log.warning("worker %s does not end and is killed", worker.process.pid)
+                worker.process.kill()
+                worker.process.join()
+            if worker.is_ready and worker.process.exitcode != 0:
+                code = 1
+        return code

@@ -1,0 +1,367 @@
+"""What only sockets, signals and processes can show. No number of seconds decides; a server that hangs is ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.pipelines.imports import ROOT
+from tests.server.asking import element
+from tests.server.slow_server import SLOW_USER
+from tests.serving.running_server import free_port, running_program
+from tests.serving.small_model import SmallModel
+
+PATIENCE = 300
+GOOD = {"inputs": [element()]}
+SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def send(self, body: Any, page: str = "/invocations", method: str = "POST", **headers: str) -> tuple[int, Any]:
+        """Status and body of a reply."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        try:
+            data = json.dumps(body).encode() if method == "POST" else None
+            connection.request(method, page, data, {"Content-Type": "application/json", **headers})
+            reply = connection.getresponse()
+            found = reply.read()
+            return reply.status, found.decode() if page == "/metrics" else json.loads(found)
+        finally:
+            connection.close()
+
+    def connect(self) -> socket.socket:
+        """A connection on which anything can be sent."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+
+    def refuses(self) -> bool:
+        """Whether new connections are refused."""
+        try:
+            self.connect().close()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            return False
+        return False
+
+    def workers(self) -> set[int]:
+        """The process ids of the workers."""
+        found = set()
+        words = ["ps", "-ww", "-eo", "pid,ppid,args"]
+        for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
+            pid, parent, command = line.split(None, 2)
+            if parent == str(self.process.pid) and "spawn_main" in command:
+                found.add(int(pid))
+        return found
+
+
+@contextmanager
+def served(folder: Path, scratch: Path, *arguments: str) -> Iterator[Running]:
+    """A slow server of the model in a folder."""
+    port = free_port()
+    words = [sys.executable, "-m", "tests.server.slow_server", str(scratch), "--model", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("MMOE_REC_TOKEN", None)
+    log = scratch / "server.log"
+    page = f"http://127.0.0.1:{port}/health"
+    words += ["--port", str(port), *arguments]
+    with running_program(words, page, log, cwd=ROOT, env=env) as process:
+        yield Running(port, process, log)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """The first true value of a condition."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+    return found
+
+
+class Sending(threading.Thread):
+    """A call that is sent now and answered some time; `found` is None until then, or the error."""
+
+    def __init__(self, running: Running, body: Any) -> None:
+        super().__init__(daemon=True)
+        self.running, self.body, self.found = running, body, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.found: Any = self.running.send(self.body)
+        except (OSError, ValueError) as error:
+            self.found = error
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path, "--grace", "200") as running:
+        expected = running.send(GOOD)
+        slow = Sending(running, SLOW)
+        until((tmp_path / "started").exists)
+        behind = Sending(running, GOOD)
+        until(lambda: "mmoe_rec_waiting 1.0" in running.send(None, "/metrics", "GET")[1])
+        with running.connect() as idle:
+            running.process.send_signal(signal.SIGTERM)
+            until(running.refuses)
+            assert idle.recv(1) == b""
+        assert slow.found is behind.found is None
+        (tmp_path / "go_on").touch()
+        assert running.process.wait(PATIENCE) == 0
+        slow.join(PATIENCE)
+        behind.join(PATIENCE)
+        assert slow.found[0] == 200
+        assert behind.found == expected
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    if workers == "2":
+        tmp_path = tmp_path / "no wait in workers"  # they are other processes, which the test does not slow down
+        tmp_path.mkdir()
+    with served(small.folder, tmp_path, "--grace", "1", "--workers", workers) as running, ExitStack() as ends:
+        half = ends.enter_context(running.connect())
+        half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        if workers == "1":
+            Sending(running, SLOW)
+            until((tmp_path / "started").exists)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) in ((1,) if workers == "1" else (0, 1)), "1 where a machine is slow"
+        assert not running.workers()
+
+
+def test_connections_that_stay_unfinished_are_closed(small: SmallModel, tmp_path: Path) -> None:
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    starts = [b"", b"POST /invo", health[:-2] + b"X-Name: ", health + health[:-2]]
+    with (
+        served(small.folder, tmp_path, "--serving.read_seconds", "2", "--serving.max_body_mib", "1") as running,
+        ExitStack() as connections,
+    ):
+        halves = [connections.enter_context(running.connect()) for _ in starts]
+        body = connections.enter_context(running.connect())
+        for half, start in zip(halves, starts, strict=True):
+            half.sendall(start)
+        body.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
+        assert running.send(None, "/health", "GET")[0] == 200
+        replies = [everything(half) for half in halves]
+        assert replies[:3] == [b""] * 3
+        assert replies[3].count(b"HTTP/1.1 200 OK") == 1
+        told = everything(body)
+        assert told.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 2 seconds" in told
+        assert running.send(GOOD)[0] == 200
+
+
+def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
+    """Sends and takes nothing. Raises ConnectionError once the server has cut it off."""
+    while True:
+        connection.sendall(data)
+        time.sleep(pause)
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the server closes a connection."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_a_caller_who_takes_no_reply_is_cut_off(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path, "--serving.read_seconds", "2") as running, running.connect() as sender:
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        with pytest.raises(ConnectionError):
+            send_for_ever(sender, asked * 20, pause=0.005)
+        assert running.send(GOOD)[0] == 200
+
+
+def test_requests_far_ahead_of_their_replies_are_cut_off(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path) as running, running.connect() as sender:
+        with pytest.raises(ConnectionError):
+            send_for_ever(sender, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        assert running.send(GOOD)[0] == 200
+
+
+def test_large_headers_are_cut_off(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path) as running, running.connect() as sender:
+        sender.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with pytest.raises(ConnectionError):
+            send_for_ever(sender, b"x" * 2**16)
+        assert running.send(GOOD)[0] == 200
+
+
+def test_large_bodies_are_refused_before_they_are_sent(small: SmallModel, tmp_path: Path) -> None:
+    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
+        with running.connect() as sender:
+            sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 300000000\r\n\r\n")
+            assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
+        with running.connect() as sender:
+            sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            piece = b"10000\r\n" + b" " * 2**16 + b"\r\n"
+            for _ in range(18):
+                sender.sendall(piece)
+            assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
+        assert running.send(GOOD)[0] == 200
+
+
+def test_a_token_from_a_file(small: SmallModel, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("  of its own\n", encoding="utf-8")
+    with served(small.folder, tmp_path, "--token-file", str(tmp_path / "token")) as running:
+        assert running.send(GOOD)[0] == 401
+        assert running.send(GOOD, Authorization="Bearer of its own")[0] == 200
+        command = subprocess.run(
+            ["ps", "-o", "args=", "-p", str(running.process.pid)], capture_output=True, text=True, check=True
+        )
+        assert "of its own" not in command.stdout
+
+
+# Another model
+
+
+def changed(folder: Path, target: Path) -> None:
+    """A model with other weights takes the place of one, as a training's does."""
+    made = target.with_name("made")
+    shutil.copytree(folder, made)
+    weights = load_file(made / "weights.safetensors")
+    random = np.random.default_rng(8)
+    for weight in weights.values():
+        weight.copy_(weight * float(random.uniform(0.2, 3)))
+    save_file(weights, made / "weights.safetensors")
+    replaced(made, target)
+
+
+def replaced(made: Path, target: Path) -> None:
+    """One folder for another; newer, whatever the clock's steps are."""
+    newer = (target / "model.json").stat().st_mtime_ns + 10**9
+    os.utime(made / "model.json", ns=(newer, newer))
+    target.rename(target.with_name("old"))
+    made.rename(target)
+    shutil.rmtree(target.with_name("old"))
+
+
+def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small.folder, folder)
+    with served(folder, tmp_path, "--poll", "0.1") as running:
+        replies = [running.send(GOOD)]
+        ended = threading.Event()
+
+        def go_on_asking() -> None:
+            while not ended.is_set():
+                replies.append(running.send(GOOD))
+
+        asking = threading.Thread(target=go_on_asking)
+        asking.start()
+        try:
+            changed(small.folder, folder)
+            until(lambda: replies[-1] != replies[0])
+        finally:
+            ended.set()
+            asking.join(PATIENCE)
+        kinds = [json.dumps(each) for each in replies]
+        new = kinds.index(kinds[-1])
+        assert set(kinds[:new]) == {kinds[0]}
+        assert set(kinds[new:]) == {kinds[-1]}, "once changed, it stays so"
+        assert all(status == 200 for status, _ in replies)
+
+        made = tmp_path / "damaged"
+        shutil.copytree(folder, made)
+        (made / "weights.safetensors").write_bytes(b"short")
+        replaced(made, folder)
+        failure = until(lambda: running.send(None, "/version", "GET")[1]["reload_failure"])
+        assert "weights.safetensors" in failure
+        assert running.send(GOOD) == replies[-1]
+        status, body = running.send(None, "/reload")
+        assert (status, "the model before goes on serving" in body["message"]) == (503, True)
+        text = running.send(None, "/metrics", "GET")[1]
+        assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text
+        assert 'mmoe_rec_reloads_total{outcome="failed"} 2.0' in text
+        assert "the model before goes on serving" in running.log.read_text()
+
+
+def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small.folder, folder)
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
+        until(lambda: _model_count(running) == 2)
+        before = running.send(GOOD)
+        first = running.workers()
+        assert len(first) == 2
+        os.kill(min(first), signal.SIGKILL)
+        until(lambda: len(running.workers() - first) == 1)
+        until(lambda: _model_count(running) == 2)
+        assert [running.send(GOOD) for _ in range(9)] == [before] * 9
+        text = running.send(None, "/metrics", "GET")[1]
+        assert 'mmoe_rec_replies_total{status="200"} 10.0' in text, "of all workers, ended ones among them"
+
+        changed(small.folder, folder)
+        assert running.send(None, "/reload")[0] == 200
+        until(lambda: all(running.send(GOOD) != before for _ in range(10)))
+        os.kill(max(running.workers()), signal.SIGKILL)
+        until(lambda: _model_count(running) == 2)
+        assert all(running.send(GOOD) != before for _ in range(10)), "a replacement has the new model as well"
+        shutil.rmtree(folder / "features")
+        status, body = running.send(None, "/reload")
+        assert (status, "the model before goes on serving" in body["message"]) == (503, True)
+        assert running.send(GOOD)[0] == 200
+
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+        assert not running.workers()
+
+
+def _model_count(running: Running) -> float:
+    """How many workers serve a model, as the metrics have it."""
+    try:
+        text = running.send(None, "/metrics", "GET")[1]
+    except OSError:  # of a worker that was killed
+        return 0.0
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("mmoe_rec_model_info{"))
+
+
+# Refusals of the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "no/model"], "'no/model' holds no model"),
+        (["--model", "{model}", "--port", "70000"], "--port: must be a number between 0 and 65,535"),
+        (["--model", "{model}", "--prot", "1"], "'--prot' is no argument of serve, nor a setting"),
+        (["--model", "{model}", "--serving.max_elemnts", "1"], "did you mean 'max_elements'?"),
+        (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is no argument of serve"),
+        (["--model", "{model}", "--token-file", "no/file"], "the token file 'no/file' can't be read"),
+        (["--model", "{model}", "--host", "203.0.113.1"], "203.0.113.1:8000 can't be listened on"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_one_sentence(small: SmallModel, arguments: list[str], sentence: str) -> None:
+    words = [each.replace("{model}", str(small.folder)) for each in arguments]
+    command = [sys.executable, "-m", "pipelines.serve", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("error: ")
+    assert sentence in told
