@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.serving.envelope import ranked_calls
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.requests.envelope import ranked_calls
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.serving.envelope import ranked
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.requests.envelope import ranked
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker

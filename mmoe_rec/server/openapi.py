@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmoe_rec.serving.envelope import Envelope
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.requests.envelope import Envelope
 
 TEMPLATE = "#/components/schemas/{model}"
 

@@ -18,8 +18,8 @@ from typing import Any
 import orjson
 
 from mmoe_rec.server.limits import Limits, Refused
-from mmoe_rec.serving.envelope import OPTIONS
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.requests.envelope import OPTIONS
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 LONGEST_KEY = 256

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.values import check_count
+from mmoe_rec.serving.requests.values import check_count
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
 from mmoe_rec.serving.passes import Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
-from mmoe_rec.serving.request import Request, RequestReader
+from mmoe_rec.serving.requests.request import Request, RequestReader
+from mmoe_rec.serving.requests.weights import fused_weights
 from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
-from mmoe_rec.serving.weights import fused_weights
 from mmoe_rec.settings import Model
 
 
@@ -132,7 +132,7 @@ class LoadedRanker:
                 or datetimes of Python, pandas or numpy.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
+            task_weights: task or objective -> weight, see `mmoe_rec.serving.requests.weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.

@@ -20,8 +20,8 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from mmoe_rec.serving.envelope import ranked
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.requests.envelope import ranked
 
 ARTIFACT = "model"
 Value = bool | int | float | str | None

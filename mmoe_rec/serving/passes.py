@@ -17,10 +17,10 @@ from mmoe_rec.serving.artifact import Artifact, iso_time
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import Request, RequestReader, same_columns
+from mmoe_rec.serving.requests.request import Request, RequestReader, same_columns
+from mmoe_rec.serving.requests.values import check_count
+from mmoe_rec.serving.requests.weights import fused_weights
 from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
-from mmoe_rec.serving.values import check_count
-from mmoe_rec.serving.weights import fused_weights
 
 
 @dataclass(frozen=True)

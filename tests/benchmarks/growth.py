@@ -17,7 +17,7 @@ import torch
 from mmoe_rec.point_in_time.memory import HistoryMemory
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 from tests.benchmarks.serving_bodies import Bodies
 
 TURNS = 200

@@ -8,8 +8,8 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mmoe_rec.serving.envelope import ranked
 from mmoe_rec.serving.mlflow_model import RankingRequest, Reply
+from mmoe_rec.serving.requests.envelope import ranked
 from tests.benchmarks.noop_ranker import NoopRanker
 
 

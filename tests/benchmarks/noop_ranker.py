@@ -16,7 +16,7 @@ from typing import Any
 
 from mmoe_rec.serving.artifact import read_artifact
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 
 
 class NoopRanker:
@@ -54,7 +54,6 @@ def main() -> None:
     from mmoe_rec.server.options import Options, listening_socket
     from mmoe_rec.server.reloading import Source
     from mmoe_rec.server.running import Server
-
     from mmoe_rec.settings import load_settings
 
     port, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -27,7 +27,7 @@ def noting(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = noting
-from mmoe_rec.serving.envelope import ranked
+from mmoe_rec.serving.requests.envelope import ranked
 from mmoe_rec.serving.ranker import Ranker
 
 ranker = Ranker.load(sys.argv[1])
@@ -35,7 +35,7 @@ example = json.load(open(sys.argv[1] + "/example_request.json"))
 options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}}
 (ranking,) = ranked(ranker, [example], options)
 assert len(ranking.scores) == 2, ranking
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 ranker.score(ranker.reader.rows([Request(**example)]).table)
 files = {name: each.__file__ for name, each in sys.modules.items() if name.partition(".")[0] == "mmoe_rec"}
 print(json.dumps({"asked": asked, "files": files}))

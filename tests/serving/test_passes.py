@@ -12,7 +12,7 @@ from mmoe_rec.serving import passes, scorer
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 from tests.serving.small_model import CONTEXT, ITEMS
 
 WRONG = [

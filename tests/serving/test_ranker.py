@@ -22,7 +22,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.score import fuse, predictions
 from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 KINDS = ["binary", "binary", "regression"]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.request import Request
+from mmoe_rec.serving.requests.request import Request
 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
 

@@ -19,9 +19,9 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
-from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.values import plain, to_arrow
+from mmoe_rec.serving.requests.columns import PARTS, RequestColumn, RequestColumns
+from mmoe_rec.serving.requests.values import plain, to_arrow
 
 
 @dataclass(frozen=True)

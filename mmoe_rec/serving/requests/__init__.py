@@ -1,0 +1,1 @@
+"""From the body of a call to rows that the feature pipeline encodes."""
