@@ -21,7 +21,7 @@ from mmoe_rec.build.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_re
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
-from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name, version_of
+from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
 from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, logs_to_score
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
@@ -30,7 +30,7 @@ from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel, find_model
-from mmoe_rec.serving.artifact import read_artifact
+from mmoe_rec.serving.artifact import read_artifact, version_of
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.settings.load import parse_overrides
 from mmoe_rec.settings.sections import Tracking
@@ -107,8 +107,8 @@ class _Scoring:
         schema = schema.model_copy(update={"events": events})
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
         check_names(self.pipeline)
-        self.version = version_of(found.folder)
         self.tables_as_of = read_artifact(found.folder).tables_as_of
+        self.version = version_of(found.folder)
         self.constants = {"model": found.address, "model_version": self.version}
         self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
 

@@ -156,6 +156,14 @@ def read_manifest(folder: Path) -> dict[str, StoredFile]:
     return files
 
 
+def version_of(folder: Path) -> str:
+    """What tells an artifact from any other: 16 hexadecimal digits that follow from all of its files.
+
+    Raises UserError without a whole manifest.
+    """
+    return _sum(read_manifest(folder))[:16]
+
+
 def check_files(folder: Path) -> None:
     """Raises UserError unless an artifact folder holds the files that were written, with the content that was written.
 

@@ -13,6 +13,7 @@ from mmoe_rec.errors import StoppedError
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.jobs.scoring import parts
+from mmoe_rec.serving.writing import seal
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
 from tests.serving.small_model import SmallModel
@@ -114,6 +115,7 @@ def test_with_something_else_a_killed_run_starts_anew(
         write_finely(log, with_requests(random_log(9, rows=200), seed=9))
     elif changed == "model":
         (model / "calibration.json").unlink()
+        seal(model)
     else:
         as_of = "tables"
     score_log(model, log, tmp_path / "out", as_of)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mmoe_rec.serving.writing import seal
 from tests.pipelines.imports import ROOT
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
@@ -249,6 +250,7 @@ def changed(folder: Path, target: Path) -> None:
     for weight in weights.values():
         weight.copy_(weight * float(random.uniform(0.2, 3)))
     save_file(weights, made / "weights.safetensors")
+    seal(made)
     replaced(made, target)
 
 

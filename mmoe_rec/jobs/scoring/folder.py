@@ -124,16 +124,6 @@ class Output:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def version_of(model: Path) -> str:
-    """The checksum of all files of an artifact folder, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted(each for each in model.rglob("*") if each.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(model).as_posix()} {content}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def fingerprint_of(logs: Logs, *settings: object) -> str:
     """Changes with the files of the logs, when one is written again, with how they are read, and with the settings."""
     files = [[(file.address, file.bytes, file.version, file.in_path) for file in each.files] for each in logs.all]
