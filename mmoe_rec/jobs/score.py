@@ -100,6 +100,7 @@ class _Scoring:
     def __init__(
         self, found: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window
     ) -> None:
+        self.settings = settings
         self.found, self.source, self.out, self.as_of, self.window = found, source, out, as_of, window
         self.pipeline = FeaturePipeline.load(found.folder / "features", memories=False)
         schema = self.pipeline.schema
@@ -141,7 +142,7 @@ class _Scoring:
         # What a product gives may depend on the number of threads that share it.
         with threads(1), open_engine(options.engine, options.workers, processes) as engine:
             try:
-                each = self._score_parts(engine, parts, known["moved"])
+                each = self._score_parts(engine, parts, known)
             finally:
                 forget_ranker()
             for log in self.logs.all:
@@ -163,9 +164,21 @@ class _Scoring:
         with steps:
             found = self._find_out(steps, scratch / "compacted")
             steps.keep(known)
+        # Kept, so that a run that goes on computes as it began.
+        found["products"] = self._products()
         with atomic_file(ready) as path:
             path.write_text(json.dumps(found), encoding="utf-8")
         return parts, found
+
+    def _products(self) -> str:
+        """What multiplies; for the setting `auto` it is measured."""
+        from mmoe_rec.choices.using import threads
+        from mmoe_rec.jobs.scoring.parts import ranker_of
+
+        if self.settings.serving.products != "auto":
+            return self.settings.serving.products
+        with threads(1):
+            return ranker_of(self.found.folder, self.version).best_products()
 
     def _find_out(self, steps: Steps, memories: Path) -> dict[str, Any]:
         if self.as_of == "tables":
@@ -182,13 +195,14 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _job(self, parts: Sequence[LogPart], moved: int) -> ScoreJob:
+    def _job(self, parts: Sequence[LogPart], known: dict[str, Any]) -> ScoreJob:
         from mmoe_rec.jobs.scoring.parts import ScoreJob
 
         return ScoreJob(
             model=self.found.folder,
             version=self.version,
-            reader=kept_reader(self.out.known, self.logs.log, parts, moved),
+            products=known["products"],
+            reader=kept_reader(self.out.known, self.logs.log, parts, known["moved"]),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
             known_until=microseconds(self.tables_as_of),
@@ -201,7 +215,7 @@ class _Scoring:
         partitions = -(-self.logs.log.rows // self.logs.options.rows_in_memory)
         return Exchange(self.out.work / "by_request", partitions)
 
-    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], moved: int) -> list[PartScored]:
+    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], known: dict[str, Any]) -> list[PartScored]:
         """What is known of each part, all of which are scored then."""
         from mmoe_rec.jobs.scoring.parts import PartScored, score_part
 
@@ -210,7 +224,7 @@ class _Scoring:
         left = [(number, part) for number, part in enumerate(parts) if number not in done]
         if done:
             say(f"going on with a run that was cut short: {len(done):,} of {len(parts):,} parts are scored")
-        function = partial(score_part, self._job(parts, moved))
+        function = partial(score_part, self._job(parts, known))
         with bar() as progress:
             completed = sum(parts[number].rows for number in done)
             task = progress.add_task("scoring", total=self.logs.log.rows, completed=completed)

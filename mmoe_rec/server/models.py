@@ -70,6 +70,7 @@ class Models:
 
         try:
             ranker = Ranker.load(source.folder)
+            ranker.serve_faster()
             if self.limits.max_candidates is not None:
                 ranker.reader.max_candidates = self.limits.max_candidates
             example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))

@@ -51,6 +51,7 @@ class Artifact:
     model: dict[str, Any]
     layout: ModelLayout
     max_candidates: int
+    products: str
     fingerprint: str
     tables_as_of: str
 

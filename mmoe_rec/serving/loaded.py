@@ -27,6 +27,7 @@ from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_weights
 from mmoe_rec.serving.errors import OtherScoresError, RequestError
@@ -111,8 +112,15 @@ class LoadedRanker:
             return ExampleScores.of(self.rank(**example), self.about.tasks)
 
     def serve_faster(self) -> None:
-        """Takes the products that are faster on this processor; results are equal but for rounding."""
-        self.scorer.take_faster_products(self._passes.inputs.width)
+        """Multiplies as `best_products` says from now on."""
+        self.scorer.multiply_by(self.best_products())
+
+    def best_products(self) -> Products:
+        """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
+        asked = self.about.products
+        if asked == "auto":
+            return self.scorer.faster_products(self._passes.inputs.width)
+        return "onednn" if asked == "onednn" else "blas"
 
     def rank(
         self,

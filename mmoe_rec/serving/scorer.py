@@ -55,20 +55,22 @@ class Scorer:
         self._names = [task.name for task in about.tasks]
         self.products: Products = "blas"
 
-    def take_faster_products(self, width: int) -> None:
-        """From now on multiplies by oneDNN if that is clearly faster here; results are equal but for rounding.
+    def multiply_by(self, products: Products) -> None:
+        """From now on multiplies by this library, where torch has it; results are equal but for rounding."""
+        self.products = products if onednn_offered() else "blas"
+        set_products(self.guarded.model, self.products)
 
-        width: of the inputs. Takes some 50 ms.
-        """
+    def faster_products(self, width: int) -> Products:
+        """oneDNN if it is clearly faster here. width: of the inputs. Takes some 50 ms."""
         if not onednn_offered():
-            return
-        rows = torch.zeros(_ROWS_TIMED, width)
+            return "blas"
+        rows, before = torch.zeros(_ROWS_TIMED, width), self.products
         seconds: dict[Products, float] = {}
         for products in ("blas", "onednn"):
             set_products(self.guarded.model, products)
             seconds[products] = min(self._seconds(rows) for _ in range(_TIMES))
-        self.products = "onednn" if seconds["onednn"] * _MARGIN < seconds["blas"] else "blas"
-        set_products(self.guarded.model, self.products)
+        set_products(self.guarded.model, before)
+        return "onednn" if seconds["onednn"] * _MARGIN < seconds["blas"] else "blas"
 
     def _seconds(self, inputs: Tensor) -> float:
         start = time.perf_counter()

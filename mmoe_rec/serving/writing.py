@@ -50,6 +50,7 @@ def write_artifact(
         model=settings.model.model_dump(mode="json"),
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
+        products=settings.serving.products,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]),
     )

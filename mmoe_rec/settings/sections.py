@@ -165,8 +165,14 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """Limits of the served model: of a request (max_candidates), and of calls to the command `serve` (the others)."""
+    """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others), and
+    what multiplies (products)."""
 
+    products: Literal["auto", "blas", "onednn"] = Field(
+        "auto",
+        description="library of fp32 products when serving and scoring; auto measures, and takes onednn where it is "
+        "clearly faster; scores are equal but for rounding",
+    )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
     max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")

@@ -36,7 +36,7 @@ def small_settings(work: Path, **sections: Any) -> Settings:
             "features": ALL_KINDS,
             "split": {"train_end": day[0], "validation_end": day[1]},
             "model": {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}},
-            "serving": {"max_candidates": 50},
+            "serving": {"max_candidates": 50, "products": "blas"},
             **sections,
         }
     )

@@ -26,6 +26,7 @@ from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.model.multiply import Products
 from mmoe_rec.point_in_time.windows import Window, in_window
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranking import scored_table
@@ -39,13 +40,15 @@ _GREATEST = np.iinfo(np.int64).max
 class ScoreJob:
     """What the tasks of this step share.
 
-    model: artifact folder, and version, its checksum; reader: of the log; results: what counters and histories knew of
-    the rows, None where the model's own tables are asked; window: request times to score; known_until: time of the last
-    request that the tables know, microseconds; scores: exchange by request; scored: folder that gets a file a part.
+    model: artifact folder, and version, its checksum; products: what multiplies; reader: of the log; results: what
+    counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
+    score; known_until: time of the last request that the tables know, microseconds; scores: exchange by request;
+    scored: folder that gets a file a part.
     """
 
     model: Path
     version: str
+    products: Products
     reader: LogReader | OneTimeReader
     results: ResultExchange | None
     window: Window
@@ -106,6 +109,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
     number, part = task
     torch.set_num_threads(1)
     ranker = ranker_of(job.model, job.version)
+    ranker.scorer.multiply_by(job.products)
     found = PartScored()
     sender = _Sender(job.scores, part.start)
     with atomic_file(scored_file(job.scored, number)) as path, pa.OSFile(str(path), "wb") as file:
