@@ -68,7 +68,7 @@ def write(rows: int, work: Path) -> None:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.serving.artifact import write_artifact
+    from mmoe_rec.serving.writing import write_artifact
     from tests.benchmarks.training_rows import draw
 
     drawn, chance = draw(rows, TABLE_ROWS), np.random.default_rng(1)
