@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
     from mmoe_rec.jobs.features import build_features
     from mmoe_rec.jobs.train import train_model as train
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.registry import Ranker
     from mmoe_rec.settings import load_settings
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "train"]
 
 _PLACES = {
-    "Ranker": ("mmoe_rec.serving.ranker", "Ranker"),
+    "Ranker": ("mmoe_rec.registry", "Ranker"),
     "build_features": ("mmoe_rec.jobs.features", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_settings": ("mmoe_rec.settings", "load_settings"),

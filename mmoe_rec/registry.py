@@ -1,14 +1,41 @@
-"""Models by their address: which folder holds the artifact, and which run made it."""
+"""Models by their address: which folder holds the artifact, which run made it, and a ranker from there."""
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.mlflow_client import FOR_MODELS, calling, connect, limits, sqlite_file
+
+if TYPE_CHECKING:
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+
+class Ranker:
+    """Where a model comes from: `Ranker.load(address).rank(user, context, candidates)`.
+
+    A model server, which has a folder, takes `mmoe_rec.serving.ranker`: that needs no MLflow.
+    """
+
+    @staticmethod
+    def load(address: str | Path, uri: str | None = None) -> LoadedRanker:
+        """The model at an address: a folder's path, or an address that MLflow accepts (see `local_model`).
+
+        uri: where MLflow looks the address up; None is what `mlflow.set_tracking_uri` was told, or else what settings
+        without `tracking.uri` have. Raises UserError for an address without a model, or one that is damaged or of
+        another format.
+        """
+        from mmoe_rec.serving.ranker import Ranker as OfFolder
+
+        if Path(address).exists() or _scheme(str(address)) is None:
+            return OfFolder.load(_artifact_in(Path(address)) or address)
+        from mmoe_rec.settings.sections import Tracking
+
+        return OfFolder.load(local_model(str(address), uri or _told() or Tracking().address))
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,20 @@ def _registry(address: str, uri: str) -> Any:
         raise UserError(
             f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
         )
-    return connect(uri)
+    try:
+        return connect(uri)
+    except ModuleNotFoundError as error:
+        if error.name != "mlflow":
+            raise
+        raise UserError(
+            f"'{address}' is looked up by mlflow, which is not installed: install it, or give an artifact folder"
+        ) from None
+
+
+def _told() -> str | None:
+    """The address that this process has set MLflow to."""
+    mlflow = sys.modules.get("mlflow")
+    return mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
 
 
 def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import mmoe_rec
 from mmoe_rec import registry, tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.registry import find_model
@@ -105,3 +109,70 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     first = registry.run_of("models:/small/1", store["uri"])
     mlflow.MlflowClient().delete_run(first)
     assert find_model("models:/small/1", store["uri"]).run_id is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["models:/small@champion", "models:/small/1", "runs:/{run}/ranking_model", "{files}", "{path}", "{folder}"],
+)
+def test_a_ranker_is_loaded_from_an_address(small: SmallModel, store: dict[str, str], address: str) -> None:
+    path = store["files"].removeprefix("file://")
+    example = json.loads((small.folder / "example_request.json").read_text())
+    expected = mmoe_rec.Ranker.load(small.folder).rank(**example)
+    found = mmoe_rec.Ranker.load(address.format(**store, path=path, folder=small.folder), store["uri"])
+    assert found.rank(**example) == expected
+
+
+def test_a_ranker_is_looked_up_where_mlflow_was_told(
+    store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(store["uri"])
+    assert mmoe_rec.Ranker.load("models:/small@champion").about.name == "small"
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(
+        UserError, match=r"there is no MLflow store 'mlflow\.db' to look up 'models:/small@champion' in"
+    ):
+        mmoe_rec.Ranker.load("models:/small@champion")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store["uri"])
+    mlflow.set_tracking_uri(None)
+    assert mmoe_rec.Ranker.load("models:/small@champion").about.name == "small"
+
+
+def test_a_ranker_of_no_model_ends_in_a_sentence(store: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'models:/nobody@champion' can't be loaded"):
+        mmoe_rec.Ranker.load("models:/nobody@champion", store["uri"])
+    with pytest.raises(UserError, match="holds no model"):
+        mmoe_rec.Ranker.load(tmp_path)
+
+
+WITHOUT_MLFLOW = """
+import sys
+sys.modules["mlflow"] = None
+import mmoe_rec
+print(mmoe_rec.Ranker.load(sys.argv[1]).about.name)
+from mmoe_rec.errors import UserError
+from mmoe_rec.serving.ranker import Ranker
+for each in (mmoe_rec.Ranker, Ranker):
+    try:
+        each.load("models:/small@champion")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
+    small: SmallModel, store: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "mlflow.db").touch()
+    words = [sys.executable, "-c", WITHOUT_MLFLOW, str(small.folder)]
+    env = {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert done.stdout.splitlines() == [
+        "small",
+        "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give an artifact "
+        "folder",
+        "'models:/small@champion' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load",
+    ], done.stderr

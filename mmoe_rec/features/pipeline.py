@@ -284,7 +284,9 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
 
     A part is read at a time, so that no more memory is taken than the events need.
     """
-    parts = sorted(_memory_folder(folder, encoder.name).iterdir())
+    parts = sorted(_memory_folder(folder, encoder.name).glob("part-*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
     schema = pq.read_schema(parts[0])
     floor = (schema.metadata or {}).get(b"floor")
     tables = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)

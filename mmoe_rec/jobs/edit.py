@@ -43,7 +43,8 @@ def edit_model(
     found = find_model(address, settings.tracking.address)
     folder = found.folder
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
-    from mmoe_rec.serving.artifact import read_artifact, read_weights, rewrite_artifact
+    from mmoe_rec.serving.artifact import read_artifact, read_weights
+    from mmoe_rec.serving.writing import rewrite_artifact
 
     about = read_artifact(folder)
     model = Model.model_validate(about.model)

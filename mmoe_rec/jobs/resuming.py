@@ -50,11 +50,17 @@ def check_training_rows(settings: Settings, found: Prepared | None, start: str |
 
 
 def resolve(address: str, settings: Settings) -> Start:
-    """The model at an address, with its permanent address. Raises UserError where there is none."""
+    """The model at an address, with its permanent address.
+
+    Raises UserError where there is none, or one that is not as it was written.
+    """
+    from mmoe_rec.serving.artifact import read_artifact
+
     found = find_model(address, settings.tracking.address)
     weights = found.folder / "weights.safetensors"
     if not weights.is_file():
         raise UserError(f"the model at '{address}' has no weights (weights.safetensors)")
+    read_artifact(found.folder)
     return Start(address, found.address, checksum(weights), found.run_id)
 
 

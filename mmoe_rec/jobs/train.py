@@ -163,7 +163,8 @@ def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmSta
     from mmoe_rec.settings import Model
     from mmoe_rec.training.warm_start import WarmStart
 
-    structure = Model.model_validate(read_artifact(folder).model)
+    # The first rank has checked its files: all ranks read theirs from one place.
+    structure = Model.model_validate(read_artifact(folder, verify=False).model)
     return WarmStart(folder, structure, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
 
 
@@ -189,7 +190,7 @@ def _finish(
 ) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.serving.artifact import write_artifact
+    from mmoe_rec.serving.writing import write_artifact
     from mmoe_rec.tables.loading import load_plain
 
     work, best = Path(settings.data.work), result.best

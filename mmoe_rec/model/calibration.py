@@ -44,6 +44,12 @@ class TaskCalibration:
         """slope x logit + offset."""
         return TaskCalibration((0.0,), (offset,), slope)
 
+    @property
+    def steepest(self) -> float:
+        """The largest slope."""
+        knots = zip(pairwise(self.logits), pairwise(self.calibrated), strict=True)
+        return max([self.slope, *((high - low) / (right - left) for (left, right), (low, high) in knots)])
+
     def apply(self, logits: Tensor) -> Tensor:
         """(B,) logits -> (B,) calibrated logits, of the same type, computed in float64."""
         x = logits.double()

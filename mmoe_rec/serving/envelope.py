@@ -22,7 +22,7 @@ class Envelope(BaseModel):
 
     user: dict[str, Any]
     context: dict[str, Any] = Field(default_factory=dict)
-    candidates: dict[str, list[Any]]
+    candidates: dict[str, Any]  # lists, or arrays where it was no JSON: `RequestReader` says what else is wrong
     task_weights: dict[str, Any] | None = None
     top_k: int | None = None
     gate_top_k: int | None = None
@@ -79,8 +79,6 @@ def _explained(error: ValidationError) -> str:
         return f"a request has no key '{names[0]}'; {hint}"
     if problem["type"] == "missing":
         return f"a request needs the key '{names[0]}'"
-    if len(names) > 1 and names[0] == "candidates":
-        return f"column '{names[1]}' in 'candidates' must be a list with one value per candidate"
     wanted = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
     wanted |= {"gate_top_k": "an integer", "mask_experts": "a list of integers"}
     return f"'{names[0]}' must be {wanted.get(names[0], 'an object of numbers')}"

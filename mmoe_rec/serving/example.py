@@ -1,19 +1,35 @@
-"""A realistic request made from what a model knows: to try the server with, and to document it."""
+"""A realistic request made from what a model knows: to try the server with, to document it, and to tell at every load
+whether the model still computes what it did when it was written."""
 
 from __future__ import annotations
 
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
+from mmoe_rec.model.calibration import Calibration
+from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.score import SMALLEST_VALUE
+from mmoe_rec.serving.ranking import Ranking
 
+EXAMPLE = "example_request.json"
+SCORES = "example_scores.json"
 CANDIDATES = 8
+# Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
+TOLERANCE = 1e-4
+_NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or all there is, as rounding has it
 
 
 def example_request(features: Path, tables_as_of: str) -> dict[str, Any]:
@@ -59,3 +75,69 @@ def _usual_context(pipeline: FeaturePipeline) -> dict[str, Any]:
         values = (pipeline.encoders[name].usual(uses[column]) for name in readers)
         usual[column] = next((value for value in values if value is not None), None)
     return {column: value for column, value in usual.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """What a model gives for its example, in the request's order.
+
+    scores: (N,); predictions: task -> (N,); computed_with: package, or "processor" -> version of it.
+    """
+
+    scores: tuple[float, ...]
+    predictions: Mapping[str, tuple[float, ...]]
+    computed_with: Mapping[str, str]
+
+    @staticmethod
+    def of(ranking: Ranking, tasks: Sequence[ModelTask]) -> ExampleScores:
+        """From a ranking of all candidates, computed in this process."""
+        back = np.argsort(ranking.order)
+        return ExampleScores(
+            tuple(np.array(ranking.scores)[back].tolist()),
+            {task.name: tuple(np.array(ranking.predictions[task.name])[back].tolist()) for task in tasks},
+            {name: version(name) for name in ("torch", "numpy", "pyarrow")} | {"processor": platform.machine()},
+        )
+
+    @staticmethod
+    def read(folder: Path) -> ExampleScores:
+        """From an artifact folder. Raises what json does, KeyError, TypeError or AttributeError for a damaged file."""
+        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        predictions = {name: tuple(values) for name, values in tree["predictions"].items()}
+        return ExampleScores(tuple(tree["scores"]), predictions, dict(tree["computed_with"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them without loss."""
+        return asdict(self)
+
+    def difference(self, found: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
+        """What `found`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.
+
+        A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
+        deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits. A
+        score may be whatever such predictions make of it.
+        """
+        checks = []
+        least_score, most_score = np.full((2, len(self.scores)), [[1 - TOLERANCE], [1 + TOLERANCE]])
+        for task in tasks:
+            values, regression = np.array(self.predictions[task.name]), task.kind == "regression"
+            scale = max(np.abs(values).max(), task.deviation if regression else 0.0)
+            steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
+            off = TOLERANCE * scale * max(1.0, steepest) + _NOTHING
+            checks.append((f"'{task.name}'", values, found.predictions[task.name], values - off, values + off))
+            floor = SMALLEST_VALUE if regression else 0.0
+            with np.errstate(over="ignore"):
+                least_score *= np.maximum(values - off, floor) ** task.score_weight
+                most_score *= np.maximum(values + off, floor) ** task.score_weight
+        scores = np.array(self.scores)
+        checks.append(("the score", scores, found.scores, np.minimum(least_score, _LARGEST), most_score))
+        for what, before, now, low, high in checks:
+            fits = [(low <= each) & (each <= high) for each in (before, np.array(now))]
+            if not np.all(fits):
+                place = int(np.argmin(fits[0] & fits[1]))
+                return f"{what} of candidate {place + 1} is {now[place]:.6g} instead of {before[place]:.6g}"
+        return None
+
+    def other_versions(self, found: ExampleScores) -> list[str]:
+        """What has another version in `found`, such as "torch 2.13.0 instead of 2.14.1"."""
+        before, now = self.computed_with, found.computed_with
+        return [f"{name} {now.get(name)} instead of {each}" for name, each in before.items() if now.get(name) != each]

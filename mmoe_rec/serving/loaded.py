@@ -7,7 +7,8 @@ none. Who scores millions of rows moves the `model` of a ranker to a GPU and giv
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_weights
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
 from mmoe_rec.serving.passes import Passes
 from mmoe_rec.serving.ranking import Ranking
@@ -69,19 +71,44 @@ class LoadedRanker:
             return LoadedRanker._read(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"the model in '{folder}' is incomplete or damaged ({reason})") from error
+            raise UserError(
+                f"the model in '{folder}' can't be loaded ({reason}): train it again, or use the version of mmoe_rec "
+                "that wrote it"
+            ) from error
 
     @staticmethod
     def _read(folder: Path) -> LoadedRanker:
-        about = read_artifact(folder)
+        ranker = LoadedRanker._opened(folder, read_artifact(folder))
+        # This also builds the indexes that encoders make at their first use, so that no request waits for them.
+        found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
+        if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
+            others = ", ".join(expected.other_versions(found))
+            raise UserError(
+                f"the model in '{folder}' computes something else here than where it was written: for {EXAMPLE}, "
+                f"{told} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
+                + ("install the versions that it was written with" if others else "use the code that wrote it")
+                + ", or train again here"
+            )
+        return ranker
+
+    @staticmethod
+    def unchecked(folder: Path) -> LoadedRanker:
+        """From a folder that is being written: no manifest or expected scores are looked at."""
+        return LoadedRanker._opened(folder, read_artifact(folder, verify=False))
+
+    @staticmethod
+    def _opened(folder: Path, about: Artifact) -> LoadedRanker:
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         model = _load_model(about.layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        ranker = LoadedRanker(about, model, read_calibration(folder), pipeline, folder / "features")
-        # Builds the indexes that encoders make at their first use, so that no request waits for them.
-        ranker.rank(**json.loads((folder / "example_request.json").read_text(encoding="utf-8")))
-        return ranker
+        return LoadedRanker(about, model, read_calibration(folder), pipeline, folder / "features")
+
+    def example_scores(self, folder: Path) -> ExampleScores:
+        """What the model gives for the example in an artifact folder."""
+        example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+        with _products_in_fp32():
+            return ExampleScores.of(self.rank(**example), self.about.tasks)
 
     def serve_faster(self) -> None:
         """Takes the products that are faster on this processor; results are equal but for rounding."""
@@ -101,8 +128,10 @@ class LoadedRanker:
 
         Args:
             user: column -> value; the user's id is required.
-            context: column -> value; the request's time is now unless given.
-            candidates: column -> list of N values; the candidates' ids are required.
+            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings, integers,
+                or datetimes of Python, pandas or numpy.
+            candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
+                the candidates' ids are required.
             task_weights: task or objective -> weight, see `mmoe_rec.serving.weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
@@ -159,6 +188,19 @@ class LoadedRanker:
         for name in read.keys() & columns.keys():
             columns[name] = canonical(name, uses[name], rows[name], unit)
         return LogRows(pa.table(columns), schema)
+
+
+@contextmanager
+def _products_in_fp32() -> Iterator[None]:
+    """As in the model server: a process may have told torch to round them to bf16 or TF32, where that is faster."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Annotated, Any
 
 import mlflow
@@ -80,7 +82,10 @@ class RankingPythonModel(PythonModel):
     def predict(
         self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
     ) -> list[Reply]:
-        """One ranking a request, see `Ranking`. Raises BadRequest with the sentence for the caller."""
+        """One ranking a request, see `Ranking`; one request may be given without a list.
+
+        Raises BadRequest with the sentence for the caller.
+        """
         try:
             answers = ranked(self.ranker, [each.given() for each in model_input], params or {})
         except RuntimeError as error:
@@ -93,4 +98,15 @@ class RankingPythonModel(PythonModel):
         return replies
 
 
+def _of_one_too(predict: Callable[..., list[Reply]]) -> Callable[..., list[Reply]]:
+    """MLflow lets no input but a list through its check of type hints; in a notebook one has one request."""
+
+    @wraps(predict)  # and so with the marks by which MLflow knows its own wrapper
+    def of_one_too(self: Any, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[Reply]:
+        return predict(self, context, [model_input] if isinstance(model_input, Mapping) else model_input, params)
+
+    return of_one_too
+
+
+RankingPythonModel.predict = _of_one_too(RankingPythonModel.predict)  # type: ignore[method-assign]
 mlflow.models.set_model(RankingPythonModel())

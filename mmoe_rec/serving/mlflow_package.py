@@ -10,8 +10,9 @@ from typing import Any
 
 from mmoe_rec.serving.artifact import read_artifact
 
-# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm.
-SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
+# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm. tzdata is
+# for images and systems without time zones of their own.
+SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "tzdata")
 # The parts of this package that scoring imports.
 SERVED_CODE = (
     "__init__.py",
@@ -41,6 +42,9 @@ def arguments(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
         "code_paths": [str(code)],
         "pip_requirements": [f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES],
         "input_example": ([example], {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}),
+        # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project
+        # instead of installing the requirements. It is told to look for them where none are.
+        "uv_project_path": str(scratch),
     }
 
 
@@ -64,7 +68,7 @@ def with_params(signature: Any, artifact_folder: Path) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
 
-    tasks = read_artifact(artifact_folder).tasks
+    tasks = read_artifact(artifact_folder, verify=False).tasks
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
     # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
     weights = Object([Property(name, AnyType(), required=False) for name in names])

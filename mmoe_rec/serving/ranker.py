@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker
@@ -17,7 +20,12 @@ class Ranker:
 
     @staticmethod
     def load(folder: str | Path) -> LoadedRanker:
-        """Reads an artifact folder. Raises UserError for one that is incomplete, damaged or of another format."""
+        """Reads an artifact folder, and checks that it is as it was written.
+
+        Raises UserError for one that is incomplete, changed or of another format, or that computes something else here.
+        """
         from mmoe_rec.serving.loaded import LoadedRanker
 
+        if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
+            raise UserError(f"'{folder}' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load")
         return LoadedRanker.read(Path(folder))

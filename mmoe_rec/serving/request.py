@@ -21,12 +21,15 @@ from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.values import to_arrow
+from mmoe_rec.serving.values import plain, to_arrow
 
 
 @dataclass(frozen=True)
 class Request:
-    """One candidate list, for one user in one context, not yet checked; see `LoadedRanker.rank` for the parts."""
+    """One candidate list, for one user in one context, not yet checked; see `LoadedRanker.rank` for the parts.
+
+    Columns of candidates that are given as arrays, or as a data frame, are lists here.
+    """
 
     user: Mapping[str, Any]
     context: Mapping[str, Any]
@@ -35,6 +38,10 @@ class Request:
     top_k: int | None = None
     gate_top_k: int | None = None
     mask_experts: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if hasattr(self.candidates, "items"):
+            object.__setattr__(self, "candidates", {name: plain(each) for name, each in self.candidates.items()})
 
 
 class RequestReader:

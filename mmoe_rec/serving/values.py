@@ -1,4 +1,7 @@
-"""JSON values of one column of a request as a canonical Arrow array, or a sentence that says why not."""
+"""Values of one column of a request as a canonical Arrow array, or a sentence that says why not.
+
+Values are those that JSON has, and those that Python programs have for them (`plain`).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,23 @@ _WANTED_USE: dict[Use, str] = {
 }
 
 
+def plain(values: Any) -> Any:
+    """The list of what an Arrow array, a pandas Series or a numpy array holds; anything else as it is.
+
+    A value that pandas calls missing is null; NaN in a numpy array is NaN, as in a list.
+    """
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.to_pylist()
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind == "M":  # of nanoseconds, numpy's lists hold integers
+            values = values.astype("datetime64[us]")
+        return values.tolist()
+    if hasattr(values, "isna") and hasattr(values, "tolist"):
+        pairs = zip(values.tolist(), values.isna(), strict=True)
+        return [None if missing else value for value, missing in pairs]
+    return values
+
+
 def to_arrow(
     column: str, values: Sequence[Any], use: Use, expected: pa.DataType | None = None, time_unit: str | None = None
 ) -> pa.Array:
@@ -53,6 +73,8 @@ def to_arrow(
     """
     if use == "time":
         return _times(column, values, time_unit)
+    if use in ("keys", "vector"):
+        values = [plain(value) for value in values]
     try:
         if use == "number" and {type(value) for value in values} <= _NUMBERS:
             # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions.
@@ -139,21 +161,26 @@ def _check_finite(column: str, array: pa.Array) -> None:
 
 
 def _times(column: str, values: Sequence[Any], unit: str | None) -> pa.Array:
-    return pa.array(
-        [None if value is None else microseconds(column, value, unit) for value in values], UTC_MICROSECONDS
-    )
+    return pa.array([_microseconds_or_none(column, value, unit) for value in values], UTC_MICROSECONDS)
+
+
+def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[us]").item()
+    elif isinstance(value, np.integer):
+        value = value.item()
+    elif isinstance(value, datetime) and math.isnan(value.year):  # pandas' missing time
+        value = None
+    return None if value is None else microseconds(column, value, unit)
 
 
 def microseconds(column: str, value: Any, unit: str | None = None) -> int:
-    """Microseconds since 1970 UTC of an ISO 8601 string (UTC unless it has an offset) or of an integer in `unit`.
+    """Microseconds since 1970 UTC of a datetime or ISO 8601 string (UTC unless it has an offset), or integer in `unit`.
 
     Raises RequestError for anything else, and for years outside 1700 to 2200.
     """
-    if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            raise RequestError(f"column '{column}' holds {value[:60]!r}, which is not an ISO 8601 time") from None
+    if isinstance(value, str | datetime):
+        moment = _moment(column, value) if isinstance(value, str) else value
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         inside = _YEARS[0] <= moment.year < _YEARS[1]
         result = _microseconds_of(moment) if inside else 0
@@ -166,6 +193,13 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     if not inside:
         raise RequestError(f"column '{column}' holds {value!r}, a time outside the years {_YEARS[0]} to {_YEARS[1]}")
     return result
+
+
+def _moment(column: str, text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise RequestError(f"column '{column}' holds {text[:60]!r}, which is not an ISO 8601 time") from None
 
 
 def _microseconds_of(moment: datetime) -> int:

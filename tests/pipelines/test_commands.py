@@ -26,6 +26,7 @@ from mmoe_rec.evaluation import scoring
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.log.reader import Log
 from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.serving.writing import seal
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate, features, train
 from tests.pipelines.learnable_log import learnable_log, settings_tree, write_files
@@ -308,6 +309,7 @@ def test_probabilities_that_are_far_off_are_warned_of(world: World, capsys: pyte
     (name,) = [each for each, weight in weights.items() if "towers" in each and weight.shape == (len(TASKS), 1)]
     weights[name][TASKS.index("click")] += 6
     save_file(weights, folder / "weights.safetensors")
+    seal(folder)
     evaluate.main(["--config", str(world.config), "--model", str(folder), "--out", str(world.folder / "far off")])
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert "the probabilities of 'click' are too high" in warning

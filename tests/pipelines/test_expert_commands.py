@@ -110,7 +110,7 @@ def test_an_edit_of_damaged_weights_ends_in_a_sentence(
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(SystemExit):
         edit_experts.main(["--config", str(soft), "--model", str(damaged), "--mask", "0"])
-    assert "weights.safetensors' can't be read" in capsys.readouterr().err
+    assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in capsys.readouterr().err
 
 
 def test_the_sweep_has_a_row_for_each_k_and_each_expert(

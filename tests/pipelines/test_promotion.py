@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmoe_rec import aliases, tracking
 from mmoe_rec.jobs import promotion
 from mmoe_rec.registry import local_model
+from mmoe_rec.serving.artifact import write_manifest
 from tests.pipelines.short_trainings import World
 
 # Which learn next to nothing.
@@ -149,10 +150,12 @@ def test_a_holder_that_cannot_be_served_gives_way(
         weights.write_bytes(b"short")
     elif what == "another format":
         (folder / "model.json").write_text('{"format": 1}')
+        (folder / "manifest.json").unlink()
     else:
         found = load_file(weights)
         found = {name: each * 1e38 if "towers" in name else each for name, each in found.items()}
         save_file(found, weights)
+        write_manifest(folder)
 
     def taken(address: str, uri: str) -> Path:
         return folder if address == "models:/learnable/2" else local_model(address, uri)

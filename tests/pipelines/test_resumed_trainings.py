@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.jobs.promotion import Promotion
+from mmoe_rec.serving.writing import seal
 from tests.pipelines.short_trainings import World, dying_after, refused
 
 RESUME = "--resume"
@@ -45,6 +46,7 @@ def other_model(world: World, name: str) -> Path:
         weights = load_file(folder / "weights.safetensors")
         save_file({name: weight + 0.01 * weight.is_floating_point() for name, weight in weights.items()}, folder / "w")
         (folder / "w").rename(folder / "weights.safetensors")
+        seal(folder)
     return folder
 
 
@@ -56,6 +58,7 @@ def test_another_start_is_refused_and_the_same_goes_on(world: World, capsys: pyt
     one, other = other_model(world, "one"), other_model(world, "other")
     weights = load_file(other / "weights.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, other / "weights.safetensors")
+    seal(other)
     with dying_after(12):
         world.train("--from", str(one))
     assert latest_step(world) == 10
@@ -79,6 +82,7 @@ def test_a_folder_that_holds_another_model_by_now_is_another_start(world: World,
         world.train("--from", str(one))
     weights = load_file(one / "weights.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, one / "weights.safetensors")
+    seal(one)
     assert f"can't go on: it was begun with --from {one}, now it is" in refused(
         capsys, world, "--from", str(one), RESUME
     )

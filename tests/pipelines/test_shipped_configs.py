@@ -17,8 +17,8 @@ from mmoe_rec.jobs.features import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.serving.artifact import write_artifact
 from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.serving.writing import write_artifact
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.tables.loading import load_plain
 from mmoe_rec.training.loop import Trainer

@@ -15,7 +15,7 @@ from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.serving.artifact import write_artifact
+from mmoe_rec.serving.writing import write_artifact
 from mmoe_rec.settings import Settings
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
 

@@ -10,8 +10,9 @@ import torch
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
-from mmoe_rec.serving.artifact import read_artifact, rewrite_artifact, write_artifact
+from mmoe_rec.serving.artifact import read_artifact, write_manifest
 from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.serving.writing import rewrite_artifact, seal, write_artifact
 from mmoe_rec.settings import load_settings
 from tests.log.small_logs import random_log, times_of
 from tests.serving.small_model import SmallModel
@@ -70,6 +71,7 @@ def test_a_rewritten_model_keeps_its_calibration(small: SmallModel, tmp_path: Pa
 def test_a_damaged_calibration_is_named(small: SmallModel, tmp_path: Path, text: str) -> None:
     small.write(tmp_path / "m", CALIBRATION)
     (tmp_path / "m" / "calibration.json").write_text(text)
+    write_manifest(tmp_path / "m")
     with pytest.raises(UserError, match=r"calibration.json' is damaged"):
         Ranker.load(tmp_path / "m")
 
@@ -98,17 +100,26 @@ def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> 
         (lambda folder: (folder / "model.json").write_text('{"format": 99}'), "another format"),
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"\0" * 40), "can't be read"),
         (lambda folder: shutil.rmtree(folder / "features"), "holds no feature state"),
-        (lambda folder: (folder / "example_request.json").unlink(), "incomplete or damaged .*example_request.json"),
-        (lambda folder: (folder / "example_request.json").write_text("{}"), "incomplete or damaged "),
-        (lambda folder: (folder / "features" / "latest.user.parquet").unlink(), "damaged .*latest.user.parquet"),
-        (lambda folder: (folder / "features" / "latest.user.parquet").write_bytes(b"x"), "incomplete or damaged "),
-        (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "incomplete or "),
+        (lambda folder: (folder / "example_request.json").unlink(), "can't be loaded .*example_request.json"),
+        (lambda folder: (folder / "example_request.json").write_text("{}"), "can't be loaded "),
+        (lambda folder: (folder / "example_scores.json").write_text('{"scores": []}'), "can't be loaded "),
+        (
+            lambda folder: (folder / "features" / "latest.user.parquet").unlink(),
+            "can't be loaded .*latest.user.parquet",
+        ),
+        (lambda folder: (folder / "features" / "latest.user.parquet").write_bytes(b"x"), "can't be loaded "),
+        (lambda folder: (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink(), "prepare it again: "),
     ],
 )
-def test_damaged(small: SmallModel, tmp_path: Path, damage: object, message: str) -> None:
+def test_a_folder_that_was_written_wrong(small: SmallModel, tmp_path: Path, damage: object, message: str) -> None:
+    """What no manifest can tell, as it says the same: each still ends in a sentence."""
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
     damage(folder)  # type: ignore[operator]
+    if (folder / "model.json").exists():
+        write_manifest(folder)
+    else:
+        (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=message):
         Ranker.load(folder)
 
@@ -119,5 +130,8 @@ def test_other_model_settings_do_not_fit(small: SmallModel, tmp_path: Path) -> N
     tree = json.loads((folder / "model.json").read_text())
     tree["model"]["experts"]["count"] = 4
     (folder / "model.json").write_text(json.dumps(tree))
+    write_manifest(folder)
     with pytest.raises(UserError, match="does not fit the model's settings"):
         Ranker.load(folder)
+    with pytest.raises(UserError, match="does not fit the model's settings"):
+        seal(folder)

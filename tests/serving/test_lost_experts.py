@@ -17,6 +17,7 @@ from mmoe_rec.model.levels import Experts
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.writing import seal
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
@@ -86,6 +87,7 @@ def test_each_expert_may_have_weights_that_are_no_numbers(small: SmallModel, tmp
         group, place = _place(levels[-1], expert)
         state[f"mixture.levels.{len(levels) - 1}.experts.{group}.layers.0.weight"][place, 0, 0] = bad
         save_file(state, folder / "weights.safetensors")
+        seal(folder)
         ranking = rank(Ranker.load(folder))
         assert np.isfinite(values(ranking)).all()
         assert any(f"expert {expert} has weights that are not finite" in each for each in ranking.warnings)
