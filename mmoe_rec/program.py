@@ -4,7 +4,18 @@ import re
 import sys
 from pathlib import Path
 
-NAMES = ("train", "evaluate", "features", "inspect", "tune", "plan", "edit_experts", "sweep_experts", "doctor")
+NAMES = (
+    "train",
+    "evaluate",
+    "features",
+    "inspect",
+    "tune",
+    "plan",
+    "edit_experts",
+    "sweep_experts",
+    "export",
+    "doctor",
+)
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"

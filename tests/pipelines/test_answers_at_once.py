@@ -12,7 +12,7 @@ from tests.pipelines.imports import ROOT, answer
 COMMANDS = sorted(
     path.stem for path in (ROOT / "pipelines").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
-WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts"}
+WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts", "export"}
 
 
 def test_the_commands_are_found() -> None:
