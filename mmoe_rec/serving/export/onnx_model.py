@@ -45,6 +45,7 @@ OPSET = 18
 OUTPUTS = ("predictions", "log_score", "score")
 TOLERANCE = 1e-5
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ROWS_TRACED = 8  # a graph of a single row would hold for no other number of them
 _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 _TEXT = """# {model}, in ONNX
 
-`model.onnx` predicts {predictions} and gives the one score to rank by, from a matrix with a row for each candidate. It
-was written by mmoe_rec and checked against it. onnxruntime and numpy are enough to run it:
+`model.onnx` predicts {predictions}, and gives the one score to rank by.
+
+It takes a matrix with a row for each candidate. mmoe_rec wrote it, and has checked it against itself. It runs wherever
+ONNX does, such as in onnxruntime (the packages `onnxruntime` and `safetensors`):
 
 ```python
 import onnxruntime
