@@ -7,9 +7,9 @@ like the new model and by the same code. Its features may be others:
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
 
 A holder that could not be served any more (of an earlier version, damaged, with predictions that are not finite) gives
-way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched)
-keeps the alias. An outage of MLflow decides nothing. What holds the alias is looked up again right before it is
-moved, and compared anew if it is another model by then.
+way. One that can't be compared (tasks or labels that mean something else, other rows, files that can't be fetched,
+other scores on this machine than where it was written) keeps the alias. An outage of MLflow decides nothing. What holds
+the alias is looked up again right before it is moved, and compared anew if it is another model by then.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Comparison:
 
     def with_holder(self, holder: Version | None) -> Verdict:
         """Whether the new model is better than the one that holds the alias."""
+        from mmoe_rec.serving.errors import OtherScoresError
         from mmoe_rec.serving.ranker import Ranker
         from mmoe_rec.training.validation import NotFiniteError
 
@@ -121,7 +122,10 @@ class Comparison:
         try:
             ranker = Ranker.load(folder)
         except (UserError, RuntimeError) as error:  # or it fails at its own example
-            return Verdict(True, f"{who} can't be served any more: {' '.join(str(error).split())}")
+            told = " ".join(str(error).split())
+            here = isinstance(error, OtherScoresError)  # on another machine it may serve well
+            cannot = f"can't be compared: {told}; {by_hand}" if here else f"can't be served any more: {told}"
+            return Verdict(not here, f"{who} {cannot}")
         try:
             its = self._validation(ranker, folder, holder)
         except UserError as error:

@@ -30,7 +30,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_stored
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
 from mmoe_rec.serving.passes import Passes
@@ -84,7 +84,7 @@ class LoadedRanker:
         found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
         if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
             others = ", ".join(expected.other_versions(found))
-            raise UserError(
+            raise OtherScoresError(
                 f"the model in '{folder}' computes something else here than where it was written: for {EXAMPLE}, "
                 f"{told} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
                 + ("install the versions that it was written with" if others else "use the code that wrote it")

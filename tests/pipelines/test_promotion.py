@@ -166,6 +166,23 @@ def test_a_holder_that_cannot_be_served_gives_way(
     assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
+def test_a_holder_that_computes_something_else_here_keeps_the_alias(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    aliases.point(NAME, "champion", "2", world.uri)
+    folder = tmp_path / "model"
+    shutil.copytree(local_model("models:/learnable/2", world.uri), folder)
+    scores = json.loads((folder / "example_scores.json").read_text())
+    scores["predictions"]["click"][0] *= 1.01
+    (folder / "example_scores.json").write_text(json.dumps(scores))
+    write_manifest(folder)
+    monkeypatch.setattr(promotion, "local_model", lambda *_: folder)
+    world.train(*SLOW, "--training.seed", "9")
+    assert holder(world) == "2"
+    assert "version 2, which holds 'champion', can't be compared: the model in " in said(world)[0]
+    assert "computes something else here" in said(world)[0]
+
+
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     aliases.point(NAME, "champion", "1", world.uri)
     finite = promotion.Comparison._validated
