@@ -15,6 +15,7 @@ NAMES = (
     "plan",
     "edit_experts",
     "sweep_experts",
+    "export",
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""

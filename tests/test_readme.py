@@ -91,6 +91,11 @@ EXERCISED_BY = {
     ),
     "python -m pipelines.edit_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--add 2": "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on",
+    "python -m pipelines.export --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "--out small --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures_on_test_rows",
+    "python -m pipelines.export --model models:/complete_journey@champion --out onnx --onnx": (
+        "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is"
+    ),
     "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
     "cp configs/template.yaml configs/shop.yaml": SHOP,
     "python -m pipelines.features --config configs/shop.yaml": SHOP,
@@ -115,7 +120,7 @@ EXERCISED_BY = {
 # Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
 DRIVER = """
 import contextlib, importlib, io, json, shlex, sys, traceback
-from pipelines import quickstart
+from pipelines.quickstart import __main__ as quickstart
 quickstart.FAST_HOUSEHOLDS = int(sys.argv[2])
 results = []
 for line in sys.stdin:

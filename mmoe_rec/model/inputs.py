@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.features.encoder import Inputs
+from mmoe_rec.model.int8 import Int8Bag
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.lists import Ragged
@@ -61,6 +62,10 @@ class RequestInputs:
 
     def _embedded(self, table: str, ids: np.ndarray | Ragged) -> np.ndarray:
         bag = self._tables.embedding_bags[table]
+        if isinstance(bag, Int8Bag):
+            if isinstance(ids, Ragged):
+                return bag(torch.from_numpy(ids.values), torch.from_numpy(ids.offsets)).numpy()
+            return bag.rows(torch.from_numpy(ids)).numpy()
         assert isinstance(bag, nn.EmbeddingBag)
         weight = bag.weight.detach()
         if not isinstance(ids, Ragged):

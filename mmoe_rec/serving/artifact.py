@@ -4,7 +4,7 @@
         manifest.json          size and SHA-256 of every other file
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
-        weights.safetensors    float32 weights by name
+        weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.int8`)
         calibration.json       what turns the model's logits into probabilities, where it was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
@@ -84,7 +84,17 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of an artifact by name, from its file of weights. Raises UserError for a missing or damaged file."""
+    """All weights of an artifact by name, float32, from its file of weights.
+
+    Raises UserError for a missing or damaged file.
+    """
+    from mmoe_rec.model.int8 import in_float32
+
+    return in_float32(read_stored(path))
+
+
+def read_stored(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds by name, as it is stored. Raises UserError for a missing or damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError
@@ -25,11 +25,12 @@ from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.inputs import RequestInputs
+from mmoe_rec.model.int8 import in_float32, take_table
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_weights
+from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_stored
 from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
@@ -218,20 +219,20 @@ def _products_in_fp32() -> Iterator[None]:
 
 
 def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:
-    weights = read_weights(path)
+    stored = read_stored(path)
     # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
     stubs = tuple(replace(table, rows=1) for table in layout.tables)
     tables = PlainTables(stubs, layout.ids)
     for table in layout.tables:
         if table.name in tables.embedding_bags:
-            weight = weights.pop(f"tables.embedding_bags.{table.name}.weight", None)
-            if weight is None or weight.shape != (table.rows, table.dim):
+            bag = take_table(stored, f"tables.embedding_bags.{table.name}.weight")
+            if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
                 raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
-            bag = nn.EmbeddingBag.from_pretrained(weight, mode="mean", include_last_offset=True)
             tables.embedding_bags[table.name] = bag
     model = build_model(layout, section, tables)
+    dense = {name.removeprefix("mixture."): each for name, each in in_float32(stored).items()}
     try:
-        model.mixture.load_state_dict({name.removeprefix("mixture."): each for name, each in weights.items()})
+        model.mixture.load_state_dict(dense)
     except RuntimeError as error:
         raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
     return model

@@ -25,6 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyOwner
+from mmoe_rec.model.int8 import some_in_int8
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.tables import used_tables
@@ -56,6 +57,12 @@ class WarmStart:
         self, folder: Path, structure: Model, prepared: Prepared, layout: ModelLayout, settings: Model
     ) -> None:
         self.folder, self.layout = folder, layout
+        with _weights(folder) as weights:
+            if some_in_int8(weights.keys()):
+                raise UserError(
+                    f"the model in '{folder}' is an export in int8, which is too coarse to be trained on: start from "
+                    "the model that it was made of"
+                )
         before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)
         new = FeaturePipeline.load(prepared.serving, memories=False)

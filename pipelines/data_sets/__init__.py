@@ -1,1 +1,1 @@
-"""What the commands for data sets are made of: their logs, and the baselines that the quickstart shows."""
+"""What the data sets have in common, and what is known of each."""

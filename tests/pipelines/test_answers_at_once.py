@@ -9,10 +9,13 @@ import yaml
 
 from tests.pipelines.imports import ROOT, answer
 
+FILES = [*(ROOT / "pipelines").glob("*.py"), *(ROOT / "pipelines").glob("*/__main__.py")]
 COMMANDS = sorted(
-    path.stem for path in (ROOT / "pipelines").glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    path.parent.name if path.stem == "__main__" else path.stem
+    for path in FILES
+    if '__name__ == "__main__"' in path.read_text()
 )
-WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts"}
+WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts", "export"}
 
 
 def test_the_commands_are_found() -> None:

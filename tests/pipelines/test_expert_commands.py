@@ -11,7 +11,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from mmoe_rec.jobs.sweep import sweep_table
+from mmoe_rec.jobs.experts.sweep import sweep_table
 from mmoe_rec.serving.artifact import read_artifact
 from mmoe_rec.serving.ranker import Ranker
 from pipelines import edit_experts, sweep_experts, train
@@ -132,7 +132,7 @@ def test_the_sweep_has_a_row_for_each_k_and_each_expert(
 
 
 def test_the_table_shows_what_is_undefined() -> None:
-    from mmoe_rec.jobs.sweep import Swept
+    from mmoe_rec.jobs.experts.sweep import Swept
 
     nothing = {"value": None, "low": None, "high": None}
     row = Swept(1, None, 1.0, {"a": {"auc": nothing, "gauc_user": nothing, "calibration": nothing}})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import quickstart
+from pipelines.quickstart import __main__ as quickstart
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import mlflow
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec import tracking
@@ -27,6 +28,7 @@ def noting(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = noting
+import pyarrow.parquet
 from mmoe_rec.serving.requests.envelope import ranked
 from mmoe_rec.serving.ranker import Ranker
 
@@ -35,8 +37,7 @@ example = json.load(open(sys.argv[1] + "/example_request.json"))
 options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}}
 (ranking,) = ranked(ranker, [example], options)
 assert len(ranking.scores) == 2, ranking
-from mmoe_rec.serving.requests.request import Request
-ranker.score(ranker.reader.rows([Request(**example)]).table)
+ranker.score(pyarrow.parquet.read_table(sys.argv[2]))
 files = {name: each.__file__ for name, each in sys.modules.items() if name.partition(".")[0] == "mmoe_rec"}
 print(json.dumps({"asked": asked, "files": files}))
 """
@@ -48,7 +49,8 @@ def served(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("served")
     (code,) = arguments(small.folder, folder)["code_paths"]
     env = {**os.environ, "PYTHONPATH": str(folder)}
-    words = [sys.executable, "-c", SCORES, str(small.folder)]
+    pq.write_table(small.later_rows()[0], folder / "rows.parquet")
+    words = [sys.executable, "-c", SCORES, str(small.folder), str(folder / "rows.parquet")]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return Path(code), json.loads(done.stdout.splitlines()[-1])

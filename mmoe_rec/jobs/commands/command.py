@@ -18,8 +18,23 @@ def read_command(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parses `--config C`, the command's own arguments and overrides such as `--model.experts.count 16`.
 
-    doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. The
-    parsed arguments hold the overrides, as they were written, in `overrides`. Raises UserError for a wrong setting.
+    As `parsed` does; raises UserError for a wrong setting.
+    """
+    arguments = parsed(doc, argv, add_arguments)
+    return arguments, load_settings(arguments.config, arguments.overrides)
+
+
+def parsed(
+    doc: str,
+    argv: Sequence[str] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    config: bool = True,
+) -> argparse.Namespace:
+    """The arguments of a command, whose settings are not read yet.
+
+    doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. config:
+    whether `--config` must be given; overrides without it are an error. The parsed arguments hold the overrides, as
+    they were written, in `overrides`.
     """
     parser = SentenceParser(
         prog=spelled(" ".join(doc.split()[:3])),
@@ -29,7 +44,7 @@ def read_command(
         allow_abbrev=False,
     )
     template = TEMPLATE.replace("%", "%%")
-    parser.add_argument("--config", required=True, metavar="C", help=f"settings file, such as {template}")
+    parser.add_argument("--config", required=config, metavar="C", help=f"settings file, such as {template}")
     if add_arguments is not None:
         add_arguments(parser)
     parser.add_argument("--engine", metavar="E", help="short for --data.engine: local or ray")
@@ -37,8 +52,10 @@ def read_command(
     arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     overrides += ["--data.engine", arguments.engine] if arguments.engine else []
     overrides += ["--data.skip_bad_files", "true"] if arguments.skip_bad_files else []
+    if overrides and arguments.config is None:
+        parser.error(f"'{overrides[0]}' is no argument of this command, or a setting, for which --config is missing")
     arguments.overrides = overrides
-    return arguments, load_settings(arguments.config, overrides)
+    return arguments
 
 
 class SentenceParser(argparse.ArgumentParser):

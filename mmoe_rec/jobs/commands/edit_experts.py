@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import shlex
     from pathlib import Path
 
-    from mmoe_rec.jobs.edit import edit_model
+    from mmoe_rec.jobs.experts.edit import edit_model
     from mmoe_rec.locks import writing
 
     out = Path(arguments.out or Path(settings.data.work) / "edited")

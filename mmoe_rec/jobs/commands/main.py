@@ -26,6 +26,7 @@ _ABOUT = {
     "plan": "which rank would hold which part of the tables",
     "edit_experts": "adds, masks or removes experts of a model",
     "sweep_experts": "accuracy and speed with fewer experts",
+    "export": "a model in int8, or as an ONNX file",
     "doctor": "checks this machine and its packages",
 }
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
-    from mmoe_rec.jobs.sweep import sweep, sweep_table
+    from mmoe_rec.jobs.experts.sweep import sweep, sweep_table
 
     out = Path(arguments.out or Path(settings.data.work) / "sweep")
     swept = sweep(settings, arguments.model, out, arguments.rows)

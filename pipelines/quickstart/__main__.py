@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
     from mmoe_rec.locks import reading
-    from pipelines.data_sets.baselines import evaluate_baselines
+    from pipelines.quickstart.baselines import evaluate_baselines
 
     console = Console()
     started = time.perf_counter()

@@ -1,0 +1,1 @@
+"""What commands do with the experts of a trained model."""

@@ -1,0 +1,177 @@
+"""A model made smaller, or put into ONNX, with a report of how near it is to the model itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
+from mmoe_rec.locks import writing
+from mmoe_rec.registry import FoundModel, find_model
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.serving.export.compare import Answers
+    from mmoe_rec.serving.export.small import Dense
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+REPORT = "export.json"
+
+
+def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None = None) -> dict[str, Any]:
+    """Writes the model at an address with int8 tables to an artifact folder, and what `export.json` there says.
+
+    dense: how matrices are stored; settings: of the log whose test rows both are measured on, None for no log.
+    Raises UserError for a model that can't be made so, or a folder that holds something else.
+    """
+    found = _find(address, settings)
+    with writing(out, "an export", "name another folder with --out"):
+        _check_place(out, found)
+        from mmoe_rec.serving.export.compare import Answers, agreement, drawn_requests
+        from mmoe_rec.serving.export.small import write_small
+        from mmoe_rec.serving.ranker import Ranker
+
+        ranker = Ranker.load(found.folder)
+        with atomic_folder(out) as made:
+            write_small(found.folder, made, dense)
+            small = Ranker.load(made)
+            pairs = [
+                (Answers.of(ranker.rank(**request)), Answers.of(small.rank(**request)))
+                for request in drawn_requests(found.folder, ranker)
+            ]
+            report: dict[str, Any] = {
+                "made": "int8",
+                "of": found.address,
+                "dense": dense,
+                "bytes": {"model": _bytes(found.folder), "int8": _bytes(made)},
+                "requests": asdict(agreement(pairs)),
+            }
+            if settings is not None:
+                report["test_rows"] = _on_test_rows(settings, found.folder, ranker, small)
+            _write_report(made, report)
+    return report
+
+
+def export_onnx(address: str, out: Path, settings: Settings | None = None) -> dict[str, Any]:
+    """Writes the model at an address to a folder as `mmoe_rec.serving.export.onnx_model` says, and `export.json`.
+
+    Raises UserError where a package is missing, the file does not compute what the model does, or the folder holds
+    something else.
+    """
+    found = _find(address, settings)
+    with writing(out, "an export", "name another folder with --out"):
+        _check_place(out, found)
+        from mmoe_rec.serving.export.compare import Answers, agreement, drawn_requests
+        from mmoe_rec.serving.export.onnx_model import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
+        from mmoe_rec.serving.ranker import Ranker
+
+        check_packages()
+        ranker = Ranker.load(found.folder)
+        with atomic_folder(out) as made:
+            write_onnx(found.folder, ranker, made)
+            model = OnnxModel(made)
+            pairs: list[tuple[Answers, Answers]] = [
+                (Answers.of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
+                for request in drawn_requests(found.folder, ranker)
+            ]
+            check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
+            report = {"made": "onnx", "of": found.address, "requests": asdict(agreement(pairs))}
+            _write_report(made, report)
+    return report
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The figures of a report."""
+    requests, test = report["requests"], report.get("test_rows")
+    drawn = f"{requests['requests']} requests of {requests['candidates']} known candidates"
+    table = Table(caption=f"predictions and order: {drawn}" + (f"; test: {test['rows']:,} rows" if test else ""))
+    for name in ("", "model", report["made"]):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, before in report.get("bytes", {}).get("model", {}).items():
+        now = report["bytes"]["int8"][name]
+        table.add_row(f"{name}, bytes", f"{before:,}", f"{now:,} ({now / max(1, before):.3f})")
+    for name, off in requests["max_difference"].items():
+        table.add_row(f"{name}, largest difference", "", f"{off:.2g}")
+    table.add_row("neighbours in the same order", "", _share(requests["neighbours_in_order"]))
+    table.add_row("shared among the best 10", "", _share(requests["top_10_shared"]))
+    for name, measured in (test or {}).get("tasks", {}).items():
+        table.add_row(f"{name}, test, largest difference", "", f"{measured['max_difference']:.2g}")
+        metric, before, now = measured["metric"], measured["model"], measured["int8"]
+        if before is not None:
+            table.add_row(f"{name}, test, {metric}", f"{before:.5f}", f"{now:.5f} ({now - before:+.6f})")
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _find(address: str, settings: Settings | None) -> FoundModel:
+    from mmoe_rec.settings.sections import Tracking
+
+    return find_model(address, Tracking().address if settings is None else settings.tracking.address)
+
+
+def _check_place(out: Path, found: FoundModel) -> None:
+    if out.exists() and out.resolve() == found.folder.resolve():
+        raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
+        raise UserError(f"'{out}' holds something else than an export: name another folder with --out, or remove it")
+
+
+def _write_report(made: Path, report: dict[str, Any]) -> None:
+    (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the tables' weights and of all others, of their file, and of all files of a model: its features too."""
+    from mmoe_rec.serving.artifact import read_manifest, read_stored
+    from mmoe_rec.serving.export.small import WEIGHTS
+
+    sizes = {"tables": 0, "dense": 0}
+    for name, weight in read_stored(folder / WEIGHTS).items():
+        sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
+    files = {name: file.bytes for name, file in read_manifest(folder).items()}
+    return {**sizes, WEIGHTS: files[WEIGHTS], "all files": sum(files.values())}
+
+
+def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small: LoadedRanker) -> dict[str, Any]:
+    """Both models on the test rows: differences, and AUC, or the root of the mean squared error of a regression."""
+    import numpy as np
+
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.jobs.truth import test_rows
+
+    scored: list[Scored] = []
+    with test_rows(settings, folder, ranker) as encoded:
+        for each in (ranker, small):
+            rows = EncodedRows(encoded, each.layout)
+            size = settings.evaluation.batch_size
+            scored.append(score_rows(each.model, each.layout, rows, size, calibration=each.calibration))
+    before, now = scored
+    tasks = {}
+    for place, task in enumerate(ranker.layout.tasks):
+        metric = "AUC" if task.kind == "binary" else "RMSE"
+        values = [_measured(metric, each.labels[:, place], each.predictions[:, place]) for each in scored]
+        off = float(np.abs(before.predictions[:, place] - now.predictions[:, place]).max())
+        tasks[task.name] = {"max_difference": off, "metric": metric, "model": values[0], "int8": values[1]}
+    return {"rows": len(before.score), "tasks": tasks}
+
+
+def _measured(metric: str, labels: Any, predicted: Any) -> float | None:
+    """Over the observed labels; None where the metric means nothing."""
+    import numpy as np
+    from sklearn.metrics import roc_auc_score
+
+    seen = ~np.isnan(labels)
+    labels, predicted = labels[seen], predicted[seen].astype(np.float64)
+    if metric == "AUC":
+        return float(roc_auc_score(labels, predicted)) if len(np.unique(labels)) == 2 else None
+    return float(np.sqrt(np.mean((labels - predicted) ** 2))) if len(labels) else None

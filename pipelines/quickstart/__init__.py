@@ -1,0 +1,1 @@
+"""The quickstart, `python -m pipelines.quickstart`, and the baselines that it shows."""
