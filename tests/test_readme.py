@@ -120,7 +120,7 @@ EXERCISED_BY = {
 # Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
 DRIVER = """
 import contextlib, importlib, io, json, shlex, sys, traceback
-from pipelines.quickstart import __main__ as quickstart
+from pipelines import quickstart
 quickstart.FAST_HOUSEHOLDS = int(sys.argv[2])
 results = []
 for line in sys.stdin:

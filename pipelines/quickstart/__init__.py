@@ -1,1 +1,129 @@
-"""The quickstart, `python -m pipelines.quickstart`, and the baselines that it shows."""
+"""python -m pipelines.quickstart
+
+The whole way on real data: Complete Journey is turned into a log, features are fitted, a multi-gate mixture of experts
+is trained, registered in MLflow, evaluated on later weeks beside two baselines trained on the same rows, and ranks one
+candidate list. `--fast` does it on a slice of the households, as a smoke test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import exit_with_message
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings import Settings
+
+CONFIG = "configs/complete_journey.yaml"
+FAST_HOUSEHOLDS = 300
+
+
+def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--fast", action="store_true", help=f"a slice of {FAST_HOUSEHOLDS} households, under 90 s")
+    parser.add_argument("--out", metavar="DIR", help="folder of the log and all that is made from it")
+    return parser.parse_known_args(argv)
+
+
+def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of the quickstart: those of Complete Journey, in another folder, smaller for a slice."""
+    from mmoe_rec.settings import load_settings
+
+    paths = [
+        "--data.log",
+        f"{out}/log",
+        "--data.events.purchases.path",
+        f"{out}/purchases",
+        "--data.work",
+        f"{out}/work",
+    ]
+    small = ["--training.batch_size", "1024", "--evaluation.resamples", "200", "--name", "complete_journey_fast"]
+    return load_settings(CONFIG, [*paths, *(small if fast else []), *overrides])
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    options, overrides = _arguments(argv)
+    out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
+    settings = quickstart_settings(options.fast, out, overrides)
+    from rich.console import Console
+
+    from mmoe_rec.evaluation.notes import told, warnings
+    from mmoe_rec.evaluation.table import results_table
+    from mmoe_rec.jobs.evaluate import evaluate_model
+    from mmoe_rec.jobs.finished import Trained
+    from mmoe_rec.jobs.train import train_model
+    from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.locks import reading
+    from pipelines.quickstart.baselines import evaluate_baselines
+
+    console = Console()
+    started = time.perf_counter()
+    console.rule("1/5  Complete Journey as an interaction log")
+    _ingest(out, options.fast)
+    console.rule("2/5  features, training, registration")
+    trained = train_model(settings)
+    assert isinstance(trained, Trained), "the quickstart runs in one process"
+    for part in (*told_of(trained, settings), *trained.compared):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    console.rule("3/5  evaluation on later weeks")
+    with reading(Path(settings.data.work) / "features", "a quickstart"):
+        evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
+        console.rule("4/5  two baselines on the same rows and features")
+        baselines = evaluate_baselines(settings, evaluated.scored)
+    console.rule("5/5  one candidate list")
+    request, ranking = _rank_example(trained.artifact)
+    console.print(f"household {request['user']}, {request['context']}")
+    for position, (candidate, score) in enumerate(ranking, start=1):
+        console.print(f"  {position}. product {candidate}  score {score:.4f}")
+    console.print(results_table({"MMoE": evaluated.summary, **baselines}))
+    for note in told([evaluated.summary, *baselines.values()]):
+        print(f"note: {note}")
+    for warning in warnings(evaluated.summary):
+        print(f"warning: {warning}")
+    console.print(
+        f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
+        f"{trained.waiting:.1%} of it waiting for data"
+    )
+    _next_commands(settings, trained.address, request)
+
+
+def _ingest(out: Path, fast: bool) -> None:
+    from pipelines.data_sets.complete_journey import packaged_folder
+    from pipelines.ingest_complete_journey import Selection, ingest
+
+    if (out / "log").is_dir() and (out / "purchases").is_dir():
+        print(f"{out / 'log'} is there already")
+        return
+    ingest(packaged_folder(), out, Selection(households=FAST_HOUSEHOLDS if fast else None))
+
+
+def _rank_example(artifact: Path) -> tuple[dict[str, Any], list[tuple[object, float]]]:
+    from mmoe_rec.serving.ranker import Ranker
+
+    ranker = Ranker.load(artifact)
+    request = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+    ranking = ranker.rank(request["user"], request["context"], request["candidates"])
+    return request, list(zip(ranking.candidates, ranking.scores, strict=True))
+
+
+def _next_commands(settings: Settings, address: str, request: dict[str, Any]) -> None:
+    body = Path(settings.data.work) / "request.json"
+    with atomic_file(body) as file:
+        file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")
+    print("\nnext:")
+    uri = settings.tracking.address
+    print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
+    print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(body))}")
+    served = uri.startswith(("http://", "https://"))
+    print(f"  see the runs at {uri}" if served else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")

@@ -72,7 +72,7 @@ def logs(folder: Path, rows: int) -> Iterator[tuple[str, Callable[[Sequence[str]
     from pipelines import make_synthetic_log
     from pipelines.data_sets.complete_journey import packaged_folder
     from pipelines.ingest_complete_journey import Selection, ingest
-    from pipelines.quickstart.__main__ import FAST_HOUSEHOLDS, quickstart_settings
+    from pipelines.quickstart import FAST_HOUSEHOLDS, quickstart_settings
 
     make_synthetic_log.main(["--out", f"{folder}/log", "--rows", str(rows)])
     paths = ["--data.log", f"{folder}/log", "--data.work", f"{folder}/work", "--training.batch_size", "512"]

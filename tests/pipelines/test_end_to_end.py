@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.serving.ranker import Ranker
-from pipelines.quickstart import __main__ as quickstart
+from pipelines import quickstart
 from tests.serving.running_server import running_server
 
 pytestmark = [

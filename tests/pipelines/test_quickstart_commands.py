@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.quickstart import __main__ as quickstart
+from pipelines import quickstart
 
 
 @pytest.mark.parametrize(
