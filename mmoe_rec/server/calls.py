@@ -56,7 +56,7 @@ class Calls:
     def _let_in(self) -> Iterator[None]:
         """Counts a call from its headers on: its body takes memory long before it waits for the model."""
         if self.models.current is None:
-            raise Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
+            raise loading()
         if self._open >= self.limits.max_waiting:
             raise Refused(
                 503,
@@ -96,6 +96,11 @@ class Calls:
     async def _answers(self, call: Call) -> Answers:
         found = iter(await self.batcher.answers(call.objects, call.params, call.candidates) if call.objects else ())
         return [each if isinstance(each, RequestError) else next(found) for each in call.elements]
+
+
+def loading() -> Refused:
+    """What a caller gets before there is a model."""
+    return Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
 
 
 def refusal(refused: Refused) -> Response:

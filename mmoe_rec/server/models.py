@@ -46,6 +46,11 @@ class Served:
             "tables_as_of": about.tables_as_of,
         }
 
+    def tasks(self) -> list[dict[str, Any]]:
+        """What the score is made of: each task's name, kind, objective and weight."""
+        names = ("name", "kind", "objective", "score_weight")
+        return [{name: getattr(task, name) for name in names} for task in self.ranker.about.tasks]
+
 
 class Models:
     """The current model. failure: why the last other one did not take its place, None if it did."""
