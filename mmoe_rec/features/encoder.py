@@ -231,6 +231,13 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
         """Columns in which a request may give results instead: how each is read, and its type if that is known."""
 
+    @abstractmethod
+    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+        """What rows were given, or this process's memory says of them, in words of the log.
+
+        Result -> (N,) float64 before it is standardised, NaN where missing; or (N,) objects, lists of ids or None.
+        """
+
     def distances(self, name: str, values: np.ndarray) -> np.ndarray:
         """(N,) results as they are exchanged: as distances, where float32 could not tell the results apart."""
         return values

@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,21 @@ class FeaturePipeline:
             part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
             part.add(encoder.encode(asked) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
         return shared.standardised_together(), own.standardised_together()
+
+    def remembers(self, rows: RequestRows) -> bool:
+        """Whether some counter or history is read from a memory, as the rows do not give all of its results."""
+        return not all(map(rows.has, chain.from_iterable(each.precomputed() for each in self.memory_encoders.values())))
+
+    def found(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """What counters, and histories, say of N candidates, see `MemoryEncoder.found`: by result, (N,) each."""
+        numbers: dict[str, np.ndarray] = {}
+        lists: dict[str, np.ndarray] = {}
+        for name, encoder in self.memory_encoders.items():
+            of_requests = name in self._of_requests
+            for each, values in encoder.found(rows.shared if of_requests else rows).items():
+                part = lists if values.dtype == object else numbers
+                part[each] = values[rows.of] if of_requests else values
+        return numbers, lists
 
     def _find_together(self, rows: RequestRows) -> None:
         """Finds what the rows ask of all memories at once."""

@@ -129,6 +129,11 @@ class Vocabulary:
             rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
         return rows
 
+    def decode(self, rows: np.ndarray) -> list[int | None] | list[str | None]:
+        """The ids at (N,) int64 table rows; None for the missing id, and for those that share a bucket."""
+        known = rows - 1 - self.oov_buckets
+        return self.ids.take(pa.array(known, mask=known < 0)).to_pylist()
+
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
         import pandas as pd
 

@@ -16,11 +16,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.server import openapi
-from mmoe_rec.server.calls import Calls, refusal
+from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, Served
-from mmoe_rec.server.security import OPEN_PATHS, is_allowed
+from mmoe_rec.server.page import page
+from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError where that can't be."""
@@ -68,15 +69,24 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
             return _json({"status": "stuck"}, 503)
         return _json({"status": "ok"})
 
-    for page in OPEN_PATHS:
-        app.get(page, response_model=None)(health)
-        app.head(page, response_model=None, include_in_schema=False)(health)
+    for path in OPEN_PATHS:
+        app.get(path, response_model=None)(health)
+        app.head(path, response_model=None, include_in_schema=False)(health)
 
     @app.get("/version", response_model=None)
     async def version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
         about: dict[str, Any] = models.current.about() if models.current else {}
         return _json({**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure})
+
+    @app.get("/model", response_model=None)
+    async def model() -> Response:
+        """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
+        if (served := models.current) is None:
+            return refusal(loading())
+        return _json({**served.about(), "tasks": served.tasks(), "example": served.example})
+
+    app.get(PAGE, response_model=None, include_in_schema=False)(page)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

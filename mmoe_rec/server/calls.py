@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -19,6 +18,7 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
 from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.experts import LostExpert
 from mmoe_rec.serving.ranking import Ranking
 
 PARSED_AT_ONCE = 256 * 2**10
@@ -56,7 +56,7 @@ class Calls:
     def _let_in(self) -> Iterator[None]:
         """Counts a call from its headers on: its body takes memory long before it waits for the model."""
         if self.models.current is None:
-            raise Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
+            raise loading()
         if self._open >= self.limits.max_waiting:
             raise Refused(
                 503,
@@ -88,13 +88,19 @@ class Calls:
         answers = await self._answers(call)
         if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
             call, answers = exact, await self._answers(exact)
-        self.metrics.warnings.inc(sum(len(each.warnings) for each in answers if isinstance(each, Ranking)))
+        told = (each.warnings for each in answers if isinstance(each, Ranking))
+        self.metrics.warnings.inc(sum(isinstance(each, LostExpert) for warnings in told for each in warnings))
         with self.metrics.timed("write"):
             return written(answers, call.ignored, partial)
 
     async def _answers(self, call: Call) -> Answers:
         found = iter(await self.batcher.answers(call.objects, call.params, call.candidates) if call.objects else ())
         return [each if isinstance(each, RequestError) else next(found) for each in call.elements]
+
+
+def loading() -> Refused:
+    """What a caller gets before there is a model."""
+    return Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
 
 
 def refusal(refused: Refused) -> Response:
@@ -154,22 +160,22 @@ def _too_large(limits: Limits) -> Refused:
 def written(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
     """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
     ignored = [shortened(each) for each in ignored]
-    replies: list[Ranking | dict[str, str]] = []
+    replies: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
         if isinstance(answer, Ranking):
-            replies.append(replace(answer, warnings=[*answer.warnings, *ignored]) if ignored else answer)
+            replies.append(answer.to_dict() | ({"warnings": [*answer.warnings, *ignored]} if ignored else {}))
         elif partial:
             replies.append({"error": shortened(str(answer))})
         else:
             raise Refused(400, f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer), "element")
     body = orjson.dumps({"predictions": replies})
     # orjson writes null for what is no number. A ranking holds none, and this says so before a caller finds out.
-    if any(each in body for each in _NO_NUMBER) and not all(map(_is_finite, replies)):
+    if any(each in body for each in _NO_NUMBER) and not all(map(_is_finite, answers)):
         raise Refused(500, "the model gives scores that are not finite numbers", "model", INTERNAL)
     return body
 
 
-def _is_finite(reply: Any) -> bool:
-    if not isinstance(reply, Ranking):
+def _is_finite(answer: Ranking | RequestError) -> bool:
+    if not isinstance(answer, Ranking):
         return True
-    return all(math.isfinite(each) for values in (reply.scores, *reply.predictions.values()) for each in values)
+    return all(math.isfinite(each) for values in (answer.scores, *answer.predictions.values()) for each in values)

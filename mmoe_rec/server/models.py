@@ -33,16 +33,23 @@ class Served:
     example: dict[str, Any]
 
     def about(self) -> dict[str, str | None]:
-        """Which model this is; name and version are those of the registry, where it comes from there."""
+        """Which model this is; name and version are those of the registry, where it comes from there, and artifact is
+        the version that rankings carry."""
         found = _REGISTERED.match(self.source.address)
         about = self.ranker.about
         return {
             "model": found[1] if found else about.name,
             "version": found[2] if found else None,
             "address": self.source.address,
+            "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": about.tables_as_of,
         }
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """What the score is made of: each task's name, kind, objective and weight."""
+        names = ("name", "kind", "objective", "score_weight")
+        return [{name: getattr(task, name) for name in names} for task in self.ranker.about.tasks]
 
 
 class Models:

@@ -19,6 +19,7 @@ class Params(BaseModel):
     top_k: int | None = Field(None, ge=1, description="only so many best candidates")
     gate_top_k: int | None = Field(None, ge=1, description="experts per candidate and gate")
     mask_experts: list[int] | None = Field(None, description="experts to score without")
+    explain: bool | None = Field(None, description="what each candidate's predictions come from")
 
 
 class Invocation(BaseModel):

@@ -23,6 +23,8 @@ from mmoe_rec.serving.requests.envelope import OPTIONS
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 LONGEST_KEY = 256
+COST_OF_EXPLAINING = 10
+"""A candidate that is explained counts as so many: its part of the reply is about so many times as long."""
 _KEY = re.compile(rb'"[ \t\n\r]*:')
 _LONG_INTEGER = re.compile(rb"[0-9]{20}")
 
@@ -88,10 +90,13 @@ def _call(tree: Any, limits: Limits) -> Call:
             "(setting `serving.max_elements`)"
         )
     params, ignored = _params(tree)
-    candidates = sum(map(_candidates, elements))
+    explain = params.get("explain")
+    candidates = sum(_weight(each, explain) * _candidates(each) for each in elements)
     if candidates > limits.max_total_candidates:
+        explained = any(_weight(each, explain) > 1 for each in elements)
+        hint = f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else ""
         raise _wrong(
-            f"'inputs' has {candidates:,} candidates in all; this server takes at most "
+            f"'inputs' has {candidates:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
     read = tuple(each if isinstance(each, dict) else _no_object(each) for each in elements)
@@ -127,6 +132,12 @@ def _candidates(element: Any) -> int:
     if not isinstance(columns, dict):
         return 0
     return max((len(values) for values in columns.values() if isinstance(values, list)), default=0)
+
+
+def _weight(element: Any, explain: Any) -> int:
+    """What each candidate of an element counts. explain: the option for all elements."""
+    own = element.get("explain") if isinstance(element, dict) else None
+    return COST_OF_EXPLAINING if (explain if own is None else own) else 1
 
 
 def _checked(tree: Any, limits: Limits) -> int:

@@ -11,6 +11,7 @@ from mmoe_rec.errors import UserError
 
 TOKEN_VARIABLE = "MMOE_REC_TOKEN"
 OPEN_PATHS = ("/health", "/ping")
+PAGE = "/"  # which asks a person for the token
 
 
 def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -34,7 +35,7 @@ def read_token(file: str | None, environment: Mapping[str, str] = os.environ) ->
 
 def is_allowed(path: str, authorization: bytes, token: str | None) -> bool:
     """Whether a request for a path may be answered. authorization: the header, empty where there is none."""
-    if token is None or path in OPEN_PATHS:
+    if token is None or path in (*OPEN_PATHS, PAGE):
         return True
     scheme, _, given = authorization.partition(b" ")
     # Takes the same time whatever is given, so that the token can't be found letter by letter.

@@ -44,7 +44,9 @@ class Artifact:
     """What `model.json` says, and the layout of the model.
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
-    tables_as_of: ISO time of the last logged request that counters, histories and latest values know.
+    tables_as_of: ISO time of the last logged request that counters, histories and latest values know; stale_after_days:
+    how much later a request may lie before replies warn, None is any time (the default is that of the settings, for
+    artifacts of before there was one).
     """
 
     name: str
@@ -54,6 +56,7 @@ class Artifact:
     products: str
     fingerprint: str
     tables_as_of: str
+    stale_after_days: float | None = 7
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:

@@ -33,11 +33,19 @@ class ExpertChoice:
 MODELS_OWN = ExpertChoice()
 
 
+class LostExpert(str):
+    """A sentence of a reply's `warnings` that an expert is lost, which servers count apart from other sentences."""
+
+    __slots__ = ()
+
+
 class Guarded(NamedTuple):
-    """Logits (B, T), a sentence for each thing that went wrong, and whether an expert failed on these rows."""
+    """Logits (B, T), each task's weights of the experts of the last level (B, T, E), a sentence for each thing that
+    went wrong, and whether an expert failed on these rows."""
 
     logits: Tensor
-    warnings: list[str]
+    gates: Tensor
+    warnings: list[LostExpert]
     failed: bool
 
 
@@ -85,7 +93,8 @@ class GuardedModel:
             usable = self.all_but([*choice.masked, *failed])
             found = self._forward(inputs, choice.top_k, usable)
         assert found is not None
-        return Guarded(found.logits, warnings + self._bias_only(usable), failing)
+        gates = found.routings[-1].weights.expand(-1, len(self.tasks), -1)  # one gate may serve all tasks
+        return Guarded(found.logits, gates, [*map(LostExpert, warnings + self._bias_only(usable))], failing)
 
     def _forward(self, inputs: Tensor, top_k: int | None, usable: Tensor | None) -> Outputs:
         with torch.inference_mode():

@@ -30,10 +30,11 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_stored
+from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_stored, version_of
 from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
+from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.serving.passes import Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.requests.request import Request, RequestReader
@@ -43,7 +44,7 @@ from mmoe_rec.settings import Model
 
 
 class LoadedRanker:
-    """A loaded model with its features and calibration."""
+    """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it."""
 
     def __init__(
         self,
@@ -52,8 +53,9 @@ class LoadedRanker:
         calibration: Calibration,
         pipeline: FeaturePipeline,
         features: Path,
+        version: str,
     ):
-        self.about = about
+        self.about, self.version = about, version
         self.layout = about.layout
         self.model = model.eval()
         self.guarded = GuardedModel(model, [task.name for task in about.tasks])
@@ -64,7 +66,8 @@ class LoadedRanker:
         tables = model.tables
         assert isinstance(tables, PlainTables)
         self.reader = RequestReader(pipeline, features, about.max_candidates)
-        self._passes = Passes(self.scorer, pipeline, RequestInputs(self.layout, tables), self.reader)
+        inputs = RequestInputs(self.layout, tables)
+        self._passes = Passes(self.scorer, pipeline, inputs, self.reader, Freshness.of(about), version)
 
     @staticmethod
     def read(folder: Path) -> LoadedRanker:
@@ -80,7 +83,7 @@ class LoadedRanker:
 
     @staticmethod
     def _read(folder: Path) -> LoadedRanker:
-        ranker = LoadedRanker._opened(folder, read_artifact(folder))
+        ranker = LoadedRanker._opened(folder, read_artifact(folder), version_of(folder))
         # This also builds the indexes that encoders make at their first use, so that no request waits for them.
         found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
         if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
@@ -95,16 +98,16 @@ class LoadedRanker:
 
     @staticmethod
     def unchecked(folder: Path) -> LoadedRanker:
-        """From a folder that is being written: no manifest or expected scores are looked at."""
-        return LoadedRanker._opened(folder, read_artifact(folder, verify=False))
+        """From a folder that is being written: no manifest or expected scores are looked at, and it has no version."""
+        return LoadedRanker._opened(folder, read_artifact(folder, verify=False), "")
 
     @staticmethod
-    def _opened(folder: Path, about: Artifact) -> LoadedRanker:
+    def _opened(folder: Path, about: Artifact, version: str) -> LoadedRanker:
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         model = _load_model(about.layout, Model.model_validate(about.model), folder / "weights.safetensors")
-        return LoadedRanker(about, model, read_calibration(folder), pipeline, folder / "features")
+        return LoadedRanker(about, model, read_calibration(folder), pipeline, folder / "features", version)
 
     def example_scores(self, folder: Path) -> ExampleScores:
         """What the model gives for the example in an artifact folder."""
@@ -132,6 +135,7 @@ class LoadedRanker:
         top_k: int | None = None,
         gate_top_k: int | None = None,
         mask_experts: Sequence[int] | None = None,
+        explain: bool | None = None,
     ) -> Ranking:
         """Ranks the candidates of one request.
 
@@ -145,11 +149,12 @@ class LoadedRanker:
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.
+            explain: give `explanations` too, see `Explanation`.
 
         Raises:
             RequestError: naming the column or option that the caller has to change.
         """
-        request = Request(user, context, candidates, task_weights, top_k, gate_top_k, mask_experts)
+        request = Request(user, context, candidates, task_weights, top_k, gate_top_k, mask_experts, explain)
         answer = self.rank_many([request])[0]
         if isinstance(answer, RequestError):
             raise answer

@@ -1,9 +1,9 @@
 """The served model: a script that MLflow runs to get it (models from code), so that no pickle is written.
 
 A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`; each element of
-`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k` and `mask_experts` may stand in an element or, for all
-elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees them; in an
-element they are an error.
+`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may stand in an element
+or, for all elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees
+them; in an element they are an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from mmoe_rec.serving.requests.envelope import ranked
 
 ARTIFACT = "model"
 Value = bool | int | float | str | None
-Reply = dict[str, str | list[Value] | dict[str, list[float]]]
+Explained = dict[str, dict[str, Value | list[Value]]]
+Reply = dict[str, str | list[Value] | list[Explained] | dict[str, list[float]] | dict[str, str]]
 
 
 class BadRequest(MlflowException):
@@ -52,6 +53,7 @@ class RankingRequest(BaseModel):
     top_k: Annotated[int | None, SkipValidation] = None
     gate_top_k: Annotated[int | None, SkipValidation] = None
     mask_experts: Annotated[list[int] | None, SkipValidation] = None
+    explain: Annotated[bool | None, SkipValidation] = None
 
     def given(self) -> dict[str, Any]:
         """The keys of the request, known or not."""

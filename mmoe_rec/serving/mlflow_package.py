@@ -78,6 +78,7 @@ def with_params(signature: Any, artifact_folder: Path) -> Any:
             ParamSpec("top_k", DataType.long, None),
             ParamSpec("gate_top_k", DataType.long, None),
             ParamSpec("mask_experts", DataType.long, [], shape=(-1,)),
+            ParamSpec("explain", DataType.boolean, None),
         ]
     )
     changed = ModelSignature(signature.inputs, signature.outputs, params)

@@ -16,9 +16,11 @@ from mmoe_rec.model.score import from_logs, with_outcomes
 from mmoe_rec.serving.artifact import Artifact, iso_time
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice
+from mmoe_rec.serving.explaining import Explainer
+from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request, RequestReader, same_columns
-from mmoe_rec.serving.requests.values import check_count
+from mmoe_rec.serving.requests.values import check_count, check_flag
 from mmoe_rec.serving.requests.weights import fused_weights
 from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
 
@@ -35,12 +37,14 @@ class _Asked:
 
 @dataclass(frozen=True)
 class Passes:
-    """Answers requests, as many as possible at a time, by the parts of a loaded ranker."""
+    """Answers requests, as many as possible at a time, by the parts of a loaded ranker. version: of the artifact."""
 
     scorer: Scorer
     pipeline: FeaturePipeline
     inputs: RequestInputs
     reader: RequestReader
+    freshness: Freshness
+    version: str
 
     @property
     def _about(self) -> Artifact:
@@ -64,6 +68,7 @@ class Passes:
     def _checked(self, number: int, request: Request) -> _Asked:
         weights = fused_weights(self._about.tasks, request.task_weights)
         check_count("top_k", request.top_k)
+        check_flag("explain", request.explain)
         choice = self.scorer.guarded.choice(request.gate_top_k, request.mask_experts)
         return _Asked(number, request, weights, choice)
 
@@ -87,7 +92,8 @@ class Passes:
             raise
         except UserError as error:
             raise RequestError(str(error)) from None
-        scored = self.scorer.score(self.inputs.matrix(*inputs, rows.of), asked[0].choice)
+        explain = any(each.request.explain for each in asked)
+        scored = self.scorer.score(self.inputs.matrix(*inputs, rows.of), asked[0].choice, explain)
         return None if scored.failed and len(asked) > 1 else self._rankings(asked, rows, scored)
 
     def _rankings(self, asked: Sequence[_Asked], rows: RequestRows, scored: Scored) -> list[Ranking]:
@@ -104,6 +110,8 @@ class Passes:
         scores = from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
+        remembers = self.pipeline.remembers(rows)
+        explainer = Explainer(self.pipeline, rows, scored, self.scorer.names) if scored.inside else None
         rankings = []
         for number, each in enumerate(asked):
             start, end = int(starts[number]), int(starts[number + 1])
@@ -117,7 +125,11 @@ class Passes:
                     order=positions[start:end],
                     request_time=iso_time(times[number]),
                     tables_as_of=self._about.tables_as_of,
-                    warnings=list(scored.warnings),
+                    warnings=[*scored.warnings, *(self.freshness.warnings(times[number]) if remembers else ())],
+                    model={"name": self._about.name, "version": self.version},
+                    explanations=explainer.explanations(places[start:end])
+                    if explainer and each.request.explain
+                    else None,
                 )
             )
         return rankings

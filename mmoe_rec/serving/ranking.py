@@ -14,13 +14,30 @@ from mmoe_rec.schema import Schema
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """What one candidate's predictions come from.
+
+    uncalibrated, calibrated: task -> prediction before and after calibration; gates: task -> weight of each expert of
+    the last level; counters: input -> value before it is standardised, null where it is missing; histories: feature ->
+    ids, oldest first (null in the place of an id without a row of its own), null where there are none.
+    """
+
+    uncalibrated: dict[str, float]
+    calibrated: dict[str, float]
+    gates: dict[str, list[float]]
+    counters: dict[str, float | None]
+    histories: dict[str, list[int | None] | list[str | None] | None]
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
     candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `with_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know; warnings: what went wrong with experts, see
-    `mmoe_rec.serving.experts`.
+    `mmoe_rec.serving.experts`, and what is wrong with the request's time, see `mmoe_rec.serving.freshness`; model: the
+    artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for.
     """
 
     candidates: list[int] | list[str]
@@ -30,10 +47,15 @@ class Ranking:
     request_time: str
     tables_as_of: str
     warnings: list[str] = field(default_factory=list)
+    model: dict[str, str] = field(default_factory=dict)
+    explanations: list[Explanation] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking as JSON values, whose lists are its own."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for."""
+        tree = {each.name: getattr(self, each.name) for each in fields(self)}
+        if (explanations := tree.pop("explanations")) is not None:
+            tree["explanations"] = [dict(vars(each)) for each in explanations]
+        return tree
 
 
 def key_columns(schema: Schema) -> list[str]:

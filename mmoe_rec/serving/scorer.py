@@ -15,7 +15,7 @@ from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.multiply import Products, onednn_offered, set_products
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.serving.artifact import Artifact
-from mmoe_rec.serving.experts import MODELS_OWN, ExpertChoice, GuardedModel
+from mmoe_rec.serving.experts import MODELS_OWN, ExpertChoice, GuardedModel, LostExpert
 
 ROWS_AT_A_TIME = 16_384
 # How long a model's products take is measured with so many rows, so many times; the other way must win by this factor.
@@ -23,14 +23,24 @@ _ROWS_TIMED, _TIMES, _MARGIN = 512, 4, 1.2
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Of N rows: predictions before calibration (N, T), as in `Scored`; gates (N, T, E) float32, each task's weights of
+    the experts of the last level."""
+
+    values: np.ndarray
+    gates: np.ndarray
+
+
+@dataclass(frozen=True)
 class Scored:
     """Of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T) float64;
-    sentences about experts; whether an expert failed on these rows."""
+    sentences about experts; whether an expert failed on these rows; and what it came from, where that was asked for."""
 
     values: np.ndarray
     logs: np.ndarray
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[LostExpert, ...] = ()
     failed: bool = False
+    inside: Inside | None = None
 
     @staticmethod
     def joined(parts: Sequence[Scored], tasks: int) -> Scored:
@@ -43,7 +53,12 @@ class Scored:
         values, logs = (
             np.concatenate(each) for each in zip(*((part.values, part.logs) for part in parts), strict=True)
         )
-        return Scored(values, logs, warnings, any(part.failed for part in parts))
+        insides = [part.inside for part in parts if part.inside is not None]
+        inside = None
+        if insides:
+            gates = np.concatenate([each.gates for each in insides])
+            inside = Inside(np.concatenate([each.values for each in insides]), gates)
+        return Scored(values, logs, warnings, any(part.failed for part in parts), inside)
 
 
 class Scorer:
@@ -52,7 +67,7 @@ class Scorer:
     def __init__(self, about: Artifact, guarded: GuardedModel, calibration: Calibration) -> None:
         self.about, self.guarded, self.calibration = about, guarded, calibration
         self._kinds = [task.kind for task in about.tasks]
-        self._names = [task.name for task in about.tasks]
+        self.names = [task.name for task in about.tasks]
         self.products: Products = "blas"
 
     def multiply_by(self, products: Products) -> None:
@@ -78,27 +93,31 @@ class Scorer:
             self.guarded.model.of_inputs(inputs, None)
         return time.perf_counter() - start
 
-    def score(self, inputs: Tensor, choice: ExpertChoice = MODELS_OWN) -> Scored:
-        """Predictions of inputs (N, W), see `RankingModel.side_by_side`.
+    def score(self, inputs: Tensor, choice: ExpertChoice = MODELS_OWN, explain: bool = False) -> Scored:
+        """Predictions of inputs (N, W), see `RankingModel.side_by_side`. explain: give `inside` too.
 
         Raises RuntimeError where the model fails for another reason than an expert, or gives no finite numbers.
         """
         pieces = inputs.split(ROWS_AT_A_TIME) if len(inputs) else ()
-        return Scored.joined([self._score(piece, choice) for piece in pieces], len(self._kinds))
+        return Scored.joined([self._score(piece, choice, explain) for piece in pieces], len(self._kinds))
 
-    def _score(self, inputs: Tensor, choice: ExpertChoice) -> Scored:
+    def _score(self, inputs: Tensor, choice: ExpertChoice, explain: bool) -> Scored:
         rows = len(inputs)
         if self.products == "onednn":
             inputs = _filled_up(inputs)
         with torch.inference_mode():
             found = self.guarded.logits(inputs, choice)
-            logits = self.calibration.apply(found.logits[:rows], self._names)
+            logits = self.calibration.apply(found.logits[:rows], self.names)
             values = predictions(logits, self._kinds).numpy()
             logs = log_predictions(logits.double(), self._kinds).numpy()
+            inside = None
+            if explain:
+                before = predictions(found.logits[:rows], self._kinds).numpy()
+                inside = Inside(before, found.gates[:rows].numpy())
         if not (np.isfinite(values).all() and np.isfinite(logs).all()):
             # NaN would make the reply invalid JSON, and a ranking by it means nothing.
             raise RuntimeError(f"model '{self.about.name}' gives predictions that are not finite numbers")
-        return Scored(values, logs, tuple(found.warnings), found.failed)
+        return Scored(values, logs, tuple(found.warnings), found.failed, inside)
 
 
 def _filled_up(inputs: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def write_artifact(
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
         products=settings.serving.products,
+        stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]),
     )

@@ -165,8 +165,8 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others), and
-    what multiplies (products)."""
+    """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others),
+    when it says that it is out of date (stale_after_days), and what multiplies (products)."""
 
     products: Literal["auto", "blas", "onednn"] = Field(
         "auto",
@@ -174,6 +174,12 @@ class Serving(Section):
         "clearly faster; scores are equal but for rounding",
     )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
+    stale_after_days: float | None = Field(
+        7,
+        gt=0,
+        description="replies warn where a request lies this much later than what counters and histories know; null is "
+        "never",
+    )
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
     max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")

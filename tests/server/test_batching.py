@@ -165,7 +165,9 @@ def test_health_is_answered_while_a_pass_is_under_way_until_it_is_stuck(
 def test_the_numbers_of_metrics(models: Models) -> None:
     app, ranker = watched(models, max_elements=2, max_body_mib=1)
     ask_while_busy(app, ranker, [{"inputs": [element()]}] * 2)
-    ask(app, {"inputs": [element(mask_experts=[0, 1, 2]), element()]})
+    late = element(mask_experts=[0, 1, 2], context={"time": "2030-01-01"})
+    warnings = ask(app, {"inputs": [late, element()]}).tree["predictions"][0]["warnings"]
+    assert len(warnings) == 4, "of which one is about no expert"
     ask(app, b"no json")
     ask(app, {"inputs": [element(user={})]})
     ask(app, {"inputs": [element(user={"user": POISON})]})

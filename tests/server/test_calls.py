@@ -15,7 +15,9 @@ from mmoe_rec.server.calls import written
 from mmoe_rec.server.limits import Limits, Refused
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
+from mmoe_rec.serving.artifact import version_of
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.requests.envelope import OPTIONS
 from tests.server.asking import ask, element
 from tests.serving.small_model import SmallModel
 
@@ -96,6 +98,18 @@ def test_unknown_params_are_warned_of_in_each_ranking(app: Application) -> None:
     for before, after in zip(good["predictions"], other["predictions"], strict=True):
         assert after["warnings"] == ["'params' has an unknown key 'topk', which was ignored; did you mean 'top_k'?"]
         assert {**after, "warnings": []} == before
+
+
+def test_candidates_to_be_explained_count_more(app: Application) -> None:
+    few, many = (element(candidates={"item": list(range(count))}) for count in (3, 10))
+    assert ask(app, {"inputs": [many, many | {"explain": False}], "params": {"explain": True}}).status == 200
+    for body in (
+        {"inputs": [many, few], "params": {"explain": True}},
+        {"inputs": [many | {"explain": True}, few | {"explain": True}]},
+    ):
+        answer = ask(app, body)
+        assert answer.status == 400
+        assert "130 candidates in all (with explain, each counts as 10)" in answer.message
 
 
 def test_candidates_of_all_elements_together(app: Application) -> None:
@@ -204,6 +218,8 @@ def test_pages(app: Application, models: Models, small: SmallModel) -> None:
     assert version["model"] == "small"
     assert version["version"] == "7"
     assert version["run_id"] == "a_run"
+    assert version["artifact"] == version_of(small.folder)
+    assert ask(app, GOOD).tree["predictions"][0]["model"] == {"name": "small", "version": version["artifact"]}
     assert version["tables_as_of"] == served.ranker.about.tables_as_of
     assert version["mmoe_rec"]
     assert ask(app, b"", page="/no", method="GET").message.startswith("there is no such page")
@@ -229,8 +245,12 @@ def test_the_schema_has_the_models_own_example(app: Application) -> None:
         "top_k",
         "gate_top_k",
         "mask_experts",
+        "explain",
     }
-    assert set(names["Ranking"]["properties"]) == set(ask(app, GOOD).tree["predictions"][0])
+    assert set(names["Params"]["properties"]) == {*OPTIONS}
+    (reply,) = ask(app, {"inputs": [element(explain=True)]}).tree["predictions"]
+    assert set(names["Ranking"]["properties"]) == set(reply)
+    assert set(names["Explanation"]["properties"]) == set(reply["explanations"][0])
 
 
 def test_a_token_is_asked_for(models: Models) -> None:

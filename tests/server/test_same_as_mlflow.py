@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mmoe_rec.server.app import Application
 from mmoe_rec.serving.mlflow_model import ARTIFACT, RankingPythonModel
 from tests.server.asking import ask, element
-from tests.serving.small_model import ITEMS, SmallModel, as_request
+from tests.serving.small_model import CONTEXT, ITEMS, SmallModel, as_request
 
 NAMES = ("brand", "price", "tags")
 
@@ -86,6 +87,8 @@ def test_replies_to_good_requests(app: Application, mlflow_model: RankingPythonM
         {"gate_top_k": 4},
         {"mask_experts": [3]},
         {"mask_experts": 1},
+        {"explain": 1},
+        {"explain": "yes"},
     ],
     ids=str,
 )
@@ -104,6 +107,8 @@ def test_refusals(app: Application, mlflow_model: RankingPythonModel, changes: d
         {"gate_top_k": 9},
         {"mask_experts": [7]},
         {"mask_experts": 7},
+        {"explain": "yes"},
+        {"explain": 1},
         {"task_weights": {"clik": 1}},
         {"task_weights": {"click": -1}},
         {"task_weights": [1]},
@@ -121,6 +126,23 @@ def test_an_elements_own_option_wins(app: Application, mlflow_model: RankingPyth
     found, expected = both(app, mlflow_model, [element(top_k=1), element()], {"top_k": 3})
     assert found == expected
     assert [len(each["order"]) for each in found[1]["predictions"]] == [1, 3]
+
+
+def test_explained_replies(app: Application, mlflow_model: RankingPythonModel, small: SmallModel) -> None:
+    made = as_request(small.later_rows(5)[0])
+    found, expected = both(app, mlflow_model, [made, made | {"explain": False}], {"explain": True, "top_k": 3})
+    assert found == expected
+    first, second = found[1]["predictions"]
+    assert len(first["explanations"]) == 3
+    assert "explanations" not in second
+
+
+@pytest.mark.parametrize("days", [-30, 30])
+def test_replies_that_warn(app: Application, mlflow_model: RankingPythonModel, days: int) -> None:
+    moment = datetime.fromisoformat(CONTEXT["time"]) + timedelta(days=days)
+    found, expected = both(app, mlflow_model, [element(context={"time": moment.isoformat()})])
+    assert found == expected
+    assert len(found[1]["predictions"][0]["warnings"]) == 1
 
 
 def test_a_call_without_elements(app: Application, mlflow_model: RankingPythonModel) -> None:

@@ -34,7 +34,7 @@ from mmoe_rec.serving.ranker import Ranker
 
 ranker = Ranker.load(sys.argv[1])
 example = json.load(open(sys.argv[1] + "/example_request.json"))
-options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}}
+options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}, "explain": True}
 (ranking,) = ranked(ranker, [example], options)
 assert len(ranking.scores) == 2, ranking
 ranker.score(pyarrow.parquet.read_table(sys.argv[2]))

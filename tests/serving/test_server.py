@@ -79,6 +79,16 @@ def test_experts_may_be_chosen_by_one_or_for_all(server: Server, ranker: Ranker)
     assert not np.allclose(sorted(whole.scores), sorted(expected.scores), rtol=1e-5)
 
 
+def test_explanations_for_all_but_one(server: Server, ranker: Ranker) -> None:
+    status, body = server.post({"inputs": [request_of(), request_of(explain=False)], "params": {"explain": True}})
+    assert status == 200
+    first, second = body["predictions"]
+    expected = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, explain=True).to_dict()
+    assert [each["counters"] for each in first["explanations"]] == [e["counters"] for e in expected["explanations"]]
+    assert first["model"] == expected["model"]
+    assert "explanations" not in second
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -99,6 +109,7 @@ def test_experts_may_be_chosen_by_one_or_for_all(server: Server, ranker: Ranker)
         ({"top_k": "2"}, "'top_k' must be an integer"),
         ({"gate_top_k": 1.5}, "'gate_top_k' must be an integer"),
         ({"gate_top_k": 4}, "gate_top_k is 4, and the model has 3 experts"),
+        ({"explain": 1}, "'explain' must be true or false"),
         ({"mask_experts": 1}, "'mask_experts' must be a list of integers"),
         ({"mask_experts": [3]}, "mask_experts names expert 3; the model has 0 to 2"),
     ],

@@ -238,6 +238,16 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             numbers[name] = (values, number)
         return Inputs(numbers=numbers)
 
+    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+        """The statistics before they are standardised. A column with the name of one wins."""
+        given = {name for name in self.numbers if rows.has(name)}
+        asked = rows.look_ups(self.by)
+        results = {} if len(given) == len(self.numbers) else self.distinct_results(self.memory, asked)
+        return {
+            name: rows.numbers(name) if name in given else results[name].astype(np.float64)[asked.number]
+            for name in self.numbers
+        }
+
     def state(self) -> State:
         """The overall mean, and the statistics' means and deviations."""
         numbers = {name: asdict(number.standardiser) for name, number in self.numbers.items()}

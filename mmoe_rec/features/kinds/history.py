@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +117,22 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         found = self.look_up(rows)[self.name]
         assert isinstance(found, SharedRagged)
         return Inputs({self.name: found.expand()})
+
+    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+        """The last candidates' ids, None in the place of one without a row of its own, oldest first; None for an empty
+        list. A column with the feature's name wins."""
+        lists: list[Any]
+        if rows.has(self.name):
+            given = rows.column(self.name).to_pylist()
+            lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in given]
+        else:
+            asked = rows.look_ups(self.by)
+            known = self.distinct_results(self.memory, asked)[self.name]
+            ids, offsets = self.owner.vocabulary.decode(known.values), known.offsets
+            lists = [ids[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
+        found = np.empty(len(rows), object)
+        found[:] = [each or None for each in lists]
+        return {self.name: found}
 
     def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
         """Lists of ids under the feature's name, oldest first."""

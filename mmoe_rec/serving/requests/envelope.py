@@ -12,7 +12,7 @@ from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request
 
-OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts")
+OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
 
 
 class Envelope(BaseModel):
@@ -27,6 +27,7 @@ class Envelope(BaseModel):
     top_k: int | None = None
     gate_top_k: int | None = None
     mask_experts: list[int] | None = None
+    explain: bool | None = None
 
 
 class Ranks(Protocol):
@@ -89,5 +90,5 @@ def _explained(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"a request needs the key '{names[0]}'"
     wanted = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
-    wanted |= {"gate_top_k": "an integer", "mask_experts": "a list of integers"}
+    wanted |= {"gate_top_k": "an integer", "mask_experts": "a list of integers", "explain": "true or false"}
     return f"'{names[0]}' must be {wanted.get(names[0], 'an object of numbers')}"

@@ -38,6 +38,7 @@ class Request:
     top_k: int | None = None
     gate_top_k: int | None = None
     mask_experts: Sequence[int] | None = None
+    explain: bool | None = None
 
     def __post_init__(self) -> None:
         if hasattr(self.candidates, "items"):

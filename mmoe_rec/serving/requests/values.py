@@ -102,6 +102,12 @@ def check_count(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be an integer of at least 1, found {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises RequestError unless an option is missing, true or false."""
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, found {value!r}")
+
+
 def _element(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pt.is_list(kind) else kind
 

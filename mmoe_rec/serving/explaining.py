@@ -1,0 +1,47 @@
+"""What a candidate's predictions come from: calibration, gates, counters and histories; for the option `explain`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.request_rows import RequestRows
+from mmoe_rec.serving.ranking import Explanation
+from mmoe_rec.serving.scorer import Scored
+
+
+class Explainer:
+    """Explains candidates of a pass, whose rows are looked up once for all of them.
+
+    scored: of the pass's rows, with `inside`; tasks: names.
+    """
+
+    def __init__(self, pipeline: FeaturePipeline, rows: RequestRows, scored: Scored, tasks: Sequence[str]) -> None:
+        assert scored.inside is not None
+        self._tasks, self._scored, self._inside = tasks, scored, scored.inside
+        self._numbers, self._lists = pipeline.found(rows)
+
+    def explanations(self, places: Sequence[int]) -> list[Explanation]:
+        """Of the candidates at these rows of the pass, in the given order."""
+        chosen = np.array(places, np.int64)
+        after, before = (each[chosen].astype(np.float64) for each in (self._scored.values, self._inside.values))
+        numbers = {name: _or_null(each[chosen]) for name, each in self._numbers.items()}
+        lists = {name: each[chosen].tolist() for name, each in self._lists.items()}
+        rows = zip(before.tolist(), after.tolist(), self._inside.gates[chosen].tolist(), strict=True)
+        return [
+            Explanation(
+                uncalibrated=dict(zip(self._tasks, uncalibrated, strict=True)),
+                calibrated=dict(zip(self._tasks, calibrated, strict=True)),
+                gates=dict(zip(self._tasks, gates, strict=True)),
+                counters={name: each[row] for name, each in numbers.items()},
+                histories={name: each[row] for name, each in lists.items()},
+            )
+            for row, (uncalibrated, calibrated, gates) in enumerate(rows)
+        ]
+
+
+def _or_null(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,287 @@
+"""The page at `/`: in a browser without a window, where there is one, and what every browser is told about it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+
+from mmoe_rec.server.app import Application
+from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import Source
+from mmoe_rec.serving.ranking import Ranking
+from tests.server.asking import ask
+from tests.server.browser import CHROMIUM, DRIVER, Browser, browser
+from tests.serving.small_model import SmallModel
+
+needs_browser = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chromium and chromedriver")
+TOKEN = "open sesame"
+HTML = "<img src=x onerror=\"document.title='taken'\"><b>7</b>"
+LARGE = -(10**17) - 1  # which no double can hold
+ROWS = "return document.querySelectorAll('#ranking tbody tr').length"
+
+
+def test_the_page_is_bound_to_what_it_was_written_with(app: Application) -> None:
+    answer = ask(app, b"", page="/", method="GET")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = dict(each.split(" ", 1) for each in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    text = answer.body.decode()
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        checksum = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{checksum}'"
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    for forbidden in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "http:", "https:", "src="):
+        assert forbidden not in text
+
+
+def test_everybody_may_see_the_page_and_nobody_the_model(models: Models) -> None:
+    app = Application(models, Limits(), token=TOKEN)
+    assert ask(app, b"", page="/", method="GET").status == 200
+    assert ask(app, b"", page="/model", method="GET").status == 401
+    found = ask(app, b"", page="/model", method="GET", headers={"Authorization": f"Bearer {TOKEN}"}).tree
+    assert [each["name"] for each in found["tasks"]] == ["click", "liked", "spent"]
+    assert ask(Application(Models(Limits()), Limits()), b"", page="/model", method="GET").status == 503
+
+
+# In a browser
+
+
+@contextmanager
+def serving(small: SmallModel, token: str | None) -> Iterator[str]:
+    """The address of a running server."""
+    models = Models(Limits())
+    models.load(Source(small.folder, "models:/small/7", "a_run"))
+    app = Application(models, Limits(), token=token)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def address(small: SmallModel) -> Iterator[str]:
+    with serving(small, TOKEN) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as running:
+        yield running
+
+
+@pytest.fixture
+def page(opened: Browser, address: str) -> Browser:
+    """The page with the model's example, after the token was given by keyboard."""
+    opened.size(1200, 900)
+    opened.open(address)
+    opened.wait("return document.activeElement.id === 'token'")
+    assert opened.texts("#error") == ["this server asks for a token: send the header Authorization: Bearer TOKEN"]
+    opened.run("document.activeElement.value = arguments[0]", TOKEN)
+    opened.press("\ue007")
+    opened.wait("return document.querySelector('#text').value")
+    assert opened.texts("#error") == []
+    opened.complaints()  # of the refusal, and of the model asked for without the token
+    return opened
+
+
+def send(page: Browser, call: Any) -> None:
+    """Sends a call by keyboard; a text as it is."""
+    text = call if isinstance(call, str) else json.dumps(call)
+    page.run(
+        "const text = document.querySelector('#text'); text.value = arguments[0]; text.focus();"
+        "text.dispatchEvent(new Event('input')); document.querySelector('#reply').hidden = true;",
+        text,
+    )
+    page.press("\ue009", "\ue007")  # Ctrl+Enter
+    page.wait("return !document.querySelector('#send').disabled")
+
+
+def move(page: Browser, label: str, value: float) -> None:
+    """Moves the slider that has this label."""
+    script = """
+        const label = [...document.querySelectorAll('#sliders label')].find(each => each.textContent === arguments[0]);
+        const input = document.getElementById(label.htmlFor);
+        input.value = arguments[1]; input.dispatchEvent(new Event('input')); return Number(input.value)"""
+    assert page.run(script, label, value) == pytest.approx(value)
+
+
+def columns(page: Browser) -> dict[str, list[str]]:
+    """The ranking as it is seen: name of the column -> texts."""
+    cells = "return [...document.querySelectorAll('#ranking tr')].map(r => [...r.cells].map(c => c.textContent))"
+    head, *rows = page.run(cells)
+    return dict(zip((each.replace("\u200b", "") for each in head), map(list, zip(*rows, strict=True)), strict=True))
+
+
+def expected(small: SmallModel, call: Any) -> Ranking:
+    from mmoe_rec.serving.ranker import Ranker
+
+    return Ranker.load(small.folder).rank(**call["inputs"][0], explain=True)
+
+
+def call_of(items: list[Any], **options: Any) -> dict[str, Any]:
+    context = {"time": "2023-11-29T12:00:00+01:00"}
+    return {"inputs": [{"user": {"user": 5}, "context": context, "candidates": {"item": items}}], **options}
+
+
+ITEMS = [10**17 * number for number in range(-4, 8)]
+
+
+@needs_browser
+def test_the_example_is_there_and_is_ranked(page: Browser, small: SmallModel) -> None:
+    assert page.texts("h1") == ["small, version 7"]
+    example = {"inputs": [json.loads((small.folder / "example_request.json").read_text())]}
+    assert json.loads(page.run("return document.querySelector('#text').value")) == example
+    page.run("document.querySelector('#send').focus()")
+    page.press("\ue007")
+    page.wait(ROWS)
+    ranking = expected(small, example)
+    found = columns(page)
+    assert found["candidate"] == [str(each) for each in ranking.candidates]
+    for name, values in ranking.predictions.items():
+        np.testing.assert_allclose([float(each) for each in found[name]], values, rtol=1e-3)
+    assert set(found["moved"]) == {"\u2013"}
+    assert page.complaints() == []
+
+
+@needs_browser
+def test_weights_reorder_at_once_as_the_server_would(page: Browser, small: SmallModel) -> None:
+    call = call_of(ITEMS)
+    send(page, call)
+    before = columns(page)["candidate"]
+    weights = {"click": 0.0, "liked": 3.0, "spent": 0.5}
+    for name, weight in weights.items():
+        move(page, f"weight of {name}", weight)
+    call["inputs"][0]["task_weights"] = weights
+    ranking, found = expected(small, call), columns(page)
+    assert found["candidate"] == [str(each) for each in ranking.candidates]
+    assert found["candidate"] != before
+    np.testing.assert_allclose([float(each) for each in found["score"]], ranking.scores, rtol=1e-3)
+    for place, (name, moved) in enumerate(zip(found["candidate"], found["moved"], strict=True)):
+        steps = before.index(name) - place
+        assert moved == ("\u2013" if steps == 0 else f"{'▲' if steps > 0 else '▼'} {abs(steps)}")
+    move(page, "best to show (k)", 3)
+    assert columns(page)["candidate"] == found["candidate"][:3]
+    assert page.texts("#rest") == [f"{len(ITEMS) - 3} more candidates are not shown"]
+    page.run("document.querySelector('#reset').click()")
+    assert columns(page)["candidate"] == before[:3]
+
+
+@needs_browser
+def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
+    call = call_of(ITEMS, params={"top_k": 4})
+    send(page, call)
+    assert page.run(ROWS) == 4
+    page.run("document.querySelectorAll('#ranking button')[2].focus()")
+    page.press("\ue007")
+    ranking = expected(small, call_of(ITEMS))
+    assert ranking.explanations is not None
+    why = ranking.explanations[2]
+    assert page.texts("#detail-title") == [f"Candidate {ranking.candidates[2]}"]
+    told = page.run("return [...document.querySelectorAll('.bars')].map(each => each.ariaLabel)")
+    means = {name: np.mean([each.gates[name] for each in ranking.explanations], axis=0) for name in why.gates}
+    for text, (name, weights) in zip(told, why.gates.items(), strict=True):
+        assert text.startswith(f"{name}: ")
+        shown = [int(each) for each in re.findall(r"(\d+)%", text)]
+        np.testing.assert_allclose(shown, 100 * np.stack([weights, means[name]]).T.ravel(), atol=0.51)
+    assert page.texts(".counter span:first-child") == list(why.counters)
+    for text, value in zip(page.texts(".counter span:nth-child(2)"), why.counters.values(), strict=True):
+        assert text == "missing" if value is None else float(text) == pytest.approx(value, rel=1e-3)
+    clicked = why.histories["clicked"]
+    assert clicked
+    assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(each) for each in clicked]
+
+
+@needs_browser
+def test_large_ids_stay_as_they_are(page: Browser) -> None:
+    send(page, call_of([LARGE, 0]))
+    assert str(LARGE) in columns(page)["candidate"]
+    page.run(
+        "const field = document.querySelector('#user-0'); field.value = '-9223372036854775807';"
+        "field.dispatchEvent(new Event('input'))"
+    )
+    assert '"user": -9223372036854775807' in page.run("return document.querySelector('#text').value")
+    assert f"[{LARGE}, 0]" in page.run("return document.querySelector('#text').value")
+
+
+@needs_browser
+def test_errors_are_the_servers_sentence(page: Browser) -> None:
+    for call, sentence in (
+        (call_of([]), "'candidates' is empty: column 'item' needs at least one id"),
+        (call_of([1], params={"top_k": 0}), "top_k must be an integer of at least 1, found 0"),
+        (call_of([1], params=5), "'params' must be an object"),
+        ('{"inputs": [', "the body is not valid JSON"),
+        (json.dumps(call_of([1])).replace("12:00", HTML.replace('"', "'")), "which is not an ISO 8601 time"),
+    ):
+        send(page, call)
+        (told,) = page.texts("#error")
+        assert sentence in told
+        assert page.run("return document.querySelector('#reply').hidden")
+    send(page, call_of([1]))
+    assert page.texts("#error") == []
+
+
+@needs_browser
+def test_warnings_are_shown(page: Browser) -> None:
+    call = call_of([1, 2])
+    call["inputs"][0]["context"]["time"] = "2031-01-01"
+    send(page, call)
+    (told,) = page.texts("#warnings p")
+    assert "they are stale" in told
+
+
+@needs_browser
+def test_several_elements_one_at_a_time(page: Browser) -> None:
+    call = call_of([1, 2])
+    call["inputs"].append(call_of([3, 4, 5])["inputs"][0])
+    send(page, call)
+    assert len(columns(page)["candidate"]) == 2
+    page.run("const e = document.querySelector('#element'); e.value = 1; e.dispatchEvent(new Event('change'))")
+    assert sorted(columns(page)["candidate"]) == ["3", "4", "5"]
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1200])
+def test_nothing_is_wider_than_the_screen(page: Browser, width: int) -> None:
+    page.size(width, 800, dark=True)
+    send(page, call_of(ITEMS))
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    widths = "return [...document.querySelectorAll('#ranking button')].map(each => each.getBoundingClientRect().width)"
+    assert min(page.run(widths)) > 60
+
+
+@needs_browser
+def test_ids_that_hold_html_are_text(opened: Browser, tmp_path: Path) -> None:
+    with serving(SmallModel(tmp_path, strings=True), None) as address:
+        opened.open(address)
+        opened.wait("return document.querySelector('#text').value")
+        call = call_of([HTML, "id 0"])
+        call["inputs"][0]["user"] = {"user": HTML, "clicked": [HTML]}
+        send(opened, call)
+        assert sorted(columns(opened)["candidate"]) == sorted([HTML, "id 0"])
+        assert HTML in opened.texts("#histories li")
+        assert opened.run("return document.querySelectorAll('main img, main b').length") == 0
+        assert opened.run("return document.title") != "taken"
+        assert opened.complaints() == []
