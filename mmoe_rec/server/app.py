@@ -20,7 +20,7 @@ from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, Served
-from mmoe_rec.server.page import page
+from mmoe_rec.server.page.response import page
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 
 Reload = Callable[[], Awaitable[None]]

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 def _loaded() -> tuple[bytes, dict[str, str]]:
     """The page and its headers. A browser runs nothing but the script and style in the file, which it knows by their
     checksums, and lets them ask nobody but this server."""
-    text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")
+    text = files("mmoe_rec.server.page").joinpath("page.html").read_text(encoding="utf-8")
     policy = [
         "default-src 'none'",
         f"script-src {_checksum(text, 'script')}",
