@@ -57,7 +57,8 @@ class Application:
 
 
 def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
-    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None)
+    # Without redirects, as those have the caller's own header Host for an address.
+    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None, redirect_slashes=False)
     models = calls.models
 
     async def health() -> Response:
