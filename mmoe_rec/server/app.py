@@ -17,7 +17,7 @@ import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, refusal
-from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.security import OPEN_PATHS, is_allowed
@@ -52,6 +52,10 @@ class Application:
                 self.metrics.refusals.labels("unauthorised").inc()
                 sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
                 await refusal(Refused(401, sentence, "unauthorised", "UNAUTHENTICATED"))(scope, receive, send)
+                return
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+                self.metrics.refusals.labels("too_large").inc()
+                await refusal(large_headers())(scope, receive, send)
                 return
         await self._pages(scope, receive, send)
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import orjson
 
-from mmoe_rec.server.limits import Refused
+from mmoe_rec.server.limits import MOST_HEADER_BYTES, Refused, large_headers
 
-MOST_HEADER_BYTES = 64 * 2**10
 MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
 
 
@@ -68,7 +67,7 @@ def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
             else:
                 self._unfinished += len(data)
                 if self._unfinished > MOST_HEADER_BYTES:
-                    self._refuse(431, f"the request's headers have more than {MOST_HEADER_BYTES // 2**10} KiB")
+                    self._refuse(large_headers())
 
         def send_400_response(self, msg: str) -> None:
             if (
@@ -77,12 +76,12 @@ def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
                 self.cycle.keep_alive = False
                 self.flow.pause_reading()
             else:
-                self._refuse(400, "the request is not valid HTTP/1.1")
+                self._refuse(Refused(400, "the request is not valid HTTP/1.1", "page", "BAD_REQUEST"))
 
-        def _refuse(self, status: int, sentence: str) -> None:
-            body = orjson.dumps(Refused(status, sentence, "page", "BAD_REQUEST").body())
+        def _refuse(self, refused: Refused) -> None:
+            body = orjson.dumps(refused.body())
             lines = [
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+                f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}",
                 "content-type: application/json",
                 f"content-length: {len(body)}",
                 "connection: close",

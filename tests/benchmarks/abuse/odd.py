@@ -71,7 +71,7 @@ def cases(body: bytes) -> list[Case]:
         Case("a page's name and a slash", _post(body, close, first="POST /invocations/ HTTP/1.1"), (404,)),
         Case("bytes in the path", b"GET /\xff\x00 HTTP/1.1\r\nHost: x\r\n\r\n", (400,)),
         Case("2,000 headers", _post(body, close, *(f"X-{number}: y" for number in range(2_000))), (200,)),
-        Case("10,000 headers", _post(b"", *(f"X-{number}: y" for number in range(10_000))), (431,)),
+        Case("10,000 headers", _post(b"", *(f"X-{number}: yyyy" for number in range(10_000))), (431,)),
         Case("odd case", _post(body, "cOnTeNt-TyPe: APPLICATION/JSON", "CONNECTION: Close"), (200,)),
         Case("a folded header", _post(body, "X: a\r\n b"), (400,)),
         Case("NUL in a header", _post(body, "X: a\0b"), (400,)),
