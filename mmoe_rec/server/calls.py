@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,8 @@ class Calls:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits, self.metrics = models, limits, metrics
         self.batcher = Batcher(models, limits, metrics)
+        # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
+        self._parsing = ThreadPoolExecutor(1, "parsing")
         self._open = 0
 
     async def answer(self, request: Request) -> Response:
@@ -82,7 +85,8 @@ class Calls:
             if len(body) <= PARSED_AT_ONCE:
                 call = parse(body, self.limits)
             else:
-                call = await asyncio.to_thread(parse, body, self.limits)
+                loop = asyncio.get_running_loop()
+                call = await loop.run_in_executor(self._parsing, parse, body, self.limits)
         self.metrics.elements.inc(len(call.elements))
         self.metrics.candidates.inc(call.candidates)
         gone = asyncio.ensure_future(_gone(request))

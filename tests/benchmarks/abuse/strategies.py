@@ -18,7 +18,7 @@ MARKER = "qzjxkvwbqzjxkvwb"
 """Stands in strings and keys; whoever sends a body puts other letters in its place."""
 
 LARGEST = 12 * 2**20
-"""Bytes of a body: 8 MiB are taken, and as many are read of what is refused."""
+"""Bytes of a body: 8 MiB are taken, and callers of up to 16 MiB get to read why not."""
 
 _INTEGERS = st.one_of(
     st.integers(-3, 10),
