@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -83,7 +83,7 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
         about: dict[str, Any] = models.current.about() if models.current else {}
         return _json({**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """What the server counts, in Prometheus' text format."""
         return Response(calls.metrics.text(), media_type=CONTENT_TYPE)
