@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -17,7 +17,7 @@ import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, loading, refusal
-from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.page.response import page
@@ -54,11 +54,16 @@ class Application:
                 sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
                 await refusal(Refused(401, sentence, "unauthorised", "UNAUTHENTICATED"))(scope, receive, send)
                 return
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+                self.metrics.refusals.labels("too_large").inc()
+                await refusal(large_headers())(scope, receive, send)
+                return
         await self._pages(scope, receive, send)
 
 
 def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
-    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None)
+    # Without redirects, as those have the caller's own header Host for an address.
+    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None, redirect_slashes=False)
     models = calls.models
 
     async def health() -> Response:
@@ -88,7 +93,7 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
 
     app.get(PAGE, response_model=None, include_in_schema=False)(page)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """What the server counts, in Prometheus' text format."""
         return Response(calls.metrics.text(), media_type=CONTENT_TYPE)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import ClientDisconnect
+
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
@@ -44,6 +46,11 @@ class _Waiting:
     found: asyncio.Future[Answers]
     since: float = field(default_factory=perf_counter)
 
+    def leave(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self.found.done():
+            self.found.set_exception(ClientDisconnect())
+
 
 class Batcher:
     """Ranks calls with the current model. Used from one event loop alone."""
@@ -68,13 +75,21 @@ class Batcher:
         return self._busy_since is not None
 
     async def answers(
-        self, elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any], candidates: int
+        self,
+        elements: Sequence[Mapping[str, Any]],
+        params: Mapping[str, Any],
+        candidates: int,
+        gone: asyncio.Future[None] | None = None,
     ) -> Answers:
         """One answer an element, as `ranked` gives them.
 
-        candidates: of all elements, at least. Raises Refused where the time is over, or the model fails.
+        candidates: of all elements, at least; gone: ends once the caller has left. Raises Refused where the time is
+        over, or the model fails, and ClientDisconnect for a caller who has left: nothing is ranked for them, unless the
+        pass is under way.
         """
         call = _Waiting(elements, params, candidates, asyncio.get_running_loop().create_future())
+        if gone is not None:
+            gone.add_done_callback(lambda _: call.leave())
         self._queue.append(call)
         self._metrics.waiting.set(len(self._queue))
         self._start_pass()

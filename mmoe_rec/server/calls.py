@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmoe_rec.server.limits import INTERNAL, Limits, Refused, shortened
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.experts import LostExpert
 from mmoe_rec.serving.ranking import Ranking
 
@@ -33,6 +34,8 @@ class Calls:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits, self.metrics = models, limits, metrics
         self.batcher = Batcher(models, limits, metrics)
+        # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
+        self._parsing = ThreadPoolExecutor(1, "parsing")
         self._open = 0
 
     async def answer(self, request: Request) -> Response:
@@ -82,25 +85,37 @@ class Calls:
             if len(body) <= PARSED_AT_ONCE:
                 call = parse(body, self.limits)
             else:
-                call = await asyncio.to_thread(parse, body, self.limits)
+                loop = asyncio.get_running_loop()
+                call = await loop.run_in_executor(self._parsing, parse, body, self.limits)
         self.metrics.elements.inc(len(call.elements))
         self.metrics.candidates.inc(call.candidates)
-        answers = await self._answers(call)
-        if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
-            call, answers = exact, await self._answers(exact)
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            answers = await self._answers(call, gone)
+            if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
+                call, answers = exact, await self._answers(exact, gone)
+        finally:
+            gone.cancel()
         told = (each.warnings for each in answers if isinstance(each, Ranking))
         self.metrics.warnings.inc(sum(isinstance(each, LostExpert) for warnings in told for each in warnings))
         with self.metrics.timed("write"):
             return written(answers, call.ignored, partial)
 
-    async def _answers(self, call: Call) -> Answers:
-        found = iter(await self.batcher.answers(call.objects, call.params, call.candidates) if call.objects else ())
+    async def _answers(self, call: Call, gone: asyncio.Future[None]) -> Answers:
+        asked = call.objects, call.params, call.candidates
+        found = iter(await self.batcher.answers(*asked, gone) if call.objects else ())
         return [each if isinstance(each, RequestError) else next(found) for each in call.elements]
 
 
 def loading() -> Refused:
     """What a caller gets before there is a model."""
     return Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
+
+
+async def _gone(request: Request) -> None:
+    """Ends once the caller of a request that was read has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def refusal(refused: Refused) -> Response:
@@ -116,7 +131,7 @@ def refusal(refused: Refused) -> Response:
 def _partial(query: Mapping[str, str]) -> bool:
     for name in query:
         if name != "partial":
-            raise Refused(400, f"/invocations has no query parameter '{name}'; there is 'partial'", "body")
+            raise Refused(400, f"/invocations has no query parameter {quoted(name)}; there is 'partial'", "body")
     value = query.get("partial", "false")
     if value not in _TRUTH:
         raise Refused(400, "the query parameter 'partial' must be true or false", "body")
@@ -130,6 +145,10 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "the body must not be compressed: leave the header Content-Encoding out", "no_json")
+    if request.headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":
+        raise Refused(415, "the body must not be compressed: leave the header Transfer-Encoding out", "no_json")
+    if "upgrade" in request.headers:
+        raise Refused(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
         raise _too_large(limits)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 400
 MEBIBYTE = 2**20
+MOST_HEADER_BYTES = 64 * 2**10
 INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
 
@@ -61,6 +62,12 @@ class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
     def body(self) -> dict[str, str]:
         """The reply, in MLflow's form."""
         return {"error_code": self.error_code, "message": self.sentence}
+
+
+def large_headers() -> Refused:
+    """The refusal of a request with too many headers, or too long ones."""
+    sentence = f"the request's headers have more than {MOST_HEADER_BYTES // 2**10} KiB"
+    return Refused(431, sentence, "too_large", "REQUEST_TOO_LARGE")
 
 
 def shortened(sentence: str) -> str:

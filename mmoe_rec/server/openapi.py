@@ -56,6 +56,7 @@ _STATUSES = {
     408: "the call took too long to arrive",
     413: "the body is too large",
     415: "the body is no JSON",
+    431: "the headers are too large",
     500: "the model failed",
     503: "too many calls wait; the header Retry-After says when to come again",
     504: "no answer within the time limit",

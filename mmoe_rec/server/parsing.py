@@ -13,18 +13,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import orjson
 
 from mmoe_rec.server.limits import Limits, Refused
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.requests.envelope import OPTIONS
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 LONGEST_KEY = 256
 COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: its part of the reply is about so many times as long."""
+MOST_IGNORED = 5
 _KEY = re.compile(rb'"[ \t\n\r]*:')
 _LONG_INTEGER = re.compile(rb"[0-9]{20}")
 
@@ -80,7 +82,7 @@ def _call(tree: Any, limits: Limits) -> Call:
         if name not in ("inputs", "params"):
             near = get_close_matches(name, ("inputs", "params"), n=1)
             hint = f"did you mean '{near[0]}'?" if near else "valid are inputs and params"
-            raise _wrong(f"a call has no key '{name}'; {hint}")
+            raise _wrong(f"a call has no key {quoted(name)}; {hint}")
     elements = tree.get("inputs")
     if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
@@ -119,12 +121,11 @@ def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(given, dict):
         raise _wrong("'params' must be an object")
     ignored = []
-    for name in given:
-        if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(OPTIONS)}"
-            ignored.append(f"'params' has an unknown key '{name}', which was ignored; {hint}")
-    return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored[:5])
+    for name in islice((each for each in given if each not in OPTIONS), MOST_IGNORED):
+        near = get_close_matches(name, OPTIONS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(OPTIONS)}"
+        ignored.append(f"'params' has an unknown key {quoted(name)}, which was ignored; {hint}")
+    return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
 
 
 def _candidates(element: Any) -> int:
@@ -166,7 +167,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
     names = set()
     for name, _ in pairs:
         if name in names:
-            raise _wrong(f"the body gives the key '{name}' twice in one object")
+            raise _wrong(f"the body gives the key {quoted(name)} twice in one object")
         names.add(name)
 
 

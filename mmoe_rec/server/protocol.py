@@ -1,7 +1,9 @@
-"""HTTP connections that can't be held open by sending nothing, or very little.
+"""HTTP connections that can't be held open by sending nothing, or very little, and that refuse as the pages do.
 
 uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; what a
-caller goes on sending after a refusal is read until it ends, and a reply that nobody takes is kept for ever.
+caller goes on sending after a refusal is read until it ends, and a reply that nobody takes is kept for ever. What is no
+HTTP is answered in plain text, and before the reply to the request ahead of it. A request that asks for another
+protocol loses its body, and everything that follows it on the connection.
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ import importlib
 import importlib.util
 import socket
 import struct
+from http import HTTPStatus
 from typing import Any
 
-MOST_HEADER_BYTES = 64 * 2**10
+import orjson
+
+from mmoe_rec.server.limits import MOST_HEADER_BYTES, Refused, large_headers
+
 MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
 
 
-def protocol(seconds: float) -> type[asyncio.Protocol]:
-    """The class for uvicorn's `http`. seconds: for the headers of a request to arrive, for the rest of a body that was
-    refused, and for the caller to take the reply.
+def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
+    """The class for uvicorn's `http`.
+
+    seconds: for the headers of a request to arrive, for the rest of a body that was refused, and for the caller to take
+    the reply; dropped: bytes that are read and dropped of such a rest, as many callers read no reply before they have
+    sent everything.
     """
     base: Any
     if importlib.util.find_spec("httptools"):
@@ -32,7 +41,7 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
 
         _end: asyncio.TimerHandle | None = None
         _written: asyncio.TimerHandle | None = None
-        _unfinished = _replies = 0
+        _unfinished = _dropped = _replies = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -45,16 +54,49 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
             if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
                 self._drop()
                 return
-            if self.cycle is not None and not self.cycle.response_complete:
+            if self._is_answering:
                 self._disarm()
-                self._unfinished = 0
+                self._unfinished = self._dropped = 0
                 return
             self._arm()
             # What follows a refusal is read and dropped; all else are headers, which are kept until they are whole.
-            if self.cycle is None or not self.cycle.more_body:
+            if self.cycle is not None and self.cycle.more_body:
+                self._dropped += len(data)
+                if self._dropped > dropped:
+                    self._drop()
+            else:
                 self._unfinished += len(data)
                 if self._unfinished > MOST_HEADER_BYTES:
-                    self.transport.close()
+                    self._refuse(large_headers())
+
+        def send_400_response(self, msg: str) -> None:
+            if (
+                self._is_answering and not self.cycle.more_body
+            ):  # what follows a whole request is at fault, not that one
+                self.cycle.keep_alive = False
+                self.flow.pause_reading()
+            else:
+                self._refuse(Refused(400, "the request is not valid HTTP/1.1", "page", "BAD_REQUEST"))
+
+        def _refuse(self, refused: Refused) -> None:
+            body = orjson.dumps(refused.body())
+            lines = [
+                f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                "connection: close",
+            ]
+            self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + body)
+            self.transport.close()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            # The parser takes what follows for the other protocol, and would never give another request.
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+
+        @property
+        def _is_answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
@@ -98,7 +140,7 @@ def protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def _too_late(self) -> None:
             self._end = None
-            if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            if not self.transport.is_closing() and not self._is_answering:
                 self.transport.close()
 
     return Bounded

@@ -50,8 +50,13 @@ async def reply(
     method: str = "POST",
     headers: Mapping[str, str] = {},
     parts: Iterable[bytes] | AsyncIterator[bytes] | None = None,
+    left: asyncio.Event | None = None,
 ) -> Answer:
-    """The answer to one request. body: bytes, or JSON values; parts: the body in pieces, without its length."""
+    """The answer to one request.
+
+    body: bytes, or JSON values; parts: the body in pieces, without its length;
+    left: the caller leaves when it is set.
+    """
     path, _, query = page.partition("?")
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"content-type": "application/json"} | {name.lower(): value for name, value in headers.items()}
@@ -71,7 +76,7 @@ async def reply(
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 2),
     }
-    coming = _pieces(parts if parts is not None else [data])
+    coming = _pieces(parts if parts is not None else [data], left or asyncio.Event())
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -87,7 +92,7 @@ async def reply(
     return Answer(start["status"], names, b"".join(each.get("body", b"") for each in rest))
 
 
-async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes], left: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
     if isinstance(parts, AsyncIterator):
         async for part in parts:
             yield {"type": "http.request", "body": part, "more_body": True}
@@ -95,6 +100,7 @@ async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes]) -> AsyncIterato
         for part in parts:
             yield {"type": "http.request", "body": part, "more_body": True}
     yield {"type": "http.request", "body": b"", "more_body": False}
+    await left.wait()
     yield {"type": "http.disconnect"}
 
 

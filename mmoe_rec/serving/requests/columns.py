@@ -13,7 +13,7 @@ from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.schema import Role, Use
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 
 PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
 
@@ -69,7 +69,7 @@ class RequestColumns:
             valid = [*(each.name for each in self._columns.values() if each.role == role)]
             near = difflib.get_close_matches(name, [*self._columns, *self._unread], n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid)})"
-            raise RequestError(f"'{PARTS[role]}' has an unknown column '{name}'{hint}")
+            raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}{hint}")
         if actual != role:
             raise RequestError(
                 f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"

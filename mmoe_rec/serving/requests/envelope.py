@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request
 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+
+# At the first that is none: pydantic would write down all the others.
+ExpertNumbers = Annotated[list[int], FailFast()]
 
 
 class Envelope(BaseModel):
@@ -26,7 +29,7 @@ class Envelope(BaseModel):
     task_weights: dict[str, Any] | None = None
     top_k: int | None = None
     gate_top_k: int | None = None
-    mask_experts: list[int] | None = None
+    mask_experts: ExpertNumbers | None = None
     explain: bool | None = None
 
 
@@ -65,6 +68,10 @@ def ranked_calls(
 
 def _opened(element: Mapping[str, Any], params: Mapping[str, Any]) -> Request:
     """The request in an element. Raises RequestError for one of another shape."""
+    # pydantic would write down every one of them.
+    unknown = next((name for name in element if name not in Envelope.model_fields), None)
+    if unknown is not None:
+        raise RequestError(_unknown(str(unknown)))
     try:
         envelope = Envelope.model_validate(element)
     except ValidationError as error:
@@ -79,14 +86,16 @@ def _first(own: Any, common: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, Envelope.model_fields, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(Envelope.model_fields)}"
+    return f"a request has no key {quoted(name)}; {hint}"
+
+
 def _explained(error: ValidationError) -> str:
     """One sentence for the first problem."""
     problem = error.errors()[0]
     names = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[0], Envelope.model_fields, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(Envelope.model_fields)}"
-        return f"a request has no key '{names[0]}'; {hint}"
     if problem["type"] == "missing":
         return f"a request needs the key '{names[0]}'"
     wanted = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}

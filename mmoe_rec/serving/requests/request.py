@@ -19,7 +19,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.requests.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.serving.requests.values import plain, to_arrow
 
@@ -86,7 +86,9 @@ class RequestReader:
             raise RequestError(f"'candidates' needs a column '{name}' with the candidates' ids")
         for column, values in candidates.items():
             if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-                raise RequestError(f"column '{column}' in 'candidates' must be a list with one value per candidate")
+                raise RequestError(
+                    f"column {quoted(column)} in 'candidates' must be a list with one value per candidate"
+                )
         count = len(candidates[name])
         if count == 0:
             raise RequestError(f"'candidates' is empty: column '{name}' needs at least one id")
@@ -99,7 +101,7 @@ class RequestReader:
             if len(values) != count:
                 raise RequestError(
                     f"columns of 'candidates' differ in length: '{name}' has {count:,} values, "
-                    f"'{column}' has {len(values):,}"
+                    f"{quoted(column)} has {len(values):,}"
                 )
         return count
 

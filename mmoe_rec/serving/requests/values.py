@@ -17,7 +17,7 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical
 from mmoe_rec.schema import Use
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -99,7 +99,7 @@ def _floats(value: Any) -> Any:
 def check_count(name: str, value: Any) -> None:
     """Raises RequestError unless an option is missing or a whole number of at least 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise RequestError(f"{name} must be an integer of at least 1, found {value!r}")
+        raise RequestError(f"{name} must be an integer of at least 1, found {quoted(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -123,7 +123,7 @@ def _wanted(use: Use, expected: pa.DataType | None) -> str:
 def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
     for value in _leaves(values):
         if isinstance(value, int) and value not in _INT64:
-            return RequestError(f"column '{column}' holds {value}, which does not fit into 64 bits")
+            return RequestError(f"column '{column}' holds {quoted(value)}, which does not fit into 64 bits")
         if isinstance(value, str) and not value.isascii() and _is_broken(value):
             return RequestError(f"column '{column}' holds a string that is not valid Unicode")
     found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
@@ -197,7 +197,9 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     else:
         raise RequestError(f"column '{column}' must hold {_WANTED_USE['time']}; found {_kind(value)}")
     if not inside:
-        raise RequestError(f"column '{column}' holds {value!r}, a time outside the years {_YEARS[0]} to {_YEARS[1]}")
+        raise RequestError(
+            f"column '{column}' holds {quoted(value)}, a time outside the years {_YEARS[0]} to {_YEARS[1]}"
+        )
     return result
 
 
@@ -205,7 +207,7 @@ def _moment(column: str, text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise RequestError(f"column '{column}' holds {text[:60]!r}, which is not an ISO 8601 time") from None
+        raise RequestError(f"column '{column}' holds {quoted(text)}, which is not an ISO 8601 time") from None
 
 
 def _microseconds_of(moment: datetime) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.model.layout import ModelTask
-from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.errors import RequestError, quoted
 
 
 def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
@@ -49,8 +49,12 @@ def _check(name: str, weight: Any, valid: list[str]) -> None:
     if name not in valid:
         near = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise RequestError(f"task_weights names '{name}', which is no task or objective{hint} ({', '.join(valid)})")
+        raise RequestError(
+            f"task_weights names {quoted(name)}, which is no task or objective{hint} ({', '.join(valid)})"
+        )
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {weight!r}")
+        raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {quoted(weight)}")
     if not math.isfinite(weight) or not 0 <= weight <= 1e6:
-        raise RequestError(f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {weight}")
+        raise RequestError(
+            f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {quoted(weight)}"
+        )

@@ -1,0 +1,1 @@
+"""What a server does with callers who mean harm or err; `python -m tests.benchmarks.abuse --help` lists the parts."""

@@ -1,0 +1,168 @@
+"""Requests of any kind over connections that are kept, with valid ones between them."""
+
+from __future__ import annotations
+
+import math
+import queue
+import random
+import string
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+
+from tests.benchmarks.abuse.judging import outcome, same
+from tests.benchmarks.abuse.server import Running, served
+from tests.benchmarks.abuse.strategies import MARKER, Requests, valid
+from tests.benchmarks.abuse.wire import Reply, Sent, Wire
+from tests.benchmarks.memory import tree_bytes
+
+CLIENTS = 4
+VALID_EVERY = 20
+AT_ONCE = 500  # Hypothesis keeps what it has drawn within a run, and gets slower
+TENTHS = 10
+WARM_UP = 10_000  # requests, or the first tenth if that is more
+MOST_GROWTH = 0.05
+MOST_SHOWN = 12
+
+
+class Fuzzing:
+    """Clients that send what is drawn, and what came of it."""
+
+    def __init__(self, running: Running, model: Path, seed: int) -> None:
+        self._running, self._random = running, random.Random(seed)
+        self._todo: queue.Queue[Sent | None] = queue.Queue(maxsize=50)
+        self.outcomes: Counter[str] = Counter()
+        self.shown: list[str] = []
+        self.slowest = 0.0
+        self._lock = threading.Lock()
+        self.valid = [Sent(body) for body in valid(model)]
+        self.first = [running.ask(each) for each in self.valid]
+        self.checked = self.asked_again = 0
+
+    def run(self, requests: Any, count: int, seed: int) -> None:
+        """Sends so many drawn requests, and waits for the last reply."""
+        clients = [threading.Thread(target=self._send, args=(number,)) for number in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        try:
+            for start in range(0, count, AT_ONCE):
+                self._draw(requests, min(AT_ONCE, count - start), seed + start)
+        finally:
+            for _ in clients:
+                self._todo.put(None)
+            for client in clients:
+                client.join()
+
+    def _draw(self, requests: Any, count: int, seed: int) -> None:
+        left = count
+        while left > 0:  # a run may end early, where Hypothesis has drawn all that there is
+
+            @hypothesis.seed(seed + left)
+            @hypothesis.settings(
+                max_examples=left,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @hypothesis.given(requests)
+            def put(sent: Sent) -> None:
+                nonlocal left
+                if left > 0:
+                    left -= 1
+                    self._todo.put(sent)
+
+            put()
+
+    def _send(self, number: int) -> None:
+        wire = self._running.wire()
+        letters, sent_count = random.Random(number), 0
+        while (sent := self._todo.get()) is not None:
+            marker = "".join(letters.choices(string.ascii_lowercase, k=len(MARKER)))
+            own = replace(sent, body=sent.body.replace(MARKER.encode(), marker.encode()))
+            start = time.perf_counter()
+            try:
+                found = self._judged(own, marker, wire)
+            except (OSError, HTTPException, ValueError) as error:
+                found = f"bad: {type(error).__name__}"
+            self.slowest = max(self.slowest, time.perf_counter() - start)
+            with self._lock:
+                self.outcomes[found] += 1
+                if found.startswith("bad") and len(self.shown) < MOST_SHOWN:
+                    self.shown.append(
+                        f"{found}: {own.method} {own.target} {dict(own.headers)} {len(own.body)}: {own.body[:400]!r}"
+                    )
+            sent_count += 1
+            if sent_count % VALID_EVERY == 0:
+                self._check(wire, letters.randrange(len(self.valid)))
+        wire.close()
+
+    def _judged(self, sent: Sent, marker: str, wire: Wire) -> str:
+        return outcome(sent, self._reply(wire, sent), marker)
+
+    def _reply(self, wire: Wire, sent: Sent) -> Reply:
+        was_kept = wire.is_open
+        try:
+            return wire.ask(sent)
+        except (ConnectionError, HTTPException):
+            if not was_kept:
+                raise
+            # The server ends connections that were idle for five seconds; a client then asks on another one.
+            with self._lock:
+                self.asked_again += 1
+            return wire.ask(sent)
+
+    def _check(self, wire: Wire, at: int) -> None:
+        try:
+            reply: Reply | None = self._reply(wire, self.valid[at])
+        except (OSError, HTTPException):
+            reply = None
+        with self._lock:
+            self.checked += 1
+            if reply is None or not same(self.first[at], reply):
+                self.outcomes["bad: another reply to a valid request"] += 1
+                self.shown.append(f"valid {at}: {reply}"[:700])
+
+
+def fuzz(model: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """The part's counts."""
+    requests = Requests(model).requests
+    with served(model, folder) as running:
+        fuzzing = Fuzzing(running, model, seed)
+        start = time.perf_counter()
+        memory = []
+        for tenth in range(TENTHS):
+            fuzzing.run(requests, count // TENTHS, seed + tenth * 10**6)
+            memory.append(tree_bytes(running.process.pid))
+        warm = memory[math.ceil(WARM_UP / count * TENTHS) - 1 if count > WARM_UP else 0]
+        seconds = time.perf_counter() - start
+        # Each alone in a pass now, so that no bit may differ.
+        alone = sum(
+            running.ask(each).body == first.body for each, first in zip(fuzzing.valid, fuzzing.first, strict=True)
+        )
+        workers = len(running.workers())
+        log = running.log.read_text(errors="replace")
+    for line in fuzzing.shown:
+        print(line)
+    return {
+        "requests": sum(fuzzing.outcomes.values()),
+        "outcomes": dict(sorted(fuzzing.outcomes.items())),
+        "valid_within_1e-6": fuzzing.checked,
+        "valid_bit_for_bit": f"{alone} of {len(fuzzing.valid)}",
+        "memory_mib_by_tenth": [round(each / 2**20) for each in memory],
+        "memory_grown": round(memory[-1] / warm - 1, 4),
+        "is_flat": memory[-1] / warm - 1 < MOST_GROWTH,
+        "asked_again": fuzzing.asked_again,
+        "slowest_seconds": round(fuzzing.slowest, 2),
+        "workers_at_the_end": workers,
+        "lines_logged": len(log.splitlines()),
+        "tracebacks": log.count("Traceback"),
+        "seconds": round(seconds),
+    }

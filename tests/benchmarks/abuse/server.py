@@ -1,0 +1,91 @@
+"""Our server in processes of its own, as the parts of the benchmark start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.abuse.wire import PATIENCE, Reply, Sent, Wire
+from tests.benchmarks.memory import PROC
+from tests.serving.running_server import free_port, running_program
+
+ROOT = Path(__file__).parents[3]
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and where it can be asked."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wire(self) -> Wire:
+        """A new connection."""
+        return Wire(self.port)
+
+    def ask(self, sent: Sent) -> Reply:
+        """The reply to a request on a connection of its own."""
+        wire = self.wire()
+        try:
+            return wire.ask(sent)
+        finally:
+            wire.close()
+
+    def workers(self) -> set[int]:
+        """Process ids of the workers."""
+        children = (PROC / str(self.process.pid) / "task" / str(self.process.pid) / "children").read_text().split()
+        return {int(pid) for pid in children if b"spawn_main" in (PROC / pid / "cmdline").read_bytes()}
+
+    def terminate(self) -> tuple[float, int]:
+        """Ends the server by SIGTERM: the seconds that it took, and the exit code."""
+        start = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        return time.monotonic() - start, code
+
+    def ready_workers(self) -> int:
+        """How many workers serve a model, as the metrics have it."""
+        try:
+            text = self.ask(Sent(b"", "GET", "/metrics", {})).body.decode()
+        except OSError:
+            return 0
+        lines = (line for line in text.splitlines() if line.startswith("mmoe_rec_model_info{"))
+        return int(sum(float(line.split()[-1]) for line in lines))
+
+    def until_ready(self) -> None:
+        """Waits until all workers serve."""
+        until(lambda: self.ready_workers() == WORKERS)
+
+
+def until(condition: Callable[[], bool]) -> float:
+    """Waits until a condition holds; the seconds that it took."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > PATIENCE:
+            raise TimeoutError("it never happened")
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+@contextmanager
+def served(model: Path, folder: Path, *arguments: str) -> Iterator[Running]:
+    """A server of a model with two workers, until the block ends. folder: gets what it prints."""
+    port = free_port()
+    words = [sys.executable, "-m", "pipelines.serve", "--model", str(model), "--port", str(port)]
+    words += ["--workers", str(WORKERS), *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "MMOE_REC_TOKEN"}
+    log = folder / f"server_{port}.log"
+    page = f"http://127.0.0.1:{port}/health"
+    with running_program(words, page, log, cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}) as process:
+        running = Running(port, process, log)
+        running.until_ready()
+        yield running
