@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request
 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
-
-# At the first that is none: pydantic would write down all the others.
-ExpertNumbers = Annotated[list[int], FailFast()]
 
 
 class Envelope(BaseModel):
@@ -29,7 +26,7 @@ class Envelope(BaseModel):
     task_weights: dict[str, Any] | None = None
     top_k: int | None = None
     gate_top_k: int | None = None
-    mask_experts: ExpertNumbers | None = None
+    mask_experts: list[Any] | None = None  # checked by the model: pydantic would write down each that is no number
     explain: bool | None = None
 
 
