@@ -70,9 +70,8 @@ def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
                     self._refuse(large_headers())
 
         def send_400_response(self, msg: str) -> None:
-            if (
-                self._is_answering and not self.cycle.more_body
-            ):  # what follows a whole request is at fault, not that one
+            if self._is_answering and not self.cycle.more_body:
+                # What follows a whole request is at fault, which gets its reply.
                 self.cycle.keep_alive = False
                 self.flow.pause_reading()
             else:

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,7 @@ def main() -> None:
     }
     if given.schemathesis:
         parts["schema"] = lambda model, folder: schema(model, folder, given.schemathesis)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of a part ends as well
     names = given.only or [*parts]
     if unknown := [name for name in names if name not in parts]:
         parser.error(f"no part is named {unknown[0]}; there are {', '.join(parts)}")
