@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import socket
 import struct
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -20,15 +21,16 @@ import orjson
 
 from mmoe_rec.server.limits import MOST_HEADER_BYTES, Refused, large_headers
 
+LAST_REQUEST_SECONDS = 1.0  # for a connection that comes while the server ends
 MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
 
 
-def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
+def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> type[asyncio.Protocol]:
     """The class for uvicorn's `http`.
 
     seconds: for the headers of a request to arrive, for the rest of a body that was refused, and for the caller to take
     the reply; dropped: bytes that are read and dropped of such a rest, as many callers read no reply before they have
-    sent everything.
+    sent everything; is_ending: whether the server answers what was accepted, and ends.
     """
     base: Any
     if importlib.util.find_spec("httptools"):
@@ -49,6 +51,9 @@ def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            # uvicorn tells the connections that it knows of, and not one that the system has just handed over.
+            if self.cycle is not None and is_ending():
+                self.cycle.keep_alive = False
             if self.transport is None or self.transport.is_closing():
                 return
             if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
@@ -130,7 +135,8 @@ def protocol(seconds: float, dropped: int) -> type[asyncio.Protocol]:
 
         def _arm(self) -> None:
             if self._end is None:
-                self._end = self.loop.call_later(seconds, self._too_late)
+                longest = min(seconds, LAST_REQUEST_SECONDS) if is_ending() else seconds
+                self._end = self.loop.call_later(longest, self._too_late)
 
         def _disarm(self) -> None:
             if self._end is not None:

@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol(options.limits.read_seconds, 2 * options.limits.max_body_bytes),
+                http=protocol(options.limits.read_seconds, 2 * options.limits.max_body_bytes, lambda: self.should_exit),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
@@ -24,13 +26,13 @@ _log = logging.getLogger(__name__)
 def run_worker(source: Source, bound: socket.socket, options: Options, pipe: Connection) -> None:
     """Serves a model until SIGTERM, or until the parent ends. It alone imports what is heavy."""
     from mmoe_rec.server.app import Application
-    from mmoe_rec.server.metrics import Metrics
+    from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
     from mmoe_rec.server.models import Models
     from mmoe_rec.server.running import Reloading, Server
 
     ignore_interrupts()
     log_to_stderr()
-    models, metrics = Models(options.limits), Metrics()
+    models, metrics = Models(options.limits, Path(os.environ[FOLDER_VARIABLE])), Metrics()
     try:
         metrics.show_model(models.load(source).about())
     except UserError as error:

@@ -5,8 +5,8 @@ Abuses our server with two workers, and prints as JSON what came of it, by part:
 fuzz      requests of any kind (Hypothesis) over connections that are kept, with valid ones between them, whose replies
           must stay the same within 1e-6 (calls may share a pass), and bit for bit once they are alone. A reply is
           status 200, 4xx, or 503 with Retry-After; JSON; a refusal has one sentence of at most 500 characters; at most
-          80 characters of the body come back; the memory (PSS) of all processes grows by less than 5% after 10,000
-          requests
+          80 characters of the body come back; the memory (PSS) of all processes grows by less than 5% after the first
+          tenth, before which each worker had the largest calls that the limits allow
 odd       HTTP that is wrong or rare: several lengths, encodings, versions, thousands of headers, upgrades
 slow      200 connections at a time that send too little, too slowly, or take no reply, with valid requests beside them
 large     bodies of 1 GB, by length and in chunks: how much of them could be sent

@@ -151,6 +151,14 @@ def valid(model: Path) -> list[bytes]:
     return [bodies.ids(1), bodies.ids(5), bodies.ids(20), bodies.ids(5, 4), bodies.given(5), bodies.given(30)]
 
 
+def largest(model: Path) -> list[bytes]:
+    """Calls that take as much memory as the limits let them."""
+    from tests.benchmarks.serving_bodies import Bodies
+
+    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+    return [Bodies(model).ids(9_999, 10), _text({"inputs": [example], "params": {"other": [[1]] * 1_600_000}})]
+
+
 def _merged(example: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(example)
     for each in changes:
