@@ -135,7 +135,7 @@ def fuzz(model: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
     with served(model, folder) as running:
         fuzzing = Fuzzing(running, model, seed)
         start = time.perf_counter()
-        for body in 4 * WORKERS * largest(model):  # on new connections, so that each worker gets some
+        for body in 2 * WORKERS * largest(model):  # on new connections, so that each worker gets some
             fuzzing.outcomes[f"largest: {running.ask(Sent(body)).status}"] += 1
         memory = []
         for tenth in range(TENTHS):
