@@ -321,7 +321,9 @@ def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, t
         changed(small.folder, folder)
         assert running.send(None, "/reload")[0] == 200
         until(lambda: all(running.send(GOOD) != before for _ in range(10)))
-        os.kill(max(running.workers()), signal.SIGKILL)
+        second = running.workers()
+        os.kill(max(second), signal.SIGKILL)
+        until(lambda: len(running.workers() - second) == 1)
         until(lambda: _model_count(running) == 2)
         assert all(running.send(GOOD) != before for _ in range(10)), "a replacement has the new model as well"
         shutil.rmtree(folder / "features")
