@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from mmoe_rec.model.mmoe import Bottom, Crosses, PiecewiseLinear
+from mmoe_rec.model.bottom import Bottom, Crosses, PiecewiseLinear
 from mmoe_rec.settings import model as section
 
 
