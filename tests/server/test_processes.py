@@ -18,14 +18,12 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
-from mmoe_rec.serving.writing import seal
 from tests.pipelines.imports import ROOT
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
+from tests.serving.other_weights import other_weights
 from tests.serving.running_server import free_port, running_program
 from tests.serving.small_model import SmallModel
 
@@ -244,13 +242,7 @@ def test_a_token_from_a_file(small: SmallModel, tmp_path: Path) -> None:
 def changed(folder: Path, target: Path) -> None:
     """A model with other weights takes the place of one, as a training's does."""
     made = target.with_name("made")
-    shutil.copytree(folder, made)
-    weights = load_file(made / "weights.safetensors")
-    random = np.random.default_rng(8)
-    for weight in weights.values():
-        weight.copy_(weight * float(random.uniform(0.2, 3)))
-    save_file(weights, made / "weights.safetensors")
-    seal(made)
+    other_weights(folder, made, 0.2, 3)
     replaced(made, target)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tests.benchmarks.abuse.server import served, until
 from tests.benchmarks.abuse.strategies import valid
 from tests.benchmarks.abuse.wire import Sent
 from tests.benchmarks.memory import tree_bytes
+from tests.serving.other_weights import other_weights
 
 TIMES = 100
 CLIENTS = 3
@@ -23,7 +23,7 @@ def reloads(model: Path, folder: Path) -> dict[str, Any]:
     """The part's counts."""
     requests = [Sent(body) for body in valid(model)]
     address = folder / "model"
-    models = [model, _changed(model, folder / "other")]
+    models = [model, other_weights(model, folder / "other", 0.8, 1.2)]
     _point(address, models[0])
     statuses: Counter[int] = Counter()
     with served(address, folder) as running:
@@ -57,23 +57,6 @@ def _until_other(running: Any, request: Sent, first: Any) -> Any:
     while (reply := running.ask(request)).body == first.body:
         pass
     return reply
-
-
-def _changed(model: Path, target: Path) -> Path:
-    """A model with other weights."""
-    import numpy as np
-    from safetensors.torch import load_file, save_file
-
-    from mmoe_rec.serving.writing import seal
-
-    shutil.copytree(model, target)
-    weights = load_file(target / "weights.safetensors")
-    random = np.random.default_rng(8)
-    for weight in weights.values():
-        weight.copy_(weight * float(random.uniform(0.8, 1.2)))
-    save_file(weights, target / "weights.safetensors")
-    seal(target)
-    return target
 
 
 def _point(address: Path, model: Path) -> None:
