@@ -255,7 +255,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
 
     def look_up(self, rows: LogRows) -> Results:
         """The rows' results: those that came with them, or from this process's memory."""
-        if set(self.result_names) <= set(rows.results):
+        if rows.results.keys() >= set(self.result_names):
             return {name: rows.results[name] for name in self.result_names}
         return self.results(self.memory, rows.look_ups(self.by))
 

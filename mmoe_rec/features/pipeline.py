@@ -25,13 +25,13 @@ from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Sh
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.moments import Moments
+from mmoe_rec.features.together import MemoriesTogether
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.point_in_time.search import TogetherIndex
 from mmoe_rec.schema import Schema
 
 FORMAT = 9
@@ -62,7 +62,7 @@ class FeaturePipeline:
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
-        self._together: TogetherIndex | None = None
+        self._together: MemoriesTogether | None = None
         self._check_names()
 
     def _check_names(self) -> None:
@@ -180,7 +180,7 @@ class FeaturePipeline:
 
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
-        self._find_together(rows)
+        self._look_up_together(rows)
         shared, own = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
             part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
@@ -202,21 +202,10 @@ class FeaturePipeline:
                 part[each] = values[rows.of] if of_requests else values
         return numbers, lists
 
-    def _find_together(self, rows: RequestRows) -> None:
-        """Finds what the rows ask of all memories at once."""
-        encoders = self.memory_encoders
-        memories = [encoder.memory.events for encoder in encoders.values()]
-        index = self._together
-        if index is None or any(a is not b for a, b in zip(index.memories, memories, strict=True)):
-            index = self._together = TogetherIndex(memories)
-        asking = [(each, rows.shared if name in self._of_requests else rows) for name, each in encoders.items()]
-        index.find(
-            [
-                (encoder.memory.events, asked.look_ups(encoder.by))
-                for encoder, asked in asking
-                if not all(map(asked.has, encoder.precomputed()))
-            ]
-        )
+    def _look_up_together(self, rows: RequestRows) -> None:
+        if self._together is None or not self._together.are_current():
+            self._together = MemoriesTogether(self.memory_encoders)
+        self._together.look_up(rows, self._of_requests)
 
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""

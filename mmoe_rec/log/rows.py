@@ -32,7 +32,7 @@ class LogRows:
 
     def _start(self, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
         self.schema = schema
-        self.results = results or {}
+        self.results = dict(results or {})
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
         self._look_ups: dict[tuple[str, ...], LookUps] = {}
 

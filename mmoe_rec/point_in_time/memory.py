@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -131,6 +131,10 @@ class CounterMemory(Memory):
             return self.label_sum.each(self._steps)
         return None if self.label_sum is None else self._steps(self.label_sum)
 
+    def found(self, asked: AnyLookUps) -> JoinFound:
+        """What these look-ups find."""
+        return JoinFound(self, self.joined(asked))
+
     def totals(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
 
@@ -194,6 +198,39 @@ class CounterMemory(Memory):
             limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
             label_sum = ExactSums.from_limbs(limbs, len(events))
         return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor)
+
+
+class CounterFound(Protocol):
+    """What N look-ups find in a counter's memory. time: (N,) int64 microseconds as of which they do."""
+
+    @property
+    def time(self) -> np.ndarray: ...
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64 moments of the last positive event, `NEVER` for none."""
+
+
+class JoinFound:
+    """A `CounterFound` that reads the memory when it is asked."""
+
+    def __init__(self, memory: CounterMemory, join: Join | Search) -> None:
+        self._memory, self._join, self._last = memory, join, join.last()
+
+    @property
+    def time(self) -> np.ndarray:
+        """(N,) int64."""
+        return self._join.asked.time
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) each."""
+        return self._memory.totals(self._last, None if window is None else self._join.last(window))
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64."""
+        return self._memory.last_positive_at(self._last)
 
 
 class HistoryMemory(Memory):

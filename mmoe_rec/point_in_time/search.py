@@ -5,23 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.point_in_time.index import KeyIndex, bisected
+from mmoe_rec.point_in_time.index import bisected
 from mmoe_rec.point_in_time.join import KnownEvents, LookUps
-from mmoe_rec.point_in_time.sorting import sorted_order
 
 
 @dataclass(frozen=True)
 class UnsortedLookUps:
     """What N rows ask, each for itself. key: (N,) uint64; time: (N,) int64 microseconds.
 
-    found: what `find_together` found, by the id of the events: the (K,) int64 rows whose key has events, and the number
-    of each one's key among the distinct ones of the events.
+    found: what `TogetherIndex.find` found, by the id of the events: the (K,) int64 rows whose key has events, and the
+    number of each one's key among the distinct ones of the events.
     """
 
     key: np.ndarray
@@ -42,6 +40,11 @@ class UnsortedLookUps:
             return self
         return UnsortedLookUps(self.key, np.maximum(self.time, floor), self.found)
 
+    def found_in(self, events: KnownEvents) -> tuple[np.ndarray, np.ndarray]:
+        """The rows whose key has events, and the number of each one's key, as in `found`."""
+        known = self.found.get(id(events))
+        return events.index.find(self.key) if known is None else known
+
 
 AnyLookUps = LookUps | UnsortedLookUps
 
@@ -55,8 +58,10 @@ class Search:
     @cached_property
     def _remembered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The look-ups whose keys have events: (K,) int64 their numbers, the first events, and where the last end."""
-        known = self.asked.found.get(id(self.events)) if isinstance(self.asked, UnsortedLookUps) else None
-        rows, group = known or self.events.index.find(self.asked.key)
+        if isinstance(self.asked, UnsortedLookUps):
+            rows, group = self.asked.found_in(self.events)
+        else:
+            rows, group = self.events.index.find(self.asked.key)
         return rows, self.events.starts[group], self.events.starts[group + 1]
 
     @cached_property
@@ -70,52 +75,20 @@ class Search:
     def last(self, earlier: int = 0) -> np.ndarray:
         """(N,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
         time; -1 for none."""
-        if not len(self.events):
-            return np.full(len(self.asked), -1, np.int64)
-        rows, first, end = self._remembered
-        times = self.asked.time[rows] - earlier
         last = np.full(len(self.asked), -1, np.int64)
-        # Most requests are later than all that is remembered of their keys.
-        last[rows] = end - 1
-        if len(open_ := np.flatnonzero(self._latest > times)):
-            first = first[open_]
-            later = bisected(self.events.known, times[open_], first, end[open_] - 1, np.less_equal)
-            last[rows[open_]] = np.where(later > first, later - 1, -1)
+        if len(self.events):
+            rows, first, end = self._remembered
+            last[rows] = last_known(self.events.known, first, end, self.asked.time[rows] - earlier)
         return last
 
-    @cached_property
-    def _latest(self) -> np.ndarray:
-        """(K,) int64 when the last event of each remembered key became known."""
-        return self.events.known[self._remembered[2] - 1]
 
-
-class TogetherIndex:
-    """The keys of several memories' events in one index, so that what rows ask of all of them is found in one pass."""
-
-    def __init__(self, memories: Sequence[KnownEvents]) -> None:
-        self.memories = tuple(memories)
-        self._place = {id(events): place for place, events in enumerate(memories)}
-        keys = [events.distinct ^ _salt(place) for place, events in enumerate(memories)]
-        every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
-        order = sorted_order(every, np.zeros(len(every), np.int64))
-        self._index = KeyIndex(every[order])
-        starts = np.cumsum([0, *map(len, keys)])
-        numbers = order - np.repeat(starts[:-1], [len(each) for each in keys])[order]
-        self._numbers = numbers.astype(np.int32 if len(every) < 2**31 else np.int64)
-
-    def find(self, asked: Sequence[tuple[KnownEvents, UnsortedLookUps]]) -> None:
-        """Notes in look-ups what they find among the events, which are those of the index."""
-        if not asked:
-            return
-        keys = np.concatenate([each.key ^ _salt(self._place[id(events)]) for events, each in asked])
-        found, group = self._index.find(keys)
-        numbers = self._numbers[group]
-        starts = np.cumsum([0, *(len(each) for _, each in asked)])
-        ends = np.searchsorted(found, starts)
-        for (events, each), start, low, high in zip(asked, starts[:-1], ends[:-1], ends[1:], strict=True):
-            each.found[id(events)] = found[low:high] - start, numbers[low:high]
-
-
-def _salt(place: int) -> np.uint64:
-    """What tells the keys of a memory from equal ones of another; keys are hashes, and stay so."""
-    return np.uint64((place + 1) * 0x9E3779B97F4A7C15 % 2**64)  # 2^64 over the golden ratio: unlike in many bits
+def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(K,) int64 index of the last of the events from `first` to `end` (exclusive, at least one) that was known at
+    each of the `times`; -1 for none. known: (E,) int64, rising from each `first` to its `end`."""
+    last = end - 1
+    # Most requests are later than all that is remembered of their keys.
+    if len(open_ := np.flatnonzero(known.take(last) > times)):
+        first = first[open_]
+        later = bisected(known, times[open_], first, last[open_], np.less_equal)
+        last[open_] = np.where(later > first, later - 1, -1)
+    return last

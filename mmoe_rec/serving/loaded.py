@@ -35,11 +35,11 @@ from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
 from mmoe_rec.serving.freshness import Freshness
-from mmoe_rec.serving.passes import Passes
+from mmoe_rec.serving.passes import ROWS_AT_A_TIME, Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.requests.request import Request, RequestReader
 from mmoe_rec.serving.requests.weights import fused_weights
-from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
+from mmoe_rec.serving.scorer import Scored, Scorer
 from mmoe_rec.settings import Model
 
 

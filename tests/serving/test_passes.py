@@ -72,7 +72,7 @@ def _by_place(ranking: Ranking) -> dict[int, tuple[Any, ...]]:
     return dict(zip(ranking.order, rows, strict=True))
 
 
-@pytest.mark.parametrize("rows_at_a_time", [7, scorer.ROWS_AT_A_TIME])
+@pytest.mark.parametrize("rows_at_a_time", [7, passes.ROWS_AT_A_TIME])
 def test_answers_do_not_depend_on_neighbours(
     ranker: LoadedRanker, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +83,7 @@ def test_answers_do_not_depend_on_neighbours(
     alone = [ranker.rank_many([request])[0] for request in requests]
     assert sum(isinstance(each, RequestError) for each in alone) == len(WRONG)
     monkeypatch.setattr(passes, "ROWS_AT_A_TIME", rows_at_a_time)
-    monkeypatch.setattr(scorer, "ROWS_AT_A_TIME", rows_at_a_time)
+    monkeypatch.setattr(scorer, "PIECE", min(rows_at_a_time, scorer.PIECE))
     for answer, expected in zip(ranker.rank_many(requests), alone, strict=True):
         assert_same(answer, expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -18,8 +19,9 @@ from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
-from mmoe_rec.point_in_time.search import AnyLookUps
+from mmoe_rec.point_in_time.memory import NEVER, CounterFound, CounterMemory
+from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
+from mmoe_rec.point_in_time.together import CounterQuestion
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use, each_once
 
 Days = Annotated[float, Field(gt=0, le=36_500)]
@@ -95,11 +97,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.counts = Moments()
         self.numbers = {each: DenseNumber(each) for each in self._output_names()}
         self.matures_after = maturity(self.task, shared.schema)
-        self.memory = CounterMemory.empty(self.source is None, "recency" in feature.outputs, self._fractions)
-
-    @property
-    def _fractions(self) -> bool:
-        return self.source is None and self.task.kind == "regression"
+        self.memory = CounterMemory.empty(self.source is None, "recency" in feature.outputs, self.has_fractions)
 
     def make_room(self, units: Collection[int]) -> None:
         """Makes all memories from now on hold exact sums of fractional labels in these units."""
@@ -164,7 +162,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         """A saved memory."""
-        memory = CounterMemory.from_columns(columns, floor, self._fractions)
+        memory = CounterMemory.from_columns(columns, floor, self.has_fractions)
         return memory.with_room(self.memory.units)
 
     @property
@@ -174,19 +172,39 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def distinct_results(self, memory: CounterMemory, asked: AnyLookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
-        join = memory.joined(asked)
-        last = join.last()
+        return self._statistics(memory.found(asked))
+
+    def question(self, asked: UnsortedLookUps) -> CounterQuestion:
+        """What N look-ups ask of this process's memory, whose answer `exchanged` takes; not of fractional labels."""
+        windows = list(dict.fromkeys(window for window, _ in self._windows))
+        return CounterQuestion(self.memory, asked, windows, "recency" in self.feature.outputs)
+
+    def exchanged(self, found: CounterFound) -> dict[str, np.ndarray]:
+        """(N,) float32 results of what N look-ups found, as `results` gives them."""
+        statistics = self._statistics(found).items()
+        return {name: self.distances(name, each).astype(np.float32) for name, each in statistics}
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether labels may be other than whole numbers."""
+        return self.source is None and self.task.kind == "regression"
+
+    @cached_property
+    def _windows(self) -> list[tuple[int | None, str]]:
+        """Microseconds of each window of totals, and the end of its outputs' names."""
+        days = self.feature.window_days if set(self.feature.outputs) != {"recency"} else ()
+        return [(None if each is None else round(each * MICROSECONDS_PER_DAY), _suffix(each)) for each in days]
+
+    def _statistics(self, found: CounterFound) -> dict[str, np.ndarray]:
         result: dict[str, np.ndarray] = {}
-        windows = self.feature.window_days if set(self.feature.outputs) != {"recency"} else ()
-        for window in windows:
-            before = None if window is None else join.last(round(window * MICROSECONDS_PER_DAY))
-            count, label_sum = memory.totals(last, before)
+        for window, suffix in self._windows:
+            count, label_sum = found.totals(window)
             for output in self.feature.outputs:
                 if output != "recency":
-                    result[f"{self.name}_{output}{_suffix(window)}"] = self._statistic(output, count, label_sum)
+                    result[f"{self.name}_{output}{suffix}"] = self._statistic(output, count, label_sum)
         if "recency" in self.feature.outputs:
-            moment = memory.last_positive_at(last)
-            days = (join.asked.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
+            moment = found.last_positive()
+            days = (found.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
             result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
         return result
 
