@@ -86,9 +86,12 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
         for task in layout.tasks:
-            if task.kind == "binary":
+            path = out / f"calibration_{task.name}.png"
+            path.unlink(missing_ok=True)  # of an evaluation before
+            # Without a label that is known by now there is nothing to draw; the summary says so.
+            if evaluated.summary["tasks"][task.name].get("calibration_bins"):
                 figure = calibration_figure(evaluated.summary, task.name)
-                figure.savefig(out / f"calibration_{task.name}.png")
+                figure.savefig(path)
                 run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
         draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -29,7 +31,7 @@ from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.writing import seal
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate, features, train
-from tests.pipelines.learnable_log import learnable_log, settings_tree, write_files
+from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("click", "liked")
@@ -300,6 +302,25 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert world.run().data.metrics["test.score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
     evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])  # the run's as it was
+
+
+def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As where labels mature late; what an evaluation before drew is not left beside these metrics."""
+    log = learnable_log()
+    (tmp_path / "log").mkdir()
+    early = pc.less(log["time"], pa.scalar(START + np.timedelta64(8, "D")).cast(log["time"].type))
+    liked = pc.if_else(early, log["liked"], pa.nulls(len(log), pa.int8()))
+    place = log.column_names.index("liked")
+    pq.write_table(log.set_column(place, "liked", liked), tmp_path / "log" / "0.parquet")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "calibration_liked.png").touch()
+    words = ["--config", str(world.config), "--model", str(world.artifact), "--out", str(tmp_path / "out")]
+    evaluate.main([*words, "--data.log", str(tmp_path / "log")])
+    assert {each.name for each in (tmp_path / "out").glob("*.png")} == {"calibration_click.png"}
+    assert metrics(tmp_path / "out")["tasks"]["liked"]["rows"] == 0
+    assert "liked: No row has an observed label" in capsys.readouterr().out
 
 
 def test_probabilities_that_are_far_off_are_warned_of(world: World, capsys: pytest.CaptureFixture) -> None:

@@ -32,7 +32,8 @@ def asked(ranker: LoadedRanker, later: timedelta, **given: Any) -> list[str]:
     [
         (timedelta(days=-400), BEFORE),
         (timedelta(microseconds=-1), BEFORE),
-        (timedelta(0), None),
+        (timedelta(0), BEFORE),  # of which the labels are known
+        (timedelta(microseconds=1), None),
         (timedelta(minutes=1), None),
         (timedelta(days=7), None),
         (timedelta(days=7, microseconds=1), STALE),
