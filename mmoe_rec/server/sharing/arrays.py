@@ -1,0 +1,143 @@
+"""An object in a file that processes map, so that its arrays lie in memory once for all of them.
+
+The file holds the memory of all arrays and tensors, each from a multiple of 64 bytes on, then a pickle of all else,
+which is small, then where each array lies, and at the end a checksum of all of it.
+
+Unpickling runs what the bytes name. So a file is only ever read through a handle that a server passes to its own child
+processes, of a file without a name that one of them has written: what a caller sends, or what a model's folder holds,
+never gets there.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import struct
+import zlib
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ALIGNED_TO = 64  # bytes, as Arrow and the kernels of BLAS libraries like it
+_END = struct.Struct("<8sQQI")  # mark, where the pickle begins and ends, and the checksum of all before
+_MARK = b"MMOE-REC"
+
+
+class DamagedError(Exception):
+    """A file that is not as `write` left it."""
+
+
+def write(thing: Any, file: BinaryIO) -> int:
+    """Writes an object into an empty file; gives the bytes of all but its arrays.
+
+    Tensors that share memory share it once read, and so do arrays that lie at the same place. Raises OSError where the
+    file can't be written, TypeError for a tensor that is not on the CPU, and what pickle does.
+    """
+    memory = _Memory(file)
+    rest = io.BytesIO()
+    _Pickler(rest, protocol=5, buffer_callback=memory.add).dump(thing)
+    start = memory.align()
+    memory.append(rest.getbuffer())
+    end = memory.size
+    memory.append(np.array(memory.places, np.int64).tobytes())
+    file.write(_END.pack(_MARK, start, end, memory.checksum))
+    file.flush()
+    return end - start
+
+
+def read(handle: int) -> Any:
+    """The object that `write` wrote into the file of a handle, which may be closed afterwards.
+
+    Its arrays lie in a private map of the file: processes share a page until one of them writes to it, and others never
+    see what was written. All of it is looked at once, against the checksum, which also spares requests that. Raises
+    DamagedError, and OSError where the file can't be mapped.
+    """
+    size = os.fstat(handle).st_size
+    if size < _END.size:
+        raise DamagedError(f"it has {size} bytes")
+    whole = memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_COPY))
+    content = whole[: -_END.size]
+    mark, start, end, checksum = _END.unpack(whole[-_END.size :])
+    if mark != _MARK:
+        raise DamagedError("its end is missing")
+    if zlib.crc32(content) != checksum:
+        raise DamagedError("its checksum is another one")
+    places = np.frombuffer(content[end:], np.int64).reshape(-1, 2).tolist()
+    return pickle.loads(content[start:end], buffers=[content[first : first + length] for first, length in places])
+
+
+class _Memory:
+    """A file that grows at its end, with the memory of arrays. places: where each begins, and its bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = self.checksum = 0
+        self.places: list[tuple[int, int]] = []
+        self._kept: list[pickle.PickleBuffer] = []  # so that no address is used again
+        self._known: dict[tuple[int, int], int] = {}
+
+    def append(self, data: memoryview | bytes) -> None:
+        self._file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.size += len(data)
+
+    def align(self) -> int:
+        """Where the next bytes begin."""
+        self.append(bytes(-self.size % ALIGNED_TO))
+        return self.size
+
+    def add(self, buffer: pickle.PickleBuffer) -> None:
+        """The memory of an array, without gaps."""
+        data = buffer.raw()
+        address = int(np.frombuffer(data, np.uint8).__array_interface__["data"][0]) if len(data) else 0
+        start = self._known.get((address, len(data)))
+        if start is None:
+            start = self._known[address, len(data)] = self.align()
+            self.append(data)
+            self._kept.append(buffer)
+        self.places.append((start, len(data)))
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the memory of tensors to the buffers too, and that of arrays with gaps, which numpy would not."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._storages: dict[tuple[int, int], np.ndarray] = {}
+
+    def reducer_override(self, thing: Any) -> Any:
+        """As `pickle.Pickler` has it."""
+        if isinstance(thing, nn.Parameter):
+            return nn.Parameter, (thing.data, thing.requires_grad)
+        if isinstance(thing, Tensor):
+            if type(thing) is not Tensor or thing.device.type != "cpu" or thing.layout != torch.strided:
+                raise TypeError(f"a {type(thing).__name__} ({thing.layout}, on {thing.device}) can't be shared")
+            return _tensor, (
+                self._storage(thing),
+                thing.dtype,
+                tuple(thing.shape),
+                thing.stride(),
+                thing.storage_offset(),
+            )
+        if type(thing) is np.ndarray and not thing.dtype.hasobject and not thing.flags.forc:
+            return np.ascontiguousarray(thing).__reduce_ex__(5)
+        return NotImplemented
+
+    def _storage(self, tensor: Tensor) -> np.ndarray:
+        """All of the memory that a tensor is a view of, (bytes,) uint8, the same array for all of its views."""
+        storage = tensor.untyped_storage()
+        place = (storage.data_ptr(), storage.nbytes())
+        if place not in self._storages:
+            self._storages[place] = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        return self._storages[place]
+
+
+def _tensor(
+    memory: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> Tensor:
+    storage = torch.from_numpy(memory).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
