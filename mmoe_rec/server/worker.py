@@ -35,7 +35,7 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
         pipe.recv()  # that a model follows
         with received(pipe) as file:
             metrics.show_model(models.map(file).about())
-    except EOFError:  # the parent has ended
+    except (EOFError, OSError):  # the parent has ended
         raise SystemExit(1) from None
     except UserError as error:
         pipe.send(("failed", str(error)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import socket
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from mmoe_rec.errors import UserError
@@ -31,6 +30,7 @@ from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
 from mmoe_rec.server.options import Options, address_of
 from mmoe_rec.server.reloading import Finder, Source, Watch
 from mmoe_rec.server.sharing.preparing import Prepared, Preparing, no_room
+from mmoe_rec.server.sharing.starting import forking, started
 from mmoe_rec.server.worker import run_worker
 
 LONGEST_PAUSE_SECONDS = 30.0
@@ -51,17 +51,13 @@ def serve_by_workers(
         metrics = tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-")
     except OSError as error:
         raise UserError(no_room(error)) from None
-    with metrics as folder:
-        os.environ[FOLDER_VARIABLE] = folder
-        try:
-            return _Parent(source, finder, bound, options, poll).run(known, count)
-        finally:
-            del os.environ[FOLDER_VARIABLE]
+    with metrics as folder, forking(folder, {FOLDER_VARIABLE: folder}):
+        return _Parent(source, finder, bound, options, poll).run(known, count)
 
 
 @dataclass(eq=False)
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     is_ready: bool = False
 
@@ -109,7 +105,7 @@ class _Parent:
                 self._serve(done.result())
             if self._preparing is None and self._wanted is not None:
                 source, self._wanted = self._wanted, None
-                self._preparing = Preparing(source, self._options.limits)
+                self._preparing = Preparing(source, self._options.limits, lambda: self._stopping)
         except UserError as error:
             if self._prepared is None:
                 raise
@@ -134,10 +130,10 @@ class _Parent:
     def _start_missing(self, count: int) -> None:
         while len(self._workers) < count and time.monotonic() >= self._next_start and not self._stopping:
             ours, theirs = multiprocessing.Pipe()
-            context = multiprocessing.get_context("spawn")
-            process = context.Process(target=run_worker, args=(self._bound, self._options, theirs))
-            process.start()
+            process = started(run_worker, (self._bound, self._options, theirs), lambda: self._stopping)
             theirs.close()
+            if process is None:
+                return
             worker = _Worker(process, ours)
             self._send_model(worker)
             self._workers.append(worker)
@@ -147,7 +143,7 @@ class _Parent:
         pipes = {worker.pipe: worker for worker in self._workers}
         waited: list[Any] = [*pipes, *(worker.process.sentinel for worker in self._workers)]
         if self._preparing is not None:
-            waited += [self._preparing.pipe, self._preparing.process.sentinel]
+            waited += self._preparing.waited_for
         for ready in wait(waited, _TICK_SECONDS):
             if ready in pipes:
                 with suppress(EOFError, OSError):

@@ -13,10 +13,11 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.options import end_process, ignore_interrupts, log_to_stderr
 from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.sharing.starting import started
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Prepared:
     source: Source
     file: BinaryIO
 
-    def send(self, process: SpawnProcess, pipe: Connection) -> None:
+    def send(self, process: BaseProcess, pipe: Connection) -> None:
         """Passes the file to a process, which takes it by `received`."""
         assert process.pid is not None
         send_handle(pipe, self.file.fileno(), process.pid)
@@ -47,22 +49,27 @@ def received(pipe: Connection) -> BinaryIO:
 class Preparing:
     """A model that a process prepares. Raises UserError where the temporary folder takes no file."""
 
-    def __init__(self, source: Source, limits: Limits) -> None:
+    def __init__(self, source: Source, limits: Limits, is_stopping: Callable[[], bool]) -> None:
         try:
             file = tempfile.TemporaryFile(prefix="mmoe-rec-")  # noqa: SIM115 - it is open as long as workers need it
         except OSError as error:
             raise UserError(no_room(error)) from None
         self._prepared = Prepared(source, file)
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=prepare, args=(source, limits, theirs))
-        self.process.start()
+        self.process = started(prepare, (source, limits, theirs), is_stopping)
         theirs.close()
-        with suppress(OSError):  # it has ended
-            self._prepared.send(self.process, self.pipe)
+        if self.process is not None:
+            with suppress(OSError):  # it has ended
+                self._prepared.send(self.process, self.pipe)
+
+    @property
+    def waited_for(self) -> list[Any]:
+        """What `multiprocessing.connection.wait` tells of once there may be a result."""
+        return [] if self.process is None else [self.pipe, self.process.sentinel]
 
     def has_ended(self) -> bool:
         """Whether there is a result."""
-        return self.pipe.poll() or not self.process.is_alive()
+        return self.process is not None and (self.pipe.poll() or not self.process.is_alive())
 
     def result(self) -> Prepared:
         """The model, once it has ended. Raises UserError for one that can't be loaded, or written to the folder."""
@@ -78,16 +85,18 @@ class Preparing:
 
     def stop(self) -> None:
         """Ends the process, whatever it is at."""
-        self.process.kill()
+        if self.process is not None:
+            self.process.kill()
         self._end()
         self._prepared.file.close()
 
     def _end(self) -> None:
-        self.process.join()
+        if self.process is not None:
+            self.process.join()
         self.pipe.close()
 
     def _how_it_ended(self) -> str:
-        code = self.process.exitcode or 0
+        code = (self.process and self.process.exitcode) or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = ", as the system does where memory is short" if how == "SIGKILL" else "; its own lines above say why"
         return f"the process that loads the model at '{self._prepared.source.address}' was ended by {how}{hint}"
@@ -97,15 +106,18 @@ def prepare(source: Source, limits: Limits, pipe: Connection) -> None:
     """Loads a model, has it answer its example, and writes it into the file that the parent sends."""
     ignore_interrupts()
     log_to_stderr()
-    with received(pipe) as file:
-        threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-        try:
-            _write(source, limits, file)
-        except UserError as error:
-            pipe.send(("failed", str(error)))
-        else:
-            pipe.send(("prepared",))
-    end_process(0)
+    try:
+        file = received(pipe)
+    except (EOFError, OSError):  # the parent has ended
+        end_process(1)
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    try:
+        _write(source, limits, file)
+    except UserError as error:
+        pipe.send(("failed", str(error)))
+    else:
+        pipe.send(("prepared",))
+    end_process(0)  # without closing a file that could not be written
 
 
 def _write(source: Source, limits: Limits, file: BinaryIO) -> None:
