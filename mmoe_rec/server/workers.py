@@ -50,7 +50,7 @@ def serve_by_workers(
     try:
         metrics = tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-")
     except OSError as error:
-        raise UserError(no_room(error)) from None
+        raise UserError(no_room(error, tempfile.gettempdir())) from None
     with metrics as folder, forking(folder, {FOLDER_VARIABLE: folder}):
         return _Parent(source, finder, bound, options, poll).run(known, count)
 

@@ -229,9 +229,9 @@ def test_what_one_process_writes_others_do_not_see(written: Path, loaded: Served
 def test_a_full_disk_is_told_in_one_sentence(small: SmallModel) -> None:
     threads = torch.get_num_threads()
     with pytest.raises(UserError) as told, Path("/dev/full").open("wb", buffering=0) as full:
-        preparing._write(Source(small.folder, "x"), Limits(), full)
+        preparing._write(Source(small.folder, "x"), Limits(), full, "its folder")
     torch.set_num_threads(threads)
-    assert "the temporary folder '" in str(told.value)
+    assert "the temporary folder 'its folder' can't take" in str(told.value)
     assert "No space left on device): set TMPDIR" in str(told.value)
 
 

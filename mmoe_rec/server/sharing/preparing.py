@@ -53,10 +53,10 @@ class Preparing:
         try:
             file = tempfile.TemporaryFile(prefix="mmoe-rec-")  # noqa: SIM115 - it is open as long as workers need it
         except OSError as error:
-            raise UserError(no_room(error)) from None
+            raise UserError(no_room(error, tempfile.gettempdir())) from None
         self._prepared = Prepared(source, file)
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = started(prepare, (source, limits, theirs), is_stopping)
+        self.process = started(prepare, (source, limits, theirs, tempfile.gettempdir()), is_stopping)
         theirs.close()
         if self.process is not None:
             with suppress(OSError):  # it has ended
@@ -102,8 +102,8 @@ class Preparing:
         return f"the process that loads the model at '{self._prepared.source.address}' was ended by {how}{hint}"
 
 
-def prepare(source: Source, limits: Limits, pipe: Connection) -> None:
-    """Loads a model, has it answer its example, and writes it into the file that the parent sends."""
+def prepare(source: Source, limits: Limits, pipe: Connection, folder: str) -> None:
+    """Loads a model, has it answer its example, and writes it into the file in a folder that the parent sends."""
     ignore_interrupts()
     log_to_stderr()
     try:
@@ -112,7 +112,7 @@ def prepare(source: Source, limits: Limits, pipe: Connection) -> None:
         end_process(1)
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
-        _write(source, limits, file)
+        _write(source, limits, file, folder)
     except UserError as error:
         pipe.send(("failed", str(error)))
     else:
@@ -120,7 +120,7 @@ def prepare(source: Source, limits: Limits, pipe: Connection) -> None:
     end_process(0)  # without closing a file that could not be written
 
 
-def _write(source: Source, limits: Limits, file: BinaryIO) -> None:
+def _write(source: Source, limits: Limits, file: BinaryIO, folder: str) -> None:
     import torch
 
     from mmoe_rec.server.models import Models
@@ -131,7 +131,7 @@ def _write(source: Source, limits: Limits, file: BinaryIO) -> None:
     try:
         write(served, file)
     except OSError as error:
-        raise UserError(no_room(error)) from error
+        raise UserError(no_room(error, folder)) from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"the model at '{source.address}' can't be shared by several workers ({reason})") from error
@@ -143,9 +143,9 @@ def _end_with_parent(pipe: Connection) -> None:
     end_process(1)
 
 
-def no_room(error: OSError) -> str:
+def no_room(error: OSError, folder: str) -> str:
     """What is told where the temporary folder takes no file, or not all of one."""
     return (
-        f"the temporary folder '{tempfile.gettempdir()}' can't take the model that workers share "
+        f"the temporary folder '{folder}' can't take the model that workers share "
         f"({error.strerror or error}): set TMPDIR to a folder with room for it, or take --workers 1"
     )

@@ -11,13 +11,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -37,15 +34,13 @@ def forking(folder: str, variables: dict[str, str]) -> Iterator[None]:
     variables = variables | NO_THREADS
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    usual, tempfile.tempdir = tempfile.tempdir, folder
-    try:
-        sockets = util.get_temp_dir()
-    finally:
-        tempfile.tempdir = usual
+    # Where `multiprocessing` puts sockets; a folder of its own would stay behind a process that ends by `os._exit`.
+    places: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    sockets, places["tempdir"] = places.get("tempdir"), folder
     try:
         yield
     finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+        places["tempdir"] = sockets
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
