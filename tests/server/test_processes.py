@@ -27,7 +27,7 @@ from tests.serving.other_weights import other_weights
 from tests.serving.running_server import free_port, running_program
 from tests.serving.small_model import SmallModel
 
-PATIENCE = 20
+PATIENCE = 300
 GOOD = {"inputs": [element()]}
 SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
 

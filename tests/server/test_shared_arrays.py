@@ -19,6 +19,7 @@ from torch import nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.request_rows import StoredColumn
+from mmoe_rec.model.multiply import Products
 from mmoe_rec.point_in_time.search import TogetherIndex
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models, Served
@@ -97,7 +98,9 @@ def test_scores_the_same_bits(written: Path, loaded: Served, folder: Path) -> No
 
 
 @pytest.mark.parametrize("products", ["blas", "onednn"])
-def test_multiplies_by_what_was_chosen(loaded: Served, tmp_path: Path, products: str) -> None:
+def test_multiplies_by_what_was_chosen_where_it_was_loaded(
+    loaded: Served, tmp_path: Path, products: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded.ranker.scorer.multiply_by(products)
     try:
         expected = loaded.ranker.scorer.products
@@ -105,6 +108,8 @@ def test_multiplies_by_what_was_chosen(loaded: Served, tmp_path: Path, products:
             arrays.write(loaded, file)
     finally:
         loaded.ranker.serve_faster()
+    # Workers that measured otherwise would give other last bits of scores.
+    monkeypatch.setattr(LoadedRanker, "best_products", lambda self: pytest.fail("a worker measures"))
     found = mapped(tmp_path / "shared").ranker
     layers = {each.products for each in found.model.modules() if hasattr(each, "products")}
     assert {found.scorer.products, *layers} == {expected}
