@@ -44,6 +44,8 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
     server = Server(
         Application(models, options.limits, metrics, talk.reload, options.token), options, ignored=(signal.SIGINT,)
     )
+    # uvicorn listens to it only a moment after the parent was told that this worker is ready.
+    signal.signal(signal.SIGTERM, server.handle_exit)
 
     def started(loop: asyncio.AbstractEventLoop) -> None:
         threading.Thread(target=talk.run, args=(loop, server.stop), daemon=True).start()
