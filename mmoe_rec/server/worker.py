@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
     except (EOFError, OSError):  # the parent has ended
         raise SystemExit(1) from None
     except UserError as error:
-        pipe.send(("failed", str(error)))
+        with suppress(OSError):  # the parent has ended
+            pipe.send(("failed", str(error)))
         raise SystemExit(1) from None
     talk = _Talk(pipe, Reloading(models, metrics))
     server = Server(
@@ -49,7 +51,8 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
 
     def started(loop: asyncio.AbstractEventLoop) -> None:
         threading.Thread(target=talk.run, args=(loop, server.stop), daemon=True).start()
-        pipe.send(("ready",))
+        with suppress(OSError):  # the parent has ended
+            pipe.send(("ready",))
 
     server.serve_on(bound, started)
     end_process(0)

@@ -212,6 +212,8 @@ class _Parent:
             self._preparing.stop()
         for worker in self._workers:
             worker.process.terminate()
+            if not worker.is_ready:  # it may just have been forked, and not listen to signals yet
+                worker.pipe.close()
         end = time.monotonic() + self._grace
         code = 0
         for worker in self._workers:

@@ -105,10 +105,6 @@ class _Memory:
 class _Pickler(pickle.Pickler):
     """Leaves the memory of tensors to the buffers too, and that of arrays with gaps, which numpy would not."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self._storages: dict[tuple[int, int], np.ndarray] = {}
-
     def reducer_override(self, thing: Any) -> Any:
         """As `pickle.Pickler` has it."""
         if isinstance(thing, nn.Parameter):
@@ -116,24 +112,12 @@ class _Pickler(pickle.Pickler):
         if isinstance(thing, Tensor):
             if type(thing) is not Tensor or thing.device.type != "cpu" or thing.layout != torch.strided:
                 raise TypeError(f"a {type(thing).__name__} ({thing.layout}, on {thing.device}) can't be shared")
-            return _tensor, (
-                self._storage(thing),
-                thing.dtype,
-                tuple(thing.shape),
-                thing.stride(),
-                thing.storage_offset(),
-            )
+            # All of the memory that it is a view of, (bytes,) uint8, which other views lead to as well.
+            memory = torch.empty(0, dtype=torch.uint8).set_(thing.untyped_storage()).numpy()
+            return _tensor, (memory, thing.dtype, tuple(thing.shape), thing.stride(), thing.storage_offset())
         if type(thing) is np.ndarray and not thing.dtype.hasobject and not thing.flags.forc:
             return np.ascontiguousarray(thing).__reduce_ex__(5)
         return NotImplemented
-
-    def _storage(self, tensor: Tensor) -> np.ndarray:
-        """All of the memory that a tensor is a view of, (bytes,) uint8, the same array for all of its views."""
-        storage = tensor.untyped_storage()
-        place = (storage.data_ptr(), storage.nbytes())
-        if place not in self._storages:
-            self._storages[place] = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        return self._storages[place]
 
 
 def _tensor(
