@@ -34,10 +34,12 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
     models, metrics = Models(options.limits), Metrics()
     try:
         pipe.recv()  # that a model follows
-        with received(pipe) as file:
-            metrics.show_model(models.map(file).about())
+        file = received(pipe)
     except (EOFError, OSError):  # the parent has ended
         raise SystemExit(1) from None
+    try:
+        with file:
+            metrics.show_model(models.map(file).about())
     except UserError as error:
         with suppress(OSError):  # the parent has ended
             pipe.send(("failed", str(error)))
