@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.together import MemoriesTogether
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.request_rows import StoredColumn
 from mmoe_rec.model.multiply import Products
-from mmoe_rec.point_in_time.search import TogetherIndex
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.reloading import Source
@@ -158,16 +158,19 @@ def test_what_each_worker_holds_does_not_grow_with_the_log(tmp_path: Path, strin
 
 def test_indexes_are_there_at_once_and_whole(written: Path, loaded: Served) -> None:
     ranker = mapped(written).ranker
-    index = ranker.pipeline._together
-    assert isinstance(index, TogetherIndex)
-    assert index._place == {id(each): place for place, each in enumerate(index.memories)}
-    memories = [each.memory.events for each in ranker.pipeline.memory_encoders.values()]
-    assert all(one is other for one, other in zip(index.memories, memories, strict=True))
+    together = ranker.pipeline._together
+    assert isinstance(together, MemoriesTogether)
+    assert together.are_current()
+    for each in (together._index, together._together):
+        assert each._place == {id(memory): place for place, memory in enumerate(each.memories)}
+        assert each._place
+    memory = together._together.memories[0]
+    assert np.shares_memory(memory.events.known, together._together._known), "written once"
     before = {id(each): len(each._made) for each in stored_columns(ranker)}
     assert sum(before.values()) == sum(len(each._made) for each in stored_columns(loaded.ranker)) > 0
     ranker.rank(**loaded.example)
     assert {id(each): len(each._made) for each in stored_columns(ranker)} == before, "found, and not made again"
-    assert ranker.pipeline._together is index
+    assert ranker.pipeline._together is together
 
 
 def stored_columns(ranker: LoadedRanker) -> Iterator[StoredColumn]:
@@ -293,6 +296,7 @@ def test_arrays_and_tensors_of_any_kind(tmp_path: Path) -> None:
 def test_arrays_are_aligned_and_written_once(tmp_path: Path) -> None:
     column = pa.array(np.arange(100_000))
     things = [np.ones(3, np.int8), column, column[10:], column.to_numpy(), torch.from_numpy(np.arange(5))]
+    things += [column.to_numpy()[5:90_000], column.to_numpy()[70_000:]]  # parts that overlap
     gaps = np.arange(5_000)[::2]
     with (tmp_path / "shared").open("wb") as file:
         own = arrays.write([*things, gaps], file)
@@ -300,6 +304,8 @@ def test_arrays_are_aligned_and_written_once(tmp_path: Path) -> None:
     assert own < 2_000 < gaps.nbytes
     with (tmp_path / "shared").open("r+b") as file:
         found = arrays.read(file.fileno())
+    for one, other in zip(found[3:], things[3:], strict=False):
+        assert np.array_equal(one, other)
     places = [found[0].ctypes.data, found[1].buffers()[1].address, found[3].ctypes.data, found[4].data_ptr()]
     assert {place % arrays.ALIGNED_TO for place in places} == {0}
     assert mmap.PAGESIZE % arrays.ALIGNED_TO == 0

@@ -16,6 +16,7 @@ import os
 import pickle
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -34,17 +35,19 @@ class DamagedError(Exception):
 def write(thing: Any, file: BinaryIO) -> int:
     """Writes an object into an empty file; gives the bytes of all but its arrays.
 
-    Tensors that share memory share it once read, and so do arrays that lie at the same place. Raises OSError where the
-    file can't be written, TypeError for a tensor that is not on the CPU, and what pickle does.
+    Arrays and tensors that share memory share it once read. Raises OSError where the file can't be written, TypeError
+    for a tensor that is not on the CPU, and what pickle does.
     """
-    memory = _Memory(file)
+    buffers: list[pickle.PickleBuffer] = []
     rest = io.BytesIO()
-    _Pickler(rest, protocol=5, buffer_callback=memory.add).dump(thing)
-    start = memory.align()
-    memory.append(rest.getbuffer())
-    end = memory.size
-    memory.append(np.array(memory.places, np.int64).tobytes())
-    file.write(_END.pack(_MARK, start, end, memory.checksum))
+    _Pickler(rest, protocol=5, buffer_callback=buffers.append).dump(thing)
+    growing = _Growing(file)
+    places = growing.append_memory([each.raw() for each in buffers])
+    start = growing.align()
+    growing.append(rest.getbuffer())
+    end = growing.size
+    growing.append(np.array(places, np.int64).tobytes())
+    file.write(_END.pack(_MARK, start, end, growing.checksum))
     file.flush()
     return end - start
 
@@ -70,15 +73,12 @@ def read(handle: int) -> Any:
     return pickle.loads(content[start:end], buffers=[content[first : first + length] for first, length in places])
 
 
-class _Memory:
-    """A file that grows at its end, with the memory of arrays. places: where each begins, and its bytes."""
+class _Growing:
+    """A file that grows at its end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.size = self.checksum = 0
-        self.places: list[tuple[int, int]] = []
-        self._kept: list[pickle.PickleBuffer] = []  # so that no address is used again
-        self._known: dict[tuple[int, int], int] = {}
 
     def append(self, data: memoryview | bytes) -> None:
         self._file.write(data)
@@ -90,16 +90,22 @@ class _Memory:
         self.append(bytes(-self.size % ALIGNED_TO))
         return self.size
 
-    def add(self, buffer: pickle.PickleBuffer) -> None:
-        """The memory of an array, without gaps."""
-        data = buffer.raw()
-        address = int(np.frombuffer(data, np.uint8).__array_interface__["data"][0]) if len(data) else 0
-        start = self._known.get((address, len(data)))
-        if start is None:
-            start = self._known[address, len(data)] = self.align()
-            self.append(data)
-            self._kept.append(buffer)
-        self.places.append((start, len(data)))
+    def append_memory(self, parts: Sequence[memoryview]) -> list[tuple[int, int]]:
+        """Where each part of memory begins in the file, and its bytes; what belongs to several is written once."""
+        places = [(0, 0)] * len(parts)
+        begins = start = end = 0  # of what was written last: where in memory, where in the file, and its end in memory
+        for address, number in sorted((_address(part), number) for number, part in enumerate(parts) if len(part)):
+            part = parts[number]
+            if address >= end:
+                begins, start, end = address, self.align(), address
+            self.append(part[end - address :])
+            end = max(end, address + len(part))
+            places[number] = (start + address - begins, len(part))
+        return places
+
+
+def _address(part: memoryview) -> int:
+    return int(np.frombuffer(part, np.uint8).__array_interface__["data"][0])
 
 
 class _Pickler(pickle.Pickler):
