@@ -7,7 +7,7 @@ vocabulary can grow at its end without moving any row.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ from mmoe_rec.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_INDEXED = "indexed"  # in the state of a vocabulary that is sent to another process
 
 
 class IdCounts:
@@ -109,6 +111,19 @@ class Vocabulary:
     @cached_property
     def _index(self) -> pd.Index:
         return shared_index(_as_numpy(self.ids))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the index, which pandas would send without its table, so that threads might not share it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_index"} | {
+            _INDEXED: "_index" in self.__dict__
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """With the index at once, where there was one, so that no request waits for it."""
+        indexed = state.pop(_INDEXED)
+        self.__dict__.update(state)
+        if indexed:
+            _ = self._index
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.

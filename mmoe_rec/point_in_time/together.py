@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class TogetherIndex:
 
     def __init__(self, memories: Sequence[KnownEvents]) -> None:
         self.memories = tuple(memories)
-        self._place = {id(events): place for place, events in enumerate(memories)}
+        self._number()
         keys = [events.distinct ^ _salt(place) for place, events in enumerate(memories)]
         every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = sorted_order(every, np.zeros(len(every), np.int64))
@@ -32,6 +33,14 @@ class TogetherIndex:
         starts = np.cumsum([0, *map(len, keys)])
         numbers = order - np.repeat(starts[:-1], [len(each) for each in keys])[order]
         self._numbers = numbers.astype(np.int32 if len(every) < 2**31 else np.int64)
+
+    def _number(self) -> None:
+        self._place = {id(events): place for place, events in enumerate(self.memories)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process events have other ids, which may be those of others here."""
+        self.__dict__.update(state)
+        self._number()
 
     def find(self, asked: Sequence[tuple[KnownEvents, UnsortedLookUps]]) -> None:
         """Notes in look-ups what they find among the events, which are those of the index."""
@@ -88,7 +97,7 @@ class CountersTogether:
 
     def __init__(self, memories: Sequence[CounterMemory]) -> None:
         self.memories = tuple(memories)
-        self._place = {id(memory): place for place, memory in enumerate(memories)}
+        self._number()
         events = [memory.events for memory in memories]
         # Of each memory, where its events begin, and its groups of keys, which have one more start than there are.
         self._event = np.cumsum([0, *map(len, events)])
@@ -98,6 +107,14 @@ class CountersTogether:
         self._known = np.concatenate([each.known for each in events]) if events else np.empty(0, np.int64)
         for each, start, end in zip(events, self._event[:-1], self._event[1:], strict=True):
             each.known = self._known[start:end]
+
+    def _number(self) -> None:
+        self._place = {id(memory): place for place, memory in enumerate(self.memories)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of `TogetherIndex`."""
+        self.__dict__.update(state)
+        self._number()
 
     def answer(self, questions: Sequence[CounterQuestion]) -> list[TogetherFound]:
         """One answer a question. Keys that were found before (`TogetherIndex.find`) are not looked for again."""

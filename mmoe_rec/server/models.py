@@ -1,23 +1,23 @@
 """The model that is served, and how another one takes its place.
 
 A new model is loaded and answers its own example beside the old one, which goes on serving until then, and from then on
-only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`.
+only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`. Of several workers
+none loads it: they map what one process has loaded (`mmoe_rec.server.sharing`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.reloading import Source
+from mmoe_rec.serving.example import ExampleScores
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.envelope import ranked
 
@@ -29,11 +29,12 @@ _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A loaded model, ready to answer. example: a request that can be sent as it is."""
+    """A loaded model, ready to answer. example: a request that can be sent as it is; scores: what it answered it."""
 
     ranker: LoadedRanker
     source: Source
     example: dict[str, Any]
+    scores: ExampleScores
 
     def about(self) -> dict[str, str | None]:
         """Which model this is; name and version are those of the registry, where it comes from there, and artifact is
@@ -56,22 +57,29 @@ class Served:
 
 
 class Models:
-    """The current model. failure: why the last other one did not take its place, None if it did.
+    """The current model. failure: why the last other one did not take its place, None if it did."""
 
-    shared: a folder of all workers, where the first of them notes what it multiplies by; None for a single one.
-    """
-
-    def __init__(self, limits: Limits, shared: Path | None = None) -> None:
-        self.limits, self._shared = limits, shared
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.current: Served | None = None
         self.failure: str | None = None
         self._loading = threading.Lock()
 
     def load(self, source: Source) -> Served:
         """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
+        return self._taken_up(lambda: self._loaded(source))
+
+    def map(self, file: BinaryIO) -> Served:
+        """Maps a model that another process has loaded and written into a file, and makes it the current one.
+
+        Raises UserError for one that can't be mapped, or that answers its example otherwise than there.
+        """
+        return self._taken_up(lambda: _mapped(file))
+
+    def _taken_up(self, load: Callable[[], Served]) -> Served:
         with self._loading:
             try:
-                served = self._loaded(source)
+                served = load()
             except UserError as error:
                 self.failure = str(error)
                 raise
@@ -83,29 +91,40 @@ class Models:
 
         try:
             ranker = Ranker.load(source.folder)
-            self._serve_faster(ranker)
+            ranker.serve_faster()
             if self.limits.max_candidates is not None:
                 ranker.reader.max_candidates = self.limits.max_candidates
             example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))
-            (answer,) = ranked(ranker, [example], {})
+            scores = _answered(ranker, source, example)
         except UserError:
             raise
         except Exception as error:  # whatever it is, the model before goes on
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"the model at '{source.address}' can't be loaded ({reason})") from error
-        if not isinstance(answer, Ranking):
-            raise UserError(f"the model at '{source.address}' refuses its own example: {answer}")
-        return Served(ranker, source, example)
+        return Served(ranker, source, example, scores)
 
-    def _serve_faster(self, ranker: LoadedRanker) -> None:
-        """Multiplies by what is faster here. Workers that measured otherwise would give other last bits of scores."""
-        if self._shared is None or ranker.about.products != "auto":
-            ranker.serve_faster()
-            return
-        note = self._shared / "products"
-        if not note.exists():
-            own = self._shared / f"products.{os.getpid()}"
-            own.write_text(ranker.best_products(), encoding="utf-8")
-            with suppress(FileExistsError):  # another worker was first
-                os.link(own, note)
-        ranker.scorer.multiply_by("onednn" if note.read_text(encoding="utf-8") == "onednn" else "blas")
+
+def _mapped(file: BinaryIO) -> Served:
+    from mmoe_rec.server.sharing.arrays import read
+
+    try:
+        served: Served = read(file.fileno())
+        ranker = served.ranker
+        found = _answered(ranker, served.source, served.example)
+        told = served.scores.difference(found, ranker.about.tasks, ranker.calibration)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the model that workers share can't be mapped ({reason})") from error
+    if told:
+        raise UserError(f"the model that workers share computes something else here than where it was loaded: {told}")
+    return served
+
+
+def _answered(ranker: LoadedRanker, source: Source, example: dict[str, Any]) -> ExampleScores:
+    """What a model gives for its example."""
+    (answer,) = ranked(ranker, [example], {})
+    if not isinstance(answer, Ranking):
+        raise UserError(f"the model at '{source.address}' refuses its own example: {answer}")
+    return ExampleScores.of(answer, ranker.about.tasks)

@@ -8,14 +8,14 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import uvicorn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.options import Options, address_of, end_process
 from mmoe_rec.server.protocol import protocol
 from mmoe_rec.server.reloading import Finder, Source, Watch
@@ -115,14 +115,26 @@ class Reloading:
 
     def take_up(self, source: Source) -> None:
         """Serves another model. Raises UserError for one that can't be loaded."""
+        self._take_up(lambda: self.models.load(source))
+
+    def map(self, file: BinaryIO) -> None:
+        """Serves another model that is mapped. Raises UserError for one that can't be."""
+        self._take_up(lambda: self.models.map(file))
+
+    def fail(self, sentence: str) -> None:
+        """Goes on with the model before, as another one could not be loaded for the reason in a sentence."""
+        self.models.failure = sentence
+        self.metrics.reloads.labels("failed").inc()
+
+    def _take_up(self, load: Callable[[], Served]) -> None:
         try:
-            served = self.models.load(source)
-        except UserError:
-            self.metrics.reloads.labels("failed").inc()
+            served = load()
+        except UserError as error:
+            self.fail(str(error))
             raise
         self.metrics.reloads.labels("done").inc()
         self.metrics.show_model(served.about())
-        _log.info("serving %s", source.address)
+        _log.info("serving %s", served.source.address)
 
 
 def serve(source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:

@@ -1,16 +1,17 @@
 """Serving by several processes that share one listening socket, and the parent that keeps them going.
 
-The parent looks for models and says which one to load, so that all workers serve the same; it neither loads one nor
-answers requests. A worker that ends is replaced by one with the model that was last taken up. What they say to each
-other over a pipe: the parent `("load", source)` and `("refused", sentence)`; a worker `("ready",)`, `("failed",
-sentence)`, `("reload",)` and `("loaded", source, sentence or None)`.
+The parent looks for models, has each loaded once, by a process of its own (`mmoe_rec.server.sharing`), and sends it to
+all workers, so that they serve the same, in memory that they share; it neither loads one nor answers requests. A worker
+that ends is replaced by one with the model that was last loaded. What they say to each other over a pipe: the parent
+`("load",)`, followed by the file, `("failed", sentence)` about a model that can't be loaded, and `("refused",
+sentence)` about one that can't be found; a worker `("ready",)`, `("failed", sentence)`, `("reload",)` and `("loaded",
+sentence or None)`.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import socket
@@ -21,13 +22,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
 from mmoe_rec.server.options import Options, address_of
 from mmoe_rec.server.reloading import Finder, Source, Watch
+from mmoe_rec.server.sharing.preparing import Prepared, Preparing, no_room
+from mmoe_rec.server.sharing.starting import forking, started
 from mmoe_rec.server.worker import run_worker
 
 LONGEST_PAUSE_SECONDS = 30.0
@@ -44,17 +47,17 @@ def serve_by_workers(
 
     Gives the exit code: 0 if all that was accepted was answered. Raises UserError for a model that can't be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-") as folder:
-        os.environ[FOLDER_VARIABLE] = folder
-        try:
-            return _Parent(source, finder, bound, options, poll).run(known, count)
-        finally:
-            del os.environ[FOLDER_VARIABLE]
+    try:
+        metrics = tempfile.TemporaryDirectory(prefix="mmoe-rec-metrics-")
+    except OSError as error:
+        raise UserError(no_room(error, tempfile.gettempdir())) from None
+    with metrics as folder, forking(folder, {FOLDER_VARIABLE: folder}):
+        return _Parent(source, finder, bound, options, poll).run(known, count)
 
 
 @dataclass(eq=False)
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     is_ready: bool = False
 
@@ -63,9 +66,12 @@ class _Parent:
     """Keeps `count` workers. Everything but the watch happens in its main thread."""
 
     def __init__(self, source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
-        self._source, self._finder, self._bound, self._grace = source, finder, bound, options.grace
+        self._finder, self._bound, self._grace = finder, bound, options.grace
         self._options = replace(options, grace=_SHARE_OF_WORKERS * options.grace)
         self._workers: list[_Worker] = []
+        self._wanted: Source | None = source  # what is loaded next
+        self._preparing: Preparing | None = None
+        self._prepared: Prepared | None = None  # what workers serve
         self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._watch = Watch(finder, lambda found: self._todo.put(lambda: self._take_up(found)), poll)
         self._stopping = self._was_ready = False
@@ -77,6 +83,7 @@ class _Parent:
         try:
             self._watch.start(known)
             while not self._stopping:
+                self._prepare()
                 self._start_missing(count)
                 self._listen()
                 while not self._todo.empty():
@@ -90,44 +97,76 @@ class _Parent:
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
+    def _prepare(self) -> None:
+        """Has the next model loaded, and sends workers the one that has been."""
+        try:
+            if self._preparing is not None and self._preparing.has_ended():
+                done, self._preparing = self._preparing, None
+                self._serve(done.result())
+            if self._preparing is None and self._wanted is not None:
+                source, self._wanted = self._wanted, None
+                self._preparing = Preparing(source, self._options.limits, lambda: self._stopping)
+        except UserError as error:
+            if self._prepared is None:
+                raise
+            _log.warning("the model before goes on serving: %s", error)
+            for worker in self._workers:
+                self._tell(worker, "failed", str(error))
+
+    def _serve(self, prepared: Prepared) -> None:
+        before, self._prepared = self._prepared, prepared
+        for worker in self._workers:
+            self._send_model(worker)
+        if before is not None:
+            before.file.close()
+
+    def _send_model(self, worker: _Worker) -> None:
+        if self._prepared is None:  # it imports what is heavy meanwhile
+            return
+        with suppress(OSError):  # it has ended, and its replacement will get it
+            worker.pipe.send(("load",))
+            self._prepared.send(worker.process, worker.pipe)
+
     def _start_missing(self, count: int) -> None:
         while len(self._workers) < count and time.monotonic() >= self._next_start and not self._stopping:
             ours, theirs = multiprocessing.Pipe()
-            context = multiprocessing.get_context("spawn")
-            process = context.Process(target=run_worker, args=(self._source, self._bound, self._options, theirs))
-            process.start()
+            process = started(run_worker, (self._bound, self._options, theirs), lambda: self._stopping)
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            if process is None:
+                return
+            worker = _Worker(process, ours)
+            self._send_model(worker)
+            self._workers.append(worker)
 
     def _listen(self) -> None:
-        """What workers say, and which of them have ended, within a short while."""
+        """What workers say, and which of them have ended, within a short while, or as soon as a model is loaded."""
         pipes = {worker.pipe: worker for worker in self._workers}
-        for ready in wait([*pipes, *(worker.process.sentinel for worker in self._workers)], _TICK_SECONDS):
-            if isinstance(ready, Connection):
+        waited: list[Any] = [*pipes, *(worker.process.sentinel for worker in self._workers)]
+        if self._preparing is not None:
+            waited += self._preparing.waited_for
+        for ready in wait(waited, _TICK_SECONDS):
+            if ready in pipes:
                 with suppress(EOFError, OSError):
                     while ready.poll():
                         self._heard(pipes[ready], *ready.recv())
         for worker in [each for each in self._workers if not each.process.is_alive()]:
             self._ended(worker)
-        if not self._workers:
+        if not waited:
             time.sleep(_TICK_SECONDS)
 
     def _heard(self, worker: _Worker, what: str, *rest: Any) -> None:
         if what == "ready":
             worker.is_ready, self._failures = True, 0
             if not self._was_ready:
-                _log.info("serving %s at %s/invocations", self._source.address, address_of(self._bound))
+                assert self._prepared is not None
+                _log.info("serving %s at %s/invocations", self._prepared.source.address, address_of(self._bound))
             self._was_ready = True
         elif what == "failed":
             if not self._was_ready:
                 raise UserError(rest[0])
-            _log.error("a worker can't load the model: %s", rest[0])
-        elif what == "loaded":
-            source, failure = rest
-            if failure is None:
-                self._source = source
-            else:
-                _log.warning("worker %s goes on with the model before: %s", worker.process.pid, failure)
+            _log.error("a worker can't serve: %s", rest[0])
+        elif what == "loaded" and rest[0] is not None:
+            _log.warning("worker %s goes on with the model before: %s", worker.process.pid, rest[0])
         elif what == "reload":
             threading.Thread(target=self._find_for, args=(worker,), daemon=True).start()
 
@@ -141,8 +180,7 @@ class _Parent:
             self._todo.put(lambda: self._take_up(found))
 
     def _take_up(self, source: Source) -> None:
-        for worker in self._workers:
-            self._tell(worker, "load", source)
+        self._wanted = source
 
     @staticmethod
     def _tell(worker: _Worker, *what: Any) -> None:
@@ -170,8 +208,12 @@ class _Parent:
 
     def _end(self) -> int:
         self._bound.close()
+        if self._preparing is not None:
+            self._preparing.stop()
         for worker in self._workers:
             worker.process.terminate()
+            if not worker.is_ready:  # it may just have been forked, and not listen to signals yet
+                worker.pipe.close()
         end = time.monotonic() + self._grace
         code = 0
         for worker in self._workers:

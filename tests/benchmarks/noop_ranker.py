@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mmoe_rec.serving.artifact import read_artifact
+from mmoe_rec.serving.example import ExampleScores
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request
 
@@ -62,7 +63,7 @@ def main() -> None:
     ranker: Any = NoopRanker.like(folder)
     ranker.about = SimpleNamespace(name="noop", tables_as_of=ranker.tables_as_of)
     example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
-    models.current = Served(ranker, Source(folder, "noop", None), example)
+    models.current = Served(ranker, Source(folder, "noop", None), example, ExampleScores((), {}, {}))
     server = Server(Application(models, limits), Options(limits))
     server.serve_on(listening_socket("127.0.0.1", port), lambda loop: None)
 

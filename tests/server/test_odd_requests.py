@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.protocol import protocol
-from mmoe_rec.server.reloading import Source
-from mmoe_rec.serving import loaded
 from mmoe_rec.serving.errors import LONGEST_QUOTE, quoted
-from mmoe_rec.serving.loaded import LoadedRanker
-from mmoe_rec.serving.scorer import Scorer
 from tests.server.asking import Answer, ask, element, reply
 from tests.server.test_processes import GOOD, PATIENCE, everything, served
 from tests.serving.small_model import SmallModel
@@ -170,19 +165,6 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(app: Appli
     assert asyncio.run(asked(b"")) == b""
     one = asyncio.run(asked(call()))
     assert one.count(b"HTTP/1.1 ") == one.count(b"HTTP/1.1 200 OK") == one.count(b"connection: close") == 1
-
-
-def test_workers_multiply_alike(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[str] = []
-    read = loaded.read_artifact
-    monkeypatch.setattr(loaded, "read_artifact", lambda folder: replace(read(folder), products="auto"))
-    monkeypatch.setattr(Scorer, "multiply_by", lambda self, products: chosen.append(products))
-    for measured in ("onednn", "blas", "blas"):
-        monkeypatch.setattr(LoadedRanker, "best_products", lambda self, measured=measured: measured)
-        Models(Limits(), tmp_path).load(Source(small.folder, "models:/small/7"))
-    assert chosen == ["onednn"] * 3
-    Models(Limits()).load(Source(small.folder, "models:/small/7"))
-    assert chosen[-1] == "blas", "one alone takes what it measured"
 
 
 def test_thousands_of_wrong_names_cost_what_one_costs(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:

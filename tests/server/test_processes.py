@@ -69,28 +69,43 @@ class Running:
         return False
 
     def workers(self) -> set[int]:
-        """The process ids of the workers."""
-        found = set()
-        words = ["ps", "-ww", "-eo", "pid,ppid,args"]
-        for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
-            pid, parent, command = line.split(None, 2)
-            if parent == str(self.process.pid) and "spawn_main" in command:
-                found.add(int(pid))
-        return found
+        """The process ids of the workers, and of what loads a model for them."""
+        return children(self.fork_server(), "forkserver")
+
+    def fork_server(self) -> int | None:
+        """The process that the workers are forked from."""
+        return next(iter(children(self.process.pid, "forkserver")), None)
+
+
+def children(parent: int | None, word: str) -> set[int]:
+    """The process ids of those children that have a word in their command."""
+    found = set()
+    words = ["ps", "-ww", "-eo", "pid,ppid,args"]
+    for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
+        pid, of, command = line.split(None, 2)
+        if of == str(parent) and word in command:
+            found.add(int(pid))
+    return found
 
 
 @contextmanager
-def served(folder: Path, scratch: Path, *arguments: str) -> Iterator[Running]:
-    """A slow server of the model in a folder."""
+def served(folder: Path, scratch: Path, *arguments: str, **variables: str) -> Iterator[Running]:
+    """A slow server of the model in a folder, with further variables in its environment."""
     port = free_port()
     words = [sys.executable, "-m", "tests.server.slow_server", str(scratch), "--model", str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     env.pop("MMOE_REC_TOKEN", None)
     log = scratch / "server.log"
     page = f"http://127.0.0.1:{port}/health"
     words += ["--port", str(port), *arguments]
     with running_program(words, page, log, cwd=ROOT, env=env) as process:
         yield Running(port, process, log)
+
+
+def is_running(process: int | None) -> bool:
+    """Whether there is a process of this id, which has not ended."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -148,9 +163,11 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
         if workers == "1":
             Sending(running, SLOW)
             until((tmp_path / "started").exists)
+        started = running.workers()
+        assert len(started) == (2 if workers == "2" else 0)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) in ((1,) if workers == "1" else (0, 1)), "1 where a machine is slow"
-        assert not running.workers()
+        assert not any(map(is_running, started))
 
 
 def test_connections_that_stay_unfinished_are_closed(small: SmallModel, tmp_path: Path) -> None:
@@ -299,13 +316,13 @@ def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, t
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
     with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
-        until(lambda: _model_count(running) == 2)
+        until(lambda: model_count(running) == 2)
         before = running.send(GOOD)
         first = running.workers()
         assert len(first) == 2
         os.kill(min(first), signal.SIGKILL)
         until(lambda: len(running.workers() - first) == 1)
-        until(lambda: _model_count(running) == 2)
+        until(lambda: model_count(running) == 2)
         assert [running.send(GOOD) for _ in range(9)] == [before] * 9
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_replies_total{status="200"} 10.0' in text, "of all workers, ended ones among them"
@@ -316,19 +333,21 @@ def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, t
         second = running.workers()
         os.kill(max(second), signal.SIGKILL)
         until(lambda: len(running.workers() - second) == 1)
-        until(lambda: _model_count(running) == 2)
+        until(lambda: model_count(running) == 2)
         assert all(running.send(GOOD) != before for _ in range(10)), "a replacement has the new model as well"
         shutil.rmtree(folder / "features")
         status, body = running.send(None, "/reload")
         assert (status, "the model before goes on serving" in body["message"]) == (503, True)
         assert running.send(GOOD)[0] == 200
 
+        last = running.workers()
+        assert len(last) == 2
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
-        assert not running.workers()
+        assert not any(map(is_running, last))
 
 
-def _model_count(running: Running) -> float:
+def model_count(running: Running) -> float:
     """How many workers serve a model, as the metrics have it."""
     try:
         text = running.send(None, "/metrics", "GET")[1]

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--host", default="127.0.0.1", metavar="H", help="default: %(default)s, this machine alone; 0.0.0.0 is all")
     add("--port", type=_port, default=8000, metavar="P", help="default: %(default)s; 0 takes a free one")
-    add("--workers", type=count, default=1, metavar="N", help="processes, each with the model (default: %(default)s)")
+    add("--workers", type=count, default=1, metavar="N", help="processes that share the model (default: %(default)s)")
     day = number_between(0, 86_400)
     add(
         "--poll",
