@@ -18,13 +18,13 @@ from mmoe_rec.point_in_time.join import KnownEvents, LookUps
 class UnsortedLookUps:
     """What N rows ask, each for itself. key: (N,) uint64; time: (N,) int64 microseconds.
 
-    found: what `TogetherIndex.find` found, by the id of the events: the (K,) int64 rows whose key has events, and the
+    found: what `TogetherIndex.find` found, by the events: the (K,) int64 rows whose key has events, and the
     number of each one's key among the distinct ones of the events.
     """
 
     key: np.ndarray
     time: np.ndarray
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    found: dict[KnownEvents, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -42,7 +42,7 @@ class UnsortedLookUps:
 
     def found_in(self, events: KnownEvents) -> tuple[np.ndarray, np.ndarray]:
         """The rows whose key has events, and the number of each one's key, as in `found`."""
-        known = self.found.get(id(events))
+        known = self.found.get(events)
         return events.index.find(self.key) if known is None else known
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ class TogetherIndex:
 
     def __init__(self, memories: Sequence[KnownEvents]) -> None:
         self.memories = tuple(memories)
-        self._number()
+        self._place = {events: place for place, events in enumerate(memories)}
         keys = [events.distinct ^ _salt(place) for place, events in enumerate(memories)]
         every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = sorted_order(every, np.zeros(len(every), np.int64))
@@ -34,25 +33,17 @@ class TogetherIndex:
         numbers = order - np.repeat(starts[:-1], [len(each) for each in keys])[order]
         self._numbers = numbers.astype(np.int32 if len(every) < 2**31 else np.int64)
 
-    def _number(self) -> None:
-        self._place = {id(events): place for place, events in enumerate(self.memories)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In another process events have other ids, which may be those of others here."""
-        self.__dict__.update(state)
-        self._number()
-
     def find(self, asked: Sequence[tuple[KnownEvents, UnsortedLookUps]]) -> None:
         """Notes in look-ups what they find among the events, which are those of the index."""
         if not asked:
             return
-        keys = np.concatenate([each.key ^ _salt(self._place[id(events)]) for events, each in asked])
+        keys = np.concatenate([each.key ^ _salt(self._place[events]) for events, each in asked])
         found, group = self._index.find(keys)
         numbers = self._numbers[group]
         starts = np.cumsum([0, *(len(each) for _, each in asked)])
         ends = np.searchsorted(found, starts)
         for (events, each), start, low, high in zip(asked, starts[:-1], ends[:-1], ends[1:], strict=True):
-            each.found[id(events)] = found[low:high] - start, numbers[low:high]
+            each.found[events] = found[low:high] - start, numbers[low:high]
 
 
 def _salt(place: int) -> np.uint64:
@@ -97,7 +88,7 @@ class CountersTogether:
 
     def __init__(self, memories: Sequence[CounterMemory]) -> None:
         self.memories = tuple(memories)
-        self._number()
+        self._place = {memory: place for place, memory in enumerate(memories)}
         events = [memory.events for memory in memories]
         # Of each memory, where its events begin, and its groups of keys, which have one more start than there are.
         self._event = np.cumsum([0, *map(len, events)])
@@ -108,14 +99,6 @@ class CountersTogether:
         for each, start, end in zip(events, self._event[:-1], self._event[1:], strict=True):
             each.known = self._known[start:end]
 
-    def _number(self) -> None:
-        self._place = {id(memory): place for place, memory in enumerate(self.memories)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As of `TogetherIndex`."""
-        self.__dict__.update(state)
-        self._number()
-
     def answer(self, questions: Sequence[CounterQuestion]) -> list[TogetherFound]:
         """One answer a question. Keys that were found before (`TogetherIndex.find`) are not looked for again."""
         if not questions:
@@ -123,7 +106,7 @@ class CountersTogether:
         memories = [each.memory for each in questions]
         asked = [each.asked.as_of(each.memory.floor) for each in questions]
         found = [each.found_in(memory.events) for each, memory in zip(asked, memories, strict=True)]
-        parts = _Parts.of([self._place[id(memory)] for memory in memories], [len(rows) for rows, _ in found])
+        parts = _Parts.of([self._place[memory] for memory in memories], [len(rows) for rows, _ in found])
         group = np.concatenate([each for _, each in found]) + parts.spread(self._group)
         first, end = self._starts.take(group), self._starts.take(group + 1)
         times = np.concatenate([each.time.take(rows) for each, (rows, _) in zip(asked, found, strict=True)])

@@ -162,7 +162,7 @@ def test_indexes_are_there_at_once_and_whole(written: Path, loaded: Served) -> N
     assert isinstance(together, MemoriesTogether)
     assert together.are_current()
     for each in (together._index, together._together):
-        assert each._place == {id(memory): place for place, memory in enumerate(each.memories)}
+        assert each._place == {memory: place for place, memory in enumerate(each.memories)}
         assert each._place
     memory = together._together.memories[0]
     assert np.shares_memory(memory.events.known, together._together._known), "written once"
