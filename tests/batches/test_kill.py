@@ -15,6 +15,7 @@ import pytest
 from tests.batches.consumer import consume
 from tests.batches.encoded_files import write
 from tests.forked import start_server
+from tests.processes import until
 
 EPOCHS = 2
 FILES = [[90, 41, 7], [66, 0, 120], [35], [80, 80, 80, 1]]
@@ -49,10 +50,7 @@ def batches(folder: Path, stage: int, rank: int) -> list[dict[str, Any]]:
 def kill(folder: Path, stage: int, ranks: list[BaseProcess], chance: random.Random) -> None:
     """Kills all ranks, in any order, some time after each has written some batches."""
     least = chance.randint(1, 25)
-    deadline = time.monotonic() + 240
-    while min(len(batches(folder, stage, rank)) for rank in range(len(ranks))) < least:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    until(lambda: min(len(batches(folder, stage, rank)) for rank in range(len(ranks))) >= least, pause=0.002)
     for process in chance.sample(ranks, len(ranks)):
         time.sleep(chance.uniform(0, 0.02))
         process.kill()

@@ -12,6 +12,7 @@ import pytest
 from mmoe_rec.build import engines
 from mmoe_rec.build.engines import open_engine
 from mmoe_rec.errors import UserError
+from tests.processes import is_running, until
 
 
 def _power(exponent: int, base: int) -> int:
@@ -120,7 +121,4 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 240
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
-        assert time.monotonic() < deadline, "workers outlive the process that started them"
-        time.sleep(0.05)
+    until(lambda: not any(map(is_running, workers)), "workers outlive the process that started them")

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.processes import until
 from tests.serving.running_server import free_port, running_program
 
 WITHIN_S = 120
@@ -44,11 +44,7 @@ class Browser:
 
     def wait(self, script: str, *arguments: Any) -> Any:
         """What a script returns as soon as that is something."""
-        end = time.monotonic() + WITHIN_S
-        while not (found := self.run(script, *arguments)):
-            assert time.monotonic() < end, f"nothing came of: {script}"
-            time.sleep(0.05)
-        return found
+        return until(lambda: self.run(script, *arguments), f"nothing came of: {script}")
 
     def press(self, *keys: str) -> None:
         """Presses keys one after the other, and lets all of them go."""

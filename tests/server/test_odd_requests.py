@@ -20,8 +20,9 @@ from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.protocol import protocol
 from mmoe_rec.serving.errors import LONGEST_QUOTE, quoted
+from tests.processes import PATIENCE
 from tests.server.asking import Answer, ask, element, reply
-from tests.server.test_processes import GOOD, PATIENCE, everything, served
+from tests.server.test_processes import GOOD, everything, served
 from tests.serving.small_model import SmallModel
 
 LONG = "never seen again" * 12

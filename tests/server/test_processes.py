@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 from tests.pipelines.imports import ROOT
+from tests.processes import PATIENCE, children, fork_server, is_running, until
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
 from tests.serving.other_weights import other_weights
 from tests.serving.running_server import free_port, running_program
 from tests.serving.small_model import SmallModel
 
-PATIENCE = 300
 GOOD = {"inputs": [element()]}
 SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
 
@@ -70,22 +70,7 @@ class Running:
 
     def workers(self) -> set[int]:
         """The process ids of the workers, and of what loads a model for them."""
-        return children(self.fork_server(), "forkserver")
-
-    def fork_server(self) -> int | None:
-        """The process that the workers are forked from."""
-        return next(iter(children(self.process.pid, "forkserver")), None)
-
-
-def children(parent: int | None, word: str) -> set[int]:
-    """The process ids of those children that have a word in their command."""
-    found = set()
-    words = ["ps", "-ww", "-eo", "pid,ppid,args"]
-    for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
-        pid, of, command = line.split(None, 2)
-        if of == str(parent) and word in command:
-            found.add(int(pid))
-    return found
+        return children(fork_server(self.process.pid), "forkserver")
 
 
 @contextmanager
@@ -100,21 +85,6 @@ def served(folder: Path, scratch: Path, *arguments: str, **variables: str) -> It
     words += ["--port", str(port), *arguments]
     with running_program(words, page, log, cwd=ROOT, env=env) as process:
         yield Running(port, process, log)
-
-
-def is_running(process: int | None) -> bool:
-    """Whether there is a process of this id, which has not ended."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
-    return state.stdout.strip()[:1] not in ("", "Z")
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """The first true value of a condition."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-    return found
 
 
 class Sending(threading.Thread):

@@ -19,18 +19,8 @@ from mmoe_rec.serving import artifact
 from mmoe_rec.serving.artifact import MANIFEST, StoredFile, read_manifest
 from mmoe_rec.serving.example import EXAMPLE
 from tests.pipelines.imports import ROOT
-from tests.server.test_processes import (
-    GOOD,
-    PATIENCE,
-    Running,
-    Sending,
-    changed,
-    children,
-    is_running,
-    model_count,
-    served,
-    until,
-)
+from tests.processes import PATIENCE, children, fork_server, is_running, until
+from tests.server.test_processes import GOOD, Running, Sending, changed, model_count, served
 from tests.serving.running_server import free_port
 from tests.serving.small_model import SmallModel
 
@@ -85,7 +75,7 @@ def test_workers_map_one_file_and_a_new_model_another(folder: Path, tmp_path: Pa
         assert len(first) == 3
         (before,) = {frozenset(shared_file(each, temporary)) for each in first}
         assert len(before) == 1
-        server = running.fork_server()
+        server = fork_server(running.process.pid)
         assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1, "with other threads, forks may hang"
         assert "can't be forked" not in running.log.read_text()
 
@@ -151,7 +141,7 @@ class Reloading(Sending):
 def test_sigterm_while_a_model_is_loaded(folder: Path, tmp_path: Path, temporary: Path) -> None:
     with served(folder, tmp_path, "--workers", "2", TMPDIR=str(temporary)) as running:
         until(lambda: model_count(running) == 2)
-        workers, server = running.workers(), running.fork_server()
+        workers, server = running.workers(), fork_server(running.process.pid)
         hang_at_loading(folder)
         Reloading(running)
         (loading,) = until(lambda: running.workers() - workers)
@@ -186,7 +176,7 @@ def test_a_killed_fork_server_is_replaced_with_all_workers(folder: Path, tmp_pat
     with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
         until(lambda: model_count(running) == 2)
         expected = running.send(GOOD)
-        first, server = running.workers(), running.fork_server()
+        first, server = running.workers(), fork_server(running.process.pid)
         assert server is not None
         os.kill(server, signal.SIGTERM)
         assert is_running(server), "what ends a whole service leaves it until the workers have ended"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.abuse.load import Load
-from tests.benchmarks.abuse.server import WORKERS, Running, served, until
+from tests.benchmarks.abuse.server import WORKERS, Running, seconds_until, served
 from tests.benchmarks.abuse.strategies import valid
 from tests.benchmarks.abuse.wire import Sent
 from tests.benchmarks.memory import PROC
@@ -54,7 +54,7 @@ def kills(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def _until_replaced(running: Running, before: set[int]) -> float:
-    return until(lambda: len(running.workers() - before) == 1)
+    return seconds_until(lambda: len(running.workers() - before) == 1)
 
 
 def _ports(running: Running, worker: int) -> set[int]:

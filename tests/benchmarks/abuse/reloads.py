@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.abuse.load import Load
-from tests.benchmarks.abuse.server import served, until
+from tests.benchmarks.abuse.server import seconds_until, served
 from tests.benchmarks.abuse.strategies import valid
 from tests.benchmarks.abuse.wire import Sent
 from tests.benchmarks.memory import tree_bytes
@@ -42,7 +42,7 @@ def reloads(model: Path, folder: Path) -> dict[str, Any]:
                 memory.append(tree_bytes(running.process.pid))
         # The worker that was asked serves it; the others do so as soon as they have loaded it.
         last = expected[0][(TIMES - 1) % 2].body
-        seconds = until(lambda: all(running.ask(requests[0]).body == last for _ in range(10)))
+        seconds = seconds_until(lambda: all(running.ask(requests[0]).body == last for _ in range(10)))
     return {
         "reloads": dict(statuses),
         "calls": dict(load.outcomes),

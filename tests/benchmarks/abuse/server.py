@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.abuse.wire import PATIENCE, Reply, Sent, Wire
-from tests.benchmarks.memory import PROC
+from tests.processes import children, fork_server, until
 from tests.serving.running_server import free_port, running_program
 
 ROOT = Path(__file__).parents[3]
@@ -42,8 +42,7 @@ class Running:
 
     def workers(self) -> set[int]:
         """Process ids of the workers."""
-        children = (PROC / str(self.process.pid) / "task" / str(self.process.pid) / "children").read_text().split()
-        return {int(pid) for pid in children if b"spawn_main" in (PROC / pid / "cmdline").read_bytes()}
+        return children(fork_server(self.process.pid), "forkserver")
 
     def terminate(self) -> tuple[float, int]:
         """Ends the server by SIGTERM: the seconds that it took, and the exit code."""
@@ -66,13 +65,10 @@ class Running:
         until(lambda: self.ready_workers() == WORKERS)
 
 
-def until(condition: Callable[[], bool]) -> float:
+def seconds_until(condition: Callable[[], bool]) -> float:
     """Waits until a condition holds; the seconds that it took."""
     start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > PATIENCE:
-            raise TimeoutError("it never happened")
-        time.sleep(0.02)
+    until(condition)
     return time.monotonic() - start
 
 

@@ -1,0 +1,43 @@
+"""Other processes, as tests look at them and wait for them."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+Found = TypeVar("Found")
+PATIENCE = 300.0
+"""Seconds to wait for what takes a moment, before a test that would hang fails; a machine may be very busy."""
+
+
+def until(condition: Callable[[], Found], why: str = "it never happened", pause: float = 0.02) -> Found:
+    """The first true value of a condition, looked at every `pause` seconds; with `why`, an error instead of hanging."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, why
+        time.sleep(pause)
+    return found
+
+
+def children(parent: int | None, word: str) -> set[int]:
+    """The process ids of those children that have a word in their command."""
+    found = set()
+    words = ["ps", "-ww", "-eo", "pid,ppid,args"]
+    for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines():
+        pid, of, command = line.split(None, 2)
+        if of == str(parent) and word in command:
+            found.add(int(pid))
+    return found
+
+
+def fork_server(parent: int) -> int | None:
+    """The process that a process has its own ones forked from."""
+    return next(iter(children(parent, "forkserver")), None)
+
+
+def is_running(process: int | None) -> bool:
+    """Whether there is a process of this id, which has not ended."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")
