@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +42,25 @@ class Client:
         return content
 
 
-def latencies(client: Client, body: bytes | None, seconds: float) -> Latencies:
-    """As many requests as fit into a time, at least five, after two that are not timed."""
-    for _ in range(2):
-        client.ask(body)
-    taken = []
-    end = time.perf_counter() + seconds
-    while len(taken) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        client.ask(body)
-        taken.append(time.perf_counter() - start)
-    return Latencies(np.array(taken))
+def latencies(clients: Mapping[str, Client], body: bytes | None, seconds: float, turns: int) -> dict[str, Latencies]:
+    """As many requests of each client as fit into a time, at least one a turn.
+
+    Clients take turns, so that a machine that is now faster, now slower, is so for all of them; the first request of a
+    turn is not timed.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in clients}
+    for _ in range(turns):
+        for name, client in clients.items():
+            client.ask(body)
+            end = time.perf_counter() + seconds / turns
+            while True:
+                start = time.perf_counter()
+                client.ask(body)
+                now = time.perf_counter()
+                taken[name].append(now - start)
+                if now >= end:
+                    break
+    return {name: Latencies(np.array(each)) for name, each in taken.items()}
 
 
 def requests_a_second(connect: Callable[[], Client], body: bytes, clients: int, seconds: float) -> float:

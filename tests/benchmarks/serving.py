@@ -4,12 +4,14 @@ What scoring costs over HTTP, on MLflow's server and on ours, beside a no-op mod
 the same server, and beside this project as it was before its serving was made fast.
 
 It takes the model of the quickstart (`python -m pipelines.quickstart` comes first), or another one's folder
-(`--model`). Servers run one at a time, each scoring in one thread; clients share the
-cores with them. Requests name candidates by their ids; `given` also gives their attributes.
+(`--model`). Servers are asked in turns, each scoring in one thread; clients share the cores with them. Requests name
+candidates by their ids; `given` also gives their attributes.
 
 before        commit 5889222, in a worktree of its own (`--before`, kept in the folder for temporary files), where its
               own quickstart trains its model first;
-growth        the median of a request to a model that remembers ten times as many events, over the same model's;
+rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_model.py`) on MLflow's server, with the ids of
+              the same columns and random weights; its package comes from an environment of its own (`--peers`);
+growth        the median of a request to a model that remembers ten times as many events, over the same model's.
 """
 
 from __future__ import annotations
@@ -21,18 +23,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.benchmarks.http_load import Client, latencies, processor_seconds, requests_a_second
 from tests.benchmarks.serving_bodies import Bodies
+from tests.benchmarks.serving_models import save_pyfunc, save_rechub
 from tests.serving.running_server import free_port, running_program
 
 BEFORE = "5889222"
 MODEL = Path("data/complete_journey/work/model")
 COUNTS = (5, 500, 5_000)
+TURNS, LONG_TURNS = 10, 3
+RECHUB = "rechub_mlflow"
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,6 @@ class Running:
     def client(self, page: str = "/invocations") -> Client:
         """A new connection."""
         return Client(self.port, page)
-
-
-def save_pyfunc(model: Path, target: Path, noop: bool) -> None:
-    """Writes the MLflow model of an artifact, or the no-op one that replies as it does."""
-    import mlflow
-
-    from mmoe_rec.serving.mlflow_package import arguments
-
-    with tempfile.TemporaryDirectory() as scratch:
-        told = arguments(model, Path(scratch))
-        if noop:
-            told |= {"python_model": "tests/benchmarks/noop_model.py", "code_paths": ["mmoe_rec", "tests"]}
-        mlflow.pyfunc.save_model(path=target, **told)
 
 
 @contextmanager
@@ -115,30 +109,40 @@ def _env_of(folder: Path) -> dict[str, str]:
 
 
 class Benchmark:
-    """Figures of servers, collected by their names."""
+    """Figures of servers that run at the same time and are asked in turns, by their names."""
 
-    def __init__(self, bodies: Bodies, seconds: float) -> None:
-        self.bodies, self.seconds = bodies, seconds
+    def __init__(self, bodies: Bodies, servers: Mapping[str, Running], seconds: float) -> None:
+        self.bodies, self.servers, self.seconds = bodies, servers, seconds
         self.figures: dict[str, dict[str, float]] = {"p50_ms": {}, "p99_ms": {}, "rps_8_clients": {}, "cpu_ms": {}}
 
-    def measure(self, name: str, server: Running, given: bool = False) -> None:
-        """All requests to one server, and what they cost it."""
-        asked: Mapping[str, bytes | None] = {
-            **{f"{name}_{count}": self.bodies.ids(count) for count in COUNTS},
-            f"{name}_100x5": self.bodies.ids(5, elements=100),
-            **({f"{name}_given_500": self.bodies.given(500)} if given else {}),
+    def measure(self) -> None:
+        """All requests, and what 500 candidates by id cost; `before` is asked for the latter, `rechub` for neither, but
+        it ranks candidates that are given with all columns."""
+        most = {name: server for name, server in self.servers.items() if name not in ("before", RECHUB)}
+        models = {
+            name: server for name, server in self.servers.items() if name not in ("before", "noop", "noop_mlflow")
         }
-        self._ask(f"{name}_health", server.client("/ping"), None)
-        for what, body in asked.items():
-            self._ask(what, server.client(), body)
-        body = self.bodies.ids(500)
-        self._note("cpu_ms", name, 1e3 * processor_seconds(server.pid, server.client(), body, 100))
-        self._note("rps_8_clients", name, requests_a_second(server.client, body, 8, 2 * self.seconds))
+        asked = {str(count): self.bodies.ids(count) for count in COUNTS}
+        self._ask("health", most, None, "/ping")
+        for what, body in {**asked, "100x5": self.bodies.ids(5, elements=100)}.items():
+            self._ask(what, most, body)
+        self._ask("given_500", models, self.bodies.given(500))
+        by_ids = {name: server for name, server in self.servers.items() if name != RECHUB}
+        costs: dict[str, list[float]] = {name: [] for name in by_ids}
+        rates: dict[str, list[float]] = {name: [] for name in by_ids}
+        for _ in range(LONG_TURNS):
+            for name, server in by_ids.items():
+                costs[name].append(1e3 * processor_seconds(server.pid, server.client(), asked["500"], 40))
+                rates[name].append(requests_a_second(server.client, asked["500"], 8, 2 * self.seconds / LONG_TURNS))
+        for name in by_ids:
+            self._note("cpu_ms", name, float(np.median(costs[name])))
+            self._note("rps_8_clients", name, float(np.median(rates[name])))
 
-    def _ask(self, name: str, client: Client, body: bytes | None) -> None:
-        found = latencies(client, body, self.seconds)
-        self._note("p50_ms", name, found.ms(50))
-        self._note("p99_ms", name, found.ms(99))
+    def _ask(self, what: str, servers: Mapping[str, Running], body: bytes | None, page: str = "/invocations") -> None:
+        clients = {name: server.client(page) for name, server in servers.items()}
+        for name, found in latencies(clients, body, self.seconds, TURNS).items():
+            self._note("p50_ms", f"{name}_{what}", found.ms(50))
+            self._note("p99_ms", f"{name}_{what}", found.ms(99))
 
     def _note(self, figure: str, name: str, value: float) -> None:
         self.figures[figure][name] = round(value, 3)
@@ -152,30 +156,28 @@ def grown(model: Path, times: int) -> float:
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
-def benchmark(model: Path, earlier: Path | None, seconds: float) -> dict[str, Any]:
+def benchmark(model: Path, earlier: Path | None, peers: Path | None, seconds: float) -> dict[str, Any]:
     """All figures."""
-    run = Benchmark(Bodies(model), seconds)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for noop in (False, True):
             save_pyfunc(model, folder / f"pyfunc_{noop}", noop)
-        with by_mlflow(folder / "pyfunc_True", folder) as server:
-            run.measure("noop_mlflow", server)
-        with by_mlflow(folder / "pyfunc_False", folder) as server:
-            run.measure("mlflow", server, given=True)
-        with noop_by_ours(model, folder) as server:
-            run.measure("noop", server)
-        with by_ours(model, folder) as server:
-            run.measure("ours", server, given=True)
-        with by_ours(model, folder, workers=2) as server:
-            run.measure("ours_2_workers", server)
+        found = {
+            "noop_mlflow": by_mlflow(folder / "pyfunc_True", folder),
+            "mlflow": by_mlflow(folder / "pyfunc_False", folder),
+            "noop": noop_by_ours(model, folder),
+            "ours": by_ours(model, folder),
+            "ours_2_workers": by_ours(model, folder, workers=2),
+        }
         if earlier is not None:
-            with by_mlflow("models:/complete_journey@champion", folder, before(earlier)) as server:
-                cost = 1e3 * processor_seconds(server.pid, server.client(), run.bodies.ids(500), 50)
-                run.figures["cpu_ms"]["before"] = round(cost, 3)
-                rate = requests_a_second(server.client, run.bodies.ids(500), 8, 2 * seconds)
-                run.figures["rps_8_clients"]["before"] = round(rate, 3)
-    p50, cpu = run.figures["p50_ms"], run.figures["cpu_ms"]
+            found["before"] = by_mlflow("models:/complete_journey@champion", folder, before(earlier))
+        if peers is not None:
+            save_rechub(model, folder / RECHUB, peers)
+            found[RECHUB] = by_mlflow(folder / RECHUB, folder)
+        servers = {name: stack.enter_context(server) for name, server in found.items()}
+        run = Benchmark(Bodies(model), servers, seconds)
+        run.measure()
+    p50, cpu, rates = run.figures["p50_ms"], run.figures["cpu_ms"], run.figures["rps_8_clients"]
     ratios = {
         "ours_over_noop_p50": p50["ours_500"] / p50["noop_500"],
         "ours_over_noop_p50_mlflow": p50["mlflow_500"] / p50["noop_mlflow_500"],
@@ -184,6 +186,8 @@ def benchmark(model: Path, earlier: Path | None, seconds: float) -> dict[str, An
     }
     if earlier is not None:
         ratios["before_over_ours_cpu"] = cpu["before"] / cpu["mlflow"]
+        ratios["mlflow_over_before_8_clients"] = rates["mlflow"] / rates["before"]
+        ratios["ours_2_workers_over_before_8_clients"] = rates["ours_2_workers"] / rates["before"]
     return {**run.figures, **{name: round(value, 3) for name, value in ratios.items()}}
 
 
@@ -193,11 +197,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="an artifact folder (default: %(default)s)")
     parser.add_argument("--before", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_before"))
     parser.add_argument("--no-before", action="store_true", help="without the earlier commit")
+    parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_peers"))
+    parser.add_argument("--no-peers", action="store_true", help="without torch-rechub")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each kind of request (default: %(default)s)")
     options = parser.parse_args()
     if not (options.model / "model.json").is_file():
         parser.error(f"'{options.model}' holds no model; run python -m pipelines.quickstart first")
-    print(json.dumps(benchmark(options.model, None if options.no_before else options.before, options.seconds)))
+    earlier, peers = None if options.no_before else options.before, None if options.no_peers else options.peers
+    print(json.dumps(benchmark(options.model, earlier, peers, options.seconds)))
 
 
 if __name__ == "__main__":
