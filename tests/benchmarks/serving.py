@@ -9,7 +9,7 @@ candidates by their ids; `given` also gives their attributes.
 
 before        commit 5889222, in a worktree of its own (`--before`, kept in the folder for temporary files), where its
               own quickstart trains its model first;
-rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_model.py`) on MLflow's server, with the ids of
+rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_model.py`) on MLflow's server, with ids of
               the same columns and random weights; its package comes from an environment of its own (`--peers`);
 growth        the median of a request to a model that remembers ten times as many events, over the same model's.
 """
