@@ -22,7 +22,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
-from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, logs_to_score
+from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, lacking, logs_to_score
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
@@ -106,6 +106,7 @@ class _Scoring:
         schema = self.pipeline.schema
         events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
         schema = schema.model_copy(update={"events": events})
+        self.lacking = lacking(source, schema) if as_of == "tables" else []
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
         check_names(self.pipeline)
         self.tables_as_of = read_artifact(found.folder).tables_as_of
@@ -282,6 +283,9 @@ class _Scoring:
                 f"request: {format_time(known['first'])}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
+        if self.lacking:
+            names = ", ".join(map(repr, self.lacking))
+            sentence += f", as do, of each user and candidate, attributes that the input has no column for: {names}"
         if whole.early:
             sentence += (
                 f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "

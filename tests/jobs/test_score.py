@@ -14,6 +14,7 @@ import pytest
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.prepare import encode_with
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.places import logs_for
@@ -102,6 +103,36 @@ def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_pat
     assert (found["model_version"] == done.manifest["model_version"]).all()
     assert done.manifest["rows_before_tables_as_of"] == 0
     assert "their future" not in done.manifest["meaning"]
+
+
+@pytest.mark.parametrize("given", [(), ("price",), ("age",)], ids=str)
+def test_attributes_that_are_not_there_are_completed_as_by_the_server(
+    small: SmallModel, tmp_path: Path, fine: None, given: tuple[str, ...]
+) -> None:
+    ranker, roles = Ranker.load(small.folder), small.settings.roles
+    table = later_table()
+    # One candidate that nobody knows.
+    items = [10**15 if row == 3 else each for row, each in enumerate(table["item"].to_pylist())]
+    table = table.set_column(table.column_names.index("item"), "item", pa.array(items))
+    attributes = {*roles.user, *roles.candidate} - {"user", "item", *given}
+    there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
+    source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
+    found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
+    requests = table["request"].to_numpy()
+    for request in np.unique(requests):
+        places = np.flatnonzero(requests == request)
+        asked = as_request(table.take(pa.array(places)))
+        for part in ("user", "candidates"):
+            asked[part] = {name: each for name, each in asked[part].items() if name not in attributes}
+        ranking = ranker.rank(**asked)
+        mine = found.iloc[places].sort_values("rank")
+        assert mine["item"].tolist() == ranking.candidates
+        np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
+    read = set(ranker.pipeline.schema.input_columns())
+    told = done.manifest["meaning"].partition("no column for: ")[2]
+    assert set(told.split(", ")) == {repr(name) for name in attributes & read}
+    with pytest.raises(UserError, match="has no column"):
+        scored(small.folder, source, tmp_path / "other", as_of="log")
 
 
 def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:

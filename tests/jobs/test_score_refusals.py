@@ -40,7 +40,7 @@ WRONG = {
     "a user of another type": (changed("user", as_text), "column 'user' changes its type.* '{file}'"),
     "text as a number": (changed("price", as_text), "'{file}': column 'price' must hold numbers, found string"),
     "lists as an id": (changed("brand", lambda c: pa.array([["a"]] * 200)), "'{file}': column 'brand' must hold"),
-    "no feature": (good().drop_columns(["price"]), "'{file}' has no column 'price'"),
+    "no feature": (good().drop_columns(["born"]), "'{file}' has no column 'born'"),
     "no request": (good().drop_columns(["request"]), "'{file}' has no column 'request'"),
     "no time": (good().drop_columns(["time"]), "'{file}' has no column 'time'"),
     "a null user": (changed("user", with_null), "'{file}': column 'user' is null in 1 rows.*199"),

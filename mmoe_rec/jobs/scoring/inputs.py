@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -23,10 +23,11 @@ def logs_to_score(source: str, pipeline: FeaturePipeline, schema: Schema, option
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
     pipeline: the model's features; schema: theirs, with the paths of the logs of events. Raises UserError for a log
-    that is not there, has no rows, or lacks a column, the columns of labels among them.
+    that is not there, has no rows, or lacks a column, the columns of labels among them; `as_of` the tables, attributes
+    may lack (`lacking`).
     """
-    read = read_schema(schema, as_of)
     find_files(source, "--input")  # in words of this command
+    read = read_schema(schema, as_of, lacking(source, schema) if as_of == "tables" else ())
     if as_of == "log":
         _check_labels(source, read)
     # Requests that are yet to come may be scored by what is known now.
@@ -45,12 +46,29 @@ def check_names(pipeline: FeaturePipeline) -> None:
             raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
 
 
-def read_schema(schema: Schema, as_of: AsOf) -> Schema:
+def lacking(source: str, schema: Schema) -> list[str]:
+    """Attributes of users and candidates that the first file of a log has no column for: the model, as in the server,
+    completes them by what it last knew of each."""
+    ids, there = {schema.columns.user, schema.columns.candidate}, _columns(find_files(source)[0].address)
+    read = schema.input_columns()
+    return [name for name, role in read.items() if role in ("user", "candidate") and name not in ids | there]
+
+
+def _columns(address: str) -> set[str]:
+    with open_parquet(address) as parquet:
+        return {*parquet.schema_arrow.names, *path_values(address)}
+
+
+def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = ()) -> Schema:
     """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor the sampling
-    rate, and only those labels and events that counters and histories remember."""
+    rate, nor what the log lacks, and only those labels and events that counters and histories remember."""
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
     kept = {*scored, *(schema.features[name].shares for name in scored)}
-    features = {name: feature for name, feature in schema.features.items() if name in kept}
+    features = {
+        name: feature
+        for name, feature in schema.features.items()
+        if name in kept and not feature.reads().keys() & set(lacking)
+    }
     tasks: set[str | None] = set()
     if as_of == "log":
         tasks = {each.task for each in features.values() if isinstance(each, Remembering)}
@@ -68,8 +86,7 @@ def read_schema(schema: Schema, as_of: AsOf) -> Schema:
 def _check_labels(source: str, schema: Schema) -> None:
     """Raises UserError where the first file of a log has no labels to count."""
     first = find_files(source)[0].address
-    with open_parquet(first) as parquet:
-        there = {*parquet.schema_arrow.names, *path_values(first)}
+    there = _columns(first)
     for column, feature in _labels(schema):
         if column not in there:
             raise UserError(

@@ -149,7 +149,7 @@ def _known_rows(job: ScoreJob, ranker: LoadedRanker, part: LogPart) -> Iterator[
 
 def _scored(ranker: LoadedRanker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
     """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
-    values, log_scores = ranker.score(rows)
+    values, log_scores = ranker.score(ranker.reader.completed(rows))
     return scored_table(rows, values, log_scores, ranker.layout), log_scores
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.request_rows import FewRows, RequestRows
+from mmoe_rec.log.request_rows import FewRows, RequestRows, Stored
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.errors import RequestError, quoted
@@ -79,6 +80,17 @@ class RequestReader:
                 shared[name] = pa.nulls(len(requests))
         of = np.repeat(np.arange(len(requests)), counts)
         return RequestRows(FewRows(shared, len(requests), self.schema), own, of)
+
+    def completed(self, rows: LogRows) -> LogRows:
+        """Rows with those attributes that they have no column for, as they were last known; null of unknown ids."""
+        table = rows.table
+        for latest in (self.users, self.candidates):
+            lacking = [name for name in latest.columns if not rows.has(name)]
+            places = latest.find(rows.column(latest.key)) if lacking else None
+            for name in lacking:
+                assert places is not None
+                table = table.append_column(name, Stored(latest.columns[name], places).array())
+        return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
         name = self.schema.columns.candidate
