@@ -283,13 +283,15 @@ class _Scoring:
                 f"request: {format_time(known['first'])}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if self.lacking:
-            names = ", ".join(map(repr, self.lacking))
-            sentence += f", as do, of each user and candidate, attributes that the input has no column for: {names}"
         if whole.early:
             sentence += (
                 f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "
                 "their future: to judge a model by them, score with --as-of log"
+            )
+        if self.lacking:
+            names = ", ".join(map(repr, self.lacking))
+            sentence += (
+                f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
             )
         return sentence
 

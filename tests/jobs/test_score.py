@@ -129,7 +129,7 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
         assert mine["item"].tolist() == ranking.candidates
         np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
     read = set(ranker.pipeline.schema.input_columns())
-    told = done.manifest["meaning"].partition("no column for: ")[2]
+    told = done.manifest["meaning"].partition("has no column ")[2].partition(": of each")[0]
     assert set(told.split(", ")) == {repr(name) for name in attributes & read}
     with pytest.raises(UserError, match="has no column"):
         scored(small.folder, source, tmp_path / "other", as_of="log")
