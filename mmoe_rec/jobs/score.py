@@ -27,6 +27,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel, find_model
@@ -77,7 +78,12 @@ def score_log(
         StoppedError: Ctrl-C; what was scored is kept.
     """
     model, source = str(model), str(source)
+    _check_overrides(overrides)
+    start, end = window
+    if start is not None and end is not None and start >= end:
+        raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}: no request lies between")
     found = find_model(model, _tracking_address(overrides))
+    read_artifact(found.folder)  # which says what is wrong with a damaged one
     settings = load_settings(found.folder / "settings.yaml", [*_HERE, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
@@ -86,6 +92,16 @@ def score_log(
     with writing(out.folder, "a scoring", "give another folder with --output"):
         out.check(source)
         return _Scoring(found, settings, source, out, as_of, window).run()
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Raises UserError for a setting that scoring does not read: the model has it from its training."""
+    for key, _ in parse_overrides(overrides):
+        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
+            raise UserError(
+                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products and "
+                "tracking.uri; all others are those that the model was trained with"
+            )
 
 
 def _tracking_address(overrides: Sequence[str]) -> str:
@@ -102,6 +118,7 @@ class _Scoring:
     ) -> None:
         self.settings = settings
         self.found, self.source, self.out, self.as_of, self.window = found, source, out, as_of, window
+        self.version = version_of(found.folder)
         self.pipeline = FeaturePipeline.load(found.folder / "features", memories=False)
         schema = self.pipeline.schema
         events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
@@ -109,16 +126,18 @@ class _Scoring:
         self.lacking = lacking(source, schema) if as_of == "tables" else []
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
         check_names(self.pipeline)
-        self.tables_as_of = read_artifact(found.folder).tables_as_of
-        self.version = version_of(found.folder)
+        about = read_artifact(found.folder, verify=False)
+        self.tables_as_of, self.stale_after_days = about.tables_as_of, about.stale_after_days
         self.constants = {"model": found.address, "model_version": self.version}
         self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
         before = self.out.manifest
-        if before is not None and before["fingerprint"] == self.fingerprint:
+        if before is not None and before["fingerprint"] == self.fingerprint and self.out.is_whole(before):
             return ScoredLog(self.out.folder, before, before=True)
+        if before is not None:
+            say(f"the {before['rows']:,} scores in '{self.out.folder}' will be replaced once new ones are whole")
         self.out.begin(self.fingerprint)
         try:
             manifest = self._scored()
@@ -287,6 +306,12 @@ class _Scoring:
             sentence += (
                 f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "
                 "their future: to judge a model by them, score with --as-of log"
+            )
+        days = self.stale_after_days
+        if days is not None and whole.last > microseconds(self.tables_as_of) + days * MICROSECONDS_PER_DAY:
+            sentence += (
+                f"; the last row was requested at {format_time(whole.last)}, more than {days:g} days later, when these "
+                "are stale (setting `serving.stale_after_days`)"
             )
         if self.lacking:
             names = ", ".join(map(repr, self.lacking))

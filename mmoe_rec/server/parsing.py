@@ -20,7 +20,7 @@ import orjson
 
 from mmoe_rec.server.limits import Limits, Refused
 from mmoe_rec.serving.errors import RequestError, quoted
-from mmoe_rec.serving.requests.envelope import OPTIONS
+from mmoe_rec.serving.requests.request import OPTIONS
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 LONGEST_KEY = 256
@@ -28,7 +28,7 @@ COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
 MOST_IGNORED = 5
 _KEY = re.compile(rb'"[ \t\n\r]*:')
-_LONG_INTEGER = re.compile(rb"[0-9]{20}")
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def read_stored(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        # Copies: the file is mapped, and a model must not change with it when another one is written over it.
+        return {name: each.clone() for name, each in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{path}' can't be read: {error}") from None
 

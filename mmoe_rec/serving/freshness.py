@@ -24,12 +24,11 @@ class Freshness:
 
     def warnings(self, time: int) -> list[str]:
         """At most one sentence about a request at this time (microseconds) that reads counters or histories."""
-        about = f"the request's time {iso_time(time)} lies"
+        about = f"the request's time {iso_time(time)} is"
         if time <= self.known:
-            where = "before" if time < self.known else "at"
             return [
-                f"{about} {where} {iso_time(self.known)}, up to which counters and histories count what happened: they "
-                "know its future, and predictions look better than they are"
+                f"{about} no later than {iso_time(self.known)}, up to which counters and histories count what "
+                "happened: they know its future, and predictions look better than they are"
             ]
         if self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY:
             return [

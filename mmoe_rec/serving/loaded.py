@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,11 @@ from mmoe_rec.serving.requests.request import Request, RequestReader
 from mmoe_rec.serving.requests.weights import fused_weights
 from mmoe_rec.serving.scorer import Scored, Scorer
 from mmoe_rec.settings import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    Rows: TypeAlias = LogRows | pa.Table | pd.DataFrame
 
 
 class LoadedRanker:
@@ -83,7 +88,10 @@ class LoadedRanker:
 
     @staticmethod
     def _read(folder: Path) -> LoadedRanker:
-        ranker = LoadedRanker._opened(folder, read_artifact(folder), version_of(folder))
+        about, version = read_artifact(folder), version_of(folder)
+        ranker = LoadedRanker._opened(folder, about, version)
+        if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
+            raise UserError(f"another model took the place of the one in '{folder}' while it was loaded: load it again")
         # This also builds the indexes that encoders make at their first use, so that no request waits for them.
         found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
         if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
@@ -141,8 +149,9 @@ class LoadedRanker:
 
         Args:
             user: column -> value; the user's id is required.
-            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings, integers,
-                or datetimes of Python, pandas or numpy.
+            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings (in UTC,
+                unless they have an offset), datetimes of Python, pandas or numpy, and integers in `columns.time_unit`
+                where the log has such.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
             task_weights: task or objective -> weight, see `mmoe_rec.serving.requests.weights`.
@@ -167,7 +176,7 @@ class LoadedRanker:
         """
         return self._passes.answers(requests)
 
-    def score(self, rows: LogRows | pa.Table, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
 
         Predictions are float32, or float64 where a task is a regression, in the order of `names`.
@@ -175,7 +184,7 @@ class LoadedRanker:
         ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError
         for a column that is missing, or that cannot be read as the features do.
         """
-        if isinstance(rows, pa.Table):
+        if not isinstance(rows, LogRows):
             rows = self._canonical(rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
@@ -191,14 +200,15 @@ class LoadedRanker:
         with torch.inference_mode():
             return self.model.side_by_side(batch)[0]
 
-    def score_table(self, rows: LogRows | pa.Table) -> pa.Table:
+    def score_table(self, rows: Rows) -> pa.Table:
         """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
-        if isinstance(rows, pa.Table):
+        if not isinstance(rows, LogRows):
             rows = self._canonical(rows)
         return scored_table(rows, *self.score(rows), self.layout)
 
-    def _canonical(self, rows: pa.Table) -> LogRows:
+    def _canonical(self, given: pa.Table | pd.DataFrame) -> LogRows:
         schema = self.pipeline.schema
+        rows = given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
         read = schema.input_columns()
         missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
         if missing:
@@ -207,7 +217,19 @@ class LoadedRanker:
         columns = {name: rows[name] for name in rows.column_names}
         for name in read.keys() & columns.keys():
             columns[name] = canonical(name, uses[name], rows[name], unit)
+            self._check(name, columns[name])
         return LogRows(pa.table(columns), schema)
+
+    def _check(self, name: str, values: pa.ChunkedArray) -> None:
+        """Raises UserError where a column of rows has not the type that the log had, or an id or a time is missing."""
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        known, names = self.pipeline.key_types.get(name), self.pipeline.schema.columns
+        if known is not None and not pa.types.is_null(kind) and str(kind) != known:
+            raise UserError(
+                f"column '{name}' of the rows holds {kind}, and the log that the model was trained on {known}"
+            )
+        if name in (names.user, names.candidate, names.time) and values.null_count:
+            raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
 
 
 @contextmanager

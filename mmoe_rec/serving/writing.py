@@ -117,15 +117,21 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     weights = {}
     for name, weight in state_dict.items():
         # A copy of its own: safetensors refuses tensors that share memory.
         weights[name] = weight.detach().cpu().float().contiguous().clone()
         if not weights[name].isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
+    write_tensors(weights, path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a file of tensors that everyone may read who may read other new files: safetensors leaves it to its owner
+    alone, and a server may run as someone else."""
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
-    save_file(weights, path)
-    path.chmod(mode)  # safetensors leaves it to its owner alone, and a server may run as someone else
+    save_file(dict(tensors), path)
+    path.chmod(mode)

@@ -143,3 +143,19 @@ def test_the_command_says_one_sentence(
     told = capsys.readouterr().err
     assert says in told
     assert len(told.splitlines()) == 1
+
+
+def test_a_column_that_only_some_files_have_is_not_completed(small: SmallModel, tmp_path: Path) -> None:
+    table = good()
+    source = write_finely(tmp_path / "log", table.drop_columns(["price"]).slice(0, 100), table.slice(100))
+    with pytest.raises(UserError, match=f"'{source / '0.parquet'}' has no column 'price'"):
+        score_log(small.folder, source, tmp_path / "out", "tables")
+
+
+@pytest.mark.parametrize("name", ["features/pipeline.json", "settings.yaml"])
+def test_a_damaged_model_is_told_as_such(small: SmallModel, tmp_path: Path, name: str) -> None:
+    source = write_finely(tmp_path / "log", good())
+    shutil.copytree(small.folder, tmp_path / "model")
+    (tmp_path / "model" / name).write_text('{"format": 9}')
+    with pytest.raises(UserError, match=f"is not as it was written: '{name}' has"):
+        score_log(tmp_path / "model", source, tmp_path / "out")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.build import engines
@@ -143,3 +144,18 @@ def test_scores_are_replaced_once_new_ones_are_whole(
     score_log(small.folder, source, tmp_path / "out", "tables")
     assert files_of(tmp_path / "out").keys() == old.keys()
     assert files_of(tmp_path / "out") != old
+
+
+@pytest.mark.parametrize("left", ["nothing", "fewer rows"])
+def test_scores_of_which_a_part_is_gone_are_made_again(
+    small: SmallModel, source: Path, tmp_path: Path, whole: dict[str, bytes], left: str
+) -> None:
+    out = tmp_path / "whole"
+    part = sorted(out.glob("part-*.parquet"))[1]
+    rows = pq.read_table(part)
+    part.unlink()
+    if left == "fewer rows":
+        pq.write_table(rows.slice(1), part)
+    assert not score_log(small.folder, source, out, overrides=["--data.workers", "1"]).before
+    assert files_of(out) == whole
+    assert score_log(small.folder, source, out, overrides=["--data.workers", "1"]).before

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmoe_rec.serving.errors import RequestError
@@ -59,8 +60,11 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"user": {"user": [5]}}, "'user' must hold integers, as in the log; found lists of integers"),
         ({"context": {"time": "yesterday"}}, "'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"context": {"time": 1.5}}, "'time' must hold times"),
+        ({"user": {"user": True}}, "'user' holds true or false, which is no id"),
+        ({"candidates": {"item": [1, True]}}, "'item' holds true or false, which is no id"),
         ({"context": {"time": True}}, "'time' must hold times"),
-        ({"context": {"time": 2**62}}, "outside the years 1700 to 2200"),
+        ({"context": {"time": "2201-01-01"}}, "outside the years 1700 to 2200"),
+        ({"context": {"time": 1_701_255_600}}, "'time' holds the integer 1701255600, whose unit is not known"),
         ({"context": {"born": "0001-01-01"}}, "outside the years"),
         ({"user": 5}, "'user' must be an object"),
         ({"task_weights": {"clicks": 1}}, "names 'clicks', which is no task or objective; did you mean 'click'?"),
@@ -119,5 +123,6 @@ def test_columns_that_no_feature_reads_are_ignored(tmp_path: Path) -> None:
 def test_integer_times_have_the_logs_unit(tmp_path: Path) -> None:
     columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": "s"}
     ranker = Ranker.load(SmallModel(tmp_path, columns=columns).folder)
-    ranking = ranker.rank({"user": USER}, {"time": 1_701_255_600}, {"item": ITEMS})
-    assert ranking.request_time == "2023-11-29T11:00:00+00:00"
+    for moment in (1_701_255_600, np.int64(1_701_255_600)):
+        ranking = ranker.rank({"user": USER}, {"time": moment}, {"item": ITEMS})
+        assert ranking.request_time == "2023-11-29T11:00:00+00:00"

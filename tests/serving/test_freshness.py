@@ -50,7 +50,7 @@ def test_a_time_that_does_not_fit_is_told_once(ranker: LoadedRanker, later: time
     assert sentence in told
     known = datetime.fromisoformat(ranker.about.tables_as_of)
     assert f"{known.isoformat()}," in told
-    assert f"the request's time {(known + later).isoformat()} lies" in told
+    assert f"the request's time {(known + later).isoformat()} is" in told
 
 
 @pytest.mark.parametrize("days", [0.5, None])

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec import tracking
+from mmoe_rec.errors import UserError
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.requests import envelope
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 PRICES = [1.5, 2.0, 0.25, 8.0, 3.0]
@@ -128,7 +130,6 @@ MOMENT = datetime(2023, 11, 29, 11, 0, 0, 250_000, UTC)
         pd.Timestamp(MOMENT).tz_convert("Europe/Berlin"),
         np.datetime64("2023-11-29T11:00:00.250"),
         np.datetime64("2023-11-29T11:00:00.250000000", "ns"),
-        np.int64(1_701_255_600_250_000),
     ],
     ids=repr,
 )
@@ -188,3 +189,39 @@ def test_the_mlflow_model_takes_them_and_one_request_alone(
     assert model.predict(frame) == model.predict([without_tags])
     with pytest.raises(mlflow.exceptions.MlflowException, match="'item' has 20 values, 'price' has 2"):
         model.predict({**plain, "candidates": {**candidates, "price": np.ones(2)}})
+
+
+def test_options_may_be_numbers_of_numpy(ranker: Ranker) -> None:
+    plain: dict[str, Any] = {"top_k": 3, "task_weights": {"click": 0.5}, "gate_top_k": 2, "mask_experts": [1]}
+    arrays = {
+        "top_k": np.int64(3),
+        "task_weights": {"click": np.float32(0.5)},
+        "gate_top_k": np.int8(2),
+        "mask_experts": np.array([1]),
+        "explain": np.bool_(False),
+    }
+    expected = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **plain)
+    assert ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **arrays) == expected
+    frame = pd.DataFrame({"item": ITEMS})
+    for candidates in ({"item": ITEMS}, frame):
+        element = {"user": {"user": USER}, "context": CONTEXT, "candidates": candidates, **arrays}
+        assert envelope.ranked(ranker, [element], {}) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "says"),
+    [
+        ("user", pa.array(["5"] * 20), "column 'user' of the rows holds string, and the log .* int64"),
+        ("item", pa.array([None] * 20, pa.int64()), "column 'item' of the rows is null in 20 of 20 rows"),
+        ("user", pa.array([5] * 19 + [None]), "column 'user' of the rows is null in 1 of 20 rows"),
+        ("time", pa.nulls(20, pa.timestamp("us", "UTC")), "column 'time' of the rows is null in 20 of 20 rows"),
+        ("brand", pa.array(range(20)), "column 'brand' of the rows holds int64, and the log .* string"),
+    ],
+)
+def test_rows_of_a_table_have_the_types_of_the_log(
+    small: SmallModel, ranker: Ranker, column: str, values: pa.Array, says: str
+) -> None:
+    table, _ = small.later_rows()
+    assert ranker.score_table(table.to_pandas()) == ranker.score_table(table)
+    with pytest.raises(UserError, match=says):
+        ranker.score_table(table.set_column(table.column_names.index(column), column, values))

@@ -11,9 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.build.logs import Logs
@@ -91,6 +95,13 @@ class Output:
             return None
         is_ours = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("parts"), dict)
         return found if is_ours and "fingerprint" in found else None
+
+    def is_whole(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether the files of a manifest are there, with as many rows as it says."""
+        try:
+            return all(pq.read_metadata(self.folder / name).num_rows == n for name, n in manifest["parts"].items())
+        except (OSError, pa.ArrowException):
+            return False
 
     def begin(self, fingerprint: str) -> None:
         """Makes the working folder, or takes that of a run of the same fingerprint; another one's is removed."""

@@ -47,11 +47,16 @@ def check_names(pipeline: FeaturePipeline) -> None:
 
 
 def lacking(source: str, schema: Schema) -> list[str]:
-    """Attributes of users and candidates that the first file of a log has no column for: the model, as in the server,
-    completes them by what it last knew of each."""
-    ids, there = {schema.columns.user, schema.columns.candidate}, _columns(find_files(source)[0].address)
-    read = schema.input_columns()
-    return [name for name, role in read.items() if role in ("user", "candidate") and name not in ids | there]
+    """Attributes of users and candidates that no file of a log has a column for: the model, as in the server, completes
+    them by what it last knew of each."""
+    ids = {schema.columns.user, schema.columns.candidate}
+    left = [name for name, role in schema.input_columns().items() if role in ("user", "candidate") and name not in ids]
+    for file in find_files(source):
+        if not left:
+            break
+        there = _columns(file.address)
+        left = [name for name in left if name not in there]
+    return left
 
 
 def _columns(address: str) -> set[str]:

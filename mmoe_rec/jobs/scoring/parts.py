@@ -21,6 +21,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader, take
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.log.parts import LogPart
@@ -86,14 +87,23 @@ def _about(scored: Path, number: int) -> Path:
 
 
 def ranker_of(folder: Path, version: str) -> LoadedRanker:
-    """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`."""
+    """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`.
+
+    Raises UserError where another one lies there by now.
+    """
     with _LOADING:
         return _loaded(folder, version)
 
 
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, version: str) -> LoadedRanker:
-    return LoadedRanker.read(folder)
+    ranker = LoadedRanker.read(folder)
+    if ranker.version != version:
+        raise UserError(
+            f"another model (version {ranker.version}) took the place of the one in '{folder}' (version {version}) "
+            "while rows were scored: start the command again, which scores with the new one"
+        )
+    return ranker
 
 
 def forget_ranker() -> None:

@@ -58,23 +58,25 @@ def started(
     if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([IMPORTED])
-        process: BaseProcess = context.Process(target=target, args=arguments)
-        try:
-            return process if _is_started(process, is_stopping) else None
-        except OSError as error:  # such as a path of the socket that is too long
-            _log.warning("a process can't be forked, and takes more memory: %s", error)
+        for last in (False, True):  # the fork server may be killed while it is asked; the next one asks another
+            process: BaseProcess = context.Process(target=target, args=arguments)
+            try:
+                return process if _is_started(process, is_stopping) else None
+            except (OSError, EOFError) as error:  # such as a path of the socket that is too long
+                if last:
+                    _log.warning("a process can't be forked, and takes more memory: %s", error or "no answer")
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     return process
 
 
 def _is_started(process: BaseProcess, is_stopping: Callable[[], bool]) -> bool:
-    failure: list[OSError] = []
+    failure: list[OSError | EOFError] = []
 
     def start() -> None:
         try:
             process.start()
-        except OSError as error:
+        except (OSError, EOFError) as error:
             failure.append(error)
 
     starting = threading.Thread(target=start, daemon=True)

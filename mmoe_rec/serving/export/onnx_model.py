@@ -39,6 +39,7 @@ from mmoe_rec.serving.export.compare import Answers
 from mmoe_rec.serving.export.onnx_readme import readme
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.requests.request import Request
+from mmoe_rec.serving.writing import write_tensors
 
 MODEL, TABLES, INPUTS, EXAMPLE_VALUES = "model.onnx", "tables.safetensors", "inputs.json", "example.safetensors"
 OPSET = 18
@@ -93,7 +94,6 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
 
     Raises UserError where a package is missing, or for a model that the exporter can't follow.
     """
-    from safetensors.torch import save_file
 
     check_packages()
     served, names = Served(ranker), _prediction_names(ranker)
@@ -116,10 +116,10 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
     assert program is not None
     program.save(made / MODEL)
     tables = {name: bag.weight.detach().clone() for name, bag in _bags(ranker).items()}
-    save_file(tables, made / TABLES)
+    write_tensors(tables, made / TABLES)
     with torch.inference_mode():
         values = dict(zip(OUTPUTS, served(example), strict=True))
-    save_file({"inputs": example, **{name: each.clone() for name, each in values.items()}}, made / EXAMPLE_VALUES)
+    write_tensors({"inputs": example, **{name: each.clone() for name, each in values.items()}}, made / EXAMPLE_VALUES)
     about = _about(ranker, names)
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     (made / "README.md").write_text(readme(about), encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.serving.artifact import read_manifest, read_stored
-from mmoe_rec.serving.writing import seal
+from mmoe_rec.serving.writing import seal, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ def write_small(folder: Path, made: Path, dense: Dense) -> None:
 
     Raises UserError for a folder that is not as it was written, whose weights are in int8 already, or not finite.
     """
-    from safetensors.torch import save_file
-
     from mmoe_rec.model.int8 import some_in_int8
 
     stored = read_stored(folder / WEIGHTS)
@@ -38,7 +36,7 @@ def write_small(folder: Path, made: Path, dense: Dense) -> None:
         if name != WEIGHTS:
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, made / name)
-    save_file(smaller(stored, dense), made / WEIGHTS)
+    write_tensors(smaller(stored, dense), made / WEIGHTS)
     seal(made)
 
 

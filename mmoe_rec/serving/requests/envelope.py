@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.request import Request
-
-OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+from mmoe_rec.serving.requests.request import OPTIONS, Request
+from mmoe_rec.serving.requests.values import plain_option
 
 
 class Envelope(BaseModel):
@@ -69,8 +68,12 @@ def _opened(element: Mapping[str, Any], params: Mapping[str, Any]) -> Request:
     unknown = next((name for name in element if name not in Envelope.model_fields), None)
     if unknown is not None:
         raise RequestError(_unknown(str(unknown)))
+    given = {name: plain_option(each) if name in OPTIONS else each for name, each in element.items()}
+    candidates: Any = given.get("candidates")
+    if hasattr(candidates, "items") and not isinstance(candidates, dict):
+        given["candidates"] = dict(candidates.items())  # a data frame's columns
     try:
-        envelope = Envelope.model_validate(element)
+        envelope = Envelope.model_validate(given)
     except ValidationError as error:
         raise RequestError(_explained(error)) from None
     options = {name: _first(getattr(envelope, name), params.get(name)) for name in OPTIONS}
@@ -78,9 +81,8 @@ def _opened(element: Mapping[str, Any], params: Mapping[str, Any]) -> Request:
 
 
 def _first(own: Any, common: Any) -> Any:
-    """The request's own option, or the one for all requests; MLflow gives an array for a list."""
-    value = common if own is None else own
-    return value.tolist() if hasattr(value, "tolist") else value
+    """The request's own option, or the one for all requests."""
+    return common if own is None else own
 
 
 def _unknown(name: str) -> str:

@@ -22,14 +22,16 @@ from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.requests.columns import PARTS, RequestColumn, RequestColumns
-from mmoe_rec.serving.requests.values import plain, to_arrow
+from mmoe_rec.serving.requests.values import plain, plain_option, to_arrow
+
+OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
 
 
 @dataclass(frozen=True)
 class Request:
     """One candidate list, for one user in one context, not yet checked; see `LoadedRanker.rank` for the parts.
 
-    Columns of candidates that are given as arrays, or as a data frame, are lists here.
+    Columns of candidates that are given as arrays, or as a data frame, are lists here; numpy's numbers are Python's.
     """
 
     user: Mapping[str, Any]
@@ -44,6 +46,9 @@ class Request:
     def __post_init__(self) -> None:
         if hasattr(self.candidates, "items"):
             object.__setattr__(self, "candidates", {name: plain(each) for name, each in self.candidates.items()})
+        for name in OPTIONS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, plain_option(value))
 
 
 class RequestReader:
@@ -132,6 +137,9 @@ class RequestReader:
         }
 
     def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
+        names = self.schema.columns
+        if column.name in (names.user, names.candidate) and bool in set(map(type, values)):
+            raise RequestError(f"column '{column.name}' holds true or false, which is no id")
         array = to_arrow(column.name, values, column.use, column.expected, self.schema.columns.time_unit)
         return filled(array, _now()) if column.name == self.schema.columns.time else array
 

@@ -6,7 +6,7 @@ Values are those that JSON has, and those that Python programs have for them (`p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,6 +59,15 @@ def plain(values: Any) -> Any:
     return values
 
 
+def plain_option(value: Any) -> Any:
+    """An option with the numbers and lists of Python instead of those of numpy."""
+    if isinstance(value, Mapping):
+        return {name: plain_option(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_option(each) for each in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
 def to_arrow(
     column: str, values: Sequence[Any], use: Use, expected: pa.DataType | None = None, time_unit: str | None = None
 ) -> pa.Array:
@@ -66,7 +75,7 @@ def to_arrow(
 
     Args:
         expected: the column's type in the log, where it is known.
-        time_unit: unit of integers in a time column; null is microseconds.
+        time_unit: unit of integers in a time column; null where the log has timestamps, beside which they have none.
 
     Raises:
         RequestError: naming the column, what was expected and what was found.
@@ -173,6 +182,8 @@ def _times(column: str, values: Sequence[Any], unit: str | None) -> pa.Array:
 def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
     if isinstance(value, np.datetime64):
         value = value.astype("datetime64[us]").item()
+        if isinstance(value, int):  # beyond the years that Python has
+            unit = "us"
     elif isinstance(value, np.integer):
         value = value.item()
     elif isinstance(value, datetime) and math.isnan(value.year):  # pandas' missing time
@@ -183,7 +194,7 @@ def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | No
 def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     """Microseconds since 1970 UTC of a datetime or ISO 8601 string (UTC unless it has an offset), or integer in `unit`.
 
-    Raises RequestError for anything else, and for years outside 1700 to 2200.
+    Raises RequestError for anything else, integers without a unit among them, and for years outside 1700 to 2200.
     """
     if isinstance(value, str | datetime):
         moment = _moment(column, value) if isinstance(value, str) else value
@@ -191,7 +202,12 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
         inside = _YEARS[0] <= moment.year < _YEARS[1]
         result = _microseconds_of(moment) if inside else 0
     elif isinstance(value, int) and not isinstance(value, bool):
-        result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit or "us"]
+        if unit is None:
+            raise RequestError(
+                f"column '{column}' holds the integer {quoted(value)}, whose unit is not known, as the log has "
+                "timestamps: give an ISO 8601 string such as 2024-01-31T12:00:00Z"
+            )
+        result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit]
         low, high = (_microseconds_of(datetime(year, 1, 1, tzinfo=UTC)) for year in _YEARS)
         inside = low <= result < high
     else:

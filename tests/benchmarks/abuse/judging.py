@@ -35,7 +35,7 @@ def _wrong_status(reply: Reply) -> str:
 
 
 def _wrong_body(sent: Sent, reply: Reply, marker: str) -> str:
-    wrong = ""
+    wrong, tree = "", None
     if reply.headers.get("content-type") == "application/json":
         try:
             tree = json.loads(reply.body, parse_constant=_no_constant)
@@ -43,10 +43,22 @@ def _wrong_body(sent: Sent, reply: Reply, marker: str) -> str:
             wrong = "no JSON"
         else:
             wrong = _wrong_refusal(tree) if reply.status != 200 else ""
-    elif reply.status != 200 or sent.target not in ("/metrics", "/docs"):
+    elif reply.status != 200 or sent.target not in ("/", "/metrics", "/docs"):
         wrong = "no JSON"
-    echo = _echoes(reply.body.decode("utf-8", "replace"), sent.body, marker)
+    told = [reply.body.decode("utf-8", "replace")]
+    if reply.status == 200 and not wrong and sent.target.startswith("/invocations"):
+        told = _sentences(tree["predictions"])  # each of which may quote
+    echo = any(_echoes(each, sent.body, marker) for each in told)
     return wrong or (f"an echo at {reply.status}" if echo else "")
+
+
+def _sentences(predictions: list[dict[str, Any]]) -> list[str]:
+    """All sentences of rankings and of errors in their place, and what else they hold but ids, as one text."""
+    told, rest = [], []
+    for each in predictions:
+        told += [*each.get("warnings", ()), *([each["error"]] if "error" in each else [])]
+        rest.append({key: value for key, value in each.items() if key not in ("warnings", "error", "candidates")})
+    return [*told, json.dumps(rest)]
 
 
 def _no_constant(name: str) -> Any:
