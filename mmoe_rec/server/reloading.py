@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,15 +34,78 @@ class Finder(Protocol):
         """The model that lies there now. Raises UserError."""
 
 
+class NotFoundError(UserError):
+    """No model was found at the address, or it could not be fetched: the next attempt may find one."""
+
+
+class Reloads:
+    """Finds the model at the address and takes it up, again and again, one attempt after the other.
+
+    An attempt looks for a model only once the one before has ended, so that a slow download never puts an older model
+    in the place of a newer one. One attempt is under way and at most one is to come, which all who ask meanwhile share.
+    take_up: loads a model and serves it; raises UserError for one that can't be loaded.
+    """
+
+    def __init__(self, finder: Finder, take_up: Callable[[Source], None]) -> None:
+        self._finder, self._take_up = finder, take_up
+        self._lock = threading.Lock()
+        self._coming: Future[None] | None = None
+        self._is_running = False
+
+    def ask(self) -> Future[None]:
+        """An attempt that begins after this call; it ends once its model is served.
+
+        Its error is NotFoundError where there is none, or another UserError where that can't be loaded.
+        """
+        with self._lock:
+            if self._coming is None:
+                if not self._is_running:
+                    threading.Thread(target=self._run, name="reloads", daemon=True).start()
+                    self._is_running = True
+                self._coming = Future()
+                self._coming.set_running_or_notify_cancel()  # so that nobody cancels it for the others
+            return self._coming
+
+    def _run(self) -> None:
+        while (attempt := self._next()) is not None:
+            try:
+                self._reload()
+            except Exception as error:
+                attempt.set_exception(error)
+            else:
+                attempt.set_result(None)
+
+    def _next(self) -> Future[None] | None:
+        with self._lock:
+            attempt, self._coming = self._coming, None
+            self._is_running = attempt is not None
+            return attempt
+
+    def _reload(self) -> None:
+        try:
+            source = self._finder.find()
+        except Exception as error:
+            raise NotFoundError(sentence_of(error)) from error
+        try:
+            self._take_up(source)
+        except Exception as error:
+            _log.warning("the model before goes on serving: %s", sentence_of(error))
+            raise
+
+
+def sentence_of(error: BaseException) -> str:
+    """What is told of an error: a sentence that was written for people, or else its kind as well, in one line."""
+    return str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class Watch:
     """Looks every few seconds whether another model lies at the address, and has it taken up.
 
-    take_up: loads a model; raises UserError for one that can't be loaded, which is not tried again until it changes.
-    seconds: between looks, 0 for none at all.
+    One that can't be loaded is not tried again until the address's state changes. seconds: between looks, 0 for none.
     """
 
-    def __init__(self, finder: Finder, take_up: Callable[[Source], None], seconds: float) -> None:
-        self._finder, self._take_up, self._seconds = finder, take_up, seconds
+    def __init__(self, finder: Finder, reloads: Reloads, seconds: float) -> None:
+        self._finder, self._reloads, self._seconds = finder, reloads, seconds
         self._known: str | None = None
         self._told: str | None = None
 
@@ -62,14 +126,12 @@ class Watch:
             state = self._finder.state()
             if state == self._known:
                 return
-            source = self._finder.find()
+            found = self._reloads.ask().exception()
         except UserError as error:
-            if str(error) != self._told:
-                _log.warning("can't look for another model: %s", error)
-            self._told = str(error)
+            found = NotFoundError(str(error))
+        if isinstance(found, NotFoundError):
+            if str(found) != self._told:
+                _log.warning("can't look for another model: %s", found)
+            self._told = str(found)
             return
-        self._known, self._told = state, None
-        try:
-            self._take_up(source)
-        except UserError as error:
-            _log.warning("the model before goes on serving: %s", error)
+        self._known, self._told = state, None  # an attempt that failed has been told of

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import uvicorn
 
@@ -18,7 +18,7 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.options import Options, address_of, end_process
 from mmoe_rec.server.protocol import protocol
-from mmoe_rec.server.reloading import Finder, Source, Watch
+from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch
 
 BACKLOG = 1_024
 _LAST_STEPS_SECONDS = 0.5  # of the time to stop, what is left for ending after the last call was answered or given up
@@ -84,31 +84,8 @@ class Server(uvicorn.Server):
         end_process(1)
 
 
-def in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
-    """The result of work in a thread of its own, which does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: Exception | None) -> None:
-        if not result.done():
-            if error is None:
-                result.set_result(value)
-            else:
-                result.set_exception(error)
-
-    def run() -> None:
-        try:
-            found, failure = work(), None
-        except Exception as error:
-            found, failure = None, error
-        loop.call_soon_threadsafe(settle, found, failure)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result
-
-
 class Reloading:
-    """Loads models one after the other, and counts and tells what came of it."""
+    """Loads models, and counts and tells what came of it."""
 
     def __init__(self, models: Models, metrics: Metrics) -> None:
         self.models, self.metrics = models, metrics
@@ -144,13 +121,13 @@ def serve(source: Source, known: str, finder: Finder, bound: socket.socket, opti
     """
     models, metrics = Models(options.limits), Metrics()
     metrics.show_model(models.load(source).about())
-    reloading = Reloading(models, metrics)
+    reloads = Reloads(finder, Reloading(models, metrics).take_up)
 
     async def reload() -> None:
-        await in_thread(lambda: reloading.take_up(finder.find()))
+        await asyncio.wrap_future(reloads.ask())
 
     server = Server(Application(models, options.limits, metrics, reload, options.token), options)
-    watch = Watch(finder, reloading.take_up, poll)
+    watch = Watch(finder, reloads, poll)
 
     def started(loop: asyncio.AbstractEventLoop) -> None:
         watch.start(known)

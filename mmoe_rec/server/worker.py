@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -65,13 +66,15 @@ class _Talk:
 
     def __init__(self, pipe: Connection, reloading: Reloading) -> None:
         self._pipe, self._reloading = pipe, reloading
-        self._asked: list[asyncio.Future[str | None]] = []
+        self._numbers = count()
+        self._asked: dict[int, asyncio.Future[str | None]] = {}
+        self._failure: str | None = None  # why the model that was last sent is not served
 
     async def reload(self) -> None:
         """Asks the parent for the current model, and ends when this worker serves it. Raises UserError."""
-        asked: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
-        self._pipe.send(("reload",))
+        number = next(self._numbers)
+        asked = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._pipe.send(("reload", number))
         if (failure := await asked) is not None:
             raise UserError(failure)
 
@@ -80,16 +83,18 @@ class _Talk:
         while True:
             try:
                 what, *rest = self._pipe.recv()
-                failure = self._mapped() if what == "load" else str(*rest)
+                if what == "load":
+                    self._failure = self._mapped()
+                    self._pipe.send(("loaded", self._failure))
             except (EOFError, OSError):
                 _log.warning("the parent has ended, and so does this worker")
                 loop.call_soon_threadsafe(stop)
                 return
-            if what == "load":
-                self._pipe.send(("loaded", failure))
-            elif what == "failed":
-                self._reloading.fail(str(failure))
-            loop.call_soon_threadsafe(self._answer, failure)
+            if what == "failed":
+                self._reloading.fail(str(*rest))
+            elif what == "reloaded":
+                number, failure = rest
+                loop.call_soon_threadsafe(self._answer, number, failure or self._failure)
 
     def _mapped(self) -> str | None:
         try:
@@ -99,8 +104,7 @@ class _Talk:
             return str(error)
         return None
 
-    def _answer(self, failure: str | None) -> None:
-        asked, self._asked = self._asked, []
-        for each in asked:
-            if not each.done():
-                each.set_result(failure)
+    def _answer(self, number: int, failure: str | None) -> None:
+        asked = self._asked.pop(number)
+        if not asked.done():
+            asked.set_result(failure)

@@ -3,9 +3,9 @@
 The parent looks for models, has each loaded once, by a process of its own (`mmoe_rec.server.sharing`), and sends it to
 all workers, so that they serve the same, in memory that they share; it neither loads one nor answers requests. A worker
 that ends is replaced by one with the model that was last loaded. What they say to each other over a pipe: the parent
-`("load",)`, followed by the file, `("failed", sentence)` about a model that can't be loaded, and `("refused",
-sentence)` about one that can't be found; a worker `("ready",)`, `("failed", sentence)`, `("reload",)` and `("loaded",
-sentence or None)`.
+`("load",)`, followed by the file, `("failed", sentence)` about a model that can't be loaded, and `("reloaded", number,
+sentence or None)` once the attempt that a worker asked for has ended; a worker `("ready",)`, `("failed", sentence)`,
+`("reload", number)` and `("loaded", sentence or None)`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import queue
 import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
 from mmoe_rec.server.options import Options, address_of
-from mmoe_rec.server.reloading import Finder, Source, Watch
+from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch, sentence_of
 from mmoe_rec.server.sharing.preparing import Prepared, Preparing, no_room
 from mmoe_rec.server.sharing.starting import forking, started
 from mmoe_rec.server.worker import run_worker
@@ -55,6 +55,14 @@ def serve_by_workers(
         return _Parent(source, finder, bound, options, poll).run(known, count)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A model to be loaded. sent: ends once it has been sent to all workers, with UserError if it can't be loaded."""
+
+    source: Source
+    sent: Future[None] = field(default_factory=Future)
+
+
 @dataclass(eq=False)
 class _Worker:
     process: BaseProcess
@@ -63,17 +71,19 @@ class _Worker:
 
 
 class _Parent:
-    """Keeps `count` workers. Everything but the watch happens in its main thread."""
+    """Keeps `count` workers. Everything but finding models happens in its main thread."""
 
     def __init__(self, source: Source, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
-        self._finder, self._bound, self._grace = finder, bound, options.grace
+        self._bound, self._grace = bound, options.grace
         self._options = replace(options, grace=_SHARE_OF_WORKERS * options.grace)
         self._workers: list[_Worker] = []
-        self._wanted: Source | None = source  # what is loaded next
+        self._wanted: _Wanted | None = _Wanted(source)  # what is loaded next
+        self._loading: _Wanted | None = None
         self._preparing: Preparing | None = None
         self._prepared: Prepared | None = None  # what workers serve
         self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._watch = Watch(finder, lambda found: self._todo.put(lambda: self._take_up(found)), poll)
+        self._reloads = Reloads(finder, self._take_up)
+        self._watch = Watch(finder, self._reloads, poll)
         self._stopping = self._was_ready = False
         self._failures, self._next_start = 0, 0.0
 
@@ -103,15 +113,24 @@ class _Parent:
             if self._preparing is not None and self._preparing.has_ended():
                 done, self._preparing = self._preparing, None
                 self._serve(done.result())
+                self._settle(None)
             if self._preparing is None and self._wanted is not None:
-                source, self._wanted = self._wanted, None
-                self._preparing = Preparing(source, self._options.limits, lambda: self._stopping)
+                self._loading, self._wanted = self._wanted, None
+                self._preparing = Preparing(self._loading.source, self._options.limits, lambda: self._stopping)
         except UserError as error:
             if self._prepared is None:
                 raise
-            _log.warning("the model before goes on serving: %s", error)
             for worker in self._workers:
                 self._tell(worker, "failed", str(error))
+            self._settle(error)
+
+    def _settle(self, error: UserError | None) -> None:
+        assert self._loading is not None
+        if error is None:
+            self._loading.sent.set_result(None)
+        else:
+            self._loading.sent.set_exception(error)
+        self._loading = None
 
     def _serve(self, prepared: Prepared) -> None:
         before, self._prepared = self._prepared, prepared
@@ -168,19 +187,23 @@ class _Parent:
         elif what == "loaded" and rest[0] is not None:
             _log.warning("worker %s goes on with the model before: %s", worker.process.pid, rest[0])
         elif what == "reload":
-            threading.Thread(target=self._find_for, args=(worker,), daemon=True).start()
+            number = rest[0]
+            attempt = self._reloads.ask()
+            attempt.add_done_callback(lambda done: self._todo.put(lambda: self._reloaded(worker, number, done)))
 
-    def _find_for(self, worker: _Worker) -> None:
-        try:
-            found = self._finder.find()
-        except Exception as error:
-            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._todo.put(lambda: self._tell(worker, "refused", sentence))
-        else:
-            self._todo.put(lambda: self._take_up(found))
+    def _reloaded(self, worker: _Worker, number: int, attempt: Future[None]) -> None:
+        """Tells a worker what came of the attempt that it asked for, after the model itself, or why there is none."""
+        error = attempt.exception()
+        self._tell(worker, "reloaded", number, None if error is None else sentence_of(error))
 
     def _take_up(self, source: Source) -> None:
-        self._wanted = source
+        """Has the main thread load a model and send it to all workers; called in the thread of the reloads."""
+        wanted = _Wanted(source)
+        self._todo.put(lambda: self._want(wanted))
+        wanted.sent.result()
+
+    def _want(self, wanted: _Wanted) -> None:
+        self._wanted = wanted
 
     @staticmethod
     def _tell(worker: _Worker, *what: Any) -> None:
