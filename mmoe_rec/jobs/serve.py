@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.registry import find_model, permanent_address
+from mmoe_rec.registry import find_model, local_model, permanent_address
+from mmoe_rec.serving.artifact import MANIFEST
 
 if TYPE_CHECKING:
     from mmoe_rec.server.limits import Limits
@@ -24,10 +27,12 @@ class AtAddress:
     uri: str
 
     def state(self) -> str:
-        """Name and version that an alias stands for; of a folder, when its model was written."""
+        """Name and version that an alias stands for; of a folder, its manifest, and size and time of all its files.
+
+        Of all, as a copy that is under way may be looked at: its last file changes the state once more.
+        """
         permanent = permanent_address(self.address, self.uri)
-        file = Path(permanent) / "model.json"
-        return f"{permanent} {file.stat().st_mtime_ns}" if file.is_file() else permanent
+        return f"{permanent} {_state_of(local_model(permanent, self.uri))}" if Path(permanent).exists() else permanent
 
     def find(self) -> Source:
         """The model with its files on this machine."""
@@ -35,6 +40,21 @@ class AtAddress:
 
         found = find_model(self.address, self.uri)
         return Source(found.folder.resolve(), found.address, found.run_id)
+
+
+_READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
+
+
+def _state_of(folder: Path) -> str:
+    """What changes with an artifact folder: 64 hexadecimal digits."""
+    state = hashlib.sha256()
+    with suppress(OSError):
+        state.update((folder / MANIFEST).read_bytes())  # files of two models may have the same sizes and times
+    for path in sorted(folder.rglob("*")):
+        with suppress(OSError):  # it has just been removed
+            if path.suffix in _READ and (found := path.stat()):
+                state.update(f"\n{path} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
+    return state.hexdigest()
 
 
 def serve_model(
