@@ -125,10 +125,11 @@ class Watch:
         try:
             state = self._finder.state()
             if state == self._known:
+                self._told = None
                 return
             found = self._reloads.ask().exception()
-        except UserError as error:
-            found = NotFoundError(str(error))
+        except Exception as error:  # whatever it is, the next look may succeed, and nobody else would look
+            found = NotFoundError(sentence_of(error))
         if isinstance(found, NotFoundError):
             if str(found) != self._told:
                 _log.warning("can't look for another model: %s", found)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
+
+import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.serve import AtAddress
@@ -12,6 +15,7 @@ from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Reloads, Source, Watch
 from mmoe_rec.serving.artifact import version_of
+from tests.processes import PATIENCE
 from tests.serving.other_weights import other_weights
 from tests.serving.small_model import SmallModel
 
@@ -92,3 +96,57 @@ def test_the_artifact_in_a_model_of_mlflow_is_watched(small: SmallModel, tmp_pat
     assert copied.look() == []
     shutil.copytree(small.folder, folder)
     assert copied.look() == [version_of(folder)], "other files, though of the same model"
+
+
+class Changing:
+    """A finder that says or raises what a test tells it to, and goes on with the last."""
+
+    def __init__(self, *states: str | Exception) -> None:
+        self.states, self.is_silent = list(states), False
+
+    def state(self) -> str:
+        """As a `Finder`."""
+        if self.is_silent:
+            threading.Event().wait()  # for ever, so that the thread does nothing any more
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    def find(self) -> Source:
+        """As a `Finder`."""
+        return Source(Path("unused"), "found")
+
+
+def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
+    down, broken = OSError("the store\nis down"), UserError("there is no such alias")
+    finder = Changing("1", down, down, broken, "1", broken, RuntimeError("can't start new thread"), "2")
+    taken = threading.Event()
+    Watch(finder, Reloads(finder, lambda source: taken.set()), 0.001).start("1")
+    assert taken.wait(PATIENCE)
+    finder.is_silent = True
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"can't look for another model: {sentence}"
+        for sentence in (
+            "OSError: the store is down",
+            "there is no such alias",
+            "there is no such alias",
+            "RuntimeError: can't start new thread",
+        )
+    ], "each once, until a look succeeds"
+
+
+def test_a_model_whose_loading_fails_otherwise_is_not_loaded_at_every_look(caplog: pytest.LogCaptureFixture) -> None:
+    finder, loads = Changing("2", "2", "3"), []
+
+    def take_up(source: Source) -> None:
+        loads.append(source)
+        raise MemoryError("no room")
+
+    watch = Watch(finder, Reloads(finder, take_up), 0)
+    for count in (1, 1, 2):
+        watch.look()
+        assert len(loads) == count
+    told = ["the model before goes on serving: MemoryError: no room"] * 2
+    assert [record.getMessage() for record in caplog.records] == told
