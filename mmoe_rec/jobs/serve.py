@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,6 @@ from mmoe_rec.serving.artifact import MANIFEST
 if TYPE_CHECKING:
     from mmoe_rec.server.limits import Limits
     from mmoe_rec.server.reloading import Source
-
-MOST_CANDIDATES = "max_candidates"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:
     from mmoe_rec.settings import load_settings, parse_overrides
 
     settings = load_settings(folder / "settings.yaml", overrides)
-    limits = Limits.of(settings)
-    if any(keys[-1] == MOST_CANDIDATES for keys, _ in parse_overrides(overrides)):
-        limits = replace(limits, max_candidates=settings.serving.max_candidates)
-    return limits
+    given = set[str]()
+    for (_, *name), value in parse_overrides(overrides):
+        given.update(name or value)  # or the whole section
+    return Limits.of(settings, given)

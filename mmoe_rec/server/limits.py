@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import Settings
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 MOST_CHARACTERS = 400
 MEBIBYTE = 2**20
 MOST_HEADER_BYTES = 64 * 2**10
+OF_MODELS = ("max_candidates", "stale_after_days", "products")
+"""Settings of section `serving` that each model has for itself, as another one may take its place."""
 INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
 
@@ -18,11 +21,10 @@ INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's s
 class Limits:
     """Limits of a call; the settings of section `serving` say what each means.
 
-    max_candidates: of a request, None is what its model says; max_depth: of nested lists and objects, the outermost
-    object is at depth 1.
+    max_depth: of nested lists and objects, the outermost object is at depth 1; instead: of the settings that stay with
+    each model (`OF_MODELS`), those that go for every model that is served instead of its own.
     """
 
-    max_candidates: int | None = None
     max_total_candidates: int = 100_000
     max_elements: int = 256
     max_body_mib: int = 8
@@ -30,12 +32,17 @@ class Limits:
     max_waiting: int = 64
     read_seconds: float = 10
     answer_seconds: float = 30
+    instead: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(settings: Settings) -> Limits:
-        """The limits in settings. `max_candidates` stays with each model, as another one may take its place."""
-        names = [each.name for each in fields(Limits) if each.name != "max_candidates"]
-        return Limits(**{name: getattr(settings.serving, name) for name in names})
+    def of(settings: Settings, given: Collection[str] = ()) -> Limits:
+        """The limits in settings.
+
+        given: names of those that the command line gives, which alone go before those of models that are loaded later.
+        """
+        names = [each.name for each in fields(Limits) if each.name != "instead"]
+        instead = {name: getattr(settings.serving, name) for name in OF_MODELS if name in given}
+        return Limits(**{name: getattr(settings.serving, name) for name in names}, instead=instead)
 
     @property
     def max_body_bytes(self) -> int:

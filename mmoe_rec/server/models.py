@@ -91,9 +91,8 @@ class Models:
 
         try:
             ranker = Ranker.load(source.folder)
+            ranker.take_settings(self.limits.instead)
             ranker.serve_faster()
-            if self.limits.max_candidates is not None:
-                ranker.reader.max_candidates = self.limits.max_candidates
             example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))
             scores = _answered(ranker, source, example)
         except UserError:

@@ -123,6 +123,15 @@ class LoadedRanker:
         with _products_in_fp32():
             return ExampleScores.of(self.rank(**example), self.about.tasks)
 
+    def take_settings(self, serving: Mapping[str, Any]) -> None:
+        """Serves by other settings of section `serving` than those that the model was trained with.
+
+        serving: those that change, of max_candidates, stale_after_days and products (which `serve_faster` looks at).
+        """
+        self.about = replace(self.about, **serving)
+        self.reader.max_candidates = self.about.max_candidates
+        self._passes = replace(self._passes, freshness=Freshness.of(self.about))
+
     def serve_faster(self) -> None:
         """Multiplies as `best_products` says from now on."""
         self.scorer.multiply_by(self.best_products())
