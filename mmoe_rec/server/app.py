@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -19,7 +18,7 @@ from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
-from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.page.response import page
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 
@@ -119,15 +118,12 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
     app.exception_handler(Exception)(_failed)
     described = app.openapi
 
-    @lru_cache(maxsize=1)
-    def schema_of(served: Served | None) -> dict[str, Any]:
-        tree = described()
+    def schema() -> dict[str, Any]:
+        tree = described()  # made once, without a model
+        served = models.current
         tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
         tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
         return tree
-
-    def schema() -> dict[str, Any]:
-        return schema_of(models.current)
 
     app.openapi = schema  # type: ignore[method-assign]
     return app

@@ -150,9 +150,8 @@ class Batcher:
         # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.serving.mlflow_model`.
         torch.set_num_threads(1)
         while True:
-            task = self._tasks.get()
             try:
-                task()
+                self._tasks.get()()  # without a name, by which the last pass would hold its model until the next one
             except RuntimeError:  # the event loop has ended, and nobody waits
                 _log.debug("a pass ended after the server", exc_info=True)
 

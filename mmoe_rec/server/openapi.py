@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,6 +64,7 @@ _STATUSES = {
 }
 
 
+@cache
 def schemas() -> dict[str, Any]:
     """The components that `invocation` refers to."""
     from pydantic.json_schema import models_json_schema
