@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -23,10 +24,14 @@ class Options:
     token: str | None = None
 
 
+BACKLOG = 1_024
+
+
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address, on which nobody listens yet. port: 0 takes a free one.
 
-    Raises UserError for an address that is taken, or not this machine's.
+    Raises UserError for an address that is taken, on Linux also by a server that is still loading its model, or that is
+    not this machine's.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -34,9 +39,34 @@ def listening_socket(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        if sys.platform == "linux":
+            _reserve(bound)
     except OSError as error:
-        raise UserError(f"{host}:{port} can't be listened on: {error.strerror or error}") from None
+        raise _taken(f"{host}:{port}", error) from None
     return bound
+
+
+def _reserve(bound: socket.socket) -> None:
+    """Raises OSError where another server has bound a socket to the same address, which it does not listen on yet.
+
+    SO_REUSEADDR, which a server needs that starts soon after another one has ended, lets both bind. So each also binds
+    a Unix socket to a name without a file, of which there is one for a network namespace, as long as its own exists.
+    """
+    reserved = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    weakref.finalize(bound, reserved.close)
+    reserved.bind(f"\0mmoe-rec {address_of(bound)}")
+
+
+def listen(bound: socket.socket) -> None:
+    """Takes connections. Raises UserError where another program has come first, on the same port of all addresses."""
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise _taken(address_of(bound).removeprefix("http://"), error) from None
+
+
+def _taken(address: str, error: OSError) -> UserError:
+    return UserError(f"{address} can't be listened on: {error.strerror or error}")
 
 
 def address_of(bound: socket.socket) -> str:

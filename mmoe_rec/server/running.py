@@ -16,11 +16,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
-from mmoe_rec.server.options import Options, address_of, end_process
+from mmoe_rec.server.options import BACKLOG, Options, address_of, end_process, listen
 from mmoe_rec.server.protocol import protocol
 from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch
 
-BACKLOG = 1_024
 _LAST_STEPS_SECONDS = 0.5  # of the time to stop, what is left for ending after the last call was answered or given up
 
 _log = logging.getLogger(__name__)
@@ -63,7 +62,11 @@ class Server(uvicorn.Server):
             self._last.start()
 
     def serve_on(self, bound: socket.socket, started: Callable[[asyncio.AbstractEventLoop], None]) -> None:
-        """Serves until a signal. started: is called in the event loop before the first request."""
+        """Serves until a signal. started: is called in the event loop before the first request.
+
+        Raises UserError where it can't listen.
+        """
+        listen(bound)
         config = self.config
         config.load()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.options import Options, end_process, ignore_interrupts, log_to_stderr
@@ -42,9 +42,7 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
         with file:
             metrics.show_model(models.map(file).about())
     except UserError as error:
-        with suppress(OSError):  # the parent has ended
-            pipe.send(("failed", str(error)))
-        raise SystemExit(1) from None
+        _end_with(error, pipe)
     talk = _Talk(pipe, Reloading(models, metrics))
     server = Server(
         Application(models, options.limits, metrics, talk.reload, options.token), options, ignored=(signal.SIGINT,)
@@ -57,8 +55,17 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
         with suppress(OSError):  # the parent has ended
             pipe.send(("ready",))
 
-    server.serve_on(bound, started)
+    try:
+        server.serve_on(bound, started)
+    except UserError as error:
+        _end_with(error, pipe)
     end_process(0)
+
+
+def _end_with(error: UserError, pipe: Connection) -> NoReturn:
+    with suppress(OSError):  # the parent has ended
+        pipe.send(("failed", str(error)))
+    raise SystemExit(1)
 
 
 class _Talk:
