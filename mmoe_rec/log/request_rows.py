@@ -73,6 +73,11 @@ class FewRows(LogRows):
         self._asked: dict[tuple[str, ...], UnsortedLookUps] = {}
         self._start(schema)
 
+    def unknown(self, name: str) -> np.ndarray:
+        """(N,) bool whether a column's values are none of those that are stored; False where none are stored."""
+        column = self._columns[name]
+        return column.places < 0 if isinstance(column, Stored) else np.zeros(self._rows, bool)
+
     @cached_property
     def table(self) -> pa.Table:
         """All columns as Arrow."""

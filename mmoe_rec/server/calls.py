@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -96,10 +96,15 @@ class Calls:
                 call, answers = exact, await self._answers(exact, gone)
         finally:
             gone.cancel()
-        told = (each.warnings for each in answers if isinstance(each, Ranking))
-        self.metrics.warnings.inc(sum(isinstance(each, LostExpert) for warnings in told for each in warnings))
+        self._count([each for each in answers if isinstance(each, Ranking)])
         with self.metrics.timed("write"):
             return written(answers, call.ignored, partial)
+
+    def _count(self, rankings: Sequence[Ranking]) -> None:
+        lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
+        self.metrics.warnings.inc(lost)
+        for role in ("user", "candidate"):
+            self.metrics.unknown.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
 
     async def _answers(self, call: Call, gone: asyncio.Future[None]) -> Answers:
         asked = call.objects, call.params, call.candidates

@@ -37,6 +37,7 @@ class Metrics:
         self.replies = counter("replies", "Replies to /invocations by status", "status")
         self.elements = counter("elements", "Elements of calls that were parsed")
         self.candidates = counter("candidates", "Candidates of calls that were parsed")
+        self.unknown = counter("unknown_ids", "Ids of ranked elements that the model knows nothing of, by role", "role")
         self.errors = counter("errors", "Wrong calls by kind: body, element, model", "kind")
         self.refusals = counter("refusals", "Calls refused for what they cost, or without a token, by reason", "reason")
         self.warnings = counter("expert_warnings", "Warnings in rankings that an expert is lost")

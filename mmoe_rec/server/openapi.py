@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmoe_rec.serving.ranking import Ranking
+from mmoe_rec.serving.ranking import UNSENT, Ranking
 from mmoe_rec.serving.requests.envelope import Envelope
 
 TEMPLATE = "#/components/schemas/{model}"
@@ -71,6 +71,8 @@ def schemas() -> dict[str, Any]:
 
     models = [(Invocation, "validation"), (Reply, "serialization"), (Error, "serialization")]
     _, found = models_json_schema(models, ref_template=TEMPLATE)  # type: ignore[arg-type]
+    for name in UNSENT:
+        del found["$defs"]["Ranking"]["properties"][name]
     return dict(found["$defs"])
 
 

@@ -107,7 +107,10 @@ class Passes:
         starts = np.searchsorted(rows.of, np.arange(len(asked) + 1))
         # By request, then by falling score; equal ones keep their order.
         order = np.lexsort((-log_scores, rows.of))
-        ids = rows.column(self.pipeline.schema.columns.candidate).to_pylist()
+        names = self.pipeline.schema.columns
+        ids = rows.column(names.candidate).to_pylist()
+        unknown = np.bincount(rows.of, rows.unknown(names.candidate), len(asked)).astype(int).tolist()
+        unknown_users = rows.shared.unknown(names.user).astype(int).tolist()
         best = scored.values[order].astype(np.float64)
         lists = {name: each.tolist() for name, each in with_outcomes(best, self._about.layout).items()}
         scores = from_logs(log_scores[order]).tolist()
@@ -133,6 +136,7 @@ class Passes:
                     explanations=explainer.explanations(places[start:end])
                     if explainer and each.request.explain
                     else None,
+                    unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
                 )
             )
         return rankings

@@ -29,6 +29,10 @@ class Explanation:
     histories: dict[str, list[int | None] | list[str | None] | None]
 
 
+UNSENT = ("unknown_ids",)
+"""What a ranking holds for the server's metrics alone."""
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
@@ -37,7 +41,9 @@ class Ranking:
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know; warnings: what went wrong with experts, see
     `mmoe_rec.serving.experts`, and what is wrong with the request's time, see `mmoe_rec.serving.freshness`; model: the
-    artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for.
+    artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
+    unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
+    out.
     """
 
     candidates: list[int] | list[str]
@@ -49,10 +55,11 @@ class Ranking:
     warnings: list[str] = field(default_factory=list)
     model: dict[str, str] = field(default_factory=dict)
     explanations: list[Explanation] | None = None
+    unknown_ids: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for."""
-        tree = {each.name: getattr(self, each.name) for each in fields(self)}
+        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in UNSENT}
         if (explanations := tree.pop("explanations")) is not None:
             tree["explanations"] = [dict(vars(each)) for each in explanations]
         return tree

@@ -198,3 +198,24 @@ def test_the_numbers_of_metrics(models: Models) -> None:
     assert found['stage_seconds_count{stage="read"}'] == 8, "one of them by its length"
     assert found['stage_seconds_count{stage="score"}'] == 5
     assert found['stage_seconds_count{stage="write"}'] == 5
+
+
+def test_unknown_ids_are_counted_in_what_is_ranked(models: Models) -> None:
+    app, ranker = watched(models)
+    assert models.current is not None
+    known = set(models.current.ranker.reader.candidates.table["item"].to_pylist())
+    assert [item in known for item in ITEMS] == [True] * 4 + [False]
+    assert 77 not in models.current.ranker.reader.users.table["user"].to_pylist()
+    stranger, wrong = element(user={"user": 77}, top_k=1), element(user={})
+    two = element(candidates={"item": [98, 99, 98, ITEMS[0]], "brand": ["a", "b", None, "a"]})
+    bodies = [{"inputs": [element(), stranger]}, {"inputs": [two]}, {"inputs": [two, wrong]}]
+    _, *answers = ask_while_busy(app, ranker, bodies)
+    assert [each.status for each in answers] == [200, 200, 400]
+    assert ask(app, {"inputs": [wrong, stranger]}, page="/invocations?partial=true").status == 200
+    lines = ask(app, b"", page="/metrics", method="GET").body.decode().splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if line.startswith("mmoe_rec_unknown_ids_total"))
+    assert {name.partition("{")[2]: float(value) for name, value in found.items()} == {
+        'role="user"}': 2.0,
+        'role="candidate"}': 1.0 + (1 + 1) + 3 + 3 + 1,
+    }
+    assert "unknown_ids" not in answers[0].tree["predictions"][0]
