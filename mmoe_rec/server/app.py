@@ -111,7 +111,7 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
             try:
                 await reload()
             except UserError as error:
-                return refusal(Refused(503, f"the model before goes on serving: {error}", "reload", INTERNAL))
+                return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
             return await version()
 
     app.exception_handler(HTTPException)(_no_page)

@@ -89,7 +89,7 @@ class Reloads:
         try:
             self._take_up(source)
         except Exception as error:
-            _log.warning("the model before goes on serving: %s", sentence_of(error))
+            _log.warning("the previous model goes on serving: %s", sentence_of(error))
             raise
 
 

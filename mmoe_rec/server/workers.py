@@ -185,7 +185,7 @@ class _Parent:
                 raise UserError(rest[0])
             _log.error("a worker can't serve: %s", rest[0])
         elif what == "loaded" and rest[0] is not None:
-            _log.warning("worker %s goes on with the model before: %s", worker.process.pid, rest[0])
+            _log.warning("worker %s goes on with the previous model: %s", worker.process.pid, rest[0])
         elif what == "reload":
             number = rest[0]
             attempt = self._reloads.ask()

@@ -275,11 +275,11 @@ def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path:
         assert "weights.safetensors" in failure
         assert running.send(GOOD) == replies[-1]
         status, body = running.send(None, "/reload")
-        assert (status, "the model before goes on serving" in body["message"]) == (503, True)
+        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text
         assert 'mmoe_rec_reloads_total{outcome="failed"} 2.0' in text
-        assert "the model before goes on serving" in running.log.read_text()
+        assert "the previous model goes on serving" in running.log.read_text()
 
 
 def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, t
         assert all(running.send(GOOD) != before for _ in range(10)), "a replacement has the new model as well"
         shutil.rmtree(folder / "features")
         status, body = running.send(None, "/reload")
-        assert (status, "the model before goes on serving" in body["message"]) == (503, True)
+        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
         assert running.send(GOOD)[0] == 200
 
         last = running.workers()

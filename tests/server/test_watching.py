@@ -148,5 +148,5 @@ def test_a_model_whose_loading_fails_otherwise_is_not_loaded_at_every_look(caplo
     for count in (1, 1, 2):
         watch.look()
         assert len(loads) == count
-    told = ["the model before goes on serving: MemoryError: no room"] * 2
+    told = ["the previous model goes on serving: MemoryError: no room"] * 2
     assert [record.getMessage() for record in caplog.records] == told
