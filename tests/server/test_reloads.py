@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
-import socket
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +17,16 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server import workers
+from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
 from mmoe_rec.server.reloading import NotFoundError, Reloads, Source, Watch
 from mmoe_rec.server.running import Reloading
 from mmoe_rec.server.worker import _Talk
 from tests.processes import PATIENCE, until
+from tests.server.asking import ask, element
+from tests.serving.small_model import SmallModel
 
 
 class Address:
@@ -122,7 +128,7 @@ class Sent:
     """A loaded model, of whose way to a worker only the address is left."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.file = source, socket.socket()
+        self.source, self.file = source, BytesIO()
 
     def send(self, process: object, pipe: Any) -> None:
         """As `Prepared`."""
@@ -149,7 +155,7 @@ class Loading:
 def test_a_worker_is_told_after_the_model_that_was_looked_for_when_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "Preparing", Loading)
     address = Address()
-    parent = workers._Parent(address.find(), address, socket.socket(), Options(Limits()), 0)
+    parent = workers._Parent(address.find(), address, cast(Any, None), Options(Limits()), 0)
     ours, theirs = multiprocessing.Pipe()
     worker = workers._Worker(cast(Any, None), ours)
     parent._workers.append(worker)
@@ -224,3 +230,39 @@ def test_a_caller_is_not_answered_for_an_earlier_attempt(monkeypatch: pytest.Mon
         await asyncio.wrap_future(ended)
 
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+# The memory of a model is free once another one is served
+
+
+def nothing(app: Application) -> None:
+    """Asks nothing."""
+
+
+def schema(app: Application) -> None:
+    """Asks for the page that holds the model's example."""
+    assert ask(app, b"", page="/openapi.json", method="GET").status == 200
+
+
+def call(app: Application) -> None:
+    """Asks for a ranking."""
+    assert ask(app, {"inputs": [element()]}).status == 200
+
+
+@pytest.mark.parametrize("asked", [nothing, schema, call])
+def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Callable[[Application], None]) -> None:
+    models = Models(Limits())
+    models.load(Source(small.folder, "models:/small/1"))
+    app = Application(models, Limits())
+    asked(app)
+    assert models.current is not None
+    before = weakref.ref(models.current.ranker)
+    models.load(Source(small.folder, "models:/small/2"))
+
+    def is_gone() -> bool:
+        gc.collect()
+        return before() is None
+
+    until(is_gone)
+    assert any(each.name == "ranking" for each in threading.enumerate())
+    asked(app)
