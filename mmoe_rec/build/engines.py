@@ -123,6 +123,10 @@ class _RayEngine:
     """
 
     def __init__(self, workers: int) -> None:
+        if not os.environ.get("RAY_ADDRESS"):
+            # Under `uv run`, Ray would start each process by `uv run` too, in an environment made for it alone. On this
+            # machine the one that runs is the right one.
+            os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:
             import ray
             import ray.data
