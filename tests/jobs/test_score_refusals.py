@@ -159,3 +159,15 @@ def test_a_damaged_model_is_told_as_such(small: SmallModel, tmp_path: Path, name
     (tmp_path / "model" / name).write_text('{"format": 9}')
     with pytest.raises(UserError, match=f"is not as it was written: '{name}' has"):
         score_log(tmp_path / "model", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("setting", ["--tasks.click.score_weight", "--model.gates.top_k", "--serving.max_candidates"])
+def test_a_setting_that_scoring_does_not_read_is_refused(small: SmallModel, tmp_path: Path, setting: str) -> None:
+    with pytest.raises(UserError, match=f"^{setting} changes nothing here"):
+        score_log(small.folder, tmp_path / "log", tmp_path / "out", overrides=[setting, "1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_without_time_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--start 1970-01-01T00:00:00\+00:00 is not before --end"):
+        score_log(small.folder, "no/log", tmp_path / "out", window=(2, 2))

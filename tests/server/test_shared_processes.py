@@ -11,10 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+from mmoe_rec.server.sharing import starting
 from mmoe_rec.serving import artifact
 from mmoe_rec.serving.artifact import MANIFEST, StoredFile, read_manifest
 from mmoe_rec.serving.example import EXAMPLE
@@ -215,3 +217,21 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_in_one_sentence(folder: Pa
     assert told[1][2].count("\n") == 1
     assert "weights.safetensors" in told[1][2]
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(("fails", "way"), [(0, "forkserver"), (1, "forkserver"), (2, "spawn")])
+def test_a_fork_server_that_ends_while_it_is_asked_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, fails: int, way: str
+) -> None:
+    asked: list[BaseProcess] = []
+
+    def start(self: BaseProcess) -> None:
+        asked.append(self)
+        if len(asked) <= fails:
+            raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(BaseProcess, "start", start)
+    process = starting.started(os.getpid, (), lambda: False)
+    assert process is asked[-1]
+    assert len(asked) == fails + 1
+    assert process._start_method == way  # type: ignore[attr-defined]

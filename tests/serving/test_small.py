@@ -79,6 +79,10 @@ def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel, dense: Dens
     assert all(torch.equal(stored[name], before[name]) for name in kept)
 
 
+def test_who_may_read_the_model_may_read_its_weights(folder: Path) -> None:
+    assert (folder / "weights.safetensors").stat().st_mode == (folder / "model.json").stat().st_mode
+
+
 def test_is_no_model_to_round_again(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in int8 already"):
         write_small(folder, tmp_path, "bfloat16")
