@@ -22,16 +22,16 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
-from mmoe_rec.jobs.scoring.inputs import AsOf, check_names, lacking, logs_to_score
+from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, logs_to_score
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.serving.artifact import read_artifact, version_of
+from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.settings.load import parse_overrides
 from mmoe_rec.settings.sections import Tracking
@@ -123,11 +123,11 @@ class _Scoring:
         schema = self.pipeline.schema
         events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
         schema = schema.model_copy(update={"events": events})
-        self.lacking = lacking(source, schema) if as_of == "tables" else []
-        self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of)
+        self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
+        self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of, self.lacking)
         check_names(self.pipeline)
         about = read_artifact(found.folder, verify=False)
-        self.tables_as_of, self.stale_after_days = about.tables_as_of, about.stale_after_days
+        self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.constants = {"model": found.address, "model_version": self.version}
         self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
 
@@ -225,7 +225,7 @@ class _Scoring:
             reader=kept_reader(self.out.known, self.logs.log, parts, known["moved"]),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
-            known_until=microseconds(self.tables_as_of),
+            known_until=self.freshness.known,
             scores=self._by_request,
             scored=self.out.scored,
         )
@@ -307,11 +307,10 @@ class _Scoring:
                 f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "
                 "their future: to judge a model by them, score with --as-of log"
             )
-        days = self.stale_after_days
-        if days is not None and whole.last > microseconds(self.tables_as_of) + days * MICROSECONDS_PER_DAY:
+        if self.freshness.is_stale(whole.last):
             sentence += (
-                f"; the last row was requested at {format_time(whole.last)}, more than {days:g} days later, when these "
-                "are stale (setting `serving.stale_after_days`)"
+                f"; the last row was requested at {format_time(whole.last)}, more than {self.freshness.days:g} days "
+                "later, when these are stale (setting `serving.stale_after_days`)"
             )
         if self.lacking:
             names = ", ".join(map(repr, self.lacking))

@@ -22,6 +22,10 @@ class Freshness:
         """What an artifact says."""
         return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
 
+    def is_stale(self, time: int) -> bool:
+        """Whether a request at this time (microseconds) is so much later."""
+        return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
+
     def warnings(self, time: int) -> list[str]:
         """At most one sentence about a request at this time (microseconds) that reads counters or histories."""
         about = f"the request's time {iso_time(time)} is"
@@ -30,7 +34,7 @@ class Freshness:
                 f"{about} no later than {iso_time(self.known)}, up to which counters and histories count what "
                 "happened: they know its future, and predictions look better than they are"
             ]
-        if self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY:
+        if self.is_stale(time):
             return [
                 f"{about} more than {self.days:g} days after {iso_time(self.known)}, up to which counters and "
                 "histories count what happened: they are stale (setting `serving.stale_after_days`)"

@@ -13,6 +13,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
+from mmoe_rec.jobs.scoring.inputs import AsOf
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import at_times, random_log, times_of, with_requests
 from tests.serving.small_model import SmallModel
@@ -171,3 +172,11 @@ def test_a_setting_that_scoring_does_not_read_is_refused(small: SmallModel, tmp_
 def test_a_window_without_time_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--start 1970-01-01T00:00:00\+00:00 is not before --end"):
         score_log(small.folder, "no/log", tmp_path / "out", window=(2, 2))
+
+
+@pytest.mark.parametrize("as_of", ["log", "tables"])
+def test_an_input_that_is_not_there_is_told_in_words_of_the_command(
+    small: SmallModel, tmp_path: Path, as_of: AsOf
+) -> None:
+    with pytest.raises(UserError, match="--input"):
+        score_log(small.folder, tmp_path / "nothing", tmp_path / "out", as_of)

@@ -19,15 +19,22 @@ AsOf = Literal["log", "tables"]
 """Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
 
 
-def logs_to_score(source: str, pipeline: FeaturePipeline, schema: Schema, options: BuildOptions, as_of: AsOf) -> Logs:
+def logs_to_score(
+    source: str,
+    pipeline: FeaturePipeline,
+    schema: Schema,
+    options: BuildOptions,
+    as_of: AsOf,
+    lacking: Collection[str] = (),
+) -> Logs:
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
-    pipeline: the model's features; schema: theirs, with the paths of the logs of events. Raises UserError for a log
-    that is not there, has no rows, or lacks a column, the columns of labels among them; `as_of` the tables, attributes
-    may lack (`lacking`).
+    pipeline: the model's features; schema: theirs, with the paths of the logs of events; lacking: columns that the
+    model completes, as `attributes_lacking` gives them. Raises UserError for a log that is not there, has no rows, or
+    lacks another column, the columns of labels among them.
     """
     find_files(source, "--input")  # in words of this command
-    read = read_schema(schema, as_of, lacking(source, schema) if as_of == "tables" else ())
+    read = read_schema(schema, as_of, lacking)
     if as_of == "log":
         _check_labels(source, read)
     # Requests that are yet to come may be scored by what is known now.
@@ -46,12 +53,12 @@ def check_names(pipeline: FeaturePipeline) -> None:
             raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
 
 
-def lacking(source: str, schema: Schema) -> list[str]:
+def attributes_lacking(source: str, schema: Schema) -> list[str]:
     """Attributes of users and candidates that no file of a log has a column for: the model, as in the server, completes
     them by what it last knew of each."""
     ids = {schema.columns.user, schema.columns.candidate}
     left = [name for name, role in schema.input_columns().items() if role in ("user", "candidate") and name not in ids]
-    for file in find_files(source):
+    for file in find_files(source, "--input"):
         if not left:
             break
         there = _columns(file.address)
