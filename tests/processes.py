@@ -9,14 +9,20 @@ from typing import TypeVar
 
 Found = TypeVar("Found")
 PATIENCE = 300.0
-"""Seconds to wait for what takes a moment, before a test that would hang fails; a machine may be very busy."""
+"""Seconds to wait for what takes a moment, before a test that would hang ends; a machine may be very busy."""
 
 
-def until(condition: Callable[[], Found], why: str = "it never happened", pause: float = 0.02) -> Found:
-    """The first true value of a condition, looked at every `pause` seconds; with `why`, an error instead of hanging."""
-    end = time.monotonic() + PATIENCE
+def until(
+    condition: Callable[[], Found], why: str = "it never happened", pause: float = 0.02, within: float = PATIENCE
+) -> Found:
+    """The first true value of a condition, looked at every `pause` seconds.
+
+    Raises TimeoutError, with `why`, after so many seconds instead of hanging for ever.
+    """
+    end = time.monotonic() + within
     while not (found := condition()):
-        assert time.monotonic() < end, why
+        if time.monotonic() > end:
+            raise TimeoutError(why)
         time.sleep(pause)
     return found
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.processes import until
 
 START_WITHIN_S = 600
 ANSWER_WITHIN_S = 300
@@ -70,11 +71,13 @@ def running_program(
     with log.open("w") as output:
         process = subprocess.Popen(words, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
-        end = time.monotonic() + START_WITHIN_S
-        while not answers(page):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
+        until(
+            lambda: process.poll() is not None or answers(page),
+            f"nothing answers at {page}",
+            pause=0.2,
+            within=START_WITHIN_S,
+        )
+        assert process.poll() is None, log.read_text()
         yield process
     finally:
         # It leads a session, so that all it started ends with it; it may have ended by itself.
