@@ -18,6 +18,11 @@ class StoppedError(Exception):
     """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
 
 
+def one_line(error: BaseException) -> str:
+    """What is told of an error that was not written for people: its kind and its words, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit code 2, `StoppedError` into one and exit code 75.

@@ -242,6 +242,10 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """(N,) results as they are exchanged: as distances, where float32 could not tell the results apart."""
         return values
 
+    def exchanged(self, name: str, values: np.ndarray) -> np.ndarray:
+        """(N,) float32 results as they are exchanged and encoded."""
+        return self.distances(name, values).astype(np.float32)
+
     @property
     def result_counts(self) -> dict[str, Any]:
         """What statistics of results are made from: result -> counts."""
@@ -264,6 +268,6 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         return {
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)
-            else self.distances(name, each).astype(np.float32)[asked.number]
+            else self.exchanged(name, each)[asked.number]
             for name, each in self.distinct_results(memory, asked).items()
         }

@@ -48,4 +48,4 @@ class MemoriesTogether:
         counters = [(encoder, asking[name]) for name, encoder in self._counters.items() if name in asking]
         answers = self._together.answer([encoder.question(each.look_ups(encoder.by)) for encoder, each in counters])
         for (encoder, asked), found in zip(counters, answers, strict=True):
-            asked.results |= encoder.exchanged(found)
+            asked.results |= encoder.answered(found)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.serving.example import ExampleScores
@@ -98,8 +98,7 @@ class Models:
         except UserError:
             raise
         except Exception as error:  # whatever it is, the model before goes on
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"the model at '{source.address}' can't be loaded ({reason})") from error
+            raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
         return Served(ranker, source, example, scores)
 
 
@@ -114,8 +113,7 @@ def _mapped(file: BinaryIO) -> Served:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the model that workers share can't be mapped ({reason})") from error
+        raise UserError(f"the model that workers share can't be mapped ({one_line(error)})") from error
     if told:
         raise UserError(f"the model that workers share computes something else here than where it was loaded: {told}")
     return served

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Reloads:
 
 def sentence_of(error: BaseException) -> str:
     """What is told of an error: a sentence that was written for people, or else its kind as well, in one line."""
-    return str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
+    return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 class Watch:

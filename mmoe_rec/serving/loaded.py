@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.rows import LogRows
@@ -80,10 +80,9 @@ class LoadedRanker:
         try:
             return LoadedRanker._read(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"the model in '{folder}' can't be loaded ({reason}): train it again, or use the version of mmoe_rec "
-                "that wrote it"
+                f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again, or use the version of "
+                "mmoe_rec that wrote it"
             ) from error
 
     @staticmethod

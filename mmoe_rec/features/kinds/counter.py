@@ -175,14 +175,13 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return self._statistics(memory.found(asked))
 
     def question(self, asked: UnsortedLookUps) -> CounterQuestion:
-        """What N look-ups ask of this process's memory, whose answer `exchanged` takes; not of fractional labels."""
+        """What N look-ups ask of this process's memory, whose answer `answered` takes; not of fractional labels."""
         windows = list(dict.fromkeys(window for window, _ in self._windows))
         return CounterQuestion(self.memory, asked, windows, "recency" in self.feature.outputs)
 
-    def exchanged(self, found: CounterFound) -> dict[str, np.ndarray]:
+    def answered(self, found: CounterFound) -> dict[str, np.ndarray]:
         """(N,) float32 results of what N look-ups found, as `results` gives them."""
-        statistics = self._statistics(found).items()
-        return {name: self.distances(name, each).astype(np.float32) for name, each in statistics}
+        return {name: self.exchanged(name, each) for name, each in self._statistics(found).items()}
 
     @property
     def has_fractions(self) -> bool:

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, BinaryIO
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.options import end_process, ignore_interrupts, log_to_stderr
 from mmoe_rec.server.reloading import Source
@@ -133,8 +133,9 @@ def _write(source: Source, limits: Limits, file: BinaryIO, folder: str) -> None:
     except OSError as error:
         raise UserError(no_room(error, folder)) from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the model at '{source.address}' can't be shared by several workers ({reason})") from error
+        raise UserError(
+            f"the model at '{source.address}' can't be shared by several workers ({one_line(error)})"
+        ) from error
 
 
 def _end_with_parent(pipe: Connection) -> None:

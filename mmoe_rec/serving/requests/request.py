@@ -90,11 +90,11 @@ class RequestReader:
         """Rows with those attributes that they have no column for, as they were last known; null of unknown ids."""
         table = rows.table
         for latest in (self.users, self.candidates):
-            lacking = [name for name in latest.columns if not rows.has(name)]
-            places = latest.find(rows.column(latest.key)) if lacking else None
-            for name in lacking:
-                assert places is not None
-                table = table.append_column(name, Stored(latest.columns[name], places).array())
+            if lacking := [name for name in latest.columns if not rows.has(name)]:
+                known = latest.completed({latest.key: rows.column(latest.key)})
+                for name in lacking:
+                    each = known[name]
+                    table = table.append_column(name, each.array() if isinstance(each, Stored) else each)
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
