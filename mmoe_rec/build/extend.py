@@ -116,6 +116,7 @@ def extend(
         with atomic_folder(prepared.folder) as folder:
             extension = _Extension(prepared, logs, taken, changes, windows, folder)
             new_ids = extension.build()
+    prepared.say_exact_from(options)
     new, gone = extension.new, [address for each in changes for address in each.gone]
     return Extended(prepared, sum(len(each.files) for each in new.all), new.log.rows, new_ids, gone)
 
@@ -179,7 +180,7 @@ class _Extension:
             pipeline.merge(counted.counts, counted.key_types)
             new_ids = pipeline.grow()
             save_counts(pipeline, counts)
-            end, before = counted.last[0] + 1, self.before.serving.resolve()
+            end, before = self.logs.options.asked_from(counted.last[0]), self.before.serving.resolve()
             steps.look_up(pipeline, serving, end=end, training=None, before=before)
             pipeline.save(serving)
             self._add_latest(counted)

@@ -12,6 +12,7 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut
 from mmoe_rec.log.reader import EventRows, Log, none_usable
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
 
@@ -26,6 +27,7 @@ class BuildOptions:
     engine: EngineName = "local"
     workers: int | None = None
     rows_in_memory: int = 1_048_576
+    as_of_days: float = 0
     skip_bad_files: bool = False
     duplicates: ErrorOrKeep = "error"
     future_times: ErrorOrKeep = "error"
@@ -35,6 +37,11 @@ class BuildOptions:
     def unchecked(self) -> list[str]:
         """Settings by which a build does not look for rows that most logs hold only by mistake."""
         return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
+
+    def asked_from(self, last: int) -> int:
+        """The moment from which on requests can ask memories of a log whose last request was at `last`; both in
+        microseconds. Nothing of what was known since may be dropped."""
+        return last + 1 - round(self.as_of_days * MICROSECONDS_PER_DAY)
 
 
 DEFAULTS = BuildOptions()

@@ -33,7 +33,7 @@ from mmoe_rec.build.steps import Steps
 from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.zones import zone_rules
@@ -115,6 +115,21 @@ class Prepared:
             if name in counts and not counts[name]["rows"]:
                 raise UserError(empty_split(name, self.folder))
 
+    def exact_from_later(self, options: BuildOptions) -> tuple[int, int] | None:
+        """From when on memories are exact and from when on they should be, microseconds, where the former is later."""
+        found = exact_from(self.serving)
+        asked = options.asked_from(self.manifest["request_microseconds"][1])
+        return None if found is None or found <= asked else (found, asked)
+
+    def say_exact_from(self, options: BuildOptions) -> None:
+        """Tells people where memories are exact from a later moment on only than they should be."""
+        if (later := self.exact_from_later(options)) is not None:
+            found, asked = map(format_time, later)
+            say(
+                f"counters and histories know what was known when from {found} on, and not from {asked} on, as "
+                "data.as_of_days asks: what was known before that was dropped when these features were built"
+            )
+
     @property
     def _manifest_or_none(self) -> dict[str, Any]:
         try:
@@ -135,7 +150,8 @@ def prepare(
 ) -> Prepared:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
-    Features to which days were added stay where files have gone since, as `existing` says; others are built anew.
+    Features to which days were added stay where files have gone since, as `existing` says; others are built anew, and
+    so are those whose memories can't be asked as of all the days that `options` want.
 
     Args:
         windows: request times [start, end) in microseconds of each split.
@@ -153,7 +169,7 @@ def prepare(
     def stand() -> bool:
         may_lack_files = going_on or prepared.is_extended
         built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
-        return built and _may_stand(prepared, logs)
+        return built and _may_stand(prepared, logs) and not _knows_too_little(prepared, logs, fingerprint)
 
     if not stand():
         with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
@@ -162,6 +178,7 @@ def prepare(
                 _check_replaceable(prepared, logs)
                 with atomic_folder(prepared.folder) as folder:
                     _build(logs, windows, folder, fingerprint)
+    prepared.say_exact_from(logs.options)
     return prepared
 
 
@@ -204,6 +221,13 @@ def _may_stand(prepared: Prepared, logs: Logs) -> bool:
     if not set(manifest["unchecked"]) <= set(options.unchecked):
         return False
     return options.skip_bad_files or prepared.is_extended or not prepared.left_out(logs)
+
+
+def _knows_too_little(prepared: Prepared, logs: Logs, fingerprint: str) -> bool:
+    """Whether a build of the same files would give memories that can be asked as of more days."""
+    if prepared.is_extended or prepared.manifest["fingerprint"] != fingerprint:
+        return False
+    return prepared.exact_from_later(logs.options) is not None
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
@@ -266,7 +290,8 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         pipeline.finish()
         steps.beside(save_counts, pipeline, counts)
         steps.beside(save_latest, counted, serving)
-        steps.look_up(pipeline, serving, end=counted.last[0] + 1, training=windows["train"])
+        asked_from = logs.options.asked_from(counted.last[0])
+        steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
         pipeline.finish_results()
         pipeline.save(serving)
         steps.beside(flush_tree, serving)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +186,14 @@ class FeaturePipeline:
             part.add(encoder.encode(asked) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
         return shared.standardised_together(), own.standardised_together()
 
-    def remembers(self, rows: RequestRows) -> bool:
-        """Whether some counter or history is read from a memory, as the rows do not give all of its results."""
-        return not all(map(rows.has, chain.from_iterable(each.precomputed() for each in self.memory_encoders.values())))
+    def memories_read(self, rows: RequestRows) -> dict[str, int | None]:
+        """The counters and histories that are read from a memory, as the rows do not give all of their results, each
+        with the memory's `floor`: the moment (microseconds) from which on it is exact, None for any."""
+        return {
+            name: encoder.memory.floor
+            for name, encoder in self.memory_encoders.items()
+            if not all(map(rows.has, encoder.precomputed()))
+        }
 
     def found(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What counters, and histories, say of N candidates, see `MemoryEncoder.found`: by result, (N,) each."""
@@ -284,6 +288,18 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
 
 
+def exact_from(folder: Path) -> int | None:
+    """The latest `floor` of all memories in a folder of feature state: from that moment (microseconds) on, all of them
+    know what was known then. None where any moment can be asked for."""
+    found = [_floor(pq.read_schema(path)) for path in sorted(folder.glob("*.memory/part-00000.parquet"))]
+    return max((each for each in found if each is not None), default=None)
+
+
+def _floor(schema: pa.Schema) -> int | None:
+    floor = (schema.metadata or {}).get(b"floor")
+    return None if floor is None else int(floor)
+
+
 def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
     """The memory of a feature that was written into a folder of state, or the events of some keys of it.
 
@@ -293,14 +309,13 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
     if not parts:
         raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
     schema = pq.read_schema(parts[0])
-    floor = (schema.metadata or {}).get(b"floor")
     tables = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
     if keys is None:
         columns = _filled(schema, sum(pq.read_metadata(part).num_rows for part in parts), tables)
     else:
         found = pa.concat_tables(tables)
         columns = {name: found[name].to_numpy() for name in found.column_names}
-    return encoder.memory_from(columns, None if floor is None else int(floor))
+    return encoder.memory_from(columns, _floor(schema))
 
 
 def _filled(schema: pa.Schema, rows: int, tables: Iterable[pa.Table]) -> dict[str, np.ndarray]:

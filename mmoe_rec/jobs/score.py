@@ -19,7 +19,7 @@ from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.build.logs import Logs
 from mmoe_rec.build.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
 from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, logs_to_score
@@ -30,7 +30,7 @@ from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel, find_model
-from mmoe_rec.serving.artifact import read_artifact, version_of
+from mmoe_rec.serving.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.settings.load import parse_overrides
@@ -128,8 +128,10 @@ class _Scoring:
         check_names(self.pipeline)
         about = read_artifact(found.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
+        self.exact_from = exact_from(found.folder / "features")
         self.constants = {"model": found.address, "model_version": self.version}
-        self.fingerprint = fingerprint_of(self.logs, self.constants, self.tables_as_of, as_of, window)
+        known = self.tables_as_of, self.exact_from
+        self.fingerprint = fingerprint_of(self.logs, self.constants, known, as_of, window)
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
@@ -226,6 +228,7 @@ class _Scoring:
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
             known_until=self.freshness.known,
+            exact_from=self.exact_from,
             scores=self._by_request,
             scored=self.out.scored,
         )
@@ -280,6 +283,7 @@ class _Scoring:
             "fingerprint": self.fingerprint,
             **self.constants,
             "tables_as_of": self.tables_as_of,
+            "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
             "known_from": None if known["first"] is None else format_time(known["first"]),
             "meaning": self._meaning(whole, known),
@@ -290,6 +294,7 @@ class _Scoring:
             "first_request": format_time(whole.first),
             "last_request": format_time(whole.last),
             "rows_before_tables_as_of": whole.early,
+            "rows_before_exact_from": whole.inexact,
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
         }
 
@@ -302,10 +307,17 @@ class _Scoring:
                 f"request: {format_time(known['first'])}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if whole.early:
+        if exact := whole.early - whole.inexact:
             sentence += (
-                f"; {whole.early:,} of {whole.rows:,} rows were requested no later than that, so their features know "
-                "their future: to judge a model by them, score with --as-of log"
+                f", and of it only what was known before each request for {exact:,} of {whole.rows:,} rows, which were "
+                "requested earlier"
+            )
+        if whole.inexact:
+            assert self.exact_from is not None
+            sentence += (
+                f"; {whole.inexact:,} of {whole.rows:,} rows were requested before {iso_time(self.exact_from)}, from "
+                "when on they are exact, so their features know their future: to judge a model by them, score with "
+                "--as-of log"
             )
         if self.freshness.is_stale(whole.last):
             sentence += (

@@ -48,6 +48,7 @@ class Served:
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,
             "tables_as_of": about.tables_as_of,
+            "exact_from": self.ranker.exact_from,
         }
 
     def tasks(self) -> list[dict[str, Any]]:

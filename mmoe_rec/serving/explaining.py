@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.request_rows import RequestRows
+from mmoe_rec.serving.artifact import iso_time
 from mmoe_rec.serving.ranking import Explanation
 from mmoe_rec.serving.scorer import Scored
 
@@ -24,8 +25,8 @@ class Explainer:
         self._tasks, self._scored, self._inside = tasks, scored, scored.inside
         self._numbers, self._lists = pipeline.found(rows)
 
-    def explanations(self, places: Sequence[int]) -> list[Explanation]:
-        """Of the candidates at these rows of the pass, in the given order."""
+    def explanations(self, places: Sequence[int], moments: Mapping[str, str]) -> list[Explanation]:
+        """Of the candidates of a request at these rows of the pass, in the given order; moments: as `as_of` gives."""
         chosen = np.array(places, np.int64)
         after, before = (each[chosen].astype(np.float64) for each in (self._scored.values, self._inside.values))
         numbers = {name: _or_null(each[chosen]) for name, each in self._numbers.items()}
@@ -38,9 +39,19 @@ class Explainer:
                 gates=dict(zip(self._tasks, gates, strict=True)),
                 counters={name: each[row] for name, each in numbers.items()},
                 histories={name: each[row] for name, each in lists.items()},
+                as_of=dict(moments),
             )
             for row, (uncalibrated, calibrated, gates) in enumerate(rows)
         ]
+
+
+def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:
+    """The moment, ISO time, as of which counters and histories answer a request at a time (microseconds).
+
+    floors: of those that are read from a memory, as `FeaturePipeline.memories_read` gives them.
+    """
+    moments = {floor: iso_time(time if floor is None else max(time, floor)) for floor in set(floors.values())}
+    return {name: moments[floor] for name, floor in floors.items()}
 
 
 def _or_null(values: np.ndarray) -> list[float | None]:

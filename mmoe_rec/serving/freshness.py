@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.serving.artifact import Artifact, iso_time
@@ -11,8 +12,8 @@ from mmoe_rec.serving.requests.values import microseconds
 
 @dataclass(frozen=True)
 class Freshness:
-    """known: microseconds of the last logged request that counters and histories know; days: how much later a request
-    may lie before they are stale, None is any time."""
+    """known: microseconds of the last request up to which counters and histories know what happened; days: how much
+    later a request may lie before they are stale, None is any time."""
 
     known: int
     days: float | None
@@ -22,21 +23,36 @@ class Freshness:
         """What an artifact says."""
         return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
 
+    def up_to(self, moment: int) -> Freshness:
+        """The same where what happened up to a moment (microseconds) has become known besides."""
+        return self if moment <= self.known else replace(self, known=moment)
+
     def is_stale(self, time: int) -> bool:
         """Whether a request at this time (microseconds) is so much later."""
         return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
 
-    def warnings(self, time: int) -> list[str]:
-        """At most one sentence about a request at this time (microseconds) that reads counters or histories."""
-        about = f"the request's time {iso_time(time)} is"
-        if time <= self.known:
+    def warnings(self, time: int, floors: Iterable[int | None]) -> list[str]:
+        """At most one sentence about a request at this time (microseconds).
+
+        floors: of the memories that it reads, each the moment from which on it is exact, None for any.
+        """
+        read = list(floors)
+        exact = latest(read)
+        if exact is not None and time < exact:
             return [
-                f"{about} no later than {iso_time(self.known)}, up to which counters and histories count what "
-                "happened: they know its future, and predictions look better than they are"
+                f"the request's time {iso_time(time)} is before {iso_time(exact)}, from when on counters and histories "
+                "are exact: they are answered as of then, so they know its future, and predictions look better than "
+                "they are"
             ]
-        if self.is_stale(time):
+        if read and self.is_stale(time):
             return [
-                f"{about} more than {self.days:g} days after {iso_time(self.known)}, up to which counters and "
-                "histories count what happened: they are stale (setting `serving.stale_after_days`)"
+                f"the request's time {iso_time(time)} is more than {self.days:g} days after {iso_time(self.known)}, up "
+                "to which counters and histories count what happened: they are stale (setting "
+                "`serving.stale_after_days`)"
             ]
         return []
+
+
+def latest(floors: Iterable[int | None]) -> int | None:
+    """The latest moment from which on memories are exact, None for any moment."""
+    return max((each for each in floors if each is not None), default=None)

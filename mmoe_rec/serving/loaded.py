@@ -30,11 +30,11 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, read_artifact, read_calibration, read_stored, version_of
+from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_stored, version_of
 from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
-from mmoe_rec.serving.freshness import Freshness
+from mmoe_rec.serving.freshness import Freshness, latest
 from mmoe_rec.serving.passes import ROWS_AT_A_TIME, Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.requests.request import Request, RequestReader
@@ -142,6 +142,13 @@ class LoadedRanker:
             return self.scorer.faster_products(self._passes.inputs.width)
         return "onednn" if asked == "onednn" else "blas"
 
+    @property
+    def exact_from(self) -> str | None:
+        """ISO time from which on requests are answered as of their own time by all counters and histories; None where
+        any time is."""
+        exact = latest(each.memory.floor for each in self.pipeline.memory_encoders.values())
+        return None if exact is None else iso_time(exact)
+
     def rank(
         self,
         user: Mapping[str, Any],
@@ -188,9 +195,9 @@ class LoadedRanker:
         """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
 
         Predictions are float32, or float64 where a task is a regression, in the order of `names`.
-        Counters and histories are as of `tables_as_of` for rows requested earlier, as of the row's request for later
-        ones. weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError
-        for a column that is missing, or that cannot be read as the features do.
+        Counters and histories are as of each row's request, and as of `exact_from` for rows requested earlier.
+        weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
+        column that is missing, or that cannot be read as the features do.
         """
         if not isinstance(rows, LogRows):
             rows = self._canonical(rows)

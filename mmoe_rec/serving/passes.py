@@ -16,7 +16,7 @@ from mmoe_rec.model.score import from_logs, with_outcomes
 from mmoe_rec.serving.artifact import Artifact, iso_time
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice
-from mmoe_rec.serving.explaining import Explainer
+from mmoe_rec.serving.explaining import Explainer, as_of
 from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request, RequestReader, same_columns
@@ -116,7 +116,7 @@ class Passes:
         scores = from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
-        remembers = self.pipeline.remembers(rows)
+        floors = self.pipeline.memories_read(rows)
         explainer = Explainer(self.pipeline, rows, scored, self.scorer.names) if scored.inside else None
         rankings = []
         for number, each in enumerate(asked):
@@ -131,9 +131,9 @@ class Passes:
                     order=positions[start:end],
                     request_time=iso_time(times[number]),
                     tables_as_of=self._about.tables_as_of,
-                    warnings=[*scored.warnings, *(self.freshness.warnings(times[number]) if remembers else ())],
+                    warnings=[*scored.warnings, *self.freshness.warnings(times[number], floors.values())],
                     model={"name": self._about.name, "version": self.version},
-                    explanations=explainer.explanations(places[start:end])
+                    explanations=explainer.explanations(places[start:end], as_of(floors, times[number]))
                     if explainer and each.request.explain
                     else None,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},

@@ -19,7 +19,9 @@ class Explanation:
 
     uncalibrated, calibrated: task -> prediction before and after calibration; gates: task -> weight of each expert of
     the last level; counters: input -> value before it is standardised, null where it is missing; histories: feature ->
-    ids, oldest first (null in the place of an id without a row of its own), null where there are none.
+    ids, oldest first (null in the place of an id without a row of its own), null where there are none; as_of: counter
+    or history -> ISO time as of which its memory answered: the request's, or a later one where the memory has dropped
+    what was known then. What the request gives itself has none.
     """
 
     uncalibrated: dict[str, float]
@@ -27,6 +29,7 @@ class Explanation:
     gates: dict[str, list[float]]
     counters: dict[str, float | None]
     histories: dict[str, list[int | None] | list[str | None] | None]
+    as_of: dict[str, str]
 
 
 UNSENT = ("unknown_ids",)

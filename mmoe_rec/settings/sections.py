@@ -77,6 +77,13 @@ class Data(Section):
     rows_in_memory: int = Field(
         1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
     )
+    as_of_days: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days before the log's last request that a model's counters and histories can still be asked for "
+        "as they were then; each adds what happened on it to the model",
+    )
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
     duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
     future_times: ErrorOrKeep = Field(

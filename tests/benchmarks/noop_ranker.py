@@ -26,6 +26,8 @@ class NoopRanker:
     names: of the predictions in a reply.
     """
 
+    exact_from = None
+
     def __init__(self, names: Sequence[str], key: str, tables_as_of: str) -> None:
         self.names, self.key, self.tables_as_of = tuple(names), key, tables_as_of
 

@@ -211,6 +211,9 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
         assert text == "missing" if value is None else float(text) == pytest.approx(value, rel=1e-3)
     clicked = why.histories["clicked"]
     assert clicked
+    assert page.texts("#as-of") == [
+        f"Counters and histories that the request does not give are as of {ranking.request_time}"
+    ]
     assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(each) for each in clicked]
 
 

@@ -135,7 +135,7 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: LoadedRanker) 
     assert by_place[0].counters["item_click_positives"] == 0
     assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None}
     reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
-    assert set(reply["explanations"][0]) == {"uncalibrated", "calibrated", "gates", "counters", "histories"}
+    assert set(reply["explanations"][0]) == {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of"}
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}
     assert shown == {name for encoder in encoders for name in encoder.result_names}

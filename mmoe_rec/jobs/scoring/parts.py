@@ -43,8 +43,8 @@ class ScoreJob:
 
     model: artifact folder, and version, its checksum; products: what multiplies; reader: of the log; results: what
     counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
-    score; known_until: time of the last request that the tables know, microseconds; scores: exchange by request;
-    scored: folder that gets a file a part.
+    score; known_until: time of the last request that the tables know, microseconds; exact_from: from when on the tables
+    know what was known then, None for any time; scores: exchange by request; scored: folder that gets a file a part.
     """
 
     model: Path
@@ -54,23 +54,27 @@ class ScoreJob:
     results: ResultExchange | None
     window: Window
     known_until: int
+    exact_from: int | None
     scores: Exchange
     scored: Path
 
 
 @dataclass
 class PartScored:
-    """Rows of parts that were scored; early: of these, requested when the tables already knew more; first, last:
-    request times, microseconds. Parts are merged in any order."""
+    """Rows of parts that were scored; early: of these, requested no later than what the tables know; inexact: requested
+    before what the tables still know as it was then; first, last: request times, microseconds. Parts are merged in any
+    order."""
 
     rows: int = 0
     early: int = 0
+    inexact: int = 0
     first: int = _GREATEST
     last: int = -_GREATEST
 
     def merge(self, other: PartScored) -> None:
         """Adds other parts."""
         self.rows, self.early = self.rows + other.rows, self.early + other.early
+        self.inexact += other.inexact
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
 
     @staticmethod
@@ -131,7 +135,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
             sender.add(rows.request_hashes(), log_scores, numbers)
             times = rows.times()
             early = int((times <= job.known_until).sum())
-            found.merge(PartScored(len(rows), early, int(times.min()), int(times.max())))
+            inexact = 0 if job.exact_from is None else int((times < job.exact_from).sum())
+            found.merge(PartScored(len(rows), early, inexact, int(times.min()), int(times.max())))
         if writer is not None:
             writer.close()
     sender.flush()
