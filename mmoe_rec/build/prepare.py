@@ -224,10 +224,11 @@ def _may_stand(prepared: Prepared, logs: Logs) -> bool:
 
 
 def _knows_too_little(prepared: Prepared, logs: Logs, fingerprint: str) -> bool:
-    """Whether a build of the same files would give memories that can be asked as of more days."""
-    if prepared.is_extended or prepared.manifest["fingerprint"] != fingerprint:
-        return False
-    return prepared.exact_from_later(logs.options) is not None
+    """Whether a build of the same files would give memories that can be asked as of more days.
+
+    Features that were extended, or hold rows of files that are gone, have another fingerprint: they stay as they are.
+    """
+    return prepared.manifest["fingerprint"] == fingerprint and prepared.exact_from_later(logs.options) is not None
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:

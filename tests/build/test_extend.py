@@ -49,13 +49,14 @@ def _memories(prepared: Prepared) -> dict[str, pa.Table]:
     edges=st.lists(st.floats(6.5, 12), min_size=1, max_size=3, unique=True).map(sorted),
     rows_in_memory=st.sampled_from([40, 10**6]),
     strings=st.booleans(),
+    as_of_days=st.sampled_from([0, 0.5, 3, 20]),
 )
 def test_day_by_day_gives_the_memories_and_attributes_of_all_days(
-    tmp_path_factory, seed, edges, rows_in_memory, strings
+    tmp_path_factory, seed, edges, rows_in_memory, strings, as_of_days
 ):
     """No new rows lie in training, so that the vocabularies are equal too."""
     log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
-    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep"}
+    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep", "as_of_days": as_of_days}
     log.add(0, 6.5)
     try:
         log.prepare(**options)

@@ -26,7 +26,7 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.numbers import CLIP
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
@@ -64,11 +64,12 @@ def compare(seed: int, folder: Path) -> int:
     drawn = draw(seed)
     drawn.settings["events"]["bought"]["path"] = str(folder / "events")
     schema = kinds.schema_of(drawn.settings)
-    options, compared, means = BuildOptions(**drawn.options), 0, {}
-    place = str(folder / "log"), schema, drawn.windows, folder / "work", options
+    compared, means, floor = 0, {}, -(2**63)
     with _small_pieces(drawn):
         for stage in range(drawn.stages):
             drawn.write(folder, stage)
+            options = BuildOptions(**drawn.options, as_of_days=drawn.as_of_days[stage])
+            place = str(folder / "log"), schema, drawn.windows, folder / "work", options
             try:
                 if stage == 0:
                     prepared = prepare(*place)
@@ -83,8 +84,11 @@ def compare(seed: int, folder: Path) -> int:
                     return compared
                 raise AssertionError(f"log {seed}: {error}") from error
             comparison = _Comparison(drawn, stage, prepared)
+            # What an earlier build has dropped does not come back.
+            floor = max(floor, comparison.last + 1 - round(drawn.as_of_days[stage] * DAY))
+            assert exact_from(prepared.serving) == floor, f"log {seed}"
             means = means or comparison.overall_means()
-            compared += comparison.compare(means)
+            compared += comparison.compare(means, floor)
     return compared
 
 
@@ -123,8 +127,8 @@ class _Comparison(_Rows):
                 means[name] = encoder.prior
         return means
 
-    def compare(self, means: dict[str, float]) -> int:
-        """Compares all splits; gives the number of values."""
+    def compare(self, means: dict[str, float], floor: int) -> int:
+        """Compares all splits, and what memories say from `floor` on; gives the number of values."""
         counters = {name: self.naive.counter(name, mean) for name, mean in means.items()}
         histories = {
             name: self.naive.history(name, self._table_rows(encoder))
@@ -149,12 +153,18 @@ class _Comparison(_Rows):
                 self._counter(name, [values[place] for place in places], encoded)
             for name, lists in histories.items():
                 self._history(name, [lists[place] for place in places], encoded)
-        self._requests_to_come(means)
+        self._requests_since(floor, means)
         return self.compared
 
-    def _requests_to_come(self, means: dict[str, float]) -> None:
-        """What is remembered for the server."""
-        asking = self.naive.later(6, [self.last + after for after in (1, DAY // 2, 4 * DAY)])
+    def _requests_since(self, floor: int, means: dict[str, float]) -> None:
+        """What is remembered for the server, which may be asked as of days before the log's end."""
+        to_come = [self.last + after for after in (1, DAY // 2, 4 * DAY)]
+        past = []
+        if floor <= self.last:
+            times = [row["time"] for row in self.naive.rows if row["time"] >= floor]
+            between = np.random.default_rng(self.drawn.seed).integers(floor, self.last, 2, endpoint=True).tolist()
+            past = [floor, floor + 1, *between, *times[:2], self.last]
+        asking = self.naive.later(6, [*past, *to_come])
         columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
         table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
         rows = LogRows(table, self.pipeline.schema)
@@ -168,7 +178,7 @@ class _Comparison(_Rows):
                 for answer, values in found.items():
                     output, days = self._meant(encoder, answer)
                     value = np.nan if expected[output, days] is None else expected[output, days]
-                    self._close(values[place], value, f"{answer} to come", TOLERANCE * max(1, abs(value)))
+                    self._close(values[place], value, f"{answer} later", TOLERANCE * max(1, abs(value)))
 
     def _encoded(self, split: str) -> pa.Table:
         folder = self.prepared.split(split)

@@ -25,7 +25,7 @@ TASKS = ("click", "liked", "spent")
 @dataclass
 class DrawnLog:
     """settings: of a schema; log, events: all rows, with the `stage` in which each is written, in the order of files;
-    paths: the file of each row of both; windows: of the splits, microseconds."""
+    paths: the file of each row of both; windows: of the splits, microseconds; as_of_days: of each stage."""
 
     seed: int
     settings: dict[str, Any]
@@ -35,6 +35,7 @@ class DrawnLog:
     windows: dict[str, tuple[int | None, int | None]]
     options: dict[str, Any]
     stages: int
+    as_of_days: list[float]
     row_group: int = 7
     small: dict[str, int] = field(default_factory=dict)
 
@@ -81,7 +82,9 @@ def draw(seed: int) -> DrawnLog:
         "block": int(rng.choice([13, 40])),
     }
     group = int(rng.choice([3, 7, 1000]))
-    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, group, small)
+    # By a generator of their own: the other draws of a seed stay what they were.
+    as_of_days = np.random.default_rng([seed, 1]).choice([0, 0, 1 / 24, 0.5, 1.5, 4, 90], stages).tolist()
+    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, as_of_days, group, small)
 
 
 def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:

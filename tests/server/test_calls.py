@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -221,6 +222,11 @@ def test_pages(app: Application, models: Models, small: SmallModel) -> None:
     assert version["artifact"] == version_of(small.folder)
     assert ask(app, GOOD).tree["predictions"][0]["model"] == {"name": "small", "version": version["artifact"]}
     assert version["tables_as_of"] == served.ranker.about.tables_as_of
+    assert version["exact_from"] == served.ranker.exact_from
+    assert datetime.fromisoformat(version["exact_from"]) - datetime.fromisoformat(version["tables_as_of"]) == timedelta(
+        microseconds=1
+    )
+    assert ask(app, b"", page="/model", method="GET").tree["exact_from"] == version["exact_from"]
     assert version["mmoe_rec"]
     assert ask(app, b"", page="/no", method="GET").message.startswith("there is no such page")
     assert ask(app, b"", page="/invocations", method="GET").status == 405

@@ -10,6 +10,7 @@ import torch
 
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.jobs.places import build_options
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
@@ -50,7 +51,8 @@ class SmallModel:
         self.settings = small_settings(work, **sections)
         write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
         schema = self.settings.schema_
-        self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work)
+        options = build_options(self.settings)
+        self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work, options)
         layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
         generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before

@@ -182,7 +182,7 @@ def test_neighbours_that_explain_or_do_not_change_nothing(ranker: LoadedRanker) 
         found, expected = (dict(zip(each.order, each.explanations or (), strict=False)) for each in (answer, alone))
         for place in found.keys() & expected.keys():
             one, other = found[place], expected[place]
-            assert (one.counters, one.histories) == (other.counters, other.histories)
+            assert (one.counters, one.histories, one.as_of) == (other.counters, other.histories, other.as_of)
             for name in TASKS:
                 np.testing.assert_allclose(one.gates[name], other.gates[name], atol=1e-6)
                 np.testing.assert_allclose(one.uncalibrated[name], other.uncalibrated[name], rtol=1e-5, atol=1e-6)
