@@ -14,8 +14,22 @@ class UserError(Exception):
     """One sentence for the user: which file, column, setting or row, what was expected, what was found, what to do."""
 
 
+class RequestError(UserError):
+    """One sentence for the caller: which column, option or row, what was expected, what was found."""
+
+
 class StoppedError(Exception):
     """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
+
+
+LONGEST_QUOTE = 60
+
+
+def quoted(value: object) -> str:
+    """A name or value of the caller's as a sentence gives it, in quotes if it is text: enough of it to find it by."""
+    text = value if isinstance(value, str) else str(value)
+    text = text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
+    return repr(text) if isinstance(value, str) else text
 
 
 def one_line(error: BaseException) -> str:

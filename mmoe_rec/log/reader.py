@@ -130,10 +130,15 @@ class EventReader(_Reader):
     def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
         """Batches of events, as rows of the task `EVENT` at the time of each event; otherwise as `LogReader.read`."""
         for table in self._tables(part, noticed):
-            keys = {column: table.column(column) for column in self.uses if column != self.time}
-            label = pa.array(np.ones(table.num_rows))
-            named = {**keys, self.schema.columns.time: table.column(self.time), EVENT.label: label}
-            yield LogRows(pa.table(named), self.schema)
+            yield event_rows(table, self.schema, self.name)
+
+
+def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
+    """Canonical columns of the log of events of that name, as rows of the task `EVENT` at the time of each event."""
+    time = schema.events[name].time
+    keys = {column: table.column(column) for column in event_uses(schema, name) if column != time}
+    label = pa.array(np.ones(table.num_rows))
+    return LogRows(pa.table({**keys, schema.columns.time: table.column(time), EVENT.label: label}), schema)
 
 
 class WrongValues(BadFile):

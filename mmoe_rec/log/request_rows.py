@@ -37,11 +37,20 @@ class StoredColumn:
 
 @dataclass(frozen=True)
 class Stored:
-    """N values of a stored column, by (N,) int64 places; -1 is null, or what is `given` there, (N,) values."""
+    """N values of a stored column, by (N,) int64 places; -1 is null, or what is `given` there, (N,) values.
+
+    known: (N,) bool which values are known, though they may not be stored; None where all that are known are stored.
+    """
 
     column: StoredColumn
     places: np.ndarray
     given: pa.Array | None = None
+    known: np.ndarray | None = None
+
+    @property
+    def unknown(self) -> np.ndarray:
+        """(N,) bool whether a value is not known."""
+        return self.places < 0 if self.known is None else (self.places < 0) & ~self.known
 
     def array(self) -> pa.Array:
         """The values."""
@@ -58,7 +67,8 @@ class Stored:
 
     def take(self, rows: np.ndarray) -> Stored:
         """The values of the given rows, (M,) int64, in the given order."""
-        return Stored(self.column, self.places[rows], None if self.given is None else self.given.take(pa.array(rows)))
+        given = None if self.given is None else self.given.take(pa.array(rows))
+        return Stored(self.column, self.places[rows], given, None if self.known is None else self.known[rows])
 
 
 class FewRows(LogRows):
@@ -74,9 +84,9 @@ class FewRows(LogRows):
         self._start(schema)
 
     def unknown(self, name: str) -> np.ndarray:
-        """(N,) bool whether a column's values are none of those that are stored; False where none are stored."""
+        """(N,) bool whether a column's values are none of those that are known; False where none are stored."""
         column = self._columns[name]
-        return column.places < 0 if isinstance(column, Stored) else np.zeros(self._rows, bool)
+        return column.unknown if isinstance(column, Stored) else np.zeros(self._rows, bool)
 
     @cached_property
     def table(self) -> pa.Table:
@@ -142,6 +152,12 @@ class RequestRows(FewRows):
         if name not in self._spread:
             self._spread[name] = self.shared.coded(name).take(pa.array(self.of))
         return self._spread[name]
+
+    def taken(self, name: str, rows: np.ndarray) -> pa.Array:
+        """A column's values of the given candidates, (M,) int64, in the given order."""
+        columns, places = (self._columns, rows) if name in self._columns else (self.shared._columns, self.of[rows])
+        column = columns[name]
+        return column.take(places).array() if isinstance(column, Stored) else column.take(pa.array(places))
 
     def each(self, name: str, function: Function) -> np.ndarray:
         """(N,) what a function makes of a column's values."""

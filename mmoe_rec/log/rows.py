@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,12 @@ class LogRows:
     def filter(self, mask: np.ndarray) -> LogRows:
         """The rows where `mask` (N,) bool is true."""
         return self if mask.all() else LogRows(self.table.filter(pa.array(mask)), self.schema)
+
+    def with_results(self, results: Mapping[str, Any]) -> Self:
+        """The same rows with further results."""
+        rows = copy.copy(self)
+        rows.results = {**self.results, **results}
+        return rows
 
     def has(self, name: str) -> bool:
         """Whether the rows have this column."""

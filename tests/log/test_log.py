@@ -18,8 +18,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmoe_rec.build.added.taken import Taken
 from mmoe_rec.build.logs import DEFAULTS, Logs
-from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile

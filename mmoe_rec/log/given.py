@@ -1,4 +1,4 @@
-"""Values of one column of a request as a canonical Arrow array, or a sentence that says why not.
+"""Values of one column of a request, or of events, as a canonical Arrow array, or a sentence that says why not.
 
 Values are those that JSON has, and those that Python programs have for them (`plain`).
 """
@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical
 from mmoe_rec.schema import Use
-from mmoe_rec.serving.errors import RequestError, quoted
 
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}

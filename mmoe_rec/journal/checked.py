@@ -1,0 +1,298 @@
+"""Rows that callers send, checked as a build checks a log's files, before anything of them is written.
+
+A batch is refused whole, with one sentence that names the first wrong row, counted from 0, and its column.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.journal.arrow_stream import plain_table, read_stream, too_many
+from mmoe_rec.journal.verdicts import EVENT_ID
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.columns import canonical, column_uses, event_uses
+from mmoe_rec.log.files import first_line
+from mmoe_rec.log.given import microseconds, to_arrow
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.value_checks import Wrong, event_value_checks, log_value_checks
+from mmoe_rec.schema import Remembering, Schema, Use
+
+MOST_ROWS = 10_000
+TOLERANCE_MICROSECONDS = 60_000_000
+"""By how much a caller's clock may be ahead of the server's."""
+_FOREVER = np.iinfo(np.int64).max
+_LONGEST_SENTENCE = 400
+
+
+def known_types(pipeline: FeaturePipeline) -> dict[str, pa.DataType]:
+    """The types of columns as a fitted pipeline's log had them, where it knows more than how they are read."""
+    types = {name: pa.type_for_alias(kind) for name, kind in pipeline.key_types.items()}
+    for encoder in pipeline.encoders.values():
+        types |= encoder.column_types()
+    return types
+
+
+@dataclass(frozen=True)
+class _Column:
+    """use: what it is read as; expected: its type, None where any that `use` allows will do; boolean: whether it may
+    hold true and false, which are no ids."""
+
+    use: Use
+    required: bool
+    expected: pa.DataType | None
+    boolean: bool
+
+
+class RowChecks:
+    """What rows of the interaction log, and of each log of events, must hold.
+
+    types: of columns, where they are known (`known_types`); most_rows: of a batch.
+    """
+
+    def __init__(
+        self, schema: Schema, types: Mapping[str, pa.DataType] | None = None, most_rows: int = MOST_ROWS
+    ) -> None:
+        self.schema, self.most_rows = schema, most_rows
+        known = types or {}
+        self._columns: dict[str | None, dict[str, _Column]] = {}
+        for source in (None, *schema.events):
+            uses = column_uses(schema) if source is None else event_uses(schema, source)
+            required = _required(schema) if source is None else set(uses)
+            ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
+            self._columns[source] = {
+                name: _Column(use, name in required, known.get(name) if use != "time" else None, name not in ids)
+                for name, use in uses.items()
+            }
+            self._columns[source].setdefault(EVENT_ID, _Column("key", False, None, False))
+        # Columns of a role that no feature reads are left out, as those of a request are.
+        self._unread: dict[str | None, set[str]] = {None: schema.column_roles.keys() - self._columns[None].keys()}
+
+    def of_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
+        """A canonical table of rows as JSON gives them, a list of objects of columns and values.
+
+        Args:
+            source: name of a log of events, None for the interaction log.
+            now: microseconds since 1970 UTC; later times are refused. By default the clock's.
+
+        Raises:
+            RequestError: naming the row and the column.
+        """
+        columns = self._of(source)
+        if not isinstance(rows, list) or not rows:
+            raise RequestError("the rows must be a list of at least one object of columns and values")
+        if len(rows) > self.most_rows:
+            raise too_many(self.most_rows)
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise RequestError(f"row {number} must be an object of columns and values, found {type(row).__name__}")
+            if unknown := row.keys() - columns.keys() - self._unread.get(source, set()):
+                raise _in_row(number, self._unknown(source, min(unknown, key=str)))
+            if missing := [name for name, each in columns.items() if each.required and name not in row]:
+                raise _in_row(number, f"there is no column '{missing[0]}'")
+        given = [name for name in columns if any(name in row for row in rows)]
+        arrays = {name: self._json_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
+        return self._checked(source, arrays, now)
+
+    def of_stream(self, source: str | None, data: bytes, now: int | None = None) -> pa.Table:
+        """The same of an Arrow IPC stream."""
+        return self.of_table(source, read_stream(data, self.most_rows), now)
+
+    def of_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
+        """The same of an Arrow table."""
+        columns = self._of(source)
+        if not table.num_rows:
+            raise RequestError("the table must have at least one row")
+        if table.num_rows > self.most_rows:
+            raise too_many(self.most_rows)
+        for name in table.column_names:
+            if name not in columns and name not in self._unread.get(source, ()):
+                raise RequestError(self._unknown(source, name))
+            if table.column_names.count(name) > 1:
+                raise RequestError(f"column {quoted(name)} is given twice")
+        if missing := [name for name, each in columns.items() if each.required and name not in table.column_names]:
+            raise RequestError(f"there is no column '{missing[0]}'")
+        table = plain_table(table).combine_chunks()
+        given = [name for name in columns if name in table.column_names]
+        arrays = {name: self._arrow_column(name, columns[name], table.column(name)) for name in given}
+        return self._checked(source, arrays, now)
+
+    def _of(self, source: str | None) -> dict[str, _Column]:
+        if source not in self._columns:
+            known = ", ".join(self.schema.events) or "none"
+            raise RequestError(f"there is no log of events {quoted(source)}; there are: {known}")
+        return self._columns[source]
+
+    def _unknown(self, source: str | None, name: str) -> str:
+        columns = list(self._columns[source])
+        near = difflib.get_close_matches(name[:100], columns, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(columns)}"
+        return f"there is no column {quoted(name)}; {hint}"
+
+    def _json_column(self, name: str, column: _Column, values: Sequence[Any]) -> pa.Array:
+        unit = self.schema.columns.time_unit
+
+        def read(some: Sequence[Any]) -> pa.Array:
+            if not column.boolean and any(isinstance(value, bool) for value in some):
+                raise RequestError(f"column '{name}' holds true or false, which is no id")
+            return to_arrow(name, some, column.use, column.expected, unit)
+
+        return _read(read, lambda begin, end: values[begin:end], len(values))
+
+    def _arrow_column(self, name: str, column: _Column, values: pa.ChunkedArray) -> pa.Array:
+        whole = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+        texts = pt.is_string(whole.type) or pt.is_large_string(whole.type)
+        if column.use == "time" and texts:
+            return self._json_column(name, column, whole.to_pylist())
+        unit = self.schema.columns.time_unit
+
+        def read(some: pa.Array) -> pa.Array:
+            if not column.boolean and pt.is_boolean(some.type):
+                raise RequestError(f"column '{name}' holds true or false, which is no id")
+            array = canonical(name, column.use, some, unit)
+            if column.use == "time":
+                for end in _ends(array):
+                    microseconds(name, end, "us")
+            return _finite(name, array, column.expected)
+
+        return _read(read, lambda begin, end: whole.take(pa.array(np.arange(begin, end))), len(whole))
+
+    def _checked(self, source: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
+        size = len(next(iter(arrays.values())))
+        table = {}
+        for name, array in arrays.items():
+            table[name] = array if array.null_count < size else pa.nulls(size)
+        rate = self.schema.columns.sampling_rate
+        if source is None and rate is not None:  # rows that no one has sampled were kept for certain
+            is_given = rate in table and not pt.is_null(table[rate].type)
+            table[rate] = table[rate].fill_null(1.0) if is_given else pa.array(np.ones(size))
+        rows = LogRows(pa.table(table), self.schema)
+        self._check_values(source, rows)
+        moment = time.time_ns() // 1_000 if now is None else now
+        self._check_times(source, rows, moment + TOLERANCE_MICROSECONDS)
+        if source is None:
+            self._check_requests(rows)
+            self._check_labels(rows)
+        return rows.table
+
+    def _check_values(self, source: str | None, rows: LogRows) -> None:
+        if source is None:
+            checks = log_value_checks(self.schema, _FOREVER)
+        else:
+            checks = event_value_checks(self.schema.events[source].time, _FOREVER)
+        for check in checks:
+            if rows.has(check.column):
+                values = check.values(rows)
+                if (mask := check.wrong(values)).any():
+                    wrong = Wrong()
+                    wrong.add(values, mask, 0)
+                    raise _in_row(wrong.row, check.says(wrong))
+
+    def _check_times(self, source: str | None, rows: LogRows, latest: int) -> None:
+        name = self.schema.columns.time if source is None else self.schema.events[source].time
+        times = rows.times(name)
+        if (late := np.flatnonzero(times > latest)).size:
+            row = int(late[0])
+            found = format_time(int(times[row]))
+            now = format_time(latest - TOLERANCE_MICROSECONDS)
+            raise _in_row(row, f"column '{name}' holds {found}, a time later than the server's, {now}")
+
+    def _check_requests(self, rows: LogRows) -> None:
+        if self.schema.columns.request is None:
+            return
+        request, user = rows.request_hashes(), rows.hashes([self.schema.columns.user])
+        _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
+        if (other := np.flatnonzero(user != user[first][inverse])).size:
+            row = int(other[0])
+            raise _in_row(
+                row,
+                f"column '{self.schema.columns.user}' holds another user than row {int(first[inverse[row]])}, of the "
+                f"same request by column '{self.schema.columns.request}'",
+            )
+
+    def _check_labels(self, rows: LogRows) -> None:
+        for name, task in self.schema.tasks.items():
+            try:
+                rows.labels(task, _FOREVER)
+            except UserError as error:
+                raise RequestError(f"task '{name}' can't be read: {_short(error)}") from None
+
+
+def _required(schema: Schema) -> set[str]:
+    """Columns of the interaction log without which a row would count for less than it should."""
+    columns = schema.columns
+    found = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request])}
+    for task in schema.tasks.values():
+        found.add(task.label)
+        if task.observed_when is not None:
+            found.add(task.observed_when.column)
+    for feature in schema.features.values():
+        if isinstance(feature, Remembering) and feature.events is None:
+            found |= feature.event_reads(schema).keys()
+    # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
+    attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}
+    return found - (attributes - {columns.user, columns.candidate})
+
+
+def _read(read: Callable[[Any], pa.Array], some: Callable[[int, int], Any], size: int) -> pa.Array:
+    """What `read` makes of all values; an error names the first row that it can't read, unless it could read none."""
+    try:
+        return read(some(0, size))
+    except UserError as error:
+        told = _short(error)
+    if (of_none := _told(read, some(0, 0))) is not None:
+        raise RequestError(of_none)
+    fine, wrong = 0, size
+    while wrong - fine > 1:
+        middle = (fine + wrong) // 2
+        if (sentence := _told(read, some(0, middle))) is None:
+            fine = middle
+        else:
+            wrong, told = middle, sentence
+    raise _in_row(fine, _told(read, some(fine, fine + 1)) or told)
+
+
+def _told(read: Callable[[Any], pa.Array], values: Any) -> str | None:
+    """What is wrong with values; None where they can be read."""
+    try:
+        read(values)
+    except UserError as error:
+        return _short(error)
+    return None
+
+
+def _finite(name: str, array: pa.Array, expected: pa.DataType | None) -> pa.Array:
+    """Raises RequestError for NaN and infinity, and for another type than expected."""
+    numbers = array.flatten() if pt.is_list(array.type) else array
+    if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
+        raise RequestError(f"column '{name}' holds NaN or infinity; give null for a missing number")
+    if expected is not None and not pt.is_null(array.type) and _element(array.type) != _element(expected):
+        raise RequestError(f"column '{name}' must hold {expected}, as in the log; found {array.type}")
+    return array
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pt.is_list(kind) else kind
+
+
+def _ends(times: pa.Array) -> list[int]:
+    found = times.cast(pa.int64()).drop_null().to_numpy(zero_copy_only=False)
+    return [int(found.min()), int(found.max())] if len(found) else []
+
+
+def _in_row(number: int, sentence: str) -> RequestError:
+    return RequestError(f"row {number}: {sentence}")
+
+
+def _short(error: Exception) -> str:
+    text = first_line(error)
+    return text if len(text) <= _LONGEST_SENTENCE else f"{text[:_LONGEST_SENTENCE]}..."

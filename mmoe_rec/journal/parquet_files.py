@@ -1,0 +1,160 @@
+"""Closed segments as files of the logs: what counts of their rows, for `build`, `--extend` and training to read.
+
+Each segment gives at most one file a log, `journal-ID-SEGMENT.parquet`, with the rows that a follower of the journal
+gives, in its order, and the columns and types of the log's other files. A file that is there is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import UserError
+from mmoe_rec.journal.checkpoints import duplicates_after, save_checkpoint
+from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Counts, Taken
+from mmoe_rec.journal.segments import segment_numbers
+from mmoe_rec.log.columns import canonical, column_uses, event_uses
+from mmoe_rec.log.files import is_remote, local_path
+from mmoe_rec.log.local_files import MAGIC, find_local, would_find
+from mmoe_rec.schema import Schema, Use
+
+
+@dataclass(frozen=True)
+class Written:
+    """files: those of the segments, also those that were there; counts: log -> rows by what became of them; unknown:
+    log of events that the schema does not have -> rows, which are in no file; early: rows left out by
+    `later_than`."""
+
+    files: list[Path]
+    counts: Mapping[str | None, Counts]
+    unknown: Mapping[str, int]
+    early: int = 0
+
+
+def write_files(
+    journal: str | Path,
+    schema: Schema,
+    through: int,
+    log: str,
+    after: int = 0,
+    forget_after_days: int = FORGET_AFTER_DAYS,
+    later_than: int | None = None,
+) -> Written:
+    """Writes the files of the segments later than `after` up to `through`, and keeps what duplicates are remembered.
+
+    Args:
+        through: number of a closed segment; after: the last one whose rows the logs hold, 0 for none.
+        later_than: leave out rows of this time (microseconds) and before, as a server does whose tables know nothing
+            of the journal.
+        log: where the interaction log is (`data.log`); other logs are where the schema has them (`events.NAME.path`).
+
+    Raises:
+        UserError: a place can't take files, the journal is damaged, or a segment is missing or not closed.
+    """
+    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
+    uses |= {name: event_uses(schema, name) for name in schema.events}
+    sources: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
+    sources |= {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
+    duplicates, follower = duplicates_after(journal, schema, after, forget_after_days)
+    if (closed := segment_numbers(follower.folder)[-1] - 1) < through:
+        raise UserError(f"segment {through} of the journal '{follower.folder}' is not closed; the last one is {closed}")
+    written, counts, early = list[Path](), dict[str | None, Counts](), 0
+    for segment in range(after + 1, through + 1):
+        found: dict[str | None, list[pa.Table]] = {}
+        while batches := follower.read(through=segment):
+            for source, taken in duplicates.take(batches).items():
+                later = _later(taken, schema, later_than)
+                early += len(taken.table) - len(later)
+                found.setdefault(source, []).append(later)
+                counts.setdefault(source, Counts()).add(taken.counts)
+        name = f"journal-{follower.id}-{segment:08d}.parquet"
+        for source, tables in found.items():
+            table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+            if table.num_rows:
+                setting, place = sources[source]
+                path = _folder(place, setting, name) / name
+                if not path.exists():
+                    _write(path, table, uses[source], _pattern(place), schema.columns.time_unit)
+                written.append(path)
+    if through > after:
+        save_checkpoint(follower.folder, through, duplicates)
+    return Written(written, counts, duplicates.unknown, early)
+
+
+def _later(taken: Taken, schema: Schema, moment: int | None) -> pa.Table:
+    if moment is None:
+        return taken.table
+    return taken.table.filter(pa.array(taken.rows(schema).times() > moment))
+
+
+def _folder(source: str, setting: str, name: str) -> Path:
+    """The folder whose file of that name belongs to a log."""
+    if is_remote(source):
+        raise UserError(
+            f"`{setting}` '{source}' is remote, where no journal's files can be written; use a local folder"
+        )
+    path = Path(local_path(source))
+    if path.is_dir():
+        return path
+    fixed = list(takewhile(lambda part: not MAGIC & set(part), path.parts))
+    folder = Path(*fixed)
+    if len(fixed) < len(path.parts) and folder.is_dir() and would_find(str(path), [folder / name]):
+        return folder
+    raise UserError(
+        f"`{setting}` '{source}' is no folder, and no pattern that takes in '{name}' in a folder: the journal's files "
+        "would not belong to the log; set it to a folder"
+    )
+
+
+def _pattern(source: str) -> pa.Schema | None:
+    """The columns and types of a log's first file that is none of a journal, else of its first one; None: no file."""
+    found, _ = find_local(local_path(source))
+    for path in sorted(found, key=lambda path: (path.name.startswith("journal-"), str(path))):
+        try:
+            return pq.read_schema(path)
+        except (pa.ArrowException, OSError):
+            continue
+    return None
+
+
+def _write(path: Path, table: pa.Table, uses: Mapping[str, Use], pattern: pa.Schema | None, unit: str | None) -> None:
+    columns = dict(_columns(table, uses, pattern, unit))
+    try:
+        with atomic_file(path) as temporary:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"'{path}' can't be written: {str(error).splitlines()[0]}") from None
+
+
+def _columns(
+    table: pa.Table, uses: Mapping[str, Use], pattern: pa.Schema | None, unit: str | None
+) -> Iterator[tuple[str, pa.Array]]:
+    fields = {} if pattern is None else {field.name: field.type for field in pattern}
+    for name, kind in fields.items():
+        if name in uses:
+            yield name, _as_type(name, uses[name], table.column(name).combine_chunks(), kind, unit)
+        else:
+            yield name, pa.nulls(table.num_rows, kind)
+    for name in [each for each in uses if each not in fields]:  # such as those in the paths of a log's files
+        yield name, table.column(name).combine_chunks()
+
+
+def _as_type(name: str, use: Use, values: pa.Array, kind: pa.DataType, unit: str | None) -> pa.Array:
+    """Canonical values in a file's type; as they are where that could not hold them, as both are read alike."""
+    if pt.is_null(values.type):
+        return pa.nulls(len(values), kind)
+    try:
+        given = values.cast(pa.timestamp(unit or "us", tz="UTC")) if use == "time" and pt.is_integer(kind) else values
+        cast = given.cast(kind)
+        if canonical(name, use, cast, unit).equals(values):
+            return cast
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UserError):
+        pass
+    return values

@@ -1,0 +1,320 @@
+"""Rows that callers send: taken as a log's files are, or refused with a sentence about a row and a column."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.errors import RequestError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.journal.checked import TOLERANCE_MICROSECONDS, RowChecks, known_types
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from tests.log.small_logs import ALL_KINDS, DAY, START, log_rows, random_log, schema_of, with_requests
+
+COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request", "sampling_rate": "rate"}
+FEATURES = {
+    **ALL_KINDS,
+    "viewed": {"kind": "counter", "events": "views", "by": ["user", "brand"], "outputs": ["positives"]},
+    "taste": {"kind": "vector", "column": "taste", "size": 2},
+}
+ROLES = {"user": ["age"], "candidate": ["brand", "price", "tags", "taste"], "context": ["born"], "placement": ["slot"]}
+SCHEMA = schema_of(FEATURES, columns=COLUMNS, roles=ROLES, events={"views": {"path": "views", "time": "at"}})
+NOW = START + 400 * DAY
+
+
+def _log() -> pa.Table:
+    table = with_requests(random_log(3, 200))
+    taste = pa.array([[1.0, 2.0]] * len(table))
+    return table.append_column("rate", pa.array(np.ones(len(table)))).append_column("taste", taste)
+
+
+def _types() -> dict[str, pa.DataType]:
+    pipeline = FeaturePipeline(SCHEMA)
+    pipeline.learn(log_rows(_log(), SCHEMA), NOW)
+    pipeline.finish()
+    return known_types(pipeline)
+
+
+CHECKS = RowChecks(SCHEMA, _types(), most_rows=500)
+ROW = {
+    "user": 5, "item": 3, "time": "2024-01-01T00:00:00Z", "request": 12, "click": 1, "liked": None, "spent": 2.5,
+    "age": 1, "brand": "a", "price": 3, "tags": ["x", None], "born": "2000-01-01", "slot": 2, "rate": 0.5,
+    "taste": [1, 2.5], "event_id": "e1",
+}  # fmt: skip
+NEEDED = ["user", "item", "time", "request", "click", "liked", "spent"]
+
+
+def _told(rows: object, source: str | None = None) -> str:
+    with pytest.raises(RequestError) as error:
+        CHECKS.of_json(source, rows, NOW)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_all_columns_in_canonical_types():
+    table = CHECKS.of_json(None, [ROW], NOW)
+    assert table.schema.field("price").type == table.schema.field("click").type == pa.float64()
+    assert table.schema.field("time").type == table.schema.field("born").type == UTC_MICROSECONDS
+    expected = {name: value for name, value in ROW.items() if name != "age"}
+    assert table.to_pylist()[0] | {"time": 0, "born": 0} == expected | {"time": 0, "born": 0}, (
+        "no feature reads the age"
+    )
+
+
+def test_only_what_a_row_could_not_count_without_is_needed():
+    row = {name: ROW[name] for name in NEEDED}
+    table = CHECKS.of_json(None, [row], NOW)
+    assert set(table.column_names) == {*NEEDED, "rate"}
+    assert table["liked"].null_count == 1
+    assert table["rate"].to_pylist() == [1.0], "a row that nobody has sampled was kept"
+    for name in NEEDED:
+        assert (
+            _told([row, {key: value for key, value in row.items() if key != name}])
+            == f"row 1: there is no column '{name}'"
+        )
+
+
+def test_labels_and_other_keys_may_be_null():
+    table = CHECKS.of_json(None, [{**ROW, "click": None, "spent": None, "brand": None, "rate": None}], NOW)
+    assert [table[name].null_count for name in ("click", "spent", "brand")] == [1, 1, 1]
+    assert table["rate"].to_pylist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"user": None}, "column 'user' is null in 1 rows; every row needs one"),
+        ({"item": None}, "column 'item' is null"),
+        ({"request": None}, "column 'request' is null"),
+        ({"time": None}, "column 'time' is null"),
+        ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
+        ({"user": True}, "column 'user' holds true or false, which is no id"),
+        ({"request": False}, "column 'request' holds true or false"),
+        ({"event_id": True}, "column 'event_id' holds true or false"),
+        ({"event_id": 1.5}, "column 'event_id' must hold integers or strings; found numbers with a fraction"),
+        ({"user": 2**63}, "column 'user' holds 9223372036854775808, which does not fit into 64 bits"),
+        ({"brand": 7}, "column 'brand' must hold strings, as in the log; found integers"),
+        ({"brand": "\ud800"}, "column 'brand' holds a string that is not valid Unicode"),
+        ({"tags": "x"}, "column 'tags' must hold lists of strings, as in the log; found strings"),
+        ({"price": "3"}, "column 'price' must hold numbers; found strings"),
+        ({"price": math.nan}, "column 'price' holds NaN or infinity; give null for a missing number"),
+        ({"click": 2}, "label column 'click' of binary task 'click' holds 2"),
+        ({"liked": 0.5}, "label column 'liked' of binary task 'liked' holds 0.5"),
+        ({"spent": 1e300}, "label column 'spent' of task 'spent' holds 1e+300, too large for 32 bits"),
+        ({"rate": 0}, "column 'rate' holds 0"),
+        ({"rate": 1.5}, "column 'rate' holds 1.5"),
+        ({"taste": [1.0]}, "column 'taste' of feature 'taste' holds a list of 1 numbers, but its `size` is 2"),
+        ({"taste": [1.0, None]}, "column 'taste' of feature 'taste' holds null, NaN or infinity within a list"),
+        ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
+        ({"time": 1_700_000_000}, "column 'time' holds the integer 1700000000, whose unit is not known"),
+        ({"time": "9999-01-01"}, "column 'time' holds '9999-01-01', a time outside the years 1700 to 2200"),
+        ({"time": "2199-01-01"}, "column 'time' holds 2199-01-01T00:00:00+00:00, a time later than the server's"),
+        ({"userr": 1}, "there is no column 'userr'; did you mean 'user'?"),
+        ({"request": 13, "user": 5, "x" * 5000: 1}, "there is no column 'xxxx"),
+        ({"brand": {"a": 1}}, "column 'brand' must hold strings, as in the log; found objects"),
+        ({"user": 6}, "column 'user' holds another user than row 0, of the same request by column 'request'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named(changes, sentence):
+    rows = [copy.deepcopy(ROW) for _ in range(7)]
+    rows[4] |= changes
+    told = _told(rows)
+    assert told.startswith(f"row 4: {sentence}"), told
+    assert len(told) < 600
+    if not any(name not in ROW for name in changes) and "\ud800" not in changes.values() and not _has_nan(changes):
+        assert CHECKS.of_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
+
+
+def _has_nan(changes: dict) -> bool:
+    return any(isinstance(value, float) and math.isnan(value) for value in changes.values())
+
+
+@pytest.mark.parametrize("rows", [None, [], {}, "rows", 5, {"user": [1]}])
+def test_what_is_no_list_of_rows(rows):
+    assert _told(rows) == "the rows must be a list of at least one object of columns and values"
+
+
+def test_what_is_no_row_and_too_many():
+    assert _told([ROW, None]) == "row 1 must be an object of columns and values, found NoneType"
+    assert _told([ROW] * 501) == "there are more than 500 rows; send them in several calls"
+    with pytest.raises(RequestError, match="more than 500 rows"):
+        CHECKS.of_table(None, pa.table({"user": pa.nulls(501)}), NOW)
+    with pytest.raises(RequestError, match="more than 500 rows"):
+        CHECKS.of_stream(None, _stream(pa.table({"user": pa.nulls(10**9)})), NOW)
+
+
+def test_times_up_to_a_little_later_than_now():
+    row = {"user": 1, "brand": "a", "at": "2024-01-01T00:00:00Z"}
+    at = 1_704_067_200_000_000
+    assert CHECKS.of_json("views", [row], at - TOLERANCE_MICROSECONDS).num_rows == 1
+    with pytest.raises(RequestError, match="row 0: column 'at' holds 2024-01-01T00:00:00"):
+        CHECKS.of_json("views", [row], at - TOLERANCE_MICROSECONDS - 1)
+    assert CHECKS.of_json("views", [row]).num_rows == 1, "by the clock"
+
+
+def test_rows_of_a_log_of_events():
+    row = {"user": 1, "brand": None, "at": "2024-01-01T00:00:00Z"}
+    table = CHECKS.of_json("views", [{**row, "event_id": 3}, row], NOW)
+    assert table.to_pylist()[0]["event_id"] == 3
+    assert _told([{**row, "item": 3}], "views").startswith("row 0: there is no column 'item'; ")
+    assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null in 1 rows; every event needs a time"
+    assert _told([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
+    assert _told([row], "purchases") == "there is no log of events 'purchases'; there are: views"
+    assert CHECKS.of_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
+
+
+def _stream(table: pa.Table, **options: object) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _as_json(table: pa.Table) -> list[dict]:
+    return json.loads(json.dumps(table.to_pylist(), default=str))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_json_and_arrow_give_the_same_table_and_that_of_the_log(seed):
+    table = with_requests(random_log(seed, 120), seed)
+    table = table.append_column("rate", pa.array(np.full(len(table), 0.25)))
+    one = CHECKS.of_json(None, _as_json(table), NOW)
+    assert one.equals(CHECKS.of_table(None, table, NOW))
+    assert one.equals(CHECKS.of_stream(None, _stream(table), NOW))
+    coded = table.set_column(
+        table.column_names.index("brand"), "brand", table["brand"].combine_chunks().dictionary_encode()
+    )
+    small = coded.set_column(0, "user", pa.chunked_array([coded["user"].combine_chunks()]))
+    small = pa.concat_tables([small.slice(0, 50), small.slice(50)])
+    assert one.equals(CHECKS.of_stream(None, _stream(small), NOW))
+    assert one.equals(
+        CHECKS.of_table(None, table.set_column(table.column_names.index("time"), "time", _naive(table)), NOW)
+    )
+    whole = table.append_column("taste", pa.nulls(len(table)))
+    expected = log_rows(whole, SCHEMA).table
+    for name in one.column_names:
+        assert one[name].combine_chunks().equals(expected[name].combine_chunks()), name
+
+
+def _naive(table: pa.Table) -> pa.ChunkedArray:
+    """As nanoseconds without a zone, which are UTC in a log, too."""
+    return table["time"].cast(pa.timestamp("us")).cast(pa.timestamp("ns"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        ("user", ["5"], "column 'user' must hold int64, as in the log; found string"),
+        ("user", [True], "column 'user' holds true or false"),
+        ("user", pa.array([2**64 - 1], pa.uint64()), "column 'user' cannot be read as int64"),
+        ("price", [math.inf], "column 'price' holds NaN or infinity"),
+        ("time", ["soon"], "column 'time' holds 'soon', which is not an ISO 8601 time"),
+        ("time", [17], "column 'time' must hold timestamps"),
+        ("time", pa.array([2**60], pa.timestamp("s")), "column 'time' cannot be read as timestamp"),
+        ("time", pa.array([2**61], pa.timestamp("us")), "column 'time' holds 2305843009213693952, a time outside"),
+        ("brand", pa.array([{"a": 1}]), "column 'brand' must hold integers or strings, found struct"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_of_a_table_is_named(name, values, sentence):
+    table = pa.Table.from_pylist([{**ROW, "born": None}] * 3, schema=None)
+    values = values if isinstance(values, pa.Array) else pa.array(values)
+    column = pa.chunked_array([pa.nulls(2, values.type), values])
+    table = table.set_column(table.column_names.index(name), name, column)
+    with pytest.raises(RequestError) as error:
+        CHECKS.of_table(None, table, NOW)
+    told = str(error.value)
+    assert told.startswith((sentence, f"row 2: {sentence}")), told
+    # What is wrong with the column's type is wrong in all rows.
+    assert told.startswith("row 2") == ("must hold" not in told and "true or false" not in told)
+
+
+def test_tables_without_a_column_or_with_one_twice():
+    table = pa.Table.from_pylist([ROW])
+    with pytest.raises(RequestError, match="there is no column 'click'"):
+        CHECKS.of_table(None, table.drop_columns(["click"]), NOW)
+    with pytest.raises(RequestError, match="column 'user' is given twice"):
+        CHECKS.of_table(None, table.append_column("user", table["user"]), NOW)
+    with pytest.raises(RequestError, match=r"there is no column 'priec'; did you mean 'price'\?"):
+        CHECKS.of_table(None, table.rename_columns({"price": "priec"}), NOW)
+    with pytest.raises(RequestError, match="at least one row"):
+        CHECKS.of_table(None, table.slice(0, 0), NOW)
+
+
+def test_streams_that_would_take_any_amount_of_memory():
+    table = pa.Table.from_pylist([{**ROW, "born": None}] * 400)
+    for codec in ("lz4", "zstd"):
+        with pytest.raises(RequestError, match="the Arrow stream is compressed"):
+            CHECKS.of_stream(None, _stream(table, compression=codec), NOW)
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["w" * 1_000_000]))
+    table = table.set_column(table.column_names.index("brand"), "brand", words)
+    with pytest.raises(RequestError, match="column 'brand' holds more than 67,108,864 bytes of text"):
+        CHECKS.of_stream(None, _stream(table), NOW)
+    with pytest.raises(RequestError, match="compressed"):
+        CHECKS.of_stream(None, _stream(table, compression="zstd"), NOW)
+
+
+@pytest.fixture(scope="module")
+def stream() -> bytes:
+    table = pa.Table.from_pylist([{**ROW, "time": "2024-01-01"}] * 3)
+    coded = table["brand"].combine_chunks().dictionary_encode()
+    return _stream(table.set_column(table.column_names.index("brand"), "brand", coded))
+
+
+def _outcome(check: Callable[[], pa.Table]) -> tuple[pa.Table | None, str]:
+    """A table, or None and what was said instead."""
+    try:
+        return check(), ""
+    except RequestError as error:
+        return None, str(error)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_damaged_streams_are_refused_with_a_sentence_or_hold_valid_rows(stream, data):
+    found = bytearray(stream)
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(found) - 1), st.integers(0, 255)), max_size=5)):
+        found[place] = value
+    size = data.draw(st.one_of(st.just(len(found)), st.integers(0, len(found))))
+    table, told = _outcome(lambda: CHECKS.of_stream(None, bytes(found[:size]), NOW))
+    assert len(told) < 1000
+    if table is not None:
+        table.validate(full=True)
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+        st.sampled_from(["2024-01-01", 1e308, 2**70]), st.text(alphabet="\ud800a", max_size=2),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=2), inner, max_size=2)),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([*ROW, "other"]), VALUES), min_size=1, max_size=3),
+    gone=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(list(ROW))), max_size=2),
+    source=st.sampled_from([None, None, "views", "x", 5, ""]),
+)
+def test_anything_is_taken_or_refused_with_a_sentence(changes, gone, source):
+    rows: list[dict] = [copy.deepcopy(ROW) for _ in range(5)]
+    if source == "views":
+        rows = [{"user": 1, "brand": "a", "at": "2024-01-01"} for _ in range(5)]
+    for place, name, value in changes:
+        rows[place][name] = value
+    for place, name in gone:
+        rows[place].pop(name, None)
+    table, told = _outcome(lambda: CHECKS.of_json(source, rows, NOW))
+    assert len(told) < 1000
+    if table is None:
+        assert told.startswith(("row ", "there is no log of events"))
+    else:
+        assert table.num_rows == 5
+        table.validate(full=True)
