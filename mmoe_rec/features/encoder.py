@@ -13,7 +13,7 @@ import pyarrow as pa
 from mmoe_rec.features.dense_number import DenseNumber, encode_together
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.vocabulary import VocabularyOwner
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.point_in_time.search import AnyLookUps
@@ -176,6 +176,12 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     matures_after: int
     memory: MemoryKind
 
+    @property
+    def forget_after(self) -> int | None:
+        """Microseconds after its last event that a key is forgotten, None for never."""
+        days = self.feature.forget_after_days
+        return None if days is None else round(days * MICROSECONDS_PER_DAY)
+
     @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
         """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
@@ -207,6 +213,10 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         return rows.hashes(self.by)
 
     @abstractmethod
+    def empty(self) -> MemoryKind:
+        """A memory of nothing."""
+
+    @abstractmethod
     def extended(self, memory: MemoryKind, events: pa.Table, in_order: bool = False) -> MemoryKind:
         """A memory with further events, as `events` gives them; `in_order`: sorted by key and known time."""
 
@@ -220,8 +230,11 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """Names of what `results` gives."""
 
     @abstractmethod
-    def distinct_results(self, memory: MemoryKind, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
-        """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
+    def distinct_results(self, memory: Any, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
+        """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`.
+
+        memory: the encoder's own, another one of its kind, or one with levels (`mmoe_rec.point_in_time.live.layers`).
+        """
 
     @abstractmethod
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
@@ -232,8 +245,8 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """Columns in which a request may give results instead: how each is read, and its type if that is known."""
 
     @abstractmethod
-    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """What rows were given, or this process's memory says of them, in words of the log.
+    def found(self, rows: LogRows, memory: Any) -> Mapping[str, np.ndarray]:
+        """What rows were given, or a memory says of them, in words of the log; memory: as in `distinct_results`.
 
         Result -> (N,) float64 before it is standardised, NaN where missing; or (N,) objects, lists of ids or None.
         """
@@ -263,8 +276,8 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
             return {name: rows.results[name] for name in self.result_names}
         return self.results(self.memory, rows.look_ups(self.by))
 
-    def results(self, memory: MemoryKind, asked: AnyLookUps) -> Results:
-        """What was known at the look-ups of N rows."""
+    def results(self, memory: Any, asked: AnyLookUps) -> Results:
+        """What was known at the look-ups of N rows; memory: as in `distinct_results`."""
         return {
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)

@@ -51,10 +51,17 @@ class LatestParts:
     def _together(self) -> pa.Table:
         return _latest(pa.concat_tables(self._waiting, promote_options="permissive").combine_chunks())
 
+    def latest(self) -> tuple[pa.Table, np.ndarray]:
+        """The last row of each key, in no order, and (K,) int64 its time, microseconds."""
+        table = self._together()
+        times = table.column(_TIME).to_numpy()
+        return table.drop_columns([_TIME]).rename_columns(self.columns), times
+
     def finish(self) -> LatestValues:
         """The table of latest values, ordered by key."""
-        table = self._together().drop_columns([_TIME]).sort_by(_KEY).combine_chunks()
-        return LatestValues(self.key, table.rename_columns(self.columns))
+        table = self._together().sort_by(_KEY).combine_chunks()
+        times = table.column(_TIME).to_numpy()
+        return LatestValues(self.key, table.drop_columns([_TIME]).rename_columns(self.columns), times)
 
 
 _ROWS_WAITING = 131_072
@@ -121,11 +128,12 @@ def _order_by_values(table: pa.Table) -> np.ndarray:
 
 
 class LatestValues:
-    """One row a key."""
+    """One row a key. times: (rows,) int64 microseconds of the requests that they come from, where that is known."""
 
-    def __init__(self, key: str, table: pa.Table) -> None:
+    def __init__(self, key: str, table: pa.Table, times: np.ndarray | None = None) -> None:
         self.key = key
         self.table = table
+        self.times = times
 
     @cached_property
     def columns(self) -> dict[str, StoredColumn]:

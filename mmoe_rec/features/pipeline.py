@@ -7,7 +7,7 @@ Parquet files for what each counter and history remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
@@ -23,14 +22,15 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.memories.files import read_memory
+from mmoe_rec.features.memories.live import Live
+from mmoe_rec.features.memories.together import MemoriesTogether
 from mmoe_rec.features.moments import Moments
-from mmoe_rec.features.together import MemoriesTogether
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.schema import Schema
 
 FORMAT = 9
@@ -62,6 +62,7 @@ class FeaturePipeline:
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
         self._together: MemoriesTogether | None = None
+        self._live: Live | None = None
         self._check_names()
 
     def _check_names(self) -> None:
@@ -169,7 +170,7 @@ class FeaturePipeline:
 
     def inputs(self, rows: LogRows) -> Inputs:
         """Inputs of N rows, by name. Placement columns may be absent, as they are in serving."""
-        all_inputs = Inputs()
+        rows, all_inputs = self._with_live(rows), Inputs()
         for name, encoder in self.encoders.items():
             all_inputs.add(encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
         return all_inputs.standardised()
@@ -201,15 +202,49 @@ class FeaturePipeline:
         lists: dict[str, np.ndarray] = {}
         for name, encoder in self.memory_encoders.items():
             of_requests = name in self._of_requests
-            for each, values in encoder.found(rows.shared if of_requests else rows).items():
+            memory = encoder.memory if self._live is None else self._live.memory(name)
+            for each, values in encoder.found(rows.shared if of_requests else rows, memory).items():
                 part = lists if values.dtype == object else numbers
                 part[each] = values[rows.of] if of_requests else values
         return numbers, lists
 
     def _look_up_together(self, rows: RequestRows) -> None:
+        self._memories_together().look_up(rows, self._of_requests, self._live)
+
+    def _memories_together(self) -> MemoriesTogether:
         if self._together is None or not self._together.are_current():
             self._together = MemoriesTogether(self.memory_encoders)
-        self._together.look_up(rows, self._of_requests)
+        return self._together
+
+    @property
+    def live(self) -> Live:
+        """What has been learnt besides the memories."""
+        return self._live or Live.none(self.memory_encoders)
+
+    def live_events(self, source: str | None, rows: LogRows) -> dict[str, pa.Table]:
+        """The events that rows of a log of events, or of the interaction log (None), are to counters and histories:
+        name -> as `Live.extended` takes them. Rows need the columns alone that these read."""
+        return {name: each.events(rows) for name, each in self.memory_encoders.items() if each.source == source}
+
+    def take_live(self, live: Live) -> None:
+        """From now on everything that is asked is answered by the memories together with `live`.
+
+        One assignment; a copy of the pipeline (`copy.copy`) that takes it leaves this one, and passes that are under
+        way, as they are.
+        """
+        self._memories_together()  # built once, and not by the next request
+        self._live = live if live.rows or live.events else None
+
+    def _with_live(self, rows: LogRows) -> LogRows:
+        """The same rows with the results of counters and histories that have learnt something, where none came."""
+        if self._live is None:
+            return rows
+        results: dict[str, Any] = {}
+        for name, encoder in self.memory_encoders.items():
+            came = rows.results.keys() >= set(encoder.result_names) or all(map(rows.has, encoder.precomputed()))
+            if not came and self._live.knows(name):
+                results |= encoder.results(self._live.memory(name), rows.look_ups(encoder.by))
+        return rows.with_results(results) if results else rows
 
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
@@ -273,63 +308,6 @@ class FeaturePipeline:
             reason = str(error).splitlines()[0]
             raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
         return pipeline
-
-
-def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> None:
-    """Writes a memory, or part number `part` of it by key, into a folder of feature state."""
-    metadata = None if memory.floor is None else {"floor": str(memory.floor)}
-    columns = {name: pa.array(column) for name, column in memory.to_columns().items()}
-    # Columns declared to have no nulls are written faster; the statistics are for `read_memory` by keys.
-    schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
-    table = pa.table(list(columns.values()), schema=schema)
-    parts = _memory_folder(folder, feature)
-    parts.mkdir(exist_ok=True)
-    path = parts / f"part-{part:05d}.parquet"
-    pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
-
-
-def exact_from(folder: Path) -> int | None:
-    """The latest `floor` of all memories in a folder of feature state: from that moment (microseconds) on, all of them
-    know what was known then. None where any moment can be asked for."""
-    found = [_floor(pq.read_schema(path)) for path in sorted(folder.glob("*.memory/part-00000.parquet"))]
-    return max((each for each in found if each is not None), default=None)
-
-
-def _floor(schema: pa.Schema) -> int | None:
-    floor = (schema.metadata or {}).get(b"floor")
-    return None if floor is None else int(floor)
-
-
-def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression | None = None) -> Memory:
-    """The memory of a feature that was written into a folder of state, or the events of some keys of it.
-
-    A part is read at a time, so that no more memory is taken than the events need.
-    """
-    parts = sorted(_memory_folder(folder, encoder.name).glob("part-*.parquet"))
-    if not parts:
-        raise FileNotFoundError(f"there is nothing that feature '{encoder.name}' remembers")
-    schema = pq.read_schema(parts[0])
-    tables = (pq.read_table(part, filters=keys, use_threads=False) for part in parts)
-    if keys is None:
-        columns = _filled(schema, sum(pq.read_metadata(part).num_rows for part in parts), tables)
-    else:
-        found = pa.concat_tables(tables)
-        columns = {name: found[name].to_numpy() for name in found.column_names}
-    return encoder.memory_from(columns, _floor(schema))
-
-
-def _filled(schema: pa.Schema, rows: int, tables: Iterable[pa.Table]) -> dict[str, np.ndarray]:
-    columns = {field.name: np.empty(rows, field.type.to_pandas_dtype()) for field in schema}
-    start = 0
-    for table in tables:
-        for name, column in columns.items():
-            column[start : start + len(table)] = table[name].to_numpy()
-        start += len(table)
-    return columns
-
-
-def _memory_folder(folder: Path, feature: str) -> Path:
-    return folder / f"{feature}.memory"
 
 
 def _absent(encoder: Encoder, rows: int) -> Inputs:

@@ -85,6 +85,11 @@ class ExactSums:
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
 
+    def plus(self, other: ExactSums) -> ExactSums:
+        """The sums of both, one by one."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, one.limbs + two.limbs)
+
     def rounded(self) -> np.ndarray:
         """(N,) float64: the nearest to each sum, of two equally near, the even one; infinite beyond the largest."""
         limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]

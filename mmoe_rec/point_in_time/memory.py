@@ -15,7 +15,7 @@ import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
 from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents
-from mmoe_rec.point_in_time.lists import Ragged, consecutive
+from mmoe_rec.point_in_time.lives import Lives
 from mmoe_rec.point_in_time.search import AnyLookUps, Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
@@ -29,11 +29,17 @@ class Memory:
     """Events per key.
 
     floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
-    look-up at an earlier moment is answered as of `floor`.
+    look-up at an earlier moment is answered as of `floor`. forget_after: microseconds after its last event that a key
+    is forgotten (see `mmoe_rec.point_in_time.lives`), None for never.
     """
 
-    def __init__(self, events: KnownEvents, floor: int | None) -> None:
-        self.events, self.floor = events, floor
+    def __init__(self, events: KnownEvents, floor: int | None, forget_after: int | None) -> None:
+        self.events, self.floor, self.forget_after = events, floor, forget_after
+
+    @cached_property
+    def lives(self) -> Lives | None:
+        """The lives of the keys, None where nothing is forgotten."""
+        return None if self.forget_after is None else Lives(self.events, self.forget_after)
 
     def joined(self, asked: AnyLookUps) -> Join | Search:
         """The events beside look-ups of them, which are no earlier than what can be answered."""
@@ -67,19 +73,23 @@ class CounterMemory(Memory):
         label_sum: np.ndarray | ExactSums | None,
         last_positive: np.ndarray | None,
         floor: int | None = None,
+        forget_after: int | None = None,
     ) -> None:
-        super().__init__(events, floor)
+        super().__init__(events, floor, forget_after)
         self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
 
     @staticmethod
-    def empty(labels: bool = True, recency: bool = True, fractions: bool = False) -> CounterMemory:
+    def empty(
+        labels: bool = True, recency: bool = True, fractions: bool = False, forget_after: int | None = None
+    ) -> CounterMemory:
         """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
         fractions: whether labels may be other than whole numbers."""
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
         last_positive = none if labels and recency else None
         sums = ExactSums.zeros(0) if fractions else np.empty(0)
-        return CounterMemory(events, none.astype(np.int32), sums if labels else None, last_positive)
+        rows = none.astype(np.int32)
+        return CounterMemory(events, rows, sums if labels else None, last_positive, forget_after=forget_after)
 
     def extended(
         self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
@@ -104,7 +114,33 @@ class CounterMemory(Memory):
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-        if len(self.events) or not in_order:
+        return self._of_steps(key, known, rows, labels, positive, in_order and not len(self.events))
+
+    def merged(self, other: CounterMemory) -> CounterMemory:
+        """The events of both, of the same kind; as of this one's `floor`."""
+        if not len(other.events):
+            return self
+        mine, theirs = self.events, other.events
+        return self._of_steps(
+            np.append(mine.key, theirs.key),
+            np.append(mine.known, theirs.known),
+            np.append(self._steps(self.rows), other._steps(other.rows)),
+            _appended(self._label_steps(), other._label_steps()),
+            _appended(self.last_positive, other.last_positive),
+            False,
+        )
+
+    def _of_steps(
+        self,
+        key: np.ndarray,
+        known: np.ndarray,
+        rows: np.ndarray | None,
+        labels: np.ndarray | ExactSums | None,
+        positive: np.ndarray | None,
+        in_order: bool,
+    ) -> CounterMemory:
+        """The memory of (E,) events by what each adds: rows (None where each is 1), labels, and the last positive."""
+        if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
             rows, labels, positive = (_taken(each, order) for each in (rows, labels, positive))
@@ -117,6 +153,7 @@ class CounterMemory(Memory):
             _running_labels(labels, first, kept),
             None if positive is None else _running_latest(groups, positive)[kept],
             self.floor,
+            self.forget_after,
         )
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
@@ -140,11 +177,16 @@ class CounterMemory(Memory):
 
         before: events, by their index, as of which totals are subtracted.
         """
+        rows, labels = self.sums(index, before)
+        return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
+
+    def sums(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | ExactSums]:
+        """As `totals`, but sums of fractions are not rounded yet."""
         rows = self._difference(self.rows, index, before)
         if self.label_sum is None:
             return rows, rows
         if isinstance(self.label_sum, ExactSums):
-            return rows, self.label_sum.each(lambda limb: self._difference(limb, index, before)).rounded()
+            return rows, self.label_sum.each(lambda limb: self._difference(limb, index, before))
         return rows, self._difference(self.label_sum, index, before)
 
     def _difference(self, totals: np.ndarray, index: np.ndarray, before: np.ndarray | None) -> np.ndarray:
@@ -160,24 +202,56 @@ class CounterMemory(Memory):
         """The same memory, with further units for exact sums: what is written then has the same columns everywhere."""
         if not isinstance(self.label_sum, ExactSums):
             return self
-        return CounterMemory(self.events, self.rows, self.label_sum.over(units), self.last_positive, self.floor)
+        sums = self.label_sum.over(units)
+        return CounterMemory(self.events, self.rows, sums, self.last_positive, self.floor, self.forget_after)
 
-    def last_positive_at(self, index: np.ndarray) -> np.ndarray:
-        """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
+    def last_positive_at(self, index: np.ndarray, forgotten: np.ndarray | None = None) -> np.ndarray:
+        """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none.
+
+        forgotten: events, by their index, which and before which no positive one is seen.
+        """
         last_positive = self.events.known if self.label_sum is None else self.last_positive
         assert last_positive is not None
-        return _at(last_positive, index, NEVER)
+        found = _at(last_positive, index, NEVER)
+        if forgotten is not None:
+            found[found <= _at(self.events.known, forgotten, NEVER)] = NEVER
+        return found
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
-        needed = np.flatnonzero(self.events.needed_since(moment - window))
+        memory = self if self.lives is None else self._without(self.lives.ended(moment))
+        needed = memory.events.needed_since(moment - window)
+        if memory.lives is not None:
+            needed |= memory.lives.ends  # whose totals are subtracted from those of the next life
+        return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
+
+    def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
         return CounterMemory(
-            KnownEvents(self.events.key[needed], self.events.known[needed]),
-            self.rows[needed],
-            _taken(self.label_sum, needed),
-            _taken(self.last_positive, needed),
-            self._later_floor(moment),
+            KnownEvents(self.events.key[kept], self.events.known[kept]),
+            self.rows[kept],
+            _taken(self.label_sum, kept),
+            _taken(self.last_positive, kept),
+            floor,
+            self.forget_after,
         )
+
+    def _without(self, ended: np.ndarray) -> CounterMemory:
+        """The memory of the other events alone; of each key, (E,) bool `ended` are all up to one of them."""
+        kept = np.flatnonzero(~ended)
+        if len(kept) == len(ended):
+            return self
+        memory = self._at_events(kept, self.floor)
+        firsts = kept[memory.events.starts[:-1]]
+        of_key = np.where(np.isin(firsts, self.events.starts[:-1], assume_unique=True), -1, firsts - 1)
+        dropped = of_key[memory.events.number]
+        memory.rows = self._difference(self.rows, kept, dropped)
+        if isinstance(self.label_sum, ExactSums):
+            memory.label_sum = self.label_sum.each(lambda limb: self._difference(limb, kept, dropped))
+        elif self.label_sum is not None:
+            memory.label_sum = self._difference(self.label_sum, kept, dropped)
+        if self.last_positive is not None:
+            memory.last_positive = self.last_positive_at(kept, dropped)
+        return memory
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
@@ -190,14 +264,16 @@ class CounterMemory(Memory):
         return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
 
     @staticmethod
-    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None, fractions: bool = False) -> CounterMemory:
+    def from_columns(
+        columns: Mapping[str, np.ndarray], floor: int | None, fractions: bool = False, forget_after: int | None = None
+    ) -> CounterMemory:
         """The memory that `to_columns` gave; `fractions`: whether labels may be other than whole numbers."""
         events = KnownEvents(columns["key"], columns["known"])
         label_sum: np.ndarray | ExactSums | None = columns.get("label_sum")
         if fractions:
             limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
             label_sum = ExactSums.from_limbs(limbs, len(events))
-        return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor)
+        return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor, forget_after)
 
 
 class CounterFound(Protocol):
@@ -224,67 +300,21 @@ class JoinFound:
         """(N,) int64."""
         return self._join.asked.time
 
+    @cached_property
+    def _forgotten(self) -> np.ndarray | None:
+        """(N,) int64 the last events that the look-ups no longer see, -1 for none; None where nothing is forgotten."""
+        lives = self._memory.lives
+        return None if lives is None else lives.forgotten(self._last, self.time)
+
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) each."""
-        return self._memory.totals(self._last, None if window is None else self._join.last(window))
+        # All of a window is seen, as none is longer than what is forgotten.
+        before = self._forgotten if window is None else self._join.last(window)
+        return self._memory.totals(self._last, before)
 
     def last_positive(self) -> np.ndarray:
         """(N,) int64."""
-        return self._memory.last_positive_at(self._last)
-
-
-class HistoryMemory(Memory):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table."""
-
-    def __init__(self, events: KnownEvents, items: np.ndarray, floor: int | None = None) -> None:
-        super().__init__(events, floor)
-        self.items = items
-
-    @staticmethod
-    def empty() -> HistoryMemory:
-        """Nothing remembered."""
-        none = np.empty(0, np.int64)
-        return HistoryMemory(KnownEvents(np.empty(0, np.uint64), none), none)
-
-    def extended(self, key: np.ndarray, known: np.ndarray, items: np.ndarray) -> HistoryMemory:
-        """These events and further ones, (E,) uint64, int64 and int64, in any order."""
-        if not len(key):
-            return self
-        key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-        items = np.append(self.items, items)
-        order = sorted_order(key, known, items)
-        return HistoryMemory(KnownEvents(key[order], known[order]), items[order], self.floor)
-
-    def last(self, asked: AnyLookUps, length: int) -> Ragged:
-        """The last `length` items that were known at N look-ups, oldest first."""
-        join = self.joined(asked)
-        if not len(self.events):
-            return Ragged(self.items, np.zeros(len(asked), np.int32))
-        last = join.last()
-        lengths = np.clip(last + 1 - join.first, 0, length)
-        return Ragged(self.items[consecutive(last + 1 - lengths, lengths)], lengths.astype(np.int32))
-
-    @cached_property
-    def _within_key(self) -> np.ndarray:
-        """(E,) int64 number of events of the same key before each event."""
-        return np.arange(len(self.events)) - self.events.starts[self.events.number]
-
-    def compacted(self, moment: int, length: int) -> HistoryMemory:
-        """What requests at `moment` or later, which ask for `length` items, can ask for."""
-        # The last `length` that are known by then; later events keep these in reach until they become known themselves.
-        known_by_then = np.add.reduceat(np.append(self.events.known <= moment, 0), self.events.starts[:-1])
-        needed = self._within_key >= (known_by_then - length)[self.events.number]
-        events = KnownEvents(self.events.key[needed], self.events.known[needed])
-        return HistoryMemory(events, self.items[needed], self._later_floor(moment))
-
-    def to_columns(self) -> dict[str, np.ndarray]:
-        """The events, sorted by key and time."""
-        return {"key": self.events.key, "known": self.events.known, "item": self.items}
-
-    @staticmethod
-    def from_columns(columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
-        """The memory that `to_columns` gave."""
-        return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor)
+        return self._memory.last_positive_at(self._last, self._forgotten)
 
 
 def _running(values: np.ndarray | None, first: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ class TogetherIndex:
     def __init__(self, memories: Sequence[KnownEvents]) -> None:
         self.memories = tuple(memories)
         self._place = {events: place for place, events in enumerate(memories)}
-        keys = [events.distinct ^ _salt(place) for place, events in enumerate(memories)]
+        keys = [events.distinct ^ salt_of(place) for place, events in enumerate(memories)]
         every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = sorted_order(every, np.zeros(len(every), np.int64))
         self._index = KeyIndex(every[order])
@@ -37,7 +37,7 @@ class TogetherIndex:
         """Notes in look-ups what they find among the events, which are those of the index."""
         if not asked:
             return
-        keys = np.concatenate([each.key ^ _salt(self._place[events]) for events, each in asked])
+        keys = np.concatenate([each.key ^ salt_of(self._place[events]) for events, each in asked])
         found, group = self._index.find(keys)
         numbers = self._numbers[group]
         starts = np.cumsum([0, *(len(each) for _, each in asked)])
@@ -46,8 +46,8 @@ class TogetherIndex:
             each.found[events] = found[low:high] - start, numbers[low:high]
 
 
-def _salt(place: int) -> np.uint64:
-    """What tells the keys of a memory from equal ones of another; keys are hashes, and stay so."""
+def salt_of(place: int) -> np.uint64:
+    """What, combined by XOR, tells the keys of a memory from equal ones of another; keys are hashes, and stay so."""
     return np.uint64((place + 1) * 0x9E3779B97F4A7C15 % 2**64)  # 2^64 over the golden ratio: unlike in many bits
 
 
@@ -98,6 +98,13 @@ class CountersTogether:
         self._known = np.concatenate([each.known for each in events]) if events else np.empty(0, np.int64)
         for each, start, end in zip(events, self._event[:-1], self._event[1:], strict=True):
             each.known = self._known[start:end]
+        # Of the memories that forget, where their events begin among those of all of these.
+        forgetful = [lives for memory in memories if (lives := memory.lives) is not None]
+        self._lived = np.cumsum([0, *(0 if each.lives is None else len(each.events) for each in memories)])
+        self._forget_after = np.array([each.forget_after or 0 for each in memories], np.int64)
+        self._before = np.concatenate([each.before for each in forgetful]) if forgetful else np.empty(0, np.int32)
+        for lives, end in zip(forgetful, accumulate(len(each.events) for each in forgetful), strict=True):
+            lives.before = self._before[end - len(lives.events) : end]
 
     def answer(self, questions: Sequence[CounterQuestion]) -> list[TogetherFound]:
         """One answer a question. Keys that were found before (`TogetherIndex.find`) are not looked for again."""
@@ -113,32 +120,50 @@ class CountersTogether:
         last = last_known(self._known, first, end, times)
         now = self._totals(memories, parts, last)
 
-        # Once more for each window that ends somewhere in the past.
-        windows = [(number, each) for number, question in enumerate(questions) for each in question.windows]
-        limited = [(number, window) for number, window in windows if window is not None]
-        picked = _Parts.of([parts.places[number] for number, _ in limited], [len(found[n][0]) for n, _ in limited])
+        # Once more for each window that ends somewhere in the past, and where the seen life of a key ends.
+        limited = [(n, window) for n, each in enumerate(questions) for window in each.windows if window is not None]
+        lived = [(n, None) for n, memory in enumerate(memories) if memory.lives is not None]
+        earlier: list[np.ndarray] = []
         if limited:
-            rows = np.concatenate([np.arange(parts.starts[n], parts.starts[n + 1]) for n, _ in limited])
-            back = np.repeat([window for _, window in limited], picked.sizes)
-            earlier = last_known(self._known, first[rows], end[rows], times[rows] - back)
-            before = self._totals([memories[number] for number, _ in limited], picked, earlier)
+            rows = parts.rows([n for n, _ in limited])
+            back = np.repeat([window for _, window in limited], [parts.sizes[n] for n, _ in limited])
+            earlier.append(last_known(self._known, first[rows], end[rows], times[rows] - back))
+        if lived:
+            earlier.append(self._forgotten(parts, [n for n, _ in lived], last, times))
+        both = [*limited, *lived]
+        picked = _Parts.of([parts.places[n] for n, _ in both], [parts.sizes[n] for n, _ in both])
+        at = dict(zip(both, picked.slices(), strict=True))
+        index = np.concatenate(earlier) if both else last[:0]
+        before = self._totals([memories[n] for n, _ in both], picked, index)
         answers = []
-        at = dict(zip(limited, picked.slices(), strict=True))
         for number, (question, each, part) in enumerate(zip(questions, asked, parts.slices(), strict=True)):
             rows, _ = found[number]
+            own = self._event[parts.places[number]]
             by_window = {}
             for window in question.windows:
                 totals = [every[part] for every in now]
-                if window is not None:
+                if (number, window) in at:
                     totals = [a - b[at[number, window]] for a, b in zip(totals, before, strict=True)]
                 count, labels = (_of_all(every, rows, len(each), 0) for every in totals)
                 by_window[window] = count, labels
             moments = None
             if question.recency:
-                index = last[part] - self._event[parts.places[number]]
-                moments = _of_all(question.memory.last_positive_at(np.maximum(index, -1)), rows, len(each), NEVER)
+                forgotten = np.maximum(index[at[number, None]] - own, -1) if (number, None) in at else None
+                moments = question.memory.last_positive_at(np.maximum(last[part] - own, -1), forgotten)
+                moments = _of_all(moments, rows, len(each), NEVER)
             answers.append(TogetherFound(each.time, by_window, moments))
         return answers
+
+    def _forgotten(self, parts: _Parts, numbers: list[int], last: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """(K,) int64 index, as of `Lives.forgotten` but among all events, of look-ups of some of the parts."""
+        places, rows = [parts.places[number] for number in numbers], parts.rows(numbers)
+        picked = _Parts.of(places, [parts.sizes[number] for number in numbers])
+        last, start = last[rows], picked.spread(self._event)
+        known = np.maximum(last, start)
+        before = self._before.take(known - start + picked.spread(self._lived)).astype(np.int64)
+        before += start * (before >= 0)
+        over = times[rows] - self._known.take(known) > picked.spread(self._forget_after)
+        return np.where(over | (last < 0), last, before)
 
     def _totals(
         self, memories: Sequence[CounterMemory], parts: _Parts, last: np.ndarray
@@ -175,6 +200,10 @@ class _Parts:
 
     def slices(self) -> list[slice]:
         return list(starmap(slice, pairwise(self.starts)))
+
+    def rows(self, numbers: list[int]) -> np.ndarray:
+        """The members of some of the parts, one part after the other."""
+        return np.concatenate([np.arange(self.starts[number], self.starts[number + 1]) for number in numbers])
 
     def spread(self, of_memories: np.ndarray) -> np.ndarray:
         """What belongs to each one's memory, for each of its members."""

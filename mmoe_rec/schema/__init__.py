@@ -6,7 +6,7 @@ the weights of losses, is kept apart.
 """
 
 from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
-from mmoe_rec.schema.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Remembering, Schema, each_once
+from mmoe_rec.schema.schema import MAX_TABLE_ROWS, Days, Embedded, Feature, Meaning, Remembering, Schema, each_once
 from mmoe_rec.schema.section import Section
 from mmoe_rec.schema.tasks import (
     CHOICES,
@@ -24,6 +24,7 @@ __all__ = [
     "EVENT",
     "MAX_TABLE_ROWS",
     "Columns",
+    "Days",
     "Embedded",
     "EventLog",
     "Feature",

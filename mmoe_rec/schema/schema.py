@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
 from mmoe_rec.schema.section import Section
@@ -16,6 +16,8 @@ from mmoe_rec.schema.tasks import EVENT, Task, outcome_name
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
 _RESERVED = frozenset({"score", "ranking"})
+_LIMITS = ("forget_after_days", "max_keys")
+Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class Remembering(Feature):
     events: str | None = Field(
         None, description="name of a further log under `data.events` whose rows are read instead"
     )
+    forget_after_days: Days | None = Field(
+        None,
+        description="what is known of a key is forgotten once nothing new has become known of it for so many days, in "
+        "training as in serving: memory no longer grows with all keys there ever were; null: never",
+    )
+    max_keys: int | None = Field(
+        None,
+        ge=1,
+        description="at the end of a build or an extension only so many keys stay, those with the latest events, which "
+        "bounds files and the server's memory; null: all",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unset_limits(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Features without limits are identified as before there were any."""
+        return {name: each for name, each in values_of(self).items() if each is not None or name not in _LIMITS}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -106,6 +106,11 @@ def test_the_template(tmp_path, strings):
     prepared = _prepare("configs/template.yaml", table, tmp_path, "--data.events.searches.path", str(searches))
     assert [task.name for task in prepared.layout.tasks] == ["click", "watch", "liked", "stayed"]
     observed = prepared.manifest["splits"]["train"]["observed"]
-    train = times.cast(pa.int64()).to_numpy() < load_settings("configs/template.yaml").split.windows()["train"][1]
-    assert observed["liked"] == (surveyed & train).sum()
-    assert 0 < observed["stayed"] < observed["click"] == train.sum()
+    end, requested = (
+        load_settings("configs/template.yaml").split.windows()["train"][1],
+        times.cast(pa.int64()).to_numpy(),
+    )
+    assert end is not None
+    train, matured = requested < end, requested + 7 * DAY <= end
+    assert observed["liked"] == (surveyed & matured).sum()
+    assert 0 < observed["stayed"] < observed["click"] == (requested + round(0.02 * DAY) <= end).sum() <= train.sum()

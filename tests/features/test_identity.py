@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.build import prepare as build
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.zones import zone_rules
@@ -55,6 +55,7 @@ def found(work: Path, settings: Settings) -> Prepared | None:
         changed("tasks", "liked", score_weight=3.0),
         changed("tasks", "spent", objective="satisfaction"),
         *(changed("features", name, dim=6) for name in ("item", "tags", "price_bucket", "when", "user_brand", "slot")),
+        changed("features", "item_click", forget_after_days=None, max_keys=None),
         {"path": "log/*.parquet"},
     ],
     ids=str,
@@ -73,6 +74,9 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
         {"tasks": dict(reversed(BASE["tasks"].items()))},
         {"features": dict(reversed(ALL_KINDS.items()))},
         changed("features", "item", oov_buckets=5),
+        changed("features", "item_click", forget_after_days=60),
+        changed("features", "clicked", forget_after_days=60),
+        changed("features", "clicked", max_keys=1000),
         changed("features", "when", timezone="UTC"),
         {"roles": {**BASE["roles"], "placement": [], "context": ["born", "slot"]}},
     ],
@@ -99,6 +103,20 @@ def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
     assert set(rules) == set(zones)
     assert rules["America/New_York"] == rules["US/Eastern"], "two names of one zone"
     assert len(set(rules.values())) == len(zones) - 1
+
+
+def test_features_without_limits_are_identified_as_before_there_were_any(work: Path) -> None:
+    for name, feature in settings_of(work).schema_.identity()["features"].items():
+        assert not {"forget_after_days", "max_keys"} & feature.keys(), name
+    limited = settings_of(work, **changed("features", "clicked", forget_after_days=60, max_keys=9))
+    feature = limited.schema_.identity()["features"]["clicked"]
+    assert (feature["forget_after_days"], feature["max_keys"]) == (60, 9)
+
+
+def test_settings_of_limits_are_told_of(work: Path) -> None:
+    settings = settings_of(work, **changed("features", "clicked", forget_after_days=60))
+    with pytest.raises(UserError, match=r"'features.clicked.forget_after_days' is missing in the features .* and 60"):
+        extend(settings.data.log, settings.schema_, settings.split.windows(), work)
 
 
 def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:

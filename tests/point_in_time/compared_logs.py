@@ -17,7 +17,7 @@ from rich.progress import Progress
 from mmoe_rec.build import count, request_summaries, requests, splits, steps
 from mmoe_rec.build import prepare as build
 from mmoe_rec.build import results as answers
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
@@ -25,8 +25,9 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
+from mmoe_rec.features.memories.files import exact_from
 from mmoe_rec.features.numbers import CLIP
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged

@@ -70,6 +70,7 @@ def draw(seed: int) -> DrawnLog:
     log["stage"] = _stages(rng, log, settings["columns"], first, stages)
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
+    _forget(seed, settings, log, events, first)
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
@@ -216,6 +217,25 @@ def _events(rng: np.random.Generator, log: pd.DataFrame) -> pd.DataFrame:
     for column in ("user", "item", "brand"):
         events[column] = _with_nulls(rng, events[column].to_numpy(object), 0.05)
     return events
+
+
+def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.DataFrame, first: np.ndarray) -> None:
+    """Makes some features forget; then what is written a stage late is no later than they can bear."""
+    rng = np.random.default_rng([seed, 2])  # the other draws of a seed stay what they were
+    shortest = 10 * DAY
+    for feature in settings["features"].values():
+        if feature["kind"] in ("counter", "history") and rng.random() < 0.4:
+            windows = [each for each in feature.get("window_days", ()) if each is not None]
+            days = [each for each in (0.5, 1, 1, 1 + 1 / DAY, 2.25, 3, 1 / 86_400) if each >= max(windows, default=0)]
+            feature["forget_after_days"] = _pick(rng, days)
+            shortest = min(shortest, round(feature["forget_after_days"] * DAY))
+    if shortest == 10 * DAY or not log["stage"].any():
+        return
+    request = log.groupby(first)["stage"].transform("min")  # the stage of a row that is not late
+    begins = [int(first[request < stage].max()) + 1 for stage in range(1, int(request.max()) + 1)]
+    for table, known in ((log, first + 1), (events, events["bought_at"].to_numpy() + 1)):
+        late = np.searchsorted(begins, known + shortest, side="right")
+        table["stage"] = np.minimum(table["stage"], late)
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:

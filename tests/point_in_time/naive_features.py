@@ -103,6 +103,7 @@ class NaiveFeatures:
             for other, known, label in remembered
             if known <= now and all(_same(other[column], row[column]) for column in feature["by"])
         ]
+        same = _not_forgotten(same, now, feature.get("forget_after_days"))
         result: dict[tuple[str, float | None], float | None] = {}
         for days in feature.get("window_days", [None]):
             labels = [label for known, label in same if days is None or known > now - round(days * DAY)]
@@ -121,15 +122,29 @@ class NaiveFeatures:
         remembered = self._remembered(feature)
         result = []
         for row in asking or self.rows:
+            now = row[self.columns["time"]]
             known = [
                 (known, table_row[other[item]])
                 for other, known, label in remembered
-                if known <= row[self.columns["time"]]
-                and label >= feature.get("at_least", 1.0)
-                and _same(other[user], row[user])
+                if known <= now and label >= feature.get("at_least", 1.0) and _same(other[user], row[user])
             ]
+            known = _not_forgotten(known, now, feature.get("forget_after_days"))
             result.append([each for _, each in sorted(known)][-feature.get("length", 20) :])
         return result
+
+
+def _not_forgotten(events: list[Any], now: int, days: float | None) -> list[Any]:
+    """Of tuples that begin with the moment from which they are known, those after the last gap of more than `days`."""
+    if days is None:
+        return events
+    kept: list[Any] = []
+    later = now
+    for event in sorted(events, key=lambda event: event[0], reverse=True):
+        if later - event[0] > round(days * DAY):
+            break
+        kept.append(event)
+        later = event[0]
+    return kept
 
 
 def _rows(table: pd.DataFrame) -> list[Row]:

@@ -24,6 +24,11 @@ from tests.log.small_logs import (
 )
 
 SCHEMA = schema_of(ALL_KINDS)
+_SHORT = {
+    "counter": {"window_days": [None, 0.25], "forget_after_days": 0.25},
+    "history": {"forget_after_days": 0.25},
+}
+FORGETFUL = schema_of({name: {**each, **_SHORT.get(each["kind"], {})} for name, each in ALL_KINDS.items()})
 UNTIL = START + 6 * DAY
 LATE = round(LATE_DAYS * DAY)
 
@@ -53,33 +58,34 @@ def _corrupt(table: pa.Table, moment: int, rng: np.random.Generator) -> pa.Table
     return pa.concat_tables([future, past])
 
 
-@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize(("strings", "schema"), [(False, SCHEMA), (True, SCHEMA), (False, FORGETFUL)])
 @pytest.mark.parametrize("seed", range(4))
-def test_corrupting_the_present_and_the_future_changes_nothing(seed, strings):
+def test_corrupting_the_present_and_the_future_changes_nothing(seed, strings, schema):
     table, rng = random_log(seed, strings=strings), np.random.default_rng(seed)
-    truth = _remembering(table, table)
+    truth = _remembering(table, table, schema)
     changed_later = False
     for moment in rng.choice(times_of(table), 8):
-        corrupted = _remembering(table, _corrupt(table, moment, rng))
-        now = log_rows(table.filter(pa.array(times_of(table) == moment)), SCHEMA)
+        corrupted = _remembering(table, _corrupt(table, moment, rng), schema)
+        now = log_rows(table.filter(pa.array(times_of(table) == moment)), schema)
         assert_same(corrupted.encode(now), truth.encode(now))
-        later = log_rows(table.filter(pa.array(times_of(table) > moment)), SCHEMA)
+        later = log_rows(table.filter(pa.array(times_of(table) > moment)), schema)
         changed_later |= bool((corrupted.encode(later).dense != truth.encode(later).dense).any())
     assert changed_later, "the corruption has no effect at all, so this test cannot fail"
 
 
+@pytest.mark.parametrize("schema", [SCHEMA, FORGETFUL])
 @pytest.mark.parametrize("seed", range(3))
-def test_late_labels_have_no_influence_before_they_mature(seed):
+def test_late_labels_have_no_influence_before_they_mature(seed, schema):
     table, rng = random_log(seed, rows=200), np.random.default_rng(seed)
-    truth = _remembering(table, table)
+    truth = _remembering(table, table, schema)
     times = times_of(table)
     for moment in rng.choice(times, 8):
         unknown = times + LATE > moment
         lies = _with(
             table, "liked", unknown, pa.array(rng.integers(0, 2, table.num_rows), mask=rng.random(table.num_rows) < 0.3)
         )
-        now = log_rows(table.filter(pa.array(times == moment)), SCHEMA)
-        assert_same(_remembering(table, lies).encode(now), truth.encode(now))
+        now = log_rows(table.filter(pa.array(times == moment)), schema)
+        assert_same(_remembering(table, lies, schema).encode(now), truth.encode(now))
 
 
 def test_a_label_counts_from_the_microsecond_of_its_maturity():

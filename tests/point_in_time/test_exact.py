@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.pipeline import FeaturePipeline

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.index import KeyIndex
 from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps
-from mmoe_rec.point_in_time.memory import CounterMemory, HistoryMemory
+from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.point_in_time.search import Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,12 @@ from mmoe_rec.features.moments import Moments
 from mmoe_rec.features.numbers import NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at
+from mmoe_rec.point_in_time.live.layers import AnyCounter
 from mmoe_rec.point_in_time.memory import NEVER, CounterFound, CounterMemory
 from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion
-from mmoe_rec.schema import Meaning, Remembering, Schema, Use, each_once
+from mmoe_rec.schema import Days, Meaning, Remembering, Schema, Use, each_once
 
-Days = Annotated[float, Field(gt=0, le=36_500)]
 _FOREVER = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
 
@@ -72,6 +72,17 @@ class CounterFeature(Remembering):
                 raise ValueError(f"lists {other!r} and {window!r}, but windows are named by their first six digits")
         return windows
 
+    @model_validator(mode="after")
+    def _windows_are_remembered(self) -> Self:
+        """So windows count the same with and without `forget_after_days`."""
+        longest = max(filter(None, self.window_days), default=0.0)
+        if self.forget_after_days is not None and self.forget_after_days < longest:
+            raise ValueError(
+                f"forgets after {self.forget_after_days:g} days, before its window of {longest:g} days is over: set "
+                f"forget_after_days to {longest:g} or more, or give the long window to a counter of its own"
+            )
+        return self
+
     def reads(self) -> Mapping[str, Use]:
         """The columns of the key."""
         return dict.fromkeys(self.by, "key")
@@ -97,7 +108,12 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.counts = Moments()
         self.numbers = {each: DenseNumber(each) for each in self._output_names()}
         self.matures_after = maturity(self.task, shared.schema)
-        self.memory = CounterMemory.empty(self.source is None, "recency" in feature.outputs, self.has_fractions)
+        self.memory = self.empty()
+
+    def empty(self) -> CounterMemory:
+        """A memory of nothing."""
+        recency = "recency" in self.feature.outputs
+        return CounterMemory.empty(self.source is None, recency, self.has_fractions, self.forget_after)
 
     def make_room(self, units: Collection[int]) -> None:
         """Makes all memories from now on hold exact sums of fractional labels in these units."""
@@ -162,7 +178,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         """A saved memory."""
-        memory = CounterMemory.from_columns(columns, floor, self.has_fractions)
+        memory = CounterMemory.from_columns(columns, floor, self.has_fractions, self.forget_after)
         return memory.with_room(self.memory.units)
 
     @property
@@ -170,7 +186,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics."""
         return tuple(self.numbers)
 
-    def distinct_results(self, memory: CounterMemory, asked: AnyLookUps) -> Mapping[str, np.ndarray]:
+    def distinct_results(self, memory: AnyCounter, asked: AnyLookUps) -> Mapping[str, np.ndarray]:
         """Statistics before they are standardised."""
         return self._statistics(memory.found(asked))
 
@@ -255,11 +271,11 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             numbers[name] = (values, number)
         return Inputs(numbers=numbers)
 
-    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+    def found(self, rows: LogRows, memory: AnyCounter) -> Mapping[str, np.ndarray]:
         """The statistics before they are standardised. A column with the name of one wins."""
         given = {name for name in self.numbers if rows.has(name)}
         asked = rows.look_ups(self.by)
-        results = {} if len(given) == len(self.numbers) else self.distinct_results(self.memory, asked)
+        results = {} if len(given) == len(self.numbers) else self.distinct_results(memory, asked)
         return {
             name: rows.numbers(name) if name in given else results[name].astype(np.float64)[asked.number]
             for name in self.numbers

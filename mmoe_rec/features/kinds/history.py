@@ -16,9 +16,10 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
 from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
-from mmoe_rec.point_in_time.memory import HistoryMemory
+from mmoe_rec.point_in_time.live.layers import LayeredHistory
 from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.schema import Meaning, Remembering, Schema, Use
 
@@ -69,7 +70,11 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         schema, self.owner = shared.schema, shared.owners[feature.of]
         self.source, self.user, self.task = feature.events, schema.columns.user, schema.source_task(feature)
         self.matures_after = maturity(self.task, schema)
-        self.memory = HistoryMemory.empty()
+        self.memory = self.empty()
+
+    def empty(self) -> HistoryMemory:
+        """A memory of nothing."""
+        return HistoryMemory.empty(self.forget_after)
 
     def events(self, rows: LogRows) -> pa.Table:
         """Engaged rows with the candidate's id; each becomes visible only when its label is known."""
@@ -94,14 +99,14 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
 
     def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
         """A saved memory."""
-        return HistoryMemory.from_columns(columns, floor)
+        return HistoryMemory.from_columns(columns, floor, self.forget_after)
 
     @property
     def result_names(self) -> tuple[str, ...]:
         """One, of the feature's name."""
         return (self.name,)
 
-    def distinct_results(self, memory: HistoryMemory, asked: AnyLookUps) -> Mapping[str, Ragged]:
+    def distinct_results(self, memory: HistoryMemory | LayeredHistory, asked: AnyLookUps) -> Mapping[str, Ragged]:
         """For each row, a list of table rows, of any length."""
         return {self.name: memory.last(asked, self.feature.length)}
 
@@ -118,7 +123,7 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         assert isinstance(found, SharedRagged)
         return Inputs({self.name: found.expand()})
 
-    def found(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+    def found(self, rows: LogRows, memory: HistoryMemory | LayeredHistory) -> Mapping[str, np.ndarray]:
         """The last candidates' ids, None in the place of one without a row of its own, oldest first; None for an empty
         list. A column with the feature's name wins."""
         lists: list[Any]
@@ -127,7 +132,7 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
             lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in given]
         else:
             asked = rows.look_ups(self.by)
-            known = self.distinct_results(self.memory, asked)[self.name]
+            known = self.distinct_results(memory, asked)[self.name]
             ids, offsets = self.owner.vocabulary.decode(known.values), known.offsets
             lists = [ids[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
         found = np.empty(len(rows), object)

@@ -1,0 +1,138 @@
+"""What has become known of users and candidates since the table of their latest values was made.
+
+As where days are added to features, the latest row of each counts; of rows of one instant the one with the greatest
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from mmoe_rec.features.latest import LatestParts, LatestValues
+from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.request_rows import Stored
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.schema import Schema
+
+Values = tuple[Any, ...]
+Changes = list[tuple[int, int, Values | None]]
+"""Hash of a key, time of its latest row (microseconds), and its values, None where the table has the same."""
+
+
+class RecentValues(LatestValues):
+    """A table of latest values, with what came later of the users or candidates that were seen since.
+
+    times: (K,) int64 microseconds of the rows that the table's values are of; None where they are not known.
+    """
+
+    def __init__(self, key: str, table: pa.Table, times: np.ndarray | None = None) -> None:
+        super().__init__(key, table)
+        self.times = times
+        self._recent: dict[int, tuple[int, Values | None]] = {}
+
+    def changes(self, rows: LogRows, schema: Schema, as_of: int) -> Changes:
+        """What rows of the log, which have all columns of the table, say that the table does not.
+
+        as_of: time of the table's last row, microseconds, which stands for those that are not known.
+        """
+        parts = LatestParts(schema, "user" if self.key == schema.columns.user else "candidate")
+        parts.add(rows)
+        table, times = parts.latest()
+        keys = one_array(table.column(self.key))
+        place = self.find(keys)
+        known = place >= 0
+        same = known.copy()
+        for name in table.column_names:
+            same &= _same(one_array(table.column(name)), one_array(self.table.column(name)), place)
+        before = np.full(len(place), as_of) if self.times is None else _at(self.times, place)
+        # Of the same instant as the table's value it may be greater, which is looked at when it is taken.
+        wanted = np.flatnonzero(~known | (times >= before if self.times is not None else times > before))
+        hashes = hash_column(keys)[wanted].tolist()
+        lists = [table.column(name).take(pa.array(wanted)).to_pylist() for name in table.column_names]
+        each = zip(hashes, times[wanted].tolist(), zip(*lists, strict=True), same[wanted].tolist(), strict=True)
+        return [(key, time, None if as_before else values) for key, time, values, as_before in each]
+
+    def take(self, changes: Changes) -> None:
+        """Takes changes in. They may be older than what is known."""
+        for key, time, values in changes:
+            before = self._recent.get(key) or self._of_table(key)
+            if before is None or time > before[0] or (time == before[0] and self._is_greater(key, values, before[1])):
+                self._recent[key] = time, values
+
+    def _of_table(self, key: int) -> tuple[int, None] | None:
+        """As an entry of a key that nothing has come of since; None where the table has no time of it."""
+        if self.times is None or not len(place := self._place(key)):
+            return None
+        return int(self.times[place[0]]), None
+
+    def _place(self, key: int) -> np.ndarray:
+        index, order = self._index
+        return order[index.find(np.array([key], np.uint64))[1]]
+
+    def _is_greater(self, key: int, values: Values | None, other: Values | None) -> bool:
+        """Whether values win over others of the same key and instant; None is those of the table."""
+        place = self._place(key)
+        row = None if not len(place) else self.table.slice(place[0], 1)
+        own = () if row is None else tuple(column[0].as_py() for column in row.columns)
+        return _rank(own if values is None else values) > _rank(own if other is None else other)
+
+    def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:
+        """As of `LatestValues`, with what came later."""
+        columns = super().completed(given)
+        if not self._recent:
+            return columns
+        found = ((row, self._recent.get(key)) for row, key in enumerate(hash_column(given[self.key]).tolist()))
+        later = {row: each[1] for row, each in found if each is not None and each[1] is not None}
+        if not later:
+            return columns
+        mask = np.zeros(len(given[self.key]), bool)
+        mask[list(later)] = True
+        for number, name in enumerate(self.table.column_names):
+            column = columns[name]
+            if name == self.key:
+                assert isinstance(column, Stored)
+                columns[name] = Stored(column.column, column.places, column.given, mask)
+            elif name not in given:
+                assert isinstance(column, Stored)
+                values = _replaced(column.array(), mask, [each[number] for each in later.values()])
+                columns[name] = Stored(column.column, np.where(mask, -1, column.places), values)
+        return columns
+
+
+def _at(times: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(N,) times at places, of which -1 is none."""
+    return times[place] if len(times) else np.zeros(len(place), np.int64)
+
+
+def _same(values: pa.Array, table: pa.Array, place: np.ndarray) -> np.ndarray:
+    """(N,) bool whether values equal those of the table at places, of which -1 is none."""
+    if pt.is_null(values.type) or pt.is_null(table.type) or pt.is_nested(values.type):
+        theirs = table.take(pa.array(np.maximum(place, 0))).to_pylist() if len(table) else [None] * len(place)
+        return np.array([one == other for one, other in zip(values.to_pylist(), theirs, strict=True)], bool)
+    if not len(table):
+        return np.zeros(len(place), bool)
+    theirs = table.take(pa.array(np.maximum(place, 0)))
+    equal = pc.fill_null(pc.equal(values, theirs.cast(values.type)), False)
+    return pc.or_(equal, pc.and_(values.is_null(), theirs.is_null())).to_numpy(zero_copy_only=False)
+
+
+def _rank(values: Values) -> tuple[Any, ...]:
+    """What orders rows of one instant, column by column, nulls first."""
+    return tuple((each is not None, repr(each) if isinstance(each, list) else each) for each in values)
+
+
+def _replaced(column: pa.Array, mask: np.ndarray, values: list[Any]) -> pa.Array:
+    """A column with other values where `mask` is true."""
+    if pt.is_null(column.type) or pt.is_nested(column.type):
+        every = column.to_pylist()
+        for row, value in zip(np.flatnonzero(mask).tolist(), values, strict=True):
+            every[row] = value
+        return pa.array(every) if pt.is_null(column.type) else pa.array(every, column.type)
+    return pc.replace_with_mask(column, pa.array(mask), pa.array(values, column.type))

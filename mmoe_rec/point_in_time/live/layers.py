@@ -1,0 +1,194 @@
+"""What is known of a memory's events and of those in levels beside it: as if the memory had been extended by them.
+
+Totals of all parts add up, and the latest of their last positive events is the last one. Sums of fractions are added
+limb by limb, and rounded once. Of histories, the last events of each part are put in order, and the last of these are
+the last of all. A memory that was compacted answers look-ups at an earlier moment than its `floor` as of then, and so
+do the levels. Where keys are forgotten, the levels are memories too, and what is seen follows from the events of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from mmoe_rec.point_in_time.exact import ExactSums
+from mmoe_rec.point_in_time.histories import HistoryMemory
+from mmoe_rec.point_in_time.lists import Ragged, consecutive
+from mmoe_rec.point_in_time.live.levels import CounterLevel
+from mmoe_rec.point_in_time.live.lives_together import LivesTogether
+from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
+from mmoe_rec.point_in_time.search import AnyLookUps
+
+
+class LayeredCounter:
+    """A counter's memory, and levels in which its keys are combined with `salt`."""
+
+    def __init__(self, memory: CounterMemory, levels: Sequence[CounterLevel], salt: np.uint64) -> None:
+        self.memory, self._levels, self._salt = memory, levels, salt
+
+    def found(self, asked: AnyLookUps) -> LayeredFound:
+        """What these look-ups find."""
+        asked = asked.as_of(self.memory.floor)
+        keys = asked.key ^ self._salt
+        return LayeredFound(self.memory, asked, [_OfLevel(level, keys, asked.time) for level in self._levels])
+
+
+class LayeredFound:
+    """A `CounterFound` of a memory and levels."""
+
+    def __init__(self, memory: CounterMemory, asked: AnyLookUps, levels: Sequence[_OfLevel]) -> None:
+        self._memory, self._levels = memory, levels
+        self._join = memory.joined(asked)
+        self._last = self._join.last()
+        self.time = asked.time
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) each."""
+        rows, labels = self._memory.sums(self._last, None if window is None else self._join.last(window))
+        for level in self._levels:
+            more_rows, more = level.sums(window)
+            rows = rows + more_rows
+            labels = _both(labels, more)
+        return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64."""
+        moments = self._memory.last_positive_at(self._last)
+        for level in self._levels:
+            moments = np.maximum(moments, level.last_positive())
+        return moments
+
+
+def _both(one: np.ndarray | ExactSums, other: np.ndarray | ExactSums) -> np.ndarray | ExactSums:
+    if isinstance(one, ExactSums):
+        assert isinstance(other, ExactSums)
+        return one.plus(other)
+    assert isinstance(other, np.ndarray)
+    return one + other
+
+
+class ForgetfulCounter:
+    """A counter's memory that forgets, and levels, which are such memories too."""
+
+    def __init__(self, memory: CounterMemory, levels: Sequence[CounterMemory]) -> None:
+        self.memory, self._levels = memory, levels
+
+    def found(self, asked: AnyLookUps) -> ForgetfulFound:
+        """What these look-ups find."""
+        memories = [self.memory, *self._levels]
+        return ForgetfulFound(memories, LivesTogether(memories, asked.as_of(self.memory.floor)))
+
+
+class ForgetfulFound:
+    """A `CounterFound` of memories that forget."""
+
+    def __init__(self, memories: Sequence[CounterMemory], lives: LivesTogether) -> None:
+        self._memories, self._lives = memories, lives
+        self.time = lives.time
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) each."""
+        # All of a window is seen, as none is longer than what is forgotten.
+        before = self._lives.forgotten if window is None else self._lives.last(window)
+        every = zip(self._memories, self._lives.last(), before, strict=True)
+        (rows, labels), *others = [memory.sums(last, earlier) for memory, last, earlier in every]
+        for more_rows, more in others:
+            rows = rows + more_rows
+            labels = _both(labels, more)
+        return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64."""
+        every = zip(self._memories, self._lives.last(), strict=True)
+        moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
+        return np.where(moments > self._lives.forgotten_until, moments, NEVER)
+
+
+AnyCounter = CounterMemory | LayeredCounter | ForgetfulCounter
+
+
+class _OfLevel:
+    """What N look-ups find in a level, by their (N,) keys and times."""
+
+    def __init__(self, level: CounterLevel, keys: np.ndarray, times: np.ndarray) -> None:
+        self._level, self._size = level, len(keys)
+        self._rows, self._group = level.index.find(keys)
+        self._times = times[self._rows]
+        self._last = level.last(self._group, self._times)
+
+    def sums(self, window: int | None) -> tuple[np.ndarray, np.ndarray | ExactSums]:
+        """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
+        before = None if window is None else self._level.last(self._group, self._times - window)
+
+        def spread(totals: np.ndarray) -> np.ndarray:
+            every = np.zeros(self._size, totals.dtype)
+            every[self._rows] = _difference(totals, self._last, before)
+            return every
+
+        labels = self._level.labels
+        return spread(self._level.rows), labels.each(spread) if isinstance(labels, ExactSums) else spread(labels)
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64 moments of the last positive event, `NEVER` for none."""
+        every = np.full(self._size, NEVER)
+        every[self._rows] = _positive(self._level, self._last)
+        return every
+
+
+def _difference(totals: np.ndarray, last: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+    """(K,) totals as of events by their index, less those as of others; 0 for index -1."""
+    found = totals.take(last, mode="clip") * (last >= 0).astype(totals.dtype)
+    return found if before is None else found - totals.take(before, mode="clip") * (before >= 0).astype(totals.dtype)
+
+
+def _positive(level: CounterLevel, last: np.ndarray) -> np.ndarray:
+    return np.where(last >= 0, level.positive.take(last, mode="clip"), NEVER)
+
+
+class LayeredHistory:
+    """A history's memory and levels, which are memories too."""
+
+    def __init__(self, memory: HistoryMemory, levels: Sequence[HistoryMemory]) -> None:
+        self.memory, self._levels = memory, levels
+
+    def last(self, asked: AnyLookUps, length: int) -> Ragged:
+        """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order."""
+        asked = asked.as_of(self.memory.floor)
+        own, *levels = self._parts(asked, length)
+        levels = [each for each in levels if each.lengths.any()]
+        if not levels:
+            return own.items()
+        parts = [own, *levels]
+        number = np.concatenate([np.repeat(np.arange(len(asked)), part.lengths) for part in parts])
+        items = np.concatenate([part.items().values for part in parts])
+        order = np.lexsort((items, np.concatenate([part.known for part in parts]), number))
+        together = np.sum([part.lengths for part in parts], axis=0)
+        lengths = np.minimum(together, length)
+        last = consecutive(np.cumsum(together) - lengths, lengths)
+        return Ragged(items[order[last]], lengths.astype(np.int32))
+
+    def _parts(self, asked: AnyLookUps, length: int) -> list[_LastEvents]:
+        memories = [self.memory, *self._levels]
+        if self.memory.lives is None:
+            events = [memory.last_events(asked, length) for memory in memories]
+        else:
+            events = LivesTogether(memories, asked).last_events(length)
+        return [_LastEvents(memory, *each) for memory, each in zip(memories, events, strict=True)]
+
+
+class _LastEvents:
+    """The last events of a memory at N look-ups, by their index, oldest first. lengths: (N,) int64 how many."""
+
+    def __init__(self, memory: HistoryMemory, index: np.ndarray, lengths: np.ndarray) -> None:
+        self._memory, self._index, self.lengths = memory, index, lengths
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """(sum of lengths,) int64 moments from which they are known."""
+        return self._memory.events.known[self._index]
+
+    def items(self) -> Ragged:
+        """Their items."""
+        return Ragged(self._memory.items[self._index], self.lengths.astype(np.int32))

@@ -1,0 +1,208 @@
+"""Features that forget, or whose keys were dropped, and that learn live: against extended memories and loops."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmoe_rec.features.encoder import Inputs
+from mmoe_rec.features.kinds.history import HistoryEncoder
+from mmoe_rec.features.memories.files import read_memory, write_memory
+from mmoe_rec.features.memories.live import Live
+from mmoe_rec.features.memory_limits import drop_keys
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.reader import event_rows
+from mmoe_rec.log.request_rows import FewRows, RequestRows
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.live import levels
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.schema import Schema
+from tests.build.growing_log import FEATURES, schema_with_purchases
+from tests.log.small_logs import DAY, START, assert_same, at_times, fit_in_memory, log_rows, random_log, times_of
+from tests.point_in_time.naive_features import NaiveFeatures
+
+REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
+LIMITS: dict[str, dict[str, dict[str, Any]]] = {
+    # All that can forget, no sooner than their longest window; events come up to 3 days late.
+    "all": {name: {"forget_after_days": 3.5 if name == "item_click" else 3} for name in REMEMBERING},
+    # A few, beside others that answer together with them.
+    "some": {name: {"forget_after_days": 4} for name in ("item_click", "n", "liked_items")},
+    "capped": {name: {"max_keys": 2} for name in REMEMBERING},
+    "both": {name: {"forget_after_days": 3.5, "max_keys": 2} for name in REMEMBERING},
+}
+DAYS, UNTIL = 60.0, 30.0  # few enough rows a day for pauses
+
+
+class Learning:
+    """A pipeline that knows a log until day `UNTIL`, and the rows of both logs that it then learns, some late."""
+
+    def __init__(self, seed: int, limits: str, folder: Path) -> None:
+        random = np.random.default_rng(seed)
+        features = {name: {**each, **LIMITS[limits].get(name, {})} for name, each in FEATURES.items()}
+        self.schema: Schema = schema_with_purchases(features, folder)
+        self.table = random_log(seed, 300, days=DAYS)
+        chosen = self.table.take(pa.array(np.sort(random.integers(0, len(self.table), 150))))
+        self.bought = chosen.select(["user", "item", "brand"]).append_column("bought_at", chosen["time"])
+        self.until = START + int(UNTIL * DAY)
+        self.logs: dict[str | None, LogRows] = {
+            None: log_rows(self.table, self.schema),
+            "purchases": event_rows(self.bought, self.schema, "purchases"),
+        }
+        arrives = {
+            source: rows.times() + random.choice([0, 0, DAY, 3 * DAY], len(rows)) for source, rows in self.logs.items()
+        }
+        before = {source: rows.filter(arrives[source] < self.until) for source, rows in self.logs.items()}
+        self.pipeline = fit_in_memory(
+            self.schema, [before[None]], (START, self.until), {"purchases": [before["purchases"]]}
+        )
+        self._compact(folder)
+        self.batches: list[tuple[str | None, LogRows]] = []
+        edges = self.until + (np.array([0, 0.3, 2, 9, 15, 99]) * DAY).astype(np.int64)
+        for start, end in pairwise(edges.tolist()):
+            for source, rows in self.logs.items():
+                self.batches.append((source, rows.filter(in_window(arrives[source], (start, end)))))
+
+    def _compact(self, folder: Path) -> None:
+        """What a build writes, and a server reads."""
+        self.dropped = 0
+        for name, encoder in self.pipeline.memory_encoders.items():
+            write_memory(encoder.compacted(encoder.memory, self.until), folder, name)
+            if (most := encoder.feature.max_keys) is not None:
+                self.dropped += drop_keys(folder, name, most)
+            encoder.memory = read_memory(encoder, folder)
+
+    def asking(self, time: int, rows: int = 40) -> tuple[LogRows, RequestRows]:
+        """Rows of a moment in both forms, that of logs and that of requests: a row for each of as many requests."""
+        table = at_times(self.table.slice(0, rows), np.full(rows, time))
+        asked = log_rows(table, self.schema)
+        roles = self.schema.roles
+        own = {"item", *roles.candidate, *roles.placement}
+        columns = {
+            name: asked.column(name) for name in column_uses(self.schema) if name not in ("click", "liked", "spent")
+        }
+        shared = FewRows({name: each for name, each in columns.items() if name not in own}, rows, self.schema)
+        candidates = {name: each for name, each in columns.items() if name in own}
+        return asked, RequestRows(shared, candidates, np.arange(rows))
+
+
+def extended(pipeline: FeaturePipeline, source: str | None, rows: LogRows) -> FeaturePipeline:
+    """The same pipeline whose memories were extended by rows."""
+    other = copy.copy(pipeline)
+    other.encoders = {name: copy.copy(encoder) for name, encoder in pipeline.encoders.items()}
+    other.__dict__.pop("memory_encoders", None)
+    other._together = None
+    for name, events in other.live_events(source, rows).items():
+        encoder = other.memory_encoders[name]
+        encoder.memory = encoder.extended(encoder.memory, events)
+    return other
+
+
+def same_inputs(one: Inputs, two: Inputs) -> None:
+    assert one.dense.keys() == two.dense.keys()
+    for name, values in one.dense.items():
+        np.testing.assert_array_equal(values.view(np.uint32), two.dense[name].view(np.uint32), err_msg=name)
+    for name, ids in one.ids.items():
+        other = two.ids[name]
+        if isinstance(ids, Ragged):
+            assert isinstance(other, Ragged)
+            np.testing.assert_array_equal(ids.lengths, other.lengths, err_msg=name)
+            np.testing.assert_array_equal(ids.values, other.values, err_msg=name)
+        else:
+            np.testing.assert_array_equal(ids, other, err_msg=name)
+
+
+def same(learning: Learning, pipeline: FeaturePipeline, expected: FeaturePipeline, time: int) -> None:
+    """In all ways of asking."""
+    rows, of_requests = learning.asking(time)
+    assert_same(pipeline.encode(rows), expected.encode(rows))
+    for one, two in zip(
+        pipeline.request_inputs(learning.asking(time)[1]), expected.request_inputs(of_requests), strict=True
+    ):
+        same_inputs(one, two)
+    for found, other in zip(pipeline.found(learning.asking(time)[1]), expected.found(of_requests), strict=True):
+        assert found.keys() == other.keys()
+        for name, values in found.items():
+            if values.dtype == object:
+                assert values.tolist() == other[name].tolist(), name
+            else:
+                np.testing.assert_array_equal(values.view(np.uint64), other[name].view(np.uint64), err_msg=name)
+
+
+@pytest.fixture(autouse=True)
+def small_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SMALLEST": 8, "_GROWTH": 3, "_MANY": 24}.items():
+        monkeypatch.setattr(levels, name, value)
+
+
+@pytest.mark.parametrize("limits", sorted(LIMITS))
+@pytest.mark.parametrize("seed", range(2))
+def test_served_is_what_an_extension_of_the_same_memory_gives(seed, limits, tmp_path):
+    """Of keys that were dropped, too: they begin anew with their next event, in either."""
+    learning = Learning(seed, limits, tmp_path)
+    assert (learning.dropped > 5) == (limits in ("capped", "both"))
+    pipeline, expected, live = learning.pipeline, learning.pipeline, Live.none(learning.pipeline.memory_encoders)
+    random = np.random.default_rng(seed)
+    last = int(times_of(learning.table).max()) + 2 * DAY
+    before = pipeline.encode(learning.asking(last)[0]).dense
+    for source, rows in learning.batches:
+        if len(rows):
+            live = live.extended(pipeline.live_events(source, rows), len(rows))
+            expected = extended(expected, source, rows)
+        if source is not None:  # both logs have had their turn
+            pipeline.take_live(live)
+            between = learning.until + int(random.integers(0, 40 * DAY))
+            for time in (learning.until - 1, learning.until, between, last):
+                same(learning, pipeline, expected, time)
+    assert (pipeline.encode(learning.asking(last)[0]).dense != before).any()
+    learnt = sum(len(rows) for _, rows in learning.batches)
+    assert (live.rows, live.rows > 100) == (learnt, True)
+
+
+@pytest.mark.parametrize("limits", ["all", "some"])
+@pytest.mark.parametrize("seed", range(2))
+def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
+    learning = Learning(seed, limits, tmp_path)
+    pipeline, schema = learning.pipeline, learning.schema
+    live = Live.none(pipeline.memory_encoders)
+    for source, rows in learning.batches:
+        live = live.extended(pipeline.live_events(source, rows), len(rows))
+    pipeline.take_live(live)
+    sections = schema.model_dump(mode="json", exclude_none=True)
+    for name, feature in schema.features.items():  # of which None is a window
+        sections["features"][name] = feature.model_dump(mode="json")
+    tables = [
+        table.set_column(table.column_names.index(name), name, table[name].cast(pa.int64()))
+        for table, name in ((learning.table, "time"), (learning.bought, "bought_at"))
+    ]
+    columns = [name for name in learning.table.column_names if name not in ("tags", "born")]
+    naive = NaiveFeatures(sections, tables[0].select(columns).to_pandas(), {"purchases": tables[1].to_pandas()})
+    items = pa.array(list({row["item"] for row in naive.rows}))
+    forgotten = 0
+    for days in (UNTIL, UNTIL + 2.5, UNTIL + 11, DAYS, DAYS + 1.5, DAYS + 3, DAYS + 3.7):
+        time = START + int(days * DAY)
+        asking, (rows, of_requests) = naive.later(40, [time]), learning.asking(time)
+        numbers, _ = pipeline.found(of_requests)
+        for name, encoder in pipeline.memory_encoders.items():
+            if isinstance(encoder, HistoryEncoder):
+                look_ups = rows.look_ups(encoder.by)
+                found = encoder.distinct_results(live.memory(name), look_ups)[name].take(look_ups.number)
+                lists = [found.values[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]
+                table_row = dict(zip(items.to_pylist(), encoder.owner.encode(items).tolist(), strict=True))
+                assert lists == naive.history(name, table_row, asking), name
+                forgotten += sum(not each for each in lists)
+                continue
+            expected = naive.counter(name, encoder.prior, asking)
+            for output, day in expected[0]:
+                result = f"{name}_{output}" + ("" if day is None else f"_{day:g}d".replace(".", "p"))
+                if result in numbers:
+                    values = [np.nan if each[output, day] is None else each[output, day] for each in expected]
+                    np.testing.assert_allclose(numbers[result], values, rtol=1e-9, atol=1e-9, err_msg=result)
+    assert forgotten
