@@ -37,7 +37,7 @@ class CountJob:
 
     windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
     vocabularies and statistics are counted (or are known already); duplicates: whether to look for rows that occur
-    twice.
+    twice; until: microseconds of a moment from which on requests and events are read but do not count, None for none.
     """
 
     schema: Schema
@@ -45,6 +45,7 @@ class CountJob:
     exchange: Exchange
     statistics: bool
     duplicates: bool
+    until: int | None = None
 
 
 @dataclass
@@ -52,9 +53,10 @@ class Counted:
     """What was counted of parts of the log; parts are merged in any order.
 
     counts, key_types, label_units: as in `FeaturePipeline`; first, last: request times, with the number of a row of
-    each; rows: of each split; users, candidates: latest attributes; sent: channel -> (partitions,) int64 rows sent to
-    each partition; spans: (log of events or None, file) -> first and last time of its rows; bad: problems of files that
-    could not be read, in which case nothing else is counted of the part.
+    each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; users, candidates:
+    latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or None,
+    file) -> first and last time of its rows; bad: problems of files that could not be read, in which case nothing else
+    is counted of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class Counted:
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
     rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seen: dict[str | None, int] = field(default_factory=lambda: defaultdict(int))
     users: LatestParts | None = None
     candidates: LatestParts | None = None
     sent: dict[str, np.ndarray] = field(default_factory=dict)
@@ -82,8 +85,10 @@ class Counted:
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         for split, count in other.rows.items():
             self.rows[split] += count
-        self.users = _merged(self.users, other.users)
-        self.candidates = _merged(self.candidates, other.candidates)
+        for source, count in other.seen.items():
+            self.seen[source] += count
+        self.users = merged(self.users, other.users)
+        self.candidates = merged(self.candidates, other.candidates)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         for file, span in other.spans.items():
@@ -92,7 +97,8 @@ class Counted:
         self.bad += other.bad
 
 
-def _merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts | None:
+def merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts | None:
+    """The latest attributes of both."""
     if one is None or other is None:
         return one or other
     one.merge(other)
@@ -119,23 +125,34 @@ def _count_log(job: CountJob, reader: Reader, part: LogPart, noticed: Noticed) -
     counted.candidates = LatestParts(schema, "candidate")
     sender = _Sender(job, part)
     row = part.start
-    for rows in reader.read(part, noticed):
+    for read in reader.read(part, noticed):
         if noticed.bad:
             continue  # read on for further bad files; what is good is counted without them
+        rows, number = _before(job, read, np.arange(row, row + len(read)))
+        row += len(read)
+        if not len(rows):
+            continue
         times = rows.times()
-        counted.first = min(counted.first, (int(times.min()), row + int(times.argmin())))
-        counted.last = max(counted.last, (int(times.max()), row + int(times.argmax())))
+        counted.seen[None] += len(rows)
+        counted.first = min(counted.first, (int(times.min()), int(number[times.argmin()])))
+        counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
         for split, window in job.windows.items():
             counted.rows[split] += int(in_window(times, window).sum())
         counted.users.add(rows)
         counted.candidates.add(rows)
         _count_statistics(job, pipeline, rows)
-        sender.add(pipeline, rows, row)
-        row += len(rows)
+        sender.add(pipeline, rows, number)
     sender.flush()
     counted.counts = pipeline.counts if job.statistics else {}
     counted.key_types, counted.label_units, counted.sent = pipeline.key_types, pipeline.label_units, sender.sent
     return counted
+
+
+def _before(job: CountJob, rows: LogRows, number: np.ndarray) -> tuple[LogRows, np.ndarray]:
+    """The rows that count, of N rows, and their numbers, (N,) int64."""
+    if job.until is None or (inside := rows.times() < job.until).all():
+        return rows, number
+    return rows.filter(inside), number[inside]
 
 
 def _count_statistics(job: CountJob, pipeline: FeaturePipeline, rows: LogRows) -> None:
@@ -149,13 +166,16 @@ def _count_statistics(job: CountJob, pipeline: FeaturePipeline, rows: LogRows) -
 
 
 def _count_events(job: CountJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Counted:
-    pipeline = FeaturePipeline(job.schema)
+    pipeline, counted = FeaturePipeline(job.schema), Counted()
     sender = _Sender(job, part, source)
-    for rows in reader.read(part, noticed):
+    for read in reader.read(part, noticed):
         if not noticed.bad:
+            rows, _ = _before(job, read, np.arange(len(read)))
+            counted.seen[source] += len(rows)
             sender.add(pipeline, rows, None)
     sender.flush()
-    return Counted(sent=sender.sent)
+    counted.sent = sender.sent
+    return counted
 
 
 class _Sender:
@@ -171,10 +191,10 @@ class _Sender:
         self._rows = 0
         self._turn = 0
 
-    def add(self, pipeline: FeaturePipeline, rows: LogRows, first_row: int | None) -> None:
-        """Takes rows; `first_row` is the number of the first one where they are of the interaction log."""
-        if first_row is not None:
-            self._add_look_ups(pipeline, rows, first_row)
+    def add(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray | None) -> None:
+        """Takes N rows; number: (N,) int64 of each where they are of the interaction log."""
+        if number is not None:
+            self._add_look_ups(pipeline, rows, number)
         for name, encoder in pipeline.memory_encoders.items():
             if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_of(name)].append(encoder.events(rows))
@@ -183,8 +203,8 @@ class _Sender:
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
-    def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, first_row: int) -> None:
-        number, times = np.arange(first_row, first_row + len(rows)), rows.times()
+    def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
+        times = rows.times()
         if self.job.duplicates:
             candidate = rows.hashes([rows.schema.columns.candidate])
             key = combine([rows.request_hashes(), candidate])

@@ -48,12 +48,13 @@ DEFAULTS = BuildOptions()
 
 
 class Logs:
-    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`.
+    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`;
+    events_alone: whether rows of events suffice then.
 
     types: of the columns of each of them, as `Log` takes them.
     """
 
-    only_new = False
+    only_new, events_alone = False, False
 
     def __init__(
         self, source: str, schema: Schema, options: BuildOptions, types: Sequence[Mapping[str, str]] | None = None
@@ -85,22 +86,24 @@ class Logs:
         fewer = copy.copy(self)
         fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
         for log, before in zip(fewer.all, self.all, strict=True):
-            if before.files and not log.files and (log is fewer.log or not self.only_new):
+            needed = not self.only_new or (log is fewer.log and not self.events_alone)
+            if before.files and not log.files and needed:
                 raise none_usable(log.source, log.left_out)
-        if not fewer.log.rows:
+        if not (fewer.rows if self.events_alone else fewer.log.rows):
             raise UserError(f"the log '{self.log.source}' has no rows")
         return fewer
 
-    def rest(self, not_read: Sequence[Collection[str]]) -> Logs:
+    def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> Logs:
         """The same logs without some of their files: addresses for each of `all`.
 
-        Raises UserError where the other files of the interaction log have no rows.
+        events_alone: rows of events suffice. Raises UserError where the other files, of the interaction log if that is
+        not so, have no rows.
         """
         rest = copy.copy(self)
-        rest.only_new = True
+        rest.only_new, rest.events_alone = True, events_alone
         rest.log = _without_files(self.log, not_read[0])
         rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
-        if not rest.log.rows:
+        if not (rest.rows if events_alone else rest.log.rows):
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
 

@@ -21,7 +21,8 @@ from mmoe_rec.build.chunks import Received, chunks
 from mmoe_rec.build.exchange import Exchange, key_range
 from mmoe_rec.build.results import ResultExchange, take
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
+from mmoe_rec.features.memories.files import read_memory, write_memory
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.point_in_time.windows import Window, in_window

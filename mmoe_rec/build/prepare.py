@@ -3,9 +3,9 @@
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
                                each split
-        files.json             the files of the logs that were taken in or left out (see `mmoe_rec.build.taken`)
+        files.json             the files of the logs that were taken in or left out (see `mmoe_rec.build.added.taken`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
-        counts/                what was counted to fit them, so that days can be added (see `mmoe_rec.build.extend`)
+        counts/                what was counted to fit them, so that days can be added (`mmoe_rec.build.added.extend`)
         requests/              times and users of requests, so that rows of one that come with later days are recognised
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
@@ -17,23 +17,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from mmoe_rec.atomic import atomic_folder, flush_tree, one_at_a_time
+from mmoe_rec.build.added.taken import Taken
 from mmoe_rec.build.checks import check_apart, check_classes, check_splits, empty_split
-from mmoe_rec.build.count import Counted
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
-from mmoe_rec.build.requests import Requests
+from mmoe_rec.build.saved import describe, save_counts, save_latest, vocabularies
 from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.build.steps import Steps
-from mmoe_rec.build.taken import Taken
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.zones import zone_rules
@@ -242,7 +240,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
         last = counted.last[0]
-        steps.look_up(FeaturePipeline.load(state, memories=False), memories, end=last + 1, training=None)
+        steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None, lasting=False)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for name in windows:
             if counts[name].rows == 0:
@@ -292,7 +290,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         steps.beside(save_counts, pipeline, counts)
         steps.beside(save_latest, counted, serving)
         asked_from = logs.options.asked_from(counted.last[0])
-        steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
+        dropped = steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
         pipeline.finish_results()
         pipeline.save(serving)
         steps.beside(flush_tree, serving)
@@ -307,56 +305,6 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         "settings": settings_of(logs.schema, windows),
         **describe(logs, taken, counted, steps.requests, splits),
         "vocabularies": vocabularies(pipeline),
+        "dropped_keys": dropped,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def save_counts(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Writes what a pipeline was fitted from, one file each."""
-    for name, counts in pipeline.counts.items():
-        pq.write_table(counts.to_table(), folder / f"{name}.parquet", compression="zstd")
-
-
-def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Adds what `save_counts` wrote to the counts of a pipeline of the same schema."""
-    for name, counts in pipeline.counts.items():
-        counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
-
-
-def save_latest(counted: Counted, folder: Path) -> None:
-    """Writes the latest attributes of users and candidates."""
-    for name, parts in (("user", counted.users), ("candidate", counted.candidates)):
-        assert parts is not None
-        pq.write_table(parts.finish().table, folder / f"latest.{name}.parquet", compression="zstd")
-
-
-def describe(
-    logs: Logs, taken: Taken, counted: Counted, requests: Requests, splits: dict[str, SplitCounts]
-) -> dict[str, Any]:
-    """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
-    log, *events = taken.logs
-    return {
-        "log": logs.log.source,
-        "digest": log.digest,
-        "files": len(log.files),
-        "rows": log.rows,
-        "events": {
-            each.name: {"files": len(its.files), "rows": its.rows}
-            for each, its in zip(logs.events, events, strict=True)
-        },
-        "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
-        "unchecked": logs.options.unchecked,
-        "first_request": format_time(counted.first[0]),
-        "last_request": format_time(counted.last[0]),
-        "request_microseconds": [counted.first[0], counted.last[0]],
-        "requests": None if logs.schema.columns.request is None else requests.describe(),
-        "splits": {name: asdict(each) for name, each in splits.items()},
-    }
-
-
-def vocabularies(pipeline: FeaturePipeline) -> dict[str, dict[str, int]]:
-    """Of each vocabulary, the ids that training rows held and those that have a row of their own."""
-    return {
-        name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
-        for name, owner in pipeline.owners.items()
-    }

@@ -35,7 +35,7 @@ class Blocks:
         """A block is a part of the log, or one of the equal pieces of a part that is large."""
         pieces = [-(-part.rows // max(1, round(part.rows / ROWS_PER_BLOCK))) for part in parts]
         starts = [np.arange(p.start, p.start + p.rows, rows) for p, rows in zip(parts, pieces, strict=True)]
-        return Blocks(np.concatenate(starts), sum(part.rows for part in parts))
+        return Blocks(np.concatenate([np.empty(0, np.int64), *starts]), sum(part.rows for part in parts))
 
     def __len__(self) -> int:
         return len(self.starts)

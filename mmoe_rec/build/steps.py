@@ -32,12 +32,13 @@ from mmoe_rec.build.results import Blocks, ResultExchange
 from mmoe_rec.build.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.memory_limits import drop_keys
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.point_in_time.windows import Window
-from mmoe_rec.progress import bar
+from mmoe_rec.progress import bar, say
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
@@ -59,11 +60,12 @@ def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
 class Steps:
     """The steps of one build, in a scratch folder that is removed at the end. Use it as a context.
 
-    logs: as they are read, without files that turned out to be bad; requests: what was found out about them.
+    logs: as they are read, without files that turned out to be bad; until: as in `CountJob`; requests: what was found
+    out about them.
     """
 
-    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
-        self.logs, self.windows, self.scratch = logs, windows, scratch
+    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path, until: int | None = None) -> None:
+        self.logs, self.windows, self.scratch, self.until = logs, windows, scratch, until
         self._stack = ExitStack()
         self._counted = Counted()
         self.requests = Requests()
@@ -109,7 +111,7 @@ class Steps:
         self._counted = counted
         check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
-        if self.logs.options.duplicates == "error":
+        if DUPLICATES in counted.sent:
             self._check_duplicates()
         return counted
 
@@ -157,7 +159,7 @@ class Steps:
     def _count(self, statistics: bool) -> Counted:
         options = self.logs.options
         look = options.duplicates == "error"
-        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look)
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
         readers: dict[str | None, Reader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
@@ -190,12 +192,19 @@ class Steps:
             )
 
     def look_up(
-        self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
-    ) -> None:
-        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
+        self,
+        pipeline: FeaturePipeline,
+        folder: Path,
+        end: int,
+        training: Window | None,
+        before: Path | None = None,
+        lasting: bool = True,
+    ) -> dict[str, int]:
+        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder; gives the number of keys
+        that were dropped of each feature with `max_keys`.
 
         pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
-        before: folder with memories to go on from.
+        before: folder with memories to go on from; lasting: whether anything will be asked of the memories.
         """
         pipeline.note_units(self._counted.label_units)
         state = self.scratch / "state"
@@ -229,6 +238,7 @@ class Steps:
                 for result, mine in encoders[name].result_counts.items():
                     mine.merge(counts[result])
         self.beside(self._events.remove)
+        return _drop_keys(pipeline, folder) if lasting else {}
 
     @property
     def _events(self) -> Exchange:
@@ -281,3 +291,13 @@ class Steps:
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
                 progress.advance(task, size)
                 yield result
+
+
+def _drop_keys(pipeline: FeaturePipeline, folder: Path) -> dict[str, int]:
+    dropped = {}
+    for name, encoder in pipeline.memory_encoders.items():
+        if (most := encoder.feature.max_keys) is not None:
+            dropped[name] = drop_keys(folder, name, most)
+            if dropped[name]:
+                say(f"feature '{name}' has more than {most:,} keys: the {dropped[name]:,} with the oldest events go")
+    return dropped

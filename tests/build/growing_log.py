@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.point_in_time.windows import in_window

@@ -9,7 +9,8 @@ import pytest
 
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from tests.build.growing_log import WINDOWS, Growing
 from tests.log.small_logs import DAY, assert_same, files_of, log_rows, times_of
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build import extend as extend_module
+from mmoe_rec.build.added import extend as extend_module
 from mmoe_rec.build.steps import Steps
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds

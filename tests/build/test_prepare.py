@@ -12,9 +12,9 @@ import pytest
 
 from mmoe_rec.build import engines, splits, steps
 from mmoe_rec.build import results as answers
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.checks import check_apart
 from mmoe_rec.build.engines import open_engine
-from mmoe_rec.build.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.build import count, request_summaries, requests, splits, steps
 from mmoe_rec.build import results as answers
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.build.prepare import Prepared, encode_with, existing, prepare
 from mmoe_rec.errors import UserError

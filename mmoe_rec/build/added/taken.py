@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
@@ -20,6 +21,7 @@ from mmoe_rec.log.checks import LeftOut, words_of
 from mmoe_rec.log.files import FoundFile
 from mmoe_rec.log.reader import EventRows, Log
 
+_OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
 Span = tuple[int, int]
 Spans = Mapping[tuple[str | None, str], Span]
 """(name of a log of events or None, file) -> first and last time of its rows, microseconds."""
@@ -109,9 +111,9 @@ class Taken:
         """Writes `files.json`."""
         logs = [
             {
-                "files": [asdict(file) for file in log.files.values()],
-                "left_out": [asdict(file) for file in log.left_out.values()],
-                "types": log.types,
+                "files": [asdict(log.files[address]) for address in sorted(log.files)],
+                "left_out": [asdict(log.left_out[address]) for address in sorted(log.left_out)],
+                "types": dict(sorted(log.types.items())),
             }
             for log in self.logs
         ]
@@ -135,10 +137,35 @@ class Taken:
         return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
 
     @property
+    def digest(self) -> str:
+        """What tells all files that were taken in from any others, as they were then: 16 hexadecimal digits."""
+        files = [sorted((file.address, file.bytes, file.version) for file in log.files.values()) for log in self.logs]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+    @property
+    def journal(self) -> dict[str, Any] | None:
+        """What of a journal of live events the files hold, by their names: the journal's "id", and the last segment
+        "through" which they do; None for nothing. Of several journals, the one with the latest rows."""
+        found: dict[str, tuple[int, int]] = {}
+        for file in (file for log in self.logs for file in log.files.values()):
+            if (named := _OF_A_JOURNAL.fullmatch(PurePath(file.address).name)) is not None:
+                latest, through = found.get(named[1], (0, 0))
+                found[named[1]] = max(latest, file.last or 0), max(through, int(named[2]))
+        if not found:
+            return None
+        newest = max(found, key=lambda each: found[each])
+        return {"id": newest, "through": found[newest][1]}
+
+    @property
     def left_out(self) -> list[LeftOutFile]:
         """All files that were left out, each once, though it may belong to several logs."""
         found = {file.address: file for log in reversed(self.logs) for file in log.left_out.values()}
         return [found[address] for address in sorted(found)]
+
+
+def of_journal(address: str) -> bool:
+    """Whether a file holds rows of a server's journal, by its name."""
+    return _OF_A_JOURNAL.fullmatch(PurePath(address).name) is not None
 
 
 def _log_from(tree: Mapping[str, Any]) -> TakenLog:
