@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import EventLog, TaskSettings
+from mmoe_rec.schema import EventLog, Section, TaskSettings
 from mmoe_rec.settings.messages import feature_kinds, without_none
+from mmoe_rec.settings.outcomes import LabelSource, OutcomeEvents, Outcomes
 from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
 
 
@@ -38,6 +39,10 @@ def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         elif name == "events" and model is Data:
             yield f"\ndata.events.NAME: {(EventLog.__doc__ or '').strip()}"
             yield from _describe(EventLog, "data.events.NAME.")
+        elif name in ("events", "labels") and model is Outcomes:
+            section: type[Section] = OutcomeEvents if name == "events" else LabelSource
+            yield f"\noutcomes.{name}.NAME: {(section.__doc__ or '').strip()}"
+            yield from _describe(section, f"outcomes.{name}.NAME.")
         elif name == "search" and model is Tuning:
             yield f"\ntuning.search.SETTING: {(Search.__doc__ or '').strip()}"
             yield from _describe(Search, "tuning.search.SETTING.")

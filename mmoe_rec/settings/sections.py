@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from mmoe_rec.features.kinds import FeatureSettings, schema_of
 from mmoe_rec.schema import CHOICES, Columns, EventLog, Roles, Schema, Section, TaskSettings
 from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.outcomes import Outcomes
 from mmoe_rec.settings.yaml_text import dump_yaml
 
 
@@ -189,6 +190,7 @@ class Serving(Section):
     )
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
     max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
+    max_events: int = Field(10_000, ge=1, description="rows of a call that sends events")
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
     max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
     max_waiting: int = Field(64, ge=1, description="calls at a time in a worker; further ones are told to come again")
@@ -279,10 +281,22 @@ class Settings(Section):
     serving: Serving = Serving()
     tuning: Tuning = Tuning()
     tracking: Tracking = Tracking()
+    outcomes: Outcomes = Outcomes()
+
+    def _check_limits(self) -> None:
+        """Keys are dropped by what was known at the log's end, so earlier moments could not be answered as of then."""
+        limited = [name for name, feature in self.features.items() if getattr(feature, "max_keys", None) is not None]
+        if limited and self.data.as_of_days:
+            raise ValueError(
+                f"data.as_of_days keeps what was known before the log's end, but feature '{limited[0]}' drops keys by "
+                "what was known at the end (max_keys): set data.as_of_days to 0, or bound the feature by "
+                "forget_after_days"
+            )
 
     @model_validator(mode="after")
     def _check_schema(self) -> Settings:
-        _ = self.schema_
+        self.outcomes.check(self.schema_)
+        self._check_limits()
         for name in self.tuning.search:
             section, _, rest = name.partition(".")
             known = getattr(self, section) if section in CHOICES else None

@@ -1,0 +1,208 @@
+"""Logs requests beside serving: a thread of its own makes files of what replies hand over, and no reply waits for it.
+
+What waits is bounded by its candidates, as it holds all rows of its passes; beyond, records are dropped and counted. A
+file's rows are in memory until it is written, so a process that is killed loses them; SIGTERM writes them. A disk that
+is full or gone is told once, what could not be written is counted, and serving goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from time import monotonic, time_ns
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.request_log import names
+from mmoe_rec.request_log.folder import LogOptions, check_folder, make_room, write_file
+from mmoe_rec.request_log.sampling import is_logged, new_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mmoe_rec.request_log.seen import Record, Reply, Seen
+
+MOST_WAITING = 100_000
+"""Candidates of replies that wait to be made rows of."""
+ROWS_PER_FILE = 262_144
+_TABLES_AT_ONCE = 64  # of a few hundred rows each: rows of many small tables take long to write
+
+_log = logging.getLogger(__name__)
+Count = Callable[[str, int], None]
+
+
+class RequestLog:
+    """Logs a share of requests.
+
+    count: is told what became of how many replies: written, unsampled, dropped or failed. Raises UserError for a folder
+    in which no file can be written.
+    """
+
+    def __init__(self, options: LogOptions, count: Count) -> None:
+        check_folder(options.folder)
+        self.options, self._count = options, count
+        self._ready = threading.Condition()
+        self._waiting: deque[Record] = deque()
+        self._candidates = 0
+        self._is_closing = False
+        self._rows = _Rows()
+        self._told: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def id_of(seen: Seen) -> int | str:
+        """A request's id: the caller's own, or a new one of the type that the log has."""
+        return new_id(seen.integer_ids) if seen.request is None else seen.request
+
+    def offer(
+        self,
+        reply: Reply,
+        seen: Seen,
+        request: int | str,
+        weights: Mapping[str, Any] | None,
+        about: Mapping[str, str | float | None],
+    ) -> None:
+        """Takes a reply, if it is one of those that are logged, and never waits.
+
+        request: as `id_of` gave it; weights: the caller's `task_weights`; about: column -> value, of the model.
+        """
+        from mmoe_rec.request_log.seen import Record
+
+        scope = seen.rows.schema.columns.request_scope
+        if not is_logged(request if scope == "log" else f"{seen.user} {request}", self.options.share):
+            self._count("unsampled", 1)
+            return
+        columns = {**about, names.SHARE: float(self.options.share)}
+        record = Record(reply, seen, request, weights, time_ns() // 1_000, columns)
+        with self._ready:
+            fits = not self._waiting or self._candidates + len(record) <= MOST_WAITING
+            fits &= not self._is_closing
+            if fits:
+                self._waiting.append(record)
+                self._candidates += len(record)
+                self._ready.notify()
+        if not fits:
+            self._count("dropped", 1)
+            self._tell("dropped", "requests come faster than they can be logged; some are not")
+
+    def close(self) -> None:
+        """Writes all that was handed over, however long that takes."""
+        with self._ready:
+            self._is_closing = True
+            self._ready.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (record := self._next()) is not None or not self._is_closing:
+            if record is not None:
+                try:
+                    table = record.table()
+                except Exception as error:
+                    self._fail(1, "a reply", error)
+                else:
+                    if not self._rows.fits(record, table):
+                        self._write()
+                    self._rows.add(record, table)
+            if self._rows.count >= ROWS_PER_FILE or self._rows.age >= self.options.seconds:
+                self._write()
+        self._write()
+
+    def _next(self) -> Record | None:
+        """The record that has waited longest; None where a file is to be written, or the log ends."""
+        with self._ready:
+            while not self._waiting and not self._is_closing and self._rows.age < self.options.seconds:
+                self._ready.wait(self.options.seconds - self._rows.age if self._rows.count else None)
+            if not self._waiting:
+                return None
+            record = self._waiting.popleft()
+            self._candidates -= len(record)
+            return record
+
+    def _write(self) -> None:
+        rows, self._rows = self._rows, _Rows()
+        if not rows.count:
+            return
+        folder, most = self.options.folder, self.options.most_bytes
+        try:
+            write_file(folder, rows.together())
+        except Exception as error:
+            self._fail(rows.records, f"{rows.records:,} replies", error)
+            return
+        self._count("written", rows.records)
+        self._told.discard("failed")
+        if most is not None:
+            try:
+                removed = make_room(folder, most)
+            except OSError as error:
+                self._tell("size", f"the size of '{folder}' can't be limited: {error.strerror}")
+            else:
+                if removed:
+                    first = removed[0].name
+                    self._tell("removed", f"'{folder}' is full: its oldest files are removed, the first is '{first}'")
+
+    def _fail(self, records: int, what: str, error: Exception) -> None:
+        self._count("failed", records)
+        why = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
+        self._tell("failed", f"{what} can't be logged in '{self.options.folder}', and serving goes on: {why}")
+
+    def _tell(self, what: str, sentence: str) -> None:
+        """Once, as it may be so for every reply."""
+        if what not in self._told:
+            self._told.add(what)
+            _log.warning("%s", sentence)
+
+
+class _Rows:
+    """Rows of the next file, of one model."""
+
+    def __init__(self) -> None:
+        self.count = self.records = 0
+        self._since = 0.0
+        self._artifact: object = None
+        self._schema: pa.Schema | None = None
+        self._tables: list[pa.Table] = []
+        self._small: list[pa.Table] = []
+
+    @property
+    def age(self) -> float:
+        """Seconds since the first row was added, 0 where there is none."""
+        return monotonic() - self._since if self.count else 0.0
+
+    def fits(self, record: Record, table: pa.Table) -> bool:
+        """Whether the file may hold these rows as well: of the same model, and of the same types."""
+        if self._schema is None:
+            return True
+        return record.about[names.ARTIFACT] == self._artifact and _go_together(table.schema, self._schema)
+
+    def add(self, record: Record, table: pa.Table) -> None:
+        """Adds the rows of a reply."""
+        if self._schema is None:
+            self._since, self._artifact, self._schema = monotonic(), record.about[names.ARTIFACT], table.schema
+        self.count, self.records = self.count + len(table), self.records + 1
+        self._small.append(table)
+        if len(self._small) >= _TABLES_AT_ONCE:
+            self._tables.append(_joined(self._small))
+            self._schema, self._small = self._tables[-1].schema, []
+
+    def together(self) -> pa.Table:
+        """All rows."""
+        return _joined([*self._tables, *self._small])
+
+
+def _go_together(one: pa.Schema, other: pa.Schema) -> bool:
+    import pyarrow as pa
+
+    if one.equals(other):
+        return True
+    pairs = zip(one, other, strict=False)
+    return one.names == other.names and all(a.type == b.type or pa.null() in (a.type, b.type) for a, b in pairs)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """Rows of several tables. A column that is null in all of one, and so has no type there, has that of the others."""
+    import pyarrow as pa
+
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()

@@ -1,0 +1,134 @@
+"""Joined rows are those of plain loops, over any number of runs, and each request is written once."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.outcomes import join as joining
+from mmoe_rec.outcomes.join import Joined, join_outcomes
+from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
+
+BY_REQUEST = {
+    "events": {
+        "impressions": {"time": "at", "request": "page"},
+        "clicks": {"time": "at", "request": "page"},
+        "orders": {"time": "at", "request": "page"},
+    },
+    "shown": {"events": "impressions", "within_days": 0.25},
+    "labels": {
+        "clicked": {"events": "clicks", "within_days": 0.125},
+        "spent": {"events": "orders", "within_days": 1, "value": "amount", "combine": "sum", "otherwise": None},
+    },
+}
+BY_USER = {
+    "events": {"clicks": {"time": "at"}, "orders": {"time": "at"}},
+    "top": 3,
+    "rank": "slot",
+    "labels": {
+        "clicked": {"events": "clicks", "within_days": 0.125},
+        "spent": {"events": "orders", "within_days": 1, "value": "amount", "combine": "last", "otherwise": 0},
+    },
+}
+MIXED = {
+    "events": {**BY_REQUEST["events"], "orders": {"time": "at"}},
+    "shown": BY_REQUEST["shown"],
+    "labels": {
+        "clicked": BY_REQUEST["labels"]["clicked"],
+        "spent": {"events": "orders", "within_days": 0.5, "value": "amount", "combine": "max"},
+    },
+}
+
+
+def drawn_world(seed: int, user_ids: bool = False) -> World:
+    """Few users and items, so that many events could belong to several requests; times lie on a grid, so that many are
+    equal and some lie on the edges of windows; events come twice, early, late, and for what was never requested."""
+    draw = random.Random(seed)
+    world = World()
+    hours = [number / 2 for number in range(120)]
+    pages: list[tuple[Any, int, float, list[int]]] = []
+    taken = set()
+    for number in range(40):
+        user, hour = draw.randrange(3), draw.choice(hours)
+        if (user, hour) in taken:  # of two requests of one instant, either could claim an event
+            continue
+        taken.add((user, hour))
+        items = draw.sample(range(6), draw.randint(1, 5))
+        page = sum(each[1] == user for each in pages) if user_ids else number
+        pages.append((page, user, hour, items))
+        world.request(page, user, hour, items)
+        if draw.random() < 0.2:  # sent again, a moment later or of an earlier time, with other candidates
+            again = hour if draw.random() < 0.5 else hour + 0.25
+            world.request(page, user, again, draw.sample(range(6), 3), at=hour + 0.26)
+    for number in range(300):
+        name = draw.choice(["impressions", "impressions", "clicks", "orders"])
+        page, user, hour, items = draw.choice(pages)
+        hour += draw.choice([-0.5, 0, 0.25, 0.5, 1, 3, 3.5, 6, 12, 24, 25])
+        item = draw.choice(items) if draw.random() < 0.9 else draw.randrange(8)
+        amount = draw.choice([None, 1.0, 2.5, 10.0])
+        more = {"page": page, "slot": draw.randrange(4), "amount": amount, "event_id": number}
+        world.event(name, user, hour + number * 1e-7, item, **more)
+        if draw.random() < 0.2:
+            world.event(name, user, hour + number * 1e-7, item, **more)
+    for name in ("impressions", "clicks", "orders"):  # of another user, so that all before is known
+        world.event(name, 99, 200, 0, page=-1, slot=0, amount=1.0, event_id=-1)
+    return world
+
+
+def joined(folder: Path, about: Any, **options: Any) -> Joined:
+    return join_outcomes(about, str(folder / "requests"), str(folder / "events"), folder / "out", now=NOW, **options)
+
+
+@pytest.mark.parametrize("outcomes", [BY_REQUEST, BY_USER, MIXED], ids=["by request", "by user", "mixed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_those_of_plain_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Any], seed: int
+) -> None:
+    monkeypatch.setattr(joining, "ROWS_TOGETHER", 40)  # several partitions and files
+    world = drawn_world(seed)
+    world.write(tmp_path, seed=seed)
+    about = settings(outcomes)
+    found = joined(tmp_path, about)
+    rows = read_rows(tmp_path / "out")
+    assert ordered(rows) == ordered(naive(world, about, NOW))
+    assert found.rows == len(rows) > 20
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+    assert len([*(tmp_path / "out").glob("run-*/*.parquet")]) > 1
+    assert 0 < sum(row["clicked"] for row in rows) < len(rows)
+    assert len({row["spent"] for row in rows}) > 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ids_may_be_a_users_own(tmp_path: Path, seed: int) -> None:
+    world = drawn_world(seed, user_ids=True)
+    world.write(tmp_path)
+    about = settings(BY_REQUEST, request_scope="user")
+    joined(tmp_path, about)
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+
+
+@pytest.mark.parametrize("outcomes", [BY_REQUEST, BY_USER, MIXED], ids=["by request", "by user", "mixed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_write_each_request_once_and_in_order(tmp_path: Path, outcomes: dict[str, Any], seed: int) -> None:
+    """Files come day by day: what is written after each is what loops over all rows give, up to what had ended."""
+    world, about = drawn_world(seed), settings(outcomes)
+    edges = [START + round(hours * HOUR) for hours in (0, 20, 40, 40.5, 70, 90, 210)]
+    before: list[Any] = []
+    for since, until in pairwise(edges):
+        for name in outcomes["events"]:  # something always happens, so that all before is known
+            world.event(name, 99, (until - 1 - START) / HOUR, 0, page=-1, slot=0, amount=1.0, event_id=until)
+        world.write(tmp_path, since=since, until=until, seed=seed)
+        found = joined(tmp_path, about)
+        rows = read_rows(tmp_path / "out")
+        assert rows[: len(before)] == before
+        assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+        assert max((row["time"] for row in rows), default=0) <= until - 1 - 24 * HOUR * (outcomes is not MIXED)
+        assert (found.folder is None) == (len(rows) == len(before))
+        assert joined(tmp_path, about).folder is None
+        before = rows
+    assert ordered(before) == ordered(naive(world, about, NOW))
+    assert len([*(tmp_path / "out").glob("run-*")]) >= 3

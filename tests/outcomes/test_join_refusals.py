@@ -1,0 +1,218 @@
+"""Whatever does not fit is one sentence, and nothing is written; what is left out is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.outcomes.join import about as lines_about
+from mmoe_rec.outcomes.join import join_outcomes
+from mmoe_rec.outcomes.runs import Runs
+from tests.outcomes.test_join import BY_REQUEST, BY_USER, drawn_world, joined
+from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = drawn_world(1)
+    world.write(tmp_path)
+    return world
+
+
+def change(folder: Path, name: str, change: Any) -> None:
+    """Writes each file of a folder again."""
+    for file in (folder / name).glob("*.parquet"):
+        pq.write_table(change(pq.read_table(file)), file)
+
+
+def refused(folder: Path, outcomes: Any = BY_REQUEST, **options: Any) -> str:
+    """The sentence with which a join is refused, which leaves nothing."""
+    with pytest.raises(UserError) as found:
+        joined(folder, settings(outcomes), **options)
+    assert "\n" not in str(found.value)
+    out = folder / "out"
+    assert not out.is_dir() or not any(out.glob("run-*"))
+    assert not (out / ".work").exists()
+    return str(found.value)
+
+
+def test_missing_columns(world: World, tmp_path: Path) -> None:
+    change(tmp_path, "events/clicks", lambda table: table.drop_columns(["user"]))
+    assert "has no column 'user'; it has amount, at, event_id, item, page, slot" in refused(tmp_path)
+
+
+def test_placement_that_no_event_says(world: World, tmp_path: Path) -> None:
+    change(tmp_path, "events/impressions", lambda table: table.drop_columns(["slot"]))
+    assert "has no column 'slot'" in refused(tmp_path)
+    without = {name: value for name, value in BY_USER.items() if name != "rank"}
+    assert "set outcomes.shown to a log of events with that column, or outcomes.rank" in refused(tmp_path, without)
+
+
+def test_other_types(world: World, tmp_path: Path) -> None:
+    strings = lambda table: table.set_column(  # noqa: E731
+        table.column_names.index("page"), "page", table["page"].cast(pa.string())
+    )
+    change(tmp_path, "events/clicks", strings)
+    sentence = refused(tmp_path)
+    assert (
+        "column 'page' of events 'clicks' holds string, and column 'served_request' of the requests int64" in sentence
+    )
+
+
+def test_requests_of_models_with_other_columns(world: World, tmp_path: Path) -> None:
+    file = next((tmp_path / "requests").iterdir())
+    pq.write_table(pq.read_table(file).drop_columns(["price"]), file)
+    sentence = refused(tmp_path)
+    assert "has no column 'price'" in sentence
+    assert "move requests of other models away" in sentence
+
+
+def test_a_damaged_file(world: World, tmp_path: Path) -> None:
+    file = next((tmp_path / "events" / "clicks").iterdir())
+    file.write_bytes(file.read_bytes()[:200])
+    assert "is not a readable Parquet file" in refused(tmp_path)
+
+
+def test_no_events(world: World, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "events" / "clicks")
+    assert "events' has no folder 'clicks' of Parquet files" in refused(tmp_path)
+    (tmp_path / "events" / "clicks").mkdir()
+    assert "holds no *.parquet file" in refused(tmp_path)
+
+
+def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    assert "holds something else, such as 'notes.txt'" in refused(tmp_path)
+    (tmp_path / "out" / "notes.txt").unlink()
+    with pytest.raises(UserError, match="takes in the files of --out"):
+        join_outcomes(settings(BY_REQUEST), str(tmp_path), str(tmp_path / "events"), tmp_path / "requests" / "out")
+
+
+def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: Path) -> None:
+    tenth = lambda table: table.set_column(  # noqa: E731
+        table.column_names.index("served_share"), "served_share", pa.array([0.1] * len(table))
+    )
+    change(tmp_path, "requests", tenth)
+    assert "a share of 0.1 of all requests was logged" in refused(tmp_path, BY_USER)
+    about = settings(BY_REQUEST, sampling_rate="rate")
+    joined(tmp_path, about)
+    assert {row["rate"] for row in read_rows(tmp_path / "out")} == {0.1}
+
+
+def test_labels_that_a_task_cannot_have(world: World, tmp_path: Path) -> None:
+    sums = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels"]["spent"], "combine": "sum"}}}
+    assert "but the label of the binary task 'click' is 0 or 1" in refused(tmp_path, sums)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sentence"),
+    [
+        ({"labels": {"clicked": {"events": "views", "within_days": 1}}}, "labels.clicked.events names 'views'"),
+        ({**BY_USER, "rank": "price"}, "outcomes.rank names 'price', which is no column of roles.placement"),
+        ({**BY_REQUEST, "top": 3}, "leave out `top` and `rank`"),
+        (
+            {**BY_USER, "labels": {"clicked": {"events": "clicks", "within_days": 2}}},
+            "set tasks.click.matures_after_days to 2 or more",
+        ),
+        ({**BY_USER, "labels": {"liked": {"events": "clicks", "within_days": 1}}}, "these are: clicked, spent"),
+        ({**BY_USER, "labels": {"clicked": {"events": "clicks", "within_days": 0}}}, "greater than 0"),
+        ({**BY_USER, "lables": {}}, "Extra inputs"),
+    ],
+)
+def test_wrong_settings(outcomes: Any, sentence: str) -> None:
+    with pytest.raises(ValidationError) as found:
+        settings(outcomes)
+    assert sentence in str(found.value)
+
+
+def test_a_label_that_nothing_says(world: World, tmp_path: Path) -> None:
+    labels = {"clicked": BY_REQUEST["labels"]["clicked"]}
+    assert "outcomes.labels does not say where column 'spent' comes from" in refused(
+        tmp_path, {**BY_REQUEST, "labels": labels}
+    )
+
+
+def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, tmp_path: Path) -> None:
+    for name in ("user", "item", "page", "at"):
+        world.event("clicks", 0, 1, 1, page=1, slot=0, amount=1.0, event_id=10_000)
+        world.events["clicks"][-1][name] = None
+        world.events["clicks"][-1]["at"] = world.events["clicks"][-1]["at"] and START + 201 * HOUR
+    world.event("clicks", 0, 20_000, 1, page=1, slot=0, amount=1.0, event_id=10_001)
+    shutil.rmtree(tmp_path / "events")
+    from tests.outcomes.worlds import _EVENTS, write_rows
+
+    for name, rows in world.events.items():
+        (tmp_path / "events" / name).mkdir(parents=True)
+        write_rows(tmp_path / "events" / name / "all.parquet", rows, _EVENTS)
+    about = settings(BY_REQUEST)
+    found = joined(tmp_path, about)
+    assert found.told["events 'clicks' without user or item or page, or a time"] == 4
+    assert found.told["events 'clicks' in the future"] == 1
+    assert found.until < NOW  # by the last event that is not in the future
+    world.events["clicks"] = world.events["clicks"][:-5]
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+    assert any("in the future: 1" in line for line in lines_about(found))
+
+
+def test_a_log_of_events_that_stands_still_keeps_requests_waiting(tmp_path: Path) -> None:
+    world = drawn_world(2)
+    for name in ("impressions", "clicks", "orders"):
+        world.events[name] = [each for each in world.events[name] if each["user"] != 99]
+    world.events["clicks"] = [each for each in world.events["clicks"] if each["at"] < START + 30 * HOUR]
+    world.event("impressions", 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=-1)
+    world.event("orders", 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=-1)
+    world.write(tmp_path)
+    about, last = settings(BY_REQUEST), max(each["at"] for each in world.events["clicks"])
+    found = joined(tmp_path, about)
+    assert found.until == last - 3 * HOUR
+    assert found.told["requests that wait"] > 0
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, found.until))
+    joined(tmp_path, about, until=START + 500 * HOUR)  # whoever knows that all events are there says so
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+
+
+def test_what_comes_too_late_is_told_and_left_out(tmp_path: Path) -> None:
+    world, about = drawn_world(3), settings(BY_REQUEST)
+    world.write(tmp_path)
+    joined(tmp_path, about)
+    before = read_rows(tmp_path / "out")
+    late = World()
+    late.request(7_000, 1, 3, [0, 1])
+    late.request(8_000, 1, 400, [0, 1])
+    late.request(world.requests[-1]["served_request"], world.requests[-1]["user"], 0, [5])
+    late.event("clicks", 1, 4, 0, page=7_000, slot=0, amount=1.0, event_id=20_001)
+    for name in ("impressions", "clicks", "orders"):
+        late.event(name, 99, 500, 0, page=-1, slot=0, amount=1.0, event_id=30_000)
+        late.event("impressions", 1, 400, 0, page=8_000, slot=0, amount=1.0, event_id=30_001)
+    late.write(tmp_path)
+    found = joined(tmp_path, about)
+    assert found.told["rows of requests that came too late"] == 3
+    assert found.told["new events 'clicks' of requests that were written before"] == 1
+    rows = read_rows(tmp_path / "out")
+    assert rows[: len(before)] == before
+    assert [row["page"] for row in rows[len(before) :]] == [8_000]
+
+
+def test_a_state_that_is_damaged_is_not_guessed(world: World, tmp_path: Path) -> None:
+    joined(tmp_path, settings(BY_REQUEST))
+    state = Runs(tmp_path / "out").folder / "run-000001" / "_state.json"
+    assert json.loads(state.read_text())["through"] > START
+    state.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="it is not known which requests are written"):
+        joined(tmp_path, settings(BY_REQUEST))
+
+
+def test_other_settings_than_before_are_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joined(tmp_path, settings(BY_REQUEST))
+    capsys.readouterr()
+    joined(tmp_path, settings({**BY_REQUEST, "wait_days": 0.5}))
+    assert "outcomes (wait_days: 0.0, now 0.5)" in capsys.readouterr().err.replace("\n", " ")
