@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mmoe_rec
 from mmoe_rec.errors import UserError
+from mmoe_rec.request_log.folder import LogOptions
+from mmoe_rec.request_log.writer import RequestLog
 from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
@@ -21,6 +23,9 @@ from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.page.response import page
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
+
+if TYPE_CHECKING:
+    from mmoe_rec.server.live.accepting import Accepting
 
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError where that can't be."""
@@ -38,11 +43,24 @@ class Application:
         metrics: Metrics | None = None,
         reload: Reload | None = None,
         token: str | None = None,
+        log: LogOptions | None = None,
     ) -> None:
         self.models, self.token = models, token
         self.metrics = metrics or Metrics()
-        self.calls = Calls(models, limits, self.metrics)
-        self._pages: ASGIApp = _pages(self.calls, reload)
+        self._log = None if log is None else RequestLog(log, self.metrics.count_logged)
+        self.calls = Calls(models, limits, self.metrics, self._log)
+        self.events: Accepting | None = None
+        if models.journal is not None:
+            from mmoe_rec.server.live.accepting import Accepting  # which needs a system with locks on files
+
+            assert self.calls.following is not None
+            self.events = Accepting(models, models.journal, limits, self.metrics, self.calls.following)
+        self._pages: ASGIApp = _pages(self.calls, self.events, reload)
+
+    def close(self) -> None:
+        """Writes what is still to be logged, once the last call is answered."""
+        if self._log is not None:
+            self._log.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, as ASGI has it. Without the token nothing of it is read."""
@@ -60,7 +78,7 @@ class Application:
         await self._pages(scope, receive, send)
 
 
-def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
+def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
     # Without redirects, as those have the caller's own header Host for an address.
     app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None, redirect_slashes=False)
     models = calls.models
@@ -81,7 +99,10 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
     async def version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
         about: dict[str, Any] = models.current.about() if models.current else {}
-        return _json({**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure})
+        told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure}
+        if calls.following is not None:
+            told |= {"position": calls.following.position, "events_failure": calls.following.failure}
+        return _json({**about, **told})
 
     @app.get("/model", response_model=None)
     async def model() -> Response:
@@ -103,6 +124,15 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
 
     app.post("/invocations", response_model=None, include_in_schema=False)(invocations)
 
+    async def take(request: Request) -> Response:
+        """Takes events into the journal."""
+        if events is None:
+            sentence = "this server takes no events: start it with --journal FOLDER"
+            return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
+        return await events.answer(request)
+
+    app.post("/events", response_model=None, include_in_schema=False)(take)
+
     if reload is not None:
 
         @app.post("/reload", response_model=None)
@@ -122,6 +152,8 @@ def _pages(calls: Calls, reload: Reload | None) -> FastAPI:
         tree = described()  # made once, without a model
         served = models.current
         tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
+        if events is not None:
+            tree["paths"]["/events"] = {"post": openapi.events()}
         tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
         return tree
 

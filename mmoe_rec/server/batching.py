@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,21 @@ class Batcher:
     def is_busy(self) -> bool:
         """Whether a pass is under way."""
         return self._busy_since is not None
+
+    def between_passes(self, function: Callable[[], None]) -> Future[None]:
+        """Has the thread of the passes call a function once none is under way; from any thread."""
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                function()
+            except BaseException as error:  # whoever waits is told, and the thread goes on
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._tasks.put(work)
+        return done
 
     async def answers(
         self,

@@ -7,14 +7,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from mmoe_rec.request_log import names
+from mmoe_rec.request_log.writer import RequestLog
 from mmoe_rec.server.batching import Answers, Batcher
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused, shortened
+from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
@@ -31,9 +35,13 @@ _NO_NUMBER = (b"[null", b",null", b":null")
 class Calls:
     """Answers calls with the current model."""
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
-        self.models, self.limits, self.metrics = models, limits, metrics
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics, log: RequestLog | None = None) -> None:
+        self.models, self.limits, self.metrics, self._log = models, limits, metrics, log
         self.batcher = Batcher(models, limits, metrics)
+        self.following: Following | None = None
+        if models.journal is not None:
+            self.following = Following(models, self.batcher, limits, metrics)
+            self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self._open = 0
@@ -78,7 +86,9 @@ class Calls:
             self.metrics.calls.set(self._open)
 
     async def _rankings(self, request: Request) -> bytes:
-        partial = _partial(request.query_params)
+        partial, after = _query(request.query_params)
+        if not is_json(type_of(request)):
+            raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
         with self.metrics.timed("read"):
             body = await read_body(request, self.limits)
         with self.metrics.timed("parse"):
@@ -91,14 +101,53 @@ class Calls:
         self.metrics.candidates.inc(call.candidates)
         gone = asyncio.ensure_future(_gone(request))
         try:
+            if after is not None:
+                await self._learnt(after)
             answers = await self._answers(call, gone)
             if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
                 call, answers = exact, await self._answers(exact, gone)
         finally:
             gone.cancel()
         self._count([each for each in answers if isinstance(each, Ranking)])
+        if (log := self._log) is not None:
+            answers = [
+                replace(each, request_id=log.id_of(each.seen)) if isinstance(each, Ranking) else each
+                for each in answers
+            ]
         with self.metrics.timed("write"):
-            return written(answers, call.ignored, partial)
+            ignored = call.ignored
+            if self.following is not None and self.following.failure is not None:
+                ignored = (*ignored, f"events that came lately are not counted: {self.following.failure}")
+            body = written(answers, ignored, partial)
+        if log is not None:
+            self._offer(log, call, answers)
+        return body
+
+    async def _learnt(self, after: str) -> None:
+        """Waits until the model knows all events up to a position, as text. Raises Refused."""
+        if self.following is None:
+            raise Refused(
+                400, "this server takes no events, so there is nothing to wait for: leave 'after' out", "body"
+            )
+        try:
+            await self.following.reached_text(after)
+        except RequestError as error:
+            raise Refused(400, f"the query parameter 'after': {error}", "body") from None
+
+    def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
+        served = self.models.current
+        assert served is not None
+        model = served.about()
+        about = {names.MODEL: model["model"], names.VERSION: model["version"]}
+        for element, answer in zip(call.elements, answers, strict=True):
+            if isinstance(answer, Ranking) and isinstance(element, Mapping):
+                own, request = element.get("task_weights"), answer.request_id
+                assert request is not None
+                weights = call.params.get("task_weights") if own is None else own
+                if answer.model["version"] != model["artifact"]:  # another model has taken its place meanwhile
+                    about = dict.fromkeys(about)
+                its = about | {names.ARTIFACT: answer.model["version"], names.TABLES_AS_OF: answer.tables_as_of}
+                log.offer(answer, answer.seen, request, weights, its)
 
     def _count(self, rankings: Sequence[Ranking]) -> None:
         lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
@@ -133,21 +182,30 @@ def refusal(refused: Refused) -> Response:
     return Response(orjson.dumps(refused.body()), refused.status, headers, "application/json")
 
 
-def _partial(query: Mapping[str, str]) -> bool:
+def _query(query: Mapping[str, str]) -> tuple[bool, str | None]:
+    """Whether an error may stand in the place of an element, and the position of the journal to wait for."""
     for name in query:
-        if name != "partial":
-            raise Refused(400, f"/invocations has no query parameter {quoted(name)}; there is 'partial'", "body")
+        if name not in ("partial", "after"):
+            sentence = f"/invocations has no query parameter {quoted(name)}; there are 'partial' and 'after'"
+            raise Refused(400, sentence, "body")
     value = query.get("partial", "false")
     if value not in _TRUTH:
         raise Refused(400, "the query parameter 'partial' must be true or false", "body")
-    return _TRUTH[value]
+    return _TRUTH[value], query.get("after")
+
+
+def is_json(kind: str) -> bool:
+    """Whether a body of this type is JSON."""
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def type_of(request: Request) -> str:
+    """The type of a request's body."""
+    return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a call. Raises Refused for one that is too large, as soon as that is known, too slow, or no JSON."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
+    """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "the body must not be compressed: leave the header Content-Encoding out", "no_json")
     if request.headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":

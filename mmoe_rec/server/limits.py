@@ -27,6 +27,7 @@ class Limits:
 
     max_total_candidates: int = 100_000
     max_elements: int = 256
+    max_events: int = 10_000
     max_body_mib: int = 8
     max_depth: int = 16
     max_waiting: int = 64

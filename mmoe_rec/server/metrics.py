@@ -42,6 +42,19 @@ class Metrics:
         self.refusals = counter("refusals", "Calls refused for what they cost, or without a token, by reason", "reason")
         self.warnings = counter("expert_warnings", "Warnings in rankings that an expert is lost")
         self.reloads = counter("reloads", "Attempts to take up another model by outcome", "outcome")
+        self.events = counter("events", "Rows of events that were accepted, by log of events", "log")
+        self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", "reason")
+        self.learnt = counter("events_learnt", "Rows of events that each worker has learnt, by outcome", "outcome")
+        self.visible = Histogram(
+            f"{_PREFIX}event_visible_seconds",
+            "Time from the acceptance of a batch of events until a worker's replies know of it",
+            buckets=_SECONDS,
+            registry=self._own,
+        )
+        self.live_rows = gauge("live_rows", "Rows of events beside its tables that a worker's model holds now")
+        self.logged = counter(
+            "request_log", "Replies by what became of their log: written, unsampled, dropped, failed", "outcome"
+        )
         self.passes = Histogram(
             f"{_PREFIX}calls_per_pass", "Calls ranked in one pass", buckets=_CALLS, registry=self._own
         )
@@ -64,6 +77,10 @@ class Metrics:
             yield
         finally:
             self.stages.labels(stage).observe(perf_counter() - started)
+
+    def count_logged(self, outcome: str, many: int) -> None:
+        """Counts replies by what became of their log."""
+        self.logged.labels(outcome).inc(many)
 
     def show_model(self, about: Mapping[str, str | None]) -> None:
         """Says which model this worker serves from now on."""

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmoe_rec.errors import UserError, one_line
@@ -22,6 +23,7 @@ from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.envelope import ranked
 
 if TYPE_CHECKING:
+    from mmoe_rec.server.live.learning import Learning
     from mmoe_rec.serving.loaded import LoadedRanker
 
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
@@ -29,12 +31,14 @@ _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A loaded model, ready to answer. example: a request that can be sent as it is; scores: what it answered it."""
+    """A loaded model, ready to answer. example: a request that can be sent as it is; scores: what it answered it when
+    it was loaded; learning: how it learns events, None without a journal."""
 
     ranker: LoadedRanker
     source: Source
     example: dict[str, Any]
     scores: ExampleScores
+    learning: Learning | None = None
 
     def about(self) -> dict[str, str | None]:
         """Which model this is; name and version are those of the registry, where it comes from there, and artifact is
@@ -58,10 +62,14 @@ class Served:
 
 
 class Models:
-    """The current model. failure: why the last other one did not take its place, None if it did."""
+    """The current model. failure: why the last other one did not take its place, None if it did.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    keeps_seen: whether rankings hold what features saw, for the log of requests; journal: folder of the journal of
+    events that models learn, None for none.
+    """
+
+    def __init__(self, limits: Limits, journal: Path | None = None, keeps_seen: bool = False) -> None:
+        self.limits, self.journal, self.keeps_seen = limits, journal, keeps_seen
         self.current: Served | None = None
         self.failure: str | None = None
         self._loading = threading.Lock()
@@ -81,11 +89,31 @@ class Models:
         with self._loading:
             try:
                 served = load()
+                if served.learning is not None:
+                    served.learning.catch_up()
             except UserError as error:
                 self.failure = str(error)
                 raise
-            self.current, self.failure = served, None
+            if self.keeps_seen:
+                served.ranker.keep_seen()
+            self._replace(served)
+            self.failure = None
             return served
+
+    def _replace(self, served: Served) -> None:
+        """Serves a model once it has learnt all that the one before has, so that callers who saw events counted will
+        still see that."""
+        before = None if self.current is None else self.current.learning
+        if served.learning is None or before is None:
+            self.current = served
+            return
+        while True:
+            served.learning.catch_up()
+            with before.held():
+                if served.learning.position >= before.position:
+                    self.current = served
+                    before.close()
+                    return
 
     def _loaded(self, source: Source) -> Served:
         from mmoe_rec.serving.ranker import Ranker
@@ -96,11 +124,18 @@ class Models:
             ranker.serve_faster()
             example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))
             scores = _answered(ranker, source, example)
+            learning = None
+            if self.journal is not None:
+                from mmoe_rec.server.live.learning import Learning
+
+                learning = Learning(ranker, self.journal)
+                learning.catch_up()
+                scores = _answered(ranker, source, example)  # which the events may have changed
         except UserError:
             raise
         except Exception as error:  # whatever it is, the model before goes on
             raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
-        return Served(ranker, source, example, scores)
+        return Served(ranker, source, example, scores, learning)
 
 
 def _mapped(file: BinaryIO) -> Served:

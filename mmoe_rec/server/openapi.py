@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmoe_rec.serving.ranking import UNSENT, Ranking
 from mmoe_rec.serving.requests.envelope import Envelope
 
+ARROW = "application/vnd.apache.arrow.stream"
 TEMPLATE = "#/components/schemas/{model}"
 
 
@@ -51,6 +52,27 @@ class Error(BaseModel):
     message: str
 
 
+class Events(BaseModel):
+    """Rows of the interaction log, or of a log of events, with the log's columns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events: list[dict[str, Any]] = Field(description="rows: column -> value; labels may be null")
+    log: str | None = Field(None, description="name of a log of events; null is the interaction log")
+
+
+class Accepted(BaseModel):
+    """What is on disk now, and will be known to replies at once."""
+
+    accepted: int = Field(description="rows that are in the journal, those that came before included")
+    late: int = Field(description="rows that were known before the model's tables were made")
+    out_of_order: int = Field(description="rows that are earlier than one before them")
+    ignored: int = Field(
+        0, description="rows that the model's tables may hold, and that are not learnt; left out for 0"
+    )
+    position: str = Field(description="of the journal: /invocations?after=POSITION knows these rows")
+
+
 _STATUSES = {
     400: "the call is wrong",
     401: "the token is missing or wrong",
@@ -69,27 +91,48 @@ def schemas() -> dict[str, Any]:
     """The components that `invocation` refers to."""
     from pydantic.json_schema import models_json_schema
 
-    models = [(Invocation, "validation"), (Reply, "serialization"), (Error, "serialization")]
+    models: list[tuple[type[BaseModel], str]] = [(each, "validation") for each in (Invocation, Events)]
+    models += [(each, "serialization") for each in (Reply, Accepted, Error)]
     _, found = models_json_schema(models, ref_template=TEMPLATE)  # type: ignore[arg-type]
     for name in UNSENT:
         del found["$defs"]["Ranking"]["properties"][name]
     return dict(found["$defs"])
 
 
+def _content(model: str, **more: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": TEMPLATE.format(model=model)}, **more}}
+
+
+def _wrong() -> dict[str, Any]:
+    return {str(code): {"description": text, "content": _content("Error")} for code, text in _STATUSES.items()}
+
+
 def invocation(example: dict[str, Any] | None) -> dict[str, Any]:
     """The operation `POST /invocations`. example: a request that the model can answer."""
 
-    def content(model: str, **more: Any) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": TEMPLATE.format(model=model)}, **more}}
-
     sent = {} if example is None else {"example": {"inputs": [example], "params": {"top_k": 5}}}
-    wrong = {str(code): {"description": text, "content": content("Error")} for code, text in _STATUSES.items()}
     partial = {"name": "partial", "in": "query", "schema": {"type": "boolean", "default": False}}
     partial["description"] = "an element that is wrong gets an error in its place, and the others are ranked"
+    after = {"name": "after", "in": "query", "schema": {"type": "string"}}
+    after["description"] = "answer once all events up to this position are known, as the reply of /events gives it"
     return {
         "summary": "Ranks the candidates of each element",
         "operationId": "invocations",
-        "parameters": [partial],
-        "requestBody": {"required": True, "content": content("Invocation", **sent)},
-        "responses": {"200": {"description": "a ranking for each element", "content": content("Reply")}, **wrong},
+        "parameters": [partial, after],
+        "requestBody": {"required": True, "content": _content("Invocation", **sent)},
+        "responses": {"200": {"description": "a ranking for each element", "content": _content("Reply")}, **_wrong()},
+    }
+
+
+def events() -> dict[str, Any]:
+    """The operation `POST /events`."""
+    log = {"name": "log", "in": "query", "schema": {"type": "string"}}
+    log["description"] = "name of a log of events, for a body that is an Arrow stream"
+    arrow = {ARROW: {"schema": {"type": "string", "format": "binary"}}}
+    return {
+        "summary": "Takes events, all rows of a call or none, once they are on disk",
+        "operationId": "events",
+        "parameters": [log],
+        "requestBody": {"required": True, "content": {**_content("Events"), **arrow}},
+        "responses": {"200": {"description": "they are on disk", "content": _content("Accepted")}, **_wrong()},
     }

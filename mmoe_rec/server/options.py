@@ -9,19 +9,27 @@ import socket
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.request_log.folder import LogOptions
 from mmoe_rec.server.limits import Limits
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve. grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in."""
+    """How to serve.
+
+    grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in; journal: folder
+    of the journal of events, None takes none; log: how requests are logged, None does not log them.
+    """
 
     limits: Limits
     grace: float = 10.0
     token: str | None = None
+    journal: Path | None = None
+    log: LogOptions | None = None
 
 
 BACKLOG = 1_024

@@ -52,6 +52,11 @@ class Call:
 
 def parse(body: bytes, limits: Limits) -> Call:
     """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
+    return _call(parse_json(body, limits), limits)
+
+
+def parse_json(body: bytes, limits: Limits) -> Any:
+    """The JSON values of a body. Raises Refused where they are none by the standard, too deep, or ambiguous."""
     try:
         tree = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -60,7 +65,7 @@ def parse(body: bytes, limits: Limits) -> Call:
     # A string that begins with a colon looks like a key, so that more may be found than there are, never fewer.
     if sum(1 for _ in _KEY.finditer(body)) != keys:
         json.loads(body, object_pairs_hook=_without_repeats)
-    return _call(tree, limits)
+    return tree
 
 
 def exactly(call: Call, body: bytes) -> Call | None:

@@ -76,6 +76,7 @@ class Server(uvicorn.Server):
 
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(serve())
+        self._app.close()
         if self._last is not None:
             self._last.cancel()
         if self._app.calls.batcher.is_busy:
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
 
     @staticmethod
     def _end_now() -> None:
-        _log.warning("ended while a call was under way: it took longer than --grace")
+        _log.warning("ended while a call or the log of requests was under way: it took longer than --grace")
         end_process(1)
 
 
@@ -122,14 +123,14 @@ def serve(source: Source, known: str, finder: Finder, bound: socket.socket, opti
 
     known: the finder's state before it found the model; poll: seconds between looks for another one, 0 for none.
     """
-    models, metrics = Models(options.limits), Metrics()
+    models, metrics = Models(options.limits, options.journal, options.log is not None), Metrics()
     metrics.show_model(models.load(source).about())
     reloads = Reloads(finder, Reloading(models, metrics).take_up)
 
     async def reload() -> None:
         await asyncio.wrap_future(reloads.ask())
 
-    server = Server(Application(models, options.limits, metrics, reload, options.token), options)
+    server = Server(Application(models, options.limits, metrics, reload, options.token, options.log), options)
     watch = Watch(finder, reloads, poll)
 
     def started(loop: asyncio.AbstractEventLoop) -> None:

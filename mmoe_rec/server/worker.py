@@ -32,7 +32,7 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
 
     ignore_interrupts()
     log_to_stderr()
-    models, metrics = Models(options.limits), Metrics()
+    models, metrics = Models(options.limits, options.journal, options.log is not None), Metrics()
     try:
         pipe.recv()  # that a model follows
         file = received(pipe)
@@ -44,9 +44,11 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection) -> None
     except UserError as error:
         _end_with(error, pipe)
     talk = _Talk(pipe, Reloading(models, metrics))
-    server = Server(
-        Application(models, options.limits, metrics, talk.reload, options.token), options, ignored=(signal.SIGINT,)
-    )
+    try:
+        app = Application(models, options.limits, metrics, talk.reload, options.token, options.log)
+    except UserError as error:
+        _end_with(error, pipe)
+    server = Server(app, options, ignored=(signal.SIGINT,))
     # uvicorn listens to it only a moment after the parent was told that this worker is ready.
     signal.signal(signal.SIGTERM, server.handle_exit)
 

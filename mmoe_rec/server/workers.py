@@ -116,7 +116,7 @@ class _Parent:
                 self._settle(None)
             if self._preparing is None and self._wanted is not None:
                 self._loading, self._wanted = self._wanted, None
-                self._preparing = Preparing(self._loading.source, self._options.limits, lambda: self._stopping)
+                self._preparing = Preparing(self._loading.source, self._options, lambda: self._stopping)
         except UserError as error:
             if self._prepared is None:
                 raise

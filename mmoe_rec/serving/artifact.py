@@ -9,7 +9,8 @@
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
-        features/              what encoders have learnt, what counters and histories remember, latest values
+        features/              what encoders have learnt, and tables: what counters and histories remember, latest
+                               values, and which files of the log these hold (see `mmoe_rec.build.added.tables`)
 
 The folder appears whole or not at all (`mmoe_rec.serving.writing`). Whoever takes it up checks it against the manifest:
 a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores without an error.
@@ -46,7 +47,10 @@ class Artifact:
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
     tables_as_of: ISO time of the last logged request that counters, histories and latest values know; stale_after_days:
     how much later a request may lie before replies warn, None is any time (the default is that of the settings, for
-    artifacts of before there was one).
+    artifacts of before there was one); trained_as_of: as tables_as_of, of the features that the model was trained on,
+    None where the tables are still these; files: digest of the files of the log that the tables hold, None where it is
+    unknown; journal: what of the journal of live events the tables hold, {"id": ..., "through": number of the last
+    segment}, None for nothing.
     """
 
     name: str
@@ -57,6 +61,9 @@ class Artifact:
     fingerprint: str
     tables_as_of: str
     stale_after_days: float | None = 7
+    trained_as_of: str | None = None
+    files: str | None = None
+    journal: dict[str, Any] | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:

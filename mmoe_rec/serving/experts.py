@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmoe_rec.log.given import check_count
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.requests.values import check_count
 
 
 @dataclass(frozen=True)

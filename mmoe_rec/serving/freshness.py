@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from mmoe_rec.log.given import microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.serving.artifact import Artifact, iso_time
-from mmoe_rec.serving.requests.values import microseconds
 
 
 @dataclass(frozen=True)

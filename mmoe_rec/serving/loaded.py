@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,8 +20,11 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.features.memories.live import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import canonical, column_uses
+from mmoe_rec.features.recent import Changes
+from mmoe_rec.log.columns import column_uses, event_uses
+from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.inputs import RequestInputs
@@ -39,6 +42,7 @@ from mmoe_rec.serving.passes import ROWS_AT_A_TIME, Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.requests.request import Request, RequestReader
 from mmoe_rec.serving.requests.weights import fused_weights
+from mmoe_rec.serving.rows import read_rows
 from mmoe_rec.serving.scorer import Scored, Scorer
 from mmoe_rec.settings import Model
 
@@ -46,6 +50,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
     Rows: TypeAlias = LogRows | pa.Table | pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a ranker can take. known: time of the latest row, microseconds."""
+
+    live: Live
+    users: Changes
+    candidates: Changes
+    known: int
 
 
 class LoadedRanker:
@@ -131,6 +145,73 @@ class LoadedRanker:
         self.reader.max_candidates = self.about.max_candidates
         self._passes = replace(self._passes, freshness=Freshness.of(self.about))
 
+    @property
+    def live_rows(self) -> int:
+        """Rows of events that it has learnt beside its tables."""
+        return self.pipeline.live.rows
+
+    @property
+    def tables_known(self) -> int:
+        """The time of the last request that its tables know, microseconds."""
+        return Freshness.of(self.about).known
+
+    def learn(self, events: pa.Table | pd.DataFrame, log: str | None = None) -> None:
+        """Learns what has happened since: counters, histories and latest values count it in requests from now on.
+
+        Args:
+            events: rows with the log's columns, labels among them; attributes of users and candidates that they have
+                no column for stay as they are. Nothing looks for rows that come twice.
+            log: name of the log of events that they are of; None is the interaction log.
+
+        Raises:
+            UserError: for a row that can't be one of the log, or a column that is missing.
+        """
+        from mmoe_rec.journal.checked import RowChecks, known_types
+
+        table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
+        schema = self.pipeline.schema
+        checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
+        self.take(self.prepared({log: self.as_logged(log, checked)}))
+
+    def as_logged(self, log: str | None, checked: pa.Table) -> LogRows:
+        """Checked rows with all columns of the log: attributes that they lack as they were last known, others null."""
+        schema = self.pipeline.schema
+        uses = column_uses(schema) if log is None else event_uses(schema, log)
+        table = self.reader.completed(LogRows(checked, schema)).table if log is None else checked
+        for name in uses.keys() - set(table.column_names):
+            table = table.append_column(name, pa.nulls(len(table)))
+        return LogRows(table, schema) if log is None else event_rows(table, schema, log)
+
+    def prepared(self, rows: Mapping[str | None, LogRows]) -> Learnt:
+        """What `take` takes, at no cost to requests that are answered meanwhile; one after the other.
+
+        rows: of the interaction log (None) and of logs of events, with all columns of the log.
+        """
+        live, known = self.pipeline.live, self._passes.freshness.known
+        users: Changes = []
+        candidates: Changes = []
+        for source, each in rows.items():
+            if not len(each):
+                continue
+            live = live.extended(self.pipeline.live_events(source, each), len(each))
+            known = max(known, int(each.times().max()))
+            if source is None:
+                schema, as_of = self.pipeline.schema, self.tables_known
+                users += self.reader.users.changes(each, schema, as_of)
+                candidates += self.reader.candidates.changes(each, schema, as_of)
+        return Learnt(live, users, candidates, known)
+
+    def take(self, learnt: Learnt) -> None:
+        """Knows what was prepared from now on. No request may be under way."""
+        self.pipeline.take_live(learnt.live)
+        self.reader.users.take(learnt.users)
+        self.reader.candidates.take(learnt.candidates)
+        self._passes = replace(self._passes, freshness=self._passes.freshness.up_to(learnt.known))
+
+    def keep_seen(self) -> None:
+        """From now on rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
+        self._passes = replace(self._passes, keeps_seen=True)
+
     def serve_faster(self) -> None:
         """Multiplies as `best_products` says from now on."""
         self.scorer.multiply_by(self.best_products())
@@ -200,7 +281,7 @@ class LoadedRanker:
         column that is missing, or that cannot be read as the features do.
         """
         if not isinstance(rows, LogRows):
-            rows = self._canonical(rows)
+            rows = read_rows(self.pipeline, rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
         starts = range(0, len(rows), ROWS_AT_A_TIME)
@@ -218,33 +299,8 @@ class LoadedRanker:
     def score_table(self, rows: Rows) -> pa.Table:
         """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
         if not isinstance(rows, LogRows):
-            rows = self._canonical(rows)
+            rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
-
-    def _canonical(self, given: pa.Table | pd.DataFrame) -> LogRows:
-        schema = self.pipeline.schema
-        rows = given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
-        read = schema.input_columns()
-        missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
-        if missing:
-            raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
-        uses, unit = column_uses(schema), schema.columns.time_unit
-        columns = {name: rows[name] for name in rows.column_names}
-        for name in read.keys() & columns.keys():
-            columns[name] = canonical(name, uses[name], rows[name], unit)
-            self._check(name, columns[name])
-        return LogRows(pa.table(columns), schema)
-
-    def _check(self, name: str, values: pa.ChunkedArray) -> None:
-        """Raises UserError where a column of rows has not the type that the log had, or an id or a time is missing."""
-        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        known, names = self.pipeline.key_types.get(name), self.pipeline.schema.columns
-        if known is not None and not pa.types.is_null(kind) and str(kind) != known:
-            raise UserError(
-                f"column '{name}' of the rows holds {kind}, and the log that the model was trained on {known}"
-            )
-        if name in (names.user, names.candidate, names.time) and values.null_count:
-            raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ SERVED_CODE = (
     "features",
     "batches",
     "model",
+    "request_log",
     "serving",
 )
 

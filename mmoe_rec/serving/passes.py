@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.given import check_count, check_flag
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.score import from_logs, with_outcomes
+from mmoe_rec.request_log.seen import Seen
 from mmoe_rec.serving.artifact import Artifact, iso_time
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.experts import ExpertChoice
@@ -20,7 +23,6 @@ from mmoe_rec.serving.explaining import Explainer, as_of
 from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import Request, RequestReader, same_columns
-from mmoe_rec.serving.requests.values import check_count, check_flag
 from mmoe_rec.serving.requests.weights import fused_weights
 from mmoe_rec.serving.scorer import Scored, Scorer
 
@@ -40,7 +42,10 @@ class _Asked:
 
 @dataclass(frozen=True)
 class Passes:
-    """Answers requests, as many as possible at a time, by the parts of a loaded ranker. version: of the artifact."""
+    """Answers requests, as many as possible at a time, by the parts of a loaded ranker.
+
+    version: of the artifact; keeps_seen: whether rankings hold what features saw, and with it all rows of their pass.
+    """
 
     scorer: Scorer
     pipeline: FeaturePipeline
@@ -48,6 +53,7 @@ class Passes:
     reader: RequestReader
     freshness: Freshness
     version: str
+    keeps_seen: bool = False
 
     @property
     def _about(self) -> Artifact:
@@ -97,9 +103,11 @@ class Passes:
             raise RequestError(str(error)) from None
         explain = any(each.request.explain for each in asked)
         scored = self.scorer.score(self.inputs.matrix(*inputs, rows.of), asked[0].choice, explain)
-        return None if scored.failed and len(asked) > 1 else self._rankings(asked, rows, scored)
+        return None if scored.failed and len(asked) > 1 else self._rankings(asked, rows, inputs, scored)
 
-    def _rankings(self, asked: Sequence[_Asked], rows: RequestRows, scored: Scored) -> list[Ranking]:
+    def _rankings(
+        self, asked: Sequence[_Asked], rows: RequestRows, inputs: tuple[Inputs, Inputs], scored: Scored
+    ) -> list[Ranking]:
         weights = np.array([each.weights for each in asked])
         log_scores = (scored.logs * weights[rows.of]).sum(1)
         if not np.isfinite(log_scores).all():
@@ -118,9 +126,11 @@ class Passes:
         times = rows.shared.times().tolist()
         floors = self.pipeline.memories_read(rows)
         explainer = Explainer(self.pipeline, rows, scored, self.scorer.names) if scored.inside else None
+        integer_ids = self.pipeline.key_types.get(names.request or "") == "int64"
         rankings = []
         for number, each in enumerate(asked):
             start, end = int(starts[number]), int(starts[number + 1])
+            seen = Seen(rows, inputs, self._about.layout, integer_ids, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
             rankings.append(
@@ -137,6 +147,7 @@ class Passes:
                     if explainer and each.request.explain
                     else None,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
+                    seen=seen if self.keeps_seen else None,
                 )
             )
         return rankings

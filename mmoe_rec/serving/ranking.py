@@ -32,8 +32,9 @@ class Explanation:
     as_of: dict[str, str]
 
 
-UNSENT = ("unknown_ids",)
-"""What a ranking holds for the server's metrics alone."""
+UNSENT = ("unknown_ids", "seen")
+"""What a ranking holds for the server's metrics and its log of requests alone."""
+_IF_THERE = ("explanations", "request_id")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Ranking:
     `mmoe_rec.serving.experts`, and what is wrong with the request's time, see `mmoe_rec.serving.freshness`; model: the
     artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
     unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
-    out.
+    out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
+    of the request, see `mmoe_rec.request_log.seen`, which replies leave out.
     """
 
     candidates: list[int] | list[str]
@@ -59,13 +61,15 @@ class Ranking:
     model: dict[str, str] = field(default_factory=dict)
     explanations: list[Explanation] | None = None
     unknown_ids: dict[str, int] = field(default_factory=dict)
+    request_id: int | str | None = None
+    seen: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for."""
+        """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""
         tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in UNSENT}
-        if (explanations := tree.pop("explanations")) is not None:
-            tree["explanations"] = [dict(vars(each)) for each in explanations]
-        return tree
+        if self.explanations is not None:
+            tree["explanations"] = [dict(vars(each)) for each in self.explanations]
+        return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
 def key_columns(schema: Schema) -> list[str]:

@@ -45,6 +45,9 @@ def write_artifact(
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
     """
+    from mmoe_rec.build.added.taken import Taken  # which no server needs
+
+    taken = Taken.read(prepared.folder)
     about = Artifact(
         name=settings.name,
         model=settings.model.model_dump(mode="json"),
@@ -54,10 +57,15 @@ def write_artifact(
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]),
+        files=taken.digest,
+        journal=taken.journal,
     )
     with atomic_folder(folder) as target:
         _write_weights(target / "weights.safetensors", state_dict)
         shutil.copytree(prepared.serving, target / "features")
+        shutil.copyfile(prepared.folder / "files.json", target / "features" / "files.json")
+        if (prepared.folder / "requests").is_dir():
+            shutil.copytree(prepared.folder / "requests", target / "features" / "requests")
         (target / "layout.json").write_text(about.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_about(target, about)
@@ -84,6 +92,42 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
         _write_weights(made / "weights.safetensors", state_dict)
         (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_about(made, about)
+        seal(made)
+
+
+def write_with_tables(
+    folder: Path,
+    target: Path,
+    features: Path,
+    *,
+    tables_as_of: int,
+    files: str | None,
+    journal: Mapping[str, Any] | None,
+) -> None:
+    """Writes the artifact of a folder with other tables; an existing target is replaced.
+
+    features: a folder that `mmoe_rec.build.added.tables` has written for the model; tables_as_of: microseconds of the
+    last request that it knows; files, journal: as in `Artifact`.
+
+    Raises UserError for a folder that is not as it was written, and where the model can't score its example.
+    """
+    about, moment = read_artifact(folder), iso_time(tables_as_of)
+    trained = about.trained_as_of or about.tables_as_of
+    about = replace(
+        about,
+        tables_as_of=moment,
+        trained_as_of=None if trained == moment else trained,
+        files=files,
+        journal=None if journal is None else dict(journal),
+    )
+    with atomic_folder(target) as made:
+        for name in read_manifest(folder):
+            if not name.startswith("features/"):
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, made / name)
+        shutil.copytree(features, made / "features")
+        _write_about(made, about)
+        _write_json(made / EXAMPLE, example_request(made / "features", about.tables_as_of))
         seal(made)
 
 

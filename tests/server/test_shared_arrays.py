@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.together import MemoriesTogether
+from mmoe_rec.features.memories.together import MemoriesTogether
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.request_rows import StoredColumn
 from mmoe_rec.model.multiply import Products

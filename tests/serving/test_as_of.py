@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.serving.artifact import Artifact, iso_time

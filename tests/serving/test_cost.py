@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmoe_rec.model.multiply import Products, onednn_offered
-from mmoe_rec.point_in_time.memory import CounterMemory, HistoryMemory
+from mmoe_rec.point_in_time.histories import HistoryMemory
+from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.scorer import Scorer

@@ -22,8 +22,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, BinaryIO
 
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.options import end_process, ignore_interrupts, log_to_stderr
+from mmoe_rec.server.options import Options, end_process, ignore_interrupts, log_to_stderr
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing.starting import started
 
@@ -49,14 +48,14 @@ def received(pipe: Connection) -> BinaryIO:
 class Preparing:
     """A model that a process prepares. Raises UserError where the temporary folder takes no file."""
 
-    def __init__(self, source: Source, limits: Limits, is_stopping: Callable[[], bool]) -> None:
+    def __init__(self, source: Source, options: Options, is_stopping: Callable[[], bool]) -> None:
         try:
             file = tempfile.TemporaryFile(prefix="mmoe-rec-")  # noqa: SIM115 - it is open as long as workers need it
         except OSError as error:
             raise UserError(no_room(error, tempfile.gettempdir())) from None
         self._prepared = Prepared(source, file)
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = started(prepare, (source, limits, theirs, tempfile.gettempdir()), is_stopping)
+        self.process = started(prepare, (source, options, theirs, tempfile.gettempdir()), is_stopping)
         theirs.close()
         if self.process is not None:
             with suppress(OSError):  # it has ended
@@ -102,8 +101,8 @@ class Preparing:
         return f"the process that loads the model at '{self._prepared.source.address}' was ended by {how}{hint}"
 
 
-def prepare(source: Source, limits: Limits, pipe: Connection, folder: str) -> None:
-    """Loads a model, has it answer its example, and writes it into the file in a folder that the parent sends."""
+def prepare(source: Source, options: Options, pipe: Connection, folder: str) -> None:
+    """Loads a model, which answers its example and learns the journal, and writes it into the file of a folder."""
     ignore_interrupts()
     log_to_stderr()
     try:
@@ -112,7 +111,7 @@ def prepare(source: Source, limits: Limits, pipe: Connection, folder: str) -> No
         end_process(1)
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
-        _write(source, limits, file, folder)
+        _write(source, options, file, folder)
     except UserError as error:
         pipe.send(("failed", str(error)))
     else:
@@ -120,14 +119,14 @@ def prepare(source: Source, limits: Limits, pipe: Connection, folder: str) -> No
     end_process(0)  # without closing a file that could not be written
 
 
-def _write(source: Source, limits: Limits, file: BinaryIO, folder: str) -> None:
+def _write(source: Source, options: Options, file: BinaryIO, folder: str) -> None:
     import torch
 
     from mmoe_rec.server.models import Models
     from mmoe_rec.server.sharing.arrays import write
 
     torch.set_num_threads(1)  # as in workers, for which it measures what multiplies faster
-    served = Models(limits).load(source)
+    served = Models(options.limits, options.journal).load(source)
     try:
         write(served, file)
     except OSError as error:

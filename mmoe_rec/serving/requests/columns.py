@@ -31,8 +31,9 @@ class RequestColumn:
 class RequestColumns:
     """Every column that a request may give.
 
-    Besides the log's columns these are precomputed values, which win over what the model's tables say: counters under
-    the names of their outputs (such as `user_product_positives`), histories under the feature's name, oldest first.
+    Besides the log's columns these are the request's id, where the log has one, and precomputed values, which win over
+    what the model's tables say: counters under the names of their outputs (such as `user_product_positives`), histories
+    under the feature's name, oldest first.
     """
 
     def __init__(self, pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues) -> None:
@@ -48,8 +49,11 @@ class RequestColumns:
         self.log_columns = list(log)
         # A log's own column comes first: that is what a feature would read.
         self._columns = log | {each.name: each for each in _precomputed(pipeline) if each.name not in log}
+        if (request := schema.columns.request) is not None:  # features may not read it, and the server logs it
+            own = RequestColumn(request, "context", "key", types.get(request))
+            self._columns.setdefault(request, own)
         unread = {name: role for name, role in schema.column_roles.items() if name not in schema.input_columns()}
-        self._unread = {name: role for name, role in unread.items() if role != "placement"}
+        self._unread = {n: role for n, role in unread.items() if role != "placement" and n not in self._columns}
         self._placement = {name for name, role in schema.column_roles.items() if role == "placement"}
 
     def of_part(self, role: Role, names: Iterable[str]) -> list[RequestColumn]:

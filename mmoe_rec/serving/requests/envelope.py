@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmoe_rec.log.given import plain_option
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.request import OPTIONS, Request
-from mmoe_rec.serving.requests.values import plain_option
 
 
 class Envelope(BaseModel):

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
-from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.recent import RecentValues
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.given import plain, plain_option, to_arrow
 from mmoe_rec.log.request_rows import FewRows, RequestRows, Stored
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.schema import Role
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.requests.columns import PARTS, RequestColumn, RequestColumns
-from mmoe_rec.serving.requests.values import plain, plain_option, to_arrow
 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
 
@@ -62,8 +63,8 @@ class RequestReader:
         self.schema = pipeline.schema
         self.max_candidates = max_candidates
         columns = self.schema.columns
-        self.users = LatestValues(columns.user, pq.read_table(features / "latest.user.parquet"))
-        self.candidates = LatestValues(columns.candidate, pq.read_table(features / "latest.candidate.parquet"))
+        self.users = _latest(columns.user, features, "user")
+        self.candidates = _latest(columns.candidate, features, "candidate")
         self.columns = RequestColumns(pipeline, self.users, self.candidates)
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
@@ -149,6 +150,15 @@ class RequestReader:
             raise RequestError(f"'user' needs a column '{names.user}' with the user's id")
         if given[names.candidate].null_count:
             raise RequestError(f"column '{names.candidate}' in 'candidates' holds null; every candidate needs an id")
+
+
+def _latest(key: str, features: Path, role: Role) -> RecentValues:
+    """Latest values, with lists in the type that canonical columns have; Parquet calls what they hold `element`."""
+    table, times = pq.read_table(features / f"latest.{role}.parquet"), features / f"latest.{role}.times.parquet"
+    for place, field in enumerate(table.schema):
+        if pt.is_list(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.list_(field.type.value_type)))
+    return RecentValues(key, table, pq.read_table(times)["time"].to_numpy() if times.is_file() else None)
 
 
 def same_columns(request: Request) -> tuple[Any, ...]:

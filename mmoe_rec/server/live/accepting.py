@@ -1,0 +1,220 @@
+"""`POST /events`: read within limits, checked as a build checks a log, on disk before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.types as pt
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.journal.checked import RowChecks, known_types
+from mmoe_rec.journal.duplicates import Counts, Taken
+from mmoe_rec.journal.group_commit import GroupCommit
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.records import Batch
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.memory import NEVER
+from mmoe_rec.schema import Schema
+from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
+from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.live.following import Following
+from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.openapi import ARROW
+from mmoe_rec.server.parsing import parse_json
+
+if TYPE_CHECKING:
+    from mmoe_rec.server.live.learning import Learning
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
+_THREADS = 4
+"""Batches that wait for the disk at a time; they share a flush."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a caller sent. source: name of a log of events, None for the interaction log; lacking: attributes of users
+    and candidates that are left out, each with (N,) bool in which rows."""
+
+    source: str | None
+    table: pa.Table
+    lacking: Mapping[str, np.ndarray]
+
+
+class Accepting:
+    """Takes events into a journal: all rows of a call, or none."""
+
+    def __init__(self, models: Models, journal: Path, limits: Limits, metrics: Metrics, following: Following) -> None:
+        self._models, self._limits, self._metrics, self._following = models, limits, metrics, following
+        self._commit = GroupCommit(Journal(journal))
+        self._checks: tuple[Served, RowChecks] | None = None
+        self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
+        self._lock = threading.Lock()
+        self._open = 0
+        self._threads = ThreadPoolExecutor(_THREADS, "events")
+
+    async def answer(self, request: Request) -> Response:
+        """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
+        try:
+            with self._metrics.timed("events"):
+                told = await self._accepted(request)
+            response = Response(orjson.dumps(told), media_type="application/json")
+        except Refused as refused:
+            self._metrics.events_refused.labels(refused.reason).inc()
+            response = refusal(refused)
+        except ClientDisconnect:
+            self._metrics.events_refused.labels("caller_gone").inc()
+            response = Response(status_code=499)  # which nobody reads
+        return response
+
+    async def _accepted(self, request: Request) -> dict[str, Any]:
+        if (served := self._models.current) is None:
+            raise loading()
+        if self._open >= self._limits.max_waiting:
+            raise Refused(
+                503,
+                f"{self._open} calls of /events are under way, as many as this server takes at a time (setting "
+                "`serving.max_waiting`); come again",
+                "busy",
+                "RESOURCE_EXHAUSTED",
+                1,
+            )
+        self._open += 1
+        try:
+            kind, log = type_of(request), _log_in(request.query_params)
+            if not is_json(kind) and kind != ARROW:
+                raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
+            body = await read_body(request, self._limits)
+            loop = asyncio.get_running_loop()
+            sent = await loop.run_in_executor(self._threads, self._checked, served, body, kind == ARROW, log)
+            if sent.lacking:  # what was acknowledged before may say what it lacks
+                await self._following.reached_end()
+                served = self._models.current or served
+            return await loop.run_in_executor(self._threads, self._taken, served, sent)
+        finally:
+            self._open -= 1
+
+    def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
+        """What was sent, checked."""
+        checks = self._checks_of(served)
+        try:
+            if is_arrow:
+                table = checks.of_stream(log, body)
+                return _Sent(log, table, _lacking(log, checks.schema, table, ()))
+            log, rows = _rows_in(parse_json(body, self._limits), log)
+            table = checks.of_json(log, rows)
+            return _Sent(log, table, _lacking(log, checks.schema, table, rows))
+        except RequestError as error:
+            raise Refused(400, str(error), "body") from None
+
+    def _taken(self, served: Served, sent: _Sent) -> dict[str, Any]:
+        """Appends; what the reply says."""
+        assert served.learning is not None
+        table = sent.table
+        try:
+            if sent.lacking:
+                table = _completed(served.ranker, table, sent.lacking)
+            order = self._order(served.learning, sent.source, table)
+            position = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
+        except RequestError as error:
+            raise Refused(400, str(error), "body") from None
+        except UserError as error:  # such as a full disk
+            _log.error("%s", error)
+            raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
+        self._following.look()
+        self._metrics.events.labels(sent.source or "").inc(len(table))
+        return {"accepted": len(table), **order, "position": str(position)}
+
+    def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
+        """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
+        far as this process has accepted or learnt any."""
+        times = Taken(source, table, Counts()).rows(learning.schema).times()
+        with self._lock:
+            newest = max(learning.newest(source), self._newest.get(source, NEVER))
+            before = np.maximum.accumulate(np.append(newest, times))
+            self._newest[source] = int(before[-1])
+        late = Taken(source, table, Counts()).late(learning.schema, learning.as_of)
+        told = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
+        ignored = learning.taken_for_known(times)
+        return told | ({"ignored": ignored} if ignored else {})
+
+    def _checks_of(self, served: Served) -> RowChecks:
+        known = self._checks
+        if known is None or known[0] is not served:
+            pipeline = served.ranker.pipeline
+            checks = RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
+            known = self._checks = served, checks
+        return known[1]
+
+
+def _log_in(query: Mapping[str, str]) -> str | None:
+    """The log that the query names."""
+    for name in query:
+        if name != "log":
+            raise Refused(400, f"/events has no query parameter {quoted(name)}; there is 'log'", "body")
+    return query.get("log")
+
+
+def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
+    """The log and the rows that a body names."""
+    if not isinstance(tree, dict):
+        raise Refused(400, f"the body must be an object such as {SHAPE}", "body")
+    for name in tree:
+        if name not in ("events", "log"):
+            raise Refused(400, f"a call has no key {quoted(name)}; valid are events and log", "body")
+    if "events" not in tree:
+        raise Refused(400, f"a call needs the key 'events', a list of rows: {SHAPE}", "body")
+    named = tree.get("log")
+    if isinstance(named, str) and log not in (None, named):
+        raise Refused(400, f"the query names the log {quoted(log)}, and the body {quoted(named)}", "body")
+    if named is not None and not isinstance(named, str):
+        raise Refused(400, "'log' must be the name of one log of events; leave it out for the interaction log", "body")
+    return log if named is None else named, tree["events"]
+
+
+def _lacking(
+    source: str | None, schema: Schema, table: pa.Table, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """The attributes that rows leave out. rows: as JSON gave them, where each may leave out others."""
+    if source is not None:
+        return {}
+    found = {}
+    ids = {schema.columns.user, schema.columns.candidate}
+    for name, role in schema.input_columns().items():
+        if role in ("user", "candidate") and name not in ids:
+            if name not in table.column_names:
+                found[name] = np.ones(len(table), bool)
+            elif rows and (left := np.array([name not in row for row in rows])).any():
+                found[name] = left
+    return found
+
+
+def _completed(ranker: LoadedRanker, table: pa.Table, lacking: Mapping[str, np.ndarray]) -> pa.Table:
+    """Rows with the attributes that they leave out, as these are known: the journal says all that a build reads."""
+    given = {name: table.column(name) for name in lacking if name in table.column_names}
+    known = ranker.reader.completed(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table
+    for name, column in given.items():
+        own, theirs = one_array(column), one_array(known.column(name))
+        if pt.is_null(own.type) or pt.is_null(theirs.type):
+            own, theirs = (own.cast(theirs.type), theirs) if pt.is_null(own.type) else (own, theirs.cast(own.type))
+        places = np.where(lacking[name], np.arange(len(own)), len(own) + np.arange(len(own)))
+        both = pa.concat_arrays([theirs, own.cast(theirs.type)]).take(pa.array(places))
+        known = known.set_column(known.column_names.index(name), name, both)
+    return known

@@ -1,0 +1,152 @@
+"""A worker's model learns what comes into the journal, whichever worker has accepted it.
+
+A thread of its own reads the journal and prepares what the model is to know next. The model takes it between two
+passes, so that a pass sees one state of all counters, histories and latest values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.journal.position import Position
+from mmoe_rec.server.batching import Batcher
+from mmoe_rec.server.limits import Limits, Refused
+from mmoe_rec.server.metrics import Metrics
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import sentence_of
+
+if TYPE_CHECKING:
+    from mmoe_rec.server.live.learning import Learning
+
+PAUSE_SECONDS = 0.02
+"""Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
+_REST = 4.0
+"""After it has learnt something, the thread leaves the processor to requests for so many times as long."""
+_PAUSE_AFTER_FAILURE_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Following:
+    """Keeps the current model at the journal's end. failure: why it has not been able to since, None if it has."""
+
+    def __init__(self, models: Models, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
+        self._models, self._batcher, self._limits, self._metrics = models, batcher, limits, metrics
+        self.failure: str | None = None
+        self._look, self._asked = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def start(self) -> None:
+        """Follows from now on, in a thread of its own, as long as the process lives."""
+        threading.Thread(target=self._run, name="following", daemon=True).start()
+
+    def look(self) -> None:
+        """Looks at once, as something has been accepted."""
+        self._look.set()
+
+    @property
+    def position(self) -> str | None:
+        """Up to where the current model knows the journal, as text."""
+        learning = self._learning()
+        return None if learning is None else str(learning.position)
+
+    async def reached_text(self, text: str) -> None:
+        """As `reached`; raises RequestError for a text that is no position, or none of this journal."""
+        position = Position.parse(text)
+        learning = self._learning()
+        if learning is not None and learning.position < position:
+            await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
+        await self.reached(position)
+
+    async def reached_end(self) -> None:
+        """Ends once the current model knows all that the journal holds now."""
+        if (learning := self._learning()) is not None:
+            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.end))
+
+    async def reached(self, position: Position) -> None:
+        """Ends once the current model knows all up to a position. Raises Refused where that takes too long."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self._has_reached(position):
+                return
+            reached: asyncio.Future[None] = loop.create_future()
+            waiting = (position, loop, reached)
+            self._waiting.append(waiting)
+        self._asked.set()  # a caller waits, and so the thread does not rest
+        self._look.set()
+        try:
+            async with asyncio.timeout(self._limits.answer_seconds):
+                await reached
+        except TimeoutError:
+            raise Refused(
+                503,
+                f"the model has not learnt all events up to {position} within {self._limits.answer_seconds:g} seconds "
+                f"({self.failure or 'setting `serving.answer_seconds`'}); come again",
+                "behind",
+                "TEMPORARILY_UNAVAILABLE",
+                1,
+            ) from None
+        finally:
+            with self._lock, suppress(ValueError):
+                self._waiting.remove(waiting)
+
+    def _has_reached(self, position: Position) -> bool:
+        learning = self._learning()
+        return learning is not None and learning.position >= position
+
+    def _learning(self) -> Learning | None:
+        served = self._models.current
+        return None if served is None else served.learning
+
+    def _run(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                learnt = self._step()
+                if self.failure is not None:
+                    _log.info("events are learnt again")
+                self.failure = None
+                rest = _REST * (time.monotonic() - started) if learnt else 0.0
+            except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
+                told, is_told = sentence_of(error), isinstance(error, UserError)
+                if told != self.failure:
+                    _log.error("the model learns no further events: %s", told, exc_info=not is_told)
+                self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
+            self._tell()  # also of what a model knows that has just taken the place of another one
+            self._asked.wait(rest)
+            self._asked.clear()
+            self._look.wait(PAUSE_SECONDS)
+            self._look.clear()
+
+    def _step(self) -> bool:
+        """Learns what is new; whether there was anything."""
+        learning = self._learning()
+        if learning is None or (learnt := learning.read()) is None:
+            return False
+        self._batcher.between_passes(lambda: learning.take(learnt)).result()
+        now = time.time_ns() // 1_000
+        for accepted in learnt.accepted_at:
+            self._metrics.visible.observe(max(now - accepted, 0) / 1e6)
+        self._metrics.live_rows.set(learning.live_rows)
+        for outcome, rows in learnt.counts.items():
+            self._metrics.learnt.labels(outcome).inc(rows)
+        return True
+
+    def _tell(self) -> None:
+        with self._lock:
+            for position, loop, reached in self._waiting:
+                if self._has_reached(position):
+                    with suppress(RuntimeError):  # the loop has ended
+                        loop.call_soon_threadsafe(_end, reached)
+
+
+def _end(reached: asyncio.Future[None]) -> None:
+    if not reached.done():
+        reached.set_result(None)

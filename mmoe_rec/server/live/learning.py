@@ -1,0 +1,199 @@
+"""What a served model has learnt of the journal, and how it learns what is new.
+
+Its tables hold a part of the journal already, up to a segment that the artifact names; of a journal that it does not
+name, what is no later than its tables. The rest it learns in the journal's order, so that every worker, and a server
+that starts again, comes to the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmoe_rec.journal.checkpoints import duplicates_after
+from mmoe_rec.journal.duplicates import Duplicates, Taken
+from mmoe_rec.journal.follower import ROWS_AT_A_TIME, Follower
+from mmoe_rec.journal.position import Position
+from mmoe_rec.log.rows import LogRows
+
+if TYPE_CHECKING:
+    from mmoe_rec.serving.loaded import LoadedRanker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Read:
+    """What was read and is to be learnt. position: of the journal, up to where."""
+
+    taken: dict[str | None, Taken]
+    position: Position
+    accepted_at: list[int]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the model can take. counts: rows by outcome; accepted_at: of the batches, microseconds."""
+
+    prepared: Any
+    position: Position
+    accepted_at: list[int] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Learning:
+    """Of one model. `read` and `take` alternate, in whatever thread. position: up to where the model knows the journal.
+
+    Raises UserError for a folder that holds no journal.
+    """
+
+    def __init__(self, ranker: LoadedRanker, folder: Path) -> None:
+        self.ranker, self.folder = ranker, folder
+        self.schema = ranker.pipeline.schema
+        self._waiting: _Read | None = None
+        self._error: Exception | None = None
+        self._has_ended = False
+        self._lock = threading.Lock()
+        follower = Follower(folder)
+        about = ranker.about.journal
+        self._is_known = about is not None and about["id"] == follower.id
+        if about is not None and self._is_known:
+            follower.close()
+            self._duplicates, follower = duplicates_after(folder, self.schema, about["through"])
+        else:
+            self._duplicates = Duplicates(self.schema)
+            if about is not None:
+                _log.warning(
+                    "the model's tables hold another journal than '%s': of this one, what is no later than they are "
+                    "(%s) is taken for known",
+                    folder,
+                    ranker.about.tables_as_of,
+                )
+            if follower.position.segment > 1:
+                _log.warning(
+                    "the journal '%s' begins with segment %d: what came in those before, the model knows only as far "
+                    "as its tables hold it",
+                    folder,
+                    follower.position.segment,
+                )
+        self._follower: Follower | None = follower
+        self.position = follower.position
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a process: another one goes on from the same position."""
+        return {name: each for name, each in vars(self).items() if name not in ("_follower", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the other process."""
+        vars(self).update(state)
+        self._lock, self._follower = threading.Lock(), None
+
+    def _reader(self) -> Follower:
+        if self._follower is None:
+            self._follower = Follower(self.folder, self.position)
+        return self._follower
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A time in which it learns nothing."""
+        with self._lock:
+            yield
+
+    def close(self) -> None:
+        """Learns no more; for a model whose place another one has taken, within `held`."""
+        self._has_ended = True
+        if self._follower is not None:
+            self._follower.close()
+
+    @property
+    def live_rows(self) -> int:
+        """Rows of events that the model holds beside its tables."""
+        return self.ranker.live_rows
+
+    @property
+    def as_of(self) -> int:
+        """The time of the last request that the tables know, microseconds."""
+        return self.ranker.tables_known
+
+    def newest(self, source: str | None) -> int:
+        """The latest time of a log's rows so far, microseconds; `NEVER` before there are any."""
+        return self._duplicates.newest(source)
+
+    def end(self) -> Position:
+        """Up to where the journal goes now."""
+        follower = Follower(self.folder)
+        try:
+            return follower.end()
+        finally:
+            follower.close()
+
+    def check(self, position: Position) -> None:
+        """Raises RequestError for a position that is none of this journal, or not there yet."""
+        follower = Follower(self.folder)
+        try:
+            follower.check(position)
+        finally:
+            follower.close()
+
+    def catch_up(self) -> None:
+        """Learns all that there is; for a model that nobody asks yet."""
+        while (learnt := self.read()) is not None:
+            self.take(learnt)
+
+    def read(self, most_rows: int = ROWS_AT_A_TIME) -> Learnt | None:
+        """Reads what is new, and prepares what the model is to take; None where nothing is new.
+
+        Raises UserError where the journal is damaged. What was read is tried again after an error, but not where it
+        could not be told from duplicates: then the error comes again and again, until a model is loaded anew.
+        """
+        with self._lock:
+            if self._has_ended:
+                return None
+            if self._error is not None:
+                raise self._error
+            if self._waiting is None:
+                reader = self._reader()
+                if not (batches := reader.read(most_rows)):
+                    self.position = max(self.position, reader.position)  # the begin of the next segment
+                    return None
+                try:
+                    taken = self._duplicates.take(batches)
+                except Exception as error:
+                    self._error = error
+                    raise
+                self._waiting = _Read(taken, reader.position, [each.accepted_at for each in batches])
+            read, counts = self._waiting, dict[str, int]()
+            rows: dict[str | None, LogRows] = {}
+            for source, each in read.taken.items():
+                for name in fields(each.counts):
+                    counts[name.name] = counts.get(name.name, 0) + getattr(each.counts, name.name)
+                counts["late"] = counts.get("late", 0) + each.late(self.schema, self.as_of)
+                rows[source] = self._beyond_tables(each.rows(self.schema), counts)
+            prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
+            return Learnt(prepared, read.position, read.accepted_at, {name: n for name, n in counts.items() if n})
+
+    def taken_for_known(self, times: np.ndarray) -> int:
+        """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
+        return 0 if self._is_known else int(np.sum(times <= self.as_of))
+
+    def _beyond_tables(self, rows: LogRows, counts: dict[str, int]) -> LogRows:
+        """The rows that the tables do not hold; of a journal that the artifact names, all."""
+        if self._is_known:
+            return rows
+        later = rows.times() > self.as_of
+        counts["in_tables"] = counts.get("in_tables", 0) + int(np.sum(~later))
+        return rows.filter(later)
+
+    def take(self, learnt: Learnt) -> None:
+        """Has the model take what was prepared; no pass may be under way."""
+        with self._lock:
+            if not self._has_ended:
+                self.ranker.take(learnt.prepared)
+                self.position, self._waiting = learnt.position, None

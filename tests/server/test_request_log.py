@@ -1,0 +1,245 @@
+"""Logged requests say what was asked, what features saw and what was replied, and logging never stops a reply."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.request_log import folder as log_folder
+from mmoe_rec.request_log import writer
+from mmoe_rec.request_log.digest import digests
+from mmoe_rec.request_log.folder import LogOptions, check_folder, make_room
+from mmoe_rec.request_log.sampling import is_logged, new_id
+from tests.log.small_logs import random_log
+from tests.processes import until
+from tests.server.asking import ask, element
+from tests.server.logging_server import logged, logging_app, outcomes
+from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+
+
+@pytest.fixture(scope="module")
+def with_ids(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """A model whose log has ids of requests, strings."""
+    log = random_log(1, rows=600)
+    users, times = log["user"].to_pylist(), log["time"].to_pylist()
+    ids = pa.array([f"{user} {time}" for user, time in zip(users, times, strict=True)])
+    columns = {"user": "user", "candidate": "item", "time": "time", "request": "page"}
+    return SmallModel(tmp_path_factory.mktemp("ids"), log=[log.append_column("page", ids)], columns=columns)
+
+
+def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path: Path) -> None:
+    table, rows = small.later_rows()
+    weights = {"click": 2.0}
+    first, second = as_request(table), element(task_weights=weights)
+    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+        one, two = ask(app, {"inputs": [first, second], "params": {"top_k": 15, "task_weights": {"spent": 0.5}}}).tree[
+            "predictions"
+        ]
+    found = logged(tmp_path)
+    assert outcomes(app) == {"written": 2}
+    mine = found.filter(pa.array(np.array(found["served_request"].to_pylist()) == one["request_id"]))
+    assert mine["item"].to_pylist() == one["candidates"]
+    assert mine["served_score"].to_pylist() == one["scores"]
+    assert mine["served_rank"].to_pylist() == [*range(1, 16)]
+    assert set(mine["served_candidates"].to_pylist()) == {20}
+    for name, values in one["predictions"].items():
+        np.testing.assert_allclose(mine[f"served_predicted_{name}"].to_numpy(), values, rtol=1e-6)
+    place = one["order"]
+    for name in ("user", "item", "time", "brand", "price", "tags", "born"):
+        assert mine[name].to_pylist() == rows.column(name).take(pa.array(place)).to_pylist(), name
+    assert "slot" not in found.column_names
+    assert {*mine["served_weights"].to_pylist()} == {'{"spent": 0.5}'}
+    about = {name: {*mine[f"served_{name}"].to_pylist()} for name in ("model", "version", "artifact", "share")}
+    assert about == {"model": {"small"}, "version": {"7"}, "artifact": {one["model"]["version"]}, "share": {1.0}}
+    # The second request gave ids only: the rest is what the model knows of them, and null of the unknown one.
+    other = found.filter(pa.array(np.array(found["served_request"].to_pylist()) == two["request_id"]))
+    assert other["item"].to_pylist() == two["candidates"]
+    assert {*other["served_weights"].to_pylist()} == {json.dumps(weights)}
+    known = pq.read_table(small.prepared.serving / "latest.candidate.parquet").to_pylist()
+    brands = {each["item"]: each["brand"] for each in known}
+    assert other["brand"].to_pylist() == [brands.get(each) for each in two["candidates"]]
+    assert None in other["brand"].to_pylist()
+
+
+def test_the_digest_is_that_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
+    table, _ = small.later_rows()
+    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+        ask(app, {"inputs": [element(), as_request(table)]})
+    found = logged(tmp_path)
+    pipeline = FeaturePipeline.load(small.folder / "features")
+    names = pipeline.layout.id_names(False), pipeline.layout.dense_names(False)
+    encoded = pipeline.encode(LogRows(found, pipeline.schema))
+    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(pipeline.layout.dense)}
+    expected = digests(encoded.ids, dense, names)
+    assert found["served_digest"].to_pylist() == expected.tolist()
+    assert len(set(expected.tolist())) > 20
+    dense[names[1][0]][3] = np.nextafter(dense[names[1][0]][3], np.float32(9))  # one bit of one number
+    assert np.flatnonzero(digests(encoded.ids, dense, names) != expected).tolist() == [3]
+
+
+def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: Path) -> None:
+    own = element(context={**CONTEXT, "page": "a page"})
+    with logging_app(with_ids.folder, LogOptions(tmp_path, share=1.0)) as app:
+        one, two, three = ask(app, {"inputs": [own, element(), element(context={**CONTEXT, "page": None})]}).tree[
+            "predictions"
+        ]
+        assert one["request_id"] == "a page"
+        assert len(two["request_id"]) == len(three["request_id"]) == 32
+        assert two["request_id"] != three["request_id"]
+        wrong = ask(app, {"inputs": [element(context={**CONTEXT, "page": 5})]})
+        assert wrong.message == "column 'page' must hold strings, as in the log; found integers: give \"12\", not 12"
+    ids = logged(tmp_path)["served_request"].to_pylist()
+    assert set(ids) == {"a page", two["request_id"], three["request_id"]}
+
+
+def test_a_server_that_does_not_log_gives_no_id_and_keeps_nothing(with_ids: SmallModel) -> None:
+    from mmoe_rec.serving.ranker import Ranker
+
+    ranking = Ranker.load(with_ids.folder).rank({"user": USER}, {**CONTEXT, "page": "x"}, {"item": ITEMS})
+    assert ranking.seen is None
+    assert "request_id" not in ranking.to_dict()
+
+
+def test_the_share_is_by_the_id_alone(small: SmallModel, tmp_path: Path) -> None:
+    numbers = [*range(20_000)]
+    for share in (0.0, 0.1, 0.5):
+        found = np.mean([is_logged(each, share) for each in numbers])
+        assert abs(found - share) < 0.02
+    assert all(is_logged(each, 0.5) for each in numbers if is_logged(each, 0.1))
+    assert is_logged(5, 0.3) == is_logged("5", 0.3)
+    assert {new_id(True) <= 2**53 for _ in range(99)} == {True}
+    with logging_app(small.folder, LogOptions(tmp_path, share=0.3)) as app:
+        replies = ask(app, *({"inputs": [element()] * 9} for _ in range(12)))
+    ids = [each["request_id"] for reply in replies for each in reply.tree["predictions"]]
+    expected = {each for each in ids if is_logged(each, 0.3)}
+    assert 10 < len(expected) < 60
+    assert set(logged(tmp_path)["served_request"].to_pylist()) == expected
+    assert outcomes(app) == {"written": len(expected), "unsampled": 108 - len(expected)}
+
+
+def test_what_was_refused_is_not_logged(small: SmallModel, tmp_path: Path) -> None:
+    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+        assert ask(app, {"inputs": [element(), element(user={})]}).status == 400
+        reply = ask(app, {"inputs": [element(), element(user={})]}, page="/invocations?partial=true").tree
+    assert set(logged(tmp_path)["served_request"].to_pylist()) == {reply["predictions"][0]["request_id"]}
+
+
+def test_a_full_queue_drops_and_counts_and_answers(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MOST_WAITING", 12)  # two replies of five
+    go_on, began = threading.Event(), threading.Event()
+    write_file = writer.write_file
+
+    def slow(*arguments: Any) -> Path:
+        began.set()
+        go_on.wait()
+        return write_file(*arguments)
+
+    monkeypatch.setattr(writer, "write_file", slow)
+    monkeypatch.setattr(writer, "ROWS_PER_FILE", 1)
+    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+        ask(app, {"inputs": [element()]})
+        assert began.wait(600)
+        replies = [ask(app, {"inputs": [element()]}) for _ in range(5)]
+        assert [each.status for each in replies] == [200] * 5
+        assert outcomes(app) == {"dropped": 3}
+        go_on.set()
+    assert outcomes(app) == {"dropped": 3, "written": 3}
+    assert len(logged(tmp_path)) == 15
+
+
+@pytest.mark.parametrize("problem", ["gone", "full"])
+def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
+) -> None:
+    folder = tmp_path / "log"
+    monkeypatch.setattr(writer, "ROWS_PER_FILE", 1)
+    with logging_app(small.folder, LogOptions(folder, share=1.0)) as app:
+        if problem == "gone":
+            folder.rmdir()
+        else:
+            monkeypatch.setattr(log_folder, "atomic_file", _no_space)
+        for number in range(1, 4):
+            assert ask(app, {"inputs": [element()]}).status == 200
+            until(lambda number=number: outcomes(app) == {"failed": number})
+        told = [each.getMessage() for each in caplog.records if "can't be logged" in each.getMessage()]
+        assert len(told) == 1
+        assert str(folder) in told[0]
+        assert "serving goes on" in told[0]
+        assert ("No space left" in told[0]) == (problem == "full")
+        assert not folder.exists() or not any(folder.iterdir())  # nothing was made on the disk below
+        monkeypatch.undo()
+        folder.mkdir(exist_ok=True)
+        ask(app, {"inputs": [element()]})
+    assert outcomes(app) == {"failed": 3, "written": 1}
+
+
+def _no_space(path: Path) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"requests can't be logged in '.*file'"):
+        check_folder(tmp_path / "file")
+    check_folder(tmp_path / "new" / "folder")
+    assert [*(tmp_path / "new" / "folder").iterdir()] == []
+
+
+def test_files_are_whole_and_readable_as_the_umask_says(small: SmallModel, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+            ask(app, {"inputs": [element()]})
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert len(pq.read_table(file)) == len(ITEMS)
+
+
+def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
+    from mmoe_rec.server.reloading import Source
+
+    with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
+        one = ask(app, {"inputs": [element()]}).tree["predictions"][0]
+        app.models.load(Source(with_ids.folder, "models:/small/8"))
+        two = ask(app, {"inputs": [element()]}).tree["predictions"][0]
+    files = [pq.read_table(each) for each in sorted(tmp_path.iterdir())]
+    assert [set(each["served_artifact"].to_pylist()) for each in files] == [
+        {each["model"]["version"]} for each in (one, two)
+    ]
+    assert [set(each["served_version"].to_pylist()) for each in files] == [{"7"}, {"8"}]
+
+
+def test_the_oldest_files_make_room_and_nothing_else_is_removed(small: SmallModel, tmp_path: Path) -> None:
+    with logging_app(small.folder, LogOptions(tmp_path / "one", share=1.0)) as app:
+        ask(app, {"inputs": [element()]})
+    (file,) = (tmp_path / "one").iterdir()
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for day in range(1, 6):
+        shutil.copy(file, folder / f"requests-2024010{day}T000000.000000Z-host-1-abcd.parquet")
+    (folder / "requests.parquet").write_bytes(b"x" * 10**6)
+    (folder / "notes.txt").touch()
+    removed = make_room(folder, 2 * file.stat().st_size + 1)
+    assert [each.name[9:17] for each in removed] == ["20240101", "20240102", "20240103"]
+    assert len([*folder.iterdir()]) == 4
+    assert make_room(folder, 0) == [folder / "requests-20240104T000000.000000Z-host-1-abcd.parquet"]  # the newest stays
+    with logging_app(small.folder, LogOptions(folder, share=1.0, most_bytes=1)) as app:
+        ask(app, {"inputs": [element()]})
+    assert len([*folder.glob("requests-2*")]) == 1
