@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,16 @@ def _run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
-def register(run: Run, artifact_folder: Path, name: str, alias: str | None = None) -> str:
+def register(
+    run: Run,
+    artifact_folder: Path,
+    name: str,
+    alias: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
+
+    tags: of the version, besides ours.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -247,7 +255,9 @@ def register(run: Run, artifact_folder: Path, name: str, alias: str | None = Non
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
-        registered = mlflow.register_model(logged.model_uri, name, tags={_FILES_TAG: _files(artifact_folder)})
+        registered = mlflow.register_model(
+            logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _files(artifact_folder)}
+        )
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmoe_rec.build.extend import Extended, extend
+from mmoe_rec.build.added.extend import Extended, extend
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.settings import Settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -28,16 +28,20 @@ def build_options(settings: Settings) -> BuildOptions:
     return BuildOptions(**{name: getattr(settings.data, name) for name in names})
 
 
-def logs_for(settings: Settings, pipeline: FeaturePipeline) -> Logs:
+def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None) -> Logs:
     """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, without
-    sampling."""
+    sampling.
+
+    types: of the columns of each log, None for those of the model's keys.
+    """
     schema = pipeline.schema
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
     schema = schema.model_copy(update={"events": events, "columns": columns})
-    # The time column of events may be named like a key of the log.
-    kinds = pipeline.key_types
-    types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in events.values())]
+    if types is None:
+        # The time column of events may be named like a key of the log.
+        kinds = pipeline.key_types
+        types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in events.values())]
     return Logs(settings.data.log, schema, build_options(settings), types)
 
 

@@ -19,7 +19,8 @@ from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.build.logs import Logs
 from mmoe_rec.build.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
 from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, logs_to_score
@@ -210,7 +211,7 @@ class _Scoring:
         if not counted.rows["scored"]:
             raise self._no_rows()
         memories.mkdir(parents=True)
-        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
+        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None, lasting=False)
         return {"moved": steps.requests.moved, "first": counted.first[0]}
 
     def _no_rows(self) -> UserError:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.registry import find_model, local_model, permanent_address
 from mmoe_rec.serving.artifact import MANIFEST
 
 if TYPE_CHECKING:
+    from mmoe_rec.request_log.folder import LogOptions
     from mmoe_rec.server.limits import Limits
     from mmoe_rec.server.reloading import Source
 
@@ -65,6 +68,8 @@ def serve_model(
     poll: float = 0.0,
     grace: float = 10.0,
     token: str | None = None,
+    journal: Path | None = None,
+    log: LogOptions | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
     """Serves until SIGTERM or SIGINT. Gives the exit code: 0 if all that was accepted was answered.
@@ -75,20 +80,28 @@ def serve_model(
         poll: seconds between looks at whether the alias has moved; 0 does not look.
         grace: seconds from SIGTERM to the end at the latest.
         token: which callers have to show; None lets everybody in.
+        journal: folder of the journal that takes events and that the model learns from; None takes none.
+        log: how requests are logged; None does not.
         overrides: settings of section `serving`, such as `--serving.max_elements 10`, before those of the model.
 
     Raises:
-        UserError: an address without a model, a model that can't be loaded, or a host and port that can't be taken.
+        UserError: an address without a model, a model that can't be loaded, a host and port that can't be taken, or a
+            folder where requests can't be logged.
     """
+    from mmoe_rec.request_log.folder import check_folder
     from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
 
     finder = AtAddress(address, uri)
     # Before the model is fetched and loaded, which may take minutes.
     bound = listening_socket(host, port)
     log_to_stderr()
+    if journal is not None:
+        _open_journal(journal)
+    if log is not None:
+        check_folder(log.folder)
     known = finder.state()
     source = finder.find()
-    options = Options(limits_of(source.folder, overrides), grace, token)
+    options = Options(limits_of(source.folder, overrides), grace, token, journal, log)
     if workers == 1:
         from mmoe_rec.server.running import serve
 
@@ -97,6 +110,15 @@ def serve_model(
     from mmoe_rec.server.workers import serve_by_workers
 
     return serve_by_workers(source, known, finder, bound, options, poll, workers)
+
+
+def _open_journal(folder: Path) -> None:
+    """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
+    if sys.platform == "win32":
+        raise UserError("a journal needs locks on files as Linux and macOS have them: serve without --journal")
+    from mmoe_rec.journal.journal import Journal
+
+    Journal(folder).close()
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

@@ -15,7 +15,20 @@ COMMANDS = sorted(
     for path in FILES
     if '__name__ == "__main__"' in path.read_text()
 )
-WITH_SETTINGS = {"features", "train", "evaluate", "inspect", "tune", "plan", "sweep_experts", "edit_experts", "export"}
+WITH_SETTINGS = {
+    "features",
+    "train",
+    "evaluate",
+    "inspect",
+    "tune",
+    "plan",
+    "sweep_experts",
+    "edit_experts",
+    "export",
+    "join_outcomes",
+    "refresh",
+    "replay",
+}
 
 
 def test_the_commands_are_found() -> None:

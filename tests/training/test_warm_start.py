@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.build.extend import extend
+from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline

@@ -99,5 +99,19 @@ def _print(prepared: Prepared, settings: Settings) -> None:
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
         )
+    _print_remembered(prepared)
     for each in prepared.manifest["left_out"]:
         print(f"left out: {each['reason']}")
+
+
+def _print_remembered(prepared: Prepared) -> None:
+    """What the server will hold, by the largest."""
+    from mmoe_rec.features.memory_limits import remembered_bytes
+
+    sizes = remembered_bytes(prepared.serving)
+    if sizes:
+        largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
+        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
+        print(
+            f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: {parts}"
+        )

@@ -20,7 +20,10 @@ _ABOUT = {
     "evaluate": "metrics of a model on the test rows",
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",
+    "join_outcomes": "requests that were served and what happened then, as a log",
+    "replay": "compares what a server serves with what the log says",
     "features": "fits features and encodes rows, or adds new days",
+    "refresh": "new tables for the model that is served, and a training when one is due",
     "inspect": "the health of the log and its features",
     "tune": "searches for better settings",
     "plan": "which rank would hold which part of the tables",
@@ -29,6 +32,8 @@ _ABOUT = {
     "export": "a model in int8, or as an ONNX file",
     "doctor": "checks this machine and its packages",
 }
+
+_LIVE = ("refresh", "join_outcomes", "replay")
 
 _FIRST_STEPS = f"""first steps: adapt a copy of {TEMPLATE}
 to your log, then
@@ -43,7 +48,7 @@ to your log, then
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names."""
     words = list(sys.argv[1:] if argv is None else argv)
-    modules = {name.replace("_", "-"): name for name in NAMES}
+    modules = {name.replace("_", "-"): f"live.{name}" if name in _LIVE else name for name in NAMES}
     if words and words[0] in modules:
         import_module(f"mmoe_rec.jobs.commands.{modules[words[0]]}").main(words[1:])
         return

@@ -4,6 +4,9 @@ Serves a model over HTTP: POST /invocations ranks, as MLflow's server does; GET 
 /openapi.json tell about it; mmoe_rec/server/README.md is its guide. It ends with SIGTERM or Ctrl-C, once what was
 accepted is answered.
 
+--log-requests writes a share of requests and replies into a folder, as Parquet, from which `python -m
+pipelines.join_outcomes` makes a log to train on.
+
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
 `Authorization: Bearer TOKEN`.
 """
@@ -13,11 +16,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import SentenceParser, count, number_between
 from mmoe_rec.program import spelled
 from mmoe_rec.settings import describe, parse_overrides
+
+if TYPE_CHECKING:
+    from mmoe_rec.request_log.folder import LogOptions
 
 
 @exit_with_message()
@@ -43,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         poll=arguments.poll,
         grace=arguments.grace,
         token=read_token(arguments.token_file),
+        journal=None if arguments.journal is None else Path(arguments.journal),
+        log=_log_options(arguments),
         overrides=overrides,
     )
     end_process(code)
@@ -84,8 +94,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds from SIGTERM to the end, whatever is under way (default: 10)",
     )
+    add(
+        "--journal",
+        metavar="F",
+        help="folder of a journal, made if it is not there: take events (POST /events), which the model learns live",
+    )
     add("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
+    add("--log-requests", metavar="DIR", help="log requests and replies there (default: they are not)")
+    add("--log-share", type=number_between(0, 1), metavar="S", help="share of requests that are logged (default: 0.1)")
+    add("--log-seconds", type=number_between(1, 86_400), metavar="S", help="seconds between files (default: 300)")
+    size = number_between(0.001, 1e6)
+    add("--log-gib", type=size, metavar="G", help="remove the oldest files beyond this size, GiB (default: keep all)")
     return parser
+
+
+def _log_options(arguments: argparse.Namespace) -> LogOptions | None:
+    from mmoe_rec.request_log.folder import LogOptions
+
+    given = {name: getattr(arguments, f"log_{name}") for name in ("share", "seconds", "gib")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.log_requests is None:
+        if given:
+            raise UserError(f"--log-{next(iter(given))} says how requests are logged: give --log-requests DIR as well")
+        return None
+    most = {"most_bytes": round(given.pop("gib") * 2**30)} if "gib" in given else {}
+    return LogOptions(Path(arguments.log_requests).resolve(), **given, **most)
 
 
 def _port(text: str) -> int:

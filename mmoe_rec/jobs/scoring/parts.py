@@ -20,19 +20,18 @@ import torch
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.requests import OneTimeReader
-from mmoe_rec.build.results import ResultExchange, ResultReader, take
+from mmoe_rec.build.results import ResultExchange, ResultReader
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Results
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
+from mmoe_rec.jobs.scoring.known import known_rows
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.multiply import Products
-from mmoe_rec.point_in_time.windows import Window, in_window
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranking import scored_table
 
-ROWS_AT_A_TIME = 16_384
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max
 
@@ -146,20 +145,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
 
 
 def _known_rows(job: ScoreJob, ranker: LoadedRanker, part: LogPart) -> Iterator[tuple[np.ndarray, LogRows]]:
-    """The rows of a part that lie in the window, some at a time, with their numbers in the log, (N,) int64."""
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
-    first = part.start
-    for rows in job.reader.read(part):
-        wanted = in_window(rows.times(), job.window)
-        numbers, first = first + np.flatnonzero(wanted), first + len(rows)
-        if not len(numbers):
-            continue
-        known: Results = {} if results is None else results.of(first - len(rows), wanted)
-        inside = rows.filter(wanted).table
-        for start in range(0, len(numbers), ROWS_AT_A_TIME):
-            some = np.arange(start, min(start + ROWS_AT_A_TIME, len(numbers)))
-            table = inside.slice(start, len(some))
-            yield numbers[some], LogRows(table, rows.schema, take(known, some) if known else None)
+    return known_rows(job.reader, results, job.window, part)
 
 
 def _scored(ranker: LoadedRanker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:

@@ -333,7 +333,3 @@ def main(arguments: list[str] | None = None) -> None:
     counts = ingest(options.source, options.out, options.negatives_per_rated, options.seed)
     values: dict[str, int | float] = {**counts, "seconds": time.perf_counter() - started}
     print_summary("MovieLens", values, log=options.out / "log")
-
-
-if __name__ == "__main__":
-    main()

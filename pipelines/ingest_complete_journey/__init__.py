@@ -336,7 +336,3 @@ def main(arguments: list[str] | None = None) -> None:
         log=options.out / "log",
         next_command="python -m pipelines.train --config configs/complete_journey.yaml",
     )
-
-
-if __name__ == "__main__":
-    main()

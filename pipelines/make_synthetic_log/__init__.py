@@ -194,7 +194,3 @@ def main(arguments: list[str] | None = None) -> None:
         sep="\n",
     )
     print(f"next: {next_command(plan, options.out)}")
-
-
-if __name__ == "__main__":
-    main()

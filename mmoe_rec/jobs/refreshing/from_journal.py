@@ -1,0 +1,54 @@
+"""What a server has accepted, as files of the logs, so that tables and the next training know it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.jobs.refreshing.new_tables import as_of
+from mmoe_rec.jobs.refreshing.refresh import Journal, Served
+from mmoe_rec.progress import say
+from mmoe_rec.settings import Settings
+
+
+def from_journal(folder: Path, settings: Settings, remove: bool = False) -> Journal:
+    """Closes the journal's segment, and writes the files of closed ones that the served tables do not hold.
+
+    remove: segments that the tables hold already are removed. Raises UserError where there is no journal, it is
+    damaged, or the logs' places take no files.
+    """
+
+    def write(served: Served) -> Mapping[str, Any]:
+        from mmoe_rec.journal.checkpoints import checkpoints, remove_through
+        from mmoe_rec.journal.journal import Journal
+        from mmoe_rec.journal.parquet_files import write_files
+
+        journal = Journal(folder, create=False)
+        through = journal.close_segment()
+        journal.close()
+        known = served.about.journal
+        after, later_than = 0, None
+        if known is not None and known["id"] == journal.id:
+            # Files of segments that the tables hold are there, unless a refresh was killed before it had written all.
+            after = max((each for each in checkpoints(folder) if each <= int(known["through"])), default=0)
+        else:  # the tables may hold what is no later than they are, by files that another program wrote
+            later_than = as_of(served.about)
+        written = write_files(folder, settings.schema_, through, settings.data.log, after, later_than=later_than)
+        for log, rows in written.unknown.items():
+            say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
+        for source, counts in written.counts.items():
+            if counts.conflict:
+                name = "the interaction log" if source is None else f"log '{source}'"
+                say(f"{counts.conflict:,} rows of {name} came again with other labels: the first ones count")
+        if written.early:
+            say(
+                f"{written.early:,} rows of the journal are no later than the model's tables "
+                f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
+                "server, and are in no file"
+            )
+        if remove and after:
+            remove_through(folder, after)
+        return {"id": journal.id, "through": through}
+
+    return write

@@ -1,0 +1,87 @@
+"""A small model with random weights that is registered and holds an alias, and a log of days that grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec import tracking
+from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.registry import local_model
+from mmoe_rec.serving.artifact import Artifact, read_artifact
+from mmoe_rec.settings import Settings
+from pipelines import refresh
+from tests.log.small_logs import DAY, START, random_log, times_of
+from tests.serving.small_model import SmallModel
+
+NAME = "small"
+
+
+class RefreshedModel:
+    """In a folder: eight days of a log, a model of them that is version 1 and champion, and a settings file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
+        self.table = random_log(3, 900, days=14.0)
+        small = SmallModel(folder / "work", log=[self._days(0, 9)], tracking={"uri": self.uri})
+        self.settings: Settings = small.settings
+        self.log = Path(self.settings.data.log)
+        self.config = folder / "settings.yaml"
+        self.config.write_text(self.settings.to_yaml(), encoding="utf-8")
+        with tracking.open_run(self.uri, NAME, run_name="training") as run:
+            tracking.register(run, small.folder, NAME, "champion")
+            self.run_id = run.run_id
+
+    def _days(self, start: float, end: float) -> pa.Table:
+        window = (START + int(start * DAY), START + int(end * DAY))
+        return self.table.filter(pa.array(in_window(times_of(self.table), window)))
+
+    def add(self, start: float, end: float) -> pa.Table:
+        """A file of these days, of which there are 14."""
+        table = self._days(start, end)
+        pq.write_table(table, self.log / f"days {start:g} to {end:g}.parquet")
+        return table
+
+    def refresh(self, *words: str) -> None:
+        """The command."""
+        refresh.main(["--config", str(self.config), *words])
+
+    def holder(self, alias: str = "champion") -> Version:
+        """The version that holds an alias."""
+        found = holder_of(NAME, alias, self.uri)
+        assert found is not None
+        return found
+
+    def point(self, number: str, alias: str = "champion") -> None:
+        """A person moves the alias."""
+        point(NAME, alias, number, self.uri)
+
+    def versions(self) -> list[Any]:
+        """All versions, the first one first."""
+        client = mlflow.MlflowClient(self.uri, self.uri)
+        return sorted(client.search_model_versions(f"name='{NAME}'"), key=lambda each: int(each.version))
+
+    def folder_of(self, number: str) -> Path:
+        """The artifact folder of a version."""
+        return local_model(f"models:/{NAME}/{number}", self.uri)
+
+    def about(self, number: str) -> Artifact:
+        """What the artifact of a version says, once its files are checked."""
+        return read_artifact(self.folder_of(number))
+
+    def last_time(self) -> int:
+        """Microseconds of the last request that the log's files hold."""
+        tables = [pq.read_table(path) for path in self.log.glob("*.parquet")]
+        return int(np.concatenate([times_of(each) for each in tables]).max())
+
+
+def rewritten(path: Path) -> None:
+    """A file is written again, with one row less."""
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)

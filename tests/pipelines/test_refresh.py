@@ -1,0 +1,364 @@
+"""New versions of the model that is served, with tables that know the newest files of the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec import tracking
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.jobs.refreshing import refresh as job
+from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
+from mmoe_rec.serving.artifact import iso_time, version_of
+from mmoe_rec.serving.ranker import Ranker
+from tests.build.test_tables import assert_same_tables
+from tests.log.small_logs import DAY, START, files_of, times_of
+from tests.pipelines.imports import ROOT
+from tests.pipelines.refreshed_model import NAME, RefreshedModel, rewritten
+from tests.processes import until
+from tests.server.test_processes import Running
+from tests.serving.running_server import free_port, running_program
+from tests.serving.small_model import ITEMS, USER
+
+ADDRESS = f"models:/{NAME}@champion"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RefreshedModel:
+    return RefreshedModel(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture, model: RefreshedModel, *words: str) -> str:
+    """The sentence with which a refresh refuses; nothing has changed by it."""
+    before = model.holder(), len(model.versions())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        model.refresh(*words)
+    assert ended.value.code == 2
+    assert (model.holder(), len(model.versions())) == before
+    assert not (Path(model.settings.data.work) / "refreshed").exists()
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    return line
+
+
+def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    first = model.about("1")
+    features = files_of(Path(model.settings.data.work) / "features")
+    model.refresh()
+    assert f"'champion' of '{NAME}' stays version 1, with tables as of {first.tables_as_of}" in capsys.readouterr().out
+    assert len(model.versions()) == 1
+
+    added = model.add(9, 11)
+    model.refresh("--model", ADDRESS)
+    printed = capsys.readouterr().out
+    assert f"'champion' of '{NAME}' is version 2 now" in printed
+    assert any(
+        line.split()[-1] == f"{len(added)}" and "rows read" in line for line in map(_plain, printed.splitlines())
+    )
+    holder, second = model.holder(), model.about("2")
+    assert holder.number == "2"
+    assert as_of(second) == int(times_of(added).max()) == model.last_time()
+    assert second.trained_as_of == first.tables_as_of
+    assert (second.fingerprint, second.layout, second.journal) == (first.fingerprint, first.layout, None)
+    run = mlflow.get_run(holder.run_id)
+    assert holder.run_id != model.run_id
+    assert run.data.tags["refreshed.from"] == f"models:/{NAME}/1"
+    assert run.data.tags["refreshed.run"] == model.run_id
+    assert run.data.metrics["refresh.rows"] == len(added)
+    version = model.versions()[-1]
+    assert version.tags["refreshed.from"] == f"models:/{NAME}/1"
+    assert version.tags["tables_as_of"] == second.tables_as_of
+
+    last = model.add(11, 14)
+    model.refresh()
+    assert model.holder().number == "3"
+    assert model.about("3").trained_as_of == first.tables_as_of
+    one, three = model.folder_of("1"), model.folder_of("3")
+    for name in ("weights.safetensors", "layout.json", "settings.yaml"):
+        assert (one / name).read_bytes() == (three / name).read_bytes()
+    tables_from_log(one, model.settings, None, tmp_path / "anew")
+    assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
+    assert version_of(three) == version_of(tmp_path / "anew")
+    # What is served has changed, and says so.
+    rankers = [Ranker.load(each) for each in (one, three)]
+    moment = iso_time(START + 20 * DAY)
+    found = [
+        each.rank(
+            {"user": last["user"][0].as_py()},
+            {"time": moment, "born": None},
+            {"item": last["item"][:3].to_pylist()},
+            explain=True,
+        )
+        for each in rankers
+    ]
+    assert [each.tables_as_of for each in found] == [first.tables_as_of, iso_time(model.last_time())]
+    counters = [each.explanations[0].counters for each in found if each.explanations is not None]
+    assert len(counters) == 2
+    assert counters[0] != counters[1]
+    assert files_of(Path(model.settings.data.work) / "features") == features, "days are added for a training alone"
+
+
+def _plain(line: str) -> str:
+    return line.translate(dict.fromkeys(map(ord, "│┃|"), " ")).strip()
+
+
+def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
+    """Tables as of a day equal those of a log that ends with it."""
+    model.add(9, 14)
+    until = START + int(10.3 * DAY)
+    made = tables_from_log(model.folder_of("1"), model.settings, until, tmp_path / "frozen")
+    assert made.as_of < until
+    assert made.digest is None
+    shutil.rmtree(model.log)
+    model.log.mkdir()
+    model.add(0, 10.3)
+    short = tables_from_log(model.folder_of("1"), model.settings, None, tmp_path / "short")
+    assert (made.rows, made.as_of) == (short.rows, short.as_of)
+    one, other = (tmp_path / name / "features" for name in ("frozen", "short"))
+    assert assert_same_tables(one, other, but=("files.json",)) > 100
+    assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
+    with pytest.raises(UserError, match=r"does not say which files its tables hold .* --anew"):
+        advanced_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
+    with pytest.raises(UserError, match="has no request before"):
+        tables_from_log(model.folder_of("1"), model.settings, START - DAY, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+    model.add(8, 9.5)  # half of it is in the tables already
+    told = refused(capsys, model)
+    assert "but the model's tables hold requests up to" in told
+    assert told.endswith("make the tables anew with --anew, which reads all files of the log")
+    (model.log / "days 8 to 9.5.parquet").unlink()
+    old = next(iter(sorted(model.log.glob("*.parquet"))))
+    rewritten(old)
+    told = refused(capsys, model)
+    assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in told
+    model.refresh("--anew")
+    assert model.holder().number == "2"
+    capsys.readouterr()
+    model.refresh("--anew")
+    assert "no new files" in capsys.readouterr().out, "the same files give the same tables"
+    before = exact_from(model.folder_of("2") / "features")
+    model.refresh("--anew", "--data.as_of_days", "2")
+    assert model.holder().number == "3"
+    assert exact_from(model.folder_of("3") / "features") == before - 2 * DAY
+    (model.log / "bad.parquet").write_bytes(b"PAR1")
+    assert "bad.parquet" in refused(capsys, model)
+    assert "bad.parquet" in refused(capsys, model, "--skip-bad-files")
+    model.add(9, 10)
+    model.refresh("--skip-bad-files")
+    assert model.holder().number == "4"
+
+
+def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+    model.add(9, 10)
+    told = refused(capsys, model, "--tasks.click.matures_after_days", "3")
+    assert "setting 'tasks.click.matures_after_days' is 0.0 in the model's features and 3.0 in the settings" in told
+    assert "give models:/NAME@ALIAS" in refused(capsys, model, "--model", f"models:/{NAME}/1")
+    assert "give models:/NAME@ALIAS" in refused(capsys, model, "--model", str(model.folder_of("1")))
+    assert "no version of the model 'small' holds the alias 'best'" in refused(
+        capsys, model, "--model", f"models:/{NAME}@best"
+    )
+    told = refused(capsys, model, "--train-every-days", "2")
+    assert "leaves no day to train on, as the newest 4 validate (a label takes 2.5 to mature)" in told
+    told = refused(capsys, model, "--train-every-days", "9", "--model", f"models:/{NAME}@other")
+    assert "--train-every-days trains the settings' own model" in told
+
+
+def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    model.add(9, 11)
+    tables_from_log(model.folder_of("1"), model.settings, None, whole)
+    for path in model.log.glob("*.parquet"):
+        if "days" not in path.name:
+            path.unlink()
+    model.refresh()
+    assert "files that are gone from the log stay counted: 1" in capsys.readouterr().out
+    assert_same_tables(model.folder_of("2") / "features", whole / "features")
+    model.refresh("--anew")
+    assert "are gone (1, such as" in capsys.readouterr().err
+    assert as_of(model.about("3")) == model.last_time()
+
+
+def test_an_alias_that_a_person_moved_meanwhile_stays(
+    model: RefreshedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register = tracking.register
+
+    def and_meanwhile(*arguments: Any, **more: Any) -> str:
+        number = register(*arguments, **more)
+        model.point("2")
+        return number
+
+    with tracking.open_run(model.uri, NAME) as run:
+        register(run, model.folder_of("1"), NAME)
+    model.add(9, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(job.tracking, "register", and_meanwhile)
+        model.refresh()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has moved to version 2 meanwhile, so it stays there: version 3 is registered without it" in said
+    assert model.holder().number == "2"
+    model.refresh()
+    assert model.holder().number == "4", "which is refreshed next"
+
+
+class Killed(BaseException):
+    """As sudden as a kill."""
+
+
+def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
+    def dying(*arguments: Any, **more: Any) -> Any:
+        if after:
+            function(*arguments, **more)
+        raise Killed
+
+    return dying
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "after", "versions"),
+    [
+        (job, "advanced_tables", True, 2),
+        (tracking, "registered_before", True, 2),
+        (tracking, "register", True, 2),
+        (job, "point", False, 2),
+        (job, "point", True, 2),
+    ],
+)
+def test_a_refresh_that_was_killed_is_ended_by_the_next(
+    model: RefreshedModel, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, versions: int
+) -> None:
+    added = model.add(9, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, _dying(getattr(place, name), after))
+        with pytest.raises(Killed):
+            model.refresh()
+    model.refresh()
+    assert model.holder().number == f"{versions}" == str(model.versions()[-1].version)
+    assert as_of(model.about(f"{versions}")) == int(times_of(added).max())
+    model.add(10, 11)
+    model.refresh()
+    assert len(model.versions()) == versions + 1
+
+
+def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
+    model.add(9, 10)
+    words = [sys.executable, "-m", "pipelines.refresh", "--config", str(model.config)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(each.communicate()[0] for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    assert len(model.versions()) == 2
+    assert "no new files" in said[1] or "no new files" in said[0]
+    assert model.holder().number == "2"
+
+
+def test_a_kill_at_any_moment_leaves_nothing_half(model: RefreshedModel) -> None:
+    """SIGKILL after pauses that rise until a refresh gets to its end."""
+    added = model.add(9, 12)
+    words = [sys.executable, "-m", "pipelines.refresh", "--config", str(model.config)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    seconds, killed = 1.0, 0
+    while True:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(seconds, process.send_signal, [signal.SIGKILL])
+        timer.start()
+        process.communicate()
+        timer.cancel()
+        for each in model.versions():
+            assert model.about(each.version).files is not None
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        seconds, killed = seconds * 1.5, killed + 1
+    assert killed
+    holder = model.holder()
+    assert as_of(model.about(holder.number)) == int(times_of(added).max())
+    tables_from_log(model.folder_of("1"), model.settings, None, model.folder / "anew")
+    assert version_of(model.folder / "anew") == version_of(model.folder_of(holder.number))
+
+
+def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+    from mmoe_rec.serving.writing import seal
+
+    folder = model.folder / "old"
+    shutil.copytree(model.folder_of("1"), folder)
+    for name in ("files.json", "latest.user.times.parquet", "latest.candidate.times.parquet"):
+        (folder / "features" / name).unlink()
+    tree = json.loads((folder / "model.json").read_text())
+    for name in ("trained_as_of", "files", "journal"):
+        del tree[name]
+    (folder / "model.json").write_text(json.dumps(tree))
+    seal(folder)
+    with tracking.open_run(model.uri, NAME) as run:
+        tracking.register(run, folder, NAME, "champion")
+    model.add(9, 10)
+    assert "does not say which files its tables hold" in refused(capsys, model)
+    model.refresh("--anew")
+    model.add(10, 11)
+    model.refresh()
+    tables_from_log(model.folder_of("1"), model.settings, None, model.folder / "anew")
+    features = model.folder_of(model.holder().number) / "features"
+    assert_same_tables(features, model.folder / "anew" / "features")
+
+
+def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+    path = next(iter(model.log.glob("*.parquet")))
+    pq.write_table(pq.read_table(path).slice(0, 0), model.log / "empty.parquet")
+    model.refresh()
+    assert "no new files" in capsys.readouterr().out
+
+
+def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path: Path) -> None:
+    """Without a lost call; `/version` and `explain` show the new tables."""
+    moment = iso_time(START + 15 * DAY)
+    element = {
+        "user": {"user": USER},
+        "context": {"time": moment, "born": None},
+        "candidates": {"item": ITEMS[:4]},
+        "explain": True,
+    }
+    port = free_port()
+    words = [sys.executable, "-m", "pipelines.serve", "--config", str(model.config), "--model", ADDRESS]
+    words += ["--port", str(port), "--poll", "0.1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with running_program(
+        words, f"http://127.0.0.1:{port}/health", tmp_path / "server.log", cwd=ROOT, env=env
+    ) as process:
+        running = Running(port, process, tmp_path / "server.log")
+
+        def ranking() -> dict[str, Any]:
+            status, found = running.send({"inputs": [element]})
+            assert status == 200, found
+            answer: dict[str, Any] = found["predictions"][0]
+            return answer
+
+        old = ranking()
+        added = model.add(9, 14)
+        model.refresh()
+        new = iso_time(int(times_of(added).max()))
+        until(lambda: ranking()["tables_as_of"] == new)
+        assert old["tables_as_of"] == model.about("1").tables_as_of
+        version = running.send(None, "/version", "GET")[1]
+        assert version["artifact"] == version_of(model.folder_of("2"))
+        assert new in json.dumps(version)
+        now = ranking()
+        counters = [each["explanations"][0]["counters"] for each in (old, now)]
+        assert counters[0] != counters[1]
+        expected = Ranker.load(model.folder_of("2")).rank(**element)
+        assert now["explanations"] == expected.to_dict()["explanations"]

@@ -1,0 +1,130 @@
+"""What a server has accepted goes into the tables of a new version, which a server then serves as the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.server.app import Application
+from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import Source
+from mmoe_rec.serving.ranker import Ranker
+from tests.log.small_logs import DAY, START
+from tests.pipelines.refreshed_model import RefreshedModel
+from tests.server.asking import ask
+from tests.server.test_events import as_json, asked
+
+TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
+
+
+def _served(model: RefreshedModel, number: str, journal: Path) -> Application:
+    Journal(journal).close()
+    models = Models(Limits(), journal)
+    models.load(Source(model.folder_of(number), f"models:/small/{number}"))
+    return Application(models, Limits())
+
+
+def _answers(app: Application, position: str) -> list[Any]:
+    found = []
+    for time in TIMES:
+        for user in (-7, 0, 5):
+            body = {"inputs": [asked(time, user)], "params": {"explain": True}}
+            answer = ask(app, body, page=f"/invocations?after={position}")
+            assert answer.status == 200, answer.tree
+            (ranking,) = answer.tree["predictions"]
+            known = [{name: each[name] for name in ("counters", "histories")} for each in ranking["explanations"]]
+            found.append([ranking["candidates"], ranking["scores"], known])
+    return found
+
+
+def _check(found: list[Any], expected: list[Any]) -> None:
+    """Counters and histories are the same; scores nearly, as sums of products may differ in their last bits."""
+    for (candidates, scores, known), other in zip(found, expected, strict=True):
+        assert [candidates, known] == [other[0], other[2]]
+        assert scores == pytest.approx(other[1], abs=1e-6)
+
+
+def _sent(app: Application, rows: list[dict[str, Any]]) -> str:
+    position = ""
+    for start in range(0, len(rows), 17):
+        answer = ask(app, {"events": rows[start : start + 17]}, page="/events")
+        assert answer.status == 200, answer.tree
+        position = answer.tree["position"]
+    return position
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RefreshedModel:
+    return RefreshedModel(tmp_path)
+
+
+def test_a_refreshed_model_answers_as_the_one_that_learnt(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    journal = tmp_path / "journal"
+    app = _served(model, "1", journal)
+    first = as_json(model._days(9, 11))
+    late = as_json(model._days(6, 6.5).slice(0, 3))  # which a model may hold that does not know the journal
+    for number, row in enumerate(late):
+        row["item"] = 10**6 + number
+    position = _sent(app, [*first, *first[:5], *late])
+    before = _answers(app, position)
+
+    model.refresh("--journal", str(journal))
+    said = capsys.readouterr()
+    assert "'champion' of 'small' is version 2 now" in said.out
+    about = model.about("2")
+    assert about.journal is not None
+    assert about.journal["through"] == 1
+    files = sorted(each.name for each in model.log.glob("journal-*.parquet"))
+    assert len(files) == 1
+
+    # The tables alone say the same, and a server that goes on with the journal counts nothing twice.
+    request = asked(TIMES[0], 5)
+    told = Ranker.load(model.folder_of("2")).rank(**request, explain=True)
+    again = _served(model, "2", journal)
+    _check(_answers(again, position), before)
+    assert told.scores == pytest.approx(_answers(again, position)[2][1], abs=1e-6)
+
+    # The next day.
+    position = _sent(again, as_json(model._days(11, 14)))
+    position = _sent(again, first[:5]) or position  # which the tables hold already
+    for row in late:
+        row["item"] += 100
+    position = _sent(again, late)
+    before = _answers(again, position)
+    model.refresh("--journal", str(journal), "--remove-segments")
+    assert "they came late" in capsys.readouterr().err
+    assert model.holder().number == "3"
+    assert not (journal / "segment-00000001.journal").exists()
+    _check(_answers(_served(model, "3", journal), position), before)
+    model.refresh("--journal", str(journal))
+    assert "no new files" in capsys.readouterr().out
+    assert len(model.versions()) == 3
+
+
+def test_what_a_server_accepts_meanwhile_is_not_lost(model: RefreshedModel, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    app = _served(model, "1", journal)
+    rows = as_json(model._days(9, 14))
+    _sent(app, rows[:30])
+    model.refresh("--journal", str(journal))
+    position = _sent(app, rows[30:])  # by the model before, which goes on until the server takes up the new one
+    before = _answers(app, position)
+    _check(_answers(_served(model, "2", journal), position), before)
+
+
+def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, told in (
+        (("--journal", str(tmp_path / "nothing")), "holds no journal"),
+        (("--remove-segments",), "--journal"),
+    ):
+        with pytest.raises(SystemExit):
+            model.refresh(*words)
+        assert told in capsys.readouterr().err
+    assert len(model.versions()) == 1
+    assert not (tmp_path / "nothing").exists()
