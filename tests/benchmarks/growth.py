@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmoe_rec.point_in_time.memory import HistoryMemory
+from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.requests.request import Request
