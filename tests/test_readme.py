@@ -36,6 +36,15 @@ HOUSEHOLDS = "30"
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
+    "python -m pipelines.refresh --config configs/shop.yaml --train-every-days 7": (
+        "pipelines/test_scheduled_training.py::test_a_training_when_one_is_due"
+    ),
+    "python -m pipelines.serve --model models:/complete_journey@champion --journal data/journal --poll 60": (
+        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+    ),
+    "curl -s localhost:8000/events -H 'Content-Type: application/json' -d @events.json": (
+        "server/test_events.py::test_replies_know_what_was_acknowledged"
+    ),
     "pip install uv && uv run --extra cpu python -m pipelines.quickstart": "test_commands_of_the_first_data_set",
     "uv sync --extra cpu": "test_the_checks_are_those_of_ci",
     "uv run --extra cpu ruff check": "test_the_checks_are_those_of_ci",
@@ -112,6 +121,13 @@ EXERCISED_BY = {
         "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one"
     ),
     "python -m pipelines.features --config configs/shop.yaml --skip-bad-files": SHOP,
+    "python -m pipelines.serve --model models:/shop@champion --log-requests data/shop/requests --log-share 0.1": (
+        "server/test_logging_processes.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
+    ),
+    "python -m pipelines.join_outcomes --config configs/shop.yaml --requests data/shop/requests "
+    "--events data/shop/events --out data/shop/log/served": (
+        "outcomes/test_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
+    ),
     "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
         "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"
     ),
