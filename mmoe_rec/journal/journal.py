@@ -230,12 +230,10 @@ class Journal:
         try:
             found = os.stat(path)
             version = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if version != self._types_read:
-                self._types, self._types_read = json.loads(path.read_text(encoding="utf-8")), version
         except FileNotFoundError:
-            self._types, self._types_read = {}, None
-        except (OSError, ValueError):
-            raise UserError(f"'{path}' is damaged; restore it from a copy, or remove it") from None
+            version = None
+        if version is None or version != self._types_read:
+            self._types, self._types_read = column_types(self.folder), version
         fresh = False
         types = {source: dict(columns) for source, columns in self._types.items()}
         for batch in batches:
@@ -254,3 +252,18 @@ class Journal:
                     file.write_text(json.dumps(types, indent=1), encoding="utf-8")
             except OSError as error:
                 raise self._failed(error) from None
+
+
+def column_types(folder: str | Path) -> dict[str, dict[str, str]]:
+    """Log of events, "" for the interaction log -> the types of the columns that a journal's rows have of it.
+
+    Raises UserError where that can't be read.
+    """
+    path = Path(folder) / "types.json"
+    try:
+        found: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        raise UserError(f"'{path}' is damaged; restore it from a copy") from None
+    return found

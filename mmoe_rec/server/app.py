@@ -101,7 +101,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         about: dict[str, Any] = models.current.about() if models.current else {}
         told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure}
         if calls.following is not None:
-            told |= {"position": calls.following.position, "events_failure": calls.following.failure}
+            told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
         return _json({**about, **told})
 
     @app.get("/model", response_model=None)

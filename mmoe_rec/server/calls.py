@@ -116,8 +116,8 @@ class Calls:
             ]
         with self.metrics.timed("write"):
             ignored = call.ignored
-            if self.following is not None and self.following.failure is not None:
-                ignored = (*ignored, f"events that came lately are not counted: {self.following.failure}")
+            if self.following is not None and (lacking := self.following.lacking) is not None:
+                ignored = (*ignored, f"some events are not counted: {lacking}")
             body = written(answers, ignored, partial)
         if log is not None:
             self._offer(log, call, answers)

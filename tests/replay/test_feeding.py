@@ -143,7 +143,7 @@ def test_what_was_not_answered_is_sent_again_and_counts_once(
 
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client("http://127.0.0.1:9", patience_s=0.2)
-    with pytest.raises(UserError, match=r"http://127.0.0.1:9 has not answered for 0 s \(ConnectionRefusedError"):
+    with pytest.raises(UserError, match=r"there is no server at http://127.0.0.1:9 \(ConnectionRefusedError"):
         client.version()
     for address in ("127.0.0.1:80", "ftp://here", "http://"):
         with pytest.raises(UserError, match="is no address of a server"):

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
@@ -32,8 +35,6 @@ def models(small: SmallModel, tmp_path: Path) -> Models:
 
 
 def _models(small: SmallModel, work: Path, **limits: Any) -> Models:
-    from mmoe_rec.journal.journal import Journal
-
     Journal(work / "journal").close()
     models = Models(Limits(**limits), work / "journal")
     models.load(Source(small.folder, "models:/small/7", "a_run"))
@@ -298,7 +299,7 @@ def test_an_error_while_rows_are_told_apart_stays(small, app, models, monkeypatc
     monkeypatch.undo()
     ask(app, {"events": as_json(later_log(16, rows=3))}, page="/events")
     answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]})
-    assert "not counted" in answer.tree["predictions"][0]["warnings"][-1]
+    assert "some events are not counted" in answer.tree["predictions"][0]["warnings"][-1]
     assert ask(app, b"", page="/version", method="GET").tree["position"] != position
     models.load(Source(small.folder, "models:/small/9"))  # which begins anew
     until(lambda: ask(app, b"", page="/version", method="GET").tree["events_failure"] is None)
@@ -333,3 +334,25 @@ def test_arrow_types_that_grow_are_refused(app, column):
     answer = ask(app, stream(table), page="/events", headers={"Content-Type": ARROW})
     assert answer.status == 400
     assert "column 'brand' is of Arrow's type" in answer.message
+
+
+def test_a_journal_of_another_model_is_told(small, tmp_path):
+    journal = Journal(tmp_path / "journal")
+    journal.append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
+    journal.close()
+    with pytest.raises(UserError, match="holds rows of the interaction log without a column 'user'"):
+        _models(small, tmp_path)
+
+
+def test_segments_that_are_gone_are_told(small, tmp_path):
+    app = Application(_models(small, tmp_path), Limits())
+    ask(app, {"events": as_json(later_log(18, rows=5))}, page="/events")
+    journal = Journal(tmp_path / "journal")
+    journal.close_segment()
+    journal.close()
+    assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
+    (tmp_path / "journal" / "segment-00000001.journal").unlink()
+    again = Application(_models(small, tmp_path), Limits())
+    assert "begins with segment 2" in ask(again, b"", page="/version", method="GET").tree["events_failure"]
+    answer = ask(again, {"inputs": [asked(START + 20 * DAY, 5)]})
+    assert "begins with segment 2" in answer.tree["predictions"][0]["warnings"][-1]

@@ -59,6 +59,7 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"'{self.url}' is no address of a server; give one such as http://127.0.0.1:8000")
         self._path = parts.path.rstrip("/")
+        self._has_answered = False
         of = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connections: SimpleQueue[http.client.HTTPConnection] = SimpleQueue()
         for _ in range(CONNECTIONS):
@@ -105,6 +106,7 @@ class Client:
         while True:
             try:
                 status, found = self._once(method, page, body, kind)
+                self._has_answered = True
                 if status == 200:
                     return found
                 told = f"it answers {status}: {_sentence(found)}"
@@ -114,6 +116,8 @@ class Client:
                 told = one_line(error)
             if self.check is not None:
                 self.check()
+            elif not self._has_answered:
+                raise UserError(f"there is no server at {self.url} ({told})")
             if time.monotonic() > give_up:
                 raise UserError(f"the server at {self.url} has not answered for {self.patience_s:,.0f} s ({told})")
             self.again += 1

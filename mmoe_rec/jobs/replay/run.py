@@ -25,6 +25,7 @@ from mmoe_rec.jobs.replay.offline import read_period, score_period
 from mmoe_rec.jobs.replay.own_server import OwnServer
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.given import microseconds
 from mmoe_rec.progress import say
 from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.server.security import read_token
@@ -117,6 +118,11 @@ class _Replay:
                 url = server.url
             client = stack.enter_context(Client(url, self.token, check=None if server is None else server.check))
             version = client.version()
+            if (known := version.get("tables_as_of")) is not None and microseconds("", known) >= self.asked.start:
+                raise UserError(
+                    f"the tables of the server at {url} are as of {known}, after {format_time(self.asked.start)}, with "
+                    "which the period begins: they know its future, so nothing was sent"
+                )
             report = stack.enter_context(self._kept(MISMATCHES))
             comparison = stack.enter_context(Comparison(pipeline, layout, period, predictions, scores, report))
             feeder = Feeder(client, requests, comparison, self.asked.workers, self._hook(server))

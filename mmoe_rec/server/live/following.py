@@ -52,6 +52,12 @@ class Following:
         self._look.set()
 
     @property
+    def lacking(self) -> str | None:
+        """What the current model does not know of the journal, and why, as a sentence; None where it knows all."""
+        learning = self._learning()
+        return self.failure or (None if learning is None else learning.gap)
+
+    @property
     def position(self) -> str | None:
         """Up to where the current model knows the journal, as text."""
         learning = self._learning()

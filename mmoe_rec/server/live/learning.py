@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.journal.checkpoints import duplicates_after
 from mmoe_rec.journal.duplicates import Duplicates, Taken
 from mmoe_rec.journal.follower import ROWS_AT_A_TIME, Follower
+from mmoe_rec.journal.journal import column_types
 from mmoe_rec.journal.position import Position
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import Schema
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker
@@ -61,7 +64,10 @@ class Learning:
         self._error: Exception | None = None
         self._has_ended = False
         self._lock = threading.Lock()
+        self.gap: str | None = None
+        """What the model does not know of the journal and can't learn, as a sentence."""
         follower = Follower(folder)
+        _check_same_log(folder, self.schema)
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == follower.id
         if about is not None and self._is_known:
@@ -77,12 +83,11 @@ class Learning:
                     ranker.about.tables_as_of,
                 )
             if follower.position.segment > 1:
-                _log.warning(
-                    "the journal '%s' begins with segment %d: what came in those before, the model knows only as far "
-                    "as its tables hold it",
-                    folder,
-                    follower.position.segment,
+                self.gap = (
+                    f"the journal begins with segment {follower.position.segment}: what came in those before, the "
+                    f"model knows only up to {ranker.about.tables_as_of}, as far as its tables hold it"
                 )
+                _log.warning("%s", self.gap)
         self._follower: Follower | None = follower
         self.position = follower.position
 
@@ -197,3 +202,17 @@ class Learning:
             if not self._has_ended:
                 self.ranker.take(learnt.prepared)
                 self.position, self._waiting = learnt.position, None
+
+
+def _check_same_log(folder: Path, schema: Schema) -> None:
+    """Raises UserError for a journal with rows of other logs than the model's."""
+    for source in (None, *schema.events):
+        held = column_types(folder).get(source or "")
+        names = schema.columns
+        needed = (names.user, names.candidate, names.time) if source is None else (schema.events[source].time,)
+        if held and (missing := [name for name in needed if name not in held]):
+            what = "the interaction log" if source is None else f"events '{source}'"
+            raise UserError(
+                f"the journal '{folder}' holds rows of {what} without a column '{missing[0]}', so it is another's: "
+                "name another folder with --journal"
+            )
