@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "training": LEAVES | {"features", "build", "batches", "model", "routing", "tables", "choices", "tracking"},
     "request_log": {"errors", "atomic", "features", *LOG},
     "serving": LEAVES | LOG | {"features", "build", "batches", "model", "journal", "request_log"},
-    "server": {"errors", "settings", "journal", "serving", "request_log", *LOG},
+    "server": {"errors", "settings", "schema", "journal", "serving", "request_log", *LOG},
     "outcomes": LEAVES | LOG | {"build", "request_log"},
     "evaluation": LEAVES | {"features", "batches", "model"},
     "report": {"errors", "atomic", "inspection"},
