@@ -137,8 +137,7 @@ class Grown:
 
     def take(self, day: int, measured: bool) -> None:
         """Takes in the log up to a day; `measured`: whether its rows count for the AUC."""
-        from mmoe_rec.build.extend import extend
-
+        from mmoe_rec.build.added.extend import extend
         from mmoe_rec.build.prepare import prepare
 
         started = time.perf_counter()

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmoe_rec.point_in_time import lives
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.live import levels, lives
+from mmoe_rec.point_in_time.live import levels
 from mmoe_rec.point_in_time.live.layers import ForgetfulCounter, LayeredHistory
 from mmoe_rec.point_in_time.live.levels import grown
 from mmoe_rec.point_in_time.memory import CounterMemory
