@@ -17,24 +17,21 @@ from mmoe_rec.point_in_time.lists import Ragged
 Values = Mapping[str, np.ndarray | Ragged]
 
 
-def digests(ids: Values, dense: Values, names: tuple[Sequence[str], Sequence[str]]) -> np.ndarray:
+def digests(ids: Values, dense: Mapping[str, np.ndarray], names: tuple[Sequence[str], Sequence[str]]) -> np.ndarray:
     """(N,) int64 hashes of N rows.
 
     ids: name -> (N,) integers, or `Ragged`; dense: name -> (N,) float32; names: of the ids and of the numbers that
     count, in the order of a layout, placement left out as it is absent in serving.
     """
     columns = [_ids(ids[name]) for name in names[0]]
-    columns += [_bits(np.asarray(dense[name], np.float32)) for name in names[1]]
-    factors = mix(np.arange(len(columns), dtype=np.uint64)) | np.uint64(1)
-    total = np.zeros(len(columns[0]) if columns else 0, np.uint64)
+    rows = len(columns[0]) if columns else len(dense[names[1][0]])
+    numbers = np.empty((rows, len(names[1])), np.float32)
+    for place, name in enumerate(names[1]):
+        numbers[:, place] = dense[name]
+    values = np.column_stack([*columns, numbers.view(np.uint32).astype(np.uint64)])
+    factors = mix(np.arange(values.shape[1], dtype=np.uint64)) | np.uint64(1)
     with np.errstate(over="ignore"):
-        for column, factor in zip(columns, factors, strict=True):
-            total += (column + np.uint64(1)) * factor
-    return mix(total).view(np.int64)
-
-
-def _bits(numbers: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(numbers).view(np.uint32).astype(np.uint64)
+        return mix((values + np.uint64(1)) @ factors).view(np.int64)
 
 
 def _ids(ids: np.ndarray | Ragged) -> np.ndarray:

@@ -19,8 +19,6 @@ from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.request_log import names
 from mmoe_rec.request_log.digest import digests
 
-Values = dict[str, np.ndarray | Ragged]
-
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -57,7 +55,7 @@ class Seen:
         shared, own = self.inputs
         request = np.full(len(places), self.number)
 
-        def values(asked: list[str], mine: Mapping[str, Any], spread: Mapping[str, Any]) -> Values:
+        def values(asked: list[str], mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
             found = [(name, mine[name], places) if name in mine else (name, spread[name], request) for name in asked]
             return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in found}
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.outcomes import join as joining
@@ -109,6 +111,25 @@ def test_ids_may_be_a_users_own(tmp_path: Path, seed: int) -> None:
     about = settings(BY_REQUEST, request_scope="user")
     joined(tmp_path, about)
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+
+
+def test_times_may_be_integers_and_requests_have_no_column(tmp_path: Path) -> None:
+    """Of a log that counts seconds, and whose requests are a user's rows of one instant."""
+    world, about = drawn_world(4), settings(BY_USER, request=False, time_unit="s")
+    for rows in world.events.values():
+        for row in rows:
+            row["at"] = (row["at"] // 1_000_000 + row["event_id"] % 1_000) * 1_000_000  # no two of one instant
+    world.write(tmp_path)
+    for file in (tmp_path / "events").rglob("*.parquet"):
+        table = pq.read_table(file)
+        seconds = pa.array(table["at"].cast(pa.int64()).to_numpy() // 1_000_000)
+        pq.write_table(table.set_column(table.column_names.index("at"), "at", seconds), file, row_group_size=5)
+    edge = START + 30 * HOUR
+    joined(tmp_path, about, until=edge + 24 * HOUR)
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, edge))
+    joined(tmp_path, about)
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+    assert "page" not in read_rows(tmp_path / "out")[0]
 
 
 @pytest.mark.parametrize("outcomes", [BY_REQUEST, BY_USER, MIXED], ids=["by request", "by user", "mixed"])
