@@ -36,8 +36,8 @@ HOUSEHOLDS = "30"
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
-    "python -m pipelines.refresh --config configs/shop.yaml --train-every-days 7": (
-        "pipelines/test_scheduled_training.py::test_a_training_when_one_is_due"
+    "python -m pipelines.refresh --config configs/complete_journey.yaml": (
+        "pipelines/test_refresh.py::test_days_come_one_after_the_other"
     ),
     "python -m pipelines.serve --model models:/complete_journey@champion --journal data/journal --poll 60": (
         "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"

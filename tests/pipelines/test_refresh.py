@@ -334,7 +334,7 @@ def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path
         "explain": True,
     }
     port = free_port()
-    words = [sys.executable, "-m", "pipelines.serve", "--config", str(model.config), "--model", ADDRESS]
+    words = [sys.executable, "-m", "pipelines.serve", "--tracking.uri", model.uri, "--model", ADDRESS]
     words += ["--port", str(port), "--poll", "0.1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with running_program(
