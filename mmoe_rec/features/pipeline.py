@@ -64,6 +64,8 @@ class FeaturePipeline:
         self._together: MemoriesTogether | None = None
         self._live: Live | None = None
         self._check_names()
+        for name, encoder in self.memory_encoders.items():
+            assert encoder.memory.forget_after == encoder.forget_after, f"'{name}' does not forget as its settings say"
 
     def _check_names(self) -> None:
         """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""
