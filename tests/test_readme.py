@@ -126,7 +126,7 @@ EXERCISED_BY = {
     ),
     "python -m pipelines.join_outcomes --config configs/shop.yaml --requests data/shop/requests "
     "--events data/shop/events --out data/shop/log/served": (
-        "outcomes/test_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
+        "outcomes/test_closed_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
     "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
         "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"

@@ -134,9 +134,11 @@ class EventReader(_Reader):
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
-    """Canonical columns of the log of events of that name, as rows of the task `EVENT` at the time of each event."""
+    """Canonical columns of the log of events of that name, those that were read, as rows of the task `EVENT` at the time
+    of each event."""
     time = schema.events[name].time
-    keys = {column: table.column(column) for column in event_uses(schema, name) if column != time}
+    uses = [column for column in event_uses(schema, name) if column != time]
+    keys = {column: table.column(column) for column in uses if column in table.column_names}
     label = pa.array(np.ones(table.num_rows))
     return LogRows(pa.table({**keys, schema.columns.time: table.column(time), EVENT.label: label}), schema)
 

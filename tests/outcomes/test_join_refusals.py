@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.outcomes.join import about as lines_about
 from mmoe_rec.outcomes.join import join_outcomes
 from mmoe_rec.outcomes.runs import Runs
-from tests.outcomes.test_join import BY_REQUEST, BY_USER, drawn_world, joined
+from tests.outcomes.test_joined_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
 from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 
 

@@ -24,7 +24,7 @@ from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
 from mmoe_rec.serving.artifact import iso_time, version_of
 from mmoe_rec.serving.ranker import Ranker
-from tests.build.test_tables import assert_same_tables
+from tests.build.test_tables_of_models import assert_same_tables
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.pipelines.imports import ROOT
 from tests.pipelines.refreshed_model import NAME, RefreshedModel, rewritten

@@ -23,6 +23,7 @@ from mmoe_rec.log.request_rows import StoredColumn
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.options import Options
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing import arrays, preparing
 from mmoe_rec.serving.export.compare import drawn_requests
@@ -238,7 +239,7 @@ def test_what_one_process_writes_others_do_not_see(written: Path, loaded: Served
 def test_a_full_disk_is_told_in_one_sentence(small: SmallModel) -> None:
     threads = torch.get_num_threads()
     with pytest.raises(UserError) as told, Path("/dev/full").open("wb", buffering=0) as full:
-        preparing._write(Source(small.folder, "x"), Limits(), full, "its folder")
+        preparing._write(Source(small.folder, "x"), Options(Limits()), full, "its folder")
     torch.set_num_threads(threads)
     assert "the temporary folder 'its folder' can't take" in str(told.value)
     assert "No space left on device): set TMPDIR" in str(told.value)
