@@ -1,7 +1,8 @@
 """The package as it is used without the repository: its command, and its names in Python."""
 
-from __future__ import re
+from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
