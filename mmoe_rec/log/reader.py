@@ -134,8 +134,8 @@ class EventReader(_Reader):
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
-    """Those canonical columns of the log of events of that name that were read, as rows of the task `EVENT` at the time of
-    each event."""
+    """Canonical columns of the log of events of that name, as far as they were read, as rows of the task `EVENT` at the
+    time of each event."""
     time = schema.events[name].time
     uses = [column for column in event_uses(schema, name) if column != time]
     keys = {column: table.column(column) for column in uses if column in table.column_names}
