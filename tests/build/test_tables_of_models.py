@@ -20,7 +20,10 @@ from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.jobs.features import build_features
 from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.settings import load_settings
+from pipelines.make_synthetic_log import Plan, make_log
 from tests.build.growing_log import Growing, windows_of
 from tests.log.small_logs import DAY, START, times_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
@@ -266,3 +269,24 @@ def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
     made = served.go_on()
     assert made is not None
     assert made.journal == {"id": "ab" * 16, "through": 12}
+
+
+def test_the_synthetic_log(tmp_path: Path) -> None:
+    """Requests with ids, late labels, and users and items that the model has not seen."""
+    plan = Plan(rows=20_000, users=400, candidates=900, days=60, seed=3)
+    make_log(plan, tmp_path / "all")
+    files, log = sorted((tmp_path / "all").glob("**/*.parquet")), tmp_path / "log"
+    assert len(files) == plan.days
+    log.mkdir()
+    place = ["--data.log", str(log), "--data.work", str(tmp_path / "work")]
+    settings = load_settings("configs/synthetic.yaml", place)
+    served: Served | None = None
+    for first, last in ((0, 54), (54, 55), (55, 59), (59, 60)):
+        for path in files[first:last]:
+            shutil.copyfile(path, log / path.name)
+        if served is None:
+            served = Served(build_features(settings), tmp_path / "served", str(log), BuildOptions())
+        else:
+            assert served.go_on() is not None
+    assert served is not None
+    assert assert_same_tables(served.features, served.anew()[0]) > 10_000

@@ -23,6 +23,7 @@ from mmoe_rec.features.memories.files import exact_from
 from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
 from mmoe_rec.serving.artifact import iso_time, version_of
+from mmoe_rec.serving.export.small import write_small
 from mmoe_rec.serving.ranker import Ranker
 from tests.build.test_tables_of_models import assert_same_tables
 from tests.log.small_logs import DAY, START, files_of, times_of
@@ -362,3 +363,16 @@ def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path
         assert counters[0] != counters[1]
         expected = Ranker.load(model.folder_of("2")).rank(**element)
         assert now["explanations"] == expected.to_dict()["explanations"]
+
+
+def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
+    small = model.folder / "int8"
+    small.mkdir()
+    write_small(model.folder_of("1"), small, "bfloat16")
+    with tracking.open_run(model.uri, NAME) as run:
+        tracking.register(run, small, NAME, "champion")
+    model.add(9, 10)
+    model.refresh()
+    three = model.folder_of(model.holder().number)
+    assert (three / "weights.safetensors").read_bytes() == (small / "weights.safetensors").read_bytes()
+    assert as_of(Ranker.load(three).about) == model.last_time()
