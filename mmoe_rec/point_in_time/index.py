@@ -11,10 +11,9 @@ class KeyIndex:
     """Finds keys among (G,) distinct rising uint64 ones.
 
     These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
-    few: whether `find_few` will be asked.
     """
 
-    def __init__(self, keys: np.ndarray, few: bool = False) -> None:
+    def __init__(self, keys: np.ndarray) -> None:
         self.keys = keys
         bits = max(1, (len(keys) - 1).bit_length())
         self._shift = np.uint64(64 - bits)
@@ -22,17 +21,6 @@ class KeyIndex:
         # (2^bits + 1,) where each bucket begins, and the last one ends.
         self._starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
         np.cumsum(counts, out=self._starts[1:])
-        # Of each quarter of a bucket, bool, whether a key lies there: unlike the keys, it stays in a processor's cache.
-        self._quarter = self._shift - np.uint64(2)
-        self._some = np.zeros(4 * len(counts) if few else 0, bool)
-        if few:
-            self._some[(keys >> self._quarter).view(np.int64)] = True
-
-    def find_few(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `find`, and faster where few of many asked keys are there."""
-        likely = np.flatnonzero(self._some.take((asked >> self._quarter).view(np.int64)))
-        found, number = self.find(asked.take(likely))
-        return likely.take(found), number
 
     def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of (N,) uint64 asked keys are there, (K,) int64 rising places, and the number of each of these keys."""

@@ -10,7 +10,7 @@ from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.live import levels as module
 from mmoe_rec.point_in_time.live.layers import LayeredCounter, LayeredHistory
 from mmoe_rec.point_in_time.live.layers_together import add_levels
-from mmoe_rec.point_in_time.live.levels import LEVELS, CounterLevel, grown
+from mmoe_rec.point_in_time.live.levels import LEVELS, CounterLevel, CounterLevels, grown
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
 from mmoe_rec.point_in_time.search import UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, salt_of
@@ -150,7 +150,7 @@ def test_levels_of_many_counters_add_to_what_their_memories_answer(seed: int) ->
         key, known, label = drawn_events(random)
         memory = CounterMemory.empty(labels, recency=True).extended(key, known, label if labels else None)
         memories.append(memory.compacted(int(random.integers(20, 60)), 40) if random.random() < 0.5 else memory)
-    extended, several = list(memories), tuple[CounterLevel, ...]()
+    extended, several = list(memories), CounterLevels()
     together = CountersTogether(memories)
     for memory in memories:
         read_only(memory)
@@ -161,8 +161,7 @@ def test_levels_of_many_counters_add_to_what_their_memories_answer(seed: int) ->
             label = label if memory.label_sum is not None else np.ones_like(label)
             extended[place] = extended[place].extended(key, known, None if memory.label_sum is None else label)
             events.append((key ^ salts[place], known, label))
-        new = CounterLevel.of(*map(np.concatenate, zip(*events, strict=True)))
-        several = grown(several, new, CounterLevel.merged)
+        several = several.extended(CounterLevel.of(*map(np.concatenate, zip(*events, strict=True))))
     questions, places = [], [place for place in range(4) if random.random() < 0.8]
     for place in places:
         rows = int(random.choice([0, 1, 30]))

@@ -21,7 +21,7 @@ from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.live.layers import ForgetfulCounter, LayeredCounter, LayeredHistory
 from mmoe_rec.point_in_time.live.layers_together import add_levels
-from mmoe_rec.point_in_time.live.levels import CounterLevel, grown
+from mmoe_rec.point_in_time.live.levels import CounterLevel, CounterLevels, grown
 from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.point_in_time.together import CounterQuestion, TogetherFound, salt_of
 
@@ -40,12 +40,13 @@ class Live:
         self,
         encoders: Encoders,
         rows: int = 0,
-        counters: tuple[CounterLevel, ...] = (),
-        fractions: tuple[CounterLevel, ...] = (),
+        counters: CounterLevels | None = None,
+        fractions: CounterLevels | None = None,
         own: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
         self._encoders, self.rows = encoders, rows
-        self._counters, self._fractions, self._own = counters, fractions, dict(own or {})
+        self._counters, self._fractions = counters or CounterLevels(), fractions or CounterLevels()
+        self._own = dict(own or {})
         self._salts = {name: salt_of(place) for place, name in enumerate(encoders)}
 
     @staticmethod
@@ -56,7 +57,7 @@ class Live:
     @property
     def events(self) -> int:
         """Of all counters and histories; those of one key and moment are one of a counter."""
-        counted = sum(map(len, (*self._counters, *self._fractions)))
+        counted = sum(map(len, (*self._counters.levels, *self._fractions.levels)))
         return counted + sum(len(memory.events) for levels in self._own.values() for memory in levels)
 
     def extended(self, events: Mapping[str, pa.Table], rows: int | None = None) -> Live:
@@ -116,20 +117,19 @@ class Live:
     def _levels_of(self, name: str) -> tuple[Any, ...]:
         encoder = self._encoders[name]
         if isinstance(encoder, CounterEncoder) and encoder.forget_after is None:
-            return self._fractions if encoder.has_fractions else self._counters
+            return (self._fractions if encoder.has_fractions else self._counters).levels
         return self._own.get(name, ())
 
     def add(self, names: Sequence[str], questions: Sequence[CounterQuestion], found: Sequence[TogetherFound]) -> None:
         """Adds what is known of counters, none of which `answers_alone`, to what their memories answer."""
-        if self._counters:
+        if self._counters.levels:
             add_levels(self._counters, questions, [self._salts[name] for name in names], found)
 
 
-def _grown(levels: tuple[CounterLevel, ...], events: Sequence[_Events]) -> tuple[CounterLevel, ...]:
-    if not sum(len(key) for key, _, _ in events):
+def _grown(levels: CounterLevels, events: Sequence[_Events]) -> CounterLevels:
+    if not events:
         return levels
-    key, known, label = (np.concatenate(each) for each in zip(*events, strict=True))
-    return grown(levels, CounterLevel.of(key, known, label), CounterLevel.merged)
+    return levels.extended(CounterLevel.of(*map(np.concatenate, zip(*events, strict=True))))
 
 
 def _merged(one: Any, other: Any) -> CounterMemory | HistoryMemory:

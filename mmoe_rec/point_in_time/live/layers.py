@@ -9,7 +9,7 @@ do the levels. Where keys are forgotten, the levels are memories too, and what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from mmoe_rec.point_in_time.lists import Ragged, consecutive
 from mmoe_rec.point_in_time.live.levels import CounterLevel
 from mmoe_rec.point_in_time.live.lives_together import LivesTogether
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
-from mmoe_rec.point_in_time.search import AnyLookUps
+from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps, last_known
 
 
 class LayeredCounter:
@@ -156,39 +156,49 @@ class LayeredHistory:
     def last(self, asked: AnyLookUps, length: int) -> Ragged:
         """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order."""
         asked = asked.as_of(self.memory.floor)
-        own, *levels = self._parts(asked, length)
-        levels = [each for each in levels if each.lengths.any()]
-        if not levels:
-            return own.items()
-        parts = [own, *levels]
-        number = np.concatenate([np.repeat(np.arange(len(asked)), part.lengths) for part in parts])
-        items = np.concatenate([part.items().values for part in parts])
-        order = np.lexsort((items, np.concatenate([part.known for part in parts]), number))
-        together = np.sum([part.lengths for part in parts], axis=0)
+        some = [part for part in self._parts(asked, length) if len(part.index)]
+        if not some:
+            return Ragged(self.memory.items[:0], np.zeros(len(asked), np.int32))
+        number, items = np.concatenate([each.number for each in some]), np.concatenate([each.items for each in some])
+        together = np.bincount(number, minlength=len(asked))
         lengths = np.minimum(together, length)
-        last = consecutive(np.cumsum(together) - lengths, lengths)
-        return Ragged(items[order[last]], lengths.astype(np.int32))
+        if len(some) > 1:
+            known = np.concatenate([each.memory.events.known.take(each.index) for each in some])
+            items = items.take(np.lexsort((items, known, number)))
+            if len(items) > lengths.sum():
+                items = items.take(consecutive(np.cumsum(together) - lengths, lengths))
+        return Ragged(items, lengths.astype(np.int32))
 
     def _parts(self, asked: AnyLookUps, length: int) -> list[_LastEvents]:
         memories = [self.memory, *self._levels]
         if self.memory.lives is None:
-            events = [memory.last_events(asked, length) for memory in memories]
-        else:
-            events = LivesTogether(memories, asked).last_events(length)
-        return [_LastEvents(memory, *each) for memory, each in zip(memories, events, strict=True)]
+            return [_LastEvents.of(memory, asked, length) for memory in memories]
+        events = LivesTogether(memories, asked).last_events(length)
+        numbers = [np.repeat(np.arange(len(asked)), lengths) for _, lengths in events]
+        return [_LastEvents(*each) for each in zip(memories, (index for index, _ in events), numbers, strict=True)]
 
 
+@dataclass(frozen=True)
 class _LastEvents:
-    """The last events of a memory at N look-ups, by their index, oldest first. lengths: (N,) int64 how many."""
+    """The last events of a memory at look-ups, oldest first: (K,) int64 by their index, and the look-up of each."""
 
-    def __init__(self, memory: HistoryMemory, index: np.ndarray, lengths: np.ndarray) -> None:
-        self._memory, self._index, self.lengths = memory, index, lengths
+    memory: HistoryMemory
+    index: np.ndarray
+    number: np.ndarray
 
-    @cached_property
-    def known(self) -> np.ndarray:
-        """(sum of lengths,) int64 moments from which they are known."""
-        return self._memory.events.known[self._index]
+    @staticmethod
+    def of(memory: HistoryMemory, asked: AnyLookUps, length: int) -> _LastEvents:
+        """At most `length` for each look-up, of a memory that forgets nothing."""
+        events = memory.events
+        rows, group = asked.found_in(events) if isinstance(asked, UnsortedLookUps) else events.index.find(asked.key)
+        if not len(rows):
+            return _LastEvents(memory, rows, rows)
+        first = events.starts.take(group)
+        end = last_known(events.known, first, events.starts.take(group + 1), asked.time.take(rows)) + 1
+        lengths = np.clip(end - first, 0, length)
+        return _LastEvents(memory, consecutive(end - lengths, lengths), rows.repeat(lengths))
 
-    def items(self) -> Ragged:
-        """Their items."""
-        return Ragged(self._memory.items[self._index], self.lengths.astype(np.int32))
+    @property
+    def items(self) -> np.ndarray:
+        """(K,) int64 items of the events."""
+        return self.memory.items.take(self.index)

@@ -9,13 +9,13 @@ from itertools import accumulate
 import numpy as np
 
 from mmoe_rec.point_in_time.lists import consecutive
-from mmoe_rec.point_in_time.live.levels import CounterLevel
+from mmoe_rec.point_in_time.live.levels import CounterLevel, CounterLevels
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.point_in_time.together import CounterQuestion, TogetherFound
 
 
 def add_levels(
-    levels: Sequence[CounterLevel],
+    levels: CounterLevels,
     questions: Sequence[CounterQuestion],
     salts: Sequence[np.uint64],
     answers: Sequence[TogetherFound],
@@ -31,22 +31,22 @@ def add_levels(
     if not len(keys):
         return
     starts = [0, *accumulate(len(each.time) for each in answers)]
-    rows, labels = np.zeros(len(keys), np.int32), np.zeros(len(keys), np.int32)
-    moments = np.full(len(keys), NEVER)
+    rows, labels = np.zeros(len(times), np.int32), np.zeros(len(times), np.int32)
+    moments = np.full(len(times), NEVER)
     earlier = _Earlier(questions, starts, int(times.max()))
-    some = False
-    for level in levels:
-        found = _Found.of(level, keys, times)
-        if not len(found.rows):
-            continue
-        some = True
-        rows[found.rows] += level.rows.take(found.last)
-        labels[found.rows] += found.labels.take(found.last)
-        moments[found.rows] = np.maximum(moments.take(found.rows), level.positive.take(found.last))
-        earlier.add(found, times)
-    if not some:
-        return
+    likely = levels.likely(keys)
+    keys = keys.take(likely)
+    for level in levels.levels:
+        found = _Found.of(level, likely, keys, times)
+        if len(found.rows):
+            rows[found.rows] += level.rows.take(found.last)
+            labels[found.rows] += found.labels.take(found.last)
+            moments[found.rows] = np.maximum(moments.take(found.rows), level.positive.take(found.last))
+            earlier.add(found, times)
+    some = np.searchsorted(np.flatnonzero(rows), starts).tolist()
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if some[number] == some[number + 1]:
+            continue
         part = slice(starts[number], starts[number + 1])
         for window, totals in answer.by_window.items():
             before = earlier.totals(number, window)
@@ -70,8 +70,10 @@ class _Found:
     last: np.ndarray
 
     @staticmethod
-    def of(level: CounterLevel, keys: np.ndarray, times: np.ndarray) -> _Found:
-        rows, group = level.index.find_few(keys)
+    def of(level: CounterLevel, asking: np.ndarray, keys: np.ndarray, times: np.ndarray) -> _Found:
+        """What (K,) of (N,) look-ups find, by their (K,) numbers and keys and the (N,) times of all."""
+        rows, group = level.index.find(keys)
+        rows = asking.take(rows)
         last = level.last(group, times.take(rows))
         if len(last) and last.min() < 0:
             known = np.flatnonzero(last >= 0)

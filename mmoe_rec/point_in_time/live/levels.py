@@ -70,7 +70,7 @@ class CounterLevel:
         self.key, self.starts, self.known = key, starts, known
         self.rows, self.labels, self.positive = rows, labels, positive
         self.first = int(known.min(initial=np.iinfo(np.int64).max))
-        self.index = KeyIndex(key, few=True)
+        self.index = KeyIndex(key)
 
     def __len__(self) -> int:
         return len(self.known)
@@ -172,6 +172,41 @@ class CounterLevel:
         return last_known(
             self.known, self.starts[group].astype(np.int64), self.starts[group + 1].astype(np.int64), times
         )
+
+
+class CounterLevels:
+    """Levels of counters' events, the largest first; never changed, but made anew with further events.
+
+    Most keys that are asked for are in none of them, which a look at one small table tells: `_some`, bool, says of the
+    first bits of keys whether there may be such a one.
+    """
+
+    def __init__(self, levels: Sequence[CounterLevel] = (), some: np.ndarray | None = None) -> None:
+        self.levels = tuple(levels)
+        self._some = np.zeros(2, bool) if some is None else some
+
+    def extended(self, new: CounterLevel) -> CounterLevels:
+        """With further events."""
+        if not len(new):
+            return self
+        levels = grown(self.levels, new, CounterLevel.merged)
+        keys = sum(len(level.key) for level in levels)
+        if len(self._some) < 4 * keys:
+            some, marked = np.zeros(1 << (8 * keys).bit_length(), bool), levels
+        else:
+            some, marked = self._some.copy(), (new,)
+        for level in marked:
+            some[_first_bits(level.key, len(some))] = True
+        return CounterLevels(levels, some)
+
+    def likely(self, keys: np.ndarray) -> np.ndarray:
+        """(K,) int64 rising places of those of (N,) uint64 keys that may be in a level; the others are in none."""
+        return np.flatnonzero(self._some.take(_first_bits(keys, len(self._some))))
+
+
+def _first_bits(keys: np.ndarray, many: int) -> np.ndarray:
+    """(N,) int64 from 0 to `many`, a power of 2, exclusive."""
+    return (keys >> np.uint64(65 - many.bit_length())).view(np.int64)
 
 
 def _sums(steps: np.ndarray, starts: np.ndarray) -> np.ndarray:
