@@ -221,7 +221,11 @@ class FeaturePipeline:
     @property
     def live(self) -> Live:
         """What has been learnt besides the memories."""
-        return self._live or Live.none(self.memory_encoders)
+        return self._nothing_learnt if self._live is None else self._live
+
+    @cached_property
+    def _nothing_learnt(self) -> Live:
+        return Live.none(self.memory_encoders)
 
     def live_events(self, source: str | None, rows: LogRows) -> dict[str, pa.Table]:
         """The events that rows of a log of events, or of the interaction log (None), are to counters and histories:

@@ -54,12 +54,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a ranker can take. known: time of the latest row, microseconds."""
+    """What a ranker can take. known: time of the latest row, microseconds; before: what it was prepared beside."""
 
     live: Live
     users: Changes
     candidates: Changes
     known: int
+    before: Live
 
 
 class LoadedRanker:
@@ -199,10 +200,15 @@ class LoadedRanker:
                 schema, as_of = self.pipeline.schema, self.tables_known
                 users += self.reader.users.changes(each, schema, as_of)
                 candidates += self.reader.candidates.changes(each, schema, as_of)
-        return Learnt(live, users, candidates, known)
+        return Learnt(live, users, candidates, known, self.pipeline.live)
 
     def take(self, learnt: Learnt) -> None:
-        """Knows what was prepared from now on. No request may be under way."""
+        """Knows what was prepared from now on. No request may be under way.
+
+        Raises ValueError where something else was taken since it was prepared, which would be forgotten.
+        """
+        if learnt.before is not self.pipeline.live:
+            raise ValueError("something else was learnt since this was prepared: prepare it again")
         self.pipeline.take_live(learnt.live)
         self.reader.users.take(learnt.users)
         self.reader.candidates.take(learnt.candidates)

@@ -143,6 +143,20 @@ def test_memories_stay_as_they_are(extended: Extended) -> None:
         np.testing.assert_array_equal(column, was)
 
 
+def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extended) -> None:
+    """Else what was taken in between would be lost without a word, as where two threads learn."""
+    ranker = extended.ranker()
+    rows = log_rows(later_log(3), extended.small.settings.schema_)
+    one, other = (ranker.prepared({None: rows}) for _ in range(2))
+    ranker.take(one)
+    known = answers(ranker)
+    with pytest.raises(ValueError, match="something else was learnt since this was prepared"):
+        ranker.take(other)
+    assert (ranker.live_rows, answers(ranker)) == (len(rows), known)
+    ranker.take(ranker.prepared({None: rows}))
+    assert ranker.live_rows == 2 * len(rows)
+
+
 def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extended) -> None:
     ranker, (_, rows) = extended.ranker(), extended.small.later_rows()
     first = ranker.score(rows)[1]
