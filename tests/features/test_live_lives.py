@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.memories.files import read_memory, write_memory
 from mmoe_rec.features.memories.live import Live
@@ -21,12 +20,21 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.live import levels
 from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
 from tests.build.growing_log import FEATURES, schema_with_purchases
-from tests.log.small_logs import DAY, START, assert_same, at_times, fit_in_memory, log_rows, random_log, times_of
+from tests.log.small_logs import (
+    DAY,
+    START,
+    assert_same,
+    assert_same_inputs,
+    at_times,
+    fit_in_memory,
+    log_rows,
+    random_log,
+    times_of,
+)
 from tests.point_in_time.naive_features import NaiveFeatures
 
 REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
@@ -105,20 +113,6 @@ def extended(pipeline: FeaturePipeline, source: str | None, rows: LogRows) -> Fe
     return other
 
 
-def same_inputs(one: Inputs, two: Inputs) -> None:
-    assert one.dense.keys() == two.dense.keys()
-    for name, values in one.dense.items():
-        np.testing.assert_array_equal(values.view(np.uint32), two.dense[name].view(np.uint32), err_msg=name)
-    for name, ids in one.ids.items():
-        other = two.ids[name]
-        if isinstance(ids, Ragged):
-            assert isinstance(other, Ragged)
-            np.testing.assert_array_equal(ids.lengths, other.lengths, err_msg=name)
-            np.testing.assert_array_equal(ids.values, other.values, err_msg=name)
-        else:
-            np.testing.assert_array_equal(ids, other, err_msg=name)
-
-
 def same(learning: Learning, pipeline: FeaturePipeline, expected: FeaturePipeline, time: int) -> None:
     """In all ways of asking."""
     rows, of_requests = learning.asking(time)
@@ -126,7 +120,7 @@ def same(learning: Learning, pipeline: FeaturePipeline, expected: FeaturePipelin
     for one, two in zip(
         pipeline.request_inputs(learning.asking(time)[1]), expected.request_inputs(of_requests), strict=True
     ):
-        same_inputs(one, two)
+        assert_same_inputs(one, two)
     for found, other in zip(pipeline.found(learning.asking(time)[1]), expected.found(of_requests), strict=True):
         assert found.keys() == other.keys()
         for name, values in found.items():

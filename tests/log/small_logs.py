@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.encoder import Inputs, MemoryEncoder
 from mmoe_rec.features.memories.files import write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
@@ -214,16 +214,29 @@ def times_of(table: pa.Table) -> np.ndarray:
 
 def assert_same(one: Encoded, other: Encoded) -> None:
     """Both are equal to the last bit."""
-    assert one.ids.keys() == other.ids.keys()
-    for name, value in one.ids.items():
-        twin = other.ids[name]
+    _assert_same_ids(one.ids, other.ids)
+    np.testing.assert_array_equal(one.dense.view(np.uint32), other.dense.view(np.uint32))
+
+
+def assert_same_inputs(one: Inputs, other: Inputs) -> None:
+    """Both are equal to the last bit."""
+    _assert_same_ids(one.ids, other.ids)
+    assert one.dense.keys() == other.dense.keys()
+    for name, numbers in one.dense.items():
+        assert numbers.dtype == np.float32
+        np.testing.assert_array_equal(numbers.view(np.uint32), other.dense[name].view(np.uint32), err_msg=name)
+
+
+def _assert_same_ids(one: Mapping[str, np.ndarray | Ragged], other: Mapping[str, np.ndarray | Ragged]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        twin = other[name]
         if isinstance(value, Ragged):
             assert isinstance(twin, Ragged)
             np.testing.assert_array_equal(value.lengths, twin.lengths, err_msg=name)
             np.testing.assert_array_equal(value.values, twin.values, err_msg=name)
         else:
             np.testing.assert_array_equal(value, twin, err_msg=name)
-    np.testing.assert_array_equal(one.dense.view(np.uint32), other.dense.view(np.uint32))
 
 
 def write_log(folder: Path, *tables: pa.Table) -> Path:

@@ -21,7 +21,18 @@ from mmoe_rec.serving.freshness import Freshness
 from mmoe_rec.serving.loaded import LoadedRanker
 from mmoe_rec.serving.ranker import Ranker
 from mmoe_rec.serving.requests.request import Request
-from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, at_times, log_rows, random_log, raw_results, times_of
+from tests.log.small_logs import (
+    ALL_KINDS,
+    BASE,
+    DAY,
+    START,
+    assert_same_inputs,
+    at_times,
+    log_rows,
+    random_log,
+    raw_results,
+    times_of,
+)
 from tests.point_in_time.naive_features import NaiveFeatures
 from tests.serving.small_model import ITEMS, USER, SmallModel, as_request
 
@@ -79,23 +90,7 @@ def served(ranker: LoadedRanker, requests: list[dict[str, Any]]) -> list[Inputs]
 def assert_same(ours: list[Inputs], theirs: list[Inputs]) -> None:
     """To the last bit."""
     for one, other in zip(ours, theirs, strict=True):
-        _assert_same(one, other)
-
-
-def _assert_same(one: Inputs, other: Inputs) -> None:
-    assert one.ids.keys() == other.ids.keys()
-    for name, values in one.ids.items():
-        twin = other.ids[name]
-        if isinstance(values, Ragged):
-            assert isinstance(twin, Ragged)
-            np.testing.assert_array_equal(values.lengths, twin.lengths, err_msg=name)
-            np.testing.assert_array_equal(values.values, twin.values, err_msg=name)
-        else:
-            np.testing.assert_array_equal(values, twin, err_msg=name)
-    assert one.dense.keys() == other.dense.keys()
-    for name, numbers in one.dense.items():
-        assert numbers.dtype == np.float32
-        np.testing.assert_array_equal(numbers.view(np.uint32), other.dense[name].view(np.uint32), err_msg=name)
+        assert_same_inputs(one, other)
 
 
 @pytest.mark.parametrize("number", range(4))
