@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
 from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents
 from mmoe_rec.point_in_time.lives import Lives
+from mmoe_rec.point_in_time.running import appended, at, running, running_labels, running_latest, taken
 from mmoe_rec.point_in_time.search import AnyLookUps, Search, UnsortedLookUps
 from mmoe_rec.point_in_time.sorting import sorted_order
 
@@ -110,7 +111,7 @@ class CounterMemory(Memory):
         if len(self.events):
             # The existing events as what each added to its key's totals.
             rows = np.append(self._steps(self.rows), np.ones(len(key), np.int32))
-            labels = _appended(self._label_steps(), labels)
+            labels = appended(self._label_steps(), labels)
             if positive is not None and self.last_positive is not None:
                 positive = np.append(self.last_positive, positive)
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
@@ -125,8 +126,8 @@ class CounterMemory(Memory):
             np.append(mine.key, theirs.key),
             np.append(mine.known, theirs.known),
             np.append(self._steps(self.rows), other._steps(other.rows)),
-            _appended(self._label_steps(), other._label_steps()),
-            _appended(self.last_positive, other.last_positive),
+            appended(self._label_steps(), other._label_steps()),
+            appended(self.last_positive, other.last_positive),
             False,
         )
 
@@ -143,15 +144,15 @@ class CounterMemory(Memory):
         if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
-            rows, labels, positive = (_taken(each, order) for each in (rows, labels, positive))
+            rows, labels, positive = (taken(each, order) for each in (rows, labels, positive))
         groups = KeyGroups(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
         first = groups.starts[groups.number[kept]]
         return CounterMemory(
             KnownEvents(key[kept], known[kept]),
-            _running(rows, first, kept).astype(np.int32),
-            _running_labels(labels, first, kept),
-            None if positive is None else _running_latest(groups, positive)[kept],
+            running(rows, first, kept).astype(np.int32),
+            running_labels(labels, first, kept),
+            None if positive is None else running_latest(groups, positive)[kept],
             self.floor,
             self.forget_after,
         )
@@ -190,8 +191,8 @@ class CounterMemory(Memory):
         return rows, self._difference(self.label_sum, index, before)
 
     def _difference(self, totals: np.ndarray, index: np.ndarray, before: np.ndarray | None) -> np.ndarray:
-        found = _at(totals, index, 0)
-        return found if before is None else found - _at(totals, before, 0)
+        found = at(totals, index, 0)
+        return found if before is None else found - at(totals, before, 0)
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -212,9 +213,9 @@ class CounterMemory(Memory):
         """
         last_positive = self.events.known if self.label_sum is None else self.last_positive
         assert last_positive is not None
-        found = _at(last_positive, index, NEVER)
+        found = at(last_positive, index, NEVER)
         if forgotten is not None:
-            found[found <= _at(self.events.known, forgotten, NEVER)] = NEVER
+            found[found <= at(self.events.known, forgotten, NEVER)] = NEVER
         return found
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
@@ -229,8 +230,8 @@ class CounterMemory(Memory):
         return CounterMemory(
             KnownEvents(self.events.key[kept], self.events.known[kept]),
             self.rows[kept],
-            _taken(self.label_sum, kept),
-            _taken(self.last_positive, kept),
+            taken(self.label_sum, kept),
+            taken(self.last_positive, kept),
             floor,
             self.forget_after,
         )
@@ -315,51 +316,3 @@ class JoinFound:
     def last_positive(self) -> np.ndarray:
         """(N,) int64."""
         return self._memory.last_positive_at(self._last, self._forgotten)
-
-
-def _running(values: np.ndarray | None, first: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(K,) int64 sums of whole `values`, None where each is 1, from event `first` up to each of K `kept` ones."""
-    if values is None:
-        return kept + 1 - first
-    total = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, dtype=np.int64, out=total[1:])
-    return total[1:][kept] - total[first]
-
-
-def _running_labels(
-    labels: np.ndarray | ExactSums | None, first: np.ndarray, kept: np.ndarray
-) -> np.ndarray | ExactSums | None:
-    if isinstance(labels, ExactSums):
-        return labels.each(lambda limb: _running(limb, first, kept))
-    return None if labels is None else _running(labels, first, kept).astype(np.float64, copy=False)
-
-
-def _at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
-    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
-    if not len(values):
-        return np.full(len(index), nothing, values.dtype)
-    found = values[np.maximum(index, 0)]
-    if nothing:
-        found[index < 0] = nothing
-    else:
-        found *= index >= 0  # no branches, which a processor would often guess wrongly
-    return found
-
-
-def _appended(one: Any, other: Any) -> Any:
-    if isinstance(one, ExactSums):
-        return one.append(other)
-    return None if one is None else np.append(one, other)
-
-
-def _taken(values: Any, index: np.ndarray) -> Any:
-    if isinstance(values, ExactSums):
-        return values.take(index)
-    return None if values is None else values[index]
-
-
-def _running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
-    """(E,) latest of the `moments` so far of each key: an event that came late may be earlier than what came before."""
-    import pandas as pd
-
-    return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
