@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from starlette.responses import Response
 from mmoe_rec.request_log import names
 from mmoe_rec.request_log.writer import RequestLog
 from mmoe_rec.server.batching import Answers, Batcher
-from mmoe_rec.server.limits import INTERNAL, Limits, Refused, shortened
+from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
 from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
@@ -44,12 +43,12 @@ class Calls:
             self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
-        self._open = 0
+        self._places = Places(limits, "calls", metrics.calls.set)
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it."""
         try:
-            with self.metrics.timed("total"), self._let_in():
+            with self.metrics.timed("total"), self._places.take():
                 response = Response(await self._rankings(request), media_type="application/json")
         except Refused as refused:
             if refused.reason in ("body", "element", "model"):
@@ -63,29 +62,9 @@ class Calls:
         self.metrics.replies.labels(str(response.status_code)).inc()
         return response
 
-    @contextmanager
-    def _let_in(self) -> Iterator[None]:
-        """Counts a call from its headers on: its body takes memory long before it waits for the model."""
+    async def _rankings(self, request: Request) -> bytes:
         if self.models.current is None:
             raise loading()
-        if self._open >= self.limits.max_waiting:
-            raise Refused(
-                503,
-                f"{self._open} calls are under way, as many as this server takes at a time (setting "
-                "`serving.max_waiting`); come again",
-                "busy",
-                "RESOURCE_EXHAUSTED",
-                1,
-            )
-        self._open += 1
-        self.metrics.calls.set(self._open)
-        try:
-            yield
-        finally:
-            self._open -= 1
-            self.metrics.calls.set(self._open)
-
-    async def _rankings(self, request: Request) -> bytes:
         partial, after = _query(request.query_params)
         if not is_json(type_of(request)):
             raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,37 @@ class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
     def body(self) -> dict[str, str]:
         """The reply, in MLflow's form."""
         return {"error_code": self.error_code, "message": self.sentence}
+
+
+class Places:
+    """So many calls of a page are let in at a time as a worker takes (`max_waiting`)."""
+
+    def __init__(self, limits: Limits, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
+        """calls: what they are, for people; show: is told whenever another number of places is taken."""
+        self._limits, self._calls, self._show = limits, calls, show
+        self._taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
+        if self._taken >= self._limits.max_waiting:
+            raise Refused(
+                503,
+                f"{self._taken} {self._calls} are under way, as many as this server takes at a time (setting "
+                "`serving.max_waiting`); come again",
+                "busy",
+                "RESOURCE_EXHAUSTED",
+                1,
+            )
+        self._move(1)
+        try:
+            yield
+        finally:
+            self._move(-1)
+
+    def _move(self, by: int) -> None:
+        self._taken += by
+        self._show(self._taken)
 
 
 def large_headers() -> Refused:

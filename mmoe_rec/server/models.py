@@ -89,14 +89,12 @@ class Models:
         with self._loading:
             try:
                 served = load()
-                if served.learning is not None:
-                    served.learning.catch_up()
+                if self.keeps_seen:
+                    served.ranker.keep_seen()
+                self._replace(served)
             except UserError as error:
                 self.failure = str(error)
                 raise
-            if self.keeps_seen:
-                served.ranker.keep_seen()
-            self._replace(served)
             self.failure = None
             return served
 
@@ -104,16 +102,16 @@ class Models:
         """Serves a model once it has learnt all that the one before has, so that callers who saw events counted will
         still see that."""
         before = None if self.current is None else self.current.learning
-        if served.learning is None or before is None:
-            self.current = served
-            return
-        while True:
+        while served.learning is not None:
             served.learning.catch_up()
+            if before is None:
+                break
             with before.held():
                 if served.learning.position >= before.position:
                     self.current = served
                     before.close()
                     return
+        self.current = served
 
     def _loaded(self, source: Source) -> Served:
         from mmoe_rec.serving.ranker import Ranker

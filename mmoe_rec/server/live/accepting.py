@@ -30,7 +30,7 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
-from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
 from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
@@ -67,13 +67,13 @@ class Accepting:
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
-        self._open = 0
+        self._places = Places(limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         try:
-            with self._metrics.timed("events"):
+            with self._metrics.timed("events"), self._places.take():
                 told = await self._accepted(request)
             response = Response(orjson.dumps(told), media_type="application/json")
         except Refused as refused:
@@ -87,29 +87,16 @@ class Accepting:
     async def _accepted(self, request: Request) -> dict[str, Any]:
         if (served := self._models.current) is None:
             raise loading()
-        if self._open >= self._limits.max_waiting:
-            raise Refused(
-                503,
-                f"{self._open} calls of /events are under way, as many as this server takes at a time (setting "
-                "`serving.max_waiting`); come again",
-                "busy",
-                "RESOURCE_EXHAUSTED",
-                1,
-            )
-        self._open += 1
-        try:
-            kind, log = type_of(request), _log_in(request.query_params)
-            if not is_json(kind) and kind != ARROW:
-                raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
-            body = await read_body(request, self._limits)
-            loop = asyncio.get_running_loop()
-            sent = await loop.run_in_executor(self._threads, self._checked, served, body, kind == ARROW, log)
-            if sent.lacking:  # what was acknowledged before may say what it lacks
-                await self._following.reached_end()
-                served = self._models.current or served
-            return await loop.run_in_executor(self._threads, self._taken, served, sent)
-        finally:
-            self._open -= 1
+        kind, log = type_of(request), _log_in(request.query_params)
+        if not is_json(kind) and kind != ARROW:
+            raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
+        body = await read_body(request, self._limits)
+        loop = asyncio.get_running_loop()
+        sent = await loop.run_in_executor(self._threads, self._checked, served, body, kind == ARROW, log)
+        if sent.lacking:  # what was acknowledged before may say what it lacks
+            await self._following.reached_end()
+            served = self._models.current or served
+        return await loop.run_in_executor(self._threads, self._taken, served, sent)
 
     def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
         """What was sent, checked."""
@@ -145,13 +132,13 @@ class Accepting:
     def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
         far as this process has accepted or learnt any."""
-        times = Taken(source, table, Counts()).rows(learning.schema).times()
+        taken = Taken(source, table, Counts())
+        times = taken.rows(learning.schema).times()
         with self._lock:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        late = Taken(source, table, Counts()).late(learning.schema, learning.as_of)
-        told = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
+        told = {"late": taken.late(learning.schema, learning.as_of), "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.taken_for_known(times)
         return told | ({"ignored": ignored} if ignored else {})
 
