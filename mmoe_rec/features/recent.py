@@ -52,9 +52,13 @@ class RecentValues(LatestValues):
         for name in table.column_names:
             same &= _same(one_array(table.column(name)), one_array(self.table.column(name)), place)
         before = np.full(len(place), as_of) if self.times is None else _at(self.times, place)
-        # Of the same instant as the table's value it may be greater, which is looked at when it is taken.
-        wanted = np.flatnonzero(~known | (times >= before if self.times is not None else times > before))
-        hashes = hash_column(keys)[wanted].tolist()
+        is_wanted = ~known | (times > before)
+        hashes = hash_column(keys)
+        for row in np.flatnonzero(known & (times == before) & ~same) if self.times is not None else ():
+            values = tuple(column[int(row)].as_py() for column in table.columns)
+            is_wanted[row] = self._is_greater(int(hashes[row]), values, None)
+        wanted = np.flatnonzero(is_wanted)
+        hashes = hashes[wanted].tolist()
         lists = [table.column(name).take(pa.array(wanted)).to_pylist() for name in table.column_names]
         each = zip(hashes, times[wanted].tolist(), zip(*lists, strict=True), same[wanted].tolist(), strict=True)
         return [(key, time, None if as_before else values) for key, time, values, as_before in each]
@@ -62,23 +66,14 @@ class RecentValues(LatestValues):
     def take(self, changes: Changes) -> None:
         """Takes changes in. They may be older than what is known."""
         for key, time, values in changes:
-            before = self._recent.get(key) or self._of_table(key)
+            before = self._recent.get(key)
             if before is None or time > before[0] or (time == before[0] and self._is_greater(key, values, before[1])):
                 self._recent[key] = time, values
 
-    def _of_table(self, key: int) -> tuple[int, None] | None:
-        """As an entry of a key that nothing has come of since; None where the table has no time of it."""
-        if self.times is None or not len(place := self._place(key)):
-            return None
-        return int(self.times[place[0]]), None
-
-    def _place(self, key: int) -> np.ndarray:
-        index, order = self._index
-        return order[index.find(np.array([key], np.uint64))[1]]
-
     def _is_greater(self, key: int, values: Values | None, other: Values | None) -> bool:
         """Whether values win over others of the same key and instant; None is those of the table."""
-        place = self._place(key)
+        index, order = self._index
+        place = order[index.find(np.array([key], np.uint64))[1]]
         row = None if not len(place) else self.table.slice(place[0], 1)
         own = () if row is None else tuple(column[0].as_py() for column in row.columns)
         return _rank(own if values is None else values) > _rank(own if other is None else other)
