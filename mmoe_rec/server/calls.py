@@ -43,12 +43,12 @@ class Calls:
             self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
-        self._places = Places(limits, "calls", metrics.calls.set)
+        self.places = Places(limits, "calls", metrics.calls.set)
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it."""
         try:
-            with self.metrics.timed("total"), self._places.take():
+            with self.metrics.timed("total"), self.places.take():
                 response = Response(await self._rankings(request), media_type="application/json")
         except Refused as refused:
             if refused.reason in ("body", "element", "model"):

@@ -79,15 +79,15 @@ class Places:
     def __init__(self, limits: Limits, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""
         self._limits, self._calls, self._show = limits, calls, show
-        self._taken = 0
+        self.taken = 0
 
     @contextmanager
     def take(self) -> Iterator[None]:
         """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
-        if self._taken >= self._limits.max_waiting:
+        if self.taken >= self._limits.max_waiting:
             raise Refused(
                 503,
-                f"{self._taken} {self._calls} are under way, as many as this server takes at a time (setting "
+                f"{self.taken} {self._calls} are under way, as many as this server takes at a time (setting "
                 "`serving.max_waiting`); come again",
                 "busy",
                 "RESOURCE_EXHAUSTED",
@@ -100,8 +100,8 @@ class Places:
             self._move(-1)
 
     def _move(self, by: int) -> None:
-        self._taken += by
-        self._show(self._taken)
+        self.taken += by
+        self._show(self.taken)
 
 
 def large_headers() -> Refused:

@@ -58,7 +58,7 @@ def ask_while_busy(app: Application, ranker: Watched, bodies: Sequence[Any]) -> 
         first = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await until(lambda: bool(ranker.passes))
         rest = [asyncio.create_task(reply(app, body)) for body in bodies]
-        await until(lambda: app.calls._open == 1 + len(bodies))
+        await until(lambda: app.calls.places.taken == 1 + len(bodies))
         ranker.go_on.set()
         return list(await asyncio.gather(first, *rest))
 

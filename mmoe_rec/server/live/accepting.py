@@ -67,13 +67,13 @@ class Accepting:
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
-        self._places = Places(limits, "calls of /events")
+        self.places = Places(limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         try:
-            with self._metrics.timed("events"), self._places.take():
+            with self._metrics.timed("events"), self.places.take():
                 told = await self._accepted(request)
             response = Response(orjson.dumps(told), media_type="application/json")
         except Refused as refused:
