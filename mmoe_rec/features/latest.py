@@ -49,6 +49,8 @@ class LatestParts:
             self._waiting = [self._together()]
 
     def _together(self) -> pa.Table:
+        if len(self._waiting) == 1:
+            return self._waiting[0]
         return _latest(pa.concat_tables(self._waiting, promote_options="permissive").combine_chunks())
 
     def latest(self) -> tuple[pa.Table, np.ndarray]:
@@ -148,16 +150,21 @@ class LatestValues:
 
     def find(self, keys: pa.Array) -> np.ndarray:
         """(N,) int64 row of each key, -1 for an unknown one."""
+        return self._find(hash_column(keys))
+
+    def _find(self, hashes: np.ndarray) -> np.ndarray:
         index, order = self._index
-        found, place = index.find(hash_column(keys))
-        rows = np.full(len(keys), -1)
+        found, place = index.find(hashes)
+        rows = np.full(len(hashes), -1)
         rows[found] = order[place]
         return rows
 
     def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:
         """Columns of N rows with those that are not given beside them, null for unknown keys. The keys are given."""
-        keys = given[self.key]
-        rows = self.find(keys)
+        return self._completed(given, hash_column(given[self.key]))
+
+    def _completed(self, given: Mapping[str, pa.Array], hashes: np.ndarray) -> dict[str, pa.Array | Stored]:
+        keys, rows = given[self.key], self._find(hashes)
         columns = {name: Stored(column, rows) for name, column in self.columns.items() if name not in given}
         # What is known of a key that is known is the same as of the given one.
         return {**given, **columns, self.key: Stored(self.columns[self.key], rows, keys)}

@@ -6,7 +6,8 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class RecentValues(LatestValues):
         super().__init__(key, table)
         self.times = times
         self._recent: dict[int, tuple[int, Values | None]] = {}
+        self._other: dict[int, Values] = {}  # of keys whose latest values are not those of the table
 
     def changes(self, rows: LogRows, schema: Schema, as_of: int) -> Changes:
         """What rows of the log, which have all columns of the table, say that the table does not.
@@ -45,23 +47,22 @@ class RecentValues(LatestValues):
         parts = LatestParts(schema, "user" if self.key == schema.columns.user else "candidate")
         parts.add(rows)
         table, times = parts.latest()
-        keys = one_array(table.column(self.key))
-        place = self.find(keys)
+        hashes = hash_column(one_array(table.column(self.key)))
+        place = self._find(hashes)
         known = place >= 0
         same = known.copy()
         for name in table.column_names:
             same &= _same(one_array(table.column(name)), one_array(self.table.column(name)), place)
         before = np.full(len(place), as_of) if self.times is None else _at(self.times, place)
         is_wanted = ~known | (times > before)
-        hashes = hash_column(keys)
         for row in np.flatnonzero(known & (times == before) & ~same) if self.times is not None else ():
             values = tuple(column[int(row)].as_py() for column in table.columns)
             is_wanted[row] = self._is_greater(int(hashes[row]), values, None)
-        wanted = np.flatnonzero(is_wanted)
-        hashes = hashes[wanted].tolist()
-        lists = [table.column(name).take(pa.array(wanted)).to_pylist() for name in table.column_names]
-        each = zip(hashes, times[wanted].tolist(), zip(*lists, strict=True), same[wanted].tolist(), strict=True)
-        return [(key, time, None if as_before else values) for key, time, values, as_before in each]
+        news = table.filter(pa.array(is_wanted & ~same))
+        return [
+            *_changes(hashes, times, is_wanted & same, repeat(None)),
+            *_changes(hashes, times, is_wanted & ~same, zip(*(each.to_pylist() for each in news.columns), strict=True)),
+        ]
 
     def take(self, changes: Changes) -> None:
         """Takes changes in. They may be older than what is known."""
@@ -69,6 +70,10 @@ class RecentValues(LatestValues):
             before = self._recent.get(key)
             if before is None or time > before[0] or (time == before[0] and self._is_greater(key, values, before[1])):
                 self._recent[key] = time, values
+                if values is not None:
+                    self._other[key] = values
+                else:
+                    self._other.pop(key, None)
 
     def _is_greater(self, key: int, values: Values | None, other: Values | None) -> bool:
         """Whether values win over others of the same key and instant; None is those of the table."""
@@ -80,11 +85,10 @@ class RecentValues(LatestValues):
 
     def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:
         """As of `LatestValues`, with what came later."""
-        columns = super().completed(given)
-        if not self._recent:
-            return columns
-        found = ((row, self._recent.get(key)) for row, key in enumerate(hash_column(given[self.key]).tolist()))
-        later = {row: each[1] for row, each in found if each is not None and each[1] is not None}
+        hashes = hash_column(given[self.key])
+        columns = self._completed(given, hashes)
+        other = self._other
+        later = {row: other[key] for row, key in enumerate(hashes.tolist()) if key in other} if other else {}
         if not later:
             return columns
         mask = np.zeros(len(given[self.key]), bool)
@@ -99,6 +103,11 @@ class RecentValues(LatestValues):
                 values = _replaced(column.array(), mask, [each[number] for each in later.values()])
                 columns[name] = Stored(column.column, np.where(mask, -1, column.places), values)
         return columns
+
+
+def _changes(hashes: np.ndarray, times: np.ndarray, some: np.ndarray, values: Iterable[Values | None]) -> Changes:
+    """Of some of the (N,) keys, and of as many values at least."""
+    return list(zip(hashes[some].tolist(), times[some].tolist(), values, strict=False))
 
 
 def _at(times: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -11,11 +11,12 @@ class KeyIndex:
     """Finds keys among (G,) distinct rising uint64 ones.
 
     These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
+    spread: so many times twice as many buckets, of 4 bytes each, where few steps matter more than memory.
     """
 
-    def __init__(self, keys: np.ndarray) -> None:
+    def __init__(self, keys: np.ndarray, spread: int = 0) -> None:
         self.keys = keys
-        bits = max(1, (len(keys) - 1).bit_length())
+        bits = max(1, (len(keys) - 1).bit_length() + spread)
         self._shift = np.uint64(64 - bits)
         counts = np.bincount((keys >> self._shift).view(np.int64), minlength=2**bits)
         # (2^bits + 1,) where each bucket begins, and the last one ends.

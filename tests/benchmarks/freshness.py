@@ -16,6 +16,7 @@ visible_s_p99          from the acknowledgement of an event until all of several
                        workers, say that their worker knows it;
 p50_added_ms           how much longer a request of 500 candidates takes while 2,000 events a second come in, at 20
                        requests a second; both in turns;
+p50_learnt_ms          how much longer it takes a ranker that has learnt 100,000 of the rows, with none under way;
 events_per_s           of the events that are sent beside these requests as fast as two senders get them accepted.
 
 AUC and predicted / observed by task and week are printed; the last line is JSON.
@@ -42,6 +43,7 @@ LAG = 1_000_000
 """Microseconds until an event is visible."""
 WAYS = ("fresh", "live", "daily", "frozen")
 REPLAYED_WEEKS = 4
+LEARNT = 100_000
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Benchmark:
         from mmoe_rec.jobs.places import logs_for
         from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
         from mmoe_rec.jobs.replay.offline import read_period
-        from tests.benchmarks.live_events import live_events
+        from tests.benchmarks.live_events import learnt_ms, live_events
 
         pipeline = FeaturePipeline.load(self.model / "features", memories=False)
         logs, offline = logs_for(self.settings, pipeline), self.scratch / "offline"
@@ -114,7 +116,9 @@ class Benchmark:
         period = read_period(logs, pipeline, (self.start, self.end), offline)
         tables_from_log(self.model, self.settings, self.start, self.frozen)
         found = self._accuracy(period, logs)
-        found |= live_events(self.frozen, period.interactions.table, self.scratch, seconds)
+        rows, time_column = period.interactions.table, self.settings.schema_.columns.time
+        found["p50_learnt_ms"] = learnt_ms(self.frozen, time_column, rows.slice(0, LEARNT))
+        found |= live_events(self.frozen, rows, time_column, self.scratch, seconds)
         return found | self._replayed()
 
     def _replayed(self) -> dict[str, int]:

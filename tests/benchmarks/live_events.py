@@ -6,10 +6,11 @@ Requests are sent by this process at a steady rate, events by processes of their
 from __future__ import annotations
 
 import http.client
+import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,53 +21,88 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.jobs.replay.client import Client, place
+from tests.benchmarks.serving_bodies import Bodies
 
 REQUESTS_PER_S, CANDIDATES = 20, 500
 EVENTS_PER_S, BATCH, LARGE_BATCH = 2_000, 100, 1_000
 CONNECTIONS, PROBES, SECONDS_BETWEEN_PROBES, PAUSE_S = 8, 4, 0.25, 0.01
 SENDERS = 2
-TURNS = 4
+TURN_SECONDS = 5.0
+STEP, ASKED = 400, 300
 
 
-def live_events(model: Path, events: pa.Table, scratch: Path, seconds: float) -> dict[str, float]:
+def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, seconds: float) -> dict[str, float]:
     """Figures of a server of an artifact whose tables end where rows of the interaction log, the events, begin.
 
-    seconds: of requests alone, and of requests beside events.
+    Each request is of the time of the event that is sent at that moment. seconds: of requests alone, and of requests
+    beside events, both in turns; each such pair gives a difference of medians, of which the median is told.
     """
     from mmoe_rec.jobs.replay.own_server import OwnServer
-    from tests.benchmarks.serving_bodies import Bodies
 
     file = scratch / "events.arrow"
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, events.schema) as writer:
         writer.write_table(events)
-    bodies = Bodies(model)
+    times = events.column(time_column).cast(pa.timestamp("ms")).to_numpy()
+    body = json.loads(Bodies(model).ids(CANDIDATES))
     with OwnServer(model, scratch / "journal", scratch / "server.log", workers=2) as server:
         senders = _Senders(server.url, file, len(events))
-        asker = _Asker(server.port, bodies.ids(CANDIDATES))
+
+        def body_now() -> bytes:
+            body["inputs"][0]["context"][time_column] = f"{times[senders.row]}Z"
+            return json.dumps(body).encode()
+
+        asker = _Asker(server.port, body_now)
         asker.ask(3.0)
         quiet: list[float] = []
         busy: list[float] = []
         paced, probed, most = Sent(), Sent(), Sent()
-        for _ in range(TURNS):
-            quiet += asker.ask(seconds / TURNS)
+        for _ in range(max(1, round(seconds / TURN_SECONDS))):
+            quiet.append(asker.ask(TURN_SECONDS))
             with senders.sending(EVENTS_PER_S, BATCH, 1, paced):
-                busy += asker.ask(seconds / TURNS)
+                busy.append(asker.ask(TURN_SECONDS))
         with senders.sending(EVENTS_PER_S, BATCH, 1, probed, probes=True):
             asker.ask(seconds / 2)
         with senders.sending(None, LARGE_BATCH, SENDERS, most):
-            asker.ask(seconds / TURNS)
+            asker.ask(2 * TURN_SECONDS)
     visible = np.array(probed.visible)
+    added = np.subtract(busy, quiet) * 1e3
     print(
         f"p50 {np.median(quiet) * 1e3:.2f} ms without events, {np.median(busy) * 1e3:.2f} ms beside "
-        f"{paced.rate:,.0f} a second; visible after {np.median(visible):.3f} s (median of {len(visible):,})",
+        f"{paced.rate:,.0f} a second; added by turn, ms: {', '.join(f'{each:.1f}' for each in added)}; visible after "
+        f"{np.median(visible):.3f} s (median of {len(visible):,})",
         file=sys.stderr,
     )
     return {
         "visible_s_p99": round(float(np.percentile(visible, 99)), 3),
-        "p50_added_ms": round(float(np.median(busy) - np.median(quiet)) * 1e3, 3),
+        "p50_added_ms": round(float(np.median(added)), 3),
         "paced_events_per_s": round(paced.rate),
         "events_per_s": round(most.rate),
     }
+
+
+def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
+    """Milliseconds that a request of `CANDIDATES` takes longer, the median, once events were learnt. Each request is of
+    the time of the last event."""
+    from mmoe_rec.choices.using import threads
+    from mmoe_rec.log.rows import LogRows
+    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.serving.requests.envelope import ranked_calls
+
+    rankers = plain, learnt = LoadedRanker.read(model), LoadedRanker.read(model)
+    elements = Bodies(model).elements(CANDIDATES, 1)
+    last = events.column(time_column)[-1].cast(pa.timestamp("ms")).as_py()
+    elements[0]["context"][time_column] = f"{last.isoformat()}Z"
+    taken: dict[LoadedRanker, list[float]] = {plain: [], learnt: []}
+    with threads(1):
+        for start in range(0, len(events), STEP):
+            rows = LogRows(events.slice(start, STEP), learnt.pipeline.schema)
+            learnt.take(learnt.prepared({None: rows}))
+        for _ in range(ASKED):
+            for ranker in rankers:
+                start_s = time.perf_counter()
+                ranked_calls(ranker, [(elements, {})])
+                taken[ranker].append(time.perf_counter() - start_s)
+    return round(float(np.median(np.subtract(taken[learnt], taken[plain]))) * 1e3, 3)
 
 
 @dataclass
@@ -87,19 +123,20 @@ class Sent:
 class _Asker:
     """Sends requests at a steady rate, over several connections in turn."""
 
-    def __init__(self, port: int, body: bytes) -> None:
+    def __init__(self, port: int, body: Callable[[], bytes]) -> None:
         self._port, self._body = port, body
 
-    def ask(self, seconds: float) -> list[float]:
-        """Seconds that each request takes."""
+    def ask(self, seconds: float) -> float:
+        """Seconds that a request takes, the median."""
         pages = [_Page(self._port) for _ in range(CONNECTIONS)]
         begun, taken = time.perf_counter(), []
         for number in range(int(seconds * REQUESTS_PER_S)):
+            body = self._body()
             _sleep_until(begun + number / REQUESTS_PER_S)
             start = time.perf_counter()
-            pages[number % CONNECTIONS].ask("/invocations", self._body)
+            pages[number % CONNECTIONS].ask("/invocations", body)
             taken.append(time.perf_counter() - start)
-        return taken
+        return float(np.median(taken))
 
 
 class _Senders:
@@ -108,6 +145,12 @@ class _Senders:
     def __init__(self, url: str, file: Path, rows: int) -> None:
         self._asked = url, file
         self._rows, self._next = rows, 0
+        self._rate, self._begun = 0.0, 0.0
+
+    @property
+    def row(self) -> int:
+        """The row that is sent about now."""
+        return min(self._next + int((time.perf_counter() - self._begun) * self._rate), self._rows - 1)
 
     @contextmanager
     def sending(self, rate: float | None, batch: int, count: int, sent: Sent, probes: bool = False) -> Iterator[None]:
@@ -127,10 +170,12 @@ class _Senders:
             process.start()
         for _ in processes:
             assert found.get() == "ready"
+        self._begun, self._rate = time.perf_counter(), rate or 0.0
         try:
             yield
         finally:
             stop.set()
+            self._rate = 0.0
             several = [found.get() for _ in processes]
             for process in processes:
                 process.join()

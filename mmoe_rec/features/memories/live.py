@@ -33,7 +33,8 @@ class Live:
     """Levels of events beside the memories of a pipeline's counters and histories.
 
     rows: of all logs that were learnt; counters: levels of those whose labels are whole numbers, fractions: of the
-    others, the largest level first; own: levels of each history, and of each counter that forgets, by its name.
+    others, the largest level first; own: levels of each history, and of each counter that forgets, by its name;
+    learnt: names of those that have events in any level.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Live:
         counters: CounterLevels | None = None,
         fractions: CounterLevels | None = None,
         own: Mapping[str, tuple[Any, ...]] | None = None,
+        learnt: frozenset[str] = frozenset(),
     ) -> None:
-        self._encoders, self.rows = encoders, rows
+        self._encoders, self.rows, self._learnt = encoders, rows, learnt
         self._counters, self._fractions = counters or CounterLevels(), fractions or CounterLevels()
         self._own = dict(own or {})
         self._salts = {name: salt_of(place) for place, name in enumerate(encoders)}
@@ -85,6 +87,7 @@ class Live:
             _grown(self._counters, counters),
             _grown(self._fractions, fractions),
             own,
+            self._learnt.union(name for name, table in events.items() if len(table)),
         )
 
     def _salted(self, name: str, encoder: CounterEncoder, table: pa.Table) -> _Events:
@@ -94,8 +97,8 @@ class Live:
         return key, table["known"].to_numpy(), label
 
     def knows(self, name: str) -> bool:
-        """Whether there may be further events of a counter or history."""
-        return bool(self._levels_of(name))
+        """Whether there are further events of a counter or history."""
+        return name in self._learnt
 
     def memory(self, name: str) -> Any:
         """What answers for a counter or history: its memory, with levels where there are any."""
@@ -122,8 +125,9 @@ class Live:
 
     def add(self, names: Sequence[str], questions: Sequence[CounterQuestion], found: Sequence[TogetherFound]) -> None:
         """Adds what is known of counters, none of which `answers_alone`, to what their memories answer."""
-        if self._counters.levels:
-            add_levels(self._counters, questions, [self._salts[name] for name in names], found)
+        some = [number for number, name in enumerate(names) if name in self._learnt]
+        salts = [self._salts[names[number]] for number in some]
+        add_levels(self._counters, [questions[number] for number in some], salts, [found[number] for number in some])
 
 
 def _grown(levels: CounterLevels, events: Sequence[_Events]) -> CounterLevels:

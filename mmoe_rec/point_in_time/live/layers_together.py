@@ -39,9 +39,9 @@ def add_levels(
     for level in levels.levels:
         found = _Found.of(level, likely, keys, times)
         if len(found.rows):
-            rows[found.rows] += level.rows.take(found.last)
-            labels[found.rows] += found.labels.take(found.last)
-            moments[found.rows] = np.maximum(moments.take(found.rows), level.positive.take(found.last))
+            rows[found.rows] += found.counts
+            labels[found.rows] += found.sums
+            moments[found.rows] = np.maximum(moments.take(found.rows), found.positive)
             earlier.add(found, times)
     some = np.searchsorted(np.flatnonzero(rows), starts).tolist()
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -61,30 +61,35 @@ def add_levels(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a level knows. rows: (K,) int64 rising, the look-ups whose keys it has events of that were known; group,
-    last: (K,) the keys' numbers, and the last of these events."""
+    """What a level knows. rows: (K,) int64 rising, the look-ups whose keys it has events of that were known; group:
+    (K,) the keys' numbers; counts, sums, positive: (K,) int64 events, their labels, and moment of the last positive."""
 
     level: CounterLevel
     rows: np.ndarray
     group: np.ndarray
-    last: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
+    positive: np.ndarray
 
     @staticmethod
     def of(level: CounterLevel, asking: np.ndarray, keys: np.ndarray, times: np.ndarray) -> _Found:
         """What (K,) of (N,) look-ups find, by their (K,) numbers and keys and the (N,) times of all."""
+        assert level.now is not None
         rows, group = level.index.find(keys)
         rows = asking.take(rows)
-        last = level.last(group, times.take(rows))
-        if len(last) and last.min() < 0:
-            known = np.flatnonzero(last >= 0)
-            rows, group, last = rows[known], group[known], last[known]
-        return _Found(level, rows, group, last)
+        now, at = level.now.take(group, axis=0), times.take(rows)
+        if len(some := np.flatnonzero(now[:, 0] <= at)) < len(rows):
+            now, rows, group, at = (each.take(some, axis=0) for each in (now, rows, group, at))
+        if len(part := np.flatnonzero(now[:, 1] > at)):  # some of the key's events are known, and some are not yet
+            last = level.last(group[part], at[part])
+            now[part, 2:] = np.stack([level.rows[last], _labels(level)[last], level.positive[last]], axis=1)
+        return _Found(level, rows, group, *now[:, 2:].T)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """(E,) int32 sums of the level's labels."""
-        assert isinstance(self.level.labels, np.ndarray)
-        return self.level.labels
+
+def _labels(level: CounterLevel) -> np.ndarray:
+    """(E,) int32 sums of a level's labels."""
+    assert isinstance(level.labels, np.ndarray)
+    return level.labels
 
 
 class _Earlier:
@@ -126,5 +131,7 @@ class _Earlier:
             if (number, window) not in self._totals:
                 self._totals[number, window] = np.zeros(size, np.int32), np.zeros(size, np.int32)
             place, at = rows[start:end][known] - self._starts[number], part[known]
-            for totals, every in zip(self._totals[number, window], (found.level.rows, found.labels), strict=True):
+            for totals, every in zip(
+                self._totals[number, window], (found.level.rows, _labels(found.level)), strict=True
+            ):
                 totals[place] += every.take(at)

@@ -23,6 +23,7 @@ LEVELS = 3
 SMALLEST = 32_768
 """Events up to which a level grows, whatever the size of the next larger one."""
 _GROWTH = 16
+_SPREAD = 2
 _MANY = 32 * SMALLEST  # from which on a level takes in more than `SMALLEST` events at a time
 _Level = TypeVar("_Level")
 
@@ -55,7 +56,9 @@ class CounterLevel:
     key: (G,) uint64 distinct, rising; starts: (G + 1,) where the events of each begin, and the last ones end; known:
     (E,) int64, rising for each key; rows: (E,) int32 events of the key so far; labels: sums of theirs, (E,) int32 of
     whole numbers or `ExactSums`; positive: (E,) int64 moment of the last one with a positive label, `NEVER` for none;
-    first: the earliest of all moments.
+    first: the earliest of all moments; now: (G, 5) int64 moments of each key's first and last event, and rows, labels
+    and positive of the last one, side by side, as most look-ups see all events of a key or none; None where labels are
+    fractions.
     """
 
     def __init__(
@@ -70,7 +73,12 @@ class CounterLevel:
         self.key, self.starts, self.known = key, starts, known
         self.rows, self.labels, self.positive = rows, labels, positive
         self.first = int(known.min(initial=np.iinfo(np.int64).max))
-        self.index = KeyIndex(key)
+        self.index = KeyIndex(key, _SPREAD)
+        self.now: np.ndarray | None = None
+        if isinstance(labels, np.ndarray):
+            end = starts[1:] - 1
+            totals = (each.take(end) for each in (known, rows, labels, positive))
+            self.now = np.stack([known.take(starts[:-1]), *totals], axis=1)
 
     def __len__(self) -> int:
         return len(self.known)
@@ -87,29 +95,24 @@ class CounterLevel:
     def _running(
         key: np.ndarray, known: np.ndarray, rows: np.ndarray, labels: np.ndarray | ExactSums, positive: np.ndarray
     ) -> CounterLevel:
-        """Totals of sorted events, of what each adds: rows (E,) int32, labels, and whether one is positive, (E,)."""
-        starts = np.flatnonzero(np.append(len(key) > 0, key[1:] != key[:-1])[: len(key)])
-        totals = (
-            labels.each(lambda each: _sums(each, starts)) if isinstance(labels, ExactSums) else _sums(labels, starts)
-        )
-        level = CounterLevel(
-            key[starts],
-            np.append(starts, len(key)).astype(np.int32 if len(key) < 2**31 else np.int64),
-            known,
-            _sums(rows, starts),
-            totals,
-            _latest(known, positive, starts),
-        )
-        again = (key[1:] == key[:-1]) & (known[1:] == known[:-1])
-        return level._without(np.flatnonzero(again)) if again.any() else level
+        """Totals of sorted events, of what each adds: rows (E,) int32, labels, and whether one is positive, (E,).
 
-    def _without(self, index: np.ndarray) -> CounterLevel:
-        """Without events after which another one of the same key and moment comes, whose totals count them too."""
-        kept = np.ones(len(self), bool)
-        kept[index] = False
-        labels = self.labels.take(kept) if isinstance(self.labels, ExactSums) else self.labels[kept]
-        starts = self.starts - np.searchsorted(index, self.starts).astype(self.starts.dtype)
-        return CounterLevel(self.key, starts, self.known[kept], self.rows[kept], labels, self.positive[kept])
+        Of events of one key and moment the last one is kept, whose totals count all of them.
+        """
+        begins = np.append(len(key) > 0, key[1:] != key[:-1])[: len(key)]
+        starts = np.flatnonzero(begins)
+        key = key[starts]
+        rows, latest = _sums(rows, starts), _latest(known, positive, starts)
+        sums = labels.each(lambda each: _sums(each, starts)) if isinstance(labels, ExactSums) else _sums(labels, starts)
+        again = np.flatnonzero(~begins[1:] & (known[1:] == known[:-1]))
+        starts = np.append(starts, len(known)).astype(np.int32 if len(known) < 2**31 else np.int64)
+        if len(again):
+            kept = np.ones(len(known), bool)
+            kept[again] = False
+            starts = starts - np.searchsorted(again, starts).astype(starts.dtype)
+            known, rows, latest = known[kept], rows[kept], latest[kept]
+            sums = sums.take(kept) if isinstance(sums, ExactSums) else sums[kept]
+        return CounterLevel(key, starts, known, rows, sums, latest)
 
     def merged(self, other: CounterLevel) -> CounterLevel:
         """The events of both. It costs least where the other one has fewer."""
