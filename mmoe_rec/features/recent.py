@@ -7,6 +7,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.schema import Schema
 
 Values = tuple[Any, ...]
+_Recent = tuple[int, Values | None]
 Changes = list[tuple[int, int, Values | None]]
 """Hash of a key, time of its latest row (microseconds), and its values, None where the table has the same."""
 
@@ -29,13 +31,17 @@ Changes = list[tuple[int, int, Values | None]]
 class RecentValues(LatestValues):
     """A table of latest values, with what came later of the users or candidates that were seen since.
 
+    It never changes: `with_changes` gives another one, which shares most of it.
+
     times: (K,) int64 microseconds of the rows that the table's values are of; None where they are not known.
     """
 
     def __init__(self, key: str, table: pa.Table, times: np.ndarray | None = None) -> None:
         super().__init__(key, table)
         self.times = times
-        self._recent: dict[int, tuple[int, Values | None]] = {}
+        # The newest come last, each less than a quarter as long as the one before, so that few are asked, and a change
+        # is copied few times.
+        self._levels: tuple[dict[int, _Recent], ...] = ()
 
     def changes(self, rows: LogRows, schema: Schema, as_of: int) -> Changes:
         """What rows of the log, which have all columns of the table, say that the table does not.
@@ -63,12 +69,29 @@ class RecentValues(LatestValues):
         each = zip(hashes, times[wanted].tolist(), zip(*lists, strict=True), same[wanted].tolist(), strict=True)
         return [(key, time, None if as_before else values) for key, time, values, as_before in each]
 
-    def take(self, changes: Changes) -> None:
-        """Takes changes in. They may be older than what is known."""
+    def with_changes(self, changes: Changes) -> RecentValues:
+        """The same with changes, which may be older than what is known."""
+        newest: dict[int, _Recent] = {}
         for key, time, values in changes:
-            before = self._recent.get(key)
+            before = newest.get(key) or self._known(key)
             if before is None or time > before[0] or (time == before[0] and self._is_greater(key, values, before[1])):
-                self._recent[key] = time, values
+                newest[key] = time, values
+        if not newest:
+            return self
+        levels = [*self._levels, newest]
+        while len(levels) > 1 and len(levels[-2]) < 4 * len(levels[-1]):
+            levels[-2:] = [levels[-2] | levels[-1]]
+        _ = self.columns, self._index  # made once, and shared
+        changed = copy(self)
+        changed._levels = tuple(levels)
+        return changed
+
+    def _known(self, key: int) -> _Recent | None:
+        """What came later of a key's hash than the table."""
+        for level in reversed(self._levels):
+            if (found := level.get(key)) is not None:
+                return found
+        return None
 
     def _is_greater(self, key: int, values: Values | None, other: Values | None) -> bool:
         """Whether values win over others of the same key and instant; None is those of the table."""
@@ -81,10 +104,13 @@ class RecentValues(LatestValues):
     def completed(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | Stored]:
         """As of `LatestValues`, with what came later."""
         columns = super().completed(given)
-        if not self._recent:
+        if not self._levels:
             return columns
-        found = ((row, self._recent.get(key)) for row, key in enumerate(hash_column(given[self.key]).tolist()))
-        later = {row: each[1] for row, each in found if each is not None and each[1] is not None}
+        keys = hash_column(given[self.key]).tolist()
+        asked, found = set(keys), dict[int, Values | None]()
+        for level in self._levels:
+            found |= {key: level[key][1] for key in level.keys() & asked}
+        later = {row: values for row, key in enumerate(keys) if (values := found.get(key)) is not None}
         if not later:
             return columns
         mask = np.zeros(len(given[self.key]), bool)

@@ -92,7 +92,7 @@ def test_keys_that_come_back_begin_anew_in_a_refresh_as_in_a_server(tmp_path: Pa
     rows = log_rows(log.table.filter(pa.array(times_of(log.table) >= start)), schema)
     learnt = live.live.extended(live.live_events(None, rows), len(rows))
     events = event_rows(log.events.filter(pa.array(log.written >= start)), schema, "purchases")
-    live.take_live(learnt.extended(live.live_events("purchases", events), len(events)))
+    live = live.with_live(learnt.extended(live.live_events("purchases", events), len(events)))
     anew = FeaturePipeline.load(served.anew()[0])
 
     users = sorted(set(log.table["user"].to_pylist()))
