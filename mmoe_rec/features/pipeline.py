@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -232,14 +233,15 @@ class FeaturePipeline:
         name -> as `Live.extended` takes them. Rows need the columns alone that these read."""
         return {name: each.events(rows) for name, each in self.memory_encoders.items() if each.source == source}
 
-    def take_live(self, live: Live) -> None:
-        """From now on everything that is asked is answered by the memories together with `live`.
+    def with_live(self, live: Live) -> FeaturePipeline:
+        """A pipeline, of the same encoders, that answers everything by the memories together with `live`.
 
-        One assignment; a copy of the pipeline (`copy.copy`) that takes it leaves this one, and passes that are under
-        way, as they are.
+        This one, and passes that are under way with it, stay as they are.
         """
         self._memories_together()  # built once, and not by the next request
-        self._live = live if live.rows or live.events else None
+        pipeline = copy(self)
+        pipeline._live = live if live.rows or live.events else None
+        return pipeline
 
     def _with_live(self, rows: LogRows) -> LogRows:
         """The same rows with the results of counters and histories that have learnt something, where none came."""

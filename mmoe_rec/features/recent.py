@@ -7,8 +7,9 @@ values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.schema import Schema
 
 Values = tuple[Any, ...]
+_Recent = tuple[int, Values | None]
+_T = TypeVar("_T")
 Changes = list[tuple[int, int, Values | None]]
 """Hash of a key, time of its latest row (microseconds), and its values, None where the table has the same."""
 
@@ -30,14 +33,18 @@ Changes = list[tuple[int, int, Values | None]]
 class RecentValues(LatestValues):
     """A table of latest values, with what came later of the users or candidates that were seen since.
 
+    It never changes: `with_changes` gives another one, which shares most of it.
+
     times: (K,) int64 microseconds of the rows that the table's values are of; None where they are not known.
     """
 
     def __init__(self, key: str, table: pa.Table, times: np.ndarray | None = None) -> None:
         super().__init__(key, table)
         self.times = times
-        self._recent: dict[int, tuple[int, Values | None]] = {}
-        self._other: dict[int, Values] = {}  # of keys whose latest values are not those of the table
+        # In each, the newest come last, and each is less than a quarter as long as the one before, so that few are
+        # asked, and a change is copied few times.
+        self._levels: tuple[dict[int, _Recent], ...] = ()
+        self._others: tuple[dict[int, Values | None], ...] = ()  # of keys that have had other values than the table's
 
     def changes(self, rows: LogRows, schema: Schema, as_of: int) -> Changes:
         """What rows of the log, which have all columns of the table, say that the table does not.
@@ -64,16 +71,31 @@ class RecentValues(LatestValues):
             *_changes(hashes, times, is_wanted & ~same, zip(*(each.to_pylist() for each in news.columns), strict=True)),
         ]
 
-    def take(self, changes: Changes) -> None:
-        """Takes changes in. They may be older than what is known."""
+    def with_changes(self, changes: Changes) -> RecentValues:
+        """The same with changes, which may be older than what is known."""
+        newest: dict[int, _Recent] = {}
         for key, time, values in changes:
-            before = self._recent.get(key)
+            before = newest.get(key) or self._known(key)
             if before is None or time > before[0] or (time == before[0] and self._is_greater(key, values, before[1])):
-                self._recent[key] = time, values
-                if values is not None:
-                    self._other[key] = values
-                else:
-                    self._other.pop(key, None)
+                newest[key] = time, values
+        if not newest:
+            return self
+        others = {
+            key: values
+            for key, (_, values) in newest.items()
+            if values is not None or any(key in level for level in self._others)
+        }
+        _ = self.columns, self._index  # made once, and shared
+        changed = copy(self)
+        changed._levels, changed._others = _grown(self._levels, newest), _grown(self._others, others)
+        return changed
+
+    def _known(self, key: int) -> _Recent | None:
+        """What came later of a key's hash than the table."""
+        for level in reversed(self._levels):
+            if (found := level.get(key)) is not None:
+                return found
+        return None
 
     def _is_greater(self, key: int, values: Values | None, other: Values | None) -> bool:
         """Whether values win over others of the same key and instant; None is those of the table."""
@@ -87,8 +109,13 @@ class RecentValues(LatestValues):
         """As of `LatestValues`, with what came later."""
         hashes = hash_column(given[self.key])
         columns = self._completed(given, hashes)
-        other = self._other
-        later = {row: other[key] for row, key in enumerate(hashes.tolist()) if key in other} if other else {}
+        if not self._others:
+            return columns
+        keys = hashes.tolist()
+        asked, found = set(keys), dict[int, Values | None]()
+        for level in self._others:
+            found |= {key: level[key] for key in level.keys() & asked}
+        later = {row: values for row, key in enumerate(keys) if (values := found.get(key)) is not None} if found else {}
         if not later:
             return columns
         mask = np.zeros(len(given[self.key]), bool)
@@ -103,6 +130,13 @@ class RecentValues(LatestValues):
                 values = _replaced(column.array(), mask, [each[number] for each in later.values()])
                 columns[name] = Stored(column.column, np.where(mask, -1, column.places), values)
         return columns
+
+
+def _grown(levels: tuple[dict[int, _T], ...], newest: dict[int, _T]) -> tuple[dict[int, _T], ...]:
+    after = [*levels, newest] if newest else [*levels]
+    while len(after) > 1 and len(after[-2]) < 4 * len(after[-1]):
+        after[-2:] = [after[-2] | after[-1]]
+    return tuple(after)
 
 
 def _changes(hashes: np.ndarray, times: np.ndarray, some: np.ndarray, values: Iterable[Values | None]) -> Changes:

@@ -33,7 +33,8 @@ SECONDS_BETWEEN_LOOKS = 0.02
 class Follower:
     """Reads what is new since a position. It needs no right to write, and holds up nobody.
 
-    position: up to where it has read, from the first segment that is there on unless given.
+    position: up to where it has read, from the first segment that is there on unless given; ends: of the records that
+    the last `read` gave.
 
     Raises:
         UserError: the folder holds no journal, or can't be read.
@@ -46,6 +47,7 @@ class Follower:
         self._lock = FolderLock(self.folder)
         self._file: tuple[int, int] | None = None  # number of a segment and its descriptor
         self.position = position or Position.begin(segment_numbers(self.folder)[0])
+        self.ends: list[Position] = []
         if position is not None:
             self.check(position)
 
@@ -103,6 +105,7 @@ class Follower:
         position stays before what can't be read.
         """
         end, rows, found = self.end(), 0, list[Batch]()
+        self.ends = []
         if through is not None:
             end = min(end, Position.begin(through + 1))
         if end < self.position and through is None:
@@ -125,6 +128,7 @@ class Follower:
                 found += batches
                 rows += sum(map(len, batches))
                 self.position = position
+                self.ends.append(position)
         return found
 
     def close(self) -> None:

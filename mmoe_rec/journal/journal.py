@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.atomic import atomic_file, flush_files
@@ -68,7 +70,7 @@ class Journal:
         Batches without rows are left out; without any, the position is the journal's end.
 
         Raises:
-            RequestError: a column is of another type than in earlier rows.
+            RequestError: a column is of another type than in earlier rows. Rows are counted from 0 in their batch.
             UserError: nothing was appended: the disk is full, fails, or holds a damaged journal.
         """
         batches = tuple(each for each in batches if len(each))
@@ -243,8 +245,10 @@ class Journal:
                     if (known := mine.get(field.name)) is None:
                         mine[field.name], fresh = str(field.type), True
                     elif known != str(field.type):
+                        row = _first_value(batch.table.column(field.name))
                         raise RequestError(
-                            f"column '{field.name}' holds {field.type}, but {known} in earlier rows of this journal"
+                            f"row {row}: column '{field.name}' holds {field.type}, but {known} in earlier rows of this "
+                            "journal"
                         )
         if fresh:
             try:
@@ -252,6 +256,16 @@ class Journal:
                     file.write_text(json.dumps(types, indent=1), encoding="utf-8")
             except OSError as error:
                 raise self._failed(error) from None
+
+
+def _first_value(values: pa.ChunkedArray) -> int:
+    """The first row that has a value, which an empty list has not; 0 where none has."""
+    kind = values.type
+    if pt.is_list(kind) or pt.is_large_list(kind):
+        has = pc.fill_null(pc.greater(pc.list_value_length(values), 0), False)
+    else:
+        has = pc.is_valid(values)
+    return max(pc.index(has, True).as_py(), 0)
 
 
 def column_types(folder: str | Path) -> dict[str, dict[str, str]]:

@@ -1,7 +1,7 @@
 """The columns of logged requests.
 
 The columns of user, candidate, context and time have their names of the interaction log, as features saw them. What the
-server adds has names that begin with `served_`:
+server adds has names that begin with `served_` (files of earlier versions lack some of them):
 
 | column | type | meaning |
 |---|---|---|
@@ -16,6 +16,7 @@ server adds has names that begin with `served_`:
 | `served_model`, `served_version` | string | the model's name, and its version in the registry, null without one |
 | `served_artifact` | string | the artifact's version, as in replies |
 | `served_tables_as_of` | string | the time of the last logged request that the model's tables know, ISO 8601 |
+| `served_journal_position` | string | up to where of the journal the model knew events, null without a journal |
 | `served_share` | float64 | the share of all requests that were logged |
 """
 
@@ -34,4 +35,5 @@ MODEL = "served_model"
 VERSION = "served_version"
 ARTIFACT = "served_artifact"
 TABLES_AS_OF = "served_tables_as_of"
+JOURNAL_POSITION = "served_journal_position"
 SHARE = "served_share"

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +140,14 @@ class Batcher:
         self._metrics.passes.observe(len(calls))
         for call in calls:
             self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
-        loop, ranker = asyncio.get_running_loop(), served.ranker
+        loop, ranker, learning = asyncio.get_running_loop(), served.ranker, served.learning
 
         def work() -> None:
+            position = None if learning is None else str(learning.position)  # events are taken between passes alone
             with self._metrics.timed("score"):
                 found = rank_together(ranker, [(call.elements, call.params) for call in calls])
+            if position is not None:
+                found = [each if isinstance(each, Refused) else _at(position, each) for each in found]
             loop.call_soon_threadsafe(self._end_pass, calls, found)
 
         self._tasks.put(work)
@@ -170,6 +173,14 @@ class Batcher:
                 self._tasks.get()()  # without a name, by which the last pass would hold its model until the next one
             except RuntimeError:  # the event loop has ended, and nobody waits
                 _log.debug("a pass ended after the server", exc_info=True)
+
+
+def _at(position: str, answers: Answers) -> Answers:
+    """Answers that say, for the log of requests, up to where of the journal the model knew events."""
+    return [
+        replace(each, journal_position=position) if isinstance(each, Ranking) and each.seen is not None else each
+        for each in answers
+    ]
 
 
 def rank_together(

@@ -125,7 +125,11 @@ class Calls:
                 weights = call.params.get("task_weights") if own is None else own
                 if answer.model["version"] != model["artifact"]:  # another model has taken its place meanwhile
                     about = dict.fromkeys(about)
-                its = about | {names.ARTIFACT: answer.model["version"], names.TABLES_AS_OF: answer.tables_as_of}
+                its = about | {
+                    names.ARTIFACT: answer.model["version"],
+                    names.TABLES_AS_OF: answer.tables_as_of,
+                    names.JOURNAL_POSITION: answer.journal_position,
+                }
                 log.offer(answer, answer.seen, request, weights, its)
 
     def _count(self, rankings: Sequence[Ranking]) -> None:

@@ -74,7 +74,7 @@ class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
 
 
 class Places:
-    """So many calls of a page are let in at a time as a worker takes (`max_waiting`)."""
+    """So many calls of a page are let in at a time as a worker takes (`max_waiting`); each page has its own."""
 
     def __init__(self, limits: Limits, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""

@@ -7,6 +7,7 @@ none. Who scores millions of rows moves the `model` of a ranker to a GPU and giv
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.memories.live import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.recent import Changes
 from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import LogRows
@@ -54,17 +54,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a ranker can take. known: time of the latest row, microseconds; before: what it was prepared beside."""
+    """What a ranker can take. pipeline, reader: that know it; known: time of the latest row, microseconds; before: what
+    it was prepared beside."""
 
-    live: Live
-    users: Changes
-    candidates: Changes
+    pipeline: FeaturePipeline
+    reader: RequestReader
     known: int
     before: Live
 
 
 class LoadedRanker:
-    """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it."""
+    """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it.
+
+    Threads may rank, score and learn with one ranker. What it knows of events is one object that never changes, which
+    each call reads once: so each answer is that of one moment.
+    """
 
     def __init__(
         self,
@@ -81,13 +85,32 @@ class LoadedRanker:
         self.guarded = GuardedModel(model, [task.name for task in about.tasks])
         self.calibration = calibration
         self.scorer = Scorer(about, self.guarded, calibration)
-        self.pipeline = pipeline
         self.names = [task.name for task in about.tasks]
         tables = model.tables
         assert isinstance(tables, PlainTables)
-        self.reader = RequestReader(pipeline, features, about.max_candidates)
+        reader = RequestReader(pipeline, features, about.max_candidates)
         inputs = RequestInputs(self.layout, tables)
-        self._passes = Passes(self.scorer, pipeline, inputs, self.reader, Freshness.of(about), version)
+        self._passes = Passes(self.scorer, pipeline, inputs, reader, Freshness.of(about), version)
+        self._learning = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which is a process's own."""
+        return {name: each for name, each in vars(self).items() if name != "_learning"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the other process."""
+        vars(self).update(state)
+        self._learning = threading.RLock()
+
+    @property
+    def pipeline(self) -> FeaturePipeline:
+        """The features, with what they have learnt up to now."""
+        return self._passes.pipeline
+
+    @property
+    def reader(self) -> RequestReader:
+        """What reads requests, with the latest values that are known now."""
+        return self._passes.reader
 
     @staticmethod
     def read(folder: Path) -> LoadedRanker:
@@ -164,6 +187,8 @@ class LoadedRanker:
                 no column for stay as they are. Nothing looks for rows that come twice.
             log: name of the log of events that they are of; None is the interaction log.
 
+        Requests that other threads rank meanwhile are answered as before, or with all that is learnt.
+
         Raises:
             UserError: for a row that can't be one of the log, or a column that is missing.
         """
@@ -172,7 +197,8 @@ class LoadedRanker:
         table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
         schema = self.pipeline.schema
         checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
-        self.take(self.prepared({log: self.as_logged(log, checked)}))
+        with self._learning:
+            self.take(self.prepared({log: self.as_logged(log, checked)}))
 
     def as_logged(self, log: str | None, checked: pa.Table) -> LogRows:
         """Checked rows with all columns of the log: attributes that they lack as they were last known, others null."""
@@ -184,35 +210,35 @@ class LoadedRanker:
         return LogRows(table, schema) if log is None else event_rows(table, schema, log)
 
     def prepared(self, rows: Mapping[str | None, LogRows]) -> Learnt:
-        """What `take` takes, at no cost to requests that are answered meanwhile; one after the other.
+        """What `take` takes; one after the other.
 
         rows: of the interaction log (None) and of logs of events, with all columns of the log.
         """
-        live, known = self.pipeline.live, self._passes.freshness.known
-        users: Changes = []
-        candidates: Changes = []
+        passes = self._passes
+        pipeline, reader, known = passes.pipeline, passes.reader, passes.freshness.known
+        live, users, candidates = pipeline.live, reader.users, reader.candidates
         for source, each in rows.items():
             if not len(each):
                 continue
-            live = live.extended(self.pipeline.live_events(source, each), len(each))
+            live = live.extended(pipeline.live_events(source, each), len(each))
             known = max(known, int(each.times().max()))
             if source is None:
-                schema, as_of = self.pipeline.schema, self.tables_known
-                users += self.reader.users.changes(each, schema, as_of)
-                candidates += self.reader.candidates.changes(each, schema, as_of)
-        return Learnt(live, users, candidates, known, self.pipeline.live)
+                schema, as_of = pipeline.schema, self.tables_known
+                users = users.with_changes(users.changes(each, schema, as_of))
+                candidates = candidates.with_changes(candidates.changes(each, schema, as_of))
+        return Learnt(pipeline.with_live(live), reader.with_latest(users, candidates), known, pipeline.live)
 
     def take(self, learnt: Learnt) -> None:
-        """Knows what was prepared from now on. No request may be under way.
+        """Knows what was prepared from now on; requests that are under way are answered as before.
 
         Raises ValueError where something else was taken since it was prepared, which would be forgotten.
         """
-        if learnt.before is not self.pipeline.live:
-            raise ValueError("something else was learnt since this was prepared: prepare it again")
-        self.pipeline.take_live(learnt.live)
-        self.reader.users.take(learnt.users)
-        self.reader.candidates.take(learnt.candidates)
-        self._passes = replace(self._passes, freshness=self._passes.freshness.up_to(learnt.known))
+        with self._learning:
+            passes = self._passes
+            if learnt.before is not passes.pipeline.live:
+                raise ValueError("something else was learnt since this was prepared: prepare it again")
+            freshness = passes.freshness.up_to(learnt.known)
+            self._passes = replace(passes, pipeline=learnt.pipeline, reader=learnt.reader, freshness=freshness)
 
     def keep_seen(self) -> None:
         """From now on rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
@@ -286,19 +312,21 @@ class LoadedRanker:
         weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
         column that is missing, or that cannot be read as the features do.
         """
+        pipeline = self.pipeline
         if not isinstance(rows, LogRows):
-            rows = read_rows(self.pipeline, rows)
+            rows = read_rows(pipeline, rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
         starts = range(0, len(rows), ROWS_AT_A_TIME)
-        scored = Scored.joined([self.scorer.score(self._inputs(rows, start)) for start in starts], len(self.names))
+        parts = [self.scorer.score(self._inputs(pipeline, rows, start)) for start in starts]
+        scored = Scored.joined(parts, len(self.names))
         return scored.values, scored.logs @ weights
 
-    def _inputs(self, rows: LogRows, start: int) -> Tensor:
+    def _inputs(self, pipeline: FeaturePipeline, rows: LogRows, start: int) -> Tensor:
         """The model's inputs of at most ROWS_AT_A_TIME rows."""
         if len(rows) > ROWS_AT_A_TIME:
             rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
-        batch = make_batch(self.pipeline.encode(rows), self.layout, torchrec=False)
+        batch = make_batch(pipeline.encode(rows), self.layout, torchrec=False)
         with torch.inference_mode():
             return self.model.side_by_side(batch)[0]
 

@@ -32,7 +32,7 @@ class Explanation:
     as_of: dict[str, str]
 
 
-UNSENT = ("unknown_ids", "seen")
+UNSENT = ("unknown_ids", "seen", "journal_position")
 """What a ranking holds for the server's metrics and its log of requests alone."""
 _IF_THERE = ("explanations", "request_id")
 
@@ -48,7 +48,8 @@ class Ranking:
     artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
     unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
     out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
-    of the request, see `mmoe_rec.request_log.seen`, which replies leave out.
+    of the request, see `mmoe_rec.request_log.seen`, and journal_position: up to where of the server's journal the model
+    knew events, which replies leave out.
     """
 
     candidates: list[int] | list[str]
@@ -63,6 +64,7 @@ class Ranking:
     unknown_ids: dict[str, int] = field(default_factory=dict)
     request_id: int | str | None = None
     seen: Any = field(default=None, compare=False, repr=False)
+    journal_position: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""

@@ -193,7 +193,12 @@ class Serving(Section):
     max_events: int = Field(10_000, ge=1, description="rows of a call that sends events")
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
     max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
-    max_waiting: int = Field(64, ge=1, description="calls at a time in a worker; further ones are told to come again")
+    max_waiting: int = Field(
+        64,
+        ge=1,
+        description="calls of /invocations at a time in a worker, and as many of /events besides; further ones are "
+        "told to come again",
+    )
     read_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
     answer_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
 

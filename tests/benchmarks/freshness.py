@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ class Benchmark:
                 live = _learnt(pipeline, live, rows_of, start, end, LAG)
                 rows = _plain(period.rows, start, end)
                 for name, state in (("frozen", nothing), ("daily", daily), ("live", live)):
-                    pipeline.take_live(state)
+                    ranker._passes = replace(ranker._passes, pipeline=pipeline.with_live(state))
                     found[name].append(ranker.score(ranker.reader.completed(rows))[0])
                 daily = _learnt(pipeline, daily, rows_of, start, end)
         return {name: np.concatenate(each) for name, each in found.items()}

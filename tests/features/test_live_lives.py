@@ -151,7 +151,7 @@ def test_served_is_what_an_extension_of_the_same_memory_gives(seed, limits, tmp_
             live = live.extended(pipeline.live_events(source, rows), len(rows))
             expected = extended(expected, source, rows)
         if source is not None:  # both logs have had their turn
-            pipeline.take_live(live)
+            pipeline = pipeline.with_live(live)
             between = learning.until + int(random.integers(0, 40 * DAY))
             for time in (learning.until - 1, learning.until, between, last):
                 same(learning, pipeline, expected, time)
@@ -168,7 +168,7 @@ def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
     live = Live.none(pipeline.memory_encoders)
     for source, rows in learning.batches:
         live = live.extended(pipeline.live_events(source, rows), len(rows))
-    pipeline.take_live(live)
+    pipeline = pipeline.with_live(live)
     sections = schema.model_dump(mode="json", exclude_none=True)
     for name, feature in schema.features.items():  # of which None is a window
         sections["features"][name] = feature.model_dump(mode="json")

@@ -78,7 +78,7 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
     start = 0
     while start < len(after):
         size = int(rng.integers(1, 30))
-        recent.take(recent.changes(log_rows(after.slice(start, size), SCHEMA), SCHEMA, AS_OF))
+        recent = recent.with_changes(recent.changes(log_rows(after.slice(start, size), SCHEMA), SCHEMA, AS_OF))
         start += size
     want = _naive(before.slice(0, 60).to_pylist(), after.to_pylist(), columns, timed)
     keys = table[columns[0]].unique()
@@ -98,7 +98,7 @@ def test_a_column_that_is_given_wins() -> None:
     parts.add(log_rows(table.slice(0, 20), SCHEMA))
     base = parts.finish()
     recent = RecentValues(base.key, base.table)
-    recent.take(recent.changes(log_rows(table.slice(20), SCHEMA), SCHEMA, START))
+    recent = recent.with_changes(recent.changes(log_rows(table.slice(20), SCHEMA), SCHEMA, START))
     given = {"item": table["item"].combine_chunks(), "brand": pa.array(["z"] * 50)}
     assert recent.completed(given)["brand"] is given["brand"]
 
@@ -121,6 +121,6 @@ def test_what_functions_make_of_values_moves_on(monkeypatch: pytest.MonkeyPatch)
 
     first = asked()
     assert first[0] == first[1]
-    recent.take(recent.changes(LogRows(rows.table.slice(40), SCHEMA), SCHEMA, START))
+    recent = recent.with_changes(recent.changes(LogRows(rows.table.slice(40), SCHEMA), SCHEMA, START))
     later = asked()
     assert later[0] == later[1] != first[1]

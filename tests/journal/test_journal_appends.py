@@ -261,6 +261,37 @@ def test_columns_keep_their_types(folder):
     assert len(list(every_batch(folder))) == 3
 
 
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        (pa.array([None, None, "12", "13"]), 2),
+        (pa.chunked_array([pa.array([None, None], pa.string()), pa.array([None, "12"])]), 3),
+        (pa.array([None, [], ["12"]]), 2),
+    ],
+    ids=["text", "chunks", "list"],
+)
+def test_a_column_of_another_type_is_told_by_its_first_row_with_a_value(folder, values, row):
+    journal = Journal(folder)
+    first = pa.array([[12]]) if pa.types.is_list(values.type) else pa.array([12])
+    journal.append(Batch(None, 0, pa.table({"key": first})))
+    with pytest.raises(RequestError, match=f"^row {row}: column 'key' holds .*string.*, but .*int64.* in earlier rows"):
+        journal.append(Batch(None, 0, pa.table({"key": values})))
+
+
+def test_of_batches_that_are_appended_together_only_the_wrong_one_is_told_and_by_its_own_row(folder):
+    group = GroupCommit(Journal(folder))
+    group.append(batch(0))
+    wrong = Batch(None, 0, pa.table({"number": [None, "not a number"]}))
+    with ThreadPoolExecutor(3) as pool:
+        with group._writer:  # so that all three gather
+            waiting = [pool.submit(group.append, each) for each in (batch(1, 2, 3), wrong, batch(4))]
+            while len(group._queue) < 3:
+                pass
+        assert str(waiting[1].exception()).startswith("row 1: column 'number' holds string, but int64 in earlier rows")
+        assert [waiting[0].exception(), waiting[2].exception()] == [None, None]
+    assert sorted(all_numbers(folder)) == [0, 1, 2, 3, 4]
+
+
 def test_a_record_has_a_largest_size(folder, monkeypatch):
     journal = Journal(folder)
     monkeypatch.setattr("mmoe_rec.journal.journal.MOST_PAYLOAD_BYTES", 5000)

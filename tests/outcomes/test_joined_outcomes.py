@@ -13,6 +13,7 @@ import pytest
 
 from mmoe_rec.outcomes import join as joining
 from mmoe_rec.outcomes.join import Joined, join_outcomes
+from mmoe_rec.request_log import names
 from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 
 BY_REQUEST = {
@@ -109,6 +110,23 @@ def test_ids_may_be_a_users_own(tmp_path: Path, seed: int) -> None:
     world = drawn_world(seed, user_ids=True)
     world.write(tmp_path)
     about = settings(BY_REQUEST, request_scope="user")
+    joined(tmp_path, about)
+    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
+
+
+@pytest.mark.parametrize("newer_first", [False, True])
+def test_logged_requests_of_several_versions_go_together(tmp_path: Path, newer_first: bool) -> None:
+    """A file may lack columns that a later version adds, or have them without a value."""
+    world, about = drawn_world(5), settings(BY_REQUEST)
+    world.write(tmp_path)
+    older, newer = sorted((tmp_path / "requests").iterdir(), reverse=newer_first)
+    table = pq.read_table(newer)
+    half = len(table) // 2
+    for path, values in ((newer, ["3-4096"] * half), (newer.with_name("without a journal.parquet"), [None] * half)):
+        some = table.slice(0, half) if path == newer else table.slice(half)
+        column = pa.array((values * 2)[: len(some)], pa.string())
+        pq.write_table(some.append_column(names.JOURNAL_POSITION, column), path)
+    assert names.JOURNAL_POSITION not in pq.read_schema(older).names
     joined(tmp_path, about)
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
 

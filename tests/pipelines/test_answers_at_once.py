@@ -61,6 +61,25 @@ def test_scoring_without_a_model_or_a_log(tmp_path: Path) -> None:
         assert len(found.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("refresh", "--validation-days 3", "--validation-days belongs to --train-every-days N, which is missing"),
+        ("refresh", "--remove-segments", "--remove-segments belongs to --journal F, which is missing"),
+        (
+            "replay",
+            "--from 2024-01-01 --to 2024-01-02 --token-file token",
+            "--token-file belongs to --url URL, which is missing",
+        ),
+    ],
+)
+def test_an_option_without_the_one_that_it_belongs_to(name: str, words: str, told: str) -> None:
+    """It would do nothing, without a word."""
+    found = answer(f"pipelines.{name}", "--config", "configs/template.yaml", *words.split())
+    assert (found.code, found.imported) == (2, ())
+    assert found.err == f"error: {told}\n"
+
+
 def test_a_wrong_setting(tmp_path: Path) -> None:
     tree = yaml.safe_load((ROOT / "configs" / "template.yaml").read_text(encoding="utf-8"))
     tree["model"]["expert"] = {"count": 3}

@@ -97,7 +97,7 @@ def test_live_rows_count_as_if_memories_had_been_extended(seed: int, monkeypatch
                 encoder = extended.memory_encoders[name]
                 encoder.memory = encoder.extended(encoder.memory, events)
     assert live.rows == learnt
-    pipeline.take_live(live)
+    pipeline = pipeline.with_live(live)
     moments = [until + 1, until + 2, int(times.max()), *(times.max() + np.array([1, DAY // 2, 2 * DAY, 9 * DAY]))]
     asking = naive.later(6, [int(each) for each in [*moments, *random.choice(times[times > until], 3)]])
     asked = log_rows(drawn, asking, schema)

@@ -18,10 +18,12 @@ from mmoe_rec.server.reloading import Source
 
 
 @contextmanager
-def logging_app(model: Path, log: LogOptions, limits: Limits | None = None) -> Iterator[Application]:
+def logging_app(
+    model: Path, log: LogOptions, limits: Limits | None = None, journal: Path | None = None
+) -> Iterator[Application]:
     """An application that serves the model in a folder; what is to be logged is written when the block ends."""
     limits = limits or Limits()
-    models = Models(limits, keeps_seen=True)
+    models = Models(limits, journal, keeps_seen=True)
     models.load(Source(model, "models:/small/7", "a_run"))
     app = Application(models, limits, log=log)
     try:

@@ -194,6 +194,14 @@ def test_rows_that_come_again_count_once(small, app):
     assert counted['mmoe_rec_events_learnt_total{outcome="conflict"}'] == "5.0"
 
 
+def test_a_column_that_has_another_type_than_before_is_told_by_its_row(app):
+    rows = as_json(later_log(11, rows=4))
+    assert ask(app, {"events": [{**rows[0], "event_id": 7}]}, page="/events").status == 200
+    answer = ask(app, {"events": [rows[1], rows[2], {**rows[3], "event_id": "7"}]}, page="/events")
+    assert answer.status == 400
+    assert answer.message.startswith("row 2: column 'event_id' holds string, but int64 in earlier rows")
+
+
 def test_late_and_unordered_rows_are_told(small, app):
     early = random_log(9, rows=4)  # of the time of the model's own log
     told = ask(app, {"events": as_json(early)}, page="/events").tree

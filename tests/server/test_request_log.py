@@ -17,6 +17,8 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.position import Position
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.request_log import folder as log_folder
 from mmoe_rec.request_log import writer
@@ -27,6 +29,7 @@ from tests.log.small_logs import random_log
 from tests.processes import until
 from tests.server.asking import ask, element
 from tests.server.logging_server import logged, logging_app, outcomes
+from tests.server.test_events import as_json, later_log
 from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 
@@ -72,6 +75,41 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
     brands = {each["item"]: each["brand"] for each in known}
     assert other["brand"].to_pylist() == [brands.get(each) for each in two["candidates"]]
     assert None in other["brand"].to_pylist()
+
+
+def test_a_row_says_up_to_where_the_model_knew_the_journal(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its pass knew it: what is learnt between the pass and the log is not in the scores."""
+    Journal(tmp_path / "journal").close()
+    rows, options = as_json(later_log(3, rows=4)), LogOptions(tmp_path / "log", share=1.0)
+    asked, expected = {"inputs": [element()]}, {}
+    with logging_app(small.folder, options, journal=tmp_path / "journal") as app:
+        position = "1-32"
+        for row in rows:
+            (reply,) = ask(app, asked, page=f"/invocations?after={position}").tree["predictions"]
+            assert "journal_position" not in reply
+            expected[reply["request_id"]] = position
+            position = ask(app, {"events": [row]}, page="/events").tree["position"]
+        assert ask(app, asked, page=f"/invocations?after={position}").status == 200
+        assert app.models.current is not None
+        ranker, learning = app.models.current.ranker, app.models.current.learning
+        rank_many = ranker.rank_many
+
+        def learns_right_after(requests: Any) -> Any:
+            answers = rank_many(requests)
+            learning.position = Position(9, 64)
+            return answers
+
+        monkeypatch.setattr(ranker, "rank_many", learns_right_after)
+        (reply,) = ask(app, asked).tree["predictions"]
+        expected[reply["request_id"]] = position
+    found = logged(tmp_path / "log").select(["served_request", "served_journal_position"]).to_pylist()
+    assert {each["served_request"]: each["served_journal_position"] for each in found}.items() >= expected.items()
+    with logging_app(small.folder, LogOptions(tmp_path / "none", share=1.0)) as app:
+        ask(app, asked)
+    column = logged(tmp_path / "none")["served_journal_position"]
+    assert (column.type, column.null_count) == (pa.string(), len(column))
 
 
 def test_the_digest_is_that_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:

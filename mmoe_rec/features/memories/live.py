@@ -1,7 +1,7 @@
 """What a pipeline has learnt since its memories were made: further events of counters and histories, in small levels.
 
 `Live` never changes: one with more events is made beside it (`extended`), with all of its indexes, while requests are
-answered with the one before, and then takes its place at once (`FeaturePipeline.take_live`). What is found in memories
+answered with the one before, and then takes its place at once (`FeaturePipeline.with_live`). What is found in memories
 and levels is, to the bit, what the memories would give if they had been extended by all of these events, for all times
 that are no earlier than what the memories were compacted for. `forget_after_days` counts over both: an event may go on
 with a life that a memory knows, or join two. `max_keys` bounds what was written, and not the levels: a key that was

@@ -125,7 +125,7 @@ class Accepting:
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
-        self._following.look()
+        self._following.accepted(position)
         self._metrics.events.labels(sent.source or "").inc(len(table))
         return {"accepted": len(table), **order, "position": str(position)}
 

@@ -13,10 +13,10 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.journal.position import Position
 from mmoe_rec.server.batching import Batcher
-from mmoe_rec.server.limits import Limits, Refused
+from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import sentence_of
@@ -30,6 +30,8 @@ _REST, _LEAST_REST_SECONDS = 4.0, 0.15
 """After it has learnt something, the thread leaves the processor to requests for so many times as long, and for so long
 at least: a step costs nearly the same for few rows as for many."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
+MOST_ENDS = 4_096
+"""Positions that are known to be of the journal, so that it is not looked at for each of them again."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Following:
     def __init__(self, models: Models, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
         self._models, self._batcher, self._limits, self._metrics = models, batcher, limits, metrics
         self.failure: str | None = None
+        self._ends = _Ends()
         self._look, self._asked = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -48,8 +51,9 @@ class Following:
         """Follows from now on, in a thread of its own, as long as the process lives."""
         threading.Thread(target=self._run, name="following", daemon=True).start()
 
-    def look(self) -> None:
-        """Looks at once, as something has been accepted."""
+    def accepted(self, position: Position) -> None:
+        """Looks at once, as this process has appended what ends at a position."""
+        self._ends.add(position)
         self._look.set()
 
     @property
@@ -65,11 +69,23 @@ class Following:
         return None if learning is None else str(learning.position)
 
     async def reached_text(self, text: str) -> None:
-        """As `reached`; raises RequestError for a text that is no position, or none of this journal."""
+        """As `reached`; raises RequestError for a text that is no position, or none of this journal.
+
+        The journal's files are read for a position alone that this process has neither appended, read nor looked up of
+        late, so that a caller may give one with each request.
+        """
         position = Position.parse(text)
         learning = self._learning()
-        if learning is not None and learning.position < position:
-            await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
+        if learning is not None and position not in self._ends:
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
+            except RequestError:
+                raise
+            except UserError as error:
+                _log.error("position %s can't be looked up: %s", position, error)
+                sentence = f"position {position} can't be looked up in the journal; the log says why"
+                raise Refused(503, sentence, "disk", INTERNAL, 5) from None
+            self._ends.add(position)
         await self.reached(position)
 
     async def reached_end(self) -> None:
@@ -137,6 +153,7 @@ class Following:
         learning = self._learning()
         if learning is None or (learnt := learning.read()) is None:
             return False
+        self._ends.add(*learnt.ends)
         self._batcher.between_passes(lambda: learning.take(learnt)).result()
         now = time.time_ns() // 1_000
         for accepted in learnt.accepted_at:
@@ -152,6 +169,27 @@ class Following:
                 if self._has_reached(position):
                     with suppress(RuntimeError):  # the loop has ended
                         loop.call_soon_threadsafe(_end, reached)
+
+
+class _Ends:
+    """Ends of records that were met last, at most `MOST_ENDS`; threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends: dict[Position, None] = {}
+
+    def __contains__(self, position: Position) -> bool:
+        with self._lock:
+            return position in self._ends
+
+    def add(self, *positions: Position) -> None:
+        """Adds positions, or makes them the last ones."""
+        with self._lock:
+            for position in positions[-MOST_ENDS:]:
+                self._ends.pop(position, None)
+                self._ends[position] = None
+            while len(self._ends) > MOST_ENDS:
+                del self._ends[next(iter(self._ends))]
 
 
 def _end(reached: asyncio.Future[None]) -> None:

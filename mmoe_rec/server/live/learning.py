@@ -34,19 +34,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Read:
-    """What was read and is to be learnt. position: of the journal, up to where."""
+    """What was read and is to be learnt. position: of the journal, up to where; ends: of the records."""
 
     taken: dict[str | None, Taken]
     position: Position
+    ends: list[Position]
     accepted_at: list[int]
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What the model can take. counts: rows by outcome; accepted_at: of the batches, microseconds."""
+    """What the model can take. ends: of the records that were read; counts: rows by outcome; accepted_at: of the
+    batches, microseconds."""
 
     prepared: Any
     position: Position
+    ends: list[Position] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -140,10 +143,15 @@ class Learning:
             follower.close()
 
     def check(self, position: Position) -> None:
-        """Raises RequestError for a position that is none of this journal, or not there yet."""
+        """Raises RequestError for a position that is none of this journal, or not there yet.
+
+        A position in a segment that was removed can't be looked up any more. The model knows what came before it, or
+        says that it does not (`gap`).
+        """
         follower = Follower(self.folder)
         try:
-            follower.check(position)
+            if position.segment >= follower.position.segment or position > self.position:
+                follower.check(position)
         finally:
             follower.close()
 
@@ -173,7 +181,7 @@ class Learning:
                 except Exception as error:
                     self._error = error
                     raise
-                self._waiting = _Read(taken, reader.position, [each.accepted_at for each in batches])
+                self._waiting = _Read(taken, reader.position, reader.ends, [each.accepted_at for each in batches])
             read, counts = self._waiting, dict[str, int]()
             rows: dict[str | None, LogRows] = {}
             for source, each in read.taken.items():
@@ -182,7 +190,8 @@ class Learning:
                 counts["late"] = counts.get("late", 0) + each.late(self.schema, self.as_of)
                 rows[source] = self._beyond_tables(each.rows(self.schema), counts)
             prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
-            return Learnt(prepared, read.position, read.accepted_at, {name: n for name, n in counts.items() if n})
+            counts = {name: number for name, number in counts.items() if number}
+            return Learnt(prepared, read.position, read.ends, read.accepted_at, counts)
 
     def taken_for_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -66,6 +67,12 @@ class RequestReader:
         self.users = _latest(columns.user, features, "user")
         self.candidates = _latest(columns.candidate, features, "candidate")
         self.columns = RequestColumns(pipeline, self.users, self.candidates)
+
+    def with_latest(self, users: RecentValues, candidates: RecentValues) -> RequestReader:
+        """One that knows other latest values; this one stays as it is."""
+        reader = copy(self)
+        reader.users, reader.candidates = users, candidates
+        return reader
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
         """A row for each of the candidates of requests (at least one) that give the same columns, in order.

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    if arguments.remove_segments and arguments.journal is None:
+        raise UserError("--remove-segments belongs to --journal F, which is missing")
+    if arguments.validation_days is not None and arguments.train_every_days is None:
+        raise UserError("--validation-days belongs to --train-every-days N, which is missing")
     from rich.console import Console
 
     from mmoe_rec.jobs.refreshing.refresh import refresh
@@ -55,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mmoe_rec.jobs.refreshing.from_journal import from_journal
 
         journal = from_journal(Path(arguments.journal), settings, arguments.remove_segments)
-    elif arguments.remove_segments:
-        raise UserError("--remove-segments belongs to --journal F, which is missing")
     refreshed = refresh(settings, address, anew=arguments.anew, journal=journal)
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:

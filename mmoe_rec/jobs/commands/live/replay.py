@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmoe_rec.errors import exit_with_message
+from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import count, read_command
 
 DIFFERS = 1
@@ -27,7 +27,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="start", required=True, metavar="DAY", help="first request time, such as 2017-09-11")
     add("--to", dest="end", required=True, metavar="DAY", help="end of the request times, which is no part of them")
     add("--model", metavar="M", help="models:/NAME@ALIAS, runs:/..., or a folder (default: the settings' alias)")
-    add("--workers", type=count, default=2, metavar="N", help="processes of the server (default: %(default)s)")
+    add(
+        "--workers",
+        type=count,
+        default=2,
+        metavar="N",
+        help="calls at a time, and processes of an own server (default: %(default)s)",
+    )
     add("--url", metavar="URL", help="a running server instead of an own one, such as http://127.0.0.1:8000")
     add("--token-file", metavar="F", help="file with that server's token (default: MMOE_REC_TOKEN)")
     add("--ids-only", action="store_true", help="send ids and context alone, so that the server completes attributes")
@@ -38,6 +44,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    if arguments.token_file is not None and arguments.url is None:
+        raise UserError("--token-file belongs to --url URL, which is missing")
     from rich.console import Console
 
     from mmoe_rec.jobs.replay.run import Asked, replay
