@@ -22,7 +22,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.mmoe import RankingModel
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -113,6 +114,33 @@ def read_stored(path: Path) -> dict[str, Tensor]:
         return {name: each.clone() for name, each in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{path}' can't be read: {error}") from None
+
+
+def read_model(about: Artifact, folder: Path) -> RankingModel:
+    """The model with its weights. Raises UserError where its file is missing, damaged or of another model."""
+    from mmoe_rec.model.int8 import in_float32, take_table
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import PlainTables
+    from mmoe_rec.settings import Model
+
+    layout, path = about.layout, folder / "weights.safetensors"
+    stored = read_stored(path)
+    # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
+    stubs = tuple(replace(table, rows=1) for table in layout.tables)
+    tables = PlainTables(stubs, layout.ids)
+    for table in layout.tables:
+        if table.name in tables.embedding_bags:
+            bag = take_table(stored, f"tables.embedding_bags.{table.name}.weight")
+            if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
+                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
+            tables.embedding_bags[table.name] = bag
+    model = build_model(layout, Model.model_validate(about.model), tables)
+    dense = {name.removeprefix("mixture."): each for name, each in in_float32(stored).items()}
+    try:
+        model.mixture.load_state_dict(dense)
+    except RuntimeError as error:
+        raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
+    return model
 
 
 def read_calibration(folder: Path) -> Calibration:

@@ -23,17 +23,13 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.memories.live import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import column_uses, event_uses
-from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.inputs import RequestInputs
-from mmoe_rec.model.int8 import in_float32, take_table
-from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_stored, version_of
+from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.serving.errors import OtherScoresError, RequestError
 from mmoe_rec.serving.example import EXAMPLE, ExampleScores
 from mmoe_rec.serving.experts import GuardedModel
@@ -42,9 +38,8 @@ from mmoe_rec.serving.passes import ROWS_AT_A_TIME, Passes
 from mmoe_rec.serving.ranking import Ranking, scored_table
 from mmoe_rec.serving.requests.request import Request, RequestReader
 from mmoe_rec.serving.requests.weights import fused_weights
-from mmoe_rec.serving.rows import read_rows
+from mmoe_rec.serving.rows import as_logged, read_rows
 from mmoe_rec.serving.scorer import Scored, Scorer
-from mmoe_rec.settings import Model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +146,7 @@ class LoadedRanker:
         pipeline = FeaturePipeline.load(folder / "features")
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = _load_model(about.layout, Model.model_validate(about.model), folder / "weights.safetensors")
+        model = read_model(about, folder)
         return LoadedRanker(about, model, read_calibration(folder), pipeline, folder / "features", version)
 
     def example_scores(self, folder: Path) -> ExampleScores:
@@ -198,16 +193,7 @@ class LoadedRanker:
         schema = self.pipeline.schema
         checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
         with self._learning:
-            self.take(self.prepared({log: self.as_logged(log, checked)}))
-
-    def as_logged(self, log: str | None, checked: pa.Table) -> LogRows:
-        """Checked rows with all columns of the log: attributes that they lack as they were last known, others null."""
-        schema = self.pipeline.schema
-        uses = column_uses(schema) if log is None else event_uses(schema, log)
-        table = self.reader.completed(LogRows(checked, schema)).table if log is None else checked
-        for name in uses.keys() - set(table.column_names):
-            table = table.append_column(name, pa.nulls(len(table)))
-        return LogRows(table, schema) if log is None else event_rows(table, schema, log)
+            self.take(self.prepared({log: as_logged(self.pipeline.schema, self.reader, log, checked)}))
 
     def prepared(self, rows: Mapping[str | None, LogRows]) -> Learnt:
         """What `take` takes; one after the other.
@@ -348,23 +334,3 @@ def _products_in_fp32() -> Iterator[None]:
             yield
     finally:
         matmul.fp32_precision = before
-
-
-def _load_model(layout: ModelLayout, section: Model, path: Path) -> RankingModel:
-    stored = read_stored(path)
-    # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
-    stubs = tuple(replace(table, rows=1) for table in layout.tables)
-    tables = PlainTables(stubs, layout.ids)
-    for table in layout.tables:
-        if table.name in tables.embedding_bags:
-            bag = take_table(stored, f"tables.embedding_bags.{table.name}.weight")
-            if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
-                raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
-            tables.embedding_bags[table.name] = bag
-    model = build_model(layout, section, tables)
-    dense = {name.removeprefix("mixture."): each for name, each in in_float32(stored).items()}
-    try:
-        model.mixture.load_state_dict(dense)
-    except RuntimeError as error:
-        raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
-    return model

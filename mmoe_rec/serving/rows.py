@@ -8,8 +8,11 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import canonical, column_uses
+from mmoe_rec.log.columns import canonical, column_uses, event_uses
+from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.schema import Schema
+from mmoe_rec.serving.requests.request import RequestReader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +35,16 @@ def read_rows(pipeline: FeaturePipeline, given: pa.Table | pd.DataFrame) -> LogR
         columns[name] = canonical(name, uses[name], rows[name], unit)
         _check(pipeline, name, columns[name])
     return LogRows(pa.table(columns), schema)
+
+
+def as_logged(schema: Schema, reader: RequestReader, log: str | None, checked: pa.Table) -> LogRows:
+    """Checked rows with all columns of a log, None for the interaction log: attributes of users and candidates that
+    they lack as they were last known, others null."""
+    uses = column_uses(schema) if log is None else event_uses(schema, log)
+    table = reader.completed(LogRows(checked, schema)).table if log is None else checked
+    for name in uses.keys() - set(table.column_names):
+        table = table.append_column(name, pa.nulls(len(table)))
+    return LogRows(table, schema) if log is None else event_rows(table, schema, log)
 
 
 def _check(pipeline: FeaturePipeline, name: str, values: pa.ChunkedArray) -> None:
