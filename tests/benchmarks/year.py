@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,17 @@ DAY = 86_400_000_000
 START = 1_700_006_400_000_000
 FIRST = 60  # days of the build, and of the last ones that AUC is taken of
 TOLD = 30  # days between two lines about memory
+GIVEN_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""Environment of a process whose memory is looked at: what it frees goes back to the system."""
 REQUESTS, SHOWN, FAVOURITES = 500, 8, 8  # a day, in each, of each user
 USERS, CANDIDATES = 1_500, 300  # at any time
 USER_DAYS, CANDIDATE_DAYS = 40.0, 60.0  # of a life
-LIMITS: dict[str, dict[str, Any]] = {
-    "forgetting": {"forget_after_days": 45},
-    "capped": {"max_keys": 120_000},
-    "all": {},
+FEATURES = ("pair", "of_user", "of_candidate", "clicked")
+CAPS = {"pair": 120_000, "of_user": 3_000, "of_candidate": 600, "clicked": 3_000}  # at most twice as many as are there
+LIMITS: dict[str, dict[str, dict[str, int]]] = {
+    "forgetting": {name: {"forget_after_days": 45} for name in FEATURES},
+    "capped": {name: {"max_keys": CAPS[name]} for name in FEATURES},
+    "all": {name: {} for name in FEATURES},
 }
 COUNTERS: dict[str, list[str]] = {"pair": ["user", "candidate"], "of_user": ["user"], "of_candidate": ["candidate"]}
 
@@ -102,19 +107,19 @@ class Shop:
         return table.take(pa.array(np.sort(first)))
 
 
-def schema(limits: dict[str, Any]) -> Any:
-    """Of the log, with limits of all counters and histories."""
+def schema(limits: dict[str, dict[str, int]]) -> Any:
+    """Of the log, with limits of counters and histories by name."""
     from mmoe_rec.features.kinds import schema_of
 
     features: dict[str, Any] = {
         "candidate": {"kind": "id", "column": "candidate", "min_count": 20, "max_size": 1000},
-        "clicked": {"kind": "history", "task": "click", "of": "candidate", "length": 10, **limits},
+        "clicked": {"kind": "history", "task": "click", "of": "candidate", "length": 10, **limits["clicked"]},
     }
     outputs = ["positives", "rows", "rate", "recency"]
     for name, by in COUNTERS.items():
         windows = [None, 7, 28]
         features[name] = {"kind": "counter", "task": "click", "by": by, "window_days": windows, "outputs": outputs}
-        features[name] |= limits
+        features[name] |= limits[name]
     return schema_of(
         {
             "columns": {"user": "user", "candidate": "candidate", "time": "time"},
@@ -127,7 +132,7 @@ def schema(limits: dict[str, Any]) -> Any:
 class Grown:
     """A folder of features that is built and extended day by day."""
 
-    def __init__(self, name: str, log: Path, work: Path, limits: dict[str, Any]) -> None:
+    def __init__(self, name: str, log: Path, work: Path, limits: dict[str, dict[str, int]]) -> None:
         self.name, self._log, self._work, self._schema = name, str(log), work, schema(limits)
         self._click: list[np.ndarray] = []
         self._said: list[np.ndarray] = []
@@ -188,6 +193,7 @@ class Grown:
             check=True,
             capture_output=True,
             text=True,
+            env=os.environ | GIVEN_BACK,
         )
         return {
             "memories": _mb(sum(remembered_bytes(self.prepared.serving).values())),
