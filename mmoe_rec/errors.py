@@ -18,6 +18,10 @@ class RequestError(UserError):
     """One sentence for the caller: which column, option or row, what was expected, what was found."""
 
 
+class NotAcknowledgedError(UserError):
+    """One sentence where it is not known whether what was sent was kept: it may be sent again."""
+
+
 class StoppedError(Exception):
     """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
 

@@ -11,8 +11,9 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,58 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
 _ELSEWHERE = ("nfs", "cifs", "smb", "9p", "fuse.sshfs")
 
 
-def open_folder(folder: Path, create: bool) -> bytes:
+@dataclass(frozen=True)
+class Origin:
+    """What a journal is a replica of. id: 16 bytes, of all its replicas; name: as a sentence calls it; files: name ->
+    content of further files that a new replica begins with."""
+
+    id: bytes
+    name: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def open_folder(folder: Path, create: bool, origin: Origin | None = None) -> bytes:
     """The id of the journal in a folder, 16 bytes; with `create`, a folder that is not there, or is empty, becomes one.
+
+    origin: what a new journal is to be a replica of.
 
     Raises UserError where there is none, the folder holds something else, or a journal of another format.
     """
     try:
         if create and not (folder / "journal.json").exists():
-            _create(folder)
+            _create(folder, origin)
         text = (folder / "journal.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"'{folder}' holds no journal (journal.json)") from None
     except OSError as error:
         raise UserError(f"there can be no journal in '{folder}': {error.strerror}") from None
     return _id_in(text, folder / "journal.json")
+
+
+def origin_of(folder: Path) -> str | None:
+    """What the journal in a folder is a replica of, None for one of its own. Raises UserError where that is damaged."""
+    try:
+        about = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"'{folder / 'journal.json'}' can't be read; restore it from a copy") from None
+    return about.get("replica_of")
+
+
+def check_origin(folder: Path, origin: Origin | None) -> None:
+    """Raises UserError where a journal is appended to otherwise than by what it is a replica of."""
+    found = origin_of(folder)
+    if origin is None and found is not None:
+        raise UserError(
+            f"the journal '{folder}' is a replica of {found}, and nothing else may be appended to it: name the topic"
+        )
+    if origin is not None and found is None:
+        raise UserError(
+            f"'{folder}' holds a journal of its own, which can't become a replica of {origin.name}: name a new folder"
+        )
+    if origin is not None and open_folder(folder, create=False) != origin.id:
+        raise UserError(
+            f"the journal '{folder}' is a replica of {found}, not of {origin.name}: name a new folder, or that topic"
+        )
 
 
 def _id_in(text: str, path: Path) -> bytes:
@@ -55,19 +94,23 @@ def _id_in(text: str, path: Path) -> bytes:
     return journal_id
 
 
-def _create(folder: Path) -> None:
+def _create(folder: Path, origin: Origin | None) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' holds something else than a journal; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (kind := _file_system(folder.parent)).startswith(_ELSEWHERE):
         raise UserError(f"'{folder}' lies on a file system of another machine ({kind}); a journal needs a local disk")
-    journal_id = uuid.uuid4()
+    journal_id = uuid.uuid4().bytes if origin is None else origin.id
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.mkdir()
     try:
-        about = {"format": FORMAT, "id": journal_id.hex}
+        about = {"format": FORMAT, "id": journal_id.hex()}
+        if origin is not None:
+            about["replica_of"] = origin.name
+            for name, content in origin.files.items():
+                (temporary / name).write_bytes(content)
         (temporary / "journal.json").write_text(json.dumps(about), encoding="utf-8")
-        segment_path(temporary, 1).write_bytes(segment_begin(journal_id.bytes, 1))
+        segment_path(temporary, 1).write_bytes(segment_begin(journal_id, 1))
         flush_tree(temporary)
         os.rename(temporary, folder)  # fails where another process has put one there meanwhile
         flush_files([folder.parent])

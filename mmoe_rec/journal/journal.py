@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.atomic import atomic_file, flush_files
 from mmoe_rec.errors import RequestError, UserError
-from mmoe_rec.journal.folder import FolderLock, open_folder
+from mmoe_rec.journal.folder import FolderLock, Origin, check_origin, open_folder
 from mmoe_rec.journal.position import HEADER_BYTES, Position
 from mmoe_rec.journal.records import Batch, encode
 from mmoe_rec.journal.segments import (
@@ -38,15 +38,25 @@ _sync = getattr(os, "fdatasync", os.fsync)
 class Journal:
     """A journal that is appended to. Threads may share it, and a process that is forked may go on with it.
 
-    folder: made if it is not there; segment_bytes: a segment of this size is closed before the next record.
+    folder: made if it is not there; segment_bytes: a segment of this size is closed before the next record; origin:
+    what the journal is a replica of, None for one of its own.
 
     Raises UserError where the folder holds something else, or can't be written to.
     """
 
-    def __init__(self, folder: str | Path, segment_bytes: int = SEGMENT_BYTES, create: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        segment_bytes: int = SEGMENT_BYTES,
+        create: bool = True,
+        origin: Origin | None = None,
+    ) -> None:
         self.folder = Path(os.path.realpath(folder))
         self.segment_bytes = segment_bytes
-        self._id = open_folder(self.folder, create)
+        self._id = open_folder(self.folder, create, origin)
+        check_origin(self.folder, origin)
+        self.before_segment: Callable[[Position], None] | None = None
+        """Is called, under the lock, before a further segment is opened, with its begin."""
         self._lock = FolderLock(self.folder)
         self._file: int | None = None
         self._end = Position(0, 0)
@@ -77,28 +87,25 @@ class Journal:
         payload = encode(batches)
         if len(payload) > MOST_PAYLOAD_BYTES:
             raise RequestError(f"the rows take {len(payload):,} bytes; a record holds at most {MOST_PAYLOAD_BYTES:,}")
-        with self._lock.alone() as changed:
-            self._catch_up(changed)
-            if batches:
-                self._note_types(batches)
-                if self._end.offset >= self.segment_bytes:
-                    self._next_segment()
-                self._write(payload)
-            return self._end
+        with self.alone() as end:
+            return self.put(batches, payload) if batches else end
 
     def end(self) -> Position:
         """The position after the last record, after looking for what others have appended."""
-        with self._lock.alone() as changed:
-            self._catch_up(changed)
-            return self._end
+        with self.alone() as end:
+            return end
 
     def close_segment(self) -> int:
         """Closes the segment that is appended to, unless it is empty; gives the number of the last closed one, or 0."""
+        with self.alone():
+            return self.close_last().segment - 1
+
+    @contextmanager
+    def alone(self) -> Iterator[Position]:
+        """While nobody else appends; gives the position after the last record."""
         with self._lock.alone() as changed:
             self._catch_up(changed)
-            if self._end.offset > HEADER_BYTES:
-                self._next_segment()
-            return self._end.segment - 1
+            yield self._end
 
     def close(self) -> None:
         """Closes the files; the journal opens them again when it is used."""
@@ -107,7 +114,21 @@ class Journal:
             self._file = None
         self._lock.close()
 
-    # All that follows is done under the lock.
+    # All that follows is done under the lock, within `alone`.
+
+    def put(self, batches: Sequence[Batch], payload: bytes) -> Position:
+        """Appends batches that have rows, of which a payload was made; the rest as in `append`."""
+        self._note_types(batches)
+        if self._end.offset >= self.segment_bytes:
+            self._next_segment()
+        self._write(payload)
+        return self._end
+
+    def close_last(self) -> Position:
+        """Closes the segment that is appended to, unless it is empty; gives the journal's end then."""
+        if self._end.offset > HEADER_BYTES:
+            self._next_segment()
+        return self._end
 
     def _catch_up(self, changed: bool) -> None:
         """Goes to the end of what is there. A last record that is not whole was never acknowledged: it is dropped."""
@@ -206,6 +227,8 @@ class Journal:
         temporary = self.folder / ".segment.tmp"
         try:
             _sync(self._file)
+            if self.before_segment is not None:
+                self.before_segment(Position.begin(number))
             temporary.write_bytes(segment_begin(self._id, number))
             flush_files([temporary])
             os.rename(temporary, segment_path(self.folder, number))
@@ -228,6 +251,18 @@ class Journal:
 
     def _note_types(self, batches: Sequence[Batch]) -> None:
         """Raises RequestError where a column is of another type than before: its hashes, too, would be others."""
+        if (fresh := self.check_types(batches)) is not None:
+            try:
+                with atomic_file(self.folder / "types.json") as file:
+                    file.write_text(json.dumps(fresh, indent=1), encoding="utf-8")
+            except OSError as error:
+                raise self._failed(error) from None
+
+    def check_types(self, batches: Sequence[Batch]) -> dict[str, dict[str, str]] | None:
+        """The types of columns with those of batches, None where all are known.
+
+        Raises RequestError where one is another than before.
+        """
         path = self.folder / "types.json"
         try:
             found = os.stat(path)
@@ -250,12 +285,7 @@ class Journal:
                             f"row {row}: column '{field.name}' holds {field.type}, but {known} in earlier rows of this "
                             "journal"
                         )
-        if fresh:
-            try:
-                with atomic_file(path) as file:
-                    file.write_text(json.dumps(types, indent=1), encoding="utf-8")
-            except OSError as error:
-                raise self._failed(error) from None
+        return types if fresh else None
 
 
 def _first_value(values: pa.ChunkedArray) -> int:

@@ -3,7 +3,8 @@
 A payload is one batch after the other, each as
 
     length of its metadata, length of its rows   two unsigned 32-bit integers, little endian
-    metadata                                     JSON: source, accepted_at, rows; filled with blanks to a multiple of 8
+    metadata                                     JSON: source, accepted_at, rows; filled with blanks to a multiple of 8;
+                                                 in a replica of a topic the first one holds the offset, too
     rows                                         an Arrow IPC stream of one record batch, filled up likewise
 """
 
@@ -13,6 +14,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -52,6 +54,25 @@ def encode(batches: Sequence[Batch]) -> bytes:
     return b"".join(parts)
 
 
+def with_about(payload: bytes, **more: int) -> bytes:
+    """A payload whose first batch says more in its metadata; the bytes of all rows stay as they are.
+
+    Raises ValueError, or struct.error, for what is no payload.
+    """
+    metadata_bytes, rows_bytes = _LENGTHS.unpack_from(payload)
+    begin = _LENGTHS.size
+    metadata = json.dumps(json.loads(payload[begin : begin + metadata_bytes]) | more).encode()
+    metadata += b" " * (-len(metadata) % _ALIGNED)
+    return _LENGTHS.pack(len(metadata), rows_bytes) + metadata + payload[begin + metadata_bytes :]
+
+
+def about_in(payload: bytes) -> dict[str, Any]:
+    """The metadata of a payload's first batch. Raises ValueError, or struct.error, for what is no payload."""
+    metadata_bytes, _ = _LENGTHS.unpack_from(payload)
+    found: dict[str, Any] = json.loads(payload[_LENGTHS.size : _LENGTHS.size + metadata_bytes])
+    return found
+
+
 def decode(payload: pa.Buffer) -> list[Batch] | None:
     """The batches of a payload, whose columns share its memory. None where it holds something else."""
     found, at = [], 0
@@ -63,6 +84,8 @@ def decode(payload: pa.Buffer) -> list[Batch] | None:
             at += metadata_bytes
             table = pa.ipc.open_stream(payload[at : at + rows_bytes]).read_all()
             at += rows_bytes
+            if at > payload.size:
+                return None
             if table.num_rows != about["rows"]:
                 return None
             found.append(Batch(about["source"], about["accepted_at"], table))

@@ -126,6 +126,14 @@ def whole_end(file: int, journal_id: bytes, start: Position, size: int) -> Posit
     return at
 
 
+def last_record(file: int, journal_id: bytes, start: Position, end: Position) -> bytes | None:
+    """The payload of the last record between two positions of a segment (a descriptor); None where there is none."""
+    at, last = start, None
+    while at < end and (head := read_head(journal_id, at, os.pread(file, HEAD_BYTES, at.offset))) is not None:
+        last, at = (at, head), Position(at.segment, at.offset + HEAD_BYTES + head.length)
+    return None if last is None else _read(file, last[1].length, last[0].offset + HEAD_BYTES)
+
+
 def _read(file: int, size: int, offset: int) -> bytes:
     return os.pread(file, size, offset)
 

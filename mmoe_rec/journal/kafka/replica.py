@@ -1,0 +1,328 @@
+"""A replica of a topic: a journal in a folder of this machine that holds the topic's rows, in the topic's order.
+
+All replicas are the same to the byte: id, records, positions, and where segments end. Which messages become records
+follows from the messages alone, so that no machine has to ask another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, one_line
+from mmoe_rec.journal.folder import Origin
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.kafka.progress import FILE, Progress, offset_in, told
+from mmoe_rec.journal.kafka.settings import KafkaTopic
+from mmoe_rec.journal.kafka.topic import CLOSE, ROWS, Message, Topic
+from mmoe_rec.journal.position import Position
+from mmoe_rec.journal.records import Batch, decode, encode, with_about
+from mmoe_rec.journal.segments import MOST_PAYLOAD_BYTES, SEGMENT_BYTES
+
+SECONDS = 10.0
+"""How long brokers may take for an answer."""
+_MESSAGES_AT_A_TIME = 500
+_READ_SECONDS, _ASK_SECONDS, _PAUSE_SECONDS = 0.2, 3.0, 1.0
+_LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Status:
+    """next: offset of the next message to take in; lag: messages that the topic holds beyond; heard: seconds since
+    1970 UTC when a broker has last answered; failure: why no more is taken in, None where it is."""
+
+    next: int
+    lag: int
+    heard: float
+    failure: str | None
+
+
+class Replica:
+    """Appends to a topic, as `Journal` does to a folder, and takes in what others have sent to it.
+
+    Threads may share it. Processes of one machine may have one each of the same folder; a forked one makes its own.
+
+    folder: made if it is not there; seconds: how long a broker may take for an answer; segment_bytes: the same on all
+    machines; checks: whether to ask, too, how the topic is set up.
+
+    Raises UserError where no broker answers, the topic is set up otherwise than a journal needs it, does not hold what
+    follows in the folder, or the folder is no replica of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        place: KafkaTopic,
+        *,
+        seconds: float = SECONDS,
+        segment_bytes: int = SEGMENT_BYTES,
+        create: bool = True,
+        checks: bool = True,
+    ) -> None:
+        self._topic, self._process = Topic(place, seconds), os.getpid()
+        if checks and (unknown := self._topic.check_settings()) is not None:
+            _log.warning("%s: see that its cleanup.policy is delete", unknown)
+        origin = Origin(self._topic.id, self._topic.name, {FILE: told(Position.begin(), 0)})
+        self._journal = Journal(folder, segment_bytes, create, origin)
+        self.folder = self._journal.folder
+        self._progress = Progress(self.folder, self._topic.id)
+        self._journal.before_segment = self._before_segment
+        self.skipped: Counter[str] = Counter()
+        """Messages that this process has left out, by why: of other types, none of ours."""
+        self._taking = 0  # the offset that is taken in, under the lock
+        self._failure: str | None = None
+        self._heard, self._high = time.time(), 0
+        self._next = self._check()
+        self._moved, self._is_closed = threading.Condition(), threading.Event()
+        self._topic.read_from(self._next)
+        self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
+        self._thread.start()
+
+    @property
+    def id(self) -> str:
+        """The journal's id on every machine, 32 hexadecimal digits."""
+        return self._journal.id
+
+    @property
+    def torn(self) -> int:
+        """As `Journal.torn`."""
+        return self._journal.torn
+
+    def status(self) -> Status:
+        """How far it is behind the topic, as far as that is known."""
+        failure, age = self._failure, time.time() - self._heard
+        if failure is None and age > _LATE_SECONDS:
+            failure = f"no broker of {self._topic.name} has answered for {age:,.0f} seconds"
+        return Status(self._next, max(self._high - self._next, 0), self._heard, failure)
+
+    def append(self, *batches: Batch) -> Position:
+        """Appends batches as one message; gives a position of this machine's journal that is not before its end, once
+        the message is in the topic and on this machine's disk.
+
+        Raises:
+            RequestError: nothing was appended: a column is of another type than in earlier rows, or it is too much.
+            NotAcknowledgedError: it is not known whether the rows were appended; they may be sent again.
+            UserError: nothing was appended.
+        """
+        self._check_process()
+        batches = tuple(each for each in batches if len(each))
+        if not batches:
+            return self._journal.end()
+        payload = encode(batches)
+        if len(payload) > self._topic.most_bytes:
+            raise self._topic.too_large(len(payload))
+        with self._journal.alone() as end:
+            self._journal.check_types(batches)  # so that it need not be sent in vain
+            least = self._progress.next(end)
+        self._check_failure()
+        offset = self._sent(ROWS, payload, least)
+        self._wait_for(offset)
+        with self._journal.alone() as end:
+            # Types are never changed: they say now what they said when the message's turn came.
+            self._journal.check_types(batches)
+            return end
+
+    def close_segment(self) -> int:
+        """Closes the last segment on all machines, unless it is empty; gives the number of the last closed one, or 0.
+
+        Raises UserError, or NotAcknowledgedError, where it is not known whether it was closed.
+        """
+        self._check_process()
+        with self._journal.alone() as end:
+            least = self._progress.next(end)
+        self._check_failure()
+        self._wait_for(self._sent(CLOSE, b"", least))
+        return self._journal.end().segment - 1
+
+    def end(self) -> Position:
+        """The position after the last record on this machine."""
+        return self._journal.end()
+
+    def catch_up(self, seconds: float = 60.0) -> Position:
+        """Ends once it has taken in all that the topic holds now; gives the journal's end.
+
+        Raises UserError where it gets no further for so many seconds.
+        """
+        _, high = self._topic.range()
+        last = time.monotonic()
+        with self._moved:
+            while (before := self._next) < high:
+                self._moved.wait(min(seconds, 0.5))
+                if self._next > before:
+                    last = time.monotonic()
+                elif time.monotonic() - last > seconds:
+                    why = self._failure or "it gets no further"
+                    raise UserError(f"{self._topic.name} was taken in up to offset {before:,} of {high:,}: {why}")
+        return self._journal.end()
+
+    def close(self) -> None:
+        """Ends its thread and closes the files; it can't be used any more."""
+        self._is_closed.set()
+        self._thread.join()
+        self._topic.close()
+        self._journal.close()
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise UserError("a replica of a topic can't be used by a forked process: let each make its own")
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise UserError(self._failure)
+
+    def _check(self) -> int:
+        """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
+        low, self._high = self._topic.range()
+        self._heard = time.time()
+        with self._journal.alone() as end:
+            following = self._progress.next(end)
+            payload = self._progress.last_payload(end)
+        if following > self._high:
+            raise self._other_topic(f"it ends at offset {self._high:,}")
+        if following < low:
+            raise UserError(
+                f"{self._topic.name} begins with offset {low:,} now, but the journal '{self.folder}' goes up to "
+                f"{following:,}, so rows between would be missing: replace the folder by a copy of another machine's, "
+                "and let the topic keep its messages for longer (retention.ms)"
+            )
+        if payload is not None:
+            offset = offset_in(payload)
+            found = self._topic.at(offset) if offset >= low else None
+            if offset >= low and (found is None or _record(found) != payload):
+                raise self._other_topic(f"it holds another message at offset {offset:,}")
+        return following
+
+    def _other_topic(self, why: str) -> UserError:
+        return UserError(
+            f"{self._topic.name} is not the one that the journal '{self.folder}' is a replica of, though it is called "
+            f"so: {why}; it was made anew, or has lost messages: name a new folder, or a topic of another name"
+        )
+
+    def _sent(self, kind: bytes, value: bytes, least: int) -> int:
+        """Sends a message, and takes it in where it is the next one; gives its offset."""
+        offset = self._topic.send(kind, value)
+        self._heard = time.time()
+        if offset < least:
+            self._failure = str(self._other_topic(f"it has put a message at offset {offset:,}"))
+            raise NotAcknowledgedError(self._failure)
+        try:
+            with self._journal.alone() as end:
+                if self._progress.next(end) == offset:  # need not be read
+                    self._take(Message(offset, kind, value), end)
+        except UserError as error:
+            raise NotAcknowledgedError(
+                f"the topic has taken the rows, but this machine can't keep them: {error}"
+            ) from None
+        return offset
+
+    def _wait_for(self, offset: int) -> None:
+        with self._journal.alone() as end:
+            if self._progress.next(end) > offset:
+                return
+        with self._moved:
+            if not self._moved.wait_for(lambda: self._next > offset, self._topic.seconds):
+                raise NotAcknowledgedError(
+                    "the topic has taken the rows, but this machine has not read so far within "
+                    f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'}); they will count"
+                )
+
+    # What follows is the thread that takes messages in.
+
+    def _follow(self) -> None:
+        waiting, asked, must_check = list[Message](), 0.0, False
+        while not self._is_closed.is_set():
+            try:
+                if must_check:  # whether the topic is still the one that it was, and goes on from here
+                    self._topic.read_from(self._check())
+                    must_check = False
+                if time.monotonic() - asked > _ASK_SECONDS:
+                    asked = time.monotonic()
+                    self._ask()
+                waiting = waiting or self._topic.read(_READ_SECONDS, _MESSAGES_AT_A_TIME)
+                if waiting:
+                    self._take_all(waiting)
+                    waiting, self._heard = [], time.time()
+                self._recover()
+            except Exception as error:  # whatever it is, it is told, and tried again
+                self._fail(str(error) if isinstance(error, UserError) else one_line(error))
+                must_check, waiting = True, []
+                self._is_closed.wait(_PAUSE_SECONDS)
+
+    def _recover(self) -> None:
+        if self._failure is not None:
+            _log.info("the journal '%s' is taken in again", self.folder)
+            self._failure = None
+
+    def _fail(self, sentence: str) -> None:
+        if sentence != self._failure:
+            _log.error("no more of the topic is taken in: %s", sentence)
+        self._failure = sentence
+
+    def _ask(self) -> None:
+        try:
+            _, self._high = self._topic.range(_READ_SECONDS * 5)
+        except UserError:
+            return  # `status` tells how long that has been so
+        self._heard = time.time()
+        if self._high < self._next:
+            raise self._other_topic(f"it ends at offset {self._high:,}")
+
+    def _take_all(self, messages: list[Message]) -> None:
+        with self._journal.alone() as end:
+            for each in messages:
+                if each.offset >= self._progress.next(end):
+                    end = self._take(each, end)  # noqa: PLW2901
+            following = max(self._progress.next(end), messages[-1].offset + 1)
+        with self._moved:
+            self._next = following
+            self._high = max(self._high, following)
+            self._moved.notify_all()
+
+    def _take(self, message: Message, end: Position) -> Position:
+        """Takes in the message whose turn it is, while nobody else appends; gives the journal's end then."""
+        self._taking, following = message.offset, message.offset + 1
+        if message.kind == CLOSE:
+            after = self._journal.close_last()
+        else:
+            payload = _record(message)
+            batches = None if payload is None else decode(pa.py_buffer(payload))
+            if payload is not None and batches and all(map(len, batches)):
+                try:
+                    after = self._journal.put(batches, payload)
+                    self._progress.note(after, following)
+                    return after
+                except RequestError as error:
+                    self._skip(message, "types", str(error))
+            else:
+                self._skip(message, "foreign", "it is no message of a journal")
+            after = end
+        if self._progress.next(after) < following:
+            self._progress.write(after, following)
+        return after
+
+    def _before_segment(self, begin: Position) -> None:
+        self._progress.write(begin, self._taking)
+
+    def _skip(self, message: Message, why: str, sentence: str) -> None:
+        self.skipped[why] += 1
+        _log.warning("offset %d of %s is left out on all machines: %s", message.offset, self._topic.name, sentence)
+
+
+def _record(message: Message) -> bytes | None:
+    """The payload of the record that a message becomes; None where it is none of a journal."""
+    if message.kind != ROWS or len(message.value) > MOST_PAYLOAD_BYTES - 1_024:
+        return None
+    try:
+        return with_about(message.value, offset=message.offset)
+    except (struct.error, ValueError, TypeError):
+        return None

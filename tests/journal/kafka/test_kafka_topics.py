@@ -1,0 +1,254 @@
+"""What is wrong with a topic, its brokers or a folder is told in one sentence, and nothing is lost without one."""
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError
+from mmoe_rec.journal.group_commit import GroupCommit
+from mmoe_rec.journal.kafka.replica import Replica
+from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
+from mmoe_rec.journal.kafka.topic import ROWS, Topic
+from mmoe_rec.journal.records import encode
+from mmoe_rec.journal.segments import segment_path
+from tests.journal.journals import all_numbers, batch
+from tests.journal.kafka.mock_brokers import Brokers
+from tests.processes import until
+
+
+def _filled(folder: Path, place: KafkaTopic, *numbers: int) -> None:
+    replica = Replica(folder, place)
+    for number in numbers:
+        replica.append(batch(number))
+    replica.close()
+
+
+def _sends(place: KafkaTopic, *numbers: int) -> None:
+    """As another machine."""
+    topic = Topic(place, 10.0)
+    for number in numbers:
+        topic.send(ROWS, encode([batch(number)]))
+    topic.close()
+
+
+def test_a_topic_that_was_made_anew_is_found_out(brokers: Brokers, tmp_path: Path) -> None:
+    place = brokers.topic("events")
+    _filled(tmp_path / "one", place, 1, 2, 3)
+    before = segment_path(tmp_path / "one", 1).read_bytes()
+    brokers.tell("delete", "events")
+    brokers.tell("create", "events", 1)
+    with pytest.raises(UserError, match=r"it ends at offset 0; it was made anew, or has lost messages"):
+        Replica(tmp_path / "one", place)
+    _sends(place, 11, 12, 13, 14)
+    with pytest.raises(
+        UserError, match=r"it holds another message at offset 2; it was made anew, or has lost messages"
+    ):
+        Replica(tmp_path / "one", place)
+    assert segment_path(tmp_path / "one", 1).read_bytes() == before
+
+
+def test_a_topic_that_is_made_anew_under_a_running_replica_is_found_out(brokers: Brokers, tmp_path: Path) -> None:
+    place = brokers.topic("events")
+    replica = Replica(tmp_path / "one", place)
+    for number in range(5):
+        replica.append(batch(number))
+    brokers.tell("delete", "events")
+    brokers.tell("create", "events", 1)
+    until(lambda: replica.status().failure)
+    with pytest.raises(UserError, match=r"made anew|can't be read any further"):
+        replica.append(batch(7))
+    until(lambda: "made anew" in (replica.status().failure or ""))
+    assert all_numbers(replica.folder) == list(range(5))
+    replica.close()
+
+
+def test_what_retention_has_removed_is_not_passed_over(brokers: Brokers, tmp_path: Path) -> None:
+    place = brokers.topic("events")
+    _filled(tmp_path / "one", place, 1, 2)
+    _sends(place, 3, 4, 5)
+    brokers.tell("cut", "events", 4)
+    with pytest.raises(UserError, match=r"begins with offset 4 now, but the journal '.*one' goes up to 2, so rows"):
+        Replica(tmp_path / "one", place)
+    with pytest.raises(UserError, match=r"begins with offset 4 now, but the journal '.*two' goes up to 0, so rows"):
+        Replica(tmp_path / "two", place)
+
+
+def test_a_copy_of_another_machines_folder_goes_on(brokers: Brokers, tmp_path: Path) -> None:
+    place = brokers.topic("events")
+    _filled(tmp_path / "one", place, 1, 2, 3)
+    brokers.tell("cut", "events", 3)
+    os.system(f"cp -r {tmp_path / 'one'} {tmp_path / 'two'}")
+    _filled(tmp_path / "two", place, 4)
+    one = Replica(tmp_path / "one", place)
+    one.catch_up()
+    one.close()
+    assert all_numbers(tmp_path / "one") == all_numbers(tmp_path / "two") == [1, 2, 3, 4]
+
+
+def test_while_brokers_are_away_nothing_is_acknowledged_and_then_it_goes_on(brokers: Brokers, tmp_path: Path) -> None:
+    place = brokers.topic("events")
+    replica = Replica(tmp_path / "one", place, seconds=2.0)
+    group = GroupCommit(replica)
+    group.append(batch(1))
+    brokers.tell("down")
+    began, errors = time.monotonic(), list[BaseException]()
+
+    def fails(number: int) -> None:
+        try:
+            group.append(batch(number))
+        except UserError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=fails, args=(100 + number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(errors) == len(threads)
+    assert all(isinstance(each, NotAcknowledgedError) for each in errors), errors
+    assert "it may have kept them" in str(errors[0])
+    # Those that wait together are told together: two waits in all, and not one after the other.
+    assert time.monotonic() - began < 3 * 2.0 * len(threads) / 2
+    assert replica.status().heard <= time.time()
+    brokers.tell("up")
+    until(lambda: not _fails(replica))
+    assert replica.status().failure is None
+    found = all_numbers(replica.folder)
+    assert found[0] == 1
+    assert len(found) == len(set(found)) >= 2
+    replica.close()
+
+
+def _fails(replica: Replica) -> bool:
+    try:
+        replica.append(batch(2))
+    except UserError:
+        return True
+    return False
+
+
+def test_brokers_that_have_not_answered_for_long_are_told(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(tmp_path / "one", brokers.topic("events"), seconds=1.0)
+    assert replica.status().failure is None
+    monkeypatch.setattr("mmoe_rec.journal.kafka.replica._LATE_SECONDS", 0.5)
+    brokers.tell("down")
+    told = until(lambda: replica.status().failure)
+    assert "of the topic 'events'" in told.replace("any broker", "")
+    replica.close()
+
+
+def test_rows_that_a_message_does_not_hold_are_refused(brokers: Brokers, tmp_path: Path) -> None:
+    brokers.tell("create", "events", 1)
+    place = brokers.named("events", message_max_bytes=20_000)
+    replica = Replica(tmp_path / "one", place)
+    with pytest.raises(RequestError, match=r"the rows take .* bytes, and a message of the topic holds at most 18,976"):
+        replica.append(batch(*range(3000)))
+    with pytest.raises(RequestError, match="holds at most 18,976"):
+        replica._topic.send(ROWS, b"x" * 21_000)
+    group = GroupCommit(replica)
+    group.append(batch(1))
+    assert all_numbers(replica.folder) == [1]
+    replica.close()
+
+
+def test_a_full_disk_of_this_machine_is_no_refusal(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The topic has the rows, so they come, here as well as on other machines."""
+    replica = Replica(tmp_path / "one", brokers.topic("events"), seconds=1.0)
+    replica.append(batch(1))
+
+    def full(payload: bytes) -> None:
+        raise UserError("nothing was appended: no space left")
+
+    with monkeypatch.context() as during:
+        during.setattr(replica._journal, "_write", full)
+        with pytest.raises(
+            NotAcknowledgedError, match="the topic has taken the rows, but this machine can't keep them"
+        ):
+            replica.append(batch(2))
+        until(lambda: "no space left" in (replica.status().failure or ""))
+    until(lambda: all_numbers(replica.folder) == [1, 2])
+    replica.append(batch(3))
+    assert all_numbers(replica.folder) == [1, 2, 3]
+    assert replica.status().failure is None
+    replica.close()
+
+
+def test_topics_and_brokers_that_do_not_fit_are_told(brokers: Brokers, tmp_path: Path) -> None:
+    several = brokers.topic("several", partitions=3)
+    with pytest.raises(UserError, match="the topic 'several' has 3 partitions, among which rows have no order"):
+        Replica(tmp_path / "one", several)
+    assert not (tmp_path / "one").exists()
+    place = brokers.named("events")
+    nobody = tmp_path / "nobody.properties"
+    nobody.write_text("bootstrap.servers=127.0.0.1:9\n")
+    with pytest.raises(UserError, match=r"no broker of '127.0.0.1:9' has answered within 0.5 seconds"):
+        Replica(tmp_path / "one", KafkaTopic(nobody, "events"), seconds=0.5)
+    with pytest.raises(UserError, match="is no name of a Kafka topic"):
+        KafkaTopic(place.file, "no name")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a=b\n", "does not say where Kafka is: add bootstrap.servers"),
+        ("bootstrap.servers=x\nwhat\n", "line 2, is not KEY=VALUE"),
+        ("bootstrap.servers=x\nbootstrap.servers=y\n", "line 2, gives a key for the second time"),
+        ("bootstrap.servers=x\nacks=1\n", "sets 'acks', which a journal needs otherwise"),
+        ("bootstrap.servers=x\nrequest.required.acks=1\n", "sets 'request.required.acks', which a journal needs"),
+        ("bootstrap.servers=x\nenable.idempotence=false\n", "sets 'enable.idempotence'"),
+        ("bootstrap.servers=x\ntransactional.id=me\n", "sets 'transactional.id'"),
+        (
+            "bootstrap.servers=x\nsasl.jaas.config=secret!\n",
+            "has a key of Java's clients: Java JAAS configuration is not",
+        ),
+        ("bootstrap.servers=x\nwhat.is.this=secret!\n", "sets 'what.is.this', a key or value that librdkafka"),
+        ("bootstrap.servers=x\nsecurity.protocol=secret!\n", "sets 'security.protocol', a key or value that"),
+        (
+            "bootstrap.servers=x\nsecurity.protocol=ssl\nssl.key.location=/secret!\n",
+            "do not go together, or can't be used on this machine",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_without_their_values(tmp_path: Path, text: str, sentence: str) -> None:
+    pytest.importorskip("confluent_kafka")
+    file = tmp_path / "client.properties"
+    file.write_text(text)
+    with pytest.raises(UserError, match=sentence) as error:
+        Replica(tmp_path / "one", KafkaTopic(file, "events"), seconds=0.5)
+    assert "secret!" not in str(error.value)
+
+
+def test_properties_are_read_as_kafkas_own_tools_do(tmp_path: Path) -> None:
+    file = tmp_path / "client.properties"
+    file.write_text("# comment\n! comment\n\nbootstrap.servers = a:1,b:2 \nacks=-1\nsasl.password=a=b#c\n")
+    assert read_properties(file) == {"bootstrap.servers": "a:1,b:2", "acks": "-1", "sasl.password": "a=b#c"}
+    with pytest.raises(UserError, match="can't be read: No such file"):
+        read_properties(tmp_path / "none")
+
+
+def test_no_log_holds_a_secret(brokers: Brokers, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    brokers.tell("create", "events", 1)
+    place = brokers.named("events", sasl_password="secret!", sasl_username="secret!", ssl_key_password="secret!")
+    with caplog.at_level(logging.DEBUG):
+        replica = Replica(tmp_path / "one", place)
+        replica.append(batch(1))
+        replica.close()
+    assert "secret!" not in caplog.text
+    for path in (tmp_path / "one").iterdir():
+        assert b"secret!" not in path.read_bytes()
+
+
+def test_a_forked_process_is_told_to_make_its_own(brokers: Brokers, tmp_path: Path) -> None:
+    replica = Replica(tmp_path / "one", brokers.topic("events"))
+    replica._process -= 1
+    with pytest.raises(UserError, match="can't be used by a forked process"):
+        replica.append(batch(1))
+    replica.close()
