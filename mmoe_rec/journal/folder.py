@@ -29,11 +29,13 @@ _ELSEWHERE = ("nfs", "cifs", "smb", "9p", "fuse.sshfs")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a journal is a replica of. id: 16 bytes, of all its replicas; name: as a sentence calls it; files: name ->
+    """What a journal is a replica of. id: 16 bytes, of all its replicas; name: as a sentence calls it; made: what
+    tells it from another one of the same id that was there before, empty where that is not known; files: name ->
     content of further files that a new replica begins with."""
 
     id: bytes
     name: str
+    made: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -57,11 +59,15 @@ def open_folder(folder: Path, create: bool, origin: Origin | None = None) -> byt
 
 def origin_of(folder: Path) -> str | None:
     """What the journal in a folder is a replica of, None for one of its own. Raises UserError where that is damaged."""
+    return _about(folder).get("replica_of")
+
+
+def _about(folder: Path) -> dict[str, str]:
     try:
-        about = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
+        found: dict[str, str] = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"'{folder / 'journal.json'}' can't be read; restore it from a copy") from None
-    return about.get("replica_of")
+    return found
 
 
 def check_origin(folder: Path, origin: Origin | None) -> None:
@@ -69,7 +75,8 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
     found = origin_of(folder)
     if origin is None and found is not None:
         raise UserError(
-            f"the journal '{folder}' is a replica of {found}, and nothing else may be appended to it: name the topic"
+            f"the journal '{folder}' is a replica of {found}, and nothing else may be appended to it: "
+            "name the topic (--kafka FILE --kafka-topic NAME)"
         )
     if origin is not None and found is None:
         raise UserError(
@@ -78,6 +85,11 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
     if origin is not None and open_folder(folder, create=False) != origin.id:
         raise UserError(
             f"the journal '{folder}' is a replica of {found}, not of {origin.name}: name a new folder, or that topic"
+        )
+    if origin is not None and origin.made and (before := _about(folder).get("made")) not in (None, "", origin.made):
+        raise UserError(
+            f"the journal '{folder}' is a replica of {found} that was there before ('{before}', now '{origin.made}'): "
+            "it was made anew; name a new folder, or a topic of another name"
         )
 
 
@@ -106,7 +118,7 @@ def _create(folder: Path, origin: Origin | None) -> None:
     try:
         about = {"format": FORMAT, "id": journal_id.hex()}
         if origin is not None:
-            about["replica_of"] = origin.name
+            about |= {"replica_of": origin.name, "made": origin.made}
             for name, content in origin.files.items():
                 (temporary / name).write_bytes(content)
         (temporary / "journal.json").write_text(json.dumps(about), encoding="utf-8")

@@ -72,7 +72,9 @@ class Replica:
         self._topic, self._process = Topic(place, seconds), os.getpid()
         if checks and (unknown := self._topic.check_settings()) is not None:
             _log.warning("%s: see that its cleanup.policy is delete", unknown)
-        origin = Origin(self._topic.id, self._topic.name, {FILE: told(Position.begin(), 0)})
+        self._made = self._topic.made()
+        files = {FILE: told(Position.begin(), 0)}
+        origin = Origin(self._topic.id, self._topic.name, self._made, files)
         self._journal = Journal(folder, segment_bytes, create, origin)
         self.folder = self._journal.folder
         self._progress = Progress(self.folder, self._topic.id)
@@ -184,6 +186,7 @@ class Replica:
         """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
         low, self._high = self._topic.range()
         self._heard = time.time()
+        self._check_made()
         with self._journal.alone() as end:
             following = self._progress.next(end)
             payload = self._progress.last_payload(end)
@@ -201,6 +204,10 @@ class Replica:
             if offset >= low and (found is None or _record(found) != payload):
                 raise self._other_topic(f"it holds another message at offset {offset:,}")
         return following
+
+    def _check_made(self) -> None:
+        if self._made and (made := self._topic.made()) not in ("", self._made):
+            raise self._other_topic(f"its id is '{made}', and was '{self._made}'")
 
     def _other_topic(self, why: str) -> UserError:
         return UserError(
@@ -255,7 +262,7 @@ class Replica:
                 self._recover()
             except Exception as error:  # whatever it is, it is told, and tried again
                 self._fail(str(error) if isinstance(error, UserError) else one_line(error))
-                must_check, waiting = True, []
+                must_check = not waiting
                 self._is_closed.wait(_PAUSE_SECONDS)
 
     def _recover(self) -> None:
@@ -274,6 +281,7 @@ class Replica:
         except UserError:
             return  # `status` tells how long that has been so
         self._heard = time.time()
+        self._check_made()
         if self._high < self._next:
             raise self._other_topic(f"it ends at offset {self._high:,}")
 

@@ -26,6 +26,7 @@ ROWS, CLOSE = b"rows 1", b"close 1"
 """Kinds of messages, as their header says: a record, and that a segment is closed here."""
 _HEADER = "mmoe-rec"
 _IDS = uuid.UUID("c5d3a0de-3f0c-4b5f-8f55-6f0a7f6b1c2e")
+_NO_ID = "A" * 22  # all bits zero
 _TICK_SECONDS = 0.05
 _ASKED_SECONDS = 3.0  # of a broker that need not tell how a topic is set up
 _OVERHEAD_BYTES = 1_024
@@ -51,15 +52,18 @@ class Topic:
     def __init__(self, place: KafkaTopic, seconds: float) -> None:
         try:
             import confluent_kafka
+            import confluent_kafka.admin
         except ImportError:
             raise UserError(
                 "a journal in a Kafka topic needs the package confluent-kafka: install the extra `kafka`, such as "
-                "pip install 'confluent-kafka>=2.6'"
+                "pip install 'confluent-kafka>=2.16,<3'"
             ) from None
         self._kafka, self.place, self.seconds = confluent_kafka, place, seconds
         self._given = read_properties(place.file)
         self._told: str | None = None  # by a client, of what it has run into last
         self._partition = confluent_kafka.TopicPartition(place.name, 0)
+        self._admin_module = confluent_kafka.admin
+        self._admin = self._client(confluent_kafka.admin.AdminClient, admin_settings(self._given))
         self._asking = self._client(confluent_kafka.Consumer, consumer_settings(self._given))
         self.cluster = self._checked_cluster()
         self.name = f"the topic '{place.name}' of the Kafka cluster '{self.cluster}'"
@@ -106,11 +110,11 @@ class Topic:
 
         Raises UserError where the topic loses messages by its settings.
         """
-        admin_module = __import__("confluent_kafka.admin", fromlist=["AdminClient"])
-        admin = self._client(admin_module.AdminClient, admin_settings(self._given))
-        asked = admin_module.ConfigResource(admin_module.ConfigResource.Type.TOPIC, self.place.name)
+        kinds = self._admin_module.ConfigResource
         try:
-            (future,) = admin.describe_configs([asked], request_timeout=_ASKED_SECONDS).values()
+            (future,) = self._admin.describe_configs(
+                [kinds(kinds.Type.TOPIC, self.place.name)], request_timeout=_ASKED_SECONDS
+            ).values()
             found = {name: each.value for name, each in future.result(2 * _ASKED_SECONDS).items()}
         except (self._kafka.KafkaException, TimeoutError) as error:
             return f"the broker does not tell how {self.name} is set up ({_words(error)})"
@@ -120,6 +124,16 @@ class Topic:
             self._given["message.max.bytes"] = found["max.message.bytes"]
             self.most_bytes = int(found["max.message.bytes"]) - _OVERHEAD_BYTES
         return None
+
+    def made(self) -> str:
+        """The id that the topic got when it was made; empty where the broker does not tell."""
+        names = self._kafka.TopicCollection([self.place.name])
+        try:
+            (future,) = self._admin.describe_topics(names, request_timeout=_ASKED_SECONDS).values()
+            found = str(future.result(2 * _ASKED_SECONDS).topic_id)
+        except (self._kafka.KafkaException, TimeoutError):
+            return ""
+        return "" if found == _NO_ID else found
 
     def range(self, seconds: float | None = None) -> tuple[int, int]:
         """The first offset that is there, and the next one. Raises UserError where no broker says so in time."""
