@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,9 +16,12 @@ from mmoe_rec.registry import find_model, local_model, permanent_address
 from mmoe_rec.serving.artifact import MANIFEST
 
 if TYPE_CHECKING:
+    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.request_log.folder import LogOptions
     from mmoe_rec.server.limits import Limits
     from mmoe_rec.server.reloading import Source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def serve_model(
     grace: float = 10.0,
     token: str | None = None,
     journal: Path | None = None,
+    topic: KafkaTopic | None = None,
     log: LogOptions | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
@@ -81,6 +86,7 @@ def serve_model(
         grace: seconds from SIGTERM to the end at the latest.
         token: which callers have to show; None lets everybody in.
         journal: folder of the journal that takes events and that the model learns from; None takes none.
+        topic: of which the journal's folder is this machine's replica; None for a journal of this machine alone.
         log: how requests are logged; None does not.
         overrides: settings of section `serving`, such as `--serving.max_elements 10`, before those of the model.
 
@@ -96,12 +102,12 @@ def serve_model(
     bound = listening_socket(host, port)
     log_to_stderr()
     if journal is not None:
-        _open_journal(journal)
+        _open_journal(journal, topic)
     if log is not None:
         check_folder(log.folder)
     known = finder.state()
     source = finder.find()
-    options = Options(limits_of(source.folder, overrides), grace, token, journal, log)
+    options = Options(limits_of(source.folder, overrides), grace, token, journal, log, topic)
     if workers == 1:
         from mmoe_rec.server.running import serve
 
@@ -112,13 +118,33 @@ def serve_model(
     return serve_by_workers(source, known, finder, bound, options, poll, workers)
 
 
-def _open_journal(folder: Path) -> None:
-    """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
+def _open_journal(folder: Path, topic: KafkaTopic | None) -> None:
+    """Makes the journal unless it is there, and takes in what its topic holds.
+
+    Raises UserError where events can't be written to it; but where no broker answers for a replica that is there, the
+    model can be served with what it holds.
+    """
     if sys.platform == "win32":
         raise UserError("a journal needs locks on files as Linux and macOS have them: serve without --journal")
-    from mmoe_rec.journal.journal import Journal
+    from mmoe_rec.journal.opening import open_journal
 
-    Journal(folder).close()
+    if topic is None:
+        open_journal(folder).close()
+        return
+    from mmoe_rec.journal.kafka.replica import Replica
+    from mmoe_rec.journal.kafka.topic import AwayError
+
+    try:
+        replica = Replica(folder, topic)
+    except AwayError as error:
+        if not (folder / "journal.json").exists():
+            raise
+        _log.error("serving without the newest events, and taking none so far: %s", error)
+        return
+    try:
+        replica.catch_up()
+    finally:
+        replica.close()
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

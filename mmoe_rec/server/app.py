@@ -25,6 +25,7 @@ from mmoe_rec.server.page.response import page
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 
 if TYPE_CHECKING:
+    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.accepting import Accepting
 
 Reload = Callable[[], Awaitable[None]]
@@ -44,6 +45,7 @@ class Application:
         reload: Reload | None = None,
         token: str | None = None,
         log: LogOptions | None = None,
+        topic: KafkaTopic | None = None,
     ) -> None:
         self.models, self.token = models, token
         self.metrics = metrics or Metrics()
@@ -54,7 +56,7 @@ class Application:
             from mmoe_rec.server.live.accepting import Accepting  # which needs a system with locks on files
 
             assert self.calls.following is not None
-            self.events = Accepting(models, models.journal, limits, self.metrics, self.calls.following)
+            self.events = Accepting(models, models.journal, limits, self.metrics, self.calls.following, topic)
         self._pages: ASGIApp = _pages(self.calls, self.events, reload)
 
     def close(self) -> None:
@@ -102,6 +104,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure}
         if calls.following is not None:
             told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
+            if calls.following.topic is not None:
+                told["topic"] = calls.following.topic.about()
         return _json({**about, **told})
 
     @app.get("/model", response_model=None)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -19,6 +20,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _CALLS = (1, 2, 4, 8, 16, 32, 64)
 _PREFIX = "mmoe_rec_"
+_OfAll = Literal["livesum", "livemax", "livemin"]
 
 
 class Metrics:
@@ -62,12 +64,13 @@ class Metrics:
         self.waiting = gauge("waiting", "Calls waiting for a pass now")
         self._model = gauge("model_info", "Workers that serve this model", "model", "version", "run_id", "tables_as_of")
         self._shown: tuple[str, ...] | None = None
+        self._topic: tuple[Gauge, Gauge] | None = None
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}{name}", help_text, labels, registry=self._own)
 
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode="livesum")
+    def _gauge(self, name: str, help_text: str, *labels: str, of_all: _OfAll = "livesum") -> Gauge:
+        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode=of_all)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -88,6 +91,17 @@ class Metrics:
             self._model.labels(*self._shown).set(0)
         self._shown = tuple(about[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
         self._model.labels(*self._shown).set(1)
+
+    def show_topic(self, lag: int | None, heard: float) -> None:
+        """Says how far this worker's machine is behind a topic, as `Joined.numbers` does."""
+        if self._topic is None:
+            self._topic = (
+                self._gauge("topic_lag", "Messages of the topic of events that a worker lacks", of_all="livemax"),
+                self._gauge("topic_heard_timestamp_seconds", "When a broker of it has last answered", of_all="livemin"),
+            )
+        if lag is not None:
+            self._topic[0].set(lag)
+        self._topic[1].set(heard)
 
     def text(self) -> bytes:
         """The numbers of all workers in Prometheus' text format."""

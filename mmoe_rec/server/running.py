@@ -130,7 +130,8 @@ def serve(source: Source, known: str, finder: Finder, bound: socket.socket, opti
     async def reload() -> None:
         await asyncio.wrap_future(reloads.ask())
 
-    server = Server(Application(models, options.limits, metrics, reload, options.token, options.log), options)
+    app = Application(models, options.limits, metrics, reload, options.token, options.log, options.topic)
+    server = Server(app, options)
     watch = Watch(finder, reloads, poll)
 
     def started(loop: asyncio.AbstractEventLoop) -> None:

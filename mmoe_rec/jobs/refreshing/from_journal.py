@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
 from mmoe_rec.progress import say
 from mmoe_rec.settings import Settings
 
+if TYPE_CHECKING:
+    from mmoe_rec.journal.kafka.settings import KafkaTopic
 
-def from_journal(folder: Path, settings: Settings, remove: bool = False) -> Journal:
+
+def from_journal(folder: Path, settings: Settings, remove: bool = False, topic: KafkaTopic | None = None) -> Journal:
     """Closes the journal's segment, and writes the files of closed ones that the served tables do not hold.
 
-    remove: segments that the tables hold already are removed. Raises UserError where there is no journal, it is
+    remove: segments that the tables hold already are removed; topic: of which the folder is a replica, whose segment is
+    then closed on all machines. Raises UserError where there is no journal, it is
     damaged, or the logs' places take no files.
     """
 
     def write(served: Served) -> Mapping[str, Any]:
         from mmoe_rec.journal.checkpoints import checkpoints, remove_through
-        from mmoe_rec.journal.journal import Journal
+        from mmoe_rec.journal.opening import open_journal
         from mmoe_rec.journal.parquet_files import write_files
 
-        journal = Journal(folder, create=False)
-        through = journal.close_segment()
-        journal.close()
+        journal = open_journal(folder, topic, create=False)
+        try:
+            through = journal.close_segment()
+        finally:
+            journal.close()
         known = served.about.journal
         after, later_than = 0, None
         if known is not None and known["id"] == journal.id:

@@ -33,6 +33,10 @@ _OVERHEAD_BYTES = 1_024
 """Of a message beside its value, at most."""
 
 
+class AwayError(UserError):
+    """No broker has answered: later one may."""
+
+
 @dataclass(frozen=True)
 class Message:
     """kind: `ROWS`, `CLOSE`, or anything else of messages that others have sent."""
@@ -91,7 +95,7 @@ class Topic:
         try:
             found = self._asking.list_topics(timeout=self.seconds)
         except self._kafka.KafkaException:
-            raise UserError(self._away(self.seconds)) from None
+            raise AwayError(self._away(self.seconds)) from None
         name = self.place.name
         if (topic := found.topics.get(name)) is None or topic.error is not None:
             raise UserError(
@@ -141,7 +145,7 @@ class Topic:
         try:
             low, high = self._asking.get_watermark_offsets(self._partition, timeout=limit)
         except self._kafka.KafkaException as error:
-            raise UserError(f"{self._away(limit)}: {_words(error)}") from None
+            raise AwayError(f"{self._away(limit)}: {_words(error)}") from None
         return int(low), int(high)
 
     def send(self, kind: bytes, value: bytes) -> int:
@@ -233,7 +237,7 @@ class Topic:
                     return _message(found) if found.offset() == offset else None
         finally:
             consumer.close()
-        raise UserError(f"{self.name}: {self._away(self.seconds)}")
+        raise AwayError(f"{self.name}: {self._away(self.seconds)}")
 
     def close(self) -> None:
         """Ends its clients."""

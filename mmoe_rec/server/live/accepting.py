@@ -19,10 +19,10 @@ import pyarrow.types as pt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, quoted
 from mmoe_rec.journal.checked import RowChecks, known_types
 from mmoe_rec.journal.duplicates import Counts, Taken
-from mmoe_rec.journal.group_commit import GroupCommit
+from mmoe_rec.journal.group_commit import Appending, GroupCommit
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.rows import LogRows
@@ -38,12 +38,18 @@ from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.parsing import parse_json
 
 if TYPE_CHECKING:
+    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.learning import Learning
     from mmoe_rec.serving.loaded import LoadedRanker
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4
 """Batches that wait for the disk at a time; they share a flush."""
+
+_MAY_BE_KEPT = (
+    "the topic of events has not said in time that it keeps the rows, and it may keep them: send them again (rows of "
+    "requests, and those with an event_id, count once)"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,9 +67,18 @@ class _Sent:
 class Accepting:
     """Takes events into a journal: all rows of a call, or none."""
 
-    def __init__(self, models: Models, journal: Path, limits: Limits, metrics: Metrics, following: Following) -> None:
+    def __init__(
+        self,
+        models: Models,
+        journal: Path,
+        limits: Limits,
+        metrics: Metrics,
+        following: Following,
+        topic: KafkaTopic | None = None,
+    ) -> None:
+        """topic: of which the journal's folder is a replica, None for a journal of this machine."""
         self._models, self._limits, self._metrics, self._following = models, limits, metrics, following
-        self._commit = GroupCommit(Journal(journal))
+        self._commit, self._topic = GroupCommit(_opened(journal, limits, following, topic)), topic
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
@@ -122,8 +137,13 @@ class Accepting:
             position = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
+        except NotAcknowledgedError as error:
+            _log.error("%s", error)
+            raise Refused(503, _MAY_BE_KEPT, "topic", "TEMPORARILY_UNAVAILABLE", 5) from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
+            if self._topic is not None:
+                raise Refused(503, "the topic of events takes none; the log says why", "topic", INTERNAL, 5) from None
             raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
         self._following.accepted(position)
         self._metrics.events.labels(sent.source or "").inc(len(table))
@@ -149,6 +169,15 @@ class Accepting:
             checks = RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
             known = self._checks = served, checks
         return known[1]
+
+
+def _opened(folder: Path, limits: Limits, following: Following, topic: KafkaTopic | None) -> Appending:
+    if topic is None:
+        return Journal(folder)
+    from mmoe_rec.server.live.joined import Joined
+
+    following.topic = joined = Joined(folder, topic, limits.answer_seconds)
+    return joined
 
 
 def _log_in(query: Mapping[str, str]) -> str | None:

@@ -22,6 +22,7 @@ from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import sentence_of
 
 if TYPE_CHECKING:
+    from mmoe_rec.server.live.joined import Joined
     from mmoe_rec.server.live.learning import Learning
 
 PAUSE_SECONDS = 0.02
@@ -42,6 +43,9 @@ class Following:
     def __init__(self, models: Models, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
         self._models, self._batcher, self._limits, self._metrics = models, batcher, limits, metrics
         self.failure: str | None = None
+        self.topic: Joined | None = None
+        """What the journal's folder is a replica of, None for a journal of this machine."""
+        self._shown: object = None
         self._ends = _Ends()
         self._look, self._asked = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -60,7 +64,8 @@ class Following:
     def lacking(self) -> str | None:
         """What the current model does not know of the journal, and why, as a sentence; None where it knows all."""
         learning = self._learning()
-        return self.failure or (None if learning is None else learning.gap)
+        missed = None if self.topic is None else self.topic.failure
+        return self.failure or missed or (None if learning is None else learning.gap)
 
     @property
     def position(self) -> str | None:
@@ -75,6 +80,8 @@ class Following:
         late, so that a caller may give one with each request.
         """
         position = Position.parse(text)
+        if self.topic is not None:  # it may be of another machine, whose events are not here yet
+            await self.reached(position)
         learning = self._learning()
         if learning is not None and position not in self._ends:
             try:
@@ -142,6 +149,7 @@ class Following:
                 if told != self.failure:
                     _log.error("the model learns no further events: %s", told, exc_info=not is_told)
                 self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
+            self._show_topic()
             self._tell()  # also of what a model knows that has just taken the place of another one
             self._asked.wait(rest)
             self._asked.clear()
@@ -162,6 +170,11 @@ class Following:
         for outcome, rows in learnt.counts.items():
             self._metrics.learnt.labels(outcome).inc(rows)
         return True
+
+    def _show_topic(self) -> None:
+        if self.topic is not None and (numbers := self.topic.numbers()) != self._shown:
+            self._metrics.show_topic(*numbers)
+            self._shown = numbers
 
     def _tell(self) -> None:
         with self._lock:

@@ -1,0 +1,78 @@
+"""A worker's replica of a topic, which need not answer for the worker to rank: it is joined as soon as it does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.journal.kafka.replica import SECONDS, Replica
+from mmoe_rec.journal.kafka.settings import KafkaTopic
+from mmoe_rec.journal.kafka.topic import AwayError
+from mmoe_rec.journal.position import Position
+from mmoe_rec.journal.records import Batch
+
+_PAUSE_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Joined:
+    """Appends to a replica. Raises UserError where the topic is not one that it can join.
+
+    answer_seconds: within which a caller is to be answered: at most the first third is given to a broker.
+    """
+
+    def __init__(self, folder: Path, place: KafkaTopic, answer_seconds: float) -> None:
+        self._folder, self._place, self._seconds = folder, place, min(SECONDS, answer_seconds / 3)
+        self._replica: Replica | None = None
+        self._failure, self._since = "", time.time()
+        try:
+            self._join()
+        except AwayError as error:
+            self._failure = str(error)
+            _log.error("no events are taken: %s", error)
+            threading.Thread(target=self._try_again, name="joining", daemon=True).start()
+
+    def _join(self) -> None:
+        self._replica = Replica(self._folder, self._place, seconds=self._seconds)
+
+    def _try_again(self) -> None:
+        while self._replica is None:
+            time.sleep(_PAUSE_SECONDS)
+            try:
+                self._join()
+                _log.info("the topic '%s' answers: events are taken", self._place.name)
+            except UserError as error:
+                if self._failure != (told := str(error)):
+                    _log.error("no events are taken: %s", told)
+                self._failure = told
+
+    def append(self, *batches: Batch) -> Position:
+        """As `Replica.append`. Raises UserError as long as the topic does not answer."""
+        if self._replica is None:
+            raise UserError(self._failure)
+        return self._replica.append(*batches)
+
+    @property
+    def failure(self) -> str | None:
+        """Why what other machines accept may not be known here, as a sentence; None where it is."""
+        return self._failure if self._replica is None else self._replica.status().failure
+
+    def numbers(self) -> tuple[int | None, float]:
+        """Messages of the topic that this machine does not have, None where that is not known; and the time, seconds
+        since 1970 UTC, when a broker has last answered."""
+        if self._replica is None:
+            return None, self._since
+        status = self._replica.status()
+        return status.lag, status.heard
+
+    def about(self) -> dict[str, Any]:
+        """The same for people."""
+        lag, heard = self.numbers()
+        told = datetime.fromtimestamp(heard, UTC).isoformat(timespec="seconds")
+        return {"name": self._place.name, "lag": lag, "heard": told, "failure": self.failure}
