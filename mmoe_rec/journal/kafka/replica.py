@@ -179,8 +179,9 @@ class Replica:
             raise UserError("a replica of a topic can't be used by a forked process: let each make its own")
 
     def _check_failure(self) -> None:
-        if self._failure is not None:
-            raise UserError(self._failure)
+        """Raises UserError where it is known that brokers are away: callers need not wait for that one by one."""
+        if (failure := self.status().failure) is not None:
+            raise UserError(failure)
 
     def _check(self) -> int:
         """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
