@@ -142,6 +142,8 @@ def _open_journal(folder: Path, topic: KafkaTopic | None) -> None:
         _log.error("serving without the newest events, and taking none so far: %s", error)
         return
     try:
+        if lag := replica.status().lag:
+            _log.info("taking in %s messages of the topic '%s'", f"{lag:,}", topic.name)
         replica.catch_up()
     finally:
         replica.close()

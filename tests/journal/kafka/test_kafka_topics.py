@@ -1,10 +1,13 @@
 """What is wrong with a topic, its brokers or a folder is told in one sentence, and nothing is lost without one."""
 
 import logging
-import os
+import shutil
+import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from mmoe_rec.journal.group_commit import GroupCommit
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
 from mmoe_rec.journal.kafka.topic import ROWS, Topic
+from mmoe_rec.journal.opening import open_journal, topic_of
 from mmoe_rec.journal.records import encode
 from mmoe_rec.journal.segments import segment_path
 from tests.journal.journals import all_numbers, batch
@@ -90,7 +94,7 @@ def test_a_copy_of_another_machines_folder_goes_on(brokers: Brokers, tmp_path: P
     place = brokers.topic("events")
     _filled(tmp_path / "one", place, 1, 2, 3)
     brokers.tell("cut", "events", 3)
-    os.system(f"cp -r {tmp_path / 'one'} {tmp_path / 'two'}")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
     _filled(tmp_path / "two", place, 4)
     one = Replica(tmp_path / "one", place)
     one.catch_up()
@@ -191,6 +195,50 @@ def test_a_full_disk_of_this_machine_is_no_refusal(
     assert all_numbers(replica.folder) == [1, 2, 3]
     assert replica.status().failure is None
     replica.close()
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"cleanup.policy": "compact"}, "is compacted, which removes rows: set its cleanup.policy to delete"),
+        ({"cleanup.policy": "compact,delete"}, "is compacted, which removes rows"),
+        ({"cleanup.policy": "delete", "max.message.bytes": "20000"}, "holds at most 18,976: send fewer at a time"),
+    ],
+)
+def test_how_a_topic_is_set_up_is_asked(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str], sentence: str
+) -> None:
+    """As brokers tell it; mock ones do not."""
+    from confluent_kafka.admin import AdminClient
+
+    def describe(admin: object, asked: list[object], **options: object) -> dict[object, Future[object]]:
+        found: Future[object] = Future()
+        found.set_result({name: SimpleNamespace(value=value) for name, value in told.items()})
+        return {asked[0]: found}
+
+    monkeypatch.setattr(AdminClient, "describe_configs", describe)
+    place = brokers.topic("events")
+    with pytest.raises(UserError, match=sentence):
+        Replica(tmp_path / "one", place).append(batch(*range(3000)))
+
+
+def test_what_commands_lack_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kafka.properties"
+    file.write_text("bootstrap.servers=127.0.0.1:9\n")
+    assert topic_of(None, None, "journal") is None
+    assert topic_of(str(file), "events", "journal") == KafkaTopic(file, "events")
+    for words, sentence in (
+        ((str(file), None, "journal"), "--kafka needs --kafka-topic NAME as well"),
+        ((None, "events", "journal"), "--kafka-topic needs --kafka FILE as well"),
+        ((str(file), "events", None), "--kafka needs --journal FOLDER as well"),
+        ((str(tmp_path / "none"), "events", "journal"), "can't be read: No such file"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            topic_of(*words)
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    with pytest.raises(UserError, match="needs the package confluent-kafka: install the extra `kafka`"):
+        open_journal(tmp_path / "journal", KafkaTopic(file, "events"))
+    assert not (tmp_path / "journal").exists()
 
 
 def test_topics_and_brokers_that_do_not_fit_are_told(brokers: Brokers, tmp_path: Path) -> None:
