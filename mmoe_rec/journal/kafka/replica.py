@@ -227,6 +227,7 @@ class Replica:
             with self._journal.alone() as end:
                 if self._progress.next(end) == offset:  # need not be read
                     self._take(Message(offset, kind, value), end)
+                    self._advance(offset + 1)
         except UserError as error:
             raise NotAcknowledgedError(
                 f"the topic has taken the rows, but this machine can't keep them: {error}"
@@ -277,14 +278,16 @@ class Replica:
         self._failure = sentence
 
     def _ask(self) -> None:
+        before = self._next  # as it may go on while a broker is asked
         try:
-            _, self._high = self._topic.range(_READ_SECONDS * 5)
+            _, high = self._topic.range(_READ_SECONDS * 5)
         except UserError:
             return  # `status` tells how long that has been so
         self._heard = time.time()
         self._check_made()
-        if self._high < self._next:
-            raise self._other_topic(f"it ends at offset {self._high:,}")
+        if high < before:
+            raise self._other_topic(f"it ends at offset {high:,}")
+        self._high = max(high, self._next)
 
     def _take_all(self, messages: list[Message]) -> None:
         with self._journal.alone() as end:
@@ -292,9 +295,13 @@ class Replica:
                 if each.offset >= self._progress.next(end):
                     end = self._take(each, end)  # noqa: PLW2901
             following = max(self._progress.next(end), messages[-1].offset + 1)
+        self._advance(following)
+
+    def _advance(self, following: int) -> None:
+        """Says that all messages before an offset are taken in."""
         with self._moved:
-            self._next = following
-            self._high = max(self._high, following)
+            self._next = max(self._next, following)
+            self._high = max(self._high, self._next)
             self._moved.notify_all()
 
     def _take(self, message: Message, end: Position) -> Position:
