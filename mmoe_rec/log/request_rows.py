@@ -79,7 +79,6 @@ class FewRows(LogRows):
 
     def __init__(self, columns: Mapping[str, pa.Array | Stored], rows: int, schema: Schema) -> None:
         self._columns, self._rows = columns, rows
-        self._times: dict[str | None, np.ndarray] = {}
         self._asked: dict[tuple[str, ...], UnsortedLookUps] = {}
         self._start(schema)
 
@@ -109,12 +108,6 @@ class FewRows(LogRows):
         """(N,) what a function makes of a column's values."""
         column = self._columns[name]
         return column.each(function) if isinstance(column, Stored) else function(column)
-
-    def times(self, name: str | None = None) -> np.ndarray:
-        """(N,) int64, as of `LogRows`."""
-        if name not in self._times:
-            self._times[name] = super().times(name)
-        return self._times[name]
 
     def look_ups(self, names: Sequence[str]) -> UnsortedLookUps:
         """The rows' look-ups by these columns."""

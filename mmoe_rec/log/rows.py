@@ -36,6 +36,7 @@ class LogRows:
         self.results = dict(results or {})
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
         self._look_ups: dict[tuple[str, ...], LookUps] = {}
+        self._times: dict[str | None, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -91,10 +92,12 @@ class LogRows:
 
     def times(self, name: str | None = None) -> np.ndarray:
         """(N,) int64 microseconds since 1970 UTC of a time column, by default the request's; null: least int64."""
-        column = self.column(name or self.schema.columns.time)
-        if pt.is_null(column.type):
-            return np.full(len(column), np.iinfo(np.int64).min)
-        return filled(column.cast(pa.int64()), np.iinfo(np.int64).min).to_numpy(zero_copy_only=False)
+        if name not in self._times:
+            column = self.column(name or self.schema.columns.time)
+            null = np.iinfo(np.int64).min
+            times = np.full(len(column), null) if pt.is_null(column.type) else filled(column.cast(pa.int64()), null)
+            self._times[name] = np.asarray(times)
+        return self._times[name]
 
     def requests(self) -> pa.Array:
         """The request's id, (N,) int64 or string; a hash of user and time without a request column, of user and id

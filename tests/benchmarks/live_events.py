@@ -27,7 +27,7 @@ REQUESTS_PER_S, CANDIDATES = 20, 500
 EVENTS_PER_S, BATCH, LARGE_BATCH = 2_000, 100, 1_000
 CONNECTIONS, PROBES, SECONDS_BETWEEN_PROBES, PAUSE_S = 8, 4, 0.25, 0.01
 SENDERS = 2
-TURN_SECONDS = 5.0
+TURN_SECONDS, SETTLING_SECONDS = 1.0, 0.3
 STEP, ASKED = 400, 300
 
 
@@ -35,7 +35,7 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
     """Figures of a server of an artifact whose tables end where rows of the interaction log, the events, begin.
 
     Each request is of the time of the event that is sent at that moment. seconds: of requests alone, and of requests
-    beside events, both in turns; each such pair gives a difference of medians, of which the median is told.
+    beside events; the two take turns so short that whatever else the machine does falls on both alike.
     """
     from mmoe_rec.jobs.replay.own_server import OwnServer
 
@@ -56,25 +56,25 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
         quiet: list[float] = []
         busy: list[float] = []
         paced, probed, most = Sent(), Sent(), Sent()
-        for _ in range(max(1, round(seconds / TURN_SECONDS))):
-            quiet.append(asker.ask(TURN_SECONDS))
-            with senders.sending(EVENTS_PER_S, BATCH, 1, paced):
-                busy.append(asker.ask(TURN_SECONDS))
+        with senders.sending(EVENTS_PER_S, BATCH, 1, paced) as paused:
+            for turn in range(2 * round(seconds / TURN_SECONDS)):
+                (paused.clear if turn % 2 else paused.set)()
+                asker.ask(SETTLING_SECONDS)
+                (busy if turn % 2 else quiet).extend(asker.ask(TURN_SECONDS))
         with senders.sending(EVENTS_PER_S, BATCH, 1, probed, probes=True):
             asker.ask(seconds / 2)
         with senders.sending(None, LARGE_BATCH, SENDERS, most):
-            asker.ask(2 * TURN_SECONDS)
+            asker.ask(10 * TURN_SECONDS)
     visible = np.array(probed.visible)
-    added = np.subtract(busy, quiet) * 1e3
+    told = [", ".join(f"{each * 1e3:.2f}" for each in np.percentile(taken, [50, 90])) for taken in (quiet, busy)]
     print(
-        f"p50 {np.median(quiet) * 1e3:.2f} ms without events, {np.median(busy) * 1e3:.2f} ms beside "
-        f"{paced.rate:,.0f} a second; added by turn, ms: {', '.join(f'{each:.1f}' for each in added)}; visible after "
-        f"{np.median(visible):.3f} s (median of {len(visible):,})",
+        f"p50 and p90 {told[0]} ms without events, {told[1]} ms beside {paced.rate:,.0f} a second "
+        f"({len(busy):,} requests each); visible after {np.median(visible):.3f} s (median of {len(visible):,})",
         file=sys.stderr,
     )
     return {
         "visible_s_p99": round(float(np.percentile(visible, 99)), 3),
-        "p50_added_ms": round(float(np.median(added)), 3),
+        "p50_added_ms": round(float(np.median(busy) - np.median(quiet)) * 1e3, 3),
         "paced_events_per_s": round(paced.rate),
         "events_per_s": round(most.rate),
     }
@@ -121,61 +121,70 @@ class Sent:
 
 
 class _Asker:
-    """Sends requests at a steady rate, over several connections in turn."""
+    """Sends requests over several connections in turn, each at a moment of its own within equal shares of the time: at
+    a steady rhythm, batches of events would come at the same moment of all requests of a turn, or of none."""
 
     def __init__(self, port: int, body: Callable[[], bytes]) -> None:
         self._port, self._body = port, body
+        self._random = np.random.default_rng(0)
 
-    def ask(self, seconds: float) -> float:
-        """Seconds that a request takes, the median."""
+    def ask(self, seconds: float) -> list[float]:
+        """Seconds that each request takes."""
         pages = [_Page(self._port) for _ in range(CONNECTIONS)]
         begun, taken = time.perf_counter(), []
         for number in range(int(seconds * REQUESTS_PER_S)):
             body = self._body()
-            _sleep_until(begun + number / REQUESTS_PER_S)
+            _sleep_until(begun + (number + self._random.random()) / REQUESTS_PER_S)
             start = time.perf_counter()
             pages[number % CONNECTIONS].ask("/invocations", body)
             taken.append(time.perf_counter() - start)
-        return float(np.median(taken))
+        return taken
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a sender is to send: rows of a file from `start` to `end`, in batches, at a rate (rows a second) or as fast
+    as they are accepted; probes: whether to look when they are visible."""
+
+    url: str
+    file: Path
+    rate: float | None
+    batch: int
+    start: int
+    end: int
+    probes: bool
 
 
 class _Senders:
     """Processes that send rows of a file, each of which once."""
 
     def __init__(self, url: str, file: Path, rows: int) -> None:
-        self._asked = url, file
-        self._rows, self._next = rows, 0
-        self._rate, self._begun = 0.0, 0.0
+        self._url, self._file, self._rows, self._next = url, file, rows, 0
+        self._spawn = multiprocessing.get_context("spawn")
+        self._count = self._spawn.Value("q", 0)
 
     @property
     def row(self) -> int:
-        """The row that is sent about now."""
-        return min(self._next + int((time.perf_counter() - self._begun) * self._rate), self._rows - 1)
+        """The row that is sent next."""
+        return int(min(self._count.value, self._rows - 1))
 
     @contextmanager
-    def sending(self, rate: float | None, batch: int, count: int, sent: Sent, probes: bool = False) -> Iterator[None]:
-        """Sends batches at a rate, or as fast as they are accepted, until the block ends.
-
-        sent: to be added to; probes: whether to look when they are visible.
-        """
-        spawn = multiprocessing.get_context("spawn")
-        stop, found = spawn.Event(), spawn.Queue()
+    def sending(self, rate: float | None, batch: int, count: int, sent: Sent, probes: bool = False) -> Iterator[Any]:
+        """Sends batches until the block ends, but not while the event that it gives is set. sent: to be added to."""
+        paused, stop, found = self._spawn.Event(), self._spawn.Event(), self._spawn.Queue()
         share = (self._rows - self._next) // count
         begins = [self._next + number * share for number in range(count)]
-        processes = [
-            spawn.Process(target=_send, args=(*self._asked, rate, batch, begin, begin + share, probes, stop, found))
-            for begin in begins
-        ]
+        orders = [_Order(self._url, self._file, rate, batch, each, each + share, probes) for each in begins]
+        shared = paused, stop, self._count, found
+        processes = [self._spawn.Process(target=_send, args=(order, *shared)) for order in orders]
         for process in processes:
             process.start()
         for _ in processes:
             assert found.get() == "ready"
-        self._begun, self._rate = time.perf_counter(), rate or 0.0
         try:
-            yield
+            yield paused
         finally:
             stop.set()
-            self._rate = 0.0
             several = [found.get() for _ in processes]
             for process in processes:
                 process.join()
@@ -185,34 +194,31 @@ class _Senders:
         sent.visible += [value for each in several for value in each.visible]
 
 
-def _send(
-    url: str,
-    file: Path,
-    rate: float | None,
-    batch: int,
-    start: int,
-    end: int,
-    probes: bool,
-    stop: Any,
-    found: Any,
-) -> None:
-    """Sends rows from number `start` on, at the latest until `end`; runs in a process of its own."""
-    with pa.memory_map(str(file)) as source:
+def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None:
+    """Sends what is ordered, in a process of its own. count: of all rows that were sent, to be added to."""
+    with pa.memory_map(str(order.file)) as source:
         table = pa.ipc.open_file(source).read_all()
-    sent, waiting, probed = Sent(), [], 0.0
-    with Client(url) as client, ThreadPoolExecutor(PROBES) as prober:
+    sent, waiting, probed, start = Sent(), [], 0.0, order.start
+    with Client(order.url) as client, ThreadPoolExecutor(PROBES) as prober:
         found.put("ready")
-        begun = time.perf_counter()
-        while not stop.is_set() and start < end:
-            rows = table.slice(start, min(batch, end - start))
+        begun = time.perf_counter()  # later by all pauses
+        while not stop.is_set() and start < order.end:
+            if paused.is_set():
+                since = time.perf_counter()
+                time.sleep(PAUSE_S)
+                begun += time.perf_counter() - since
+                continue
+            rows = table.slice(start, min(order.batch, order.end - start))
             position = client.send(rows, None)["position"]
             acknowledged = time.perf_counter()
             start, sent.events = start + len(rows), sent.events + len(rows)
-            if probes and acknowledged - probed >= SECONDS_BETWEEN_PROBES:
+            with count.get_lock():
+                count.value += len(rows)
+            if order.probes and acknowledged - probed >= SECONDS_BETWEEN_PROBES:
                 probed = acknowledged
-                waiting.append(prober.submit(_visible, url, position, acknowledged))
-            if rate is not None:
-                _sleep_until(begun + sent.events / rate)
+                waiting.append(prober.submit(_visible, order.url, position, acknowledged))
+            if order.rate is not None:
+                _sleep_until(begun + sent.events / order.rate)
         sent.seconds = time.perf_counter() - begun
         sent.visible = [each.result() for each in waiting]
     found.put(sent)

@@ -185,12 +185,13 @@ class Replica:
 
     def _check(self) -> int:
         """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
-        low, self._high = self._topic.range()
-        self._heard = time.time()
         self._check_made()
         with self._journal.alone() as end:
             following = self._progress.next(end)
             payload = self._progress.last_payload(end)
+        # Asked last, as other processes go on to take messages in.
+        low, self._high = self._topic.range()
+        self._heard = time.time()
         if following > self._high:
             raise self._other_topic(f"it ends at offset {self._high:,}")
         if following < low:
