@@ -31,6 +31,7 @@ from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
+from mmoe_rec.server.live.background import step_back
 from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
@@ -83,7 +84,7 @@ class Accepting:
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
         self.places = Places(limits, "calls of /events")
-        self._threads = ThreadPoolExecutor(_THREADS, "events")
+        self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
@@ -107,11 +108,16 @@ class Accepting:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits)
         loop = asyncio.get_running_loop()
-        sent = await loop.run_in_executor(self._threads, self._checked, served, body, kind == ARROW, log)
-        if sent.lacking:  # what was acknowledged before may say what it lacks
-            await self._following.reached_end()
-            served = self._models.current or served
-        return await loop.run_in_executor(self._threads, self._taken, served, sent)
+        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log)
+        if not isinstance(found, _Sent):
+            return found
+        await self._following.reached_end()  # what was acknowledged before may say what it lacks
+        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found)
+
+    def _at_once(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent | dict[str, Any]:
+        """What the reply says; what was sent, if it lacks something."""
+        sent = self._checked(served, body, is_arrow, log)
+        return sent if sent.lacking else self._taken(served, sent)
 
     def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
         """What was sent, checked."""

@@ -17,6 +17,7 @@ from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.journal.position import Position
 from mmoe_rec.server.batching import Batcher
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.server.live.background import step_back
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import sentence_of
@@ -136,6 +137,7 @@ class Following:
         return None if served is None else served.learning
 
     def _run(self) -> None:
+        step_back()
         while True:
             started = time.monotonic()
             try:
