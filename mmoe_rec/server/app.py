@@ -126,7 +126,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         """Ranks the candidates of each element."""
         return await calls.answer(request)
 
-    app.post("/invocations", response_model=None, include_in_schema=False)(invocations)
+    # As Starlette has it: FastAPI would look for parameters in each of many calls, and `openapi.py` describes them.
+    app.add_route("/invocations", invocations, methods=["POST"], include_in_schema=False)
 
     async def take(request: Request) -> Response:
         """Takes events into the journal."""
@@ -135,7 +136,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
             return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
         return await events.answer(request)
 
-    app.post("/events", response_model=None, include_in_schema=False)(take)
+    app.add_route("/events", take, methods=["POST"], include_in_schema=False)
 
     if reload is not None:
 
