@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.02
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
-_REST, _LEAST_REST_SECONDS = 4.0, 0.15
-"""After it has learnt something, the thread leaves the processor to requests for so many times as long, and for so long
-at least: a step costs nearly the same for few rows as for many."""
+_REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.15, 0.25
+"""After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
+so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
 MOST_ENDS = 4_096
 """Positions that are known to be of the journal, so that it is not looked at for each of them again."""
@@ -139,13 +139,12 @@ class Following:
     def _run(self) -> None:
         step_back()
         while True:
-            started = time.monotonic()
             try:
-                learnt = self._step()
+                worked = self._step()
                 if self.failure is not None:
                     _log.info("events are learnt again")
                 self.failure = None
-                rest = max(_REST * (time.monotonic() - started), _LEAST_REST_SECONDS) if learnt else 0.0
+                rest = self._rest(worked)
             except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
                 told, is_told = sentence_of(error), isinstance(error, UserError)
                 if told != self.failure:
@@ -158,11 +157,19 @@ class Following:
             self._look.wait(PAUSE_SECONDS)
             self._look.clear()
 
-    def _step(self) -> bool:
-        """Learns what is new; whether there was anything."""
-        learning = self._learning()
+    def _rest(self, worked: float) -> float:
+        """Seconds to rest after so many seconds of work."""
+        with self._lock:
+            if self._waiting or not worked:
+                return 0.0
+        return min(max(_REST * worked, _LEAST_REST_SECONDS), _MOST_REST_SECONDS)
+
+    def _step(self) -> float:
+        """Learns what is new; gives the seconds that preparing it has taken, 0 where there was nothing."""
+        started, learning = time.monotonic(), self._learning()
         if learning is None or (learnt := learning.read()) is None:
-            return False
+            return 0.0
+        worked = time.monotonic() - started
         self._ends.add(*learnt.ends)
         self._batcher.between_passes(lambda: learning.take(learnt)).result()
         now = time.time_ns() // 1_000
@@ -171,7 +178,7 @@ class Following:
         self._metrics.live_rows.set(learning.live_rows)
         for outcome, rows in learnt.counts.items():
             self._metrics.learnt.labels(outcome).inc(rows)
-        return True
+        return worked
 
     def _show_topic(self) -> None:
         if self.topic is not None and (numbers := self.topic.numbers()) != self._shown:
