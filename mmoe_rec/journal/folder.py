@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.atomic import flush_files, flush_tree
+from mmoe_rec.atomic import atomic_file, flush_files, flush_tree
 from mmoe_rec.errors import UserError
 from mmoe_rec.journal.segments import FORMAT, segment_begin, segment_path
 
@@ -91,6 +91,20 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
             f"the journal '{folder}' is a replica of {found} that was there before ('{before}', now '{origin.made}'): "
             "it was made anew; name a new folder, or a topic of another name"
         )
+
+
+def made_of(folder: Path) -> str:
+    """What tells the origin of a replica from another one of the same id; empty where that was never known."""
+    return _about(folder).get("made", "")
+
+
+def note_made(folder: Path, made: str) -> None:
+    """Writes down what was not known when the replica was made; within its lock. Raises UserError."""
+    try:
+        with atomic_file(folder / "journal.json") as temporary:
+            temporary.write_text(json.dumps(_about(folder) | {"made": made}), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"'{folder / 'journal.json'}' can't be written: {error.strerror}") from None
 
 
 def _id_in(text: str, path: Path) -> bytes:

@@ -16,7 +16,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.journal.position import HEADER_BYTES, Position
 from mmoe_rec.journal.records import about_in
-from mmoe_rec.journal.segments import last_record, segment_path
+from mmoe_rec.journal.segments import last_record, segment_numbers, segment_path
 
 FILE = "kafka.json"
 
@@ -62,8 +62,13 @@ class Progress:
             temporary.write_bytes(told(end, next_offset))
 
     def last_payload(self, end: Position) -> bytes | None:
-        """The last record of the last segment; None where that is empty."""
-        return self._payload(Position.begin(end.segment), end)
+        """The last record of the last segment that has one; None where none that is still there has."""
+        for number in reversed(segment_numbers(self._path.parent)):
+            size = segment_path(self._path.parent, number).stat().st_size
+            at = end if number == end.segment else Position(number, size)  # a closed one is whole
+            if number <= end.segment and (found := self._payload(Position.begin(number), at)) is not None:
+                return found
+        return None
 
     def _payload(self, start: Position, end: Position) -> bytes | None:
         if end.offset == HEADER_BYTES:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, one_line
-from mmoe_rec.journal.folder import Origin
+from mmoe_rec.journal.folder import Origin, made_of, note_made
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.progress import FILE, Progress, offset_in, told
 from mmoe_rec.journal.kafka.settings import KafkaTopic
@@ -31,6 +31,7 @@ SECONDS = 10.0
 """How long brokers may take for an answer."""
 _MESSAGES_AT_A_TIME = 500
 _READ_SECONDS, _ASK_SECONDS, _PAUSE_SECONDS = 0.2, 3.0, 1.0
+_MADE_SECONDS = 60.0  # between questions for the topic's id while none is told
 _LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
 
 _log = logging.getLogger(__name__)
@@ -72,9 +73,9 @@ class Replica:
         self._topic, self._process = Topic(place, seconds), os.getpid()
         if checks and (unknown := self._topic.check_settings()) is not None:
             _log.warning("%s: see that its cleanup.policy is delete", unknown)
-        self._made = self._topic.made()
+        made = self._topic.made()
         files = {FILE: told(Position.begin(), 0)}
-        origin = Origin(self._topic.id, self._topic.name, self._made, files)
+        origin = Origin(self._topic.id, self._topic.name, made, files)
         self._journal = Journal(folder, segment_bytes, create, origin)
         self.folder = self._journal.folder
         self._progress = Progress(self.folder, self._topic.id)
@@ -84,7 +85,10 @@ class Replica:
         self._taking = 0  # the offset that is taken in, under the lock
         self._failure: str | None = None
         self._heard, self._high = time.time(), 0
-        self._next = self._check()
+        self._made, self._made_asked = made_of(self.folder), time.monotonic()
+        self._next = self._check(made)
+        if not self._made:
+            _log.warning("%s", self._unknown_made())
         self._moved, self._is_closed = threading.Condition(), threading.Event()
         self._topic.read_from(self._next)
         self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
@@ -183,9 +187,13 @@ class Replica:
         if (failure := self.status().failure) is not None:
             raise UserError(failure)
 
-    def _check(self) -> int:
-        """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
-        self._check_made()
+    def _check(self, made: str | None = None) -> int:
+        """The offset that comes next. made: the topic's id, asked for before, if it was.
+
+        Raises UserError where the topic does not go on from what is there.
+        """
+        made = self._topic.made() if made is None else made
+        self._check_made(made)
         with self._journal.alone() as end:
             following = self._progress.next(end)
             payload = self._progress.last_payload(end)
@@ -205,11 +213,24 @@ class Replica:
             found = self._topic.at(offset) if offset >= low else None
             if offset >= low and (found is None or _record(found) != payload):
                 raise self._other_topic(f"it holds another message at offset {offset:,}")
+        if made and not self._made:  # of a topic that has just been found to hold what is here
+            with self._journal.alone():
+                self._made = made_of(self.folder)  # by another process
+                self._check_made(made)
+                if not self._made:
+                    note_made(self.folder, made)
+                    self._made = made
         return following
 
-    def _check_made(self) -> None:
-        if self._made and (made := self._topic.made()) not in ("", self._made):
+    def _check_made(self, made: str) -> None:
+        if self._made and made not in ("", self._made):
             raise self._other_topic(f"its id is '{made}', and was '{self._made}'")
+
+    def _unknown_made(self) -> str:
+        return (
+            f"no broker tells the id of {self._topic.name}: until one does, that it was made anew is found out by the "
+            f"last record of '{self.folder}' alone"
+        )
 
     def _other_topic(self, why: str) -> UserError:
         return UserError(
@@ -285,7 +306,11 @@ class Replica:
         except UserError:
             return  # `status` tells how long that has been so
         self._heard = time.time()
-        self._check_made()
+        if self._made:
+            self._check_made(self._topic.made())
+        elif time.monotonic() - self._made_asked > _MADE_SECONDS:
+            self._made_asked = time.monotonic()
+            self._check()
         if high < before:
             raise self._other_topic(f"it ends at offset {high:,}")
         self._high = max(high, self._next)

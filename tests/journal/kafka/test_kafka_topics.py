@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError
+from mmoe_rec.journal.folder import made_of
 from mmoe_rec.journal.group_commit import GroupCommit
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
@@ -77,6 +78,64 @@ def test_a_topic_that_is_made_anew_under_a_running_replica_is_found_out(
     until(lambda: "made anew" in (replica.status().failure or ""))
     assert all_numbers(replica.folder) == list(range(5))
     replica.close()
+
+
+def test_an_id_that_was_not_told_at_first_is_written_down_later(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = brokers.topic("events")
+    with monkeypatch.context() as during:
+        during.setattr(Topic, "made", lambda topic: "")
+        replica = Replica(tmp_path / "one", place)
+        replica.append(batch(1))
+        replica.close_segment()
+        replica.close()
+    assert "no broker tells the id of the topic 'events'" in caplog.text
+    assert made_of(tmp_path / "one") == ""
+    Replica(tmp_path / "one", place).close()
+    made = made_of(tmp_path / "one")
+    assert made
+    Replica(tmp_path / "other", place).close()
+    assert (tmp_path / "one" / "journal.json").read_bytes() == (tmp_path / "other" / "journal.json").read_bytes()
+    brokers.tell("delete", "events")
+    brokers.tell("create", "events", 1)
+    _sends(place, *range(11, 20))
+    with pytest.raises(UserError, match=f"was there before \\('{made}', now '.*it was made anew"):
+        Replica(tmp_path / "one", place)
+
+
+def test_a_running_replica_writes_down_an_id_as_soon_as_it_is_told(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_MADE_SECONDS", "_ASK_SECONDS"):
+        monkeypatch.setattr(f"mmoe_rec.journal.kafka.replica.{name}", 0.05)
+    with monkeypatch.context() as during:
+        during.setattr(Topic, "made", lambda topic: "")
+        replica = Replica(tmp_path / "one", brokers.topic("events"))
+        replica.append(batch(1))
+    until(lambda: made_of(replica.folder))
+    replica.append(batch(2))
+    assert replica.status().failure is None
+    replica.close()
+
+
+def test_the_last_record_is_looked_for_before_an_empty_segment(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `refresh` leaves it, of a broker that has no ids of topics."""
+    monkeypatch.setattr(Topic, "made", lambda topic: "")
+    place = brokers.topic("events")
+    replica = Replica(tmp_path / "one", place)
+    replica.append(batch(1))
+    replica.append(batch(2))
+    replica.close_segment()
+    replica.close()
+    Replica(tmp_path / "one", place).close()
+    brokers.tell("delete", "events")
+    brokers.tell("create", "events", 1)
+    _sends(place, *range(11, 20))
+    with pytest.raises(UserError, match="it holds another message at offset 1; it was made anew"):
+        Replica(tmp_path / "one", place)
 
 
 def test_what_retention_has_removed_is_not_passed_over(brokers: Brokers, tmp_path: Path) -> None:
