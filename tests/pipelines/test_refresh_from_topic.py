@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from mmoe_rec.journal.kafka.settings import KafkaTopic
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.options import Options
+from mmoe_rec.server.reloading import ReplicaBehindError, Reloads, Source, Watch
+from mmoe_rec.server.sharing.preparing import Preparing
 from tests.journal.kafka.mock_brokers import mock_brokers
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent
@@ -74,3 +78,58 @@ def test_a_version_that_one_machine_refreshed_is_served_by_all(
         assert (folders[0] / "segment-00000002.journal").read_bytes() == (
             folders[1] / "segment-00000002.journal"
         ).read_bytes()
+
+
+class _Address:
+    """A `Finder` of a model's latest version."""
+
+    def __init__(self, model: RefreshedModel) -> None:
+        self._model, self.number = model, "1"
+
+    def state(self) -> str:
+        return self.number
+
+    def find(self) -> Source:
+        return Source(self._model.folder_of(self.number), f"models:/small/{self.number}")
+
+
+def test_a_version_is_taken_up_by_a_machine_that_was_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First it has not heard of the segment for too long, then it hears of it while it waits."""
+    pytest.importorskip("confluent_kafka")
+    model, folders = RefreshedModel(tmp_path), [tmp_path / "one", tmp_path / "other"]
+    with mock_brokers(tmp_path) as brokers:
+        place = brokers.topic("events")
+        words = ("--journal", str(folders[0]), "--kafka", str(place.file), "--kafka-topic", place.name)
+        one = _served(model, "1", folders[0], place)
+        Replica(folders[1], place).close()
+        other, address = Models(Limits(), folders[1]), _Address(model)
+        other.load(address.find())
+        _sent(one, as_json(model._days(9, 11)))
+        model.refresh(*words)
+        address.number = "2"
+
+        watch = Watch(address, Reloads(address, other.load), 0)
+        watch._known = "1"
+        with monkeypatch.context() as during:
+            during.setattr("mmoe_rec.server.live.learning._BEHIND_SECONDS", 0.3)
+            for _ in range(2):
+                watch.look()
+                assert other.current is not None
+                assert other.current.source.address == "models:/small/1"
+                assert "through segment 1, which another machine closed" in (other.failure or "")
+        looking = threading.Thread(target=watch.look)
+        looking.start()
+        late = Replica(folders[1], place)
+        looking.join()
+        late.close()
+        assert other.current.source.address == "models:/small/2"
+        assert other.failure is None
+        assert watch._known == "2"
+
+
+def test_that_a_machine_is_behind_is_known_of_a_model_that_another_process_loads(tmp_path: Path) -> None:
+    preparing = Preparing(Source(tmp_path, "models:/small/2"), Options(Limits(), 1.0), lambda: True)
+    preparing.pipe, theirs = multiprocessing.Pipe()
+    theirs.send(("behind", "it is behind"))
+    with pytest.raises(ReplicaBehindError, match="it is behind"):
+        preparing.result()
