@@ -14,8 +14,9 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
-from mmoe_rec.server.reloading import ReplicaBehindError, Reloads, Source, Watch
+from mmoe_rec.server.reloading import Reloads, ReplicaBehindError, Source, Watch
 from mmoe_rec.server.sharing.preparing import Preparing
+from tests.journal.journals import batch
 from tests.journal.kafka.mock_brokers import mock_brokers
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent
@@ -78,6 +79,29 @@ def test_a_version_that_one_machine_refreshed_is_served_by_all(
         assert (folders[0] / "segment-00000002.journal").read_bytes() == (
             folders[1] / "segment-00000002.journal"
         ).read_bytes()
+
+
+def test_a_machine_with_a_backlog_catches_up_before_it_closes_the_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("confluent_kafka")
+    closed_at, real = list[tuple[int, int]](), Replica.close_segment
+
+    def close_segment(replica: Replica) -> int:
+        closed_at.append((replica.status().next, replica._topic.range()[1]))
+        return real(replica)
+
+    with mock_brokers(tmp_path) as brokers:
+        place = brokers.topic("events")
+        Replica(tmp_path / "behind", place).close()
+        one = Replica(tmp_path / "one", place)
+        for number in range(600):
+            one.append(batch(number))
+        one.close()
+        monkeypatch.setattr(Replica, "close_segment", close_segment)
+        model = RefreshedModel(tmp_path)
+        model.refresh("--journal", str(tmp_path / "behind"), "--kafka", str(place.file), "--kafka-topic", place.name)
+    assert closed_at == [(600, 600)]
 
 
 class _Address:

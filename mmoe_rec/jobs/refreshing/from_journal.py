@@ -19,17 +19,20 @@ def from_journal(folder: Path, settings: Settings, remove: bool = False, topic: 
     """Closes the journal's segment, and writes the files of closed ones that the served tables do not hold.
 
     remove: segments that the tables hold already are removed; topic: of which the folder is a replica, whose segment is
-    then closed on all machines. Raises UserError where there is no journal, it is
-    damaged, or the logs' places take no files.
+    then closed on all machines, once this one holds what the topic does. Raises UserError where there is no journal, it
+    is damaged, or the logs' places take no files.
     """
 
     def write(served: Served) -> Mapping[str, Any]:
         from mmoe_rec.journal.checkpoints import checkpoints, remove_through
+        from mmoe_rec.journal.kafka.replica import Replica
         from mmoe_rec.journal.opening import open_journal
         from mmoe_rec.journal.parquet_files import write_files
 
         journal = open_journal(folder, topic, create=False)
         try:
+            if isinstance(journal, Replica):
+                journal.catch_up()  # else the close would wait for a backlog, and give up
             through = journal.close_segment()
         finally:
             journal.close()

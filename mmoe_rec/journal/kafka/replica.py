@@ -147,7 +147,14 @@ class Replica:
         with self._journal.alone() as end:
             least = self._progress.next(end)
         self._check_failure()
-        self._wait_for(self._sent(CLOSE, b"", least))
+        try:
+            self._wait_for(self._sent(CLOSE, b"", least))
+        except NotAcknowledgedError as error:
+            why = self.status().failure or "it has not come here so far"
+            raise NotAcknowledgedError(
+                f"it is not known after {self._topic.seconds:g} seconds whether {self._topic.name} has closed the "
+                f"segment ({why}); it may have, on all machines: try again once this machine holds what the topic does"
+            ) from error
         return self._journal.end().segment - 1
 
     def end(self) -> Position:

@@ -3,12 +3,13 @@
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.errors import RequestError
+from mmoe_rec.errors import NotAcknowledgedError, RequestError
 from mmoe_rec.journal.checkpoints import checkpoint_path, remove_through
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.replica import Replica
@@ -261,6 +262,20 @@ def test_segments_may_be_removed_though_the_last_one_is_empty(brokers: Brokers, 
         each.close()
     assert all_numbers(one.folder) == [3]
     assert segment_path(one.folder, 2).read_bytes() == segment_path(other.folder, 2).read_bytes()
+
+
+def test_a_close_that_did_not_come_here_is_told_as_one(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Topic, "read", lambda topic, seconds, most: time.sleep(0.05) or [])
+    place = brokers.topic("events")
+    topic = Topic(place, 10.0)
+    topic.send(ROWS, encode([batch(1)]))
+    topic.close()
+    one = Replica(tmp_path / "one", place, seconds=0.5)
+    with pytest.raises(NotAcknowledgedError, match=r"has closed the segment \(it has not come here so far\)"):
+        one.close_segment()
+    one.close()
 
 
 def test_a_replica_is_appended_to_by_its_topic_alone(brokers: Brokers, tmp_path: Path) -> None:
