@@ -66,8 +66,11 @@ class Journal:
         """Records that were dropped here, as they were not whole."""
         if not os.access(self.folder, os.W_OK):
             raise UserError(f"nothing can be appended to the journal '{self.folder}': it may not be written to")
-        with self._lock.alone() as changed:
-            self._catch_up(changed)
+        try:
+            self.end()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def id(self) -> str:

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +72,20 @@ class Replica:
         checks: bool = True,
     ) -> None:
         self._topic, self._process = Topic(place, seconds), os.getpid()
+        with ExitStack() as undo:
+            undo.callback(self._topic.close)
+            self._begin(folder, segment_bytes, create, checks, undo)
+            undo.pop_all()
+
+    def _begin(self, folder: str | Path, segment_bytes: int, create: bool, checks: bool, undo: ExitStack) -> None:
+        """The rest of the beginning. undo: closes what was opened, if that fails."""
         if checks and (unknown := self._topic.check_settings()) is not None:
             _log.warning("%s: see that its cleanup.policy is delete", unknown)
         made = self._topic.made()
         files = {FILE: told(Position.begin(), 0)}
         origin = Origin(self._topic.id, self._topic.name, made, files)
         self._journal = Journal(folder, segment_bytes, create, origin)
+        undo.callback(self._journal.close)
         self.folder = self._journal.folder
         self._progress = Progress(self.folder, self._topic.id)
         self._journal.before_segment = self._before_segment

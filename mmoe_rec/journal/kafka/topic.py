@@ -46,6 +46,16 @@ class Message:
     value: bytes
 
 
+class _Told:
+    """What clients have run into last. No part of a topic, as a client that refers to its topic would outlive it."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __call__(self, error: Any) -> None:
+        self.last = error.str()
+
+
 class Topic:
     """A topic that there is. Threads may share it, but for `read`, which one may call; a forked process may not use it.
 
@@ -64,30 +74,31 @@ class Topic:
             ) from None
         self._kafka, self.place, self.seconds = confluent_kafka, place, seconds
         self._given = read_properties(place.file)
-        self._told: str | None = None  # by a client, of what it has run into last
+        self._told = _Told()
         self._partition = confluent_kafka.TopicPartition(place.name, 0)
         self._admin_module = confluent_kafka.admin
-        self._admin = self._client(confluent_kafka.admin.AdminClient, admin_settings(self._given))
-        self._asking = self._client(confluent_kafka.Consumer, consumer_settings(self._given))
-        self.cluster = self._checked_cluster()
-        self.name = f"the topic '{place.name}' of the Kafka cluster '{self.cluster}'"
-        self.id = uuid.uuid5(_IDS, f"{self.cluster}\n{place.name}").bytes
-        self.most_bytes = int(self._given.get("message.max.bytes", 1_000_000)) - _OVERHEAD_BYTES
         self._reader: Consumer | None = None
         self._producer: Producer | None = None
         self._lock = threading.Lock()
+        self._admin = self._client(confluent_kafka.admin.AdminClient, admin_settings(self._given))
+        self._asking = self._client(confluent_kafka.Consumer, consumer_settings(self._given))
+        try:
+            self.cluster = self._checked_cluster()
+        except BaseException:
+            self.close()
+            raise
+        self.name = f"the topic '{place.name}' of the Kafka cluster '{self.cluster}'"
+        self.id = uuid.uuid5(_IDS, f"{self.cluster}\n{place.name}").bytes
+        self.most_bytes = int(self._given.get("message.max.bytes", 1_000_000)) - _OVERHEAD_BYTES
 
     def _client(self, kind: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
         try:
-            return kind({**settings, "error_cb": self._note})
+            return kind({**settings, "error_cb": self._told})
         except (self._kafka.KafkaException, ValueError, TypeError) as error:
             raise refused(self.place.file, error) from None
 
-    def _note(self, error: Any) -> None:
-        self._told = error.str()
-
     def _away(self, seconds: float) -> str:
-        told = f" ({self._told})" if self._told else ""
+        told = f" ({self._told.last})" if self._told.last else ""
         return f"no broker of '{self._given['bootstrap.servers']}' has answered within {seconds:g} seconds{told}"
 
     def _checked_cluster(self) -> str:
@@ -244,10 +255,12 @@ class Topic:
         for each in (self._asking, self._reader):
             if each is not None:
                 each.close()
-        self._reader = None
-        if self._producer is not None:
-            self._producer.purge()
-            self._producer.poll(0)
+        with self._lock:
+            self._reader, producer, self._producer = None, self._producer, None
+        if producer is not None:
+            producer.purge()
+            producer.poll(0)
+        self._admin = None  # which has no other way to end its threads
 
 
 def _words(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """What is wrong with a topic, its brokers or a folder is told in one sentence, and nothing is lost without one."""
 
+import gc
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -312,6 +314,41 @@ def test_topics_and_brokers_that_do_not_fit_are_told(brokers: Brokers, tmp_path:
         Replica(tmp_path / "one", KafkaTopic(nobody, "events"), seconds=0.5)
     with pytest.raises(UserError, match="is no name of a Kafka topic"):
         KafkaTopic(place.file, "no name")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux tells them")
+@pytest.mark.parametrize("fails", ["brokers", "topic", "journal", "range"])
+def test_what_can_not_be_joined_leaves_nothing_behind(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """As a server tries it again and again."""
+    place = brokers.topic("events") if fails != "topic" else brokers.named("none")
+    if fails == "brokers":
+        place = KafkaTopic(tmp_path / "nobody.properties", "events")
+        place.file.write_text("bootstrap.servers=127.0.0.1:9\n")
+    elif fails == "journal":
+        _filled(tmp_path / "one", place, 1)
+        segment_path(tmp_path / "one", 1).write_bytes(b"")
+    elif fails == "range":
+        monkeypatch.setattr(Topic, "range", lambda topic: (3, 3))
+
+    def there() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    def attempt() -> None:
+        with pytest.raises(UserError):
+            Replica(tmp_path / "one", place, seconds=0.1 if fails == "brokers" else 5.0, checks=False)
+
+    gc.collect()
+    gc.disable()  # which comes seldom in a server
+    try:
+        attempt()
+        before = there()
+        for _ in range(5):
+            attempt()
+        until(lambda: all(now <= then for now, then in zip(there(), before, strict=True)))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
