@@ -15,6 +15,7 @@ from mmoe_rec.journal.kafka.settings import KafkaTopic
 from mmoe_rec.journal.kafka.topic import AwayError
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.records import Batch
+from mmoe_rec.server.reloading import sentence_of
 
 _PAUSE_SECONDS = 5.0
 
@@ -47,8 +48,8 @@ class Joined:
             try:
                 self._join()
                 _log.info("the topic '%s' answers: events are taken", self._place.name)
-            except UserError as error:
-                if self._failure != (told := str(error)):
+            except Exception as error:  # whatever it is, nobody else would try again
+                if self._failure != (told := sentence_of(error)):
                     _log.error("no events are taken: %s", told)
                 self._failure = told
 
