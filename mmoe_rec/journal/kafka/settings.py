@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _CONSUMER = {
 _FIXED: dict[str, Any] = {**_PRODUCER, **_CONSUMER, "transactional.id": None}
 _FIXED.pop("linger.ms")
 _ALIASES = {"request.required.acks": "acks"}
+_PROPERTY = re.compile(r"((?:\\.|[^\\=:\s])+)\s*([=:]?)\s*(.*)")
+_ESCAPED = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
 _QUIET_SECONDS = 30.0
 
 
@@ -39,23 +41,25 @@ class KafkaTopic:
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Key -> value of a file of properties. Raises UserError for what can't be read; no sentence holds a value."""
+    """Key -> value of a file of properties, as Java reads those: `key=value`, `key: value` or `key value`.
+
+    Raises UserError for what can't be read; no sentence holds a value.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise UserError(f"the file of Kafka's settings '{path}' can't be read: {why}") from None
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.strip()
-        if not words or words[0] in "#!":
-            continue
-        key, is_given, value = (each.strip() for each in words.partition("="))
-        if not is_given or not key or key in found:
-            what = "gives a key for the second time" if key in found else "is not KEY=VALUE"
+    for number, line in _lines(text):
+        words = _PROPERTY.fullmatch(line)
+        if words is None or not (words[2] or words[3]) or (key := _plain(words[1])) in found:
+            what = (
+                "is not KEY=VALUE" if words is None or not (words[2] or words[3]) else "gives a key for the second time"
+            )
             raise UserError(f"'{path}', line {number}, {what}")
-        found[key] = value
-    if "bootstrap.servers" not in found:
+        found[key] = _plain(words[3])
+    if not found.get("bootstrap.servers", "").strip(", "):
         raise UserError(f"'{path}' does not say where Kafka is: add bootstrap.servers=HOST:PORT")
     for key, value in found.items():
         fixed = _FIXED.get(name := _ALIASES.get(key, key), value)
@@ -63,6 +67,27 @@ def read_properties(path: Path) -> dict[str, str]:
         if value.lower() not in {each.lower() for each in allowed}:
             raise UserError(f"'{path}' sets '{key}', which a journal needs otherwise: leave it out")
     return found
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number of its first line, and the text, of each property; one that ends with a backslash goes on in the next."""
+    lines = enumerate(text.splitlines(), 1)
+    for number, line in lines:
+        words = line.strip()
+        if not words or words[0] in "#!":
+            continue
+        while (len(words) - len(words.rstrip("\\"))) % 2:
+            words = words[:-1] + next(lines, (0, ""))[1].strip()
+        yield number, words
+
+
+def _plain(text: str) -> str:
+    """A key or value without its backslashes, as Java reads them."""
+
+    def one(found: re.Match[str]) -> str:
+        return chr(int(found[1], 16)) if found[1] else _ESCAPED.get(found[2], found[2])
+
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", one, text)
 
 
 def producer_settings(given: Mapping[str, str], seconds: float) -> dict[str, Any]:

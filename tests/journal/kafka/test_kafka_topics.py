@@ -355,6 +355,11 @@ def test_what_can_not_be_joined_leaves_nothing_behind(
     ("text", "sentence"),
     [
         ("a=b\n", "does not say where Kafka is: add bootstrap.servers"),
+        ("bootstrap.servers=\n", "does not say where Kafka is: add bootstrap.servers"),
+        ("bootstrap.servers: ,\n", "does not say where Kafka is: add bootstrap.servers"),
+        ("bootstrap.servers=x\nacks 1\n", "sets 'acks', which a journal needs otherwise"),
+        ("bootstrap.servers=x\n=secret!\n", "line 2, is not KEY=VALUE"),
+        ("bootstrap.servers=a,\\\n  b\nwhat\n", "line 3, is not KEY=VALUE"),
         ("bootstrap.servers=x\nwhat\n", "line 2, is not KEY=VALUE"),
         ("bootstrap.servers=x\nbootstrap.servers=y\n", "line 2, gives a key for the second time"),
         ("bootstrap.servers=x\nacks=1\n", "sets 'acks', which a journal needs otherwise"),
@@ -386,6 +391,18 @@ def test_properties_are_read_as_kafkas_own_tools_do(tmp_path: Path) -> None:
     file = tmp_path / "client.properties"
     file.write_text("# comment\n! comment\n\nbootstrap.servers = a:1,b:2 \nacks=-1\nsasl.password=a=b#c\n")
     assert read_properties(file) == {"bootstrap.servers": "a:1,b:2", "acks": "-1", "sasl.password": "a=b#c"}
+    file.write_text(
+        "bootstrap.servers: a:1,\\\n    b:2\nsasl.username me\nsasl.password=a\\\\\nclient.id\\ = \\u0041\\:\\tb\n"
+        "empty=\nlast x\\\n"
+    )
+    assert read_properties(file) == {
+        "bootstrap.servers": "a:1,b:2",
+        "sasl.username": "me",
+        "sasl.password": "a\\",
+        "client.id ": "A:\tb",
+        "empty": "",
+        "last": "x",
+    }
     with pytest.raises(UserError, match="can't be read: No such file"):
         read_properties(tmp_path / "none")
 
