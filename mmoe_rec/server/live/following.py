@@ -65,7 +65,7 @@ class Following:
     def lacking(self) -> str | None:
         """What the current model does not know of the journal, and why, as a sentence; None where it knows all."""
         learning = self._learning()
-        missed = None if self.topic is None else self.topic.failure
+        missed = None if self.topic is None else self.topic.lacking
         return self.failure or missed or (None if learning is None else learning.gap)
 
     @property

@@ -60,8 +60,18 @@ class Joined:
 
     @property
     def failure(self) -> str | None:
-        """Why what other machines accept may not be known here, as a sentence; None where it is."""
+        """Why no more of what other machines accept comes here, as a sentence; None where it does."""
         return self._failure if self._replica is None else self._replica.status().failure
+
+    @property
+    def lacking(self) -> str | None:
+        """Why some of what other machines have accepted is not known here, as a sentence; None where all is, but for
+        what may be on its way."""
+        if self._replica is None or (status := self._replica.status()).failure is not None:
+            return self.failure
+        if not status.behind:
+            return None
+        return f"this machine has yet to take in {status.lag:,} messages of the topic '{self._place.name}'"
 
     def numbers(self) -> tuple[int | None, float]:
         """Messages of the topic that this machine does not have, None where that is not known; and the time, seconds

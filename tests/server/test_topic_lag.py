@@ -1,0 +1,153 @@
+"""A server whose machine is behind a topic, or can't know how far, says so, waits only as long as it may, and loses
+nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.kafka.settings import KafkaTopic
+from mmoe_rec.server.app import Application
+from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.reloading import Source
+from tests.journal.kafka.mock_brokers import Brokers, mock_brokers
+from tests.log.small_logs import DAY, START
+from tests.processes import until
+from tests.server.asking import Answer, ask
+from tests.server.test_events import as_json, asked, later_log
+from tests.serving.small_model import SmallModel
+
+Machine = Callable[..., Application]
+
+
+@pytest.fixture
+def brokers(tmp_path: Path) -> Iterator[Brokers]:
+    pytest.importorskip("confluent_kafka")
+    with mock_brokers(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def machine(small: SmallModel, tmp_path: Path, brokers: Brokers, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Makes servers, each with a folder of its own."""
+    from mmoe_rec.journal.kafka.replica import Replica
+    from mmoe_rec.server.live import joined
+
+    monkeypatch.setattr(joined, "_PAUSE_SECONDS", 0.2)
+    place = brokers.topic("events")
+
+    def made(name: str, seconds: float = 9.0) -> Application:
+        if not (tmp_path / name).exists():
+            Replica(tmp_path / name, place, checks=False).close()
+        models = Models(Limits(answer_seconds=seconds), tmp_path / name)
+        models.load(Source(small.folder, "models:/small/7", "a_run"))
+        return Application(models, Limits(answer_seconds=seconds), topic=KafkaTopic(place.file, "events"))
+
+    return made
+
+
+class Held:
+    """Of a server, which reads as many messages of the topic as it is let, as over a slow network."""
+
+    def __init__(self, app: Application, messages: int = 0) -> None:
+        assert app.events is not None
+        self.replica: Any = app.events._commit.journal._replica  # type: ignore[attr-defined]
+        self._left = messages
+        self._read, self.replica._topic.read = self.replica._topic.read, self._late
+
+    def let(self, messages: int = 100_000) -> None:
+        self._left += messages
+
+    def _late(self, seconds: float, most: int) -> Any:
+        if not self._left:
+            time.sleep(0.01)
+            return []
+        found = self._read(0.01, 0)
+        self._left -= len(found)
+        return found
+
+
+def _ranked(app: Application, after: str = "") -> Answer:
+    page = f"/invocations?after={after}" if after else "/invocations"
+    answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page=page)
+    assert isinstance(answer, Answer)
+    return answer
+
+
+def _sent(app: Application, *rows: dict[str, Any]) -> Answer:
+    answer = ask(app, {"events": list(rows)}, page="/events")
+    assert isinstance(answer, Answer)
+    return answer
+
+
+def _lag(app: Application) -> str | None:
+    text = ask(app, b"", method="GET", page="/metrics").body.decode()
+    found = [line for line in text.splitlines() if line.startswith("mmoe_rec_topic_lag ")]
+    return found[0].split()[1] if found else None
+
+
+def _version(app: Application) -> dict[str, Any]:
+    tree: dict[str, Any] = ask(app, b"", method="GET", page="/version").tree
+    return tree
+
+
+def _warned(app: Application) -> str:
+    return str(_ranked(app).tree["predictions"][0]["warnings"])
+
+
+def test_a_lag_that_is_not_known_is_no_zero(machine: Machine, brokers: Brokers) -> None:
+    one = machine("one")
+    machine("two")
+    for row in as_json(later_log(3, rows=5)):
+        assert _sent(one, row).status == 200
+    brokers.tell("down")
+    late = machine("two", seconds=1.5)
+    assert _version(late)["topic"]["lag"] is None
+    until(lambda: "topic_heard" in ask(late, b"", method="GET", page="/metrics").body.decode())
+    assert _lag(late) is None
+    brokers.tell("up")
+    assert until(lambda: _lag(late) == "0.0")
+
+
+def test_a_machine_that_is_behind_says_so(machine: Machine) -> None:
+    one, two = machine("one"), machine("two")
+    held = Held(two)
+    assert "events" not in _warned(two)
+    for row in as_json(later_log(3, rows=5)):
+        assert _sent(one, row).status == 200
+    until(lambda: _lag(two) == "5.0")
+    sentence = "this machine has yet to take in 5 messages of the topic 'events'"
+    until(lambda: _version(two)["events_failure"] == sentence)
+    assert f"some events are not counted: {sentence}" in _warned(two)
+    held.let(2)
+    until(lambda: _lag(two) == "3.0")
+    assert _version(two)["topic"]["lag"] == 3
+    held.let()
+    until(lambda: _version(two)["events_failure"] is None)
+    assert until(lambda: _lag(two) == "0.0")
+    assert "events" not in _warned(two)
+
+
+def test_messages_count_one_by_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many were read at once."""
+    one, two = machine("one"), machine("two")
+    held = Held(two)
+    for row in as_json(later_log(3, rows=5)):
+        assert _sent(one, row).status == 200
+    seen, put = list[int](), Journal.put
+
+    def looked(journal: Journal, *what: Any) -> Any:
+        if journal is held.replica._journal:
+            seen.append(held.replica.status().next)
+        return put(journal, *what)
+
+    monkeypatch.setattr(Journal, "put", looked)
+    held.replica._topic.read = held._read
+    until(lambda: held.replica.status().next == 5)
+    assert seen == [0, 1, 2, 3, 4]
