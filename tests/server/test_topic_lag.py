@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
+from tests.journal.journals import every_batch
 from tests.journal.kafka.mock_brokers import Brokers, mock_brokers
 from tests.log.small_logs import DAY, START
 from tests.processes import until
@@ -151,3 +153,75 @@ def test_messages_count_one_by_one(machine: Machine, monkeypatch: pytest.MonkeyP
     held.replica._topic.read = held._read
     until(lambda: held.replica.status().next == 5)
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_the_topic_keeps_are_not_to_be_sent_again(machine: Machine, tmp_path: Path) -> None:
+    """Once the machine is known to be behind, nothing is sent in vain."""
+    one, two = machine("one"), machine("two", seconds=6.0)
+    held = Held(two)
+    *rows, mine, other = as_json(later_log(3, rows=6))
+    for row in rows:
+        assert _sent(one, row).status == 200
+    answer = _sent(two, mine)
+    assert answer.status == 202, answer.tree
+    assert answer.tree["accepted"] == 1
+    assert answer.tree["position"] is None
+    assert (
+        "they will count here as well, once this machine has read so far: do not send them again"
+        in (answer.tree["warning"])
+    )
+    until(lambda: held.replica.status().behind > 2.0)
+    answer = _sent(two, other)
+    assert answer.status == 503
+    assert answer.headers["retry-after"] == "5"
+    assert "no row was taken: this machine is behind the topic of events" in answer.message
+    held.let()
+    until(lambda: held.replica.status().next == 5)
+    assert sum(len(each.table) for each in every_batch(tmp_path / "two")) == 5, "what was kept, and no more"
+    until(lambda: not held.replica.status().behind)
+    assert _sent(two, other).status == 200
+
+
+def test_nothing_is_sent_behind_a_large_lag(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmoe_rec.journal.kafka.replica._MOST_LAG", 3)
+    one, two = machine("one"), machine("two", seconds=600.0)
+    held = Held(two)
+    *rows, mine = as_json(later_log(3, rows=5))
+    for row in rows:
+        assert _sent(one, row).status == 200
+    until(lambda: held.replica.status().lag == 4)
+    assert "this machine is behind the topic" in _sent(two, mine).message
+    held.let()
+    until(lambda: held.replica.status().lag == 0)
+    assert _sent(two, mine).status == 200
+
+
+def test_a_call_that_has_waited_for_too_long_sends_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = machine("one")
+    monkeypatch.setattr("mmoe_rec.server.live.accepting.PART_OF_ANSWER", 0.0)
+    assert "no row was taken: calls before this one have waited" in _sent(one, as_json(later_log(3, rows=1))[0]).message
+    assert one.events._commit.journal._replica.status().next == 0  # type: ignore[union-attr]
+
+
+def test_others_get_the_lock_between_a_few_messages(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though many were read at once."""
+    monkeypatch.setattr("mmoe_rec.journal.kafka.replica._MESSAGES_HELD", 4)
+    monkeypatch.setattr("mmoe_rec.journal.kafka.replica._HELD_SECONDS", 600.0)
+    one, two = machine("one"), machine("two")
+    held = Held(two)
+    for row in as_json(later_log(3, rows=10)):
+        assert _sent(one, row).status == 200
+    times, alone = list[int](), held.replica._journal.alone
+
+    @contextmanager
+    def counted() -> Iterator[Any]:
+        before = held.replica.status().next
+        with alone() as end:
+            yield end
+        times.append(held.replica.status().next - before)
+
+    held.replica._journal.alone = counted
+    held.replica._topic.read = held._read
+    until(lambda: held.replica.status().next == 10)
+    until(lambda: sum(times) == 10)
+    assert max(times) == 4

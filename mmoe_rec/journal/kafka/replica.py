@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, one_line
+from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, RequestError, UserError, one_line
 from mmoe_rec.journal.folder import Origin
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.progress import FILE, Progress, offset_in, told
@@ -33,6 +33,8 @@ _MESSAGES_AT_A_TIME = 500
 _READ_SECONDS, _ASK_SECONDS, _PAUSE_SECONDS = 0.2, 3.0, 1.0
 _MESSAGES_HELD, _HELD_SECONDS, _LET_IN_SECONDS = 32, 0.05, 0.006
 """Messages that are taken in at a time, and for how long at most, before others of this machine get the lock, too."""
+_MOST_LAG = 1_000
+"""Messages that may be lacking while more are sent: many more would be waited for in vain."""
 _LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
 
 _log = logging.getLogger(__name__)
@@ -104,9 +106,13 @@ class Replica:
         Raises:
             RequestError: nothing was appended: a column is of another type than in earlier rows, or it is too much.
             NotAcknowledgedError: it is not known whether the rows were appended; they may be sent again.
+            KeptError: the topic has them, but within `seconds` of the call they have not come here. They will, unless a
+                column turns out to be of another type.
+            BehindError: nothing was appended, as it would end so.
             UserError: nothing was appended.
         """
         self._check_process()
+        give_up = time.monotonic() + self._topic.seconds
         batches = tuple(each for each in batches if len(each))
         if not batches:
             return self._journal.end()
@@ -117,8 +123,9 @@ class Replica:
             self._journal.check_types(batches)  # so that it need not be sent in vain
             least = self._progress.next(end)
         self._check_failure()
+        self._check_behind()
         offset = self._sent(ROWS, payload, least)
-        self._wait_for(offset)
+        self._wait_for(offset, give_up)
         with self._journal.alone() as end:
             # Types are never changed: they say now what they said when the message's turn came.
             self._journal.check_types(batches)
@@ -133,7 +140,8 @@ class Replica:
         with self._journal.alone() as end:
             least = self._progress.next(end)
         self._check_failure()
-        self._wait_for(self._sent(CLOSE, b"", least))
+        give_up = time.monotonic() + self._topic.seconds
+        self._wait_for(self._sent(CLOSE, b"", least), give_up)
         return self._journal.end().segment - 1
 
     def end(self) -> Position:
@@ -170,6 +178,12 @@ class Replica:
         """Raises UserError where it is known that brokers are away: callers need not wait for that one by one."""
         if (failure := self.status().failure) is not None:
             raise UserError(failure)
+
+    def _check_behind(self) -> None:
+        """Raises BehindError where it is known that what is sent now would not come here in time."""
+        status = self.status()
+        if status.lag > _MOST_LAG or status.behind > self._topic.seconds:
+            raise BehindError(f"this machine has yet to take in {status.lag:,} messages of {self._topic.name}")
 
     def _check(self) -> int:
         """The offset that comes next. Raises UserError where the topic does not go on from what is there."""
@@ -218,17 +232,15 @@ class Replica:
                 if self._progress.next(end) == offset:  # need not be read
                     self._reached.advance(offset + 1, self._take(Message(offset, kind, value), end))
         except UserError as error:
-            raise NotAcknowledgedError(
-                f"the topic has taken the rows, but this machine can't keep them: {error}"
-            ) from None
+            raise KeptError(f"the topic has taken the rows, but this machine can't keep them: {error}") from None
         return offset
 
-    def _wait_for(self, offset: int) -> None:
+    def _wait_for(self, offset: int, give_up: float) -> None:
         with self._journal.alone() as end:
             if self._progress.next(end) > offset:
                 return
-        if not self._reached.wait(offset + 1, self._topic.seconds):
-            raise NotAcknowledgedError(
+        if not self._reached.wait(offset + 1, give_up - time.monotonic()):
+            raise KeptError(
                 "the topic has taken the rows, but this machine has not read so far within "
                 f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'}); they will count"
             )

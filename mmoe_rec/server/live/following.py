@@ -31,6 +31,9 @@ PAUSE_SECONDS = 0.02
 _REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.15, 0.25
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
+PART_OF_ANSWER = 1 / 3
+"""Of the time for an answer, for each of what a call of /events waits for where there is a topic: for what came before
+it, for calls that are being appended, and for itself."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
 MOST_ENDS = 4_096
 """Positions that are known to be of the journal, so that it is not looked at for each of them again."""

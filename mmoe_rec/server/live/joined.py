@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 class Joined:
     """Appends to a replica. Raises UserError where the topic is not one that it can join.
 
-    answer_seconds: within which a caller is to be answered: at most the first third is given to a broker.
+    seconds: within which it appends, or gives up.
     """
 
-    def __init__(self, folder: Path, place: KafkaTopic, answer_seconds: float) -> None:
-        self._folder, self._place, self._seconds = folder, place, min(SECONDS, answer_seconds / 3)
+    def __init__(self, folder: Path, place: KafkaTopic, seconds: float) -> None:
+        self._folder, self._place, self._seconds = folder, place, min(SECONDS, seconds)
         self._replica: Replica | None = None
         self._failure, self._since = "", time.time()
         try:
