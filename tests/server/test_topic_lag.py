@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from mmoe_rec.server.reloading import Source
 from tests.journal.journals import every_batch
 from tests.journal.kafka.mock_brokers import Brokers, mock_brokers
 from tests.log.small_logs import DAY, START
-from tests.processes import until
+from tests.processes import PATIENCE, until
 from tests.server.asking import Answer, ask
 from tests.server.test_events import as_json, asked, later_log
 from tests.serving.small_model import SmallModel
@@ -60,13 +61,15 @@ class Held:
     def __init__(self, app: Application, messages: int = 0) -> None:
         assert app.events is not None
         self.replica: Any = app.events._commit.journal._replica  # type: ignore[attr-defined]
-        self._left = messages
+        self._left, self._is_asked = messages, threading.Event()
         self._read, self.replica._topic.read = self.replica._topic.read, self._late
+        assert self._is_asked.wait(PATIENCE)
 
     def let(self, messages: int = 100_000) -> None:
         self._left += messages
 
     def _late(self, seconds: float, most: int) -> Any:
+        self._is_asked.set()
         if not self._left:
             time.sleep(0.01)
             return []
@@ -225,3 +228,73 @@ def test_others_get_the_lock_between_a_few_messages(machine: Machine, monkeypatc
     until(lambda: held.replica.status().next == 10)
     until(lambda: sum(times) == 10)
     assert max(times) == 4
+
+
+def test_what_a_row_leaves_out_is_what_another_machine_has_acknowledged(machine: Machine, tmp_path: Path) -> None:
+    """However late the other machine reads it; or the call is refused."""
+    one, two = machine("one"), machine("two")
+    first, told, silent, another = as_json(later_log(3, rows=4))
+    _ranked(two, _sent(one, first).tree["position"])
+    held = Held(two)
+    assert _sent(one, {**told, "item": 777, "brand": "NEW"}).status == 200
+    silent = {**silent, "item": 777, "user": 77, "time": told["time"]}
+    del silent["brand"]
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr("mmoe_rec.server.live.following.PART_OF_ANSWER", 0.02)
+        answer = _sent(two, silent)
+    assert answer.status == 503
+    assert "this machine has not taken in in time what the topic of events holds; come again" in answer.message
+    late = threading.Timer(0.5, held.let)
+    late.start()
+    answer = _sent(two, silent)
+    late.join()
+    assert answer.status == 200, answer.tree
+    rows = [row for each in every_batch(tmp_path / "two") for row in each.table.to_pylist()]
+    assert [row["brand"] for row in rows if row["item"] == 777] == ["NEW", "NEW"]
+    assert _sent(two, another).status == 200
+
+
+def test_rows_that_lack_something_are_refused_while_no_broker_tells(machine: Machine, brokers: Brokers) -> None:
+    one = machine("one")
+    (row,) = as_json(later_log(3, rows=1))
+    del row["brand"]
+    assert _sent(one, row).status == 200
+    brokers.tell("down")
+    answer = _sent(one, row)
+    assert answer.status == 503
+    assert "the topic of events does not say in time up to where it goes; come again" in answer.message
+
+
+def test_a_position_beyond_the_topics_end_is_refused(machine: Machine, tmp_path: Path) -> None:
+    """One of another machine, whose events are on their way, is waited for."""
+    one, two = machine("one"), machine("two", seconds=600.0)
+    position = _sent(one, as_json(later_log(3, rows=1))[0]).tree["position"]
+    assert _ranked(two, position).status == 200
+    segment, offset = map(int, position.split("-"))
+    for wrong, sentence in (
+        (f"{segment}-{offset + 999_999}", "lies beyond the journal's end"),
+        (f"{segment + 3}-{offset}", "lies beyond the journal's end"),
+        (f"{segment}-{offset - 8}", "is not the end of a record of the journal"),
+    ):
+        for each in (one, two):
+            answer = _ranked(each, wrong)
+            assert answer.status == 400
+            assert f"'after': position {wrong} {sentence}" in answer.message
+            assert str(tmp_path) not in answer.message
+    held = Held(two)
+    position = _sent(one, as_json(later_log(4, rows=1))[0]).tree["position"]
+    late = threading.Timer(0.5, held.let)
+    late.start()
+    assert _ranked(two, position).status == 200
+    late.join()
+
+
+def test_a_position_is_waited_for_while_later_messages_are_lacking(machine: Machine) -> None:
+    one, two = machine("one"), machine("two", seconds=600.0)
+    held = Held(two)
+    first, *_, last = [_sent(one, row).tree["position"] for row in as_json(later_log(3, rows=4))]
+    held.let(1)
+    assert _ranked(two, first).status == 200
+    assert held.replica.status().next == 1
+    held.let(3)
+    assert _ranked(two, last).status == 200

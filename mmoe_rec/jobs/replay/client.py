@@ -111,8 +111,8 @@ class Client:
                     return found
                 if status == 202:
                     raise UserError(
-                        f"the server at {self.url} has yet to take in what a topic keeps of what was sent, so it can't be "
-                        "asked what it knows; replay once its machine is no longer behind"
+                        f"the server at {self.url} has yet to take in what a topic keeps of what was sent, so it can't "
+                        "be asked what it knows; replay once its machine is no longer behind"
                     )
                 told = f"it answers {status}: {_sentence(found)}"
                 if status not in _COME_AGAIN:

@@ -6,8 +6,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-from mmoe_rec.journal.position import Position
-
 BEHIND_SECONDS = 1.0
 """A replica is behind where it lacks messages for longer: a second's messages may be on their way."""
 
@@ -32,7 +30,6 @@ class Reached:
     def __init__(self) -> None:
         self.next = self.high = 0
         self.heard = time.time()
-        self._end = Position(0, 0)
         self._moved = threading.Condition()
         self._told: float | None = None
         """When `high` was asked for, and `_since` when, since which something has been lacking: monotonic."""
@@ -52,10 +49,10 @@ class Reached:
             elif self._since is None:
                 self._since = self._told
 
-    def advance(self, following: int, end: Position) -> None:
-        """All messages before an offset are taken in, and the journal ends at a position."""
+    def advance(self, following: int) -> None:
+        """All messages before an offset are taken in."""
         with self._moved:
-            self.next, self._end = max(self.next, following), max(self._end, end)
+            self.next = max(self.next, following)
             self.high = max(self.high, self.next)
             if self.next == self.high and not self.is_old(BEHIND_SECONDS):
                 self._since = None  # else the topic may have grown as much meanwhile
@@ -72,12 +69,7 @@ class Reached:
         age = 0.0 if since is None else time.monotonic() - since
         return age if age > BEHIND_SECONDS else 0.0
 
-    def wait(self, offset: int, seconds: float, position: Position | None = None) -> bool:
-        """Waits until all before an offset is taken in, or the journal goes up to a position, or so many seconds; gives
-        whether it is."""
-
-        def is_there() -> bool:
-            return self.next >= offset or (position is not None and self._end >= position)
-
+    def wait(self, offset: int, seconds: float) -> bool:
+        """Waits until all before an offset is taken in, or so many seconds; gives whether it is."""
         with self._moved:
-            return self._moved.wait_for(is_there, max(seconds, 0.0))
+            return self._moved.wait_for(lambda: self.next >= offset, max(seconds, 0.0))

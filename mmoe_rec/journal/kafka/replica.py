@@ -163,6 +163,12 @@ class Replica:
                 raise UserError(f"{self._topic.name} was taken in up to offset {before:,} of {high:,}: {why}")
         return self._journal.end()
 
+    def topic_end(self, seconds: float) -> int:
+        """The offset of the topic's next message. Raises UserError where no broker tells within so many seconds."""
+        _, high = self._topic.range(seconds)
+        self._reached.hear()
+        return high
+
     def close(self) -> None:
         """Ends its thread and closes the files; it can't be used any more."""
         self._is_closed.set()
@@ -206,7 +212,7 @@ class Replica:
             found = self._topic.at(offset) if offset >= low else None
             if offset >= low and (found is None or _record(found) != payload):
                 raise self._other_topic(f"it holds another message at offset {offset:,}")
-        self._reached.advance(following, end)
+        self._reached.advance(following)
         self._reached.tell(high)
         return following
 
@@ -230,7 +236,8 @@ class Replica:
         try:
             with self._journal.alone() as end:
                 if self._progress.next(end) == offset:  # need not be read
-                    self._reached.advance(offset + 1, self._take(Message(offset, kind, value), end))
+                    self._take(Message(offset, kind, value), end)
+                    self._reached.advance(offset + 1)
         except UserError as error:
             raise KeptError(f"the topic has taken the rows, but this machine can't keep them: {error}") from None
         return offset
@@ -298,7 +305,7 @@ class Replica:
             for each in messages[:_MESSAGES_HELD]:
                 if each.offset >= self._progress.next(end):
                     end = self._take(each, end)  # noqa: PLW2901
-                self._reached.advance(max(self._progress.next(end), each.offset + 1), end)
+                self._reached.advance(max(self._progress.next(end), each.offset + 1))
                 taken += 1
                 if time.monotonic() > give_up:
                     break

@@ -167,7 +167,7 @@ class Accepting:
             _log.error("%s", error)
             position = None
         except BehindError as error:
-            _log.error("%s", error)
+            _log.info("%s", error)
             raise Refused(503, _BEHIND, "behind", "TEMPORARILY_UNAVAILABLE", 5) from None
         except NotAcknowledgedError as error:
             _log.error("%s", error)

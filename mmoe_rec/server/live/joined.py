@@ -58,6 +58,19 @@ class Joined:
             raise UserError(self._failure)
         return self._replica.append(*batches)
 
+    def end(self) -> int:
+        """The offset of the topic's next message.
+
+        Raises UserError where no broker tells in time, and at once where it is known that none does.
+        """
+        if self._replica is None or self.failure is not None:
+            raise UserError(self.failure or self._failure)
+        return self._replica.topic_end(self._seconds)
+
+    def has_taken(self, offset: int) -> bool:
+        """Whether this machine has all messages before an offset."""
+        return self._replica is not None and self._replica.status().next >= offset
+
     @property
     def failure(self) -> str | None:
         """Why no more of what other machines accept comes here, as a sentence; None where it does."""
