@@ -71,7 +71,7 @@ class Follower:
         if position.offset not in (HEADER_BYTES, limit):
             head = read_head(self._journal_id, position, os.pread(file, HEAD_BYTES, position.offset))
             if head is None or position.offset + HEAD_BYTES + head.length > limit:
-                raise RequestError(f"position {position} is not the end of a record of the journal '{self.folder}'")
+                raise RequestError(f"position {position} is not the end of a record of the journal")
 
     def end(self) -> Position:
         """The end of what was appended for good. Reads one small file, where nothing was lost."""

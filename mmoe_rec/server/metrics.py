@@ -64,7 +64,8 @@ class Metrics:
         self.waiting = gauge("waiting", "Calls waiting for a pass now")
         self._model = gauge("model_info", "Workers that serve this model", "model", "version", "run_id", "tables_as_of")
         self._shown: tuple[str, ...] | None = None
-        self._topic: tuple[Gauge, Gauge] | None = None
+        self._lag: Gauge | None = None
+        self._heard: Gauge | None = None
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}{name}", help_text, labels, registry=self._own)
@@ -93,15 +94,21 @@ class Metrics:
         self._model.labels(*self._shown).set(1)
 
     def show_topic(self, lag: int | None, heard: float) -> None:
-        """Says how far this worker's machine is behind a topic, as `Joined.numbers` does."""
-        if self._topic is None:
-            self._topic = (
-                self._gauge("topic_lag", "Messages of the topic of events that a worker lacks", of_all="livemax"),
-                self._gauge("topic_heard_timestamp_seconds", "When a broker of it has last answered", of_all="livemin"),
+        """Says how far this worker's machine is behind a topic, as `Joined.numbers` does.
+
+        There is no number for a lag as long as none is known.
+        """
+        if self._heard is None:
+            self._heard = self._gauge(
+                "topic_heard_timestamp_seconds", "When a broker of it has last answered", of_all="livemin"
             )
-        if lag is not None:
-            self._topic[0].set(lag)
-        self._topic[1].set(heard)
+        self._heard.set(heard)
+        if lag is not None:  # a gauge that is made says 0 already
+            if self._lag is None:
+                self._lag = self._gauge(
+                    "topic_lag", "Messages of the topic of events that a worker lacks", of_all="livemax"
+                )
+            self._lag.set(lag)
 
     def text(self) -> bytes:
         """The numbers of all workers in Prometheus' text format."""

@@ -13,15 +13,15 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, one_line
+from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, RequestError, UserError, one_line
 from mmoe_rec.journal.folder import Origin, made_of, note_made
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.progress import FILE, Progress, offset_in, told
+from mmoe_rec.journal.kafka.reached import BEHIND_SECONDS, Reached, Status
 from mmoe_rec.journal.kafka.settings import KafkaTopic
 from mmoe_rec.journal.kafka.topic import CLOSE, ROWS, Message, Topic
 from mmoe_rec.journal.position import Position
@@ -33,20 +33,13 @@ SECONDS = 10.0
 _MESSAGES_AT_A_TIME = 500
 _READ_SECONDS, _ASK_SECONDS, _PAUSE_SECONDS = 0.2, 3.0, 1.0
 _MADE_SECONDS = 60.0  # between questions for the topic's id while none is told
+_MESSAGES_HELD, _HELD_SECONDS, _LET_IN_SECONDS = 32, 0.05, 0.006
+"""Messages that are taken in at a time, and for how long at most, before others of this machine get the lock, too."""
+_MOST_LAG = 1_000
+"""Messages that may be lacking while more are sent: many more would be waited for in vain."""
 _LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Status:
-    """next: offset of the next message to take in; lag: messages that the topic holds beyond; heard: seconds since
-    1970 UTC when a broker has last answered; failure: why no more is taken in, None where it is."""
-
-    next: int
-    lag: int
-    heard: float
-    failure: str | None
 
 
 class Replica:
@@ -93,13 +86,12 @@ class Replica:
         """Messages that this process has left out, by why: of other types, none of ours."""
         self._taking = 0  # the offset that is taken in, under the lock
         self._failure: str | None = None
-        self._heard, self._high = time.time(), 0
         self._made, self._made_asked = made_of(self.folder), time.monotonic()
-        self._next = self._check(made)
+        self._reached, self._is_closed = Reached(), threading.Event()
+        following = self._check(made)
         if not self._made:
             _log.warning("%s", self._unknown_made())
-        self._moved, self._is_closed = threading.Condition(), threading.Event()
-        self._topic.read_from(self._next)
+        self._topic.read_from(following)
         self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
         self._thread.start()
 
@@ -115,10 +107,11 @@ class Replica:
 
     def status(self) -> Status:
         """How far it is behind the topic, as far as that is known."""
-        failure, age = self._failure, time.time() - self._heard
+        reached, failure = self._reached, self._failure
+        age = time.time() - reached.heard
         if failure is None and age > _LATE_SECONDS:
             failure = f"no broker of {self._topic.name} has answered for {age:,.0f} seconds"
-        return Status(self._next, max(self._high - self._next, 0), self._heard, failure)
+        return Status(reached.next, max(reached.high - reached.next, 0), reached.heard, reached.behind, failure)
 
     def append(self, *batches: Batch) -> Position:
         """Appends batches as one message; gives a position of this machine's journal that is not before its end, once
@@ -127,9 +120,13 @@ class Replica:
         Raises:
             RequestError: nothing was appended: a column is of another type than in earlier rows, or it is too much.
             NotAcknowledgedError: it is not known whether the rows were appended; they may be sent again.
+            KeptError: the topic has them, but within `seconds` of the call they have not come here. They will, unless a
+                column turns out to be of another type.
+            BehindError: nothing was appended, as it would end so.
             UserError: nothing was appended.
         """
         self._check_process()
+        give_up = time.monotonic() + self._topic.seconds
         batches = tuple(each for each in batches if len(each))
         if not batches:
             return self._journal.end()
@@ -140,8 +137,9 @@ class Replica:
             self._journal.check_types(batches)  # so that it need not be sent in vain
             least = self._progress.next(end)
         self._check_failure()
+        self._check_behind()
         offset = self._sent(ROWS, payload, least)
-        self._wait_for(offset)
+        self._wait_for(offset, give_up)
         with self._journal.alone() as end:
             # Types are never changed: they say now what they said when the message's turn came.
             self._journal.check_types(batches)
@@ -157,7 +155,8 @@ class Replica:
             least = self._progress.next(end)
         self._check_failure()
         try:
-            self._wait_for(self._sent(CLOSE, b"", least))
+            give_up = time.monotonic() + self._topic.seconds
+            self._wait_for(self._sent(CLOSE, b"", least), give_up)
         except NotAcknowledgedError as error:
             why = self.status().failure or "it has not come here so far"
             raise NotAcknowledgedError(
@@ -177,15 +176,19 @@ class Replica:
         """
         _, high = self._topic.range()
         last = time.monotonic()
-        with self._moved:
-            while (before := self._next) < high:
-                self._moved.wait(min(seconds, 0.5))
-                if self._next > before:
-                    last = time.monotonic()
-                elif time.monotonic() - last > seconds:
-                    why = self._failure or "it gets no further"
-                    raise UserError(f"{self._topic.name} was taken in up to offset {before:,} of {high:,}: {why}")
+        while (before := self._reached.next) < high:
+            if self._reached.wait(before + 1, min(seconds, 0.5)):
+                last = time.monotonic()
+            elif time.monotonic() - last > seconds:
+                why = self._failure or "it gets no further"
+                raise UserError(f"{self._topic.name} was taken in up to offset {before:,} of {high:,}: {why}")
         return self._journal.end()
+
+    def topic_end(self, seconds: float) -> int:
+        """The offset of the topic's next message. Raises UserError where no broker tells within so many seconds."""
+        _, high = self._topic.range(seconds)
+        self._reached.hear()
+        return high
 
     def close(self) -> None:
         """Ends its thread and closes the files; it can't be used any more."""
@@ -203,6 +206,12 @@ class Replica:
         if (failure := self.status().failure) is not None:
             raise UserError(failure)
 
+    def _check_behind(self) -> None:
+        """Raises BehindError where it is known that what is sent now would not come here in time."""
+        status = self.status()
+        if status.lag > _MOST_LAG or status.behind > self._topic.seconds:
+            raise BehindError(f"this machine has yet to take in {status.lag:,} messages of {self._topic.name}")
+
     def _check(self, made: str | None = None) -> int:
         """The offset that comes next. made: the topic's id, asked for before, if it was.
 
@@ -214,10 +223,9 @@ class Replica:
             following = self._progress.next(end)
             payload = self._progress.last_payload(end)
         # Asked last, as other processes go on to take messages in.
-        low, self._high = self._topic.range()
-        self._heard = time.time()
-        if following > self._high:
-            raise self._other_topic(f"it ends at offset {self._high:,}")
+        low, high = self._topic.range()
+        if following > high:
+            raise self._other_topic(f"it ends at offset {high:,}")
         if following < low:
             raise UserError(
                 f"{self._topic.name} begins with offset {low:,} now, but the journal '{self.folder}' goes up to "
@@ -236,6 +244,8 @@ class Replica:
                 if not self._made:
                     note_made(self.folder, made)
                     self._made = made
+        self._reached.advance(following)
+        self._reached.tell(high)
         return following
 
     def _check_made(self, made: str) -> None:
@@ -257,7 +267,7 @@ class Replica:
     def _sent(self, kind: bytes, value: bytes, least: int) -> int:
         """Sends a message, and takes it in where it is the next one; gives its offset."""
         offset = self._topic.send(kind, value)
-        self._heard = time.time()
+        self._reached.hear()
         if offset < least:
             self._failure = str(self._other_topic(f"it has put a message at offset {offset:,}"))
             raise NotAcknowledgedError(self._failure)
@@ -265,40 +275,39 @@ class Replica:
             with self._journal.alone() as end:
                 if self._progress.next(end) == offset:  # need not be read
                     self._take(Message(offset, kind, value), end)
-                    self._advance(offset + 1)
+                    self._reached.advance(offset + 1)
         except UserError as error:
-            raise NotAcknowledgedError(
-                f"the topic has taken the rows, but this machine can't keep them: {error}"
-            ) from None
+            raise KeptError(f"the topic has taken the rows, but this machine can't keep them: {error}") from None
         return offset
 
-    def _wait_for(self, offset: int) -> None:
+    def _wait_for(self, offset: int, give_up: float) -> None:
         with self._journal.alone() as end:
             if self._progress.next(end) > offset:
                 return
-        with self._moved:
-            if not self._moved.wait_for(lambda: self._next > offset, self._topic.seconds):
-                raise NotAcknowledgedError(
-                    "the topic has taken the rows, but this machine has not read so far within "
-                    f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'}); they will count"
-                )
+        if not self._reached.wait(offset + 1, give_up - time.monotonic()):
+            raise KeptError(
+                "the topic has taken the rows, but this machine has not read so far within "
+                f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'}); they will count"
+            )
 
     # What follows is the thread that takes messages in.
 
     def _follow(self) -> None:
-        waiting, asked, must_check = list[Message](), 0.0, False
+        waiting, asked, must_check, reached = list[Message](), 0.0, False, self._reached
         while not self._is_closed.is_set():
             try:
                 if must_check:  # whether the topic is still the one that it was, and goes on from here
                     self._topic.read_from(self._check())
                     must_check = False
-                if time.monotonic() - asked > _ASK_SECONDS:
+                if time.monotonic() - asked > (BEHIND_SECONDS if reached.behind else _ASK_SECONDS):
                     asked = time.monotonic()
                     self._ask()
-                waiting = waiting or self._topic.read(_READ_SECONDS, _MESSAGES_AT_A_TIME)
+                if not waiting and (waiting := self._topic.read(_READ_SECONDS, _MESSAGES_AT_A_TIME)):
+                    reached.hear()
                 if waiting:
-                    self._take_all(waiting)
-                    waiting, self._heard = [], time.time()
+                    self._take_some(waiting)
+                if waiting:
+                    time.sleep(_LET_IN_SECONDS)
                 self._recover()
             except Exception as error:  # whatever it is, it is told, and tried again
                 self._fail(str(error) if isinstance(error, UserError) else one_line(error))
@@ -316,12 +325,12 @@ class Replica:
         self._failure = sentence
 
     def _ask(self) -> None:
-        before = self._next  # as it may go on while a broker is asked
+        before = self._reached.next  # as it may go on while a broker is asked
         try:
             _, high = self._topic.range(_READ_SECONDS * 5)
         except UserError:
             return  # `status` tells how long that has been so
-        self._heard = time.time()
+        self._reached.hear()
         if self._made:
             self._check_made(self._topic.made())
         elif time.monotonic() - self._made_asked > _MADE_SECONDS:
@@ -329,22 +338,20 @@ class Replica:
             self._check()
         if high < before:
             raise self._other_topic(f"it ends at offset {high:,}")
-        self._high = max(high, self._next)
+        self._reached.tell(high)
 
-    def _take_all(self, messages: list[Message]) -> None:
+    def _take_some(self, messages: list[Message]) -> None:
+        """Takes in the first ones, and removes them from the list."""
+        give_up, taken = time.monotonic() + _HELD_SECONDS, 0
         with self._journal.alone() as end:
-            for each in messages:
+            for each in messages[:_MESSAGES_HELD]:
                 if each.offset >= self._progress.next(end):
                     end = self._take(each, end)  # noqa: PLW2901
-            following = max(self._progress.next(end), messages[-1].offset + 1)
-        self._advance(following)
-
-    def _advance(self, following: int) -> None:
-        """Says that all messages before an offset are taken in."""
-        with self._moved:
-            self._next = max(self._next, following)
-            self._high = max(self._high, self._next)
-            self._moved.notify_all()
+                self._reached.advance(max(self._progress.next(end), each.offset + 1))
+                taken += 1
+                if time.monotonic() > give_up:
+                    break
+        del messages[:taken]
 
     def _take(self, message: Message, end: Position) -> Position:
         """Takes in the message whose turn it is, while nobody else appends; gives the journal's end then."""

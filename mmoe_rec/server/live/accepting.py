@@ -19,11 +19,12 @@ import pyarrow.types as pt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError, quoted
+from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, RequestError, UserError, quoted
 from mmoe_rec.journal.checked import RowChecks, known_types
 from mmoe_rec.journal.duplicates import Counts, Taken
 from mmoe_rec.journal.group_commit import Appending, GroupCommit
 from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
@@ -32,7 +33,7 @@ from mmoe_rec.schema import Schema
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
 from mmoe_rec.server.live.background import step_back
-from mmoe_rec.server.live.following import Following
+from mmoe_rec.server.live.following import PART_OF_ANSWER, Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
@@ -50,6 +51,16 @@ _THREADS = 4
 _MAY_BE_KEPT = (
     "the topic of events has not said in time that it keeps the rows, and it may keep them: send them again (rows of "
     "requests, and those with an event_id, count once)"
+)
+
+_KEPT = (
+    "the topic of events keeps the rows, and they will count here as well, once this machine has read so far: do not "
+    "send them again"
+)
+_LATE = "no row was taken: calls before this one have waited for the topic of events for too long; send them again"
+_BEHIND = (
+    "no row was taken: this machine is behind the topic of events, so it could not acknowledge them in time; send them "
+    "later, or to another machine"
 )
 
 _log = logging.getLogger(__name__)
@@ -91,7 +102,8 @@ class Accepting:
         try:
             with self._metrics.timed("events"), self.places.take():
                 told = await self._accepted(request)
-            response = Response(orjson.dumps(told), media_type="application/json")
+            status = 200 if told["position"] is not None else 202
+            response = Response(orjson.dumps(told), status, media_type="application/json")
         except Refused as refused:
             self._metrics.events_refused.labels(refused.reason).inc()
             response = refusal(refused)
@@ -107,17 +119,20 @@ class Accepting:
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits)
+        until = time.monotonic() + self._limits.answer_seconds * PART_OF_ANSWER
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log)
+        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log, until)
         if not isinstance(found, _Sent):
             return found
         await self._following.reached_end()  # what was acknowledged before may say what it lacks
-        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found)
+        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found, until)
 
-    def _at_once(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent | dict[str, Any]:
+    def _at_once(
+        self, served: Served, body: bytes, is_arrow: bool, log: str | None, until: float
+    ) -> _Sent | dict[str, Any]:
         """What the reply says; what was sent, if it lacks something."""
         sent = self._checked(served, body, is_arrow, log)
-        return sent if sent.lacking else self._taken(served, sent)
+        return sent if sent.lacking else self._taken(served, sent, until)
 
     def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
         """What was sent, checked."""
@@ -132,17 +147,28 @@ class Accepting:
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
 
-    def _taken(self, served: Served, sent: _Sent) -> dict[str, Any]:
-        """Appends; what the reply says."""
+    def _taken(self, served: Served, sent: _Sent, until: float) -> dict[str, Any]:
+        """Appends; what the reply says, without a position where a topic keeps the rows, but they are not here yet.
+
+        until: when it is too late to send something to a topic, monotonic.
+        """
+        if self._topic is not None and time.monotonic() > until:
+            raise Refused(503, _LATE, "topic", "TEMPORARILY_UNAVAILABLE", 5)
         assert served.learning is not None
         table = sent.table
         try:
             if sent.lacking:
                 table = _completed(served.ranker, table, sent.lacking)
             order = self._order(served.learning, sent.source, table)
-            position = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
+            position: Position | None = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
+        except KeptError as error:
+            _log.error("%s", error)
+            position = None
+        except BehindError as error:
+            _log.info("%s", error)
+            raise Refused(503, _BEHIND, "behind", "TEMPORARILY_UNAVAILABLE", 5) from None
         except NotAcknowledgedError as error:
             _log.error("%s", error)
             raise Refused(503, _MAY_BE_KEPT, "topic", "TEMPORARILY_UNAVAILABLE", 5) from None
@@ -151,9 +177,12 @@ class Accepting:
             if self._topic is not None:
                 raise Refused(503, "the topic of events takes none; the log says why", "topic", INTERNAL, 5) from None
             raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
-        self._following.accepted(position)
         self._metrics.events.labels(sent.source or "").inc(len(table))
-        return {"accepted": len(table), **order, "position": str(position)}
+        told = {"accepted": len(table), **order}
+        if position is None:
+            return {**told, "position": None, "warning": _KEPT}
+        self._following.accepted(position)
+        return {**told, "position": str(position)}
 
     def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
@@ -182,7 +211,7 @@ def _opened(folder: Path, limits: Limits, following: Following, topic: KafkaTopi
         return Journal(folder)
     from mmoe_rec.server.live.joined import Joined
 
-    following.topic = joined = Joined(folder, topic, limits.answer_seconds)
+    following.topic = joined = Joined(folder, topic, limits.answer_seconds * PART_OF_ANSWER)
     return joined
 
 

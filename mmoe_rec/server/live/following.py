@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,12 @@ PAUSE_SECONDS = 0.02
 _REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.15, 0.25
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
+PART_OF_ANSWER = 1 / 3
+"""Of the time for an answer, for each of what a call of /events waits for where there is a topic: for what came before
+it, for calls that are being appended, and for itself."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
+_ASKING = 4
+"""Calls that ask a broker at a time up to where the topic goes."""
 MOST_ENDS = 4_096
 """Positions that are known to be of the journal, so that it is not looked at for each of them again."""
 
@@ -49,6 +55,7 @@ class Following:
         self._shown: object = None
         self._ends = _Ends()
         self._look, self._asked = threading.Event(), threading.Event()
+        self._brokers = ThreadPoolExecutor(_ASKING, "asking")
         self._lock = threading.Lock()
         self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -65,7 +72,7 @@ class Following:
     def lacking(self) -> str | None:
         """What the current model does not know of the journal, and why, as a sentence; None where it knows all."""
         learning = self._learning()
-        missed = None if self.topic is None else self.topic.failure
+        missed = None if self.topic is None else self.topic.lacking
         return self.failure or missed or (None if learning is None else learning.gap)
 
     @property
@@ -80,12 +87,11 @@ class Following:
         The journal's files are read for a position alone that this process has neither appended, read nor looked up of
         late, so that a caller may give one with each request.
         """
-        position = Position.parse(text)
-        if self.topic is not None:  # it may be of another machine, whose events are not here yet
-            await self.reached(position)
+        position, until = Position.parse(text), time.monotonic() + self._limits.answer_seconds
         learning = self._learning()
         if learning is not None and position not in self._ends:
             try:
+                await self._arrived(learning, position, until)
                 await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
             except RequestError:
                 raise
@@ -94,15 +100,49 @@ class Following:
                 sentence = f"position {position} can't be looked up in the journal; the log says why"
                 raise Refused(503, sentence, "disk", INTERNAL, 5) from None
             self._ends.add(position)
-        await self.reached(position)
+        await self.reached(position, until)
 
     async def reached_end(self) -> None:
-        """Ends once the current model knows all that the journal holds now."""
+        """Ends once the current model knows all that the journal holds now; of a topic, all that other machines have
+        acknowledged, too. Raises Refused where that takes too long."""
+        part = 1.0 if self.topic is None else PART_OF_ANSWER
+        until = time.monotonic() + self._limits.answer_seconds * part
+        if self.topic is not None:
+            await self._has_all(until)
         if (learning := self._learning()) is not None:
-            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.end))
+            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.end), until)
 
-    async def reached(self, position: Position) -> None:
-        """Ends once the current model knows all up to a position. Raises Refused where that takes too long."""
+    async def _arrived(self, learning: Learning, position: Position, until: float) -> None:
+        """Ends once a position is in the journal, or in no message of the topic, where another machine may have given
+        it. Raises Refused where that takes too long."""
+        if self.topic is None or self._has_reached(position):
+            return
+        if position > await asyncio.get_running_loop().run_in_executor(None, learning.end):
+            await self._has_all(until, position)
+
+    async def _has_all(self, until: float, position: Position | None = None) -> None:
+        """Ends once this machine has all that the topic holds now, or the model knows the journal up to a position.
+
+        Raises Refused where that is not so until then, monotonic.
+        """
+        assert self.topic is not None
+        what = "the topic of events does not say in time up to where it goes"
+        try:
+            async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
+                end = await asyncio.get_running_loop().run_in_executor(self._brokers, self.topic.end)
+                what = "this machine has not taken in in time what the topic of events holds"
+                while not self.topic.has_taken(end) and (position is None or not self._has_reached(position)):
+                    await asyncio.sleep(PAUSE_SECONDS)
+        except (UserError, TimeoutError) as error:
+            if isinstance(error, UserError):
+                _log.error("%s", error)
+            raise Refused(503, f"{what}; come again", "behind", "TEMPORARILY_UNAVAILABLE", 1) from None
+
+    async def reached(self, position: Position, until: float) -> None:
+        """Ends once the current model knows all up to a position. Raises Refused where that takes too long.
+
+        until: monotonic.
+        """
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._has_reached(position):
@@ -113,12 +153,12 @@ class Following:
         self._asked.set()  # a caller waits, and so the thread does not rest
         self._look.set()
         try:
-            async with asyncio.timeout(self._limits.answer_seconds):
+            async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
                 await reached
         except TimeoutError:
             raise Refused(
                 503,
-                f"the model has not learnt all events up to {position} within {self._limits.answer_seconds:g} seconds "
+                f"the model has not learnt all events up to {position} in time "
                 f"({self.failure or 'setting `serving.answer_seconds`'}); come again",
                 "behind",
                 "TEMPORARILY_UNAVAILABLE",

@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 class Joined:
     """Appends to a replica. Raises UserError where the topic is not one that it can join.
 
-    answer_seconds: within which a caller is to be answered: at most the first third is given to a broker.
+    seconds: within which it appends, or gives up.
     """
 
-    def __init__(self, folder: Path, place: KafkaTopic, answer_seconds: float) -> None:
-        self._folder, self._place, self._seconds = folder, place, min(SECONDS, answer_seconds / 3)
+    def __init__(self, folder: Path, place: KafkaTopic, seconds: float) -> None:
+        self._folder, self._place, self._seconds = folder, place, min(SECONDS, seconds)
         self._replica: Replica | None = None
         self._failure, self._since = "", time.time()
         try:
@@ -59,10 +59,33 @@ class Joined:
             raise UserError(self._failure)
         return self._replica.append(*batches)
 
+    def end(self) -> int:
+        """The offset of the topic's next message.
+
+        Raises UserError where no broker tells in time, and at once where it is known that none does.
+        """
+        if self._replica is None or self.failure is not None:
+            raise UserError(self.failure or self._failure)
+        return self._replica.topic_end(self._seconds)
+
+    def has_taken(self, offset: int) -> bool:
+        """Whether this machine has all messages before an offset."""
+        return self._replica is not None and self._replica.status().next >= offset
+
     @property
     def failure(self) -> str | None:
-        """Why what other machines accept may not be known here, as a sentence; None where it is."""
+        """Why no more of what other machines accept comes here, as a sentence; None where it does."""
         return self._failure if self._replica is None else self._replica.status().failure
+
+    @property
+    def lacking(self) -> str | None:
+        """Why some of what other machines have accepted is not known here, as a sentence; None where all is, but for
+        what may be on its way."""
+        if self._replica is None or (status := self._replica.status()).failure is not None:
+            return self.failure
+        if not status.behind:
+            return None
+        return f"this machine has yet to take in {status.lag:,} messages of the topic '{self._place.name}'"
 
     def numbers(self) -> tuple[int | None, float]:
         """Messages of the topic that this machine does not have, None where that is not known; and the time, seconds
