@@ -118,10 +118,37 @@ def test_what_a_server_accepts_meanwhile_is_not_lost(model: RefreshedModel, tmp_
     _check(_answers(_served(model, "2", journal), position), before)
 
 
+def test_another_journal_than_the_tables_hold_is_refused(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    journal, other = tmp_path / "journal", tmp_path / "other"
+    app = _served(model, "1", journal)
+    rows = as_json(model._days(9, 14))
+    _sent(app, rows[:30])
+    model.refresh("--journal", str(journal))
+    position = _sent(app, rows[30:40])
+    before = _answers(app, position)
+    _sent(_served(model, "2", other), rows[-5:])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(other))
+    assert "hold another journal" in capsys.readouterr().err
+    assert [each.name for each in sorted(other.glob("segment-*"))] == ["segment-00000001.journal"]  # it was not closed
+    assert len(model.versions()) == 2
+    # What the right one holds was not lost.
+    model.refresh("--journal", str(journal))
+    _check(_answers(_served(model, "3", journal), position), before)
+    model.refresh("--journal", str(other), "--other-journal")
+    about = model.about("4")
+    assert about.journal is not None
+    assert about.journal["id"] == Journal(other).id
+
+
 def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for words, told in (
         (("--journal", str(tmp_path / "nothing")), "holds no journal"),
         (("--remove-segments",), "--journal"),
+        (("--other-journal",), "--journal"),
     ):
         with pytest.raises(SystemExit):
             model.refresh(*words)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
 from mmoe_rec.progress import say
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     from mmoe_rec.journal.kafka.settings import KafkaTopic
 
 
-def from_journal(folder: Path, settings: Settings, remove: bool = False, topic: KafkaTopic | None = None) -> Journal:
+def from_journal(
+    folder: Path, settings: Settings, remove: bool = False, topic: KafkaTopic | None = None, other: bool = False
+) -> Journal:
     """Closes the journal's segment, and writes the files of closed ones that the served tables do not hold.
 
     remove: segments that the tables hold already are removed; topic: of which the folder is a replica, whose segment is
-    then closed on all machines, once this one holds what the topic does. Raises UserError where there is no journal, it
-    is damaged, or the logs' places take no files.
+    then closed on all machines, once this one holds what the topic does; other: the model may know another journal, of
+    which nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows
+    another one, or the logs' places take no files.
     """
 
     def write(served: Served) -> Mapping[str, Any]:
@@ -33,10 +37,16 @@ def from_journal(folder: Path, settings: Settings, remove: bool = False, topic: 
         try:
             if isinstance(journal, Replica):
                 journal.catch_up()  # else the close would wait for a backlog, and give up
+            known = served.about.journal
+            if known is not None and known["id"] != journal.id and not other:
+                raise UserError(
+                    f"the model's tables hold another journal ({known['id']}) than '{folder}' ({journal.id}): name the "
+                    "folder of that one, as what it has not told them yet would be lost; if it is gone, and this one "
+                    "takes its place, add --other-journal"
+                )
             through = journal.close_segment()
         finally:
             journal.close()
-        known = served.about.journal
         after, later_than = 0, None
         if known is not None and known["id"] == journal.id:
             # Files of segments that the tables hold are there, unless a refresh was killed before it had written all.

@@ -190,7 +190,7 @@ class Following:
                 if told != self.failure:
                     _log.error("the model learns no further events: %s", told, exc_info=not is_told)
                 self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
-            self._show_topic()
+            self._show()
             self._tell()  # also of what a model knows that has just taken the place of another one
             self._asked.wait(rest)
             self._asked.clear()
@@ -215,12 +215,13 @@ class Following:
         now = time.time_ns() // 1_000
         for accepted in learnt.accepted_at:
             self._metrics.visible.observe(max(now - accepted, 0) / 1e6)
-        self._metrics.live_rows.set(learning.live_rows)
         for outcome, rows in learnt.counts.items():
             self._metrics.learnt.labels(outcome).inc(rows)
         return worked
 
-    def _show_topic(self) -> None:
+    def _show(self) -> None:
+        if (learning := self._learning()) is not None:  # also of a model that has learnt before it served
+            self._metrics.live_rows.set(learning.live_rows)
         if self.topic is not None and (numbers := self.topic.numbers()) != self._shown:
             self._metrics.show_topic(*numbers)
             self._shown = numbers

@@ -238,7 +238,7 @@ def test_a_full_disk_of_this_machine_is_no_refusal(
     brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The topic has the rows, so they come, here as well as on other machines."""
-    replica = Replica(tmp_path / "one", brokers.topic("events"), seconds=1.0)
+    replica = Replica(tmp_path / "one", brokers.topic("events"))
     replica.append(batch(1))
 
     def full(payload: bytes) -> None:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if arguments.remove_segments and arguments.journal is None:
         raise UserError("--remove-segments belongs to --journal F, which is missing")
+    if arguments.other_journal and arguments.journal is None:
+        raise UserError("--other-journal belongs to --journal F, which is missing")
     if arguments.validation_days is not None and arguments.train_every_days is None:
         raise UserError("--validation-days belongs to --train-every-days N, which is missing")
     from rich.console import Console
@@ -61,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.journal is not None:
         from mmoe_rec.jobs.refreshing.from_journal import from_journal
 
-        journal = from_journal(Path(arguments.journal), settings, arguments.remove_segments, topic)
+        journal = from_journal(
+            Path(arguments.journal), settings, arguments.remove_segments, topic, arguments.other_journal
+        )
     refreshed = refresh(settings, address, anew=arguments.anew, journal=journal)
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:
@@ -119,6 +123,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remove-segments",
         action="store_true",
         help="remove what the journal holds and the tables, by an earlier refresh, held already",
+    )
+    parser.add_argument(
+        "--other-journal",
+        action="store_true",
+        help="go over to this journal from the one that the tables hold, which is gone; else that is refused",
     )
     parser.add_argument("--train-every-days", type=count, metavar="N", help="then train, if a training is due")
     parser.add_argument(
