@@ -6,11 +6,13 @@ follows from the messages alone, so that no machine has to ask another one.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import struct
 import threading
 import time
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +39,7 @@ _MESSAGES_HELD, _HELD_SECONDS, _LET_IN_SECONDS = 32, 0.05, 0.006
 """Messages that are taken in at a time, and for how long at most, before others of this machine get the lock, too."""
 _MOST_LAG = 1_000
 """Messages that may be lacking while more are sent: many more would be waited for in vain."""
+_STOP_SECONDS = 2.0
 _LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
 
 _log = logging.getLogger(__name__)
@@ -94,6 +97,7 @@ class Replica:
         self._topic.read_from(following)
         self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
         self._thread.start()
+        _following.add(self)
 
     @property
     def id(self) -> str:
@@ -189,6 +193,11 @@ class Replica:
         _, high = self._topic.range(seconds)
         self._reached.hear()
         return high
+
+    def stop(self) -> None:
+        """Ends its thread; for a process that ends, whose clients the thread must not use any more."""
+        self._is_closed.set()
+        self._thread.join(_STOP_SECONDS)
 
     def close(self) -> None:
         """Ends its thread and closes the files; it can't be used any more."""
@@ -391,3 +400,12 @@ def _record(message: Message) -> bytes | None:
         return with_about(message.value, offset=message.offset)
     except (struct.error, ValueError, TypeError):
         return None
+
+
+_following: weakref.WeakSet[Replica] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for replica in list(_following):
+        replica.stop()

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -102,7 +103,7 @@ def test_an_id_that_was_not_told_at_first_is_written_down_later(
     brokers.tell("delete", "events")
     brokers.tell("create", "events", 1)
     _sends(place, *range(11, 20))
-    with pytest.raises(UserError, match=f"was there before \\('{made}', now '.*it was made anew"):
+    with pytest.raises(UserError, match=f"was there before \\('{re.escape(made)}', now '.*it was made anew"):
         Replica(tmp_path / "one", place)
 
 
