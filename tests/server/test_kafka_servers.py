@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,11 +62,9 @@ def test_what_one_machine_accepts_is_known_to_the_other(small: SmallModel, tmp_p
                 assert "mmoe_rec_topic_lag 0.0" in other.send(None, "/metrics", "GET")[1]
             position = _sent(one, rows[60:90])  # while the other one is not there
             brokers.tell("down")
-            began = time.monotonic()
             status, reply = one.send({"events": rows[90:]}, "/events")
             assert status == 503
             assert "it may keep them: send them again" in reply["message"]
-            assert time.monotonic() - began < 60
             status, reply = one.send(ASKED, "/invocations")
             assert status == 200
             # A server that starts meanwhile ranks with what this machine has.

@@ -9,26 +9,24 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import struct
 import threading
 import time
 import weakref
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-import pyarrow as pa
-
-from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, RequestError, UserError, one_line
-from mmoe_rec.journal.folder import Origin, made_of, note_made
+from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, UserError, one_line
+from mmoe_rec.journal.folder import Origin
 from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.kafka.progress import FILE, Progress, offset_in, told
+from mmoe_rec.journal.kafka.intake import Intake
+from mmoe_rec.journal.kafka.progress import FILE, Progress, told
 from mmoe_rec.journal.kafka.reached import BEHIND_SECONDS, Reached, Status
+from mmoe_rec.journal.kafka.same_topic import SameTopic
 from mmoe_rec.journal.kafka.settings import KafkaTopic
 from mmoe_rec.journal.kafka.topic import CLOSE, ROWS, Message, Topic
 from mmoe_rec.journal.position import Position
-from mmoe_rec.journal.records import Batch, decode, encode, with_about
-from mmoe_rec.journal.segments import MOST_PAYLOAD_BYTES, SEGMENT_BYTES
+from mmoe_rec.journal.records import Batch, encode
+from mmoe_rec.journal.segments import SEGMENT_BYTES
 
 SECONDS = 10.0
 """How long brokers may take for an answer."""
@@ -84,17 +82,15 @@ class Replica:
         undo.callback(self._journal.close)
         self.folder = self._journal.folder
         self._progress = Progress(self.folder, self._topic.id)
-        self._journal.before_segment = self._before_segment
-        self.skipped: Counter[str] = Counter()
-        """Messages that this process has left out, by why: of other types, none of ours."""
-        self._taking = 0  # the offset that is taken in, under the lock
+        self._intake = Intake(self._journal, self._progress, self._topic.name)
+        self.skipped = self._intake.skipped
+        self._same = SameTopic(self._topic, self._journal, self._progress)
         self._failure: str | None = None
-        self._made, self._made_asked = made_of(self.folder), time.monotonic()
+        self._made_asked = time.monotonic()
         self._reached, self._is_closed = Reached(), threading.Event()
-        following = self._check(made)
-        if not self._made:
-            _log.warning("%s", self._unknown_made())
-        self._topic.read_from(following)
+        self._go_on(made)
+        if not self._same.made:
+            _log.warning("%s", self._same.unknown_id())
         self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
         self._thread.start()
         _following.add(self)
@@ -221,69 +217,27 @@ class Replica:
         if status.lag > _MOST_LAG or status.behind > self._topic.seconds:
             raise BehindError(f"this machine has yet to take in {status.lag:,} messages of {self._topic.name}")
 
-    def _check(self, made: str | None = None) -> int:
-        """The offset that comes next. made: the topic's id, asked for before, if it was.
+    def _go_on(self, made: str | None = None) -> None:
+        """Reads on from what is here. made: the topic's id, if it is known. Raises UserError where it can't."""
+        self._topic.read_from(self._checked(made))
 
-        Raises UserError where the topic does not go on from what is there.
-        """
-        made = self._topic.made() if made is None else made
-        self._check_made(made)
-        with self._journal.alone() as end:
-            following = self._progress.next(end)
-            payload = self._progress.last_payload(end)
-        # Asked last, as other processes go on to take messages in.
-        low, high = self._topic.range()
-        if following > high:
-            raise self._other_topic(f"it ends at offset {high:,}")
-        if following < low:
-            raise UserError(
-                f"{self._topic.name} begins with offset {low:,} now, but the journal '{self.folder}' goes up to "
-                f"{following:,}, so rows between would be missing: replace the folder by a copy of another machine's, "
-                "and let the topic keep its messages for longer (retention.ms)"
-            )
-        if payload is not None:
-            offset = offset_in(payload)
-            found = self._topic.at(offset) if offset >= low else None
-            if offset >= low and (found is None or _record(found) != payload):
-                raise self._other_topic(f"it holds another message at offset {offset:,}")
-        if made and not self._made:  # of a topic that has just been found to hold what is here
-            with self._journal.alone():
-                self._made = made_of(self.folder)  # by another process
-                self._check_made(made)
-                if not self._made:
-                    note_made(self.folder, made)
-                    self._made = made
+    def _checked(self, made: str | None = None) -> int:
+        following, high = self._same.check(made)
         self._reached.advance(following)
         self._reached.tell(high)
         return following
-
-    def _check_made(self, made: str) -> None:
-        if self._made and made not in ("", self._made):
-            raise self._other_topic(f"its id is '{made}', and was '{self._made}'")
-
-    def _unknown_made(self) -> str:
-        return (
-            f"no broker tells the id of {self._topic.name}: until one does, that it was made anew is found out by the "
-            f"last record of '{self.folder}' alone"
-        )
-
-    def _other_topic(self, why: str) -> UserError:
-        return UserError(
-            f"{self._topic.name} is not the one that the journal '{self.folder}' is a replica of, though it is called "
-            f"so: {why}; it was made anew, or has lost messages: name a new folder, or a topic of another name"
-        )
 
     def _sent(self, kind: bytes, value: bytes, least: int) -> int:
         """Sends a message, and takes it in where it is the next one; gives its offset."""
         offset = self._topic.send(kind, value)
         self._reached.hear()
         if offset < least:
-            self._failure = str(self._other_topic(f"it has put a message at offset {offset:,}"))
+            self._failure = str(self._same.other_topic(f"it has put a message at offset {offset:,}"))
             raise NotAcknowledgedError(self._failure)
         try:
             with self._journal.alone() as end:
                 if self._progress.next(end) == offset:  # need not be read
-                    self._take(Message(offset, kind, value), end)
+                    self._intake.take(Message(offset, kind, value), end)
                     self._reached.advance(offset + 1)
         except UserError as error:
             raise KeptError(f"the topic has taken the rows, but this machine can't keep them: {error}") from None
@@ -306,7 +260,7 @@ class Replica:
         while not self._is_closed.is_set():
             try:
                 if must_check:  # whether the topic is still the one that it was, and goes on from here
-                    self._topic.read_from(self._check())
+                    self._go_on()
                     must_check = False
                 if time.monotonic() - asked > (BEHIND_SECONDS if reached.behind else _ASK_SECONDS):
                     asked = time.monotonic()
@@ -340,13 +294,13 @@ class Replica:
         except UserError:
             return  # `status` tells how long that has been so
         self._reached.hear()
-        if self._made:
-            self._check_made(self._topic.made())
+        if self._same.made:
+            self._same.check_id(self._topic.made())
         elif time.monotonic() - self._made_asked > _MADE_SECONDS:
             self._made_asked = time.monotonic()
-            self._check()
+            self._checked()
         if high < before:
-            raise self._other_topic(f"it ends at offset {high:,}")
+            raise self._same.other_topic(f"it ends at offset {high:,}")
         self._reached.tell(high)
 
     def _take_some(self, messages: list[Message]) -> None:
@@ -355,51 +309,12 @@ class Replica:
         with self._journal.alone() as end:
             for each in messages[:_MESSAGES_HELD]:
                 if each.offset >= self._progress.next(end):
-                    end = self._take(each, end)  # noqa: PLW2901
+                    end = self._intake.take(each, end)  # noqa: PLW2901
                 self._reached.advance(max(self._progress.next(end), each.offset + 1))
                 taken += 1
                 if time.monotonic() > give_up:
                     break
         del messages[:taken]
-
-    def _take(self, message: Message, end: Position) -> Position:
-        """Takes in the message whose turn it is, while nobody else appends; gives the journal's end then."""
-        self._taking, following = message.offset, message.offset + 1
-        if message.kind == CLOSE:
-            after = self._journal.close_last()
-        else:
-            payload = _record(message)
-            batches = None if payload is None else decode(pa.py_buffer(payload))
-            if payload is not None and batches and all(map(len, batches)):
-                try:
-                    after = self._journal.put(batches, payload)
-                    self._progress.note(after, following)
-                    return after
-                except RequestError as error:
-                    self._skip(message, "types", str(error))
-            else:
-                self._skip(message, "foreign", "it is no message of a journal")
-            after = end
-        if self._progress.next(after) < following:
-            self._progress.write(after, following)
-        return after
-
-    def _before_segment(self, begin: Position) -> None:
-        self._progress.write(begin, self._taking)
-
-    def _skip(self, message: Message, why: str, sentence: str) -> None:
-        self.skipped[why] += 1
-        _log.warning("offset %d of %s is left out on all machines: %s", message.offset, self._topic.name, sentence)
-
-
-def _record(message: Message) -> bytes | None:
-    """The payload of the record that a message becomes; None where it is none of a journal."""
-    if message.kind != ROWS or len(message.value) > MOST_PAYLOAD_BYTES - 1_024:
-        return None
-    try:
-        return with_about(message.value, offset=message.offset)
-    except (struct.error, ValueError, TypeError):
-        return None
 
 
 _following: weakref.WeakSet[Replica] = weakref.WeakSet()

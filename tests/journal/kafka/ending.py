@@ -1,7 +1,7 @@
 """A process that takes a topic in and ends, as if killed, around some step: FOLDER FILE TOPIC STEP NUMBER.
 
-STEP: a method of the replica's journal, or of its progress; NUMBER: the call of it that is the last one. Even ones end
-before it, odd ones after it. Exit code 7; 0 where there were fewer calls.
+STEP: a method of the replica's journal, of its intake, or of its progress; NUMBER: the call of it that is the last one.
+Even ones end before it, odd ones after it. Exit code 7; 0 where there were fewer calls.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.kafka.intake import Intake
 from mmoe_rec.journal.kafka.progress import Progress
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic
@@ -20,7 +21,7 @@ ENDED = 7
 def main() -> None:
     """Takes in all, or ends."""
     folder, file, topic, step, last = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
-    kind: Any = Replica if step == "before_segment" else Journal if hasattr(Journal, step) else Progress
+    kind: Any = Intake if step == "before_segment" else Journal if hasattr(Journal, step) else Progress
     name = "_before_segment" if step == "before_segment" else step
     real, calls = getattr(kind, name), 0
 
