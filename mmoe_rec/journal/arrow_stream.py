@@ -21,7 +21,7 @@ MOST_TEXT_BYTES = 64 * 2**20
 
 
 def read_stream(data: bytes, most_rows: int) -> pa.Table:
-    """The table of a stream, validated, strings not coded. Raises RequestError for anything else, or more rows."""
+    """The table of a stream, validated. Raises RequestError for anything else, or more rows."""
     try:
         _check_plain(data)
         batches, rows = [], 0
@@ -39,7 +39,7 @@ def read_stream(data: bytes, most_rows: int) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, struct.error, IndexError, MemoryError) as error:
         raise RequestError(f"the body is no Arrow IPC stream that can be read: {first_line(error)[:200]}") from None
-    return plain_table(table)
+    return table
 
 
 def too_many(most_rows: int) -> RequestError:
@@ -47,8 +47,9 @@ def too_many(most_rows: int) -> RequestError:
     return RequestError(f"there are more than {most_rows:,} rows; send them in several calls")
 
 
-def plain_table(table: pa.Table) -> pa.Table:
-    """A validated table with its strings written out. Raises RequestError where that would be too much text."""
+def plain_columns(table: pa.Table) -> list[pa.ChunkedArray]:
+    """A validated table's columns with their strings written out. Raises RequestError where that would be too much
+    text."""
     columns, text = [], 0
     for name, column in zip(table.column_names, table.columns, strict=True):
         kind = column.type
@@ -58,7 +59,7 @@ def plain_table(table: pa.Table) -> pa.Table:
                 raise RequestError(f"column {quoted(name)} holds more than {MOST_TEXT_BYTES:,} bytes of text")
             column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], kind.value_type)  # noqa: PLW2901
         columns.append(column)
-    return pa.table(columns, names=table.column_names)
+    return columns
 
 
 def _is_plain(kind: pa.DataType) -> bool:

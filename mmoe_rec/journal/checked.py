@@ -17,14 +17,15 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.journal.arrow_stream import plain_table, read_stream, too_many
+from mmoe_rec.journal.arrow_stream import plain_columns, read_stream, too_many
 from mmoe_rec.journal.verdicts import EVENT_ID
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.value_checks import Wrong, event_value_checks, log_value_checks
+from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
+from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.schema import Remembering, Schema, Use
 
 MOST_ROWS = 10_000
@@ -74,6 +75,14 @@ class RowChecks:
                 for name, use in uses.items()
             }
             self._columns[source].setdefault(EVENT_ID, _Column("key", False, None, False))
+        self._value_checks: dict[str | None, list[ValueCheck]] = {None: log_value_checks(schema, _FOREVER)}
+        for name, log in schema.events.items():
+            self._value_checks[name] = event_value_checks(log.time, _FOREVER)
+        ids = {schema.columns.user, schema.columns.candidate}
+        self.attributes = [
+            name for name, role in schema.input_columns().items() if role in ("user", "candidate") and name not in ids
+        ]
+        """Columns of users and candidates that features read, and that rows of the interaction log may leave out."""
         # Columns of a role that no feature reads are left out, as those of a request are.
         self._unread: dict[str | None, set[str]] = {None: schema.column_roles.keys() - self._columns[None].keys()}
 
@@ -109,21 +118,24 @@ class RowChecks:
 
     def of_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
         """The same of an Arrow table."""
-        columns = self._of(source)
+        columns, unread = self._of(source), self._unread.get(source, set())
         if not table.num_rows:
             raise RequestError("the table must have at least one row")
         if table.num_rows > self.most_rows:
             raise too_many(self.most_rows)
-        for name in table.column_names:
-            if name not in columns and name not in self._unread.get(source, ()):
+        given = dict(zip(table.column_names, plain_columns(table), strict=True))
+        if len(given) < table.num_columns:
+            names = table.column_names
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise RequestError(f"column {quoted(twice)} is given twice")
+        for name in given:
+            if name not in columns and name not in unread:
                 raise RequestError(self._unknown(source, name))
-            if table.column_names.count(name) > 1:
-                raise RequestError(f"column {quoted(name)} is given twice")
-        if missing := [name for name, each in columns.items() if each.required and name not in table.column_names]:
+        if missing := [name for name, each in columns.items() if each.required and name not in given]:
             raise RequestError(f"there is no column '{missing[0]}'")
-        table = plain_table(table).combine_chunks()
-        given = [name for name in columns if name in table.column_names]
-        arrays = {name: self._arrow_column(name, columns[name], table.column(name)) for name in given}
+        arrays = {
+            name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given
+        }
         return self._checked(source, arrays, now)
 
     def _of(self, source: str | None) -> dict[str, _Column]:
@@ -149,7 +161,7 @@ class RowChecks:
         return _read(read, lambda begin, end: values[begin:end], len(values))
 
     def _arrow_column(self, name: str, column: _Column, values: pa.ChunkedArray) -> pa.Array:
-        whole = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+        whole = one_array(values)
         texts = pt.is_string(whole.type) or pt.is_large_string(whole.type)
         if column.use == "time" and texts:
             return self._json_column(name, column, whole.to_pylist())
@@ -188,11 +200,7 @@ class RowChecks:
         return rows.table
 
     def _check_values(self, source: str | None, rows: LogRows) -> None:
-        if source is None:
-            checks = log_value_checks(self.schema, _FOREVER)
-        else:
-            checks = event_value_checks(self.schema.events[source].time, _FOREVER)
-        for check in checks:
+        for check in self._value_checks[source]:
             if rows.has(check.column):
                 values = check.values(rows)
                 if (mask := check.wrong(values)).any():

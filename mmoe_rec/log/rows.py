@@ -53,7 +53,7 @@ class LogRows:
 
     def has(self, name: str) -> bool:
         """Whether the rows have this column."""
-        return name in self.table.column_names
+        return bool(self.table.schema.get_field_index(name) >= 0)
 
     def column(self, name: str) -> pa.Array:
         """A column as one array."""

@@ -29,7 +29,6 @@ from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.schema import Schema
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
 from mmoe_rec.server.live.background import step_back
@@ -140,10 +139,10 @@ class Accepting:
         try:
             if is_arrow:
                 table = checks.of_stream(log, body)
-                return _Sent(log, table, _lacking(log, checks.schema, table, ()))
+                return _Sent(log, table, _lacking(log, checks, table, ()))
             log, rows = _rows_in(parse_json(body, self._limits), log)
             table = checks.of_json(log, rows)
-            return _Sent(log, table, _lacking(log, checks.schema, table, rows))
+            return _Sent(log, table, _lacking(log, checks, table, rows))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
 
@@ -241,19 +240,17 @@ def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
 
 
 def _lacking(
-    source: str | None, schema: Schema, table: pa.Table, rows: Sequence[Mapping[str, Any]]
+    source: str | None, checks: RowChecks, table: pa.Table, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """The attributes that rows leave out. rows: as JSON gave them, where each may leave out others."""
     if source is not None:
         return {}
-    found = {}
-    ids = {schema.columns.user, schema.columns.candidate}
-    for name, role in schema.input_columns().items():
-        if role in ("user", "candidate") and name not in ids:
-            if name not in table.column_names:
-                found[name] = np.ones(len(table), bool)
-            elif rows and (left := np.array([name not in row for row in rows])).any():
-                found[name] = left
+    found, given = {}, set(table.column_names)
+    for name in checks.attributes:
+        if name not in given:
+            found[name] = np.ones(len(table), bool)
+        elif rows and (left := np.array([name not in row for row in rows])).any():
+            found[name] = left
     return found
 
 
