@@ -61,6 +61,8 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._busy_since: float | None = None
+        self._no_pass = threading.Event()
+        self._no_pass.set()
         # A daemon: a pass that hangs must not keep the process from ending.
         threading.Thread(target=self._work, name="ranking", daemon=True).start()
 
@@ -74,6 +76,13 @@ class Batcher:
     def is_busy(self) -> bool:
         """Whether a pass is under way."""
         return self._busy_since is not None
+
+    def wait_for_pass(self, seconds: float) -> None:
+        """Ends once no pass is under way, or after so many seconds; from any thread that has work of its own to do.
+
+        Such work would share the interpreter's lock with the pass, and make its caller wait longer.
+        """
+        self._no_pass.wait(seconds)
 
     def between_passes(self, function: Callable[[], None]) -> Future[None]:
         """Has the thread of the passes call a function once none is under way; from any thread."""
@@ -137,6 +146,7 @@ class Batcher:
         served = self._models.current
         assert served is not None, "a call was let in before there was a model"
         self._busy_since = monotonic()
+        self._no_pass.clear()
         self._metrics.passes.observe(len(calls))
         for call in calls:
             self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
@@ -154,6 +164,7 @@ class Batcher:
 
     def _end_pass(self, calls: Sequence[_Waiting], found: Sequence[Answers | Refused]) -> None:
         self._busy_since = None
+        self._no_pass.set()
         for call, answers in zip(calls, found, strict=True):
             if call.found.done():
                 continue

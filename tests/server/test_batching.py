@@ -219,3 +219,29 @@ def test_unknown_ids_are_counted_in_what_is_ranked(models: Models) -> None:
         'role="candidate"}': 1.0 + (1 + 1) + 3 + 3 + 1,
     }
     assert "unknown_ids" not in answers[0].tree["predictions"][0]
+
+
+def test_work_beside_requests_lets_a_pass_end_first_but_not_for_ever(models: Models) -> None:
+    app, ranker = watched(models)
+    batcher, waited = app.calls.batcher, threading.Event()
+
+    def work(seconds: float) -> None:
+        batcher.wait_for_pass(seconds)
+        waited.set()
+
+    async def scenario() -> None:
+        work(600)  # no pass is under way
+        waited.clear()
+        ranker.go_on.clear()
+        call = asyncio.create_task(reply(app, {"inputs": [element()]}))
+        await until(lambda: batcher.is_busy)
+        work(0.01)
+        waited.clear()
+        threading.Thread(target=work, args=(600,), daemon=True).start()
+        await asyncio.sleep(0.05)
+        assert not waited.is_set()
+        ranker.go_on.set()
+        await call
+        await until(waited.is_set)
+
+    asyncio.run(scenario())

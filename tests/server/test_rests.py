@@ -33,6 +33,9 @@ class Passes:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
+    def wait_for_pass(self, seconds: float) -> None:
+        self._clock.now += seconds
+
     def between_passes(self, function):
         self._clock.now += 60
         function()

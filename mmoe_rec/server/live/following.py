@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.02
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
-_REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.15, 0.25
+_REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.3, 0.4
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
+_LONGEST_STEP_BACK_SECONDS = 0.03
+"""Events let a pass that is under way end first, but no longer: where one follows the other, they have their turn."""
 PART_OF_ANSWER = 1 / 3
 """Of the time for an answer, for each of what a call of /events waits for where there is a topic: for what came before
 it, for calls that are being appended, and for itself."""
@@ -67,6 +69,10 @@ class Following:
         """Looks at once, as this process has appended what ends at a position."""
         self._ends.add(position)
         self._look.set()
+
+    def let_pass_end(self) -> None:
+        """Waits while requests are ranked, for a short time; for threads that are about to work on events."""
+        self._batcher.wait_for_pass(_LONGEST_STEP_BACK_SECONDS)
 
     @property
     def lacking(self) -> str | None:
@@ -206,6 +212,7 @@ class Following:
 
     def _step(self) -> float:
         """Learns what is new; gives the seconds that preparing it has taken, 0 where there was nothing."""
+        self.let_pass_end()
         started, learning = time.monotonic(), self._learning()
         if learning is None or (learnt := learning.read()) is None:
             return 0.0
