@@ -133,9 +133,7 @@ class RowChecks:
                 raise RequestError(self._unknown(source, name))
         if missing := [name for name, each in columns.items() if each.required and name not in given]:
             raise RequestError(f"there is no column '{missing[0]}'")
-        arrays = {
-            name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given
-        }
+        arrays = {name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given}
         return self._checked(source, arrays, now)
 
     def _of(self, source: str | None) -> dict[str, _Column]:
