@@ -70,6 +70,29 @@ def _about(folder: Path) -> dict[str, str]:
     return found
 
 
+def check_replica(folder: Path, name: str) -> None:
+    """Raises UserError for a folder that can't be a replica of a topic, as far as its files alone say so.
+
+    name: the topic's, which `Origin.name` begins with.
+    """
+    if not (folder / "journal.json").exists():
+        _check_empty(folder)
+        return
+    open_folder(folder, create=False)
+    if (found := origin_of(folder)) is None:
+        raise _own(folder, name)
+    if not found.startswith(f"{name} of "):
+        raise UserError(
+            f"the journal '{folder}' is a replica of {found}, not of {name}: name a new folder, or that topic"
+        )
+
+
+def _own(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"'{folder}' holds a journal of its own, which can't become a replica of {name}: name a new folder"
+    )
+
+
 def check_origin(folder: Path, origin: Origin | None) -> None:
     """Raises UserError where a journal is appended to otherwise than by what it is a replica of."""
     found = origin_of(folder)
@@ -79,9 +102,7 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
             "name the topic (--kafka FILE --kafka-topic NAME)"
         )
     if origin is not None and found is None:
-        raise UserError(
-            f"'{folder}' holds a journal of its own, which can't become a replica of {origin.name}: name a new folder"
-        )
+        raise _own(folder, origin.name)
     if origin is not None and open_folder(folder, create=False) != origin.id:
         raise UserError(
             f"the journal '{folder}' is a replica of {found}, not of {origin.name}: name a new folder, or that topic"
@@ -121,8 +142,7 @@ def _id_in(text: str, path: Path) -> bytes:
 
 
 def _create(folder: Path, origin: Origin | None) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' holds something else than a journal; name a new folder")
+    _check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (kind := _file_system(folder.parent)).startswith(_ELSEWHERE):
         raise UserError(f"'{folder}' lies on a file system of another machine ({kind}); a journal needs a local disk")
@@ -145,6 +165,11 @@ def _create(folder: Path, origin: Origin | None) -> None:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' holds something else than a journal; name a new folder")
 
 
 def _file_system(folder: Path) -> str:

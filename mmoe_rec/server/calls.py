@@ -95,8 +95,8 @@ class Calls:
             ]
         with self.metrics.timed("write"):
             ignored = call.ignored
-            if self.following is not None and (lacking := self.following.lacking) is not None:
-                ignored = (*ignored, f"some events are not counted: {lacking}")
+            if self.following is not None and (warning := self.following.warning) is not None:
+                ignored = (*ignored, warning)
             body = written(answers, ignored, partial)
         if log is not None:
             self._offer(log, call, answers)

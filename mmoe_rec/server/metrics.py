@@ -100,13 +100,13 @@ class Metrics:
         """
         if self._heard is None:
             self._heard = self._gauge(
-                "topic_heard_timestamp_seconds", "When a broker of it has last answered", of_all="livemin"
+                "topic_heard_timestamp_seconds", "When a broker has last told where the topic ends", of_all="livemin"
             )
         self._heard.set(heard)
         if lag is not None:  # a gauge that is made says 0 already
             if self._lag is None:
                 self._lag = self._gauge(
-                    "topic_lag", "Messages of the topic of events that a worker lacks", of_all="livemax"
+                    "topic_lag", "Messages of the topic of events that a worker lacked then", of_all="livemax"
                 )
             self._lag.set(lag)
 

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,7 @@ def test_a_lag_that_is_not_known_is_no_zero(machine: Machine, brokers: Brokers) 
     brokers.tell("down")
     late = machine("two", seconds=1.5)
     assert _version(late)["topic"]["lag"] is None
+    assert "some events may not be counted: the topic 'events' has not been reached since" in _warned(late)
     until(lambda: "topic_heard" in ask(late, b"", method="GET", page="/metrics").body.decode())
     assert _lag(late) is None
     brokers.tell("up")
@@ -137,6 +139,30 @@ def test_a_machine_that_is_behind_says_so(machine: Machine) -> None:
     until(lambda: _version(two)["events_failure"] is None)
     assert until(lambda: _lag(two) == "0.0")
     assert "events" not in _warned(two)
+
+
+def test_a_lag_is_told_with_its_age_while_brokers_are_away(
+    machine: Machine, brokers: Brokers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies say what is not known, and don't call it lost."""
+    one = machine("one")
+    assert _sent(one, as_json(later_log(3, rows=1))[0]).status == 200
+    until(lambda: _lag(one) == "0.0")
+    assert "events" not in _warned(one)
+    brokers.tell("down")
+    heard = until(lambda: _version(one)["topic"]["age_seconds"] > 1.5 and _version(one)["topic"]["heard"])
+    sentence = (
+        r"some events may not be counted: no broker of the topic 'events' of the Kafka cluster '.*' has answered for "
+        r"\d+ seconds; the topic 'events' was last heard of \d+ seconds ago, and this machine has all up to there"
+    )
+    with monkeypatch.context() as during:
+        during.setattr("mmoe_rec.journal.kafka.replica._LATE_SECONDS", 1.0)
+        assert re.search(sentence, _warned(one))
+    assert _lag(one) == "0.0"
+    assert _version(one)["topic"]["heard"] == heard
+    brokers.tell("up")
+    until(lambda: _version(one)["events_failure"] is None)
+    assert "events" not in _warned(one)
 
 
 def test_messages_count_one_by_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

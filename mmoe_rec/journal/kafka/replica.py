@@ -16,14 +16,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, UserError, one_line
-from mmoe_rec.journal.folder import Origin
+from mmoe_rec.journal.folder import Origin, check_replica
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.intake import Intake
 from mmoe_rec.journal.kafka.progress import FILE, Progress, told
 from mmoe_rec.journal.kafka.reached import BEHIND_SECONDS, Reached, Status
 from mmoe_rec.journal.kafka.same_topic import SameTopic
 from mmoe_rec.journal.kafka.settings import KafkaTopic
-from mmoe_rec.journal.kafka.topic import CLOSE, ROWS, Message, Topic
+from mmoe_rec.journal.kafka.topic import CALLED, CLOSE, ROWS, Message, Topic
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.records import Batch, encode
 from mmoe_rec.journal.segments import SEGMENT_BYTES
@@ -38,7 +38,7 @@ _MESSAGES_HELD, _HELD_SECONDS, _LET_IN_SECONDS = 32, 0.05, 0.006
 _MOST_LAG = 1_000
 """Messages that may be lacking while more are sent: many more would be waited for in vain."""
 _STOP_SECONDS = 2.0
-_LATE_SECONDS = 15.0  # since a broker has answered, after which it is told
+_LATE_SECONDS = 15.0  # since a broker has answered, or has told where the topic ends, after which it is told
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Replica:
     Threads may share it. Processes of one machine may have one each of the same folder; a forked one makes its own.
 
     folder: made if it is not there; seconds: how long a broker may take for an answer; segment_bytes: the same on all
-    machines; checks: whether to ask, too, how the topic is set up.
+    machines; checks: whether to ask, too, how the topic is set up; says: whether to log what no broker tells of it, as
+    one process of several does.
 
     Raises UserError where no broker answers, the topic is set up otherwise than a journal needs it, does not hold what
     follows in the folder, or the folder is no replica of it.
@@ -64,17 +65,22 @@ class Replica:
         segment_bytes: int = SEGMENT_BYTES,
         create: bool = True,
         checks: bool = True,
+        says: bool = True,
     ) -> None:
+        check_replica(Path(folder), f"the topic '{place.name}'")  # whether or not a broker answers
         self._topic, self._process = Topic(place, seconds), os.getpid()
         with ExitStack() as undo:
             undo.callback(self._topic.close)
-            self._begin(folder, segment_bytes, create, checks, undo)
+            unknown = self._topic.check_settings() if checks else None
+            self._begin(folder, segment_bytes, create, undo)
             undo.pop_all()
+        if says and unknown is not None:
+            _log.warning("%s", unknown)
+        if says and not self._same.made:
+            _log.warning("%s", self._same.unknown_id())
 
-    def _begin(self, folder: str | Path, segment_bytes: int, create: bool, checks: bool, undo: ExitStack) -> None:
+    def _begin(self, folder: str | Path, segment_bytes: int, create: bool, undo: ExitStack) -> None:
         """The rest of the beginning. undo: closes what was opened, if that fails."""
-        if checks and (unknown := self._topic.check_settings()) is not None:
-            _log.warning("%s: see that its cleanup.policy is delete", unknown)
         made = self._topic.made()
         files = {FILE: told(Position.begin(), 0)}
         origin = Origin(self._topic.id, self._topic.name, made, files)
@@ -89,8 +95,6 @@ class Replica:
         self._made_asked = time.monotonic()
         self._reached, self._is_closed = Reached(), threading.Event()
         self._go_on(made)
-        if not self._same.made:
-            _log.warning("%s", self._same.unknown_id())
         self._thread = threading.Thread(target=self._follow, name="replica", daemon=True)
         self._thread.start()
         _following.add(self)
@@ -107,11 +111,11 @@ class Replica:
 
     def status(self) -> Status:
         """How far it is behind the topic, as far as that is known."""
-        reached, failure = self._reached, self._failure
-        age = time.time() - reached.heard
-        if failure is None and age > _LATE_SECONDS:
-            failure = f"no broker of {self._topic.name} has answered for {age:,.0f} seconds"
-        return Status(reached.next, max(reached.high - reached.next, 0), reached.heard, reached.behind, failure)
+        reached, failure, age = self._reached, self._failure, self._reached.age
+        if failure is None and (silence := reached.silence) > _LATE_SECONDS:
+            failure = f"no broker of {self._topic.name} has answered for {silence:,.0f} seconds"
+        lag, is_current = max(reached.high - reached.next, 0), age <= _LATE_SECONDS
+        return Status(reached.next, lag, reached.heard, age, is_current, reached.behind, failure)
 
     def append(self, *batches: Batch) -> Position:
         """Appends batches as one message; gives a position of this machine's journal that is not before its end, once
@@ -139,7 +143,7 @@ class Replica:
         self._check_failure()
         self._check_behind()
         offset = self._sent(ROWS, payload, least)
-        self._wait_for(offset, give_up)
+        self._wait_for(ROWS, offset, give_up)
         with self._journal.alone() as end:
             # Types are never changed: they say now what they said when the message's turn came.
             self._journal.check_types(batches)
@@ -154,15 +158,19 @@ class Replica:
         with self._journal.alone() as end:
             least = self._progress.next(end)
         self._check_failure()
+        give_up = time.monotonic() + self._topic.seconds
         try:
-            give_up = time.monotonic() + self._topic.seconds
-            self._wait_for(self._sent(CLOSE, b"", least), give_up)
+            self._wait_for(CLOSE, self._sent(CLOSE, b"", least), give_up)
+        except KeptError as error:
+            raise KeptError(
+                f"{error}: all machines close their segment when they come to this message; try again once this one "
+                "holds what the topic does"
+            ) from None
         except NotAcknowledgedError as error:
-            why = self.status().failure or "it has not come here so far"
             raise NotAcknowledgedError(
-                f"it is not known after {self._topic.seconds:g} seconds whether {self._topic.name} has closed the "
-                f"segment ({why}); it may have, on all machines: try again once this machine holds what the topic does"
-            ) from error
+                f"it is not known whether the segment was closed: {error}; if so, all machines do it: try again, as "
+                "soon as the topic answers"
+            ) from None
         return self._journal.end().segment - 1
 
     def end(self) -> Position:
@@ -240,17 +248,20 @@ class Replica:
                     self._intake.take(Message(offset, kind, value), end)
                     self._reached.advance(offset + 1)
         except UserError as error:
-            raise KeptError(f"the topic has taken the rows, but this machine can't keep them: {error}") from None
+            them = "them" if kind == ROWS else "it"
+            raise KeptError(
+                f"the topic has taken {CALLED[kind]}, but this machine can't keep {them}: {error}"
+            ) from None
         return offset
 
-    def _wait_for(self, offset: int, give_up: float) -> None:
+    def _wait_for(self, kind: bytes, offset: int, give_up: float) -> None:
         with self._journal.alone() as end:
             if self._progress.next(end) > offset:
                 return
         if not self._reached.wait(offset + 1, give_up - time.monotonic()):
             raise KeptError(
-                "the topic has taken the rows, but this machine has not read so far within "
-                f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'}); they will count"
+                f"the topic has taken {CALLED[kind]}, but this machine has not read so far within "
+                f"{self._topic.seconds:g} seconds ({self._failure or 'it is behind'})"
             )
 
     # What follows is the thread that takes messages in.

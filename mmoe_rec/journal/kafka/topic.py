@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROWS, CLOSE = b"rows 1", b"close 1"
 """Kinds of messages, as their header says: a record, and that a segment is closed here."""
+CALLED = {ROWS: "the rows", CLOSE: "the message that closes the segment"}
 _HEADER = "mmoe-rec"
 _IDS = uuid.UUID("c5d3a0de-3f0c-4b5f-8f55-6f0a7f6b1c2e")
 _NO_ID = "A" * 22  # all bits zero
@@ -131,9 +132,15 @@ class Topic:
                 [kinds(kinds.Type.TOPIC, self.place.name)], request_timeout=_ASKED_SECONDS
             ).values()
             found = {name: each.value for name, each in future.result(2 * _ASKED_SECONDS).items()}
+            why = "it names no cleanup.policy"
         except (self._kafka.KafkaException, TimeoutError) as error:
-            return f"the broker does not tell how {self.name} is set up ({_words(error)})"
-        if "compact" in (found.get("cleanup.policy") or ""):
+            found, why = {}, _words(error)
+        if not found.get("cleanup.policy"):
+            return (
+                f"the broker does not tell how {self.name} is set up ({why}): see that its cleanup.policy is delete, "
+                "that its retention is longer than any machine may be away, and max.message.bytes large enough"
+            )
+        if "compact" in found["cleanup.policy"]:
             raise UserError(f"{self.name} is compacted, which removes rows: set its cleanup.policy to delete")
         if found.get("max.message.bytes") and "message.max.bytes" not in self._given:
             self._given["message.max.bytes"] = found["max.message.bytes"]
@@ -193,9 +200,10 @@ class Topic:
         if is_known and error.fatal():  # this producer sends no more
             with self._lock:
                 self._producer = None
+        why, them = error.str() if is_known else error or "no answer", "them" if kind == ROWS else "it"
         raise NotAcknowledgedError(
-            f"{self.name} has not said within {self.seconds:g} seconds that it keeps the rows "
-            f"({error.str() if is_known else error or 'no answer'}); it may have kept them"
+            f"{self.name} has not said within {self.seconds:g} seconds that it keeps {CALLED.get(kind, 'a message')} "
+            f"({why}); it may have kept {them}"
         )
 
     def too_large(self, size: int) -> RequestError:

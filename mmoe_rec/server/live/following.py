@@ -76,10 +76,27 @@ class Following:
 
     @property
     def lacking(self) -> str | None:
-        """What the current model does not know of the journal, and why, as a sentence; None where it knows all."""
+        """What the current model does not know of the journal, or may not know, and why, as a sentence; None where it
+        knows all."""
+        found = self._lacking()
+        return None if found is None else found[1]
+
+    @property
+    def warning(self) -> str | None:
+        """The same for replies."""
+        if (found := self._lacking()) is None:
+            return None
+        is_certain, why = found
+        return f"some events {'are' if is_certain else 'may'} not {'' if is_certain else 'be '}counted: {why}"
+
+    def _lacking(self) -> tuple[bool, str] | None:
+        """Whether it is certain that it lacks something, and why."""
         learning = self._learning()
         missed = None if self.topic is None else self.topic.lacking
-        return self.failure or missed or (None if learning is None else learning.gap)
+        gap = None if learning is None else learning.gap
+        found = [(True, self.failure), missed or (True, None), (True, gap)]
+        told = [(is_certain, why) for is_certain, why in found if why is not None]
+        return (any(each for each, _ in told), "; ".join(why for _, why in told)) if told else None
 
     @property
     def position(self) -> str | None:

@@ -33,20 +33,20 @@ class Joined:
         self._replica: Replica | None = None
         self._failure, self._since = "", time.time()
         try:
-            self._join()
+            self._join(says=False)  # `serve` has joined before, and said it
         except AwayError as error:
             self._failure = str(error)
             _log.error("no events are taken: %s", error)
             threading.Thread(target=self._try_again, name="joining", daemon=True).start()
 
-    def _join(self) -> None:
-        self._replica = Replica(self._folder, self._place, seconds=self._seconds)
+    def _join(self, says: bool) -> None:
+        self._replica = Replica(self._folder, self._place, seconds=self._seconds, says=says)
 
     def _try_again(self) -> None:
         while self._replica is None:
             time.sleep(_PAUSE_SECONDS)
             try:
-                self._join()
+                self._join(says=True)
                 _log.info("the topic '%s' answers: events are taken", self._place.name)
             except Exception as error:  # whatever it is, nobody else would try again
                 if self._failure != (told := sentence_of(error)):
@@ -78,18 +78,23 @@ class Joined:
         return self._failure if self._replica is None else self._replica.status().failure
 
     @property
-    def lacking(self) -> str | None:
-        """Why some of what other machines have accepted is not known here, as a sentence; None where all is, but for
-        what may be on its way."""
-        if self._replica is None or (status := self._replica.status()).failure is not None:
-            return self.failure
-        if not status.behind:
+    def lacking(self) -> tuple[bool, str] | None:
+        """Whether it is known for certain that some of what other machines have accepted is not known here, and why, as
+        a sentence; None where all is, but for what may be on its way."""
+        topic = f"the topic '{self._place.name}'"
+        if self._replica is None:
+            return False, f"{topic} has not been reached since this server started: {self._failure}"
+        status = self._replica.status()
+        if status.failure is None and status.is_current and not status.behind:
             return None
-        return f"this machine has yet to take in {status.lag:,} messages of the topic '{self._place.name}'"
+        lacked = f"this machine has yet to take in {status.lag:,} messages of {topic}"
+        if not status.lag:
+            lacked = f"{topic} was last heard of {status.age:,.0f} seconds ago, and this machine has all up to there"
+        return status.lag > 0, lacked if status.failure is None else f"{status.failure}; {lacked}"
 
     def numbers(self) -> tuple[int | None, float]:
-        """Messages of the topic that this machine does not have, None where that is not known; and the time, seconds
-        since 1970 UTC, when a broker has last answered."""
+        """Messages of the topic that this machine lacked when a broker has last told up to where it goes; and when that
+        was, seconds since 1970 UTC. As long as none has, None, and when it was first asked."""
         if self._replica is None:
             return None, self._since
         status = self._replica.status()
@@ -97,6 +102,9 @@ class Joined:
 
     def about(self) -> dict[str, Any]:
         """The same for people."""
-        lag, heard = self.numbers()
-        told = datetime.fromtimestamp(heard, UTC).isoformat(timespec="seconds")
-        return {"name": self._place.name, "lag": lag, "heard": told, "failure": self.failure}
+        told: dict[str, Any] = {"lag": None, "heard": None, "age_seconds": None}
+        if self._replica is not None:
+            status = self._replica.status()
+            heard = datetime.fromtimestamp(status.heard, UTC).isoformat(timespec="seconds")
+            told = {"lag": status.lag, "heard": heard, "age_seconds": round(status.age, 1)}
+        return {"name": self._place.name, **told, "failure": self.failure}

@@ -231,7 +231,9 @@ def _wait_for_segment(folder: Path, through: int) -> None:
         if time.monotonic() > give_up:
             raise ReplicaBehindError(
                 f"the model's tables know the journal through segment {through}, which another machine closed, and the "
-                f"replica '{folder}' has come to segment {last} only: it can be loaded once that was taken in"
+                f"replica '{folder}' has come to segment {last} only: it can be loaded once that was taken in from the "
+                "topic, for which a broker must answer; until then serve an earlier version (--model "
+                "models:/NAME/VERSION)"
             )
         time.sleep(_PAUSE_SECONDS)
 

@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import re
 import shutil
 import sys
 import threading
@@ -14,136 +13,22 @@ from types import SimpleNamespace
 import pytest
 
 from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError
-from mmoe_rec.journal.folder import made_of
 from mmoe_rec.journal.group_commit import GroupCommit
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
 from mmoe_rec.journal.kafka.topic import ROWS, Topic
 from mmoe_rec.journal.opening import open_journal, topic_of
-from mmoe_rec.journal.records import encode
 from mmoe_rec.journal.segments import segment_path
 from tests.journal.journals import all_numbers, batch
+from tests.journal.kafka.filled import filled, sends
 from tests.journal.kafka.mock_brokers import Brokers
 from tests.processes import until
 
 
-def _filled(folder: Path, place: KafkaTopic, *numbers: int) -> None:
-    replica = Replica(folder, place)
-    for number in numbers:
-        replica.append(batch(number))
-    replica.close()
-
-
-def _sends(place: KafkaTopic, *numbers: int) -> None:
-    """As another machine."""
-    topic = Topic(place, 10.0)
-    for number in numbers:
-        topic.send(ROWS, encode([batch(number)]))
-    topic.close()
-
-
-@pytest.mark.parametrize("tells", [True, False])
-def test_a_topic_that_was_made_anew_is_found_out(
-    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tells: bool
-) -> None:
-    """tells: whether the broker has ids of topics, as Kafka has since 2.8."""
-    if not tells:
-        monkeypatch.setattr(Topic, "made", lambda topic: "")
-    place = brokers.topic("events")
-    _filled(tmp_path / "one", place, 1, 2, 3)
-    before = segment_path(tmp_path / "one", 1).read_bytes()
-    brokers.tell("delete", "events")
-    brokers.tell("create", "events", 1)
-    with pytest.raises(UserError, match="it was made anew" if tells else "it ends at offset 0; it was made anew"):
-        Replica(tmp_path / "one", place)
-    _sends(place, 11, 12, 13, 14)
-    with pytest.raises(UserError, match="it was made anew" if tells else "it holds another message at offset 2"):
-        Replica(tmp_path / "one", place)
-    assert segment_path(tmp_path / "one", 1).read_bytes() == before
-
-
-@pytest.mark.parametrize("tells", [True, False])
-def test_a_topic_that_is_made_anew_under_a_running_replica_is_found_out(
-    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tells: bool
-) -> None:
-    if not tells:
-        monkeypatch.setattr(Topic, "made", lambda topic: "")
-    place = brokers.topic("events")
-    replica = Replica(tmp_path / "one", place)
-    for number in range(5):
-        replica.append(batch(number))
-    brokers.tell("delete", "events")
-    brokers.tell("create", "events", 1)
-    until(lambda: replica.status().failure)
-    with pytest.raises(UserError, match=r"made anew|can't be read any further"):
-        replica.append(batch(7))
-    until(lambda: "made anew" in (replica.status().failure or ""))
-    assert all_numbers(replica.folder) == list(range(5))
-    replica.close()
-
-
-def test_an_id_that_was_not_told_at_first_is_written_down_later(
-    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    place = brokers.topic("events")
-    with monkeypatch.context() as during:
-        during.setattr(Topic, "made", lambda topic: "")
-        replica = Replica(tmp_path / "one", place)
-        replica.append(batch(1))
-        replica.close_segment()
-        replica.close()
-    assert "no broker tells the id of the topic 'events'" in caplog.text
-    assert made_of(tmp_path / "one") == ""
-    Replica(tmp_path / "one", place).close()
-    made = made_of(tmp_path / "one")
-    assert made
-    Replica(tmp_path / "other", place).close()
-    assert (tmp_path / "one" / "journal.json").read_bytes() == (tmp_path / "other" / "journal.json").read_bytes()
-    brokers.tell("delete", "events")
-    brokers.tell("create", "events", 1)
-    _sends(place, *range(11, 20))
-    with pytest.raises(UserError, match=f"was there before \\('{re.escape(made)}', now '.*it was made anew"):
-        Replica(tmp_path / "one", place)
-
-
-def test_a_running_replica_writes_down_an_id_as_soon_as_it_is_told(
-    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("_MADE_SECONDS", "_ASK_SECONDS"):
-        monkeypatch.setattr(f"mmoe_rec.journal.kafka.replica.{name}", 0.05)
-    with monkeypatch.context() as during:
-        during.setattr(Topic, "made", lambda topic: "")
-        replica = Replica(tmp_path / "one", brokers.topic("events"))
-        replica.append(batch(1))
-    until(lambda: made_of(replica.folder))
-    replica.append(batch(2))
-    assert replica.status().failure is None
-    replica.close()
-
-
-def test_the_last_record_is_looked_for_before_an_empty_segment(
-    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `refresh` leaves it, of a broker that has no ids of topics."""
-    monkeypatch.setattr(Topic, "made", lambda topic: "")
-    place = brokers.topic("events")
-    replica = Replica(tmp_path / "one", place)
-    replica.append(batch(1))
-    replica.append(batch(2))
-    replica.close_segment()
-    replica.close()
-    Replica(tmp_path / "one", place).close()
-    brokers.tell("delete", "events")
-    brokers.tell("create", "events", 1)
-    _sends(place, *range(11, 20))
-    with pytest.raises(UserError, match="it holds another message at offset 1; it was made anew"):
-        Replica(tmp_path / "one", place)
-
-
 def test_what_retention_has_removed_is_not_passed_over(brokers: Brokers, tmp_path: Path) -> None:
     place = brokers.topic("events")
-    _filled(tmp_path / "one", place, 1, 2)
-    _sends(place, 3, 4, 5)
+    filled(tmp_path / "one", place, 1, 2)
+    sends(place, 3, 4, 5)
     brokers.tell("cut", "events", 4)
     with pytest.raises(UserError, match=r"begins with offset 4 now, but the journal '.*one' goes up to 2, so rows"):
         Replica(tmp_path / "one", place)
@@ -153,10 +38,10 @@ def test_what_retention_has_removed_is_not_passed_over(brokers: Brokers, tmp_pat
 
 def test_a_copy_of_another_machines_folder_goes_on(brokers: Brokers, tmp_path: Path) -> None:
     place = brokers.topic("events")
-    _filled(tmp_path / "one", place, 1, 2, 3)
+    filled(tmp_path / "one", place, 1, 2, 3)
     brokers.tell("cut", "events", 3)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    _filled(tmp_path / "two", place, 4)
+    filled(tmp_path / "two", place, 4)
     one = Replica(tmp_path / "one", place)
     one.catch_up()
     one.close()
@@ -334,7 +219,7 @@ def test_what_can_not_be_joined_leaves_nothing_behind(
         place = KafkaTopic(tmp_path / "nobody.properties", "events")
         place.file.write_text("bootstrap.servers=127.0.0.1:9\n")
     elif fails == "journal":
-        _filled(tmp_path / "one", place, 1)
+        filled(tmp_path / "one", place, 1)
         segment_path(tmp_path / "one", 1).write_bytes(b"")
     elif fails == "range":
         monkeypatch.setattr(Topic, "range", lambda topic: (3, 3))
