@@ -1,14 +1,18 @@
 """A log of interactions and one of events that grow by days, prepared and extended."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import reject
+from hypothesis import strategies as st
 
 from mmoe_rec.build.added.extend import extend
 from mmoe_rec.build.logs import BuildOptions
 from mmoe_rec.build.prepare import Prepared, prepare
+from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of
@@ -29,6 +33,14 @@ WINDOWS = {
     "validation": (START + 5 * DAY, START + 6 * DAY),
     "test": (START + 6 * DAY, None),
 }
+
+FIRST_DAYS = 6.5
+LATER_DAYS = (
+    st.lists(st.floats(FIRST_DAYS, 12), min_size=1, max_size=3, unique=True)
+    .map(sorted)
+    .map(lambda edges: list(zip([FIRST_DAYS, *edges], [*edges, 99], strict=True)))
+)
+"""Draws the first and last day of each step by which a log grows beyond its first days."""
 
 
 def schema_with_purchases(features: dict, path: Path) -> Schema:
@@ -84,6 +96,16 @@ class Growing:
         log.add(0, 8)
         log.prepare()
         return log
+
+    def prepare_first_days(self, **options: object) -> Prepared:
+        """With the days before `LATER_DAYS`; a drawn log that these are too few of is rejected."""
+        self.add(0, FIRST_DAYS)
+        try:
+            return self.prepare(**options)
+        except UserError as error:  # they may lack a split's rows, or a task's labels of one class
+            if not re.search("split is empty|one class in training", str(error)):
+                raise
+            reject()
 
     def prepare(self, work: str = "work", windows: dict = WINDOWS, **options: object) -> Prepared:
         return prepare(self.source, self.schema, windows, self.folder / work, BuildOptions(**options))
