@@ -75,9 +75,12 @@ def check_replica(folder: Path, name: str) -> None:
 
     name: the topic's, which `Origin.name` begins with.
     """
-    if not (folder / "journal.json").exists():
-        _check_empty(folder)
-        return
+    try:
+        if not (folder / "journal.json").exists():
+            _check_empty(folder)
+            return
+    except OSError as error:
+        raise UserError(f"there can be no journal in '{folder}': {error.strerror}") from None
     open_folder(folder, create=False)
     if (found := origin_of(folder)) is None:
         raise _own(folder, name)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
+from mmoe_rec.journal.checkpoints import checkpoints, remove_through
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic
+from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
@@ -21,6 +24,15 @@ from tests.journal.kafka.mock_brokers import mock_brokers
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent
 from tests.server.test_events import as_json
+
+
+def _free_disk(one: Path, other: Path) -> None:
+    """What the guide to several machines has cron do on the other one."""
+    for path in other.glob("duplicates-*.npz"):
+        path.unlink()
+    for path in one.glob("duplicates-*.npz"):
+        shutil.copyfile(path, other / path.name)
+    remove_through(other, min(checkpoints(other), default=0))
 
 
 def _served(model: RefreshedModel, number: str, journal: Path, place: KafkaTopic) -> Application:
@@ -68,17 +80,27 @@ def test_a_version_that_one_machine_refreshed_is_served_by_all(
         _check(_answers(apps[1], after), before)
 
         # What one machine sends now, both count, and the next version holds it once.
-        position = _sent(apps[0], [*rows[:7], *as_json(model._days(12, 14))])
+        position = _sent(apps[0], [*rows[:7], *as_json(model._days(12, 13))])
         before = _answers(apps[1], position)
         model.refresh(*words, "--remove-segments")
         assert not (folders[0] / "segment-00000001.journal").exists()
         assert (folders[1] / "segment-00000001.journal").exists()
+        _free_disk(*folders)
+        assert segment_numbers(folders[0]) == segment_numbers(folders[1]) == [2, 3]
         for app in apps:
             app.models.load(Source(model.folder_of("3"), "models:/small/3"))
             _check(_answers(app, position), before)
         assert (folders[0] / "segment-00000002.journal").read_bytes() == (
             folders[1] / "segment-00000002.journal"
         ).read_bytes()
+        position = _sent(apps[0], as_json(model._days(13, 14)))
+        before = _answers(apps[1], position)
+        model.refresh(*words, "--remove-segments")
+        _free_disk(*folders)
+        assert segment_numbers(folders[0]) == segment_numbers(folders[1]) == [3, 4]
+        for app in apps:
+            app.models.load(Source(model.folder_of("4"), "models:/small/4"))
+            _check(_answers(app, position), before)
 
 
 def test_a_machine_with_a_backlog_catches_up_before_it_closes_the_segment(
@@ -141,6 +163,7 @@ def test_a_version_is_taken_up_by_a_machine_that_was_behind(tmp_path: Path, monk
                 assert other.current is not None
                 assert other.current.source.address == "models:/small/1"
                 assert "through segment 1, which another machine closed" in (other.failure or "")
+                assert "until then serve an earlier version (--model models:/NAME/VERSION)" in (other.failure or "")
         looking = threading.Thread(target=watch.look)
         looking.start()
         late = Replica(folders[1], place)

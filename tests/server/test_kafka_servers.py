@@ -83,7 +83,9 @@ def test_what_one_machine_accepts_is_known_to_the_other(small: SmallModel, tmp_p
                 last = _sent(other, rows[90:])
                 for each in (one, other):
                     _check(small, _asked(each, last), table)
+                assert other.log.read_text().count("does not tell how the topic 'events'") == 1
             until(lambda: _version(one)["topic"]["failure"] is None)
+            assert one.log.read_text().count("does not tell how the topic 'events'") == 1, "of three processes and more"
     assert [batch.table for batch in every_batch(folders[0] / "journal")] == [
         batch.table for batch in every_batch(folders[1] / "journal")
     ]

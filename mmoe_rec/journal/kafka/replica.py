@@ -152,7 +152,8 @@ class Replica:
     def close_segment(self) -> int:
         """Closes the last segment on all machines, unless it is empty; gives the number of the last closed one, or 0.
 
-        Raises UserError, or NotAcknowledgedError, where it is not known whether it was closed.
+        Raises KeptError where it will be closed once the message comes here, NotAcknowledgedError where it is not known
+        whether it was closed, or another UserError.
         """
         self._check_process()
         with self._journal.alone() as end:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.errors import NotAcknowledgedError, RequestError
+from mmoe_rec.errors import KeptError, NotAcknowledgedError, RequestError, UserError
 from mmoe_rec.journal.checkpoints import checkpoint_path, remove_through
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.replica import Replica
@@ -20,6 +20,7 @@ from mmoe_rec.journal.records import decode, encode
 from mmoe_rec.journal.segments import segment_numbers, segment_path
 from tests.journal.journals import all_numbers, batch, numbers_in
 from tests.journal.kafka.mock_brokers import ROOT, Brokers
+from tests.processes import until
 
 
 def _sent(place: KafkaTopic) -> list[int]:
@@ -272,9 +273,51 @@ def test_a_close_that_did_not_come_here_is_told_as_one(
     topic = Topic(place, 10.0)
     topic.send(ROWS, encode([batch(1)]))
     topic.close()
-    one = Replica(tmp_path / "one", place, seconds=0.5)
-    with pytest.raises(NotAcknowledgedError, match=r"has closed the segment \(it has not come here so far\)"):
+    one = Replica(tmp_path / "one", place)
+    sentence = (
+        "the topic has taken the message that closes the segment, but this machine has not read so far within 10 "
+        r"seconds \(it is behind\): all machines close their segment when they come to this message; try again once "
+        "this one holds what the topic does"
+    )
+    monkeypatch.setattr(one._reached, "wait", lambda offset, seconds: False)
+    with pytest.raises(KeptError, match=sentence):
         one.close_segment()
+    monkeypatch.undo()
+    one.catch_up()
+    assert one.close_segment() == 1, "it is closed, and nothing has come since"
+    one.close()
+
+
+def test_a_close_that_this_machine_can_not_write_is_told_with_why(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Replica(tmp_path / "one", brokers.topic("events"))
+    one.append(batch(1))
+
+    def full() -> Position:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as during:
+        during.setattr(one._journal, "close_last", full)
+        with pytest.raises(
+            KeptError, match="closes the segment, but this machine can't keep it: no space left: all mac"
+        ):
+            one.close_segment()
+    until(lambda: one.end() == Position.begin(2))
+    one.close()
+
+
+def test_a_close_that_no_broker_acknowledges_may_have_been_made(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Replica(tmp_path / "one", brokers.topic("events"), seconds=1.0)
+    one.append(batch(1))
+    brokers.tell("down")
+    with pytest.raises(
+        NotAcknowledgedError, match=r"not known whether the segment was closed: .*; it may have kept it; if so, all mac"
+    ) as error:
+        one.close_segment()
+    assert not isinstance(error.value, KeptError)
     one.close()
 
 

@@ -7,18 +7,22 @@ import shutil
 import sys
 import threading
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mmoe_rec.errors import NotAcknowledgedError, RequestError, UserError
+from mmoe_rec.jobs.serve import _open_journal
 from mmoe_rec.journal.group_commit import GroupCommit
+from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
 from mmoe_rec.journal.kafka.topic import ROWS, Topic
 from mmoe_rec.journal.opening import open_journal, topic_of
 from mmoe_rec.journal.segments import segment_path
+from mmoe_rec.server.live.joined import Joined
 from tests.journal.journals import all_numbers, batch
 from tests.journal.kafka.filled import filled, sends
 from tests.journal.kafka.mock_brokers import Brokers
@@ -175,6 +179,37 @@ def test_how_a_topic_is_set_up_is_asked(
         Replica(tmp_path / "one", place).append(batch(*range(3000)))
 
 
+@pytest.mark.parametrize("told", [None, {}])
+def test_that_a_topics_settings_are_not_told_is_said_once(
+    brokers: Brokers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    told: dict[object, object] | None,
+) -> None:
+    """By a broker that does not answer, as mock ones don't, and one that answers without telling anything."""
+    from confluent_kafka.admin import AdminClient
+
+    def describe(admin: object, asked: list[object], **options: object) -> dict[object, Future[object]]:
+        found: Future[object] = Future()
+        found.set_result(told)
+        return {asked[0]: found}
+
+    if told is not None:
+        monkeypatch.setattr(AdminClient, "describe_configs", describe)
+    place = brokers.topic("events")
+    for says in (False, True, False):
+        replica = Replica(tmp_path / "one", place, says=says)
+        replica.close()
+    assert caplog.text.count("does not tell how the topic 'events'") == 1
+    assert "see that its cleanup.policy is delete, that its retention is longer than any machine may be" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(Topic, "range", lambda topic: (3, 3))
+    with pytest.raises(UserError, match="rows between would be missing"):
+        Replica(tmp_path / "one", place)
+    assert "does not tell" not in caplog.text, "who tries again and again would say it each time"
+
+
 def test_what_commands_lack_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kafka.properties"
     file.write_text("bootstrap.servers=127.0.0.1:9\n")
@@ -206,6 +241,28 @@ def test_topics_and_brokers_that_do_not_fit_are_told(brokers: Brokers, tmp_path:
         Replica(tmp_path / "one", KafkaTopic(nobody, "events"), seconds=0.5)
     with pytest.raises(UserError, match="is no name of a Kafka topic"):
         KafkaTopic(place.file, "no name")
+
+
+def test_a_folder_that_can_not_be_a_replica_is_refused_though_no_broker_answers(
+    brokers: Brokers, tmp_path: Path
+) -> None:
+    """By `serve`, too, which else goes on with what is there."""
+    Replica(tmp_path / "replica", brokers.topic("others"), checks=False).close()
+    Journal(tmp_path / "own").close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    place = KafkaTopic(tmp_path / "nobody.properties", "events")
+    place.file.write_text("bootstrap.servers=127.0.0.1:9\n")
+    for name, sentence in (
+        ("own", r"own' holds a journal of its own, which can't become a replica of the topic 'events': name a new"),
+        ("replica", r"is a replica of the topic 'others' of the Kafka cluster .*, not of the topic 'events': name a"),
+        ("other", "holds something else than a journal"),
+    ):
+        before = sorted(path.name for path in (tmp_path / name).iterdir())
+        for joins in (partial(Replica, seconds=0.1), partial(Joined, seconds=0.1), _open_journal):
+            with pytest.raises(UserError, match=sentence):
+                joins(tmp_path / name, place)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux tells them")
