@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,7 @@ def serve_model(
     bound = listening_socket(host, port)
     log_to_stderr()
     if journal is not None:
-        _open_journal(journal, topic)
+        topic = _open_journal(journal, topic)
     if log is not None:
         check_folder(log.folder)
     known = finder.state()
@@ -118,8 +118,8 @@ def serve_model(
     return serve_by_workers(source, known, finder, bound, options, poll, workers)
 
 
-def _open_journal(folder: Path, topic: KafkaTopic | None) -> None:
-    """Makes the journal unless it is there, and takes in what its topic holds.
+def _open_journal(folder: Path, topic: KafkaTopic | None) -> KafkaTopic | None:
+    """Makes the journal unless it is there, and takes in what its topic holds; gives the topic as workers join it.
 
     Raises UserError where events can't be written to it; but where no broker answers for a replica that is there, the
     model can be served with what it holds.
@@ -130,7 +130,7 @@ def _open_journal(folder: Path, topic: KafkaTopic | None) -> None:
 
     if topic is None:
         open_journal(folder).close()
-        return
+        return None
     from mmoe_rec.journal.kafka.replica import Replica
     from mmoe_rec.journal.kafka.topic import AwayError
 
@@ -140,13 +140,14 @@ def _open_journal(folder: Path, topic: KafkaTopic | None) -> None:
         if not (folder / "journal.json").exists():
             raise
         _log.error("serving without the newest events, and taking none so far: %s", error)
-        return
+        return topic
     try:
         if lag := replica.status().lag:
             _log.info("taking in %s messages of the topic '%s'", f"{lag:,}", topic.name)
         replica.catch_up()
     finally:
         replica.close()
+    return replace(topic, says=False)  # it has been said here
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

@@ -49,8 +49,7 @@ class Replica:
     Threads may share it. Processes of one machine may have one each of the same folder; a forked one makes its own.
 
     folder: made if it is not there; seconds: how long a broker may take for an answer; segment_bytes: the same on all
-    machines; checks: whether to ask, too, how the topic is set up; says: whether to log what no broker tells of it, as
-    one process of several does.
+    machines; checks: whether to ask, too, how the topic is set up.
 
     Raises UserError where no broker answers, the topic is set up otherwise than a journal needs it, does not hold what
     follows in the folder, or the folder is no replica of it.
@@ -65,7 +64,6 @@ class Replica:
         segment_bytes: int = SEGMENT_BYTES,
         create: bool = True,
         checks: bool = True,
-        says: bool = True,
     ) -> None:
         check_replica(Path(folder), f"the topic '{place.name}'")  # whether or not a broker answers
         self._topic, self._process = Topic(place, seconds), os.getpid()
@@ -74,9 +72,9 @@ class Replica:
             unknown = self._topic.check_settings() if checks else None
             self._begin(folder, segment_bytes, create, undo)
             undo.pop_all()
-        if says and unknown is not None:
+        if place.says and unknown is not None:
             _log.warning("%s", unknown)
-        if says and not self._same.made:
+        if place.says and not self._same.made:
             _log.warning("%s", self._same.unknown_id())
 
     def _begin(self, folder: str | Path, segment_bytes: int, create: bool, undo: ExitStack) -> None:

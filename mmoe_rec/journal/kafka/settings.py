@@ -30,10 +30,12 @@ _QUIET_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class KafkaTopic:
-    """A topic. file: of properties, such as `bootstrap.servers=...`, with any key of librdkafka's; name: its own."""
+    """A topic. file: of properties, such as `bootstrap.servers=...`, with any key of librdkafka's; name: its own; says:
+    whether to log what no broker tells of it, which one process of several does."""
 
     file: Path
     name: str
+    says: bool = True
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name in (".", ".."):

@@ -33,20 +33,20 @@ class Joined:
         self._replica: Replica | None = None
         self._failure, self._since = "", time.time()
         try:
-            self._join(says=False)  # `serve` has joined before, and said it
+            self._join()
         except AwayError as error:
             self._failure = str(error)
             _log.error("no events are taken: %s", error)
             threading.Thread(target=self._try_again, name="joining", daemon=True).start()
 
-    def _join(self, says: bool) -> None:
-        self._replica = Replica(self._folder, self._place, seconds=self._seconds, says=says)
+    def _join(self) -> None:
+        self._replica = Replica(self._folder, self._place, seconds=self._seconds)
 
     def _try_again(self) -> None:
         while self._replica is None:
             time.sleep(_PAUSE_SECONDS)
             try:
-                self._join(says=True)
+                self._join()
                 _log.info("the topic '%s' answers: events are taken", self._place.name)
             except Exception as error:  # whatever it is, nobody else would try again
                 if self._failure != (told := sentence_of(error)):

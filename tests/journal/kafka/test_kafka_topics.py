@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from mmoe_rec.journal.group_commit import GroupCommit
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.kafka.replica import Replica
 from mmoe_rec.journal.kafka.settings import KafkaTopic, read_properties
-from mmoe_rec.journal.kafka.topic import ROWS, Topic
+from mmoe_rec.journal.kafka.topic import ROWS, AwayError, Topic
 from mmoe_rec.journal.opening import open_journal, topic_of
 from mmoe_rec.journal.segments import segment_path
 from mmoe_rec.server.live.joined import Joined
@@ -199,8 +200,7 @@ def test_that_a_topics_settings_are_not_told_is_said_once(
         monkeypatch.setattr(AdminClient, "describe_configs", describe)
     place = brokers.topic("events")
     for says in (False, True, False):
-        replica = Replica(tmp_path / "one", place, says=says)
-        replica.close()
+        Replica(tmp_path / "one", replace(place, says=says)).close()
     assert caplog.text.count("does not tell how the topic 'events'") == 1
     assert "see that its cleanup.policy is delete, that its retention is longer than any machine may be" in caplog.text
     caplog.clear()
@@ -241,6 +241,19 @@ def test_topics_and_brokers_that_do_not_fit_are_told(brokers: Brokers, tmp_path:
         Replica(tmp_path / "one", KafkaTopic(nobody, "events"), seconds=0.5)
     with pytest.raises(UserError, match="is no name of a Kafka topic"):
         KafkaTopic(place.file, "no name")
+
+
+def test_who_serves_has_workers_say_what_it_could_not(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = brokers.topic("events")
+    assert _open_journal(tmp_path / "one", place) == replace(place, says=False)
+
+    def away(topic: Topic) -> str:
+        raise AwayError("nobody answers")
+
+    monkeypatch.setattr(Topic, "_checked_cluster", away)
+    assert _open_journal(tmp_path / "one", place) == place
 
 
 def test_a_folder_that_can_not_be_a_replica_is_refused_though_no_broker_answers(
