@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from mmoe_rec.journal.journal import Journal
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.serving.ranker import Ranker
-from tests.log.small_logs import DAY, START
+from tests.log.small_logs import DAY, START, times_of
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.server.asking import ask
 from tests.server.test_events import as_json, asked
@@ -142,6 +143,77 @@ def test_another_journal_than_the_tables_hold_is_refused(
     about = model.about("4")
     assert about.journal is not None
     assert about.journal["id"] == Journal(other).id
+
+
+def _rolled_back(model: RefreshedModel, journal: Path) -> str:
+    """Three refreshes, of which the last one removes what the second took; then the alias goes back to version 2.
+
+    Gives the journal's last position.
+    """
+    app, rows = _served(model, "1", journal), as_json(model._days(9, 14))
+    for number, start in enumerate((0, 20, 40)):
+        _sent(app, rows[start : start + 20])
+        model.refresh("--journal", str(journal), *(["--remove-segments"] if number == 2 else []))
+    assert model.holder().number == "4"
+    assert min(each.name for each in journal.glob("segment-*")) == "segment-00000003.journal"
+    model.point("2")
+    return _sent(app, rows[60:])
+
+
+def _told(app: Application) -> str:
+    told = ask(app, b"", page="/version", method="GET").tree["events_failure"]
+    answer = ask(app, {"inputs": [asked(TIMES[0], 5)]})
+    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {told}"
+    return str(told)
+
+
+def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
+    model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tmp_path / "journal"
+    position = _rolled_back(model, journal)
+    app = _served(model, "2", journal)
+    told = _told(app)
+    newest = format_time(int(times_of(model._days(9, 14))[:40].max()))
+    assert (
+        f"through segment 1, and segment 2 was removed since, so it does not know what came there, the latest of {newest}"
+        in told
+    )
+    assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
+    assert told in caplog.text
+    # All that came after the removed segment it does know.
+    assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
+    learning = app.models.current.learning
+    assert learning is not None
+    assert learning.live_rows == len(model._days(9, 14)) - 40
+
+
+def test_a_server_takes_up_an_earlier_version_without_what_was_removed(
+    model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tmp_path / "journal"
+    _rolled_back(model, journal)
+    app = _served(model, "4", journal)
+    assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
+    app.models.load(Source(model.folder_of("2"), "models:/small/2"))
+    assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
+    assert _told(app) in caplog.text
+    app.models.load(Source(model.folder_of("4"), "models:/small/4"))
+    assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
+
+
+def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_removed(
+    model: RefreshedModel, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal"
+    position = _rolled_back(model, journal)
+    expected = _answers(_served(model, "4", journal), position)
+    for number, words in (("5", ()), ("6", ("--journal", str(journal)))):
+        model.refresh(*words)
+        assert model.holder().number == number
+        app = _served(model, number, journal)
+        assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
+        _check(_answers(app, position), expected)
 
 
 def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

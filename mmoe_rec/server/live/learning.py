@@ -26,7 +26,9 @@ from mmoe_rec.journal.follower import ROWS_AT_A_TIME, Follower
 from mmoe_rec.journal.journal import column_types
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
 from mmoe_rec.server.reloading import ReplicaBehindError
 
@@ -86,7 +88,7 @@ class Learning:
             follower.close()
             if origin_of(folder) is not None:
                 _wait_for_segment(folder, int(about["through"]))
-            self._duplicates, follower = duplicates_after(folder, self.schema, about["through"])
+            self._duplicates, follower = self._after(int(about["through"]))
         else:
             self._duplicates = Duplicates(self.schema)
             if about is not None:
@@ -104,6 +106,24 @@ class Learning:
                 _log.warning("%s", self.gap)
         self._follower: Follower | None = follower
         self.position = follower.position
+
+    def _after(self, through: int) -> tuple[Duplicates, Follower]:
+        """What goes on after the segment through which the tables hold the journal, or after those that were removed
+        since then by a refresh of a later version, which this one then does not know."""
+        removed = segment_numbers(self.folder)[0] - 1
+        found = duplicates_after(self.folder, self.schema, max(through, removed))
+        if removed > through:
+            newest = max(found[0].newest(source) for source in (None, *self.schema.events))
+            one = removed == through + 1
+            which = f"segment {removed} was" if one else f"segments {through + 1} to {removed} were"
+            up_to = "" if newest == NEVER else f", the latest of {format_time(newest)}"
+            self.gap = (
+                f"the model's tables hold the journal through segment {through}, and {which} removed since, so "
+                f"it does not know what came there{up_to}; the logs' files hold it: mmoe-rec refresh --config FILE "
+                "--model models:/NAME@ALIAS, without --journal, makes a version that knows it"
+            )
+            _log.warning("%s", self.gap)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a process: another one goes on from the same position."""
