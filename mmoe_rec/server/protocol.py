@@ -1,9 +1,10 @@
 """HTTP connections that can't be held open by sending nothing, or very little, and that refuse as the pages do.
 
 uvicorn gives an idle connection a time, but none to the headers of a request, and httptools no size either; what a
-caller goes on sending after a refusal is read until it ends, and a reply that nobody takes is kept for ever. What is no
-HTTP is answered in plain text, and before the reply to the request ahead of it. A request that asks for another
-protocol loses its body, and everything that follows it on the connection.
+caller goes on sending after a refusal is read until it ends, or, where the connection is to close, not at all, so that
+the system resets it and the reply is lost; and a reply that nobody takes is kept for ever. What is no HTTP is answered
+in plain text, and before the reply to the request ahead of it. A request that asks for another protocol loses its body,
+and everything that follows it on the connection.
 """
 
 from __future__ import annotations
@@ -25,6 +26,34 @@ LAST_REQUEST_SECONDS = 1.0  # for a connection that comes while the server ends
 MOST_PIPELINED = 256  # requests sent before the reply to an earlier one is there; no usual client sends any
 
 
+class _Transport:
+    """uvicorn's end of a connection, of which the protocol decides how it closes."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport, self.close = transport, close
+        self.has_ended = False
+        """Whether nothing more is said; what comes may still be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.has_ended or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if not self.has_ended:
+            self._transport.write(data)
+
+    def end(self) -> None:
+        """Says nothing more, once all is sent that was written."""
+        self.has_ended = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def close_now(self) -> None:
+        self._transport.close()
+
+
 def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> type[asyncio.Protocol]:
     """The class for uvicorn's `http`.
 
@@ -44,17 +73,21 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
         _end: asyncio.TimerHandle | None = None
         _written: asyncio.TimerHandle | None = None
         _unfinished = _dropped = _replies = 0
+        _more_comes = False
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            super().connection_made(_Transport(transport, self._close))
             self._arm()
 
         def data_received(self, data: bytes) -> None:
+            if self.transport.has_ended:
+                self._drop_of_body(data)
+                return
             super().data_received(data)
             # uvicorn tells the connections that it knows of, and not one that the system has just handed over.
             if self.cycle is not None and is_ending():
                 self.cycle.keep_alive = False
-            if self.transport is None or self.transport.is_closing():
+            if self.transport.is_closing():
                 return
             if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
                 self._drop()
@@ -66,18 +99,38 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
             self._arm()
             # What follows a refusal is read and dropped; all else are headers, which are kept until they are whole.
             if self.cycle is not None and self.cycle.more_body:
-                self._dropped += len(data)
-                if self._dropped > dropped:
-                    self._drop()
+                self._drop_of_body(data)
             else:
                 self._unfinished += len(data)
                 if self._unfinished > MOST_HEADER_BYTES:
                     self._refuse(large_headers())
 
+        def _drop_of_body(self, data: bytes) -> None:
+            self._dropped += len(data)
+            if self._dropped > dropped:
+                self._drop()
+
+        def _close(self) -> None:
+            """Closes the connection; but first reads and drops what the caller goes on sending, for a time.
+
+            Else the system would answer it by a reset, for which many callers lose the reply.
+            """
+            transport = self.transport
+            if transport.is_closing() or not (self._more_comes or (self.cycle is not None and self.cycle.more_body)):
+                transport.close_now()
+                return
+            transport.end()
+            if self._is_answering:  # who waits for the rest of the body is told, as by a connection that is lost
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.flow.resume_reading()
+            self._disarm()
+            self._arm()
+
         def send_400_response(self, msg: str) -> None:
             if self._is_answering and not self.cycle.more_body:
                 # What follows a whole request is at fault, which gets its reply.
-                self.cycle.keep_alive = False
+                self.cycle.keep_alive, self._more_comes = False, True
                 self.flow.pause_reading()
             else:
                 self._refuse(Refused(400, "the request is not valid HTTP/1.1", "page", "BAD_REQUEST"))
@@ -91,6 +144,7 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
                 "connection: close",
             ]
             self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + body)
+            self._more_comes = True
             self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
@@ -145,7 +199,7 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
 
         def _too_late(self) -> None:
             self._end = None
-            if not self.transport.is_closing() and not self._is_answering:
-                self.transport.close()
+            if self.transport.has_ended or (not self.transport.is_closing() and not self._is_answering):
+                self.transport.close_now()
 
     return Bounded

@@ -212,6 +212,52 @@ def test_large_bodies_are_refused_before_they_are_sent(small: SmallModel, tmp_pa
         assert running.send(GOOD)[0] == 200
 
 
+@pytest.mark.parametrize("how", ["HTTP/1.1\r\nConnection: close", "HTTP/1.0"])
+@pytest.mark.parametrize("page", ["invocations", "elsewhere"])
+def test_a_caller_who_sends_all_before_it_reads_gets_the_refusal(
+    small: SmallModel, tmp_path: Path, how: str, page: str
+) -> None:
+    size = 2 * 2**20 - 2**10
+    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
+        for _ in range(5):
+            with running.connect() as sender:
+                sender.sendall(f"POST /{page} {how}\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+                for _ in range(size // 2**10):
+                    sender.sendall(b" " * 2**10)
+                told = everything(sender)
+            assert told.startswith(b"HTTP/1.1 413 " if page == "invocations" else b"HTTP/1.1 404 ")
+        assert running.send(GOOD)[0] == 200
+
+
+def test_a_caller_who_goes_on_sending_after_the_refusal_is_cut_off(small: SmallModel, tmp_path: Path) -> None:
+    start = b"POST /invocations HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
+        with running.connect() as sender:
+            sender.sendall(start)
+            with pytest.raises(ConnectionError):
+                send_for_ever(sender, b" " * 2**16)
+        assert running.send(GOOD)[0] == 200
+    with (
+        served(small.folder, tmp_path, "--serving.max_body_mib", "1", "--serving.read_seconds", "2") as running,
+        running.connect() as sender,
+    ):
+        sender.sendall(start)
+        assert everything(sender).startswith(b"HTTP/1.1 413 ")
+        with pytest.raises(ConnectionError):
+            send_for_ever(sender, b" ", pause=0.05)
+
+
+def test_a_server_that_ends_waits_for_no_rest_of_a_refused_body(small: SmallModel, tmp_path: Path) -> None:
+    with (
+        served(small.folder, tmp_path, "--serving.read_seconds", "200", "--grace", "200") as running,
+        running.connect() as sender,
+    ):
+        sender.sendall(b"POST /elsewhere HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 900\r\n\r\n")
+        assert everything(sender).startswith(b"HTTP/1.1 404 ")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+
+
 def test_a_token_from_a_file(small: SmallModel, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("  of its own\n", encoding="utf-8")
     with served(small.folder, tmp_path, "--token-file", str(tmp_path / "token")) as running:
