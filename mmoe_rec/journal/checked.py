@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
@@ -31,6 +32,9 @@ from mmoe_rec.schema import Remembering, Schema, Use
 MOST_ROWS = 10_000
 TOLERANCE_MICROSECONDS = 60_000_000
 """By how much a caller's clock may be ahead of the server's."""
+LONGEST_STRING = 4_096
+"""Characters. What a row holds is kept in the journal, in files of the log and in tables, so that a body's size is no
+bound for it."""
 _FOREVER = np.iinfo(np.int64).max
 _LONGEST_SENTENCE = 400
 
@@ -145,8 +149,13 @@ class RowChecks:
     def _unknown(self, source: str | None, name: str) -> str:
         columns = list(self._columns[source])
         near = difflib.get_close_matches(name[:100], columns, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(columns)}"
-        return f"there is no column {quoted(name)}; {hint}"
+        # A model knows no more of its log than what it reads, so this may be a column of the log, or a mistyped one.
+        hint = (
+            f"did you mean '{near[0]}'? If not, leave it out"
+            if near
+            else f"leave it out; it knows {', '.join(columns)}"
+        )
+        return f"the model was trained without a column {quoted(name)}: {hint}"
 
     def _json_column(self, name: str, column: _Column, values: Sequence[Any]) -> pa.Array:
         unit = self.schema.columns.time_unit
@@ -198,6 +207,8 @@ class RowChecks:
         return rows.table
 
     def _check_values(self, source: str | None, rows: LogRows) -> None:
+        for name in rows.table.column_names:
+            _check_lengths(name, rows.column(name))
         for check in self._value_checks[source]:
             if rows.has(check.column):
                 values = check.values(rows)
@@ -250,6 +261,22 @@ def _required(schema: Schema) -> set[str]:
     # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
     attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}
     return found - (attributes - {columns.user, columns.candidate})
+
+
+def _check_lengths(name: str, array: pa.Array) -> None:
+    """Raises RequestError for a string that is too long, also within a list."""
+    strings = array.flatten() if pt.is_list(array.type) else array
+    if not pt.is_string(strings.type):
+        return
+    sizes = pc.utf8_length(strings).fill_null(0).to_numpy(zero_copy_only=False)
+    if (long := np.flatnonzero(sizes > LONGEST_STRING)).size:
+        place = int(long[0])
+        row = pc.list_parent_indices(array)[place].as_py() if pt.is_list(array.type) else place
+        raise _in_row(
+            row,
+            f"column '{name}' holds a string of {int(sizes[place]):,} characters; those of events have at most "
+            f"{LONGEST_STRING:,}",
+        )
 
 
 def _read(read: Callable[[Any], pa.Array], some: Callable[[int, int], Any], size: int) -> pa.Array:

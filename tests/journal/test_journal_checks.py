@@ -115,8 +115,12 @@ def test_labels_and_other_keys_may_be_null():
         ({"time": 1_700_000_000}, "column 'time' holds the integer 1700000000, whose unit is not known"),
         ({"time": "9999-01-01"}, "column 'time' holds '9999-01-01', a time outside the years 1700 to 2200"),
         ({"time": "2199-01-01"}, "column 'time' holds 2199-01-01T00:00:00+00:00, a time later than the server's"),
-        ({"userr": 1}, "there is no column 'userr'; did you mean 'user'?"),
-        ({"request": 13, "user": 5, "x" * 5000: 1}, "there is no column 'xxxx"),
+        ({"userr": 1}, "the model was trained without a column 'userr': did you mean 'user'? If not, leave it out"),
+        ({"door": 1}, "the model was trained without a column 'door': leave it out; it knows user, item, request, time, "),
+        ({"request": 13, "user": 5, "x" * 5000: 1}, "the model was trained without a column 'xxxx"),
+        ({"brand": "x" * 4097}, "column 'brand' holds a string of 4,097 characters; those of events have at most 4,096"),
+        ({"tags": ["x", None, "ç" * 10**6]}, "column 'tags' holds a string of 1,000,000 characters; those of events"),
+        ({"event_id": "x" * 5000}, "column 'event_id' holds a string of 5,000 characters"),
         ({"brand": {"a": 1}}, "column 'brand' must hold strings, as in the log; found objects"),
         ({"user": 6}, "column 'user' holds another user than row 0, of the same request by column 'request'"),
     ],
@@ -162,11 +166,19 @@ def test_rows_of_a_log_of_events():
     row = {"user": 1, "brand": None, "at": "2024-01-01T00:00:00Z"}
     table = CHECKS.of_json("views", [{**row, "event_id": 3}, row], NOW)
     assert table.to_pylist()[0]["event_id"] == 3
-    assert _told([{**row, "item": 3}], "views").startswith("row 0: there is no column 'item'; ")
+    assert _told([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
     assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null in 1 rows; every event needs a time"
     assert _told([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
     assert _told([row], "purchases") == "there is no log of events 'purchases'; there are: views"
     assert CHECKS.of_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
+
+
+def test_strings_of_the_greatest_length_are_taken():
+    longest = "ç" * 4096
+    table = CHECKS.of_json(None, [{**ROW, "brand": longest, "tags": [longest] * 2, "event_id": longest}], NOW)
+    assert table.to_pylist()[0]["brand"] == longest
+    told = _told([{"user": 1, "brand": "x" * 4097, "at": "2024-01-01"}], "views")
+    assert told.startswith("row 0: column 'brand' holds a string of 4,097 characters")
 
 
 def _stream(table: pa.Table, **options: object) -> bytes:
@@ -219,6 +231,8 @@ def _naive(table: pa.Table) -> pa.ChunkedArray:
         ("time", pa.array([2**60], pa.timestamp("s")), "column 'time' cannot be read as timestamp"),
         ("time", pa.array([2**61], pa.timestamp("us")), "column 'time' holds 2305843009213693952, a time outside"),
         ("brand", pa.array([{"a": 1}]), "column 'brand' must hold integers or strings, found struct"),
+        ("brand", pa.array(["x" * 4097]), "column 'brand' holds a string of 4,097 characters"),
+        ("tags", pa.array([["x", None, "ç" * 4097]]), "column 'tags' holds a string of 4,097 characters"),
     ],
 )  # fmt: skip
 def test_a_wrong_row_of_a_table_is_named(name, values, sentence):
@@ -240,7 +254,7 @@ def test_tables_without_a_column_or_with_one_twice():
         CHECKS.of_table(None, table.drop_columns(["click"]), NOW)
     with pytest.raises(RequestError, match="column 'user' is given twice"):
         CHECKS.of_table(None, table.append_column("user", table["user"]), NOW)
-    with pytest.raises(RequestError, match=r"there is no column 'priec'; did you mean 'price'\?"):
+    with pytest.raises(RequestError, match=r"without a column 'priec': did you mean 'price'\? If not, leave"):
         CHECKS.of_table(None, table.rename_columns({"price": "priec"}), NOW)
     with pytest.raises(RequestError, match="at least one row"):
         CHECKS.of_table(None, table.slice(0, 0), NOW)
