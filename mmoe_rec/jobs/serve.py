@@ -16,6 +16,8 @@ from mmoe_rec.registry import find_model, local_model, permanent_address
 from mmoe_rec.serving.artifact import MANIFEST
 
 if TYPE_CHECKING:
+    from mmoe_rec.journal.journal import Journal
+    from mmoe_rec.journal.kafka.replica import Replica
     from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.request_log.folder import LogOptions
     from mmoe_rec.server.limits import Limits
@@ -128,8 +130,11 @@ def _open_journal(folder: Path, topic: KafkaTopic | None) -> KafkaTopic | None:
         raise UserError("a journal needs locks on files as Linux and macOS have them: serve without --journal")
     from mmoe_rec.journal.opening import open_journal
 
+    is_new = not (folder / "journal.json").exists()
     if topic is None:
-        open_journal(folder).close()
+        journal = open_journal(folder)
+        _say_which(folder, journal, is_new)
+        journal.close()
         return None
     from mmoe_rec.journal.kafka.replica import Replica
     from mmoe_rec.journal.kafka.topic import AwayError
@@ -145,9 +150,18 @@ def _open_journal(folder: Path, topic: KafkaTopic | None) -> KafkaTopic | None:
         if lag := replica.status().lag:
             _log.info("taking in %s messages of the topic '%s'", f"{lag:,}", topic.name)
         replica.catch_up()
+        _say_which(folder, replica, is_new)
     finally:
         replica.close()
     return replace(topic, says=False)  # it has been said here
+
+
+def _say_which(folder: Path, journal: Journal | Replica, is_new: bool) -> None:
+    """As a mistyped folder would become another journal, without what the model has learnt so far."""
+    if is_new:
+        _log.info("'%s' held no journal: a new one begins there, %s", folder, journal.id)
+    else:
+        _log.info("going on with the journal '%s', %s, at position %s", folder, journal.id, journal.end())
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

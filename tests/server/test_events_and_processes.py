@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -77,7 +78,14 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
     table = later_log(21, rows=120)
     rows, journal = as_json(table), str(tmp_path / "journal")
     serving = ("--workers", "2", "--journal", journal)
+
+    def said() -> str:
+        return (tmp_path / "server.log").read_text(encoding="utf-8")
+
     with served(small.folder, tmp_path, *serving) as running:
+        begun = re.search(r"'(.+)' held no journal: a new one begins there, ([0-9a-f]{32})\n", said())
+        assert begun
+        assert begun[1] == journal
         workers = _ready(running)
         for number, start in enumerate(range(0, 60, 6)):
             position = _sent(running, rows[start : start + 6])
@@ -95,6 +103,8 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
     with segment.open("ab") as file:
         file.write(b"\0\1\2 the beginning of a record")
     with served(small.folder, tmp_path, *serving) as running:
+        assert f"going on with the journal '{journal}', {begun[2]}, at position {position}\n" in said()
+        assert "a new one begins" not in said()
         _ready(running)
         # Both workers know all of it, whichever of them answers.
         for _ in range(6):
