@@ -123,6 +123,20 @@ def test_rows_of_a_request_that_differ_are_told(tmp_path: Path) -> None:
     assert Requests(period, small.settings.schema_).differing()["age"] == expected > 0
 
 
+def test_attributes_that_change_are_counted(small: SmallModel, period: Period) -> None:
+    expected = {}
+    for column, ids in (("age", "user"), ("brand", "item"), ("price", "item"), ("tags", "item")):
+        before: dict[object, object] = {}
+        rows = 0
+        for row in period.rows.table.to_pylist():
+            rows += row[ids] in before and before[row[ids]] != row[column]
+            before[row[ids]] = row[column]
+        expected[column] = ids, rows
+    assert all(rows for _, rows in expected.values())
+    assert Requests(period, small.settings.schema_, ids_only=True).changed() == expected
+    assert Requests(period, small.settings.schema_).changed() == {}, "a server is sent them"
+
+
 @pytest.mark.parametrize("status", [0, 503])
 def test_what_was_not_answered_is_sent_again_and_counts_once(
     small: SmallModel, fake: FakeServer, url: str, status: int

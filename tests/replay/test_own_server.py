@@ -121,11 +121,12 @@ def test_a_running_server_is_replayed_to_twice(small: SmallModel, tmp_path: Path
     assert wrong(one) == wrong(other) == {}
 
 
-def test_ids_alone_show_attributes_that_differ(small: SmallModel) -> None:
+def test_ids_alone_show_attributes_that_differ(small: SmallModel, capsys: pytest.CaptureFixture[str]) -> None:
     """A candidate's brand in the log is another one in each row, so that the latest one is mostly not the row's."""
     found = wrong(replay(small.settings, Asked(FROM, FROM + DAY, str(small.folder), ids_only=True)))
     assert "user_brand_liked_rows" in found
     assert not {"item_click_rows", "clicked", "seen", "carts_recency"} & found.keys()
+    assert " rows column 'brand' holds another value than in the row of the same item before" in capsys.readouterr().err
 
 
 def test_the_command_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

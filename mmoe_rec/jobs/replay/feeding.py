@@ -97,6 +97,8 @@ class Requests:
         ids = {columns.user, columns.candidate}
         roles = schema.input_columns().items()
         sent = {name: of for name, of in roles if not ids_only or of == "context" or name in ids}
+        keys = {"user": columns.user, "candidate": columns.candidate}
+        self._left_out = {name: keys[of] for name, of in roles if of in keys and name not in sent}
         self._sent = {part: [name for name, of in sent.items() if of == role] for role, part in PARTS.items()}
         self._period, self._most = period, most
         self.table = period.rows.table
@@ -128,17 +130,32 @@ class Requests:
         of = np.repeat(np.arange(len(self._period.times)), np.diff(self._period.starts))
         found = {}
         for column in self._of_requests:
-            values = one_array(self.table[column])
-            if len(values) < 2 or pa.types.is_null(values.type):
-                continue
-            if pa.types.is_nested(values.type):
-                codes = np.unique([repr(each) for each in values.to_pylist()], return_inverse=True)[1]
-            else:
-                codes = values.dictionary_encode("encode").indices.to_numpy()
+            codes = _codes(self.table[column])
             differs = (codes[1:] != codes[:-1]) & (of[1:] == of[:-1])
             if requests := len(np.unique(of[1:][differs])):
                 found[column] = requests
         return found
+
+    def changed(self) -> dict[str, tuple[str, int]]:
+        """Attribute that requests leave out -> the column of its ids, and how many rows hold another value of it than
+        the row of the same id before, which is the one that a server knows."""
+        found = {}
+        for column, ids in self._left_out.items():
+            order = np.argsort(keys := _codes(self.table[ids]), kind="stable")  # rows are in the order of time
+            keys, codes = keys[order], _codes(self.table[column])[order]
+            if rows := int(np.sum((keys[1:] == keys[:-1]) & (codes[1:] != codes[:-1]))):
+                found[column] = ids, rows
+        return found
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64, equal where values are."""
+    values = one_array(column)
+    if pa.types.is_nested(values.type):
+        return np.unique([repr(each) for each in values.to_pylist()], return_inverse=True)[1]
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), np.int64)
+    return values.dictionary_encode("encode").indices.to_numpy().astype(np.int64)
 
 
 def _json(column: pa.ChunkedArray) -> list[Any]:

@@ -111,6 +111,11 @@ class _Replay:
                 f"note: the rows of {count:,} requests differ in column '{column}', of which a request has one value: "
                 "that of its first row is sent"
             )
+        for column, (ids, rows) in requests.changed().items():
+            say(
+                f"note: in {rows:,} rows column '{column}' holds another value than in the row of the same {ids} "
+                "before, the one that a server knows: what it decides will differ there"
+            )
         with ExitStack() as stack:
             server, url = None, self.asked.url
             if url is None:
