@@ -192,6 +192,7 @@ class RowChecks:
         size = len(next(iter(arrays.values())))
         table = {}
         for name, array in arrays.items():
+            _check_lengths(name, array)
             table[name] = array if array.null_count < size else pa.nulls(size)
         rate = self.schema.columns.sampling_rate
         if source is None and rate is not None:  # rows that no one has sampled were kept for certain
@@ -207,8 +208,6 @@ class RowChecks:
         return rows.table
 
     def _check_values(self, source: str | None, rows: LogRows) -> None:
-        for name in rows.table.column_names:
-            _check_lengths(name, rows.column(name))
         for check in self._value_checks[source]:
             if rows.has(check.column):
                 values = check.values(rows)
@@ -265,9 +264,9 @@ def _required(schema: Schema) -> set[str]:
 
 def _check_lengths(name: str, array: pa.Array) -> None:
     """Raises RequestError for a string that is too long, also within a list."""
-    strings = array.flatten() if pt.is_list(array.type) else array
-    if not pt.is_string(strings.type):
+    if array.nbytes <= LONGEST_STRING or not pt.is_string(_element(array.type)):
         return
+    strings = array.flatten() if pt.is_list(array.type) else array
     sizes = pc.utf8_length(strings).fill_null(0).to_numpy(zero_copy_only=False)
     if (long := np.flatnonzero(sizes > LONGEST_STRING)).size:
         place = int(long[0])
