@@ -120,3 +120,25 @@ def test_a_further_row_of_a_request_that_the_log_has_gets_its_time(
     expected = _answers(_served(model, "3", journal), position)
     model.refresh("--journal", str(journal), "--anew")
     _check(_answers(_served(model, model.holder().number, journal), position), expected)
+
+
+def test_a_file_with_rows_that_came_by_the_journal_before_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal"
+    _refreshed_once(model, journal)
+    sent = len(_of_journal(model))
+    model.add(9, 10.5)  # which without its later requests holds nothing but rows that are known
+    for words in ((), ("--journal", str(journal)), ("--anew",)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            model.refresh(*words)
+        told = capsys.readouterr().err
+        assert "'" + str(model.log / "days 9 to 10.5.parquet") in told
+        assert f"{sent:,} rows of " in told
+        assert "repeats request and candidate" in told
+    assert model.holder().number == "2"
+    (model.log / "days 9 to 10.5.parquet").unlink()
+    model.add(10, 10.5)
+    model.refresh("--journal", str(journal))
+    assert model.holder().number == "3"

@@ -21,7 +21,7 @@ from mmoe_rec.log.checks import LogFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.parts import Noticed, cut
-from mmoe_rec.log.reader import ROWS_PER_PART, Log
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import Schema
 
@@ -74,16 +74,13 @@ class HeldRows:
         place = held.place(request)
         known = held.request[place] == request
         other = known & (user != held.least[place]) & (user != held.greatest[place])
-        repeated = ~other & np.isin(self._keys(rows), keys)
+        repeated = ~other & np.isin(keys_of(rows), keys)
         self.other_user.add(table, other, self.schema)
         self.repeated.add(table, repeated, self.schema)
         settled = pa.array(np.where(known, held.first[place], times)).cast(UTC_MICROSECONDS)
         time = self.schema.columns.time
         table = table.set_column(table.column_names.index(time), time, settled)
         return table.filter(pa.array(~other & ~repeated))
-
-    def _keys(self, rows: LogRows) -> np.ndarray:
-        return combine([rows.request_hashes(), rows.hashes([self.schema.columns.candidate])])
 
     def _held(self, request: np.ndarray, times: np.ndarray) -> tuple[RequestSummaries, np.ndarray]:
         """Of (N,) requests those that are held, and the keys of their rows."""
@@ -95,7 +92,7 @@ class HeldRows:
         keys = [np.empty(0, np.uint64)]
         for rows in self._read(self._files(*spans, all_of_them=by_request and self._requests is None)):
             if len(mine := rows.filter(np.isin(rows.request_hashes(), asked))):
-                keys.append(self._keys(mine))
+                keys.append(keys_of(mine))
                 user = mine.hashes([self.schema.columns.user])
                 columns = {"request": mine.request_hashes(), "time": mine.times(), "user": user}
                 found = found.merged([RequestSummaries.of_runs(pa.table({**columns, "rows": np.ones(len(mine), int)}))])
@@ -117,14 +114,22 @@ class HeldRows:
         return found
 
     def _read(self, files: Sequence[LogFile]) -> Iterator[LogRows]:
-        if self._log is None or not files:
-            return
-        columns = self.schema.columns
-        needed = {columns.request, columns.user, columns.candidate, columns.time}
-        uses = {name: use for name, use in self._log.uses.items() if name in needed}
-        reader = replace(self._log.reader, uses=uses)
-        for part in cut(files, ROWS_PER_PART):
-            yield from reader.read(part, Noticed())  # a build tells of bad files, and leaves them out or stops
+        if self._log is not None:
+            for part in cut(files, ROWS_PER_PART):
+                # A build tells of bad files, and leaves them out or stops.
+                yield from key_reader(self._log).read(part, Noticed())
+
+
+def keys_of(rows: LogRows) -> np.ndarray:
+    """(N,) uint64 by which two rows of a request and candidate are known."""
+    return combine([rows.request_hashes(), rows.hashes([rows.schema.columns.candidate])])
+
+
+def key_reader(log: Log) -> LogReader:
+    """Reads request, user, candidate and time alone."""
+    columns = log.schema.columns
+    needed = {columns.request, columns.user, columns.candidate, columns.time}
+    return replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})
 
 
 def _words(table: pa.Table, row: int, schema: Schema) -> str:
