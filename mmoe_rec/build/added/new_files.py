@@ -4,8 +4,8 @@ Features, and the tables of a model, go on from what they remember, so new reque
 know. No old file is needed: one that is gone stays counted, one that was written again is refused. A file that was left
 out counts as new once it is mended, so it is taken in where all its requests are later, and stays left out otherwise.
 Since events may come late, those of a file that is gone could come again, in a file of another name or merged with
-others: where new files hold as many events of its time as it did, they are refused. So are files of another program with
-rows that came by a server's journal before.
+others: where new files hold as many events of its time as it did, they are refused. So are files of another program
+with rows that came by a server's journal before.
 """
 
 from __future__ import annotations

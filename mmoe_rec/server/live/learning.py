@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -80,6 +80,8 @@ class Learning:
         """What the model does not know of the journal and can't learn, as a sentence."""
         follower = Follower(folder)
         _check_same_log(folder, self.schema)
+        self._told_of = set[str]()
+        self._tell_of(column_types(folder))
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == follower.id
         if about is not None and self._is_known:
@@ -113,6 +115,17 @@ class Learning:
         """In the other process."""
         vars(self).update(state)
         self._lock, self._follower = threading.Lock(), None
+
+    def _tell_of(self, logs: Iterable[str]) -> None:
+        """Says once which logs of events the journal has that the model does not read; other models may."""
+        if others := sorted({log for log in logs if log} - set(self.schema.events) - self._told_of):
+            self._told_of.update(others)
+            _log.warning(
+                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
+                "nothing of them: %s",
+                self.folder,
+                ", ".join(map(repr, others)),
+            )
 
     def _reader(self) -> Follower:
         if self._follower is None:
@@ -192,6 +205,7 @@ class Learning:
                 except Exception as error:
                     self._error = error
                     raise
+                self._tell_of(self._duplicates.unknown)
                 self._waiting = _Read(taken, reader.position, reader.ends, [each.accepted_at for each in batches])
             read, counts = self._waiting, dict[str, int]()
             rows: dict[str | None, LogRows] = {}
