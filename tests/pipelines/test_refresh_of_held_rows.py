@@ -84,10 +84,11 @@ def test_a_row_of_a_request_that_the_log_has_of_another_user_stops_no_refresh(
     app = _refreshed_once(model, journal) if is_known else _served(model, "1", journal)
     new = as_json(model._days(10, 11))
     wrong = {**new[0], "request": model._days(2, 3)["request"][0].as_py(), "item": 123, "user": 99}
-    _sent(app, [wrong, *new, {**wrong, "item": 124}])
-    before = len(_of_journal(model))
+    position = _sent(app, [wrong, *new, {**wrong, "item": 124}])
+    live, before = _answers(app, position), len(_of_journal(model))
     capsys.readouterr()
     model.refresh("--journal", str(journal))
+    _check(_answers(_served(model, model.holder().number, journal), position), live)
     told = capsys.readouterr().err
     assert f"2 rows of the journal {OTHER_USER}request {wrong['request']} and item 123" in told
     assert len(_of_journal(model)) == before + len(new)
@@ -114,12 +115,13 @@ def test_a_further_row_of_a_request_that_the_log_has_gets_its_time(
     app = _refreshed_once(model, journal)
     old, time = as_json(model._days(4, 5))[0], as_json(model._days(day, day + 1))[0]["time"]
     position = _sent(app, [*as_json(model._days(10, 11)), {**old, "item": 123, "time": time}])
+    live = _answers(app, position)
     model.refresh("--journal", str(journal))
     (found,) = (row for row in _of_journal(model) if row["item"] == 123)
     assert found["time"].isoformat() == old["time"]
-    expected = _answers(_served(model, "3", journal), position)
+    _check(_answers(_served(model, "3", journal), position), live)
     model.refresh("--journal", str(journal), "--anew")
-    _check(_answers(_served(model, model.holder().number, journal), position), expected)
+    _check(_answers(_served(model, model.holder().number, journal), position), live)
 
 
 def test_a_file_with_rows_that_came_by_the_journal_before_is_refused(

@@ -28,6 +28,7 @@ from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.schema import Schema
+from mmoe_rec.server.live.held import HeldRequests
 from mmoe_rec.server.reloading import ReplicaBehindError
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Learning:
     Raises ReplicaBehindError where they do not come, or another UserError for a folder that holds no journal.
     """
 
-    def __init__(self, ranker: LoadedRanker, folder: Path) -> None:
+    def __init__(self, ranker: LoadedRanker, folder: Path, features: Path) -> None:
+        """features: the folder with the model's tables."""
         self.ranker, self.folder = ranker, folder
         self.schema = ranker.pipeline.schema
         self._waiting: _Read | None = None
@@ -80,6 +82,7 @@ class Learning:
         """What the model does not know of the journal and can't learn, as a sentence."""
         follower = Follower(folder)
         _check_same_log(folder, self.schema)
+        self._held = HeldRequests.of(features, self.as_of)
         self._told_of = set[str]()
         self._tell_of(column_types(folder))
         about = ranker.about.journal
@@ -214,6 +217,10 @@ class Learning:
                     counts[name.name] = counts.get(name.name, 0) + getattr(each.counts, name.name)
                 counts["late"] = counts.get("late", 0) + each.late(self.schema, self.as_of)
                 rows[source] = self._beyond_tables(each.rows(self.schema), counts)
+                if source is None:
+                    before, rows[source] = len(rows[source]), self._held.rest(rows[source])
+                    counts["accepted"] -= before - len(rows[source])
+                    counts["conflict"] += before - len(rows[source])
             prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
             counts = {name: number for name, number in counts.items() if number}
             return Learnt(prepared, read.position, read.ends, read.accepted_at, counts)
