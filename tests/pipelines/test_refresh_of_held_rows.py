@@ -113,8 +113,10 @@ def test_a_further_row_of_a_request_that_the_log_has_gets_its_time(
     data = model.settings.data.model_copy(update={"several_times": several_times})
     model.config.write_text(model.settings.model_copy(update={"data": data}).to_yaml(), encoding="utf-8")
     app = _refreshed_once(model, journal)
-    old, time = as_json(model._days(4, 5))[0], as_json(model._days(day, day + 1))[0]["time"]
-    position = _sent(app, [*as_json(model._days(10, 11)), {**old, "item": 123, "time": time}])
+    old = next(row for row in as_json(model._days(4, 5)) if row["user"] == 5)
+    time = max(row["time"] for row in as_json(model._days(day, day + 1)))
+    further = {**old, "item": 123, "time": time, "click": 1, "liked": 1}
+    position = _sent(app, [*as_json(model._days(10, 11)), further])
     live = _answers(app, position)
     model.refresh("--journal", str(journal))
     (found,) = (row for row in _of_journal(model) if row["item"] == 123)
