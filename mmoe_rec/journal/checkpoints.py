@@ -8,19 +8,23 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mmoe_rec.atomic import atomic_file, flush_files
 from mmoe_rec.errors import UserError
-from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Duplicates
+from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Duplicates, array_names
 from mmoe_rec.journal.follower import Follower
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers, segment_path
+from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
 
 _NAME = re.compile(r"duplicates-([0-9]{8})\.npz", re.ASCII)
+_NEWEST = "/newest"
+"""With which one array of each log ends."""
 
 
 def checkpoint_path(folder: Path, segment: int) -> Path:
@@ -33,32 +37,54 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(found[1]) for found in map(_NAME.fullmatch, os.listdir(folder)) if found)
 
 
+@dataclass
+class _Checkpoint:
+    """What a file holds. arrays: as `Duplicates.to_arrays`, of the logs (`""` for the interaction log) of all models
+    that share the journal; through: log -> the segment up to which; unknown: logs of whose rows some are in none of
+    the arrays."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    through: dict[str, int] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def read(folder: Path, segment: int) -> _Checkpoint:
+        path = checkpoint_path(folder, segment)
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                arrays = {name: found[f"a{number}"] for number, name in enumerate(found["names"].tolist())}
+                logs = [name.removesuffix(_NEWEST) for name in arrays if name.endswith(_NEWEST)]
+                through = found["through"].tolist() if "through" in found else [segment] * len(logs)
+                unknown = found["unknown"].tolist() if "unknown" in found else []
+                return _Checkpoint(arrays, dict(zip(logs, through, strict=True)), set(unknown))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"'{path}' is damaged ({error}); restore it from a copy") from None
+
+    def write(self, folder: Path, segment: int) -> None:
+        # Names of files in a zip archive: logs may be called anything, in which numpy would see folders.
+        logs = [name.removesuffix(_NEWEST) for name in self.arrays if name.endswith(_NEWEST)]
+        arrays = {f"a{number}": values for number, values in enumerate(self.arrays.values())}
+        arrays["through"] = np.array([self.through[log] for log in logs], np.int64)
+        arrays["unknown"] = np.array(sorted(self.unknown), np.str_)
+        with atomic_file(checkpoint_path(folder, segment)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, names=np.array(list(self.arrays)), **arrays)  # type: ignore[arg-type]
+
+
 def save_checkpoint(folder: Path, segment: int, duplicates: Duplicates) -> None:
-    """Keeps what is remembered after a segment, unless it is kept already."""
-    path = checkpoint_path(folder, segment)
-    if path.exists():
+    """Keeps what is remembered after a segment, unless it is kept already.
+
+    What an earlier checkpoint, or this one, holds of other models' logs is kept with it, as far as it goes.
+    """
+    mine = {source or "" for source in duplicates.sources}
+    known = [each for each in checkpoints(folder) if each <= segment]
+    before = _Checkpoint.read(folder, known[-1]) if known else _Checkpoint()
+    if known and known[-1] == segment and all(before.through.get(log) == segment for log in mine):
         return
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **_encoded(duplicates))  # type: ignore[arg-type]
-
-
-def _encoded(duplicates: Duplicates) -> dict[str, np.ndarray]:
-    # Names of files in a zip archive: logs may be called anything, in which numpy would see folders.
-    names, arrays = [], {}
-    for number, (name, values) in enumerate(duplicates.to_arrays().items()):
-        names.append(name)
-        arrays[f"a{number}"] = values
-    return {"names": np.array(names), **arrays}
-
-
-def _load(folder: Path, segment: int, duplicates: Duplicates) -> None:
-    path = checkpoint_path(folder, segment)
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            names = found["names"].tolist()
-            duplicates.restore({name: found[f"a{number}"] for number, name in enumerate(names)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' is damaged ({error}); restore it from a copy") from None
+    others = {log: through for log, through in before.through.items() if log not in mine}
+    carried = {name: before.arrays[name] for log in others for name in array_names(log)}
+    through = others | dict.fromkeys(mine, segment)
+    unknown = (before.unknown | set(duplicates.unknown)) - mine
+    _Checkpoint(duplicates.to_arrays() | carried, through, unknown).write(folder, segment)
 
 
 def duplicates_after(
@@ -76,20 +102,29 @@ def duplicates_after(
         raise UserError(
             f"the journal '{folder}' can't be read after segment {segment}: its closed segments allow {last}"
         )
-    duplicates = Duplicates(schema, forget_after_days)
+    duplicates, kept = Duplicates(schema, forget_after_days), _Checkpoint()
     known = [each for each in checkpoints(folder) if numbers[0] - 1 <= each <= segment]
-    begin = 0
     if known:
-        begin = known[-1]
-        _load(folder, begin, duplicates)
+        kept = _Checkpoint.read(folder, known[-1])
+        duplicates.restore(kept.arrays)
     elif numbers[0] > 1:
         raise UserError(
             f"'{checkpoint_path(folder, numbers[0] - 1)}' is not there, so it is not known which rows came in the "
             "segments that were removed; restore it from a copy"
         )
+    # Another model, with other logs of events, may have written it: rows of a log are read from where it is known.
+    known_through = {source: kept.through.get(source or "", 0) for source in duplicates.sources}
+    for source, through in known_through.items():
+        if through < numbers[0] - 1 and source in kept.unknown:
+            say(
+                f"events of the log '{source}' came in segments of the journal '{folder}' that another model's refresh "
+                "has removed: such events would count again if they came once more"
+            )
+    begin = max(min(known_through.values()), numbers[0] - 1)
     follower.position = Position.begin(begin + 1)
-    while batches := follower.read(through=segment):
-        duplicates.take(batches)
+    for number in range(begin + 1, segment + 1):
+        while batches := follower.read(through=number):
+            duplicates.take([each for each in batches if known_through.get(each.source, number) < number])
     follower.position = Position.begin(segment + 1)
     return duplicates, follower
 

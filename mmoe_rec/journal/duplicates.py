@@ -96,6 +96,12 @@ class _Source:
         }
 
 
+def array_names(source: str) -> list[str]:
+    """The arrays in which `Duplicates.to_arrays` gives what is remembered of one log, "" for the interaction log."""
+    stores = _Source().stores.items()
+    return [f"{source}/newest", *(f"{source}/{name}/{column}" for name, store in stores for column in store.columns)]
+
+
 class Duplicates:
     """Takes the batches of a journal in order, and remembers for `forget_after_days` which rows it has seen.
 
@@ -110,6 +116,11 @@ class Duplicates:
         self._sources = {source: _Source() for source in self._uses}
         self.unknown: dict[str, int] = {}
         """Log of events that the schema does not have -> rows that were left out."""
+
+    @property
+    def sources(self) -> list[str | None]:
+        """The logs that the schema has, None for the interaction log."""
+        return list(self._uses)
 
     def __len__(self) -> int:
         """Keys that are remembered."""

@@ -19,6 +19,11 @@ class Known:
             dict[str, np.ndarray]
         ] = []  # each sorted by key, and less than half as long as the one before
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the arrays that `to_arrays` gives."""
+        return list(self._dtypes)
+
     def __len__(self) -> int:
         return sum(len(level["key"]) for level in self._levels)
 

@@ -6,7 +6,7 @@ gives, in its order, and the columns and types of the log's other files. A file 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -46,6 +46,7 @@ def write_files(
     after: int = 0,
     forget_after_days: int = FORGET_AFTER_DAYS,
     later_than: int | None = None,
+    rest: Callable[[pa.Table], pa.Table] | None = None,
 ) -> Written:
     """Writes the files of the segments later than `after` up to `through`, and keeps what duplicates are remembered.
 
@@ -53,6 +54,8 @@ def write_files(
         through: number of a closed segment; after: the last one whose rows the logs hold, 0 for none.
         later_than: leave out rows of this time (microseconds) and before, as a server does whose tables know nothing
             of the journal.
+        rest: gives those rows of the interaction log that are to be in a file; None for all. It is asked for each file
+            that is not there yet.
         log: where the interaction log is (`data.log`); other logs are where the schema has them (`events.NAME.path`).
 
     Raises:
@@ -77,12 +80,15 @@ def write_files(
         name = f"journal-{follower.id}-{segment:08d}.parquet"
         for source, tables in found.items():
             table = pa.concat_tables(tables, promote_options="default").combine_chunks()
-            if table.num_rows:
-                setting, place = sources[source]
-                path = _folder(place, setting, name) / name
-                if not path.exists():
-                    _write(path, table, uses[source], _pattern(place), schema.columns.time_unit)
-                written.append(path)
+            if not table.num_rows:
+                continue
+            setting, place = sources[source]
+            path = _folder(place, setting, name) / name
+            if not path.exists():
+                if source is None and rest is not None and not (table := rest(table)).num_rows:
+                    continue
+                _write(path, table, uses[source], _pattern(place), schema.columns.time_unit)
+            written.append(path)
     if through > after:
         save_checkpoint(follower.folder, through, duplicates)
     return Written(written, counts, duplicates.unknown, early)

@@ -126,7 +126,7 @@ class Models:
             if self.journal is not None:
                 from mmoe_rec.server.live.learning import Learning
 
-                learning = Learning(ranker, self.journal)
+                learning = Learning(ranker, self.journal, source.folder / "features")
                 learning.catch_up()
                 scores = _answered(ranker, source, example)  # which the events may have changed
         except UserError:

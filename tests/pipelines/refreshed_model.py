@@ -17,7 +17,7 @@ from mmoe_rec.registry import local_model
 from mmoe_rec.serving.artifact import Artifact, read_artifact
 from mmoe_rec.settings import Settings
 from pipelines import refresh
-from tests.log.small_logs import DAY, START, random_log, times_of
+from tests.log.small_logs import BASE, DAY, START, random_log, times_of, with_requests
 from tests.serving.small_model import SmallModel
 
 NAME = "small"
@@ -26,10 +26,14 @@ NAME = "small"
 class RefreshedModel:
     """In a folder: eight days of a log, a model of them that is version 1 and champion, and a settings file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, requests: bool = False, **sections: Any) -> None:
+        """requests: the log has requests with ids, of one time each; sections: of the settings."""
         self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
         self.table = random_log(3, 900, days=14.0)
-        small = SmallModel(folder / "work", log=[self._days(0, 9)], tracking={"uri": self.uri})
+        if requests:
+            self.table = with_requests(self.table, spread=1)
+            sections["columns"] = BASE["columns"] | {"request": "request"} | sections.get("columns", {})
+        small = SmallModel(folder / "work", log=[self._days(0, 9)], tracking={"uri": self.uri}, **sections)
         self.settings: Settings = small.settings
         self.log = Path(self.settings.data.log)
         self.config = folder / "settings.yaml"

@@ -201,10 +201,13 @@ def test_a_server_takes_up_an_earlier_version_without_what_was_removed(
 
 
 def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_removed(
-    model: RefreshedModel, tmp_path: Path
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     journal = tmp_path / "journal"
     position = _rolled_back(model, journal)
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "through segment 1 only: what was removed is in the log's files" in capsys.readouterr().err
     expected = _answers(_served(model, "4", journal), position)
     for number, words in (("5", ()), ("6", ("--journal", str(journal)))):
         model.refresh(*words)

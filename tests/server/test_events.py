@@ -15,6 +15,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.records import Batch
+from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
@@ -372,3 +373,25 @@ def test_segments_that_are_gone_are_told(small, tmp_path):
     assert "begins with segment 2" in ask(again, b"", page="/version", method="GET").tree["events_failure"]
     answer = ask(again, {"inputs": [asked(START + 20 * DAY, 5)]})
     assert "begins with segment 2" in answer.tree["predictions"][0]["warnings"][-1]
+
+
+def test_logs_of_events_that_the_model_lacks_are_told_once(
+    small: SmallModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        return [
+            text for each in caplog.records if "logs of events that the model's settings" in (text := each.getMessage())
+        ]
+
+    journal = Journal(tmp_path / "journal")
+    event = pa.table({"user": [5], "at": pa.array([START]).cast(UTC_MICROSECONDS)})
+    journal.append(Batch("returns", 0, event), Batch("clicks", 0, event))
+    journal.close_segment()
+    models = _models(small, tmp_path)
+    assert [each.endswith(": 'clicks', 'returns'") for each in told()] == [True]
+    assert models.current is not None
+    assert models.current.learning is not None
+    for source in ("returns", "clicks", "views", "views"):  # the last one by a model that came later
+        journal.append(Batch(source, 0, event))
+        models.current.learning.catch_up()
+    assert [each.endswith(": 'views'") for each in told()] == [False, True]

@@ -4,7 +4,8 @@ Features, and the tables of a model, go on from what they remember, so new reque
 know. No old file is needed: one that is gone stays counted, one that was written again is refused. A file that was left
 out counts as new once it is mended, so it is taken in where all its requests are later, and stays left out otherwise.
 Since events may come late, those of a file that is gone could come again, in a file of another name or merged with
-others: where new files hold as many events of its time as it did, they are refused.
+others: where new files hold as many events of its time as it did, they are refused. So are files of another program
+with rows that came by a server's journal before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmoe_rec.build.added.held import key_reader, keys_of
 from mmoe_rec.build.added.taken import Taken, of_journal
 from mmoe_rec.build.checks import place
 from mmoe_rec.build.count import Counted
@@ -22,6 +24,8 @@ from mmoe_rec.build.requests import Requests
 from mmoe_rec.build.steps import Steps
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.parts import Noticed, cut
+from mmoe_rec.log.reader import ROWS_PER_PART
 from mmoe_rec.progress import say
 
 
@@ -87,6 +91,8 @@ class NewFiles:
             counted = count()
         self._check_times(counted, steps.requests, steps.logs)
         self._check_events(counted, steps.logs)
+        if steps.requests.continued and self.logs.options.duplicates == "error":
+            self._check_repeats(counted, steps.logs)
         return counted
 
     def begin(self, counted: Counted, requests: Requests) -> int:
@@ -136,6 +142,41 @@ class NewFiles:
                         f"'{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): if "
                         f"they are the same, they would count twice; put that file back, or {self.holder.anew}"
                     )
+
+    def _check_repeats(self, counted: Counted, new: Logs) -> None:
+        """Raises UserError where new files of another program hold rows that came by a server's journal before."""
+        own = [file for file in new.log.files if not of_journal(file.address)]
+        spans = [counted.spans[None, file.address] for file in own if (None, file.address) in counted.spans]
+        first, last = min((span[0] for span in spans), default=0), max((span[1] for span in spans), default=-1)
+        known = self.taken.logs[0].files
+        held = [
+            file
+            for file in self.logs.log.files
+            if of_journal(file.address)
+            and (before := known.get(file.address)) is not None
+            and before.first is not None
+            and before.last is not None
+            and before.first <= last
+            and before.last >= first
+        ]
+        reader = key_reader(new.log)
+        keys = [keys_of(rows) for part in cut(held, ROWS_PER_PART) for rows in reader.read(part, Noticed())]
+        repeated, example, start = 0, -1, 0
+        for file in new.log.files if keys else []:
+            row = start
+            for part in cut([file], ROWS_PER_PART) if file in own else []:
+                for rows in reader.read(part):
+                    found = np.flatnonzero(np.isin(keys_of(rows), np.concatenate(keys)))
+                    if len(found):
+                        repeated, example = repeated + len(found), row + int(found[0]) if example < 0 else example
+                    row += len(rows)
+            start += file.rows
+        if repeated:
+            raise UserError(
+                f"{place(new.log, example)} repeats request and candidate of a row that came by a server's journal, "
+                f"and {self.holder.what} hold that one; {repeated:,} rows of new files do so, and would count twice: "
+                "remove them from these files, or set data.duplicates to keep if they are meant"
+            )
 
     def _check_times(self, counted: Counted, requests: Requests, new: Logs) -> None:
         first, known = self.begin(counted, requests), self.holder.last

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmoe_rec.build.added.held import HeldRows
+from mmoe_rec.build.added.tables import taken_by
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
@@ -44,6 +46,7 @@ def from_journal(
                     "folder of that one, as what it has not told them yet would be lost; if it is gone, and this one "
                     "takes its place, add --other-journal"
                 )
+            _check_not_removed(folder, journal.id, known)
             through = journal.close_segment()
         finally:
             journal.close()
@@ -53,13 +56,21 @@ def from_journal(
             after = max((each for each in checkpoints(folder) if each <= int(known["through"])), default=0)
         else:  # the tables may hold what is no later than they are, by files that another program wrote
             later_than = as_of(served.about)
-        written = write_files(folder, settings.schema_, through, settings.data.log, after, later_than=later_than)
+        schema, features = settings.schema_, served.folder / "features"
+        held = HeldRows(settings.data.log, schema, features, taken_by(features))
+        written = write_files(folder, schema, through, settings.data.log, after, later_than=later_than, rest=held.rest)
         for log, rows in written.unknown.items():
             say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
         for source, counts in written.counts.items():
             if counts.conflict:
                 name = "the interaction log" if source is None else f"log '{source}'"
                 say(f"{counts.conflict:,} rows of {name} came again with other labels: the first ones count")
+        for left_out, what in (
+            (held.repeated, "repeat request and candidate of rows that the log's files hold, which count"),
+            (held.other_user, "are of requests that the log's files hold with another user"),
+        ):
+            if left_out.rows:
+                say(f"{left_out.rows:,} rows of the journal {what}; they are left out. The first: {left_out.first}")
         if written.early:
             say(
                 f"{written.early:,} rows of the journal are no later than the model's tables "
@@ -71,3 +82,16 @@ def from_journal(
         return {"id": journal.id, "through": through}
 
     return write
+
+
+def _check_not_removed(folder: Path, journal: str, known: Mapping[str, Any] | None) -> None:
+    """Raises UserError where segments were removed that the tables, of an earlier version, do not hold."""
+    from mmoe_rec.journal.segments import segment_numbers
+
+    first = segment_numbers(folder)[0]
+    if known is not None and known["id"] == journal and (through := int(known["through"])) < first - 1:
+        raise UserError(
+            f"the journal '{folder}' begins with segment {first}, and the model's tables know it through segment "
+            f"{through} only: what was removed is in the log's files, so run refresh without --journal first, and then "
+            "with it"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +30,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
+from mmoe_rec.server.live.held import HeldRequests
 from mmoe_rec.server.reloading import ReplicaBehindError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Learning:
     Raises ReplicaBehindError where they do not come, or another UserError for a folder that holds no journal.
     """
 
-    def __init__(self, ranker: LoadedRanker, folder: Path) -> None:
+    def __init__(self, ranker: LoadedRanker, folder: Path, features: Path) -> None:
+        """features: the folder with the model's tables."""
         self.ranker, self.folder = ranker, folder
         self.schema = ranker.pipeline.schema
         self._waiting: _Read | None = None
@@ -82,6 +84,9 @@ class Learning:
         """What the model does not know of the journal and can't learn, as a sentence."""
         follower = Follower(folder)
         _check_same_log(folder, self.schema)
+        self._held = HeldRequests.of(features, self.as_of)
+        self._told_of = set[str]()
+        self._tell_of(column_types(folder))
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == follower.id
         if about is not None and self._is_known:
@@ -133,6 +138,17 @@ class Learning:
         """In the other process."""
         vars(self).update(state)
         self._lock, self._follower = threading.Lock(), None
+
+    def _tell_of(self, logs: Iterable[str]) -> None:
+        """Says once which logs of events the journal has that the model does not read; other models may."""
+        if others := sorted({log for log in logs if log} - set(self.schema.events) - self._told_of):
+            self._told_of.update(others)
+            _log.warning(
+                "the journal '%s' holds rows of logs of events that the model's settings do not have, so it learns "
+                "nothing of them: %s",
+                self.folder,
+                ", ".join(map(repr, others)),
+            )
 
     def _reader(self) -> Follower:
         if self._follower is None:
@@ -212,6 +228,7 @@ class Learning:
                 except Exception as error:
                     self._error = error
                     raise
+                self._tell_of(self._duplicates.unknown)
                 self._waiting = _Read(taken, reader.position, reader.ends, [each.accepted_at for each in batches])
             read, counts = self._waiting, dict[str, int]()
             rows: dict[str | None, LogRows] = {}
@@ -220,6 +237,10 @@ class Learning:
                     counts[name.name] = counts.get(name.name, 0) + getattr(each.counts, name.name)
                 counts["late"] = counts.get("late", 0) + each.late(self.schema, self.as_of)
                 rows[source] = self._beyond_tables(each.rows(self.schema), counts)
+                if source is None:
+                    before, rows[source] = len(rows[source]), self._held.rest(rows[source])
+                    counts["accepted"] -= before - len(rows[source])
+                    counts["conflict"] += before - len(rows[source])
             prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
             counts = {name: number for name, number in counts.items() if number}
             return Learnt(prepared, read.position, read.ends, read.accepted_at, counts)

@@ -1,0 +1,124 @@
+"""Models with different logs of events share a journal: neither forgets its events for the other's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmoe_rec.journal.checkpoints import checkpoint_path, checkpoints, duplicates_after, remove_through
+from mmoe_rec.journal.duplicates import Counts, Duplicates
+from mmoe_rec.journal.follower import Follower
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.parquet_files import write_files
+from mmoe_rec.journal.records import Batch
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.schema import Schema
+from tests.log.small_logs import ALL_KINDS, START, schema_of
+
+LOGS = ("purchases", "returns")
+
+
+def _schema(folder: Path, *logs: str) -> Schema:
+    """Of a model that has these logs of events."""
+    for name in ("log", *logs):
+        (folder / name).mkdir(exist_ok=True)
+    histories = {f"of_{log}": {"kind": "history", "events": log, "of": "item", "length": 3} for log in logs}
+    events = {log: {"path": str(folder / log), "time": "bought_at"} for log in logs}
+    return schema_of({**ALL_KINDS, **histories}, events=events)
+
+
+def _events(log: str, *numbers: int) -> Batch:
+    times = pa.array([START + number for number in numbers]).cast(UTC_MICROSECONDS)
+    ids = pa.array(numbers, pa.int64())
+    return Batch(log, 0, pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids}))
+
+
+def _refresh(folder: Path, journal: Journal, schema: Schema, after: int) -> tuple[int, dict[str | None, Counts]]:
+    """As one model's refresh does; gives the segment through which its tables then know the journal."""
+    through = journal.close_segment()
+    last = max((each for each in checkpoints(journal.folder) if each <= after), default=0)
+    return through, dict(write_files(journal.folder, schema, through, str(folder / "log"), last).counts)
+
+
+def _plain(journal: Journal, schema: Schema, segment: int) -> dict[str, np.ndarray]:
+    """What is remembered of all the segments, without a checkpoint."""
+    duplicates, follower = Duplicates(schema), Follower(journal.folder)
+    while batches := follower.read(through=segment):
+        duplicates.take(batches)
+    return duplicates.to_arrays()
+
+
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize("close_between", [False, True])
+def test_each_model_remembers_the_events_of_its_own_logs(tmp_path: Path, remove: bool, close_between: bool) -> None:
+    journal = Journal(tmp_path / "journal")
+    schemas, known = [_schema(tmp_path, log) for log in LOGS], [0, 0]
+    for turn in range(3):
+        numbers = range(10 * turn, 10 * turn + 10)
+        for log in LOGS:
+            journal.append(_events(log, *numbers))
+        expected = [_plain(journal, schema, 100) for schema in schemas]
+        for model in (0, 1) if turn % 2 else (1, 0):
+            if close_between:  # each model's refresh closes a segment
+                journal.append(_events("of nobody", turn))
+            known[model], counts = _refresh(tmp_path, journal, schemas[model], known[model])
+            assert counts[LOGS[model]] == Counts(accepted=10)
+        if remove and turn == 1:
+            assert remove_through(journal.folder, min(checkpoints(journal.folder)[-1], *known))
+        for model, schema in enumerate(schemas):
+            # A server of this model, or its next refresh, goes on from there.
+            duplicates, _ = duplicates_after(journal.folder, schema, known[model])
+            if not remove:
+                for name, values in expected[model].items():
+                    np.testing.assert_array_equal(duplicates.to_arrays()[name], values, name)
+            again = duplicates.take([_events(LOGS[model], *range(10 * turn + 10))])
+            assert again[LOGS[model]].counts == Counts(duplicate=10 * turn + 10)
+
+
+def test_events_that_another_models_refresh_has_removed_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1), _events("returns", 1))
+    through, _ = _refresh(tmp_path, journal, one, 0)
+    duplicates_after(journal.folder, other, through)
+    assert capsys.readouterr().err == ""
+    remove_through(journal.folder, through)
+    duplicates_after(journal.folder, one, through)
+    duplicates_after(journal.folder, _schema(tmp_path, "purchases", "clicks"), through)  # a log without a row so far
+    assert capsys.readouterr().err == ""
+    duplicates_after(journal.folder, other, through)
+    assert "events of the log 'returns' came in segments of the journal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_the_last_model_to_refresh_does_not_know_stays_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture, lost: bool
+) -> None:
+    """A model may hold segments by files that another one's refresh wrote, as where it was trained since."""
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1), _events("returns", 1))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    _refresh(tmp_path, journal, other, 0)
+    journal.append(_events("purchases", 2), *([_events("returns", 2)] if lost else []))
+    through, _ = _refresh(tmp_path, journal, one, first)
+    remove_through(journal.folder, through)
+    duplicates, _ = duplicates_after(journal.folder, other, through)
+    assert duplicates.take([_events("returns", 1)])["returns"].counts == Counts(duplicate=1)
+    assert ("events of the log 'returns' came in segments" in capsys.readouterr().err) == lost
+
+
+def test_a_checkpoint_is_written_again_only_for_logs_that_it_lacks(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1), _events("returns", 1))
+    through, _ = _refresh(tmp_path, journal, one, 0)
+    path, times = checkpoint_path(journal.folder, through), []
+    for schema in (one, other, one, other):
+        _refresh(tmp_path, journal, schema, 0)
+        times.append(path.stat().st_mtime_ns)
+    assert times[0] != times[1]
+    assert times[1] == times[2] == times[3]
