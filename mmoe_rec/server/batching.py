@@ -78,7 +78,8 @@ class Batcher:
         return self._busy_since is not None
 
     def wait_for_pass(self, seconds: float) -> None:
-        """Ends once no pass is under way, or after so many seconds; from any thread that has work of its own to do.
+        """Ends once no pass is under way and its replies are written, or after so many seconds; from any thread that has
+        work of its own to do.
 
         Such work would share the interpreter's lock with the pass, and make its caller wait longer.
         """
@@ -164,7 +165,6 @@ class Batcher:
 
     def _end_pass(self, calls: Sequence[_Waiting], found: Sequence[Answers | Refused]) -> None:
         self._busy_since = None
-        self._no_pass.set()
         for call, answers in zip(calls, found, strict=True):
             if call.found.done():
                 continue
@@ -173,6 +173,11 @@ class Batcher:
             else:
                 call.found.set_result(answers)
         self._start_pass()
+        asyncio.get_running_loop().call_soon(self._let_others_work)  # after the replies of these calls are written
+
+    def _let_others_work(self) -> None:
+        if self._busy_since is None:
+            self._no_pass.set()
 
     def _work(self) -> None:
         import torch
