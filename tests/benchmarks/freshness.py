@@ -194,7 +194,7 @@ def main() -> None:
     """Runs all; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("data/complete_journey/work/model"))
-    parser.add_argument("--seconds", type=float, default=40.0, help="of each way of load (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each way of load (default: %(default)s)")
     options = parser.parse_args()
     if not (options.model / "model.json").is_file():
         parser.error(f"'{options.model}' holds no model; run python -m pipelines.quickstart first")
