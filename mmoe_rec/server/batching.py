@@ -61,7 +61,7 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._busy_since: float | None = None
-        self._no_pass = threading.Event()
+        self._no_pass, self._is_without_pause = threading.Event(), False
         self._no_pass.set()
         # A daemon: a pass that hangs must not keep the process from ending.
         threading.Thread(target=self._work, name="ranking", daemon=True).start()
@@ -81,9 +81,11 @@ class Batcher:
         """Ends once no pass is under way and its replies are written, or after so many seconds; from any thread that has
         work of its own to do.
 
-        Such work would share the interpreter's lock with the pass, and make its caller wait longer.
+        Such work would share the interpreter's lock with the pass, and make its caller wait longer. Where passes follow
+        each other without a pause, only the first ones wait: else each of many calls would wait in vain.
         """
-        self._no_pass.wait(seconds)
+        if not self._is_without_pause and not self._no_pass.wait(seconds):
+            self._is_without_pause = True
 
     def between_passes(self, function: Callable[[], None]) -> Future[None]:
         """Has the thread of the passes call a function once none is under way; from any thread."""
@@ -177,6 +179,7 @@ class Batcher:
 
     def _let_others_work(self) -> None:
         if self._busy_since is None:
+            self._is_without_pause = False
             self._no_pass.set()
 
     def _work(self) -> None:

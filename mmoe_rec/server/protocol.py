@@ -200,6 +200,9 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
         def _too_late(self) -> None:
             self._end = None
             if self.transport.has_ended or (not self.transport.is_closing() and not self._is_answering):
-                self.transport.close_now()
+                if self.transport.get_write_buffer_size():  # a refusal that the caller does not take
+                    self._drop()
+                else:
+                    self.transport.close_now()
 
     return Bounded

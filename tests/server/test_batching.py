@@ -229,14 +229,29 @@ def test_work_beside_requests_lets_a_pass_end_first_but_not_for_ever(models: Mod
         batcher.wait_for_pass(seconds)
         waited.set()
 
-    async def scenario() -> None:
-        work(600)  # no pass is under way
-        waited.clear()
+    async def busy() -> asyncio.Task[Answer]:
         ranker.go_on.clear()
         call = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await until(lambda: batcher.is_busy)
-        work(0.01)
+        return call
+
+    async def scenario() -> None:
+        work(600)  # no pass is under way
         waited.clear()
+        call = await busy()
+        threading.Thread(target=work, args=(600,), daemon=True).start()
+        await asyncio.sleep(0.05)
+        assert not waited.is_set()
+        ranker.go_on.set()
+        await call
+        await until(waited.is_set)
+        call = await busy()
+        work(0.01)
+        work(600)  # as this pass has been waited for in vain
+        waited.clear()
+        ranker.go_on.set()
+        await call
+        call = await busy()  # after a pause, there is patience again
         threading.Thread(target=work, args=(600,), daemon=True).start()
         await asyncio.sleep(0.05)
         assert not waited.is_set()
