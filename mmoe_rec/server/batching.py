@@ -78,11 +78,11 @@ class Batcher:
         return self._busy_since is not None
 
     def wait_for_pass(self, seconds: float) -> None:
-        """Ends once no pass is under way and its replies are written, or after so many seconds; from any thread that has
-        work of its own to do.
+        """Ends once no pass is under way and its replies are written, or after so many seconds; from any thread.
 
-        Such work would share the interpreter's lock with the pass, and make its caller wait longer. Where passes follow
-        each other without a pause, only the first ones wait: else each of many calls would wait in vain.
+        It is for threads that have work of their own to do. Such work would share the interpreter's lock with the pass,
+        and make its caller wait longer. Where passes follow each other without a pause, only the first ones wait: else
+        each of many calls would wait in vain.
         """
         if not self._is_without_pause and not self._no_pass.wait(seconds):
             self._is_without_pause = True
