@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from mmoe_rec.atomic import atomic_file, flush_files
 from mmoe_rec.errors import UserError
-from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Duplicates, array_names
+from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Duplicates, Taken, array_names
 from mmoe_rec.journal.follower import Follower
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers, segment_path
@@ -88,9 +89,16 @@ def save_checkpoint(folder: Path, segment: int, duplicates: Duplicates) -> None:
 
 
 def duplicates_after(
-    folder: str | Path, schema: Schema, segment: int, forget_after_days: int = FORGET_AFTER_DAYS
+    folder: str | Path,
+    schema: Schema,
+    segment: int,
+    forget_after_days: int = FORGET_AFTER_DAYS,
+    unknown: Callable[[int, Mapping[str | None, Taken]], None] | None = None,
 ) -> tuple[Duplicates, Follower]:
     """What is remembered after a closed segment, 0 for none, and what reads on from there.
+
+    unknown: is given, with the number of their segment, the rows of this and earlier segments that are not kept as
+    written into files, such as those of a log that only other models than those refreshed so far have.
 
     Raises UserError where the segment is not there, or what came before is known no more.
     """
@@ -118,13 +126,15 @@ def duplicates_after(
         if through < numbers[0] - 1 and source in kept.unknown:
             say(
                 f"events of the log '{source}' came in segments of the journal '{folder}' that another model's refresh "
-                "has removed: such events would count again if they came once more"
+                "has removed: those are in no file of this log, and would count again if they came once more"
             )
     begin = max(min(known_through.values()), numbers[0] - 1)
     follower.position = Position.begin(begin + 1)
     for number in range(begin + 1, segment + 1):
         while batches := follower.read(through=number):
-            duplicates.take([each for each in batches if known_through.get(each.source, number) < number])
+            found = duplicates.take([each for each in batches if known_through.get(each.source, number) < number])
+            if unknown is not None:
+                unknown(number, found)
     follower.position = Position.begin(segment + 1)
     return duplicates, follower
 

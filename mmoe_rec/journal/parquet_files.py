@@ -19,6 +19,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.journal.checkpoints import duplicates_after, save_checkpoint
 from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Counts, Taken
+from mmoe_rec.journal.folder import open_folder
 from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.files import is_remote, local_path
@@ -51,7 +52,9 @@ def write_files(
     """Writes the files of the segments later than `after` up to `through`, and keeps what duplicates are remembered.
 
     Args:
-        through: number of a closed segment; after: the last one whose rows the logs hold, 0 for none.
+        through: number of a closed segment.
+        after: the last one whose rows the logs hold, 0 for none; files of logs of events that only this model has are
+            written of earlier ones, too.
         later_than: leave out rows of this time (microseconds) and before, as a server does whose tables know nothing
             of the journal.
         rest: gives those rows of the interaction log that are to be in a file; None for all. It is asked for each file
@@ -61,37 +64,70 @@ def write_files(
     Raises:
         UserError: a place can't take files, the journal is damaged, or a segment is missing or not closed.
     """
-    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
-    uses |= {name: event_uses(schema, name) for name in schema.events}
-    sources: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
-    sources |= {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
-    duplicates, follower = duplicates_after(journal, schema, after, forget_after_days)
+    writing = _Writing(open_folder(Path(journal), create=False).hex(), schema, log, later_than, rest)
+    # Segments that the logs hold may have rows of a log that no model had which has been refreshed so far.
+    duplicates, follower = duplicates_after(journal, schema, after, forget_after_days, unknown=writing.add)
     if (closed := segment_numbers(follower.folder)[-1] - 1) < through:
         raise UserError(f"segment {through} of the journal '{follower.folder}' is not closed; the last one is {closed}")
-    written, counts, early = list[Path](), dict[str | None, Counts](), 0
     for segment in range(after + 1, through + 1):
-        found: dict[str | None, list[pa.Table]] = {}
         while batches := follower.read(through=segment):
-            for source, taken in duplicates.take(batches).items():
-                later = _later(taken, schema, later_than)
-                early += len(taken.table) - len(later)
-                found.setdefault(source, []).append(later)
-                counts.setdefault(source, Counts()).add(taken.counts)
-        name = f"journal-{follower.id}-{segment:08d}.parquet"
-        for source, tables in found.items():
+            writing.add(segment, duplicates.take(batches))
+    writing.flush()
+    if through:
+        save_checkpoint(follower.folder, through, duplicates)
+    return Written(writing.files, writing.counts, duplicates.unknown, writing.early)
+
+
+class _Writing:
+    """Writes the rows that it is given, segment after segment, into one file for each segment and log.
+
+    files: also those that were there; segments: log -> the last segment that has a file.
+    """
+
+    def __init__(
+        self,
+        journal: str,
+        schema: Schema,
+        log: str,
+        later_than: int | None,
+        rest: Callable[[pa.Table], pa.Table] | None,
+    ) -> None:
+        self._journal, self._schema, self._later_than, self._rest = journal, schema, later_than, rest
+        self._uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
+        self._uses |= {name: event_uses(schema, name) for name in schema.events}
+        self._places: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
+        self._places |= {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
+        self._segment, self._tables = 0, dict[str | None, list[pa.Table]]()
+        self.files, self.counts, self.early = list[Path](), dict[str | None, Counts](), 0
+        self.segments: dict[str | None, int] = {}
+
+    def add(self, segment: int, found: Mapping[str | None, Taken]) -> None:
+        """Takes rows of a segment that is not earlier than the one before."""
+        if segment != self._segment:
+            self.flush()
+            self._segment = segment
+        for source, taken in found.items():
+            later = _later(taken, self._schema, self._later_than)
+            self.early += len(taken.table) - len(later)
+            self._tables.setdefault(source, []).append(later)
+            self.counts.setdefault(source, Counts()).add(taken.counts)
+
+    def flush(self) -> None:
+        """Writes what it was given."""
+        name = f"journal-{self._journal}-{self._segment:08d}.parquet"
+        for source, tables in self._tables.items():
             table = pa.concat_tables(tables, promote_options="default").combine_chunks()
             if not table.num_rows:
                 continue
-            setting, place = sources[source]
+            setting, place = self._places[source]
             path = _folder(place, setting, name) / name
             if not path.exists():
-                if source is None and rest is not None and not (table := rest(table)).num_rows:
+                if source is None and self._rest is not None and not (table := self._rest(table)).num_rows:
                     continue
-                _write(path, table, uses[source], _pattern(place), schema.columns.time_unit)
-            written.append(path)
-    if through > after:
-        save_checkpoint(follower.folder, through, duplicates)
-    return Written(written, counts, duplicates.unknown, early)
+                _write(path, table, self._uses[source], _pattern(place), self._schema.columns.time_unit)
+            self.files.append(path)
+            self.segments[source] = self._segment
+        self._tables = {}
 
 
 def _later(taken: Taken, schema: Schema, moment: int | None) -> pa.Table:

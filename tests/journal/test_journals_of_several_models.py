@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.journal.checkpoints import checkpoint_path, checkpoints, duplicates_after, remove_through
@@ -90,7 +91,9 @@ def test_events_that_another_models_refresh_has_removed_are_told(tmp_path: Path,
     duplicates_after(journal.folder, _schema(tmp_path, "purchases", "clicks"), through)  # a log without a row so far
     assert capsys.readouterr().err == ""
     duplicates_after(journal.folder, other, through)
-    assert "events of the log 'returns' came in segments of the journal" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "events of the log 'returns' came in segments of the journal" in told
+    assert "those are in no file of this log" in told
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -122,3 +125,30 @@ def test_a_checkpoint_is_written_again_only_for_logs_that_it_lacks(tmp_path: Pat
         times.append(path.stat().st_mtime_ns)
     assert times[0] != times[1]
     assert times[1] == times[2] == times[3]
+
+
+def _events_in(folder: Path, log: str) -> list[int]:
+    """The items of all events in a log's files."""
+    return sorted(pq.read_table(folder / log)["item"].to_pylist())
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_events_of_segments_that_another_model_has_refreshed_get_files(tmp_path: Path, more: bool) -> None:
+    """As where a model was trained since, and takes these segments for known by the names of the interactions' files."""
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    (file,) = (tmp_path / "purchases").iterdir()
+    before = file.stat()
+    if more:
+        journal.append(_events("returns", 2, 3))
+    through, counts = _refresh(tmp_path, journal, other, first)
+    assert counts == {"returns": Counts(accepted=2 + more, duplicate=int(more))}
+    assert _events_in(tmp_path, "returns") == [1, 2, 3][: 2 + more]
+    assert file.stat() == before
+    assert _refresh(tmp_path, journal, other, through) == (through, {})
+    # Also once its segments are gone, its events are known.
+    remove_through(journal.folder, through)
+    duplicates, _ = duplicates_after(journal.folder, other, through)
+    assert duplicates.take([_events("returns", 1, 2)])["returns"].counts == Counts(duplicate=2)
