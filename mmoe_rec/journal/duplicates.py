@@ -65,6 +65,15 @@ class Taken:
     table: pa.Table
     counts: Counts
 
+    @staticmethod
+    def together(parts: Sequence[Taken]) -> Taken:
+        """Those of one log as one."""
+        counts = Counts()
+        for each in parts:
+            counts.add(each.counts)
+        tables = [each.table for each in parts]
+        return Taken(parts[0].source, pa.concat_tables(tables, promote_options="default").combine_chunks(), counts)
+
     def rows(self, schema: Schema) -> LogRows:
         """As features read them."""
         return LogRows(self.table, schema) if self.source is None else event_rows(self.table, schema, self.source)

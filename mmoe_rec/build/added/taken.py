@@ -156,6 +156,14 @@ class Taken:
         newest = max(found, key=lambda each: found[each])
         return {"id": newest, "through": found[newest][1]}
 
+    def last_segments(self, journal: str) -> list[int]:
+        """The last segment of a journal, by its id, of which each log has a file that was taken in; 0 for none."""
+        found = []
+        for log in self.logs:
+            named = (_OF_A_JOURNAL.fullmatch(PurePath(address).name) for address in log.files)
+            found.append(max((int(each[2]) for each in named if each is not None and each[1] == journal), default=0))
+        return found
+
     @property
     def left_out(self) -> list[LeftOutFile]:
         """All files that were left out, each once, though it may belong to several logs."""

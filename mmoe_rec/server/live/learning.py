@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -93,7 +93,7 @@ class Learning:
             follower.close()
             if origin_of(folder) is not None:
                 _wait_for_segment(folder, int(about["through"]))
-            self._duplicates, follower = self._after(int(about["through"]))
+            self._duplicates, follower = self._after(int(about["through"]), follower.id, features)
         else:
             self._duplicates = Duplicates(self.schema)
             if about is not None:
@@ -112,11 +112,30 @@ class Learning:
         self._follower: Follower | None = follower
         self.position = follower.position
 
-    def _after(self, through: int) -> tuple[Duplicates, Follower]:
+    def _after(self, through: int, journal: str, features: Path) -> tuple[Duplicates, Follower]:
         """What goes on after the segment through which the tables hold the journal, or after those that were removed
-        since then by a refresh of a later version, which this one then does not know."""
+        since then by a refresh of a later version, which this one then does not know.
+
+        Of logs of events of which the tables lack these segments, as no model that has them was refreshed, it learns
+        their rows first.
+        """
+        from mmoe_rec.build.added.tables import taken_by  # which no server without a journal needs
+
+        taken = taken_by(features)
+        names = (None, *self.schema.events)
+        held = dict(zip(names, taken.last_segments(journal) if taken else [through] * len(names), strict=True))
+        lacking: dict[str | None, list[Taken]] = {}
+
+        def unknown(segment: int, rows: Mapping[str | None, Taken]) -> None:
+            for source, each in rows.items():
+                if source is not None and segment > held[source]:
+                    lacking.setdefault(source, []).append(each)
+
         removed = segment_numbers(self.folder)[0] - 1
-        found = duplicates_after(self.folder, self.schema, max(through, removed))
+        found = duplicates_after(self.folder, self.schema, max(through, removed), unknown=unknown)
+        if lacking:
+            together = {source: Taken.together(each) for source, each in lacking.items()}
+            self._waiting = _Read(together, found[1].position, [], [])
         if removed > through:
             newest = max(found[0].newest(source) for source in (None, *self.schema.events))
             one = removed == through + 1

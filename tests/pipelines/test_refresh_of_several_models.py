@@ -1,0 +1,92 @@
+"""Models of one interaction log and one journal, each with its own logs of events, refresh in turn: none loses any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.journal.journal import Journal
+from mmoe_rec.journal.records import Batch
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.server.app import Application
+from tests.log.small_logs import ALL_KINDS, DAY, START
+from tests.pipelines.refreshed_model import RefreshedModel
+from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _served
+from tests.server.asking import ask
+from tests.server.test_events import as_json
+from tests.serving.small_model import ITEMS
+
+
+def _returns(first: int, last: int) -> pa.Table:
+    """Events of user 5, numbered, each an hour after the one before from day 9 on."""
+    numbers = range(first, last)
+    times = pa.array([START + 9 * DAY + each * DAY // 24 for each in numbers]).cast(UTC_MICROSECONDS)
+    items = pa.array([ITEMS[each % 3] for each in numbers])
+    return pa.table({"user": pa.array([5] * len(numbers)), "item": items, "bought_at": times})
+
+
+def _sent_returns(journal: Path, first: int, last: int) -> str:
+    numbers = pa.array(range(first, last), pa.int64())
+    writer = Journal(journal)
+    position = str(writer.append(Batch("returns", 0, _returns(first, last).append_column("event_id", numbers))))
+    writer.close()
+    return position
+
+
+def _other(model: RefreshedModel) -> RefreshedModel:
+    """A model that is trained now from the log of another one, and knows returns, too."""
+    folder = model.folder / "other"
+    (folder / "returns").mkdir(parents=True)
+    pq.write_table(_returns(-48, 0), folder / "returns" / "0.parquet")
+    events = {"returns": {"path": str(folder / "returns"), "time": "bought_at"}}
+    data = {"log": str(model.log), "work": str(folder / "work"), "events": events}
+    features = {**ALL_KINDS, "returned": {"kind": "history", "events": "returns", "of": "item", "length": 3}}
+    return RefreshedModel(folder, data=data, features=features)
+
+
+def _learnt(app: Application) -> int:
+    learning = app.models.current.learning
+    assert learning is not None
+    return learning.live_rows
+
+
+def _failure(app: Application) -> str | None:
+    told: str | None = ask(app, b"", page="/version", method="GET").tree["events_failure"]
+    return told
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RefreshedModel:
+    return RefreshedModel(tmp_path)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(
+    model: RefreshedModel, tmp_path: Path, more: bool
+) -> None:
+    journal = tmp_path / "journal"
+    _sent(_served(model, "1", journal), as_json(model._days(9, 11)))
+    position = _sent_returns(journal, 0, 30)
+    model.refresh("--journal", str(journal))
+    other = _other(model)
+    about = other.about("1")
+    assert about.journal is not None
+    assert about.journal["through"] == 1
+    if more:
+        position = _sent_returns(journal, 30, 40)
+    app = _served(other, "1", journal)
+    assert _learnt(app) == 30 + 10 * more
+    before = _answers(app, position)
+    assert before[5][2][0]["histories"]["returned"] == [
+        ITEMS[each % 3] for each in range(27 + 10 * more, 30 + 10 * more)
+    ]
+    other.refresh("--journal", str(journal))
+    app = _served(other, "2", journal)
+    assert _learnt(app) == 0
+    _check(_answers(app, position), before)
+    # The tables alone know it, after a training, too.
+    other.refresh("--journal", str(journal), "--anew")
+    assert other.holder().number == "2"
