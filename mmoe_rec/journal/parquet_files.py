@@ -69,12 +69,14 @@ def write_files(
     duplicates, follower = duplicates_after(journal, schema, after, forget_after_days, unknown=writing.add)
     if (closed := segment_numbers(follower.folder)[-1] - 1) < through:
         raise UserError(f"segment {through} of the journal '{follower.folder}' is not closed; the last one is {closed}")
+    unknown: dict[str, int] = {}
     for segment in range(after + 1, through + 1):
         while batches := follower.read(through=segment):
             writing.add(segment, duplicates.take(batches))
+        unknown = dict.fromkeys(duplicates.unknown, segment) | unknown
     writing.flush()
     if through:
-        save_checkpoint(follower.folder, through, duplicates)
+        save_checkpoint(follower.folder, through, duplicates, writing.segments, unknown)
     return Written(writing.files, writing.counts, duplicates.unknown, writing.early)
 
 

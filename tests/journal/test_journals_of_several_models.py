@@ -9,8 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.journal.checkpoints import checkpoint_path, checkpoints, duplicates_after, remove_through
+from mmoe_rec.errors import UserError
+from mmoe_rec.journal import folder as journal_folder
+from mmoe_rec.journal.checkpoints import (
+    checkpoint_path,
+    checkpoints,
+    duplicates_after,
+    remove_through,
+    removed_files,
+    save_checkpoint,
+)
 from mmoe_rec.journal.duplicates import Counts, Duplicates
+from mmoe_rec.journal.folder import FolderLock
 from mmoe_rec.journal.follower import Follower
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.parquet_files import write_files
@@ -134,7 +144,7 @@ def _events_in(folder: Path, log: str) -> list[int]:
 
 @pytest.mark.parametrize("more", [False, True])
 def test_events_of_segments_that_another_model_has_refreshed_get_files(tmp_path: Path, more: bool) -> None:
-    """As where a model was trained since, and takes these segments for known by the names of the interactions' files."""
+    """As where a model was trained since, and takes these segments for known by its files' names."""
     journal = Journal(tmp_path / "journal")
     one, other = (_schema(tmp_path, log) for log in LOGS)
     journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
@@ -152,3 +162,83 @@ def test_events_of_segments_that_another_model_has_refreshed_get_files(tmp_path:
     remove_through(journal.folder, through)
     duplicates, _ = duplicates_after(journal.folder, other, through)
     assert duplicates.take([_events("returns", 1, 2)])["returns"].counts == Counts(duplicate=2)
+
+
+def test_logs_are_lacking_only_where_nobody_has_written_their_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A model that reads all segments anew meets rows of another one's log, which that one has written."""
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal.append(_events("returns", 1))
+    through, _ = _refresh(tmp_path, journal, other, 0)
+    remove_through(journal.folder, through)
+    duplicates_after(journal.folder, one, through)
+    assert capsys.readouterr().err == ""
+    assert removed_files(journal.folder, one, first) == []
+    assert removed_files(journal.folder, other, first) == ["returns"]
+    assert removed_files(journal.folder, one, 0) == ["purchases"]
+    assert removed_files(journal.folder, other, through) == []
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_files_that_do_not_say_what_is_lacking_do_not_silence_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture, removed: bool
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1), _events("returns", 1))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    path = checkpoint_path(journal.folder, first)
+    with np.load(path) as found:
+        kept = {name: found[name] for name in found if name in ("names", "through") or name.startswith("a")}
+    np.savez(path, **kept)
+    journal.append(_events("purchases", 2))
+    through, _ = _refresh(tmp_path, journal, one, first)
+    if removed:
+        remove_through(journal.folder, through)
+    duplicates_after(journal.folder, one, through)
+    assert capsys.readouterr().err == ""
+    duplicates_after(journal.folder, other, through)
+    assert ("events of the log 'returns' came in segments" in capsys.readouterr().err) == removed
+
+
+def test_what_another_process_removes_meanwhile_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    one = _schema(tmp_path, LOGS[0])
+    journal.append(_events("purchases", 1))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal.append(_events("purchases", 2))
+    through, load, missing = journal.close_segment(), np.load, []
+
+    def removed_meanwhile(path: Path, **options: bool) -> object:
+        monkeypatch.setattr(np, "load", load)
+        write_files(journal.folder, one, through, str(tmp_path / "log"), first)
+        remove_through(journal.folder, through)
+        missing.append(not path.exists())
+        return load(path, **options)
+
+    monkeypatch.setattr(np, "load", removed_meanwhile)
+    duplicates, _ = duplicates_after(journal.folder, one, through)
+    assert missing == [True]
+    assert duplicates.take([_events("purchases", 1, 2)])["purchases"].counts == Counts(duplicate=2)
+
+
+def test_one_process_at_a_time_changes_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "journal")
+    one = _schema(tmp_path, LOGS[0])
+    journal.append(_events("purchases", 1))
+    through, _ = _refresh(tmp_path, journal, one, 0)
+    duplicates, _ = duplicates_after(journal.folder, one, through)
+    monkeypatch.setattr(journal_folder, "LOCK_SECONDS", 0.0)
+    with FolderLock(journal.folder).alone():
+        with pytest.raises(UserError, match="another process has held the lock"):
+            save_checkpoint(journal.folder, through, duplicates)
+        with pytest.raises(UserError, match="another process has held the lock"):
+            remove_through(journal.folder, through)
+    save_checkpoint(journal.folder, through, duplicates)
+    assert remove_through(journal.folder, through) == [1]

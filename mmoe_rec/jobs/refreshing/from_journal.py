@@ -12,6 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
 from mmoe_rec.progress import say
+from mmoe_rec.schema import Schema
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,16 +47,16 @@ def from_journal(
                     "folder of that one, as what it has not told them yet would be lost; if it is gone, and this one "
                     "takes its place, add --other-journal"
                 )
-            _check_not_removed(folder, journal.id, known)
+            is_known = known is not None and known["id"] == journal.id
+            held_through = int(known["through"]) if known is not None and is_known else 0
+            first = _check_not_removed(folder, settings.schema_, held_through)
             through = journal.close_segment()
         finally:
             journal.close()
-        after, later_than = 0, None
-        if known is not None and known["id"] == journal.id:
-            # Files of segments that the tables hold are there, unless a refresh was killed before it had written all.
-            after = max((each for each in checkpoints(folder) if each <= int(known["through"])), default=0)
-        else:  # the tables may hold what is no later than they are, by files that another program wrote
-            later_than = as_of(served.about)
+        # Files of segments that the tables hold are there, unless a refresh was killed before it had written all.
+        after = max((each for each in checkpoints(folder) if each <= max(held_through, first - 1)), default=0)
+        # Else the tables may hold what is no later than they are, by files that another program wrote.
+        later_than = None if is_known else as_of(served.about)
         schema, features = settings.schema_, served.folder / "features"
         held = HeldRows(settings.data.log, schema, features, taken_by(features))
         written = write_files(folder, schema, through, settings.data.log, after, later_than=later_than, rest=held.rest)
@@ -84,14 +85,17 @@ def from_journal(
     return write
 
 
-def _check_not_removed(folder: Path, journal: str, known: Mapping[str, Any] | None) -> None:
-    """Raises UserError where segments were removed that the tables, of an earlier version, do not hold."""
+def _check_not_removed(folder: Path, schema: Schema, through: int) -> int:
+    """The first segment that is there. Raises UserError where removed ones have rows that the tables, which know the
+    journal through a segment, do not hold."""
+    from mmoe_rec.journal.checkpoints import removed_files
     from mmoe_rec.journal.segments import segment_numbers
 
     first = segment_numbers(folder)[0]
-    if known is not None and known["id"] == journal and (through := int(known["through"])) < first - 1:
+    if removed_files(folder, schema, through):
         raise UserError(
             f"the journal '{folder}' begins with segment {first}, and the model's tables know it through segment "
             f"{through} only: what was removed is in the log's files, so run refresh without --journal first, and then "
             "with it"
         )
+    return first
