@@ -87,6 +87,76 @@ def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(
     app = _served(other, "2", journal)
     assert _learnt(app) == 0
     _check(_answers(app, position), before)
-    # The tables alone know it, after a training, too.
-    other.refresh("--journal", str(journal), "--anew")
-    assert other.holder().number == "2"
+
+
+def _through(model: RefreshedModel) -> int:
+    known = model.about(model.holder().number).journal
+    assert known is not None
+    return int(known["through"])
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_segments_of_another_models_events_alone_lock_no_model_out(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
+) -> None:
+    journal = tmp_path / "journal"
+    _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
+    model.refresh("--journal", str(journal))
+    other = _other(model)
+    _sent_returns(journal, 0, 30)
+    model.refresh("--journal", str(journal))
+    assert "no new files" in capsys.readouterr().out
+    assert _through(model) == 1
+    other.refresh("--journal", str(journal))
+    for number in (30, 40):
+        _sent_returns(journal, number, number + 10)
+        other.refresh("--journal", str(journal), "--remove-segments")
+    assert min(each.name for each in journal.glob("segment-*")) == "segment-00000004.journal"
+    caplog.clear()
+    app = _served(model, "2", journal)
+    assert _failure(app) is None
+    assert "removed" not in caplog.text
+    position = _sent(app, as_json(model._days(10, 11)))
+    before = _answers(app, position)
+    model.refresh("--journal", str(journal), *(["--anew"] if anew else []))
+    assert model.holder().number == "3"
+    assert _through(model) == 5
+    _check(_answers(_served(model, "3", journal), position), before)
+
+
+def test_a_model_that_knows_another_journal_or_none_joins_one_whose_first_segments_are_gone(
+    model: RefreshedModel, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal"
+    Journal(journal).close()
+    other = _other(model)
+    for number in (0, 10):
+        _sent_returns(journal, number, number + 10)
+        other.refresh("--journal", str(journal), "--remove-segments")
+    assert not (journal / "segment-00000001.journal").exists()
+    app = _served(model, "1", journal)
+    assert _failure(app) is None
+    position = _sent(app, as_json(model._days(9, 10)))
+    before = _answers(app, position)
+    model.refresh("--journal", str(journal))
+    assert _through(model) == 3
+    _check(_answers(_served(model, "2", journal), position), before)
+
+
+@pytest.mark.parametrize("words", [(), ("--anew",)])
+def test_what_is_known_of_a_journal_never_becomes_less(
+    model: RefreshedModel, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Segments that leave no file are known all the same, and so they stay without the journal."""
+    journal = tmp_path / "journal"
+    Journal(journal).close()
+    for number in (0, 10):
+        _sent_returns(journal, number, number + 10)
+        Journal(journal).close_segment()
+    model.add(9, 10)
+    model.refresh("--journal", str(journal))
+    assert _through(model) == 2
+    model.add(10, 11)
+    model.refresh(*words)
+    assert model.holder().number == "3"
+    assert _through(model) == 2

@@ -26,7 +26,7 @@ def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: 
     moment don't know their files, so they can't go on. Raises UserError as `made_anew`, and where the model's features
     are not those of the settings.
     """
-    read_artifact(artifact)
+    about = read_artifact(artifact)
     logs, taken = _logs(artifact, settings), taken_by(artifact / "features")
     if until is None and taken is not None and (gone := [each for c in taken.changes(logs) for each in c.gone]):
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
@@ -34,7 +34,7 @@ def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: 
     scratch = _scratch(out)
     try:
         made = made_anew(artifact / "features", logs, scratch, until)
-        _write(artifact, out, scratch, made, made.journal)
+        _write(artifact, out, scratch, made, _carried(about.journal, made.journal) if until is None else made.journal)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return made
@@ -46,7 +46,8 @@ def advanced_tables(
     """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
     and writes nothing, where there are none.
 
-    journal: what of a journal the files of the log hold, see `Artifact`; None for what their names say.
+    journal: what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what the
+    model knew before, as segments without a row that counts leave no file.
 
     Raises UserError as `advanced`, where the model's features are not those of the settings, and where it is not known
     which files its tables hold.
@@ -63,7 +64,8 @@ def advanced_tables(
     try:
         made = advanced(artifact / "features", as_of(about), logs, taken, scratch)
         if made is not None:
-            _write(artifact, out, scratch, made, made.journal if journal is None else journal)
+            journal = _carried(about.journal, made.journal) if journal is None else journal
+            _write(artifact, out, scratch, made, journal)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return made
@@ -74,6 +76,13 @@ def as_of(about: Artifact) -> int:
     from mmoe_rec.log.given import microseconds
 
     return microseconds("tables_as_of", about.tables_as_of)
+
+
+def _carried(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What of a journal tables hold by the names of their files, but no less than those before them did."""
+    if before is None or named is None or before["id"] != named["id"]:
+        return before if named is None else named
+    return max(before, named, key=lambda each: int(each["through"]))
 
 
 def _logs(artifact: Path, settings: Settings, taken: Taken | None = None) -> Logs:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.journal.checkpoints import duplicates_after
+from mmoe_rec.journal.checkpoints import duplicates_after, removed_files
 from mmoe_rec.journal.duplicates import Duplicates, Taken
 from mmoe_rec.journal.folder import origin_of
 from mmoe_rec.journal.follower import ROWS_AT_A_TIME, Follower
@@ -103,7 +103,7 @@ class Learning:
                     folder,
                     ranker.about.tables_as_of,
                 )
-            if follower.position.segment > 1:
+            if removed_files(folder, self.schema, 0):
                 self.gap = (
                     f"the journal begins with segment {follower.position.segment}: what came in those before, the "
                     f"model knows only up to {ranker.about.tables_as_of}, as far as its tables hold it"
@@ -136,8 +136,8 @@ class Learning:
         if lacking:
             together = {source: Taken.together(each) for source, each in lacking.items()}
             self._waiting = _Read(together, found[1].position, [], [])
-        if removed > through:
-            newest = max(found[0].newest(source) for source in (None, *self.schema.events))
+        if gave_files := removed_files(self.folder, self.schema, through):
+            newest = max(found[0].newest(source) for source in gave_files)
             one = removed == through + 1
             which = f"segment {removed} was" if one else f"segments {through + 1} to {removed} were"
             up_to = "" if newest == NEVER else f", the latest of {format_time(newest)}"
