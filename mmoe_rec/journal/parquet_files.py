@@ -6,6 +6,8 @@ gives, in its order, and the columns and types of the log's other files. A file 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -25,6 +27,10 @@ from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.files import is_remote, local_path
 from mmoe_rec.log.local_files import MAGIC, find_local, would_find
 from mmoe_rec.schema import Schema, Use
+
+_NAME = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
+_COLUMNS = b"mmoe_rec.columns"
+"""Metadata of a file: the columns that the model read for which it was written, as a JSON list; others are null."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,46 @@ def write_files(
     return Written(writing.files, writing.counts, duplicates.unknown, writing.early)
 
 
+def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | None, int]) -> None:
+    """Raises UserError where files of a journal, by its id, lack columns that a model reads, as the refresh of another
+    model wrote them.
+
+    held: log -> the last segment whose file the model's tables hold; only later ones are looked at.
+    """
+    for source, (_, place) in _places(schema, log).items():
+        for path in [] if is_remote(place) else find_local(local_path(place))[0]:
+            named = _NAME.fullmatch(path.name)
+            if named is None or named[1] != journal or int(named[2]) <= held.get(source, 0):
+                continue
+            try:
+                written = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
+            except (
+                pa.ArrowException,
+                OSError,
+                KeyError,
+            ):  # damaged, of which the build tells; or of an earlier version
+                continue
+            if missing := sorted(_uses(schema)[source].keys() - set(written)):
+                raise UserError(
+                    f"'{path}' was written by the refresh of a model that does not read the column '{missing[0]}', so "
+                    "values of it that callers sent are not in this file: models that share a journal must read the "
+                    "same columns; where no caller sent the column then, as it is new, run refresh without --journal "
+                    "once, which takes the file as it is, with nulls"
+                )
+
+
+def _uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
+    """Log -> its columns."""
+    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
+    return uses | {name: event_uses(schema, name) for name in schema.events}
+
+
+def _places(schema: Schema, log: str) -> dict[str | None, tuple[str, str]]:
+    """Log -> the setting that says where it is, and its value."""
+    places: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
+    return places | {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
+
+
 class _Writing:
     """Writes the rows that it is given, segment after segment, into one file for each segment and log.
 
@@ -95,10 +141,7 @@ class _Writing:
         rest: Callable[[pa.Table], pa.Table] | None,
     ) -> None:
         self._journal, self._schema, self._later_than, self._rest = journal, schema, later_than, rest
-        self._uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
-        self._uses |= {name: event_uses(schema, name) for name in schema.events}
-        self._places: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
-        self._places |= {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
+        self._uses, self._places = _uses(schema), _places(schema, log)
         self._segment, self._tables = 0, dict[str | None, list[pa.Table]]()
         self.files, self.counts, self.early = list[Path](), dict[str | None, Counts](), 0
         self.segments: dict[str | None, int] = {}
@@ -169,10 +212,11 @@ def _pattern(source: str) -> pa.Schema | None:
 
 
 def _write(path: Path, table: pa.Table, uses: Mapping[str, Use], pattern: pa.Schema | None, unit: str | None) -> None:
-    columns = dict(_columns(table, uses, pattern, unit))
+    columns = pa.table(dict(_columns(table, uses, pattern, unit)))
+    columns = columns.replace_schema_metadata({_COLUMNS: json.dumps(sorted(uses))})
     try:
         with atomic_file(path) as temporary:
-            pq.write_table(pa.table(columns), temporary, compression="zstd")
+            pq.write_table(columns, temporary, compression="zstd")
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{path}' can't be written: {str(error).splitlines()[0]}") from None
 

@@ -12,7 +12,7 @@ from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.server.app import Application
-from tests.log.small_logs import ALL_KINDS, DAY, START
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _served
 from tests.server.asking import ask
@@ -160,3 +160,33 @@ def test_what_is_known_of_a_journal_never_becomes_less(
     model.refresh(*words)
     assert model.holder().number == "3"
     assert _through(model) == 2
+
+
+def test_files_that_lack_columns_of_a_model_are_refused(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One model does not read a column, so its refresh wrote nulls there."""
+    features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
+    tasks = {name: each for name, each in BASE["tasks"].items() if name != "spent"}
+    data = {"log": str(model.log), "work": str(tmp_path / "fewer" / "work")}
+    fewer = RefreshedModel(tmp_path / "fewer", data=data, features=features, tasks=tasks)
+    journal = tmp_path / "journal"
+    app = _served(model, "1", journal)
+    rows = as_json(model._days(9, 11))
+    _sent(app, rows[:30])
+    model.refresh("--journal", str(journal))
+    _sent(app, rows[30:60])
+    fewer.refresh("--journal", str(journal))  # it reads no column that the first file lacks
+    assert fewer.holder().number == "2"
+    _sent(app, rows[60:])
+    files = sorted(model.log.iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "of a model that does not read the column 'spent', so" in capsys.readouterr().err
+    assert sorted(model.log.iterdir()) == files
+    assert model.holder().number == "2"
+    # A person may take the file as it is, and then goes on.
+    model.refresh()
+    model.refresh("--journal", str(journal))
+    assert model.holder().number == "4"

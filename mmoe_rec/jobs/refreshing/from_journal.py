@@ -34,7 +34,7 @@ def from_journal(
         from mmoe_rec.journal.checkpoints import checkpoints, remove_through
         from mmoe_rec.journal.kafka.replica import Replica
         from mmoe_rec.journal.opening import open_journal
-        from mmoe_rec.journal.parquet_files import write_files
+        from mmoe_rec.journal.parquet_files import check_columns, write_files
 
         journal = open_journal(folder, topic, create=False)
         try:
@@ -50,6 +50,10 @@ def from_journal(
             is_known = known is not None and known["id"] == journal.id
             held_through = int(known["through"]) if known is not None and is_known else 0
             first = _check_not_removed(folder, settings.schema_, held_through)
+            taken = taken_by(served.folder / "features")
+            names = (None, *settings.schema_.events)
+            held_files = {} if taken is None else dict(zip(names, taken.last_segments(journal.id), strict=False))
+            check_columns(journal.id, settings.schema_, settings.data.log, held_files)
             through = journal.close_segment()
         finally:
             journal.close()
