@@ -156,23 +156,15 @@ def _alone(folder: Path) -> Iterator[None]:
 def removed_files(folder: Path, schema: Schema, through: int) -> list[str | None]:
     """The schema's logs of which segments later than `through` gave files before they were removed.
 
-    Tables that know the journal through that segment know all that counted of the other ones. Raises UserError where
-    that is known no more.
+    Tables that know the journal through that segment know all that counted of the other ones. All logs, where what
+    was kept of them is gone.
     """
     first = segment_numbers(folder)[0]
     if first - 1 <= through:
         return []
     _, kept = _newest(folder, first - 1)
-    if kept is None:
-        raise _not_kept(folder, first)
-    return [source for source in (None, *schema.events) if kept.files.get(source or "", 0) > through]
-
-
-def _not_kept(folder: Path, first: int) -> UserError:
-    return UserError(
-        f"'{checkpoint_path(folder, first - 1)}' is not there, so it is not known which rows came in the segments "
-        "that were removed; restore it from a copy"
-    )
+    logs = [None, *schema.events]
+    return logs if kept is None else [source for source in logs if kept.files.get(source or "", 0) > through]
 
 
 def duplicates_after(
@@ -200,7 +192,10 @@ def duplicates_after(
     duplicates = Duplicates(schema, forget_after_days)
     first, found = _newest(folder, segment)
     if found is None and first > 1:
-        raise _not_kept(folder, first)
+        raise UserError(
+            f"'{checkpoint_path(folder, first - 1)}' is not there, so it is not known which rows came in the segments "
+            "that were removed; restore it from a copy"
+        )
     kept = found or _Checkpoint()
     duplicates.restore(kept.arrays)
     # Another model, with other logs of events, may have written it: rows of a log are read from where it is known.

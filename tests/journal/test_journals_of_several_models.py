@@ -181,6 +181,8 @@ def test_logs_are_lacking_only_where_nobody_has_written_their_events(
     assert removed_files(journal.folder, other, first) == ["returns"]
     assert removed_files(journal.folder, one, 0) == ["purchases"]
     assert removed_files(journal.folder, other, through) == []
+    checkpoint_path(journal.folder, through).unlink()
+    assert removed_files(journal.folder, one, first) == [None, "purchases"]
 
 
 @pytest.mark.parametrize("removed", [False, True])
