@@ -310,7 +310,7 @@ def test_a_close_that_this_machine_can_not_write_is_told_with_why(
 def test_a_close_that_no_broker_acknowledges_may_have_been_made(
     brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = Replica(tmp_path / "one", brokers.topic("events"), seconds=1.0)
+    one = Replica(tmp_path / "one", brokers.topic("events"), seconds=10.0)
     one.append(batch(1))
     brokers.tell("down")
     with pytest.raises(
