@@ -13,8 +13,8 @@ from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _served
 from tests.server.test_events import as_json
 
-REPEATED = "repeat request and candidate of rows that the log's files hold, which count; they are left out. The first: "
-OTHER_USER = "are of requests that the log's files hold with another user; they are left out. The first: "
+REPEATED = "are left out, as the log's files hold them already; the first: "
+OTHER_USER = "are left out, as the log's files hold their requests with another user; the first: "
 
 
 def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:

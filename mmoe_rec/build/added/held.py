@@ -7,18 +7,20 @@ Only files are read whose times say that they may hold such a request, and those
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.build.added.taken import Taken
+from mmoe_rec.build.added.taken import Taken, TakenFile
+from mmoe_rec.build.logs import DEFAULTS, BuildOptions
 from mmoe_rec.build.request_summaries import RequestSummaries, read_requests
 from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.log.checks import LogFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.files import FoundFile
 from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.parts import Noticed, cut
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
@@ -45,24 +47,43 @@ class LeftOutRows:
 class HeldRows:
     """What the files of an interaction log hold now, for rows that are to be added.
 
-    features: of the tables that are to take the rows, which say what the files hold that they know; repeated,
-    other_user: rows that were left out.
+    features: of the tables that are to take the rows, which say what the files hold that they know; taken: those files;
+    options: by which the log is to be read; anew: whether the tables are made of all files; doubted: addresses of files
+    that are not to be looked at.
+
+    repeated, other_user: rows that were left out; relied_on: files that the tables do not know and that hold requests
+    of rows, as they are now. What was given is right only as long as these files stay, and tables take them in.
     """
 
-    def __init__(self, source: str, schema: Schema, features: Path, taken: Taken | None) -> None:
+    def __init__(
+        self,
+        source: str,
+        schema: Schema,
+        features: Path,
+        taken: Taken | None,
+        options: BuildOptions = DEFAULTS,
+        anew: bool = False,
+        doubted: Collection[str] = (),
+    ) -> None:
         self.schema, self.repeated, self.other_user = schema, LeftOutRows(), LeftOutRows()
+        self.relied_on: dict[str, FoundFile] = {}
+        self._options, self._doubted = options, set(doubted)
         self._taken = {} if taken is None else taken.logs[0].files
         folder = features / "requests"
         self._requests = folder if folder.is_dir() else None
         types = None if taken is None else taken.logs[0].types
+        now = None if options.future_times == "error" else _FOREVER
         try:
-            self._log: Log | None = Log(source, schema, skip_bad_files=True, types=types, now=_FOREVER)
+            self._log: Log | None = Log(source, schema, skip_bad_files=True, types=types, now=now)
         except UserError:  # no file can be read, of which the build is to tell, unless these rows become the first one
             self._log = None
+        if self._log is not None and taken is not None and not anew:  # tables that go on leave these out again
+            self._doubted.update(taken.logs[0].left_out_of(self._log))
 
     def rest(self, table: pa.Table) -> pa.Table:
         """The rows, of canonical columns, that the log may take: without those whose request and candidate its files
-        hold, and those whose request they hold with another user. Of a request that they hold, rows get its time.
+        hold, where such rows are no error, and those whose request they hold with another user. Of a request that they
+        hold, rows get its time.
 
         Raises UserError where what the tables know of requests is damaged.
         """
@@ -75,6 +96,8 @@ class HeldRows:
         known = held.request[place] == request
         other = known & (user != held.least[place]) & (user != held.greatest[place])
         repeated = ~other & np.isin(keys_of(rows), keys)
+        if self._options.duplicates == "keep":
+            repeated[:] = False
         self.other_user.add(table, other, self.schema)
         self.repeated.add(table, repeated, self.schema)
         settled = pa.array(np.where(known, held.first[place], times)).cast(UTC_MICROSECONDS)
@@ -84,18 +107,15 @@ class HeldRows:
 
     def _held(self, request: np.ndarray, times: np.ndarray) -> tuple[RequestSummaries, np.ndarray]:
         """Of (N,) requests those that are held, and the keys of their rows."""
-        asked, found = np.unique(request), RequestSummaries.none()
-        for some in read_requests(self._requests, 0, 1):
-            found = found.merged([some.take(np.flatnonzero(np.isin(some.request, asked)))])
+        asked = np.unique(request)
+        found, keys = known_requests(self._requests, asked), [np.empty(0, np.uint64)]
         by_request = self.schema.columns.request is not None
         spans = (found.first, found.last) if by_request else (times, times)
-        keys = [np.empty(0, np.uint64)]
-        for rows in self._read(self._files(*spans, all_of_them=by_request and self._requests is None)):
-            if len(mine := rows.filter(np.isin(rows.request_hashes(), asked))):
-                keys.append(keys_of(mine))
-                user = mine.hashes([self.schema.columns.user])
-                columns = {"request": mine.request_hashes(), "time": mine.times(), "user": user}
-                found = found.merged([RequestSummaries.of_runs(pa.table({**columns, "rows": np.ones(len(mine), int)}))])
+        for rows in self._read(self._files(*spans, all_of_them=by_request and self._requests is None), asked):
+            keys.append(keys_of(rows))
+            user = rows.hashes([self.schema.columns.user])
+            columns = {"request": rows.request_hashes(), "time": rows.times(), "user": user}
+            found = found.merged([RequestSummaries.of_runs(pa.table({**columns, "rows": np.ones(len(rows), int)}))])
         return found, np.concatenate(keys)
 
     def _files(self, first: np.ndarray, last: np.ndarray, all_of_them: bool) -> list[LogFile]:
@@ -105,19 +125,53 @@ class HeldRows:
         found = []
         for file in self._log.files:
             known = self._taken.get(file.address)
-            if known is not None and not all_of_them:
-                if known.first is None or known.last is None:
-                    continue
-                if not ((first <= known.last) & (last >= known.first)).any():
-                    continue
-            found.append(file)
+            if known is None:
+                if file.address not in self._doubted:
+                    found.append(file)
+            elif all_of_them or may_hold(known, first, last):
+                found.append(file)
         return found
 
-    def _read(self, files: Sequence[LogFile]) -> Iterator[LogRows]:
-        if self._log is not None:
-            for part in cut(files, ROWS_PER_PART):
-                # A build tells of bad files, and leaves them out or stops.
-                yield from key_reader(self._log).read(part, Noticed())
+    def _read(self, files: Sequence[LogFile], asked: np.ndarray) -> Iterator[LogRows]:
+        """Rows of the requests asked for, (R,) rising hashes."""
+        if self._log is None:
+            return
+        keys_alone = key_reader(self._log)
+        for file in files:
+            is_new = file.address not in self._taken
+            # A build leaves out all of a file that is bad in one value, or stops.
+            reader = self._log.reader if is_new and self._options.skip_bad_files else keys_alone
+            noticed, held = Noticed(), list[LogRows]()
+            for part in cut([file], ROWS_PER_PART):
+                for rows in reader.read(part, noticed):
+                    if len(mine := rows.filter(among(rows.request_hashes(), asked))):
+                        held.append(LogRows(mine.table.select(list(keys_alone.uses)), self.schema))
+            if noticed.bad and self._options.skip_bad_files:
+                continue
+            if held and is_new:
+                self.relied_on[file.address] = self._log.found[file.address]
+            yield from held
+
+
+def known_requests(folder: Path | None, asked: np.ndarray) -> RequestSummaries:
+    """Those of the requests that are kept in a folder, None for none, that are among (R,) rising hashes."""
+    found = [some.take(np.flatnonzero(among(some.request, asked))) for some in read_requests(folder, 0, 1)]
+    return RequestSummaries.none().merged(found)
+
+
+def may_hold(file: TakenFile, first: np.ndarray, last: np.ndarray) -> bool:
+    """Whether a file has rows of the time of one of (N,) spans, microseconds."""
+    if file.first is None or file.last is None:
+        return False
+    return bool(((first <= file.last) & (last >= file.first)).any())
+
+
+def among(values: np.ndarray, rising: np.ndarray) -> np.ndarray:
+    """(N,) bool: which of the values are among those that rise."""
+    if not len(rising):
+        return np.zeros(len(values), bool)
+    found: np.ndarray = rising[np.minimum(np.searchsorted(rising, values), len(rising) - 1)] == values
+    return found
 
 
 def keys_of(rows: LogRows) -> np.ndarray:

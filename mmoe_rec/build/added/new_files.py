@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe_rec.build.added.held import key_reader, keys_of
-from mmoe_rec.build.added.taken import Taken, of_journal
+from mmoe_rec.build.added.held import among, key_reader, keys_of, known_requests, may_hold
+from mmoe_rec.build.added.taken import Spans, Taken, of_journal
 from mmoe_rec.build.checks import place
 from mmoe_rec.build.count import Counted
 from mmoe_rec.build.logs import Logs
@@ -85,14 +85,17 @@ class NewFiles:
         def count() -> Counted:
             return steps.count(statistics=statistics, kept=kept, before=before if has_requests else None)
 
+        # At first by the rows' own times: a row of such a file is no error where a journal has it again.
+        if late := self._late_mended(self._spans_of_mended(steps.logs)):
+            steps.leave_out(late)
         counted = count()
-        if late := self._late_mended(counted):
+        if late := self._late_mended(counted.spans):
             steps.leave_out(late)
             counted = count()
         self._check_times(counted, steps.requests, steps.logs)
         self._check_events(counted, steps.logs)
         if steps.requests.continued and self.logs.options.duplicates == "error":
-            self._check_repeats(counted, steps.logs)
+            self._check_repeats(steps.logs, before)
         return counted
 
     def begin(self, counted: Counted, requests: Requests) -> int:
@@ -107,7 +110,15 @@ class NewFiles:
                 f"'{address}' {what} since {self.holder.what} were built from it; put it back, or {self.holder.anew}"
             )
 
-    def _late_mended(self, counted: Counted) -> list[BadFile]:
+    def _spans_of_mended(self, new: Logs) -> Spans:
+        """First and last time of the rows of files of the interaction log that were left out before."""
+        reader, noticed = key_reader(new.log), Noticed()
+        for part in cut([file for file in new.log.files if file.address in self.changes[0].mended], ROWS_PER_PART):
+            for _ in reader.read(part, noticed):
+                pass
+        return {(None, address): span for address, span in noticed.spans.items()}
+
+    def _late_mended(self, spans: Spans) -> list[BadFile]:
         """Files that were left out and are good by now, but have requests that are not later than all before."""
         last, mended = self.holder.last, self.changes[0].mended
         return [
@@ -118,7 +129,7 @@ class NewFiles:
                 "files of the log",
                 address,
             )
-            for (source, address), span in sorted(counted.spans.items(), key=lambda each: each[0][1])
+            for (source, address), span in sorted(spans.items(), key=lambda each: each[0][1])
             if source is None and address in mended and span[0] <= last
         ]
 
@@ -143,30 +154,33 @@ class NewFiles:
                         f"they are the same, they would count twice; put that file back, or {self.holder.anew}"
                     )
 
-    def _check_repeats(self, counted: Counted, new: Logs) -> None:
-        """Raises UserError where new files of another program hold rows that came by a server's journal before."""
-        own = [file for file in new.log.files if not of_journal(file.address)]
-        spans = [counted.spans[None, file.address] for file in own if (None, file.address) in counted.spans]
-        first, last = min((span[0] for span in spans), default=0), max((span[1] for span in spans), default=-1)
-        known = self.taken.logs[0].files
+    def _check_repeats(self, new: Logs, requests: Path) -> None:
+        """Raises UserError where new files of another program hold rows that came by a server's journal before.
+
+        requests: folder with those that the holder knows. They say when any of their rows were, which tells the files
+        of a journal to read: the same row may have other times in other files.
+        """
+        reader, own = key_reader(new.log), {file.address for file in new.log.files if not of_journal(file.address)}
+        parts = cut([file for file in new.log.files if file.address in own], ROWS_PER_PART)
+        asked = [np.unique(rows.request_hashes()) for part in parts for rows in reader.read(part)]
+        continued = known_requests(requests, np.unique(np.concatenate([np.empty(0, np.uint64), *asked])))
+        taken, known = self.taken.logs[0].files, [np.empty(0, np.uint64)]
         held = [
             file
             for file in self.logs.log.files
             if of_journal(file.address)
-            and (before := known.get(file.address)) is not None
-            and before.first is not None
-            and before.last is not None
-            and before.first <= last
-            and before.last >= first
+            and file.address in taken
+            and may_hold(taken[file.address], continued.first, continued.last)
         ]
-        reader = key_reader(new.log)
-        keys = [keys_of(rows) for part in cut(held, ROWS_PER_PART) for rows in reader.read(part, Noticed())]
-        repeated, example, start = 0, -1, 0
-        for file in new.log.files if keys else []:
+        for part in cut(held, ROWS_PER_PART):
+            for rows in reader.read(part, Noticed()):
+                known.append(keys_of(rows.filter(among(rows.request_hashes(), continued.request))))
+        keys, repeated, example, start = np.unique(np.concatenate(known)), 0, -1, 0
+        for file in new.log.files if len(keys) else []:
             row = start
-            for part in cut([file], ROWS_PER_PART) if file in own else []:
+            for part in cut([file], ROWS_PER_PART) if file.address in own else []:
                 for rows in reader.read(part):
-                    found = np.flatnonzero(np.isin(keys_of(rows), np.concatenate(keys)))
+                    found = np.flatnonzero(among(keys_of(rows), keys))
                     if len(found):
                         repeated, example = repeated + len(found), row + int(found[0]) if example < 0 else example
                     row += len(rows)

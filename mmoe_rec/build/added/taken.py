@@ -64,6 +64,14 @@ class TakenLog:
         """Rows of all files."""
         return sum(file.rows for file in self.files.values())
 
+    def left_out_of(self, log: Log | EventRows) -> list[str]:
+        """Files that were left out and that the log holds as they were then."""
+        return [
+            address
+            for address, file in self.left_out.items()
+            if address in log.found and _same(file, log.found[address])
+        ]
+
     @property
     def digest(self) -> str:
         """A fingerprint of the names, sizes and row counts of all files that were taken in."""
@@ -125,12 +133,7 @@ class Taken:
 
     def left_out_of(self, logs: Logs) -> list[str]:
         """Files that were left out and that the logs hold as they were then."""
-        return [
-            address
-            for taken, log in zip(self.logs, logs.all, strict=False)
-            for address, file in taken.left_out.items()
-            if address in log.found and _same(file, log.found[address])
-        ]
+        return [address for taken, log in zip(self.logs, logs.all, strict=False) for address in taken.left_out_of(log)]
 
     def with_new(self, logs: Logs, spans: Spans) -> Taken:
         """With the files that `logs` reads, and those that are left out as long as they are there."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.build.added.held import HeldRows
 from mmoe_rec.build.added.tables import taken_by
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.refreshing.new_tables import as_of
+from mmoe_rec.jobs.refreshing.provisional import Provisional
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
@@ -30,7 +32,7 @@ def from_journal(
     another one, or the logs' places take no files.
     """
 
-    def write(served: Served) -> Mapping[str, Any]:
+    def write(served: Served, provisional: Provisional, anew: bool) -> Mapping[str, Any]:
         from mmoe_rec.journal.checkpoints import checkpoints, remove_through
         from mmoe_rec.journal.kafka.replica import Replica
         from mmoe_rec.journal.opening import open_journal
@@ -62,20 +64,22 @@ def from_journal(
         # Else the tables may hold what is no later than they are, by files that another program wrote.
         later_than = None if is_known else as_of(served.about)
         schema, features = settings.schema_, served.folder / "features"
-        held = HeldRows(settings.data.log, schema, features, taken_by(features))
-        written = write_files(folder, schema, through, settings.data.log, after, later_than=later_than, rest=held.rest)
+        options, taken = build_options(settings), taken_by(features)
+        held = HeldRows(settings.data.log, schema, features, taken, options, anew, provisional.doubted)
+        rest = provisional.noting(held)
+        written = write_files(folder, schema, through, settings.data.log, after, later_than=later_than, rest=rest)
         for log, rows in written.unknown.items():
             say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
         for source, counts in written.counts.items():
             if counts.conflict:
                 name = "the interaction log" if source is None else f"log '{source}'"
                 say(f"{counts.conflict:,} rows of {name} came again with other labels: the first ones count")
-        for left_out, what in (
-            (held.repeated, "repeat request and candidate of rows that the log's files hold, which count"),
-            (held.other_user, "are of requests that the log's files hold with another user"),
+        for left_out, why in (
+            (held.repeated, "the log's files hold them already"),
+            (held.other_user, "the log's files hold their requests with another user"),
         ):
             if left_out.rows:
-                say(f"{left_out.rows:,} rows of the journal {what}; they are left out. The first: {left_out.first}")
+                say(f"{left_out.rows:,} rows of the journal are left out, as {why}; the first: {left_out.first}")
         if written.early:
             say(
                 f"{written.early:,} rows of the journal are no later than the model's tables "

@@ -18,10 +18,11 @@ from typing import Any
 
 from mmoe_rec import tracking
 from mmoe_rec.aliases import Version, holder_of, point
-from mmoe_rec.build.added.tables import Tables
+from mmoe_rec.build.added.tables import Tables, taken_by
 from mmoe_rec.build.checks import check_apart
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, tables_from_log
+from mmoe_rec.jobs.refreshing.provisional import Provisional
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.registry import local_model
@@ -49,9 +50,10 @@ class Served:
         return Served(alias, version, folder, read_artifact(folder))
 
 
-Journal = Callable[[Served], Mapping[str, Any]]
-"""Puts what a journal holds into files of the logs, before these are looked at, and gives what they hold then: the
-journal's "id", and the number of the last segment "through" which they do."""
+Journal = Callable[[Served, Provisional, bool], Mapping[str, Any]]
+"""Puts what a journal holds into files of the logs, before these are looked at, for tables that go on or are made anew
+(True), and gives what they hold then: the journal's "id", and the number of the last segment "through" which they do.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,41 @@ def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Jo
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
-        through, artifact = None if journal is None else journal(served), out / "model"
+        provisional, artifact = (
+            Provisional(work, settings.data.log, taken_by(served.folder / "features")),
+            out / "model",
+        )
+        provisional.settle()
         try:
+            made = _made(settings, served, provisional, artifact, anew, journal)
+            if made is None or version_of(artifact) == version_of(served.folder):
+                refreshed = Refreshed(served, served.version)
+            else:
+                refreshed = _registered(settings, served, made, artifact)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        provisional.forget()
+        return refreshed
+
+
+def _made(
+    settings: Settings, served: Served, provisional: Provisional, artifact: Path, anew: bool, journal: Journal | None
+) -> Tables | None:
+    """The artifact with new tables; None where there is nothing new."""
+    try:
+        while True:
+            through = None if journal is None else journal(served, provisional, anew)
             made = (
                 tables_from_log(served.folder, settings, None, artifact)
                 if anew
                 else advanced_tables(served.folder, settings, artifact, through)
             )
-            if made is None or version_of(artifact) == version_of(served.folder):
-                return Refreshed(served, served.version)
-            return _registered(settings, served, made, artifact)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
+            if not provisional.doubt(taken_by((served.folder if made is None else artifact) / "features")):
+                return made
+            shutil.rmtree(artifact, ignore_errors=True)
+    except BaseException:
+        provisional.undo()
+        raise
 
 
 def _registered(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:
