@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,31 @@ def test_rows_are_not_lost_with_a_file_that_held_them_and_was_refused(
     _check(_answers(_served(model, model.holder().number, journal), position), live)
     _each_once(model, new)
     assert not (Path(model.settings.data.work) / "journal_files.json").exists()
+
+
+def test_rows_are_not_lost_with_a_file_that_was_written_again_and_is_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The tables hold the file as it was before."""
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal"
+    path = _add(model, model._days(10, 11))
+    app = _refreshed_once(model, journal)
+    further = model._days(10, 11).slice(0, 1)  # of a request that the file holds
+    place = further.column_names.index("item")
+    further = further.set_column(place, further.field(place), pa.array([123], further["item"].type))
+    new = as_json(pa.concat_tables([further, model._days(11, 12)]))
+    position = _sent(app, new)
+    live, copy = _answers(app, position), tmp_path / "copy"
+    shutil.copy2(path, copy)
+    _add(model, pa.concat_tables([model._days(10, 11), further]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert f"'{path}' has changed since" in capsys.readouterr().err
+    shutil.copy2(copy, path)
+    model.refresh("--journal", str(journal))
+    _check(_answers(_served(model, "3", journal), position), live)
+    _each_once(model, new)
 
 
 def test_a_refresh_that_failed_at_mlflow_goes_on_with_the_same_files(

@@ -51,8 +51,8 @@ class HeldRows:
     options: by which the log is to be read; anew: whether the tables are made of all files; doubted: addresses of files
     that are not to be looked at.
 
-    repeated, other_user: rows that were left out; relied_on: files that the tables do not know and that hold requests
-    of rows, as they are now. What was given is right only as long as these files stay, and tables take them in.
+    repeated, other_user: rows that were left out; relied_on: files that the tables do not know, as they are now, and
+    that hold requests of rows. What was given is right only as long as these files stay, and tables take them in.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class HeldRows:
         self.schema, self.repeated, self.other_user = schema, LeftOutRows(), LeftOutRows()
         self.relied_on: dict[str, FoundFile] = {}
         self._options, self._doubted = options, set(doubted)
-        self._taken = {} if taken is None else taken.logs[0].files
         folder = features / "requests"
         self._requests = folder if folder.is_dir() else None
         types = None if taken is None else taken.logs[0].types
@@ -77,8 +76,11 @@ class HeldRows:
             self._log: Log | None = Log(source, schema, skip_bad_files=True, types=types, now=now)
         except UserError:  # no file can be read, of which the build is to tell, unless these rows become the first one
             self._log = None
-        if self._log is not None and taken is not None and not anew:  # tables that go on leave these out again
-            self._doubted.update(taken.logs[0].left_out_of(self._log))
+        self._taken: dict[str, TakenFile] = {}
+        if self._log is not None and taken is not None:
+            self._taken = taken.logs[0].unchanged(self._log)
+            if not anew:  # tables that go on leave these out again
+                self._doubted.update(taken.logs[0].left_out_of(self._log))
 
     def rest(self, table: pa.Table) -> pa.Table:
         """The rows, of canonical columns, that the log may take: without those whose request and candidate its files

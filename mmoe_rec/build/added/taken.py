@@ -64,6 +64,11 @@ class TakenLog:
         """Rows of all files."""
         return sum(file.rows for file in self.files.values())
 
+    def unchanged(self, log: Log | EventRows) -> dict[str, TakenFile]:
+        """Files that were taken in and that the log holds as they were then."""
+        there = {address: file for address, file in self.files.items() if address in log.found}
+        return {address: file for address, file in there.items() if _same(file, log.found[address])}
+
     def left_out_of(self, log: Log | EventRows) -> list[str]:
         """Files that were left out and that the log holds as they were then."""
         return [
