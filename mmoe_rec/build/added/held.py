@@ -157,6 +157,8 @@ class HeldRows:
 
 def known_requests(folder: Path | None, asked: np.ndarray) -> RequestSummaries:
     """Those of the requests that are kept in a folder, None for none, that are among (R,) rising hashes."""
+    if not len(asked):
+        return RequestSummaries.none()
     found = [some.take(np.flatnonzero(among(some.request, asked))) for some in read_requests(folder, 0, 1)]
     return RequestSummaries.none().merged(found)
 
