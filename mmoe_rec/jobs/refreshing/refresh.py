@@ -80,11 +80,9 @@ def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Jo
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
-        provisional, artifact = (
-            Provisional(work, settings.data.log, taken_by(served.folder / "features")),
-            out / "model",
-        )
+        provisional = Provisional(work, settings.data.log, taken_by(served.folder / "features"))
         provisional.settle()
+        artifact = out / "model"
         try:
             made = _made(settings, served, provisional, artifact, anew, journal)
             if made is None or version_of(artifact) == version_of(served.folder):
