@@ -99,11 +99,7 @@ def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | No
                 continue
             try:
                 written = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
-            except (
-                pa.ArrowException,
-                OSError,
-                KeyError,
-            ):  # damaged, of which the build tells; or of an earlier version
+            except (pa.ArrowException, OSError, KeyError):  # it is of an earlier version, or the build tells of it
                 continue
             if missing := sorted(_uses(schema)[source].keys() - set(written)):
                 raise UserError(
