@@ -286,3 +286,15 @@ def _object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None
+
+
+def last_segments(features: Path, journal: str) -> list[int] | None:
+    """The last segment of a journal, by its id, of which the tables in a folder hold a file of each log, 0 for none.
+
+    The interaction log comes first. None where the folder does not say which files its tables hold. Raises UserError
+    for a damaged record.
+    """
+    from mmoe_rec.build.added.tables import taken_by  # which no server without a journal needs
+
+    taken = taken_by(features)
+    return None if taken is None else taken.last_segments(journal)

@@ -32,6 +32,7 @@ from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
 from mmoe_rec.server.live.held import HeldRequests
 from mmoe_rec.server.reloading import ReplicaBehindError
+from mmoe_rec.serving.artifact import last_segments
 
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker
@@ -119,11 +120,9 @@ class Learning:
         Of logs of events of which the tables lack these segments, as no model that has them was refreshed, it learns
         their rows first.
         """
-        from mmoe_rec.build.added.tables import taken_by  # which no server without a journal needs
-
-        taken = taken_by(features)
+        segments = last_segments(features, journal)
         names = (None, *self.schema.events)
-        held = dict(zip(names, taken.last_segments(journal) if taken else [through] * len(names), strict=True))
+        held = dict(zip(names, segments or [through] * len(names), strict=True))
         lacking: dict[str | None, list[Taken]] = {}
 
         def unknown(segment: int, rows: Mapping[str | None, Taken]) -> None:
