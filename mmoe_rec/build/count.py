@@ -20,7 +20,6 @@ from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.parts import LogPart, Noticed
 from mmoe_rec.log.reader import ROWS_PER_PART, EventReader, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -206,9 +205,7 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
         times = rows.times()
         if self.job.duplicates:
-            candidate = rows.hashes([rows.schema.columns.candidate])
-            key = combine([rows.request_hashes(), candidate])
-            self._waiting[DUPLICATES].append(pa.table({"key": key, "row": number}))
+            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():

@@ -23,7 +23,6 @@ from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.request_summaries import RequestSummaries, RequestWriter, read_requests
 from mmoe_rec.build.results import Blocks
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.parts import LogPart, Noticed
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -134,7 +133,7 @@ class OneTimeReader:
                 if inside.any():
                     times = rows.times().copy() if times is None else times
                     times[moved[inside] - row] = time[inside]
-            yield rows if times is None else _with_times(rows, times)
+            yield rows if times is None else rows.with_times(times)
             row += len(rows)
 
     def _moved(self, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,12 +141,6 @@ class OneTimeReader:
         if table is None:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         return table["row"].to_numpy(), table["time"].to_numpy()
-
-
-def _with_times(rows: LogRows, times: np.ndarray) -> LogRows:
-    name = rows.schema.columns.time
-    place = rows.table.column_names.index(name)
-    return LogRows(rows.table.set_column(place, name, pa.array(times).cast(UTC_MICROSECONDS)), rows.schema)
 
 
 def find_requests(job: RequestsJob, log: Log, parts: Sequence[LogPart], run: Run) -> Requests:

@@ -40,7 +40,7 @@ class HashedRows:
         if name is not None:
             return HashedRows(_content(rows, uses), keys, None, every)
         request = rows.request_hashes()
-        keys["rows"] = combine([request, rows.hashes([schema.columns.candidate])]), every
+        keys["rows"] = rows.row_hashes(), every
         user = rows.hashes([schema.columns.user])
         return HashedRows(_content(rows, _labels(schema)), keys, request if schema.columns.request else None, user)
 

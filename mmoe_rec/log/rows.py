@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
@@ -44,6 +45,12 @@ class LogRows:
     def filter(self, mask: np.ndarray) -> LogRows:
         """The rows where `mask` (N,) bool is true."""
         return self if mask.all() else LogRows(self.table.filter(pa.array(mask)), self.schema)
+
+    def with_times(self, times: np.ndarray) -> LogRows:
+        """The same rows with (N,) int64 other times of their requests, microseconds."""
+        name = self.schema.columns.time
+        column = pa.array(times).cast(UTC_MICROSECONDS)
+        return LogRows(self.table.set_column(self.table.column_names.index(name), name, column), self.schema)
 
     def with_results(self, results: Mapping[str, Any]) -> Self:
         """The same rows with further results."""
@@ -116,6 +123,10 @@ class LogRows:
         if columns.request is None:
             return hash_column(self.requests())
         return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
+
+    def row_hashes(self) -> np.ndarray:
+        """(N,) uint64 hash of request and candidate, by which two rows are known as the same one."""
+        return combine([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -288,13 +288,12 @@ def _object(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def last_segments(features: Path, journal: str) -> list[int] | None:
-    """The last segment of a journal, by its id, of which the tables in a folder hold a file of each log, 0 for none.
+def last_segments(features: Path, journal: str, events: Iterable[str]) -> dict[str | None, int] | None:
+    """As `Taken.last_segments`, of the tables in a folder; None where it does not say which files its tables hold.
 
-    The interaction log comes first. None where the folder does not say which files its tables hold. Raises UserError
-    for a damaged record.
+    Raises UserError for a damaged record.
     """
     from mmoe_rec.build.added.tables import taken_by  # which no server without a journal needs
 
     taken = taken_by(features)
-    return None if taken is None else taken.last_segments(journal)
+    return None if taken is None else taken.last_segments(journal, events)

@@ -62,6 +62,16 @@ def _plain(journal: Journal, schema: Schema, segment: int) -> dict[str, np.ndarr
     return duplicates.to_arrays()
 
 
+def _one_refreshed(tmp_path: Path, *batches: Batch) -> tuple[Journal, Schema, Schema, int]:
+    """A journal with these batches, two models that share it, of which the first was refreshed from it, and the segment
+    through which it was."""
+    journal = Journal(tmp_path / "journal")
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(*batches)
+    through, _ = _refresh(tmp_path, journal, one, 0)
+    return journal, one, other, through
+
+
 @pytest.mark.parametrize("remove", [False, True])
 @pytest.mark.parametrize("close_between", [False, True])
 def test_each_model_remembers_the_events_of_its_own_logs(tmp_path: Path, remove: bool, close_between: bool) -> None:
@@ -90,10 +100,7 @@ def test_each_model_remembers_the_events_of_its_own_logs(tmp_path: Path, remove:
 
 
 def test_events_that_another_models_refresh_has_removed_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1), _events("returns", 1))
-    through, _ = _refresh(tmp_path, journal, one, 0)
+    journal, one, other, through = _one_refreshed(tmp_path, _events("purchases", 1), _events("returns", 1))
     duplicates_after(journal.folder, other, through)
     assert capsys.readouterr().err == ""
     remove_through(journal.folder, through)
@@ -111,10 +118,7 @@ def test_what_the_last_model_to_refresh_does_not_know_stays_known(
     tmp_path: Path, capsys: pytest.CaptureFixture, lost: bool
 ) -> None:
     """A model may hold segments by files that another one's refresh wrote, as where it was trained since."""
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1), _events("returns", 1))
-    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal, one, other, first = _one_refreshed(tmp_path, _events("purchases", 1), _events("returns", 1))
     _refresh(tmp_path, journal, other, 0)
     journal.append(_events("purchases", 2), *([_events("returns", 2)] if lost else []))
     through, _ = _refresh(tmp_path, journal, one, first)
@@ -125,10 +129,7 @@ def test_what_the_last_model_to_refresh_does_not_know_stays_known(
 
 
 def test_a_checkpoint_is_written_again_only_for_logs_that_it_lacks(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1), _events("returns", 1))
-    through, _ = _refresh(tmp_path, journal, one, 0)
+    journal, one, other, through = _one_refreshed(tmp_path, _events("purchases", 1), _events("returns", 1))
     path, times = checkpoint_path(journal.folder, through), []
     for schema in (one, other, one, other):
         _refresh(tmp_path, journal, schema, 0)
@@ -145,10 +146,7 @@ def _events_in(folder: Path, log: str) -> list[int]:
 @pytest.mark.parametrize("more", [False, True])
 def test_events_of_segments_that_another_model_has_refreshed_get_files(tmp_path: Path, more: bool) -> None:
     """As where a model was trained since, and takes these segments for known by its files' names."""
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
-    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal, _, other, first = _one_refreshed(tmp_path, _events("purchases", 1, 2), _events("returns", 1, 2))
     (file,) = (tmp_path / "purchases").iterdir()
     before = file.stat()
     if more:
@@ -168,10 +166,7 @@ def test_logs_are_lacking_only_where_nobody_has_written_their_events(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A model that reads all segments anew meets rows of another one's log, which that one has written."""
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1))
-    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal, one, other, first = _one_refreshed(tmp_path, _events("purchases", 1))
     journal.append(_events("returns", 1))
     through, _ = _refresh(tmp_path, journal, other, 0)
     remove_through(journal.folder, through)
@@ -189,10 +184,7 @@ def test_logs_are_lacking_only_where_nobody_has_written_their_events(
 def test_files_that_do_not_say_what_is_lacking_do_not_silence_that(
     tmp_path: Path, capsys: pytest.CaptureFixture, removed: bool
 ) -> None:
-    journal = Journal(tmp_path / "journal")
-    one, other = (_schema(tmp_path, log) for log in LOGS)
-    journal.append(_events("purchases", 1), _events("returns", 1))
-    first, _ = _refresh(tmp_path, journal, one, 0)
+    journal, one, other, first = _one_refreshed(tmp_path, _events("purchases", 1), _events("returns", 1))
     path = checkpoint_path(journal.folder, first)
     with np.load(path) as found:
         kept = {name: found[name] for name in found if name in ("names", "through") or name.startswith("a")}

@@ -235,28 +235,24 @@ def test_work_beside_requests_lets_a_pass_end_first_but_not_for_ever(models: Mod
         await until(lambda: batcher.is_busy)
         return call
 
-    async def scenario() -> None:
-        work(600)  # no pass is under way
-        waited.clear()
-        call = await busy()
+    async def is_waited_for(call: asyncio.Task[Answer]) -> None:
         threading.Thread(target=work, args=(600,), daemon=True).start()
         await asyncio.sleep(0.05)
         assert not waited.is_set()
         ranker.go_on.set()
         await call
         await until(waited.is_set)
+
+    async def scenario() -> None:
+        work(600)  # no pass is under way
+        waited.clear()
+        await is_waited_for(await busy())
         call = await busy()
         work(0.01)
         work(600)  # as this pass has been waited for in vain
         waited.clear()
         ranker.go_on.set()
         await call
-        call = await busy()  # after a pause, there is patience again
-        threading.Thread(target=work, args=(600,), daemon=True).start()
-        await asyncio.sleep(0.05)
-        assert not waited.is_set()
-        ranker.go_on.set()
-        await call
-        await until(waited.is_set)
+        await is_waited_for(await busy())  # after a pause, there is patience again
 
     asyncio.run(scenario())

@@ -19,9 +19,7 @@ from mmoe_rec.build.logs import DEFAULTS, BuildOptions
 from mmoe_rec.build.request_summaries import RequestSummaries, read_requests
 from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.log.checks import LogFile
-from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.files import FoundFile
-from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.parts import Noticed, cut
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -97,15 +95,12 @@ class HeldRows:
         place = held.place(request)
         known = held.request[place] == request
         other = known & (user != held.least[place]) & (user != held.greatest[place])
-        repeated = ~other & np.isin(keys_of(rows), keys)
+        repeated = ~other & np.isin(rows.row_hashes(), keys)
         if self._options.duplicates == "keep":
             repeated[:] = False
         self.other_user.add(table, other, self.schema)
         self.repeated.add(table, repeated, self.schema)
-        settled = pa.array(np.where(known, held.first[place], times)).cast(UTC_MICROSECONDS)
-        time = self.schema.columns.time
-        table = table.set_column(table.column_names.index(time), time, settled)
-        return table.filter(pa.array(~other & ~repeated))
+        return rows.with_times(np.where(known, held.first[place], times)).filter(~other & ~repeated).table
 
     def _held(self, request: np.ndarray, times: np.ndarray) -> tuple[RequestSummaries, np.ndarray]:
         """Of (N,) requests those that are held, and the keys of their rows."""
@@ -114,7 +109,7 @@ class HeldRows:
         by_request = self.schema.columns.request is not None
         spans = (found.first, found.last) if by_request else (times, times)
         for rows in self._read(self._files(*spans, all_of_them=by_request and self._requests is None), asked):
-            keys.append(keys_of(rows))
+            keys.append(rows.row_hashes())
             user = rows.hashes([self.schema.columns.user])
             columns = {"request": rows.request_hashes(), "time": rows.times(), "user": user}
             found = found.merged([RequestSummaries.of_runs(pa.table({**columns, "rows": np.ones(len(rows), int)}))])
@@ -176,11 +171,6 @@ def among(values: np.ndarray, rising: np.ndarray) -> np.ndarray:
         return np.zeros(len(values), bool)
     found: np.ndarray = rising[np.minimum(np.searchsorted(rising, values), len(rising) - 1)] == values
     return found
-
-
-def keys_of(rows: LogRows) -> np.ndarray:
-    """(N,) uint64 by which two rows of a request and candidate are known."""
-    return combine([rows.request_hashes(), rows.hashes([rows.schema.columns.candidate])])
 
 
 def key_reader(log: Log) -> LogReader:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmoe_rec.build.added.held import among, key_reader, keys_of, known_requests, may_hold
+from mmoe_rec.build.added.held import among, key_reader, known_requests, may_hold
 from mmoe_rec.build.added.taken import Spans, Taken, of_journal
 from mmoe_rec.build.checks import place
 from mmoe_rec.build.count import Counted
@@ -160,27 +160,24 @@ class NewFiles:
         requests: folder with those that the holder knows. They say when any of their rows were, which tells the files
         of a journal to read: the same row may have other times in other files.
         """
+        taken, known = self.taken.logs[0].files, [np.empty(0, np.uint64)]
+        of_journals = [file for file in self.logs.log.files if of_journal(file.address) and file.address in taken]
+        if not of_journals:
+            return
         reader, own = key_reader(new.log), {file.address for file in new.log.files if not of_journal(file.address)}
         parts = cut([file for file in new.log.files if file.address in own], ROWS_PER_PART)
         asked = [np.unique(rows.request_hashes()) for part in parts for rows in reader.read(part)]
         continued = known_requests(requests, np.unique(np.concatenate([np.empty(0, np.uint64), *asked])))
-        taken, known = self.taken.logs[0].files, [np.empty(0, np.uint64)]
-        held = [
-            file
-            for file in self.logs.log.files
-            if of_journal(file.address)
-            and file.address in taken
-            and may_hold(taken[file.address], continued.first, continued.last)
-        ]
+        held = [file for file in of_journals if may_hold(taken[file.address], continued.first, continued.last)]
         for part in cut(held, ROWS_PER_PART):
             for rows in reader.read(part, Noticed()):
-                known.append(keys_of(rows.filter(among(rows.request_hashes(), continued.request))))
+                known.append(rows.filter(among(rows.request_hashes(), continued.request)).row_hashes())
         keys, repeated, example, start = np.unique(np.concatenate(known)), 0, -1, 0
         for file in new.log.files if len(keys) else []:
             row = start
             for part in cut([file], ROWS_PER_PART) if file.address in own else []:
                 for rows in reader.read(part):
-                    found = np.flatnonzero(among(keys_of(rows), keys))
+                    found = np.flatnonzero(among(rows.row_hashes(), keys))
                     if len(found):
                         repeated, example = repeated + len(found), row + int(found[0]) if example < 0 else example
                     row += len(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -164,12 +164,13 @@ class Taken:
         newest = max(found, key=lambda each: found[each])
         return {"id": newest, "through": found[newest][1]}
 
-    def last_segments(self, journal: str) -> list[int]:
-        """The last segment of a journal, by its id, of which each log has a file that was taken in; 0 for none."""
-        found = []
-        for log in self.logs:
+    def last_segments(self, journal: str, events: Iterable[str]) -> dict[str | None, int]:
+        """Log, None for the interaction log, -> the last segment of a journal, by its id, of which a file was taken in;
+        0 for none. events: names of the logs of events, in their order."""
+        found: dict[str | None, int] = {}
+        for source, log in zip((None, *events), self.logs, strict=False):
             named = (_OF_A_JOURNAL.fullmatch(PurePath(address).name) for address in log.files)
-            found.append(max((int(each[2]) for each in named if each is not None and each[1] == journal), default=0))
+            found[source] = max((int(each[2]) for each in named if each is not None and each[1] == journal), default=0)
         return found
 
     @property

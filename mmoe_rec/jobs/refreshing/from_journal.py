@@ -38,6 +38,8 @@ def from_journal(
         from mmoe_rec.journal.opening import open_journal
         from mmoe_rec.journal.parquet_files import check_columns, write_files
 
+        schema, features = settings.schema_, served.folder / "features"
+        taken = taken_by(features)
         journal = open_journal(folder, topic, create=False)
         try:
             if isinstance(journal, Replica):
@@ -51,11 +53,9 @@ def from_journal(
                 )
             is_known = known is not None and known["id"] == journal.id
             held_through = int(known["through"]) if known is not None and is_known else 0
-            first = _check_not_removed(folder, settings.schema_, held_through)
-            taken = taken_by(served.folder / "features")
-            names = (None, *settings.schema_.events)
-            held_files = {} if taken is None else dict(zip(names, taken.last_segments(journal.id), strict=False))
-            check_columns(journal.id, settings.schema_, settings.data.log, held_files)
+            first = _first_segment(folder, schema, held_through)
+            held_files = {} if taken is None else taken.last_segments(journal.id, schema.events)
+            check_columns(journal.id, schema, settings.data.log, held_files)
             through = journal.close_segment()
         finally:
             journal.close()
@@ -63,8 +63,7 @@ def from_journal(
         after = max((each for each in checkpoints(folder) if each <= max(held_through, first - 1)), default=0)
         # Else the tables may hold what is no later than they are, by files that another program wrote.
         later_than = None if is_known else as_of(served.about)
-        schema, features = settings.schema_, served.folder / "features"
-        options, taken = build_options(settings), taken_by(features)
+        options = build_options(settings)
         held = HeldRows(settings.data.log, schema, features, taken, options, anew, provisional.doubted)
         rest = provisional.noting(held)
         written = write_files(folder, schema, through, settings.data.log, after, later_than=later_than, rest=rest)
@@ -93,7 +92,7 @@ def from_journal(
     return write
 
 
-def _check_not_removed(folder: Path, schema: Schema, through: int) -> int:
+def _first_segment(folder: Path, schema: Schema, through: int) -> int:
     """The first segment that is there. Raises UserError where removed ones have rows that the tables, which know the
     journal through a segment, do not hold."""
     from mmoe_rec.journal.checkpoints import removed_files

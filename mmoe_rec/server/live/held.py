@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS
-from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 
 
@@ -50,12 +49,10 @@ class HeldRequests:
         """Rows of the interaction log, those of these requests with their time, and without those of other users."""
         if not len(self) or not len(rows):
             return rows
-        request, times, name = rows.request_hashes(), rows.times(), rows.schema.columns.time
+        request = rows.request_hashes()
         place = np.minimum(np.searchsorted(self.request, request), len(self) - 1)
         known = self.request[place] == request
         if not known.any():
             return rows
         other = known & (rows.hashes([rows.schema.columns.user]) != self.user[place])
-        settled = pa.array(np.where(known, self.time[place], times)).cast(UTC_MICROSECONDS)
-        table = rows.table.set_column(rows.table.column_names.index(name), name, settled)
-        return LogRows(table, rows.schema).filter(~other)
+        return rows.with_times(np.where(known, self.time[place], rows.times())).filter(~other)

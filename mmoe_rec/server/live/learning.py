@@ -120,14 +120,12 @@ class Learning:
         Of logs of events of which the tables lack these segments, as no model that has them was refreshed, it learns
         their rows first.
         """
-        segments = last_segments(features, journal)
-        names = (None, *self.schema.events)
-        held = dict(zip(names, segments or [through] * len(names), strict=True))
+        held = last_segments(features, journal, self.schema.events)
         lacking: dict[str | None, list[Taken]] = {}
 
         def unknown(segment: int, rows: Mapping[str | None, Taken]) -> None:
             for source, each in rows.items():
-                if source is not None and segment > held[source]:
+                if source is not None and segment > (through if held is None else held[source]):
                     lacking.setdefault(source, []).append(each)
 
         removed = segment_numbers(self.folder)[0] - 1
