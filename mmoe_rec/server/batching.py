@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
+from mmoe_rec.server.sharing.passes import Passes
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranking import Ranking
 from mmoe_rec.serving.requests.envelope import ranked_calls
@@ -54,15 +55,13 @@ class _Waiting:
 
 
 class Batcher:
-    """Ranks calls with the current model. Used from one event loop alone."""
+    """Ranks calls with the current model. Used from one event loop alone. passes: are told when one is under way."""
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
-        self._models, self._limits, self._metrics = models, limits, metrics
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics, passes: Passes) -> None:
+        self._models, self._limits, self._metrics, self._passes = models, limits, metrics, passes
         self._queue: deque[_Waiting] = deque()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._busy_since: float | None = None
-        self._no_pass, self._is_without_pause = threading.Event(), False
-        self._no_pass.set()
         # A daemon: a pass that hangs must not keep the process from ending.
         threading.Thread(target=self._work, name="ranking", daemon=True).start()
 
@@ -76,16 +75,6 @@ class Batcher:
     def is_busy(self) -> bool:
         """Whether a pass is under way."""
         return self._busy_since is not None
-
-    def wait_for_pass(self, seconds: float) -> None:
-        """Ends once no pass is under way and its replies are written, or after so many seconds; from any thread.
-
-        It is for threads that have work of their own to do. Such work would share the interpreter's lock with the pass,
-        and make its caller wait longer. Where passes follow each other without a pause, only the first ones wait: else
-        each of many calls would wait in vain.
-        """
-        if not self._is_without_pause and not self._no_pass.wait(seconds):
-            self._is_without_pause = True
 
     def between_passes(self, function: Callable[[], None]) -> Future[None]:
         """Has the thread of the passes call a function once none is under way; from any thread."""
@@ -149,7 +138,7 @@ class Batcher:
         served = self._models.current
         assert served is not None, "a call was let in before there was a model"
         self._busy_since = monotonic()
-        self._no_pass.clear()
+        self._passes.begin()
         self._metrics.passes.observe(len(calls))
         for call in calls:
             self._metrics.stages.labels("wait").observe(perf_counter() - call.since)
@@ -179,8 +168,7 @@ class Batcher:
 
     def _let_others_work(self) -> None:
         if self._busy_since is None:
-            self._is_without_pause = False
-            self._no_pass.set()
+            self._passes.end()
 
     def _work(self) -> None:
         import torch

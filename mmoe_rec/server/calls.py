@@ -21,6 +21,7 @@ from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
+from mmoe_rec.server.sharing.passes import Passes
 from mmoe_rec.serving.errors import RequestError, quoted
 from mmoe_rec.serving.experts import LostExpert
 from mmoe_rec.serving.ranking import Ranking
@@ -34,12 +35,21 @@ _NO_NUMBER = (b"[null", b",null", b":null")
 class Calls:
     """Answers calls with the current model."""
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics, log: RequestLog | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        metrics: Metrics,
+        log: RequestLog | None = None,
+        passes: Passes | None = None,
+    ) -> None:
+        """passes: of this worker and others, None where it is the only one."""
         self.models, self.limits, self.metrics, self._log = models, limits, metrics, log
-        self.batcher = Batcher(models, limits, metrics)
+        self.passes = passes or Passes()
+        self.batcher = Batcher(models, limits, metrics, self.passes)
         self.following: Following | None = None
         if models.journal is not None:
-            self.following = Following(models, self.batcher, limits, metrics)
+            self.following = Following(models, self.batcher, self.passes, limits, metrics)
             self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")

@@ -35,8 +35,8 @@ class Passes:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def wait_for_pass(self, seconds: float) -> None:
-        self._clock.now += seconds
+    def wait(self) -> None:
+        self._clock.now += 60
 
     def between_passes(self, function):
         self._clock.now += 60
@@ -68,12 +68,13 @@ def test_waiting_for_a_pass_is_no_work_that_it_rests_from(tmp_path: Path, monkey
     metrics = app.metrics
     monkeypatch.setattr(following, "time", clock)
     models = SimpleNamespace(current=SimpleNamespace(learning=Stub(clock)))
-    it = Following(models, Passes(clock), None, metrics)
+    passes = Passes(clock)
+    it = Following(models, passes, passes, None, metrics)
     assert it._step() == 1
 
 
 def test_rests_are_short_and_left_out_while_a_caller_waits() -> None:
-    it = Following(None, None, None, None)
+    it = Following(None, None, None, None, None)
     assert it._rest(0.0) == 0
     assert 0.1 <= it._rest(0.001) <= it._rest(0.05) <= it._rest(1000) <= WITHIN_SECONDS / 2
     it._waiting.append(WAITING)

@@ -130,7 +130,6 @@ class Accepting:
         self, served: Served, body: bytes, is_arrow: bool, log: str | None, until: float
     ) -> _Sent | dict[str, Any]:
         """What the reply says; what was sent, if it lacks something."""
-        self._following.let_pass_end()
         sent = self._checked(served, body, is_arrow, log)
         return sent if sent.lacking else self._taken(served, sent, until)
 

@@ -22,6 +22,7 @@ from mmoe_rec.server.live.background import step_back
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import sentence_of
+from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.server.live.joined import Joined
@@ -32,8 +33,6 @@ PAUSE_SECONDS = 0.02
 _REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.3, 0.4
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
-_LONGEST_STEP_BACK_SECONDS = 0.03
-"""Events let a pass that is under way end first, but no longer: where one follows the other, they have their turn."""
 PART_OF_ANSWER = 1 / 3
 """Of the time for an answer, for each of what a call of /events waits for where there is a topic: for what came before
 it, for calls that are being appended, and for itself."""
@@ -49,8 +48,9 @@ _log = logging.getLogger(__name__)
 class Following:
     """Keeps the current model at the journal's end. failure: why it has not been able to since, None if it has."""
 
-    def __init__(self, models: Models, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
-        self._models, self._batcher, self._limits, self._metrics = models, batcher, limits, metrics
+    def __init__(self, models: Models, batcher: Batcher, passes: Passes, limits: Limits, metrics: Metrics) -> None:
+        self._models, self._batcher, self._passes = models, batcher, passes
+        self._limits, self._metrics = limits, metrics
         self.failure: str | None = None
         self.topic: Joined | None = None
         """What the journal's folder is a replica of, None for a journal of this machine."""
@@ -69,10 +69,6 @@ class Following:
         """Looks at once, as this process has appended what ends at a position."""
         self._ends.add(position)
         self._look.set()
-
-    def let_pass_end(self) -> None:
-        """Waits while requests are ranked, for a short time; for threads that are about to work on events."""
-        self._batcher.wait_for_pass(_LONGEST_STEP_BACK_SECONDS)
 
     @property
     def lacking(self) -> str | None:
@@ -229,7 +225,7 @@ class Following:
 
     def _step(self) -> float:
         """Learns what is new; gives the seconds that preparing it has taken, 0 where there was nothing."""
-        self.let_pass_end()
+        self._passes.wait()
         started, learning = time.monotonic(), self._learning()
         if learning is None or (learnt := learning.read()) is None:
             return 0.0
