@@ -23,13 +23,12 @@ from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.page.response import page
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
-from mmoe_rec.server.sharing.passes import Passes, Place
+from mmoe_rec.server.sharing.passes import Mark, Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.accepting import Accepting
 
-EVENTS = "/events"
 Reload = Callable[[], Awaitable[None]]
 """Takes up the model that the server's address names now. Raises UserError where that can't be."""
 
@@ -48,19 +47,20 @@ class Application:
         token: str | None = None,
         log: LogOptions | None = None,
         topic: KafkaTopic | None = None,
-        place: Place | None = None,
+        mark: Mark | None = None,
     ) -> None:
-        """place: among the workers of a server, None where it is the only one."""
+        """mark: by which other workers see whether this one ranks, None where it is the only one."""
         self.models, self.token = models, token
         self.metrics = metrics or Metrics()
         self._log = None if log is None else RequestLog(log, self.metrics.count_logged)
-        self.calls = Calls(models, limits, self.metrics, self._log, Passes(place))
+        self.calls = Calls(models, limits, self.metrics, self._log, Passes(mark))
         self.events: Accepting | None = None
         if models.journal is not None:
             from mmoe_rec.server.live.accepting import Accepting  # which needs a system with locks on files
 
             assert self.calls.following is not None
-            self.events = Accepting(models, models.journal, limits, self.metrics, self.calls.following, topic)
+            following, passes = self.calls.following, self.calls.passes
+            self.events = Accepting(models, models.journal, limits, self.metrics, following, passes, topic)
         self._pages: ASGIApp = _pages(self.calls, self.events, reload)
 
     def close(self) -> None:
@@ -81,10 +81,6 @@ class Application:
                 self.metrics.refusals.labels("too_large").inc()
                 await refusal(large_headers())(scope, receive, send)
                 return
-            if scope["path"] == EVENTS and self.events is not None:
-                await (
-                    self.calls.passes.ended()
-                )  # before anything is done for the call, which would take time from a pass
         await self._pages(scope, receive, send)
 
 
@@ -144,7 +140,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
             return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
         return await events.answer(request)
 
-    app.add_route(EVENTS, take, methods=["POST"], include_in_schema=False)
+    app.add_route("/events", take, methods=["POST"], include_in_schema=False)
 
     if reload is not None:
 
@@ -166,7 +162,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         served = models.current
         tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
         if events is not None:
-            tree["paths"][EVENTS] = {"post": openapi.events()}
+            tree["paths"]["/events"] = {"post": openapi.events()}
         tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
         return tree
 

@@ -31,7 +31,7 @@ class Metrics:
         counter, gauge = self._counter, self._gauge
         self.stages = Histogram(
             f"{_PREFIX}stage_seconds",
-            "Time of a call by stage: read, parse, wait, score, write, and total",
+            "Time of a call by stage: read, parse, wait, score, write, and total; of a call of /events: events",
             ["stage"],
             buckets=_SECONDS,
             registry=self._own,

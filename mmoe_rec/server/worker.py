@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.options import Options, end_process, ignore_interrupts, log_to_stderr
-from mmoe_rec.server.sharing.passes import Place
+from mmoe_rec.server.sharing.passes import Mark
 from mmoe_rec.server.sharing.preparing import received
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def run_worker(bound: socket.socket, options: Options, pipe: Connection, place: Place) -> None:
+def run_worker(bound: socket.socket, options: Options, pipe: Connection, mark: Mark) -> None:
     """Serves the model that the parent sends, until SIGTERM, or until the parent ends. It imports what is heavy."""
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.metrics import Metrics
@@ -46,9 +46,7 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection, place: 
         _end_with(error, pipe)
     talk = _Talk(pipe, Reloading(models, metrics))
     try:
-        app = Application(
-            models, options.limits, metrics, talk.reload, options.token, options.log, options.topic, place
-        )
+        app = Application(models, options.limits, metrics, talk.reload, options.token, options.log, options.topic, mark)
     except UserError as error:
         _end_with(error, pipe)
     server = Server(app, options, ignored=(signal.SIGINT,))

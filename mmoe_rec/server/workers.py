@@ -29,7 +29,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
 from mmoe_rec.server.options import Options, address_of
 from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch, sentence_of
-from mmoe_rec.server.sharing.passes import Place, places
+from mmoe_rec.server.sharing.passes import Mark, marks
 from mmoe_rec.server.sharing.preparing import Prepared, Preparing, no_room
 from mmoe_rec.server.sharing.starting import forking, started
 from mmoe_rec.server.worker import run_worker
@@ -68,7 +68,7 @@ class _Wanted:
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    place: Place
+    mark: Mark
     is_ready: bool = False
 
 
@@ -79,7 +79,7 @@ class _Parent:
         self._bound, self._grace = bound, options.grace
         self._options = replace(options, grace=_SHARE_OF_WORKERS * options.grace)
         self._workers: list[_Worker] = []
-        self._free: list[Place] = []
+        self._free: list[Mark] = []
         self._wanted: _Wanted | None = _Wanted(source)  # what is loaded next
         self._loading: _Wanted | None = None
         self._preparing: Preparing | None = None
@@ -92,7 +92,7 @@ class _Parent:
 
     def run(self, known: str, count: int) -> int:
         """Keeps so many workers until a signal; gives the exit code."""
-        self._free = places(count)
+        self._free = marks(count)
         before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._watch.start(known)
@@ -153,8 +153,8 @@ class _Parent:
     def _start_missing(self, count: int) -> None:
         while len(self._workers) < count and time.monotonic() >= self._next_start and not self._stopping:
             ours, theirs = multiprocessing.Pipe()
-            place = self._free[-1]
-            process = started(run_worker, (self._bound, self._options, theirs, place), lambda: self._stopping)
+            mark = self._free[-1]
+            process = started(run_worker, (self._bound, self._options, theirs, mark), lambda: self._stopping)
             theirs.close()
             if process is None:
                 return
@@ -217,8 +217,8 @@ class _Parent:
 
     def _ended(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        worker.place.leave()
-        self._free.append(worker.place)
+        worker.mark.set(False)  # it may have ended in a pass
+        self._free.append(worker.mark)
         with suppress(EOFError, OSError):
             while worker.pipe.poll():
                 self._heard(worker, *worker.pipe.recv())

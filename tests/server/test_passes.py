@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import threading
+from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from mmoe_rec.errors import UserError
+from mmoe_rec.server import app, worker, workers
+from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.metrics import FOLDER_VARIABLE
+from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing import passes
-from mmoe_rec.server.sharing.passes import Passes, Place, places
-from mmoe_rec.server.workers import _Parent, _Worker
+from mmoe_rec.server.sharing.passes import Mark, Passes, marks
+from mmoe_rec.server.worker import run_worker
+from mmoe_rec.server.workers import _Parent
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply
 from tests.server.test_after import server
@@ -32,79 +41,115 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
 
 
-def in_thread(waiting: Passes) -> threading.Event:
-    """Set once a thread has waited."""
-    done = threading.Event()
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that goes on where it is told to."""
+    own = SimpleNamespace(now=100.0, monotonic=lambda: own.now)
+    monkeypatch.setattr(passes, "time", own)
+    return own
+
+
+def in_thread(waiting: Passes) -> tuple[threading.Event, threading.Event]:
+    """Set once a thread begins to wait, and once it has waited."""
+    begun, done = threading.Event(), threading.Event()
 
     def wait() -> None:
+        begun.set()
         waiting.wait()
         done.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    return done
+    return begun, done
 
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("ranking", [0, 1])
 def test_a_thread_waits_for_a_pass_of_any_worker(ranking: int) -> None:
-    workers = [Passes(each) for each in places(2)]
-    assert in_thread(workers[0]).wait(PATIENCE), "nobody ranks"
-    workers[ranking].begin()
-    done = in_thread(workers[0])
+    own, _ = both = [Passes(each) for each in marks(2)]
+    assert in_thread(own)[1].wait(PATIENCE), "nobody ranks"
+    both[ranking].begin()
+    begun, done = in_thread(own)
+    assert begun.wait(PATIENCE)
     assert not done.wait(0.05)
-    workers[ranking].end()
+    both[ranking].end()
     assert done.wait(PATIENCE)
+
+
+def test_a_thread_gives_up_on_others_until_none_ranks() -> None:
+    one, two = (Passes(each) for each in marks(2))
+    two.begin()
+    assert in_thread(one)[1].wait(PATIENCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+        assert in_thread(one)[1].wait(PATIENCE), "others have been waited for in vain"
+        one.begin()
+        begun, done = in_thread(one)
+        assert begun.wait(PATIENCE)
+        assert not done.wait(0.05), "its own passes are looked for"
+        one.end()
+        assert done.wait(PATIENCE)
+        two.end()
+        assert in_thread(one)[1].wait(PATIENCE)
+        two.begin()
+        begun, done = in_thread(one)
+        assert begun.wait(PATIENCE)
+        assert not done.wait(0.05), "there was a moment without passes"
+        two.end()
 
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("ranking", [0, 1])
 def test_calls_wait_for_a_pass_of_any_worker(ranking: int) -> None:
-    workers = [Passes(each) for each in places(2)]
+    own, _ = both = [Passes(each) for each in marks(2)]
 
     async def scenario() -> None:
-        await workers[0].ended()  # nobody ranks
-        workers[ranking].begin()
-        calls = [asyncio.create_task(workers[0].ended()) for _ in range(3)]
+        await own.let_end()  # nobody ranks
+        both[ranking].begin()
+        calls = [asyncio.create_task(own.let_end()) for _ in range(3)]
         await asyncio.sleep(0.05)
         assert not any(each.done() for each in calls)
-        workers[ranking].end()
+        both[ranking].end()
         await asyncio.wait_for(asyncio.gather(*calls), PATIENCE)
 
     asyncio.run(scenario())
 
 
-def test_passes_that_follow_each_other_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Passes()
-    worker.begin()
-    worker.wait()
+@pytest.mark.parametrize("ranking", [0, 1])
+def test_passes_that_do_not_end_are_not_waited_for_again_and_again(
+    ranking: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, _ = both = [Passes(each) for each in marks(2)]
+    both[ranking].begin()
 
     async def scenario() -> None:
-        await worker.ended()
+        await asyncio.wait_for(own.let_end(), PATIENCE)
         monkeypatch.setattr(passes, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
-        await asyncio.wait_for(worker.ended(), PATIENCE)  # not so soon again
+        await asyncio.wait_for(own.let_end(), PATIENCE)
 
-    monkeypatch.setattr(passes, "SHARE", 1e6)
+    monkeypatch.setattr(passes, "PAUSE_PER_WAIT", 1e6)
     asyncio.run(scenario())
 
 
-def test_a_call_waits_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(passes, "time", clock)
-    monkeypatch.setattr(passes, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+@pytest.mark.usefixtures("patient")
+def test_calls_do_not_wait_soon_after_a_wait(clock: SimpleNamespace) -> None:
     worker = Passes()
 
     async def waits(seconds: float) -> bool:
+        """Whether a call waits for a pass that ends so much later; another one comes just before its end."""
         worker.begin()
-        call = asyncio.create_task(worker.ended())
+        one = asyncio.create_task(worker.let_end())
+        for _ in range(5):  # it creates a task of its own
+            await asyncio.sleep(0)
+        is_waiting, clock.now = not one.done(), clock.now + seconds
+        two = asyncio.create_task(worker.let_end())
         await asyncio.sleep(0)
-        is_waiting, clock.now = not call.done(), clock.now + seconds
         worker.end()
-        await call
+        await asyncio.gather(one, two)
         return is_waiting
 
     async def scenario() -> list[bool]:
         found = [await waits(1.0)]
-        clock.now += passes.SHARE - 0.1
+        clock.now += passes.PAUSE_PER_WAIT - 0.1
         found.append(await waits(0.0))
         clock.now += 0.2
         return [*found, await waits(0.0)]
@@ -113,58 +158,116 @@ def test_a_call_waits_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_caller_who_leaves_while_waiting_takes_nobody_along() -> None:
+def test_a_call_that_is_cancelled_takes_no_other_along() -> None:
     worker = Passes()
 
     async def scenario() -> None:
         worker.begin()
-        one, two = (asyncio.create_task(worker.ended()) for _ in range(2))
+        one, two = (asyncio.create_task(worker.let_end()) for _ in range(2))
         await asyncio.sleep(0)
         one.cancel()
         await asyncio.sleep(0)
+        assert one.cancelled()
+        assert not two.done()
         worker.end()
         await asyncio.wait_for(two, PATIENCE)
 
     asyncio.run(scenario())
 
 
-def rank(place: Place, pipe: Connection) -> None:
+def rank(mark: Mark, pipe: Connection) -> None:
     """A worker that ranks until it is told to end."""
-    own = Passes(place)
+    own = Passes(mark)
     own.begin()
     pipe.send("ranks")
-    pipe.recv()
+    with suppress(EOFError):
+        pipe.recv()
     own.end()
 
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_processes_see_each_other(method: str) -> None:
-    one, two = places(2)
+    one, two = marks(2)
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
-    process = context.Process(target=rank, args=(two, theirs))
+    process = context.Process(target=rank, args=(two, theirs), daemon=True)
     process.start()
+    theirs.close()
     assert ours.recv() == "ranks"
-    assert list(one.under_way) == [0, 1]
-    done = in_thread(Passes(one))
+    assert list(one.all) == [0, 1]
+    begun, done = in_thread(Passes(one))
+    assert begun.wait(PATIENCE)
+    assert not done.wait(0.05)
     ours.send("end")
     assert done.wait(PATIENCE)
-    process.join()
+    process.join(PATIENCE)
 
 
-def test_a_worker_that_was_killed_in_a_pass_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_shared_memory_workers_look_at_themselves(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def missing(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/dev/shm")
+
+    monkeypatch.setattr(passes, "RawArray", missing)
+    one, two = (Passes(each) for each in marks(2))
+    two.begin()
+    one.wait()
+    assert one._have_ended()
+    assert not two._have_ended()
+    assert "workers can't see of each other whether they rank: No such file or directory" in caplog.text
+
+
+def parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> tuple[_Parent, list[Mark]]:
+    """A server's parent that has started so many workers, which are none; the marks that it gave to each of all."""
+    given: list[Mark] = []
+
+    def started(target: object, arguments: tuple[Any, ...], is_stopping: object) -> SimpleNamespace:
+        assert target is run_worker
+        given.append(arguments[-1])
+        return SimpleNamespace(pid=len(given), exitcode=-9)
+
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    parent = _Parent(Source(tmp_path, "no model"), None, None, Options(Limits()), 0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(workers, "started", started)
+    own = _Parent(Source(tmp_path, "no model"), None, None, Options(Limits()), 0.0)  # type: ignore[arg-type]
+    own._free = marks(count)
+    own._start_missing(count)
+    return own, given
+
+
+def test_each_worker_has_a_mark_and_its_successor_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, given = parent(monkeypatch, tmp_path, 3)
+    assert sorted(each.number for each in given) == [0, 1, 2]
+    assert given[0].all is given[1].all is given[2].all
+    killed = own._workers[1]
+    killed.is_ready = True
+    Passes(killed.mark).begin()
+    own._ended(killed)
+    assert list(killed.mark.all) == [0, 0, 0], "nobody waits for it"
+    own._start_missing(3)
+    assert given[3] == killed.mark
+
+
+def test_a_worker_takes_the_mark_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Mark] = []
+
+    class Stub:
+        def __init__(self, *arguments: Any) -> None:
+            Application.__init__(self, *arguments)  # type: ignore[arg-type]
+            found.append(self.calls.passes._mark)  # type: ignore[attr-defined]
+            raise UserError("that is all")
+
+    monkeypatch.setattr(app, "Application", Stub)
+    monkeypatch.setattr(worker, "received", lambda pipe: BytesIO())
+    monkeypatch.setattr(worker, "ignore_interrupts", lambda: None)
+    monkeypatch.setattr(Models, "map", lambda models, file: SimpleNamespace(about=dict))
+    monkeypatch.setattr(Metrics, "show_model", lambda metrics, about: None)
     ours, theirs = multiprocessing.Pipe()
-    theirs.close()
-    place = places(2)[1]
-    Passes(place).begin()
-    dead = SimpleNamespace(pid=0, exitcode=-9)
-    parent._workers = [worker := _Worker(dead, ours, place, is_ready=True)]  # type: ignore[arg-type]
-    parent._ended(worker)
-    assert list(place.under_way) == [0, 0]
-    assert parent._free == [place], "the next worker takes it"
+    ours.send(("load",))
+    mark = marks(2)[1]
+    with pytest.raises(SystemExit):
+        run_worker(None, Options(Limits()), theirs, mark)  # type: ignore[arg-type]
+    assert ours.recv() == ("failed", "that is all")
+    assert found == [mark]
 
 
 @pytest.mark.usefixtures("patient")
@@ -172,6 +275,7 @@ def test_events_are_taken_after_a_pass(small: SmallModel, tmp_path: Path) -> Non
     app = server(small, tmp_path)
     served = app.models.current
     assert served is not None
+    assert app.events is not None
     ranker = Watched(served.ranker)
     ranker.pipeline = served.ranker.pipeline  # type: ignore[attr-defined]
     app.models.current = replace(served, ranker=ranker)  # type: ignore[arg-type]
@@ -181,10 +285,13 @@ def test_events_are_taken_after_a_pass(small: SmallModel, tmp_path: Path) -> Non
         ranked = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await asyncio.to_thread(until, lambda: ranker.passes)
         taken = asyncio.create_task(reply(app, b"no JSON", page="/events"))
+        while not app.events.places.taken:
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
         assert not taken.done()
         ranker.go_on.set()
         assert (await ranked).status == 200
         assert (await taken).status == 400
+        assert not app.events.places.taken
 
     asyncio.run(scenario())

@@ -71,6 +71,10 @@ def test_waiting_for_a_pass_is_no_work_that_it_rests_from(tmp_path: Path, monkey
     passes = Passes(clock)
     it = Following(models, passes, passes, None, metrics)
     assert it._step() == 1
+    assert clock.now == 60 + 1 + 60
+    it._waiting.append(WAITING)
+    assert it._step() == 1
+    assert clock.now == 121 + 1 + 60, "for a caller it learns at once"
 
 
 def test_rests_are_short_and_left_out_while_a_caller_waits() -> None:

@@ -37,6 +37,7 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.parsing import parse_json
+from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.journal.kafka.settings import KafkaTopic
@@ -85,10 +86,12 @@ class Accepting:
         limits: Limits,
         metrics: Metrics,
         following: Following,
+        passes: Passes,
         topic: KafkaTopic | None = None,
     ) -> None:
         """topic: of which the journal's folder is a replica, None for a journal of this machine."""
-        self._models, self._limits, self._metrics, self._following = models, limits, metrics, following
+        self._models, self._limits, self._metrics = models, limits, metrics
+        self._following, self._passes = following, passes
         self._commit, self._topic = GroupCommit(_opened(journal, limits, following, topic)), topic
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
@@ -100,6 +103,7 @@ class Accepting:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         try:
             with self._metrics.timed("events"), self.places.take():
+                await self._passes.let_end()  # before more is done for the call
                 told = await self._accepted(request)
             status = 200 if told["position"] is not None else 202
             response = Response(orjson.dumps(told), status, media_type="application/json")

@@ -225,7 +225,10 @@ class Following:
 
     def _step(self) -> float:
         """Learns what is new; gives the seconds that preparing it has taken, 0 where there was nothing."""
-        self._passes.wait()
+        with self._lock:
+            is_asked = bool(self._waiting)
+        if not is_asked:  # a caller would wait, too
+            self._passes.wait()
         started, learning = time.monotonic(), self._learning()
         if learning is None or (learnt := learning.read()) is None:
             return 0.0
