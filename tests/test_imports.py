@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,9 @@ def test_the_test_counts_floors_and_sees_circles(tmp_path, monkeypatch):
     (room / "f3.py").write_text("def later():\n    import room.f1\n")
     with pytest.raises(AssertionError, match=r"circle: room\.f1 -> room\.f2 -> room\.f3 -> room\.f1"):
         _floors(files[1:])
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by these alone: of two in one process, the second one would be the first."""
+    names = Counter(path.name for path in Path("tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,8 @@ class Application:
             assert self.calls.following is not None
             following, passes = self.calls.following, self.calls.passes
             self.events = Accepting(models, models.journal, limits, self.metrics, following, passes, topic)
-        self._pages: ASGIApp = _pages(self.calls, self.events, reload)
+        # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
+        self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
 
     def close(self) -> None:
         """Writes what is still to be logged, once the last call is answered."""
@@ -87,11 +89,10 @@ class Application:
 def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
     # Without redirects, as those have the caller's own header Host for an address.
     app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None, redirect_slashes=False)
-    models = calls.models
 
     async def health() -> Response:
         """200 once the model has answered its own example, and as long as it answers at all."""
-        if models.current is None:
+        if calls.models.current is None:
             return _json({"status": "loading"}, 503)
         if calls.batcher.is_stuck:
             return _json({"status": "stuck"}, 503)
@@ -104,8 +105,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/version", response_model=None)
     async def version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
-        about: dict[str, Any] = models.current.about() if models.current else {}
-        told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": models.failure}
+        about: dict[str, Any] = calls.models.current.about() if calls.models.current else {}
+        told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
         if calls.following is not None:
             told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
             if calls.following.topic is not None:
@@ -115,7 +116,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/model", response_model=None)
     async def model() -> Response:
         """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
-        if (served := models.current) is None:
+        if (served := calls.models.current) is None:
             return refusal(loading())
         return _json({**served.about(), "tasks": served.tasks(), "example": served.example})
 
@@ -159,7 +160,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
 
     def schema() -> dict[str, Any]:
         tree = described()  # made once, without a model
-        served = models.current
+        served = calls.models.current
         tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
         if events is not None:
             tree["paths"]["/events"] = {"post": openapi.events()}

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -60,10 +61,11 @@ class Batcher:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics, passes: Passes) -> None:
         self._models, self._limits, self._metrics, self._passes = models, limits, metrics, passes
         self._queue: deque[_Waiting] = deque()
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._busy_since: float | None = None
-        # A daemon: a pass that hangs must not keep the process from ending.
-        threading.Thread(target=self._work, name="ranking", daemon=True).start()
+        # A daemon: a pass that hangs must not keep the process from ending. It ends once nobody holds the batcher.
+        threading.Thread(target=_work, args=(self._tasks,), name="ranking", daemon=True).start()
+        weakref.finalize(self, self._tasks.put, None)
 
     @property
     def is_stuck(self) -> bool:
@@ -170,16 +172,19 @@ class Batcher:
         if self._busy_since is None:
             self._passes.end()
 
-    def _work(self) -> None:
-        import torch
 
-        # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.serving.mlflow_model`.
-        torch.set_num_threads(1)
-        while True:
-            try:
-                self._tasks.get()()  # without a name, by which the last pass would hold its model until the next one
-            except RuntimeError:  # the event loop has ended, and nobody waits
-                _log.debug("a pass ended after the server", exc_info=True)
+def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """What the thread does, until there is no task but None."""
+    import torch
+
+    # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.serving.mlflow_model`.
+    torch.set_num_threads(1)
+    while (task := tasks.get()) is not None:
+        try:
+            task()
+        except RuntimeError:  # the event loop has ended, and nobody waits
+            _log.debug("a pass ended after the server", exc_info=True)
+        del task  # by which the last pass would hold its model until the next one
 
 
 def _at(position: str, answers: Answers) -> Answers:

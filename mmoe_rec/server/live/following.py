@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -62,8 +63,9 @@ class Following:
         self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def start(self) -> None:
-        """Follows from now on, in a thread of its own, as long as the process lives."""
-        threading.Thread(target=self._run, name="following", daemon=True).start()
+        """Follows from now on, in a thread of its own, until nobody holds it any more."""
+        signals = self._asked, self._look
+        threading.Thread(target=_follow, args=(weakref.ref(self), *signals), name="following", daemon=True).start()
 
     def accepted(self, position: Position) -> None:
         """Looks at once, as this process has appended what ends at a position."""
@@ -195,26 +197,22 @@ class Following:
         served = self._models.current
         return None if served is None else served.learning
 
-    def _run(self) -> None:
-        step_back()
-        while True:
-            try:
-                worked = self._step()
-                if self.failure is not None:
-                    _log.info("events are learnt again")
-                self.failure = None
-                rest = self._rest(worked)
-            except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
-                told, is_told = sentence_of(error), isinstance(error, UserError)
-                if told != self.failure:
-                    _log.error("the model learns no further events: %s", told, exc_info=not is_told)
-                self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
-            self._show()
-            self._tell()  # also of what a model knows that has just taken the place of another one
-            self._asked.wait(rest)
-            self._asked.clear()
-            self._look.wait(PAUSE_SECONDS)
-            self._look.clear()
+    def look(self) -> float:
+        """Learns what is new; gives the seconds to rest."""
+        try:
+            worked = self._step()
+            if self.failure is not None:
+                _log.info("events are learnt again")
+            self.failure = None
+            rest = self._rest(worked)
+        except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
+            told, is_told = sentence_of(error), isinstance(error, UserError)
+            if told != self.failure:
+                _log.error("the model learns no further events: %s", told, exc_info=not is_told)
+            self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
+        self._show()
+        self._tell()  # also of what a model knows that has just taken the place of another one
+        return rest
 
     def _rest(self, worked: float) -> float:
         """Seconds to rest after so many seconds of work."""
@@ -255,6 +253,18 @@ class Following:
                 if self._has_reached(position):
                     with suppress(RuntimeError):  # the loop has ended
                         loop.call_soon_threadsafe(_end, reached)
+
+
+def _follow(following: weakref.ref[Following], asked: threading.Event, look: threading.Event) -> None:
+    """What the thread does: it holds what it follows for only while it works. asked, look: end its pauses."""
+    step_back()
+    while (it := following()) is not None:
+        rest = it.look()
+        del it
+        asked.wait(rest)
+        asked.clear()
+        look.wait(PAUSE_SECONDS)
+        look.clear()
 
 
 class _Ends:

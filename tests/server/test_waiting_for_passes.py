@@ -6,10 +6,8 @@ import asyncio
 import errno
 import multiprocessing
 import threading
-from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +28,7 @@ from mmoe_rec.server.worker import run_worker
 from mmoe_rec.server.workers import _Parent
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply
+from tests.server.ranking_process import rank
 from tests.server.test_after import server
 from tests.server.test_batching import Watched
 from tests.serving.small_model import SmallModel
@@ -173,16 +172,6 @@ def test_a_call_that_is_cancelled_takes_no_other_along() -> None:
         await asyncio.wait_for(two, PATIENCE)
 
     asyncio.run(scenario())
-
-
-def rank(mark: Mark, pipe: Connection) -> None:
-    """A worker that ranks until it is told to end."""
-    own = Passes(mark)
-    own.begin()
-    pipe.send("ranks")
-    with suppress(EOFError):
-        pipe.recv()
-    own.end()
 
 
 @pytest.mark.usefixtures("patient")
