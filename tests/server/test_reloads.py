@@ -23,6 +23,7 @@ from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
 from mmoe_rec.server.reloading import NotFoundError, Reloads, Source, Watch
 from mmoe_rec.server.running import Reloading
+from mmoe_rec.server.sharing.passes import Mark
 from mmoe_rec.server.worker import _Talk
 from tests.processes import PATIENCE, until
 from tests.server.asking import ask, element
@@ -157,7 +158,7 @@ def test_a_worker_is_told_after_the_model_that_was_looked_for_when_it_asked(monk
     address = Address()
     parent = workers._Parent(address.find(), address, cast(Any, None), Options(Limits()), 0)
     ours, theirs = multiprocessing.Pipe()
-    worker = workers._Worker(cast(Any, None), ours)
+    worker = workers._Worker(cast(Any, None), ours, Mark(bytearray(1)))
     parent._workers.append(worker)
     told = []
 
