@@ -54,7 +54,7 @@ class Application:
         self.models, self.token = models, token
         self.metrics = metrics or Metrics()
         self._log = None if log is None else RequestLog(log, self.metrics.count_logged)
-        self.calls = Calls(models, limits, self.metrics, self._log, Passes(mark))
+        self.calls = Calls(models, limits, self.metrics, Passes(mark), self._log)
         self.events: Accepting | None = None
         if models.journal is not None:
             from mmoe_rec.server.live.accepting import Accepting  # which needs a system with locks on files

@@ -40,16 +40,15 @@ class Calls:
         models: Models,
         limits: Limits,
         metrics: Metrics,
+        passes: Passes,
         log: RequestLog | None = None,
-        passes: Passes | None = None,
     ) -> None:
-        """passes: of this worker and others, None where it is the only one."""
-        self.models, self.limits, self.metrics, self._log = models, limits, metrics, log
-        self.passes = passes or Passes()
-        self.batcher = Batcher(models, limits, metrics, self.passes)
+        """passes: of this worker, and of others where there are some."""
+        self.models, self.limits, self.metrics, self.passes, self._log = models, limits, metrics, passes, log
+        self.batcher = Batcher(models, limits, metrics, passes)
         self.following: Following | None = None
         if models.journal is not None:
-            self.following = Following(models, self.batcher, self.passes, limits, metrics)
+            self.following = Following(models, self.batcher, passes, limits, metrics)
             self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")

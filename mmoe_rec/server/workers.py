@@ -153,12 +153,13 @@ class _Parent:
     def _start_missing(self, count: int) -> None:
         while len(self._workers) < count and time.monotonic() >= self._next_start and not self._stopping:
             ours, theirs = multiprocessing.Pipe()
-            mark = self._free[-1]
+            mark = self._free[0]
             process = started(run_worker, (self._bound, self._options, theirs, mark), lambda: self._stopping)
             theirs.close()
             if process is None:
                 return
-            worker = _Worker(process, ours, self._free.pop())
+            self._free.remove(mark)
+            worker = _Worker(process, ours, mark)
             self._send_model(worker)
             self._workers.append(worker)
 
