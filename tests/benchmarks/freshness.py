@@ -9,13 +9,14 @@ live    all that happened until a second before the request, as a server with a 
 fresh   all that was known before the request, as a feature build gives it: what training and evaluation see.
 
 All but `fresh` are computed by what a server looks up in its tables and in what it has learnt since. How that comes
-about is measured on a server of its own with two workers:
+about is measured on servers of their own with two workers each, a replay on one, load on four, one after the other:
 
 compared, mismatches   a replay of weeks 37 to 40: all events, and all requests beside the offline values;
 visible_s_p99          from the acknowledgement of an event until all of several connections, which lie with both
                        workers, say that their worker knows it;
 p50_added_ms           how much longer a request of 500 candidates takes while 2,000 events a second come in, at 20
-                       requests a second; both in turns;
+                       requests a second; both in turns, in all servers together;
+p50_added_ms_95        an interval that holds it with 95%;
 p50_learnt_ms          how much longer it takes a ranker that has learnt 100,000 of the rows, with none under way;
 events_per_s           of the events that are sent beside these requests as fast as two senders get them accepted.
 

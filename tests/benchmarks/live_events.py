@@ -1,4 +1,4 @@
-"""A server with two workers that takes events beside requests: how soon they are visible, what they cost requests.
+"""Servers with two workers that take events beside requests: how soon they are visible, what they cost requests.
 
 Requests are sent by this process at a steady rate, events by processes of their own, on the cores that the server has.
 """
@@ -28,15 +28,16 @@ EVENTS_PER_S, BATCHES, LARGE_BATCH = 2_000, (100, 500), 1_000
 CONNECTIONS, PROBES, SECONDS_BETWEEN_PROBES, PAUSE_S = 8, 4, 0.25, 0.01
 SENDERS = 2
 TURN_SECONDS, SETTLING_SECONDS = 1.0, 0.3
+SERVERS, RESAMPLES = 4, 1_000
 STEP, ASKED = 400, 300
 
 
-def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, seconds: float) -> dict[str, float]:
-    """Figures of a server of an artifact whose tables end where rows of the interaction log, the events, begin.
+def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, seconds: float) -> dict[str, Any]:
+    """Figures of servers of an artifact whose tables end where rows of the interaction log, the events, begin.
 
     Each request is of the time of the event that is sent at that moment. seconds: of requests alone, and of requests
-    beside events in batches of each size; the two take turns so short that whatever else the machine does falls on both
-    alike. Raises RuntimeError where there are too few events for so many seconds.
+    beside events in batches of each size, for each of `SERVERS` servers, one after the other: processes of the same
+    code differ, and so does the machine's mood. Raises RuntimeError where there are too few events for so many seconds.
     """
     from mmoe_rec.jobs.replay.own_server import OwnServer
 
@@ -45,48 +46,79 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
         writer.write_table(events)
     times = events.column(time_column).cast(pa.timestamp("ms")).to_numpy()
     body = json.loads(Bodies(model).ids(CANDIDATES))
-    with OwnServer(model, scratch / "journal", scratch / "server.log", workers=2) as server:
-        senders = _Senders(server.url, file, len(events))
+    turns = {batch: Turns() for batch in BATCHES}
+    paced, probed, most = Sent(), Sent(), Sent()
+    for number in range(SERVERS):
+        with OwnServer(model, scratch / f"journal{number}", scratch / f"server{number}.log", workers=2) as server:
+            senders = _Senders(server.url, file, len(events))
 
-        def body_now() -> bytes:
-            body["inputs"][0]["context"][time_column] = f"{times[senders.row]}Z"
-            return json.dumps(body).encode()
+            def body_now(senders: _Senders = senders) -> bytes:
+                body["inputs"][0]["context"][time_column] = f"{times[senders.row]}Z"
+                return json.dumps(body).encode()
 
-        asker = _Asker(server.port, body_now)
-        asker.ask(3.0)
-        paced, probed, most = Sent(), Sent(), Sent()
-        added = {batch: _added_ms(asker, senders, batch, seconds, paced) for batch in BATCHES}
-        with senders.sending(EVENTS_PER_S, BATCHES[0], 1, probed, probes=True):
-            asker.ask(seconds / 2)
-        with senders.sending(None, LARGE_BATCH, SENDERS, most):
-            asker.ask(10 * TURN_SECONDS)
+            asker = _Asker(server.port, body_now)
+            asker.ask(3.0)
+            for batch in BATCHES:
+                _take_turns(asker, senders, batch, seconds, paced, turns[batch])
+            with senders.sending(EVENTS_PER_S, BATCHES[0], 1, probed, probes=True):
+                asker.ask(seconds / 2)
+            with senders.sending(None, LARGE_BATCH, SENDERS, most):
+                asker.ask(10 * TURN_SECONDS)
     visible = np.array(probed.visible)
     print(f"visible after {np.median(visible):.3f} s (median of {len(visible):,})", file=sys.stderr)
     return {
         "visible_s_p99": round(float(np.percentile(visible, 99)), 3),
-        "p50_added_ms": added[BATCHES[0]],
-        f"p50_added_ms_in_calls_of_{BATCHES[1]}": added[BATCHES[1]],
+        "p50_added_ms": turns[BATCHES[0]].added_ms(),
+        "p50_added_ms_95": turns[BATCHES[0]].interval_ms(),
+        f"p50_added_ms_in_calls_of_{BATCHES[1]}": turns[BATCHES[1]].added_ms(),
         "paced_events_per_s": round(paced.rate),
         "events_per_s": round(most.rate),
     }
 
 
-def _added_ms(asker: _Asker, senders: _Senders, batch: int, seconds: float, paced: Sent) -> float:
-    """Milliseconds that the median of requests is longer beside events in such batches. paced: to be added to."""
-    quiet: list[float] = []
-    busy: list[float] = []
+@dataclass
+class Turns:
+    """Seconds that requests took, turn by turn: without events, and beside them."""
+
+    quiet: list[list[float]] = field(default_factory=list)
+    busy: list[list[float]] = field(default_factory=list)
+
+    def added_ms(self, start: int = 0) -> float:
+        """Milliseconds that the median of requests is longer beside events. start: the first turn that counts."""
+        return round((_median(self.busy[start:]) - _median(self.quiet[start:])) * 1e3, 3)
+
+    def interval_ms(self) -> list[float]:
+        """Of the same, which holds it with 95% (percentiles of a bootstrap; a turn without events and the one after it
+        are drawn together)."""
+        random, count = np.random.default_rng(0), len(self.quiet)
+        drawn = random.integers(count, size=(RESAMPLES, count))
+        found = [
+            _median([self.busy[turn] for turn in turns]) - _median([self.quiet[turn] for turn in turns])
+            for turns in drawn
+        ]
+        return [round(float(each) * 1e3, 3) for each in np.percentile(found, [2.5, 97.5])]
+
+
+def _median(turns: list[list[float]]) -> float:
+    return float(np.median(np.concatenate(turns)))
+
+
+def _take_turns(asker: _Asker, senders: _Senders, batch: int, seconds: float, paced: Sent, turns: Turns) -> None:
+    """Requests without events and beside them in such batches, in turns so short that whatever else the machine does
+    falls on both alike. paced, turns: to be added to."""
+    start = len(turns.quiet)
     with senders.sending(EVENTS_PER_S, batch, 1, paced) as paused:
         for turn in range(2 * round(seconds / TURN_SECONDS)):
             (paused.clear if turn % 2 else paused.set)()
             asker.ask(SETTLING_SECONDS)
-            (busy if turn % 2 else quiet).extend(asker.ask(TURN_SECONDS))
-    told = [", ".join(f"{each * 1e3:.2f}" for each in np.percentile(taken, [50, 90])) for taken in (quiet, busy)]
+            (turns.busy if turn % 2 else turns.quiet).append(asker.ask(TURN_SECONDS))
+    taken = [np.concatenate(each[start:]) for each in (turns.quiet, turns.busy)]
+    told = [", ".join(f"{each * 1e3:.2f}" for each in np.percentile(times, [50, 90])) for times in taken]
     print(
         f"p50 and p90 {told[0]} ms without events, {told[1]} ms beside {EVENTS_PER_S:,} a second in calls of {batch} "
-        f"({len(busy):,} requests each)",
+        f"({len(taken[1]):,} requests each): {turns.added_ms(start)} ms",
         file=sys.stderr,
     )
-    return round(float(np.median(busy) - np.median(quiet)) * 1e3, 3)
 
 
 def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
