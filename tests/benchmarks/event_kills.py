@@ -1,0 +1,169 @@
+"""python -m tests.benchmarks.event_kills [--kills 50]
+
+Is an acknowledged event ever lost? Several callers send batches of rows to a server with two workers, each batch until
+it is acknowledged, while SIGKILL hits a worker, or the server with all workers, at random moments. In the end each
+acknowledged batch has to be in the journal, at the position that its acknowledgement named, with the rows that were
+sent; a server that is started on it has to know all of it.
+
+killed, of which whole   kills, and how many of them were of the server with all workers;
+acknowledged, sent_again batches, and how often one was sent again, as its connection broke;
+lost                     acknowledged batches that the journal does not hold as they were sent;
+torn                     last records that a kill cut off, and that the next start has dropped.
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.jobs.replay.client import Client, place
+from mmoe_rec.jobs.replay.own_server import OwnServer
+from mmoe_rec.journal.follower import Follower
+from tests.processes import children, fork_server, until
+from tests.server.test_events import later_log
+from tests.serving.small_model import SmallModel
+
+CALLERS, WORKERS, BATCH = 4, 2, 20
+BATCHES = 20_000
+"""Different ones, which are sent again from the first one on when all were sent."""
+MOST_SECONDS = 1.0
+"""Until the next kill, once all workers are there again."""
+
+
+class _Caller(threading.Thread):
+    """Sends every fourth batch; acknowledged: by which position, and its number, of each that was."""
+
+    def __init__(self, number: int, url: str, table: pa.Table) -> None:
+        super().__init__(daemon=True)
+        self._next, self._table, self._client = number, table, Client(url)
+        self.ending = threading.Event()
+        self.acknowledged: set[tuple[str, int]] = set()
+        self.error: Exception | None = None
+
+    @property
+    def again(self) -> int:
+        """How often it sent something again."""
+        return self._client.again
+
+    def run(self) -> None:
+        try:
+            self._client.version()  # it has answered once, and so may be away
+            with self._client:
+                while not self.ending.is_set():
+                    number = self._next % BATCHES
+                    position = self._client.send(_batch(self._table, number), None)["position"]
+                    self.acknowledged.add((position, number))
+                    self._next += CALLERS
+        except Exception as error:
+            self.error = error
+
+
+def _batch(table: pa.Table, number: int) -> pa.Table:
+    return table.slice(number * BATCH, BATCH)
+
+
+def _workers(server: OwnServer) -> list[int]:
+    """The process ids of all workers, once they are there."""
+    assert server.process is not None
+    process = server.process.pid
+
+    def all_of_them() -> set[int]:
+        parent = fork_server(process)
+        found = set() if parent is None else children(parent, "forkserver")
+        return found if len(found) == WORKERS else set()
+
+    return sorted(until(all_of_them, "workers are missing"))
+
+
+def _kill(server: OwnServer, is_whole: bool, random: np.random.Generator) -> None:
+    workers = _workers(server)
+    if not is_whole:
+        os.kill(int(random.choice(workers)), signal.SIGKILL)
+        return
+    server.kill()
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    server.start()
+
+
+def _lost(journal: Path, table: pa.Table, acknowledged: set[tuple[str, int]]) -> int:
+    """Batches that are not at their position in the journal as they were sent."""
+    numbers = defaultdict(set)
+    for position, number in acknowledged:
+        numbers[position].add(number)
+    follower, found = Follower(journal), set[tuple[str, int]]()
+    while batches := follower.read(1):  # one record, which may hold the batches of several callers
+        position = str(follower.position)
+        for number in numbers[position]:
+            sent = _batch(table, number).select(batches[0].table.column_names)
+            if any(each.table.cast(sent.schema).equals(sent) for each in batches):
+                found.add((position, number))
+    follower.close()
+    return len(acknowledged - found)
+
+
+def event_kills(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
+    """All figures."""
+    random = np.random.default_rng(seed)
+    model, table = SmallModel(scratch).folder, later_log(seed + 1, rows=BATCH * BATCHES)
+    journal, whole = scratch / "journal", 0
+    with OwnServer(model, journal, scratch / "server.log", WORKERS) as server:
+        callers = [_Caller(number, server.url, table) for number in range(CALLERS)]
+        for caller in callers:
+            caller.start()
+        for number in range(kills):
+            _workers(server)
+            time.sleep(random.random() * MOST_SECONDS)
+            is_whole = bool(random.random() < 0.5)
+            _kill(server, is_whole, random)
+            whole += is_whole
+            print(f"kill {number + 1}: {'all' if is_whole else 'a worker'}", file=sys.stderr, flush=True)
+        for caller in callers:
+            caller.ending.set()
+        for caller in callers:
+            caller.join()
+            if caller.error is not None:
+                raise caller.error
+        _kill(server, True, random)
+        acknowledged = set().union(*(each.acknowledged for each in callers))
+        with Client(server.url) as client:
+            last = max(place(position) for position, _ in acknowledged)
+            until(lambda: place(client.version()["position"]) >= last, "the server does not know all")
+    return {
+        "killed": kills + 1,
+        "of_which_whole": whole + 1,
+        "acknowledged": len(acknowledged),
+        "sent_again": sum(each.again for each in callers),
+        "lost": _lost(journal, table, acknowledged),
+        "torn": (scratch / "server.log").read_text(encoding="utf-8").count("was not whole and never acknowledged"),
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(event_kills(Path(folder), arguments.kills, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()
