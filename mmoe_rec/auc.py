@@ -1,7 +1,8 @@
-"""Area under the ROC curve from counts: the share of pairs of a positive and a negative row in the right order.
+"""Areas under curves from counts of positive and negative rows by rising prediction.
 
-It is the Mann-Whitney statistic: a pair of equal predictions counts one half. Counts are whole numbers, so all that
-is added up is exact, in whatever order.
+That under the ROC curve is the Mann-Whitney statistic, the share of pairs of a positive and a negative row in the right
+order: a pair of equal predictions counts one half. Counts are whole numbers, so all that is added up for it is exact,
+in whatever order.
 """
 
 import numpy as np
@@ -23,6 +24,19 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     return np.divide(pairs_won, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
 
 
+def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """Average precision of predictions in B bins: the mean, over positive rows, of the precision of all rows that are
+    predicted at least as high (as scikit-learn has it, without interpolation); rows of one bin are ties.
+
+    positives, negatives: as for `auc_of_counts`. Gives (...) float64; NaN where there is no positive row.
+    """
+    positives_above, negatives_above = (np.cumsum(each[::-1], axis=0)[::-1] for each in (positives, negatives))
+    rows_above = np.asarray(positives_above + negatives_above, np.float64)
+    precision = np.divide(positives_above, rows_above, out=np.zeros(rows_above.shape), where=rows_above > 0)
+    summed, total = np.einsum("b...,b...->...", positives, precision), np.asarray(positives.sum(axis=0), np.float64)
+    return np.divide(summed, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
 def grouped_auc(
     group: np.ndarray, value: np.ndarray, positives: np.ndarray, negatives: np.ndarray, groups: int
 ) -> np.ndarray:
@@ -31,7 +45,7 @@ def grouped_auc(
     Args:
         group: (N,) int64 in [0, groups).
         value: (N,) the predictions, or anything in the same order.
-        positives: (N,) number of positive rows behind each entry; 0 or 1 for single rows, more for histogram bins.
+        positives: (N,) number of positive rows behind each entry; 0 or 1 for single rows, more for shared values.
         negatives: (N,) number of negative rows behind each entry.
         groups: G.
 

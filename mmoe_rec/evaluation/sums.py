@@ -7,8 +7,7 @@ user, because the intervals resample users.
     total = merge_all(measure(tasks, ...) for batch in batches)
     total.save("evaluation/")
 
-A predicted probability enters as its exact value in the sums and as a bin of its logit in the histogram. AUC over all
-rows and AUC by user come from the histogram, where two rows of one bin count as tied; all other metrics are exact.
+AUC and average precision need the order of all rows: so a binary task's rows are kept by user and predicted value.
 """
 
 import json
@@ -24,24 +23,22 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask, Rows, check_rows
-from mmoe_rec.evaluation.metrics.metric import TaskRows
+from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 
-__all__ = ["BINS_PER_LOGIT", "LARGEST_LOGIT", "EvaluationSums", "MeasuredTask", "measure", "merge_all"]
+__all__ = ["EvaluationSums", "MeasuredTask", "measure", "merge_all"]
 
-BINS_PER_LOGIT = 1024
-LARGEST_LOGIT = 32  # probabilities from 1.3e-14 to 1 - 1.3e-14
 NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 
-_FORMAT = 3
+_FORMAT = 4
 _MANIFEST = "sums.json"
-_KEYS = ("user", "bin")
+_KEYS = ("user", "value")
 
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over rows, per user. `user` is int64 or string, other keys and counts int64, other sums float64.
+    """Sums over rows, per user. `user` is int64 or string, counts are int64, all else is float64.
 
     Attributes:
         tasks: what was measured.
@@ -53,10 +50,11 @@ class EvaluationSums:
             NDCG@10 of their worst orders.
 
             `TASK.users`, one row a user with an observed label: `rows`, the weighted sums `weight`, `label` and
-            `prediction`, of a binary task `positives`, and the sums of the task's metrics.
+            `prediction`, of a binary task `positives`; of its requests, ranked by the task's prediction, the same as
+            in `ranking`; and the sums of the task's metrics.
 
-            `TASK.histogram`, one row a user and bin of the logit, binary tasks only: `rows`, `positives`, and the
-            weighted sums `weight`, `label`, `prediction`.
+            `TASK.values`, one row a user and `value`, the predicted probability, binary tasks only: `rows`,
+            `positives`, and the weighted sums `weight`, `label`, `prediction`.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -176,17 +174,24 @@ def measure(
 def _ranking_table(tasks: Sequence[MeasuredTask], rows: Rows) -> pa.Table:
     requests = len(rows.request_user)
     lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
-    left_out = ranks_nothing(lists)
-    ranked = ~np.any(list(left_out.values()), axis=0)
     columns = {
         "rows": np.bincount(rows.request, minlength=requests),
         "requests": np.ones(requests, dtype=np.int64),
-        **{f"requests_{why}": each.astype(np.int64) for why, each in left_out.items()},
-        "ranked_requests": ranked.astype(np.int64),
     }
-    measured = {"least_ndcg": least_ndcg(lists, NOTED_CUTOFF)} | _measured("score", lists, {*columns, "least_ndcg"})
-    columns |= {name: np.where(ranked, values, 0.0) for name, values in measured.items()}
-    return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **columns})
+    columns |= _of_lists("score", lists, columns)
+    return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **_complete("score", columns)})
+
+
+def _of_lists(kind: str, lists: RankedLists, taken: Collection[str]) -> dict[str, np.ndarray]:
+    """What requests add, name -> (Q,), to the sums of the score, or of a task of this kind; taken: names of others."""
+    left_out = ranks_nothing(lists)
+    ranked = ~np.any(list(left_out.values()), axis=0)
+    counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
+    measured = {"least_ndcg": least_ndcg(lists, NOTED_CUTOFF)}
+    metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
+    measured |= _measured(metrics, lists, {*taken, *counted, *measured})
+    found = {name: each.astype(np.int64) for name, each in counted.items()}
+    return found | {name: np.where(ranked, each, 0.0) for name, each in measured.items()}
 
 
 def _gain(tasks: Sequence[MeasuredTask], rows: Rows) -> np.ndarray:
@@ -202,37 +207,38 @@ def _task_tables(task: MeasuredTask, rows: Rows) -> dict[str, pa.Table]:
         each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])
     )
     prediction, precision = given.astype(np.float64), float(np.finfo(given.dtype).eps)
-    known = TaskRows(label, prediction, weight, precision, rows.request[observed], len(rows.request_user))
+    requests, request = np.unique(rows.request[observed], return_inverse=True)
+    known = TaskRows(label, prediction, weight, precision, request, len(requests))
+    lists = RankedLists.of(request, prediction, np.maximum(label, 0.0), len(requests))
     users = rows.users.take(pa.array(rows.user[observed]))
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
-    tables = {f"{task.name}.users": pa.table({"user": users, **sums, **_measured(task.kind, known, sums)})}
+    own = _measured([each for each in metrics_of(task.kind) if not each.of_lists], known, sums)
+    own |= known.at_first_rows(_of_lists(task.kind, lists, {*sums, *own}))
+    tables = {f"{task.name}.users": pa.table({"user": users, **_complete(task.kind, sums | own)})}
     if task.kind == "binary":
-        tables[f"{task.name}.histogram"] = pa.table({"user": users, "bin": _logit_bin(prediction), **sums})
+        tables[f"{task.name}.values"] = pa.table({"user": users, "value": prediction, **sums})
     return tables
 
 
-def _measured(kind: str, rows: Any, taken: Collection[str]) -> dict[str, np.ndarray]:
-    """The sums that are the metrics' own; taken: names of other sums."""
+def _measured(metrics: Iterable[Metric[Any]], given: Any, taken: Collection[str]) -> dict[str, np.ndarray]:
+    """The sums that are the metrics' own, of what they are given; taken: names of other sums."""
     columns: dict[str, np.ndarray] = {}
-    for metric in metrics_of(kind):
-        found = metric.measure(rows)
+    for metric in metrics:
+        found = metric.measure(given)
         if twice := [name for name in found if name in taken or name in columns]:
             raise ValueError(f"metric {metric.name!r} measures {twice}, and so does another; expected names of its own")
         columns |= found
-    for metric in metrics_of(kind):
-        if missing := set(metric.totals) - {*taken, *columns}:
-            raise ValueError(f"metric {metric.name!r} reads {sorted(missing)}, which no metric measures")
     return columns
 
 
-def _logit_bin(probability: np.ndarray) -> np.ndarray:
-    """(N,) int64 in [0, 2 x LARGEST_LOGIT x BINS_PER_LOGIT), rising with the probability."""
-    inside = np.clip(probability, 1e-15, 1 - 1e-15)
-    logit = np.clip(np.log(inside) - np.log1p(-inside), -LARGEST_LOGIT, LARGEST_LOGIT)
-    bins = np.floor((logit + LARGEST_LOGIT) * BINS_PER_LOGIT).astype(np.int64)
-    return np.minimum(bins, 2 * LARGEST_LOGIT * BINS_PER_LOGIT - 1)
+def _complete(kind: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """The sums, which have to hold all that the metrics of a kind read."""
+    for metric in metrics_of(kind):
+        if missing := set(metric.totals) - set(columns):
+            raise ValueError(f"metric {metric.name!r} reads {sorted(missing)}, which no metric measures")
+    return columns
 
 
 def _merged(tasks: tuple[MeasuredTask, ...], tables: Mapping[str, pa.Table]) -> EvaluationSums:

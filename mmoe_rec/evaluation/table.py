@@ -10,7 +10,9 @@ from mmoe_rec.evaluation.metrics.metric import Metric
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
-    """One row a metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
+    """One row a headline metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
+
+    Of how well a task's prediction ranks each request's rows there is only GAUC; `metrics.json` has all.
 
     Values stand with half the width of their 95% interval; the summary has the exact ends, which need not lie evenly.
 
@@ -26,7 +28,12 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     sections = {name: None for summary in columns.values() for name in summary["tasks"]}
     for section in (*sections, "score"):
         groups = [_group(summary, section) for summary in columns.values()]
-        shown = [metric for metric in registered.METRICS if any(_has(group, metric) for group in groups)]
+        shown = [
+            metric
+            for metric in registered.METRICS
+            if metric.is_headline and (section == "score" or not metric.of_lists)
+            if any(_has(group, metric) for group in groups)
+        ]
         table.add_row(Text(section, style="bold"))
         for metric in shown:
             table.add_row(f"  {metric.label}", *_cells(metric, groups), end_section=metric == shown[-1])

@@ -104,11 +104,9 @@ print(json.dumps(flatten(summarise(sums, 20))))
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each."""
-    monkeypatch.setattr(
-        registered,
-        "METRICS",
-        (*registered.METRICS[:6], Brier(), LargestError(), *registered.METRICS[6:], FirstIsRelevant()),
-    )
+    behind = 1 + [metric.name for metric in registered.METRICS].index("calibration")
+    before, after = registered.METRICS[:behind], registered.METRICS[behind:]
+    monkeypatch.setattr(registered, "METRICS", (*before, Brier(), LargestError(), *after, FirstIsRelevant()))
 
 
 def weighted(log: Log) -> Log:

@@ -6,27 +6,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from simulated_log import BOUGHT, SPENT, Log, simulate
-from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, root_mean_squared_error
+from sklearn.metrics import (
+    average_precision_score,
+    log_loss,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+    root_mean_squared_error,
+)
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.notes import told, warnings
 from mmoe_rec.evaluation.summary import compare, flatten, summarise, sums_by_user
-from mmoe_rec.evaluation.sums import BINS_PER_LOGIT, MeasuredTask, measure, merge_all
+from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
 
 
 def value(log: Log, task: str, metric: str) -> float:
     return summarise(log.measure(), resamples=1)["tasks"][task][metric]["value"]
 
 
-def naive_gauc(log: Log, task: str, groups: np.ndarray) -> float:
+def naive_gauc(log: Log, task: str, groups: np.ndarray, weighted: bool = True) -> float:
     rows, label, prediction = log.observed(task)
     total, weight = 0.0, 0
     for group in np.unique(groups):
         mine = groups[rows] == group
         if len(np.unique(label[mine])) == 2:
-            total += mine.sum() * roc_auc_score(label[mine], prediction[mine])
-            weight += mine.sum()
+            counts = mine.sum() if weighted else 1
+            total += counts * roc_auc_score(label[mine], prediction[mine])
+            weight += counts
     return total / weight
 
 
@@ -41,30 +49,42 @@ def test_binary_metrics_are_those_of_scikit_learn(log: Log, task: str, dtype: ty
     assert value(log, task, "logloss") == pytest.approx(expected, rel=1e-9)
     assert value(log, task, "normalised_entropy") == pytest.approx(expected / entropy, rel=1e-9)
     assert value(log, task, "calibration") == pytest.approx(prediction.astype(float).sum() / label.sum(), rel=1e-9)
-    assert value(log, task, "auc") == pytest.approx(roc_auc_score(label, prediction), abs=2e-5)
-    assert value(log, task, "gauc_user") == pytest.approx(naive_gauc(log, task, log.users), abs=2e-4)
-    assert value(log, task, "gauc_request") == pytest.approx(naive_gauc(log, task, log.requests), abs=1e-12)
+    assert value(log, task, "auc") == pytest.approx(roc_auc_score(label, prediction), abs=1e-12)
+    assert value(log, task, "average_precision") == pytest.approx(average_precision_score(label, prediction), abs=1e-12)
+    for metric, groups in (("gauc_user", log.users), ("gauc_request", log.requests)):
+        assert value(log, task, metric) == pytest.approx(naive_gauc(log, task, groups), abs=1e-12)
+        unweighted = naive_gauc(log, task, groups, weighted=False)
+        assert value(log, task, f"{metric}_unweighted") == pytest.approx(unweighted, abs=1e-12)
 
 
-def test_auc_is_exact_when_predictions_lie_in_bins_of_their_own(tied_log: Log) -> None:
+def test_ties_count_as_in_scikit_learn(tied_log: Log) -> None:
     _, label, prediction = tied_log.observed("bought")
     assert value(tied_log, "bought", "auc") == pytest.approx(roc_auc_score(label, prediction), abs=1e-12)
     assert value(tied_log, "bought", "gauc_user") == pytest.approx(
         naive_gauc(tied_log, "bought", tied_log.users), abs=1e-12
     )
+    found, expected = value(tied_log, "bought", "average_precision"), average_precision_score(label, prediction)
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_auc_is_off_by_at_most_half_the_pairs_that_share_a_bin() -> None:
-    """Predictions packed into a few bins, the worst case for the histogram."""
+@pytest.mark.parametrize(("spread", "rate"), [(1.0, 1.0), (1e-9, 1.0), (1.0, 0.05)])
+def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(spread, rate, monkeypatch) -> None:
+    """Bins of some 6 values each; also where predictions lie close together, and where positives are rare."""
     log = simulate(seed=3)
-    logit = -3 + 5 / BINS_PER_LOGIT * log.predictions["bought"]
-    log = replace(log, predictions=log.predictions | {"bought": 1 / (1 + np.exp(-logit))})
+    kept = log.labels["bought"] * (np.random.default_rng(0).random(len(log.score)) < rate)
+    log = replace(log, predictions=log.predictions | {"bought": 0.3 + spread * 0.5 * log.predictions["bought"]})
+    log = replace(log, labels=log.labels | {"bought": kept})
     _, label, prediction = log.observed("bought")
-    bins = np.floor(np.log(prediction / (1 - prediction)) * BINS_PER_LOGIT)
-    shared = sum((label[bins == b] == 1).sum() * (label[bins == b] == 0).sum() for b in np.unique(bins))
-    bound = 0.5 * shared / (label.sum() * (1 - label).sum())
-    error = abs(value(log, "bought", "auc") - roc_auc_score(label, prediction))
-    assert 0 < error <= bound
+    exact = summarise(log.measure(), resamples=200)["tasks"]["bought"]
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 400)
+    found = summarise(log.measure(), resamples=200)["tasks"]["bought"]
+    for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
+        assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
+        width = exact[metric]["high"] - exact[metric]["low"]
+        for end in ("low", "high"):
+            assert found[metric][end] == pytest.approx(exact[metric][end], abs=0.03 * width)
+    if rate == 1.0:
+        assert found["average_precision"]["low"] != exact["average_precision"]["low"]
 
 
 def test_certain_predictions_are_clipped_as_in_scikit_learn() -> None:
@@ -153,7 +173,7 @@ def test_lists_of_one_have_neither_ndcg_nor_a_gauc_by_request(log: Log) -> None:
     assert "a list of one ranks nothing" in summary["score"]["note"]
     assert summary["tasks"]["bought"]["gauc_request"]["value"] is None
     assert summary["tasks"]["bought"]["gauc_user"]["value"] is not None
-    assert summary["tasks"]["bought"]["note"] == "No request has rows of both labels: GAUC by request is undefined."
+    assert summary["tasks"]["bought"]["note"] == "No request has rows of both labels: metrics by request are undefined."
     assert [note for note in told([summary, summary]) if note.startswith("score: ")] == [
         f"score: {summary['score']['note']}"
     ]
@@ -188,7 +208,7 @@ def test_what_has_no_interval_is_said_and_why() -> None:
     found = summary["tasks"]["bought"]
     assert found["auc"]["value"] == 1
     assert found["auc"]["low"] is None
-    assert "auc, gauc_user, gauc_request" in found["note"]
+    assert "auc, average_precision, gauc_user, " in found["note"]
     assert "no interval" in found["note"]
     assert "no interval" in summary["score"]["note"]
 
@@ -221,7 +241,8 @@ def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, 
     assert found["r2"]["value"] == pytest.approx(r2_score(label - mean, prediction - mean), rel=1e-5)
     assert found["rmse"]["value"] == pytest.approx(root_mean_squared_error(label, prediction), rel=1e-6)
     assert found["r2"]["low"] < found["r2"]["value"] < found["r2"]["high"]
-    assert "note" not in found
+    nothing_ranked = "No request has rows of different relevance: metrics by request are undefined."
+    assert found.get("note") == (nothing_ranked if mean < 0 else None)
 
 
 def test_a_resampled_r2_is_that_of_the_redrawn_rows(log: Log) -> None:
@@ -250,8 +271,8 @@ def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
     for row in bins:
         mine = order[start : start + row["rows"]]
         start += row["rows"]
-        assert row["mean_predicted"] == pytest.approx(prediction[mine].mean(), abs=1e-5)
-        assert row["observed_rate"] == pytest.approx(label[mine].mean(), abs=0.01)
+        assert row["mean_predicted"] == pytest.approx(prediction[mine].mean(), abs=1e-12)
+        assert row["observed_rate"] == pytest.approx(label[mine].mean(), abs=1e-12)
         assert row["low"] <= row["observed_rate"] <= row["high"]
     error = sum(row["rows"] * abs(row["mean_predicted"] - row["observed_rate"]) for row in bins) / len(label)
     assert found["ece"] == pytest.approx(error)
@@ -328,7 +349,9 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log) -> None:
     for draw in range(3):
         times = np.array([drawn[user][draw] for user in log.users])
         label, prediction = log.labels["bought"], log.predictions["bought"]
-        assert found["auc"][draw] == pytest.approx(roc_auc_score(label, prediction, sample_weight=times), abs=2e-5)
+        assert found["auc"][draw] == pytest.approx(roc_auc_score(label, prediction, sample_weight=times), abs=1e-12)
+        expected = average_precision_score(label, prediction, sample_weight=times)
+        assert found["average_precision"][draw] == pytest.approx(expected, abs=1e-12)
         assert found["logloss"][draw] == pytest.approx(log_loss(label, prediction, sample_weight=times))
 
 

@@ -80,7 +80,7 @@ def test_relevance_is_the_weighted_sum_of_labels() -> None:
     dcg = 1 / np.log2(5) + 0.5 / np.log2(4)
     row = sums.tables["ranking"].to_pylist()[0]
     assert row["ndcg_at_5"] == pytest.approx(dcg / (1 + 0.5 / np.log2(3)))
-    assert row["reciprocal_rank"] == pytest.approx(1 / 3)
+    assert row["mrr"] == pytest.approx(1 / 3)
 
 
 def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:

@@ -22,7 +22,7 @@ _BETTER = {"higher": "↑", "lower": "↓", "one": "→ 1"}
 
 
 class Metric(ABC, Generic[Measured]):
-    """One metric of a task (`Metric[TaskRows]`) or of the score (`Metric[RankedLists]`)."""
+    """One metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedLists]`)."""
 
     name: str
     """In `metrics.json`, MLflow and tables."""
@@ -32,6 +32,11 @@ class Metric(ABC, Generic[Measured]):
     """Which values are better; of `one`, those closer to 1."""
     totals: Sequence[str]
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
+    of_lists: bool = False
+    """Of a metric of tasks: whether it measures ranked lists, as those of the score always do: the rows of each request
+    by falling prediction, where a row is worth its label, or nothing if that is negative."""
+    is_headline: bool = True
+    """Whether it stands in the table on the terminal; `metrics.json` and MLflow have all."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
     """How to merge those of its sums that are not added up."""
@@ -41,7 +46,7 @@ class Metric(ABC, Generic[Measured]):
             raise TypeError(f"metric {type(self).__name__} does not say: {', '.join(missing)}")
 
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
-        """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of the score, adds."""
+        """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of lists, adds."""
         return {}
 
     @abstractmethod
@@ -88,7 +93,7 @@ class TaskRows:
     Attributes:
         label, prediction, weight: (N,) float64.
         precision: machine precision of the predictions as they were given.
-        request: (N,) int64 in [0, requests).
+        request: (N,) int64 in [0, requests), each of which has a row.
     """
 
     label: np.ndarray
@@ -98,17 +103,27 @@ class TaskRows:
     request: np.ndarray
     requests: int
 
+    def at_first_rows(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Values of requests, name -> (Q,), as what rows add: name -> (N,), 0 but for one row of each request."""
+        first = np.zeros(self.requests, np.int64)
+        first[self.request[::-1]] = np.arange(len(self.request))[::-1]  # what is written last stays
+        found = {name: np.zeros(len(self.request), each.dtype) for name, each in values.items()}
+        for name, each in values.items():
+            found[name][first] = each
+        return found
+
 
 class UserSums:
     """The sums of a task, or of the score, for each of all U users that were measured.
 
-    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score.
+    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score; values:
+    the table `TASK.values` of a binary task.
     """
 
     def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
         self.users = tables["ranking"]["user"]
         self.table = tables["ranking" if task is None else f"{task}.users"]
-        self.histogram = tables.get(f"{task}.histogram")
+        self.values = tables.get(f"{task}.values")
         self._metrics = [metric for metric in metrics if metric.has_interval]
         self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}

@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from scipy.sparse import csr_matrix
 
-from mmoe_rec.evaluation.metrics.auc import one_class
+from mmoe_rec.evaluation.metrics.auc import equal_mass, one_class
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 from mmoe_rec.evaluation.metrics.resampling import Values, replicate, with_interval
 
@@ -50,20 +49,20 @@ class ExpectedCalibrationError(Metric[TaskRows]):
     has_interval = False
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
-        bins = drawn.sums.once(_WideBins)
+        bins = drawn.sums.once(_Bins)
         weight, label, prediction = (each @ drawn.counts for each in (bins.weight, bins.label, bins.prediction))
         return ratio(np.abs(prediction - label).sum(axis=0), weight.sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The bins, for a plot."""
-        return {"calibration_bins": _calibration_bins(sums.once(_WideBins), len(sums.users), resamples, seed)}
+        return {"calibration_bins": _calibration_bins(sums.once(_Bins), len(sums.users), resamples, seed)}
 
 
-class _WideBins:
-    """Ten bins of rising prediction and equal mass, made of those of the histogram.
+class _Bins:
+    """Ten bins of rising prediction and equal mass.
 
-    Rows of one histogram bin stay together, so masses differ where many rows share a prediction, and there are fewer
-    bins than ten where a single prediction holds more rows than a bin.
+    Rows of one prediction stay together, so masses differ where many rows share one, and there are fewer bins than ten
+    where a single prediction holds more rows than a bin.
 
     Attributes:
         totals: `rows`, and the weighted `weight`, `label` and `prediction` -> (bins,) float64.
@@ -71,19 +70,19 @@ class _WideBins:
     """
 
     def __init__(self, sums: UserSums) -> None:
-        histogram = sums.histogram
-        assert histogram is not None  # of a binary task
-        place = _equal_mass(histogram, 10)
-        used, user = int(place.max(initial=-1)) + 1, sums.index(histogram["user"])
-        columns = {name: histogram[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
-        self.totals = {name: np.bincount(place, values, used) for name, values in columns.items()}
+        values = sums.values
+        assert values is not None  # of a binary task
+        place = equal_mass(values, values["weight"].to_numpy(), 10)
+        used, user = int(place.max(initial=-1)) + 1, sums.index(values["user"])
+        columns = {name: values[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
+        self.totals = {name: np.bincount(place, each, used) for name, each in columns.items()}
         self.weight, self.label, self.prediction = (
             csr_matrix((columns[name], (place, user)), (used, len(sums.users)))
             for name in ("weight", "label", "prediction")
         )
 
 
-def _calibration_bins(bins: _WideBins, users: int, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _calibration_bins(bins: _Bins, users: int, resamples: int, seed: int) -> list[dict[str, Any]]:
     """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
     (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
     """
@@ -110,15 +109,6 @@ def _calibration_bins(bins: _WideBins, users: int, resamples: int, seed: int) ->
             }
         )
     return result
-
-
-def _equal_mass(histogram: pa.Table, bins: int) -> np.ndarray:
-    """(rows of the histogram,) int64, the wide bin of each; wide bins without rows are skipped in the numbering."""
-    logit_bin, index = np.unique(histogram["bin"].to_numpy(), return_inverse=True)
-    mass = np.bincount(index, histogram["weight"].to_numpy(), len(logit_bin))
-    middle = np.cumsum(mass) - 0.5 * mass
-    wide = np.minimum((bins * middle / mass.sum()).astype(np.int64), bins - 1)
-    return np.unique(wide, return_inverse=True)[1][index]
 
 
 def _entropy(rate: np.ndarray) -> np.ndarray:

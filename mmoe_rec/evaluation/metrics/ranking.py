@@ -1,16 +1,21 @@
-"""Metrics of the score: how well it ranks the rows of a request, as means over requests whose rows differ in relevance.
+"""How well the score, or a task's prediction, ranks the rows of a request: means over requests whose rows differ in
+relevance.
 
-They are computed for all requests at once, without a Python loop: sums over requests and over *runs*, rows of one
-request with equal scores. Rows of a run have no order of their own, so each metric is its expected value over a random
-order of them: no metric can gain from ties.
+Relevance is graded for NDCG; for the others a row is relevant or not. The metrics are computed for all requests at
+once, without a Python loop: sums over requests and over *runs*, rows of one request with equal scores. Rows of a run
+have no order of their own, so each metric is its expected value over a random order of them: none can gain from ties.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaln
 
 from mmoe_rec.auc import exclusive_sum, runs, starts
+from mmoe_rec.evaluation.metrics.auc import NO_REQUEST
 from mmoe_rec.evaluation.metrics.metric import Ratio
 
 
@@ -46,27 +51,38 @@ class RankedLists:
         return RankedLists(request, requests, gain[order], position, run, position[starts(run)], np.bincount(run))
 
 
-class Ndcg(Ratio[RankedLists]):
-    """Mean normalised discounted cumulative gain of the first `cutoff` rows."""
+class ListMetric(Ratio[RankedLists]):
+    """The mean of what `of_list` gives over the requests that rank something.
 
-    kinds, better = ("score",), "higher"
+    of_list: (Q,) float64 of ranked lists; it may be NaN for requests that rank nothing.
+    """
 
-    def __init__(self, cutoff: int) -> None:
-        self.name, self.cutoff = f"ndcg_at_{cutoff}", cutoff
-        self.totals = (self.name, "ranked_requests")
+    kinds, better, of_lists = ("binary", "regression", "score"), "higher", True
+
+    def __init__(self, name: str, of_list: Callable[[RankedLists], np.ndarray], is_headline: bool = True) -> None:
+        self.name, self._of_list, self.is_headline = name, of_list, is_headline
+        self.totals = (name, "ranked_requests")
         super().__init__()
 
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
-        return {self.name: ndcg(lists, self.cutoff)}
+        return {self.name: self._of_list(lists)}
+
+    def why_undefined(self, group: Mapping[str, Any]) -> str:
+        if group.get("kind") == "binary":
+            return NO_REQUEST
+        return "No request has rows of different relevance: metrics by request are undefined."
 
 
-class MeanReciprocalRank(Ratio[RankedLists]):
-    """Mean of 1 / the rank of the first relevant row."""
-
-    name, kinds, better, totals = "mrr", ("score",), "higher", ("reciprocal_rank", "ranked_requests")
-
-    def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
-        return {"reciprocal_rank": reciprocal_rank(lists)}
+def list_metrics(cutoffs: Sequence[int]) -> Iterator[ListMetric]:
+    """All of them, those of the first `cutoff` rows for each of several."""
+    for cutoff in cutoffs:
+        yield ListMetric(f"ndcg_at_{cutoff}", partial(ndcg, cutoff=cutoff))
+    yield ListMetric("mrr", reciprocal_rank)
+    yield ListMetric("map", average_precision, is_headline=False)
+    for cutoff in cutoffs:
+        yield ListMetric(f"recall_at_{cutoff}", partial(recall, cutoff=cutoff), is_headline=False)
+    for cutoff in cutoffs:
+        yield ListMetric(f"hit_rate_at_{cutoff}", partial(hit_rate, cutoff=cutoff), is_headline=False)
 
 
 def ranks_nothing(lists: RankedLists) -> dict[str, np.ndarray]:
@@ -148,6 +164,63 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
     result = np.full(lists.requests, np.nan)
     result[found] = expected[found]
     return result
+
+
+def average_precision(lists: RankedLists) -> np.ndarray:
+    """The mean, over the relevant rows, of the share of relevant rows among all rows down to them.
+
+    Of a run of n rows, r of which are relevant, each row is relevant with probability r / n; the j-th, if it is, has
+    (j - 1) (r - 1) / (n - 1) relevant ones of the run before it, on average.
+
+    Returns:
+        (Q,) float64 in (0, 1]; NaN for a request without a relevant row.
+    """
+    run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
+    total = np.bincount(run_request, run_relevant, lists.requests)
+    before = exclusive_sum(run_relevant) - exclusive_sum(total)[run_request]
+    length, relevant = lists.run_length[lists.run], run_relevant[lists.run]
+    place = lists.position - lists.run_first[lists.run]
+    others = np.divide(place * (relevant - 1), length - 1, out=np.zeros(len(place)), where=length > 1)
+    precision = (before[lists.run] + 1 + others) / (lists.position + 1)
+    summed = np.bincount(lists.request, relevant / length * precision, lists.requests)
+    return np.divide(summed, total, out=np.full(lists.requests, np.nan), where=total > 0)
+
+
+def recall(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """The share of the relevant rows that are among the first `cutoff`.
+
+    Returns:
+        (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
+    """
+    run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
+    total = np.bincount(run_request, run_relevant, lists.requests)
+    found = np.bincount(run_request, run_relevant * _inside(lists, cutoff) / lists.run_length, lists.requests)
+    return np.divide(found, total, out=np.full(lists.requests, np.nan), where=total > 0)
+
+
+def hit_rate(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """Whether a relevant row is among the first `cutoff`: the probability of that where a run reaches beyond them.
+
+    Returns:
+        (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
+    """
+    run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
+    inside, length = _inside(lists, cutoff), lists.run_length
+    # Of the run's rows, those inside are all irrelevant in C(n - r, inside) of C(n, inside) cases.
+    log_missed = _log_choose(length - run_relevant, inside) - _log_choose(length, inside)
+    missed = np.exp(np.bincount(run_request, log_missed, lists.requests))
+    total = np.bincount(run_request, run_relevant, lists.requests)
+    return np.where(total > 0, 1 - missed, np.nan)
+
+
+def _relevant(lists: RankedLists) -> np.ndarray:
+    """(runs,) float64, the relevant rows of each run."""
+    return np.bincount(lists.run, lists.gain > 0)
+
+
+def _inside(lists: RankedLists, cutoff: int) -> np.ndarray:
+    """(runs,) int64, how many rows of each run are among the first `cutoff` of their request."""
+    return np.clip(cutoff - lists.run_first, 0, lists.run_length)
 
 
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:

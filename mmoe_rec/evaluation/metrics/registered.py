@@ -5,10 +5,16 @@ from typing import Any
 from mmoe_rec.evaluation.metrics import auc, probability, ranking, regression
 from mmoe_rec.evaluation.metrics.metric import Metric
 
+CUTOFFS = (5, 10)
+"""Of metrics of the first rows of a list."""
+
 METRICS: tuple[Metric[Any], ...] = (
     auc.Auc(),
+    auc.AveragePrecision(),
     auc.GaucUser(),
+    auc.GaucUser(weighted=False),
     auc.GaucRequest(),
+    auc.GaucRequestUnweighted(),
     probability.Logloss(),
     probability.NormalisedEntropy(),
     probability.Calibration(),
@@ -16,9 +22,7 @@ METRICS: tuple[Metric[Any], ...] = (
     regression.RootMeanSquaredError(),
     regression.MeanAbsoluteError(),
     regression.RSquared(),
-    ranking.Ndcg(5),
-    ranking.Ndcg(10),
-    ranking.MeanReciprocalRank(),
+    *ranking.list_metrics(CUTOFFS),
 )
 """In the order in which tables show them."""
 
