@@ -7,6 +7,7 @@ from pathlib import Path
 NAMES = (
     "train",
     "evaluate",
+    "metrics",
     "score",
     "serve",
     "join_outcomes",

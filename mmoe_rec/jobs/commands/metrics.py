@@ -1,0 +1,66 @@
+"""python -m pipelines.metrics --predictions scores --config configs/complete_journey.yaml
+
+Metrics of predictions in Parquet files: those of `score --labels`, or of any other system. A row has a user, a request,
+for each task a prediction (predicted_TASK) and a label (label_TASK, null where unobserved), and the score by which the
+candidates of its request were ranked; --columns says where columns are called otherwise. Prints a table, and writes
+`metrics.json` and the sums it was made from to --out.
+
+The tasks are those of the settings, or of --tasks: NAME for a binary one, NAME:regression for another, each maybe with
+its weight in what a row is worth, such as --tasks bought stars:regression=0.2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.jobs.commands.command import count, parsed
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--predictions", required=True, metavar="P", help="a folder of Parquet files, one, or a glob")
+    parser.add_argument("--tasks", nargs="+", metavar="T", help="what was predicted, without a settings file")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="PART=COLUMN",
+        help="names of columns: user, request (several joined by +), candidate, score, weight (counts rows in losses "
+        "and calibration), predicted_TASK, label_TASK",
+    )
+    parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
+    parser.add_argument("--resamples", type=count, metavar="N", help="redraws of the users, for the intervals")
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments = parsed(__doc__ or "", argv, _add_arguments, config=False)
+    if (arguments.config is None) == (arguments.tasks is None):
+        raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from mmoe_rec.evaluation.notes import told, warnings
+    from mmoe_rec.evaluation.table import results_table
+    from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
+    from mmoe_rec.jobs.metrics import How, measure_predictions
+    from mmoe_rec.settings import load_settings
+
+    if arguments.config is None:
+        asked, how = asked_by_words(arguments.tasks), How(engine=arguments.engine or "local")
+    else:
+        settings = load_settings(arguments.config, arguments.overrides)
+        asked = asked_by_settings(settings)
+        how = How(settings.evaluation.resamples, 0, settings.data.engine, settings.data.workers)
+    how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
+    summary = measure_predictions(asked.with_columns(arguments.columns), arguments.predictions, arguments.out, how)
+    Console().print(results_table({Path(arguments.predictions).name: summary}))
+    for note in told([summary]):
+        print(f"note: {note}")
+    for warning in warnings(summary):
+        print(f"warning: {warning}")
+    print(f"metrics: {Path(arguments.out) / 'metrics.json'}")

@@ -1,0 +1,1 @@
+"""Metrics of predictions in Parquet files, wherever they come from."""

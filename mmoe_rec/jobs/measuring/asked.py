@@ -1,0 +1,103 @@
+"""What is measured, and in which columns it stands: by a settings file, or by the words of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.checked_rows import MeasuredTask
+from mmoe_rec.schema import outcome_name
+from mmoe_rec.settings import Settings
+
+JOINED = "+"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Tasks, and the columns that rows have.
+
+    request: one column, or several whose values together tell requests apart; score, candidate: may be missing in the
+    files where None was said of them; predicted, labels: task -> column; optional: tasks that are measured where the
+    files have their columns; source: of what this is, for messages.
+    """
+
+    tasks: tuple[MeasuredTask, ...]
+    user: str = "user"
+    request: tuple[str, ...] = ("request",)
+    score: str | None = None
+    candidate: str | None = None
+    weight: str | None = None
+    predicted: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+
+    def with_columns(self, words: Sequence[str]) -> Asked:
+        """With other columns, each as PART=COLUMN. Raises UserError for words that say something else."""
+        changed = self
+        for word in words:
+            part, equals, column = word.partition("=")
+            if not equals or not part or not column:
+                raise UserError(f"--columns takes PART=COLUMN, such as user=customer_id; found '{word}'")
+            changed = changed._with(part, column)
+        return changed
+
+    def _with(self, part: str, column: str) -> Asked:
+        if part in ("user", "score", "candidate", "weight"):
+            return replace(self, **{part: column})  # type: ignore[arg-type]
+        if part == "request":
+            return replace(self, request=tuple(column.split(JOINED)))
+        for kind in ("predicted", "label"):
+            task = part.removeprefix(f"{kind}_")
+            if task != part and task in self.predicted:
+                if kind == "predicted":
+                    return replace(self, predicted=self.predicted | {task: column})
+                return replace(self, labels=self.labels | {task: column})
+        parts = ["user", "request", "candidate", "score", "weight"]
+        parts += [f"{kind}_{task}" for task in self.predicted for kind in ("predicted", "label")]
+        near = get_close_matches(part, parts, 1)
+        meant = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(parts)}"
+        raise UserError(f"--columns {part}={column}: rows have no part '{part}'{meant}")
+
+    def without(self, tasks: Sequence[str]) -> Asked:
+        """Without some of the tasks."""
+        return replace(self, tasks=tuple(task for task in self.tasks if task.name not in tasks))
+
+
+def _asked(tasks: Sequence[MeasuredTask], optional: Sequence[str] = ()) -> Asked:
+    names = [task.name for task in tasks]
+    predicted, labels = ({name: f"{kind}_{name}" for name in names} for kind in ("predicted", "label"))
+    return Asked(tuple(tasks), predicted=predicted, labels=labels, optional=frozenset(optional))
+
+
+def asked_by_settings(settings: Settings) -> Asked:
+    """The tasks of settings, their outcomes, and the log's names of users, requests and candidates."""
+    tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
+    outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
+    asked = _asked([*tasks, *(MeasuredTask(name, "binary", 0.0) for name in outcomes)], outcomes)
+    names = settings.schema_.columns
+    if names.request is None:
+        request: tuple[str, ...] = names.user, names.time
+    else:
+        request = (names.user, names.request) if names.request_scope == "user" else (names.request,)
+    return replace(asked, user=names.user, request=request, candidate=names.candidate)
+
+
+def asked_by_words(words: Sequence[str]) -> Asked:
+    """Tasks as NAME, NAME:regression, NAME=WEIGHT or NAME:regression=WEIGHT. Raises UserError for anything else."""
+    tasks = []
+    for word in words:
+        named, equals, weight = word.partition("=")
+        name, colon, kind = named.partition(":")
+        try:
+            tasks.append(MeasuredTask(name, kind if colon else "binary", float(weight) if equals else 1.0))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(
+                f"--tasks takes NAME, NAME:regression and NAME=WEIGHT, such as bought or stars:regression=0.2; "
+                f"found '{word}' ({error})"
+            ) from None
+    names = [task.name for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--tasks names '{twice}' twice")
+    return _asked(tasks)

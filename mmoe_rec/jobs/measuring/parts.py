@@ -1,0 +1,197 @@
+"""The tasks of measuring predictions: parts of files are read and checked, and partitions of requests are measured.
+
+    row groups  -> rows, checked, to partitions of requests through files
+    partitions  -> sums of metrics, which are merged
+
+A partition is held in memory; all rows of a request lie in one, wherever they stand in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.build.exchange import Exchange, partition_of
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.sums import EvaluationSums, measure
+from mmoe_rec.jobs.measuring.asked import Asked
+from mmoe_rec.log.checks import BadFile, open_parquet
+from mmoe_rec.log.columns import canonical_type
+from mmoe_rec.log.hashing import combine, hash_column
+from mmoe_rec.log.values import file_column, first_row, next_batch
+from mmoe_rec.schema import Use
+
+ROWS = "rows"  # the channel
+ROWS_AT_A_TIME = 131_072
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive row groups of a file; start: the number of their first row."""
+
+    address: str
+    groups: tuple[int, ...]
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """What the tasks share."""
+
+    asked: Asked
+    rows: Exchange
+
+
+def uses_of(asked: Asked) -> dict[str, Use]:
+    """What each column is read as."""
+    keys = dict.fromkeys([asked.user], "key") | {name: "any" for name in asked.request if name != asked.user}
+    named = [asked.score, asked.weight, *_of_tasks(asked, asked.predicted), *_of_tasks(asked, asked.labels)]
+    return keys | {name: "number" for name in named if name is not None}  # type: ignore[return-value]
+
+
+def _of_tasks(asked: Asked, columns: dict[str, str]) -> list[str]:
+    return [columns[task.name] for task in asked.tasks]
+
+
+def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> int:
+    """Reads a part, checks its rows and sends them; gives how many there were. Raises BadFile for a wrong value."""
+    number, part = number_and_part
+    reading, uses = _Reading(job.asked, part.address), uses_of(job.asked)
+    with open_parquet(part.address) as parquet:
+        batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(part.groups), columns=list(uses))
+
+        def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
+            start = part.start
+            while (batch := next_batch(batches, part.address, parquet.schema_arrow)) is not None:
+                table = reading.rows(pa.Table.from_batches([batch]), start)
+                start += len(table)
+                receiver = partition_of(table["hash"].to_numpy(), job.rows.receivers)
+                yield table.drop_columns(["hash"]), receiver
+
+        sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
+    return int(sent.sum())
+
+
+class _Reading:
+    """Rows of a file as columns `user`, `request` and its `hash`, `score`, `weight`, and of each task `p.TASK` and
+    `l.TASK`."""
+
+    def __init__(self, asked: Asked, address: str) -> None:
+        self._asked, self._address = asked, address
+
+    def rows(self, table: pa.Table, start: int) -> pa.Table:
+        """The rows, checked. start: the number of the first in the file."""
+        asked = self._asked
+        keys = {name: self._key(table, name, start) for name in dict.fromkeys([asked.user, *asked.request])}
+        hashes = combine([hash_column(keys[name]) for name in asked.request])
+        request = keys[asked.request[0]] if len(asked.request) == 1 else pa.array(hashes.view(np.int64))
+        columns = {"user": _plain(keys[asked.user]), "request": _plain(request), "hash": pa.array(hashes)}
+        for task in asked.tasks:
+            name, label = asked.predicted[task.name], asked.labels[task.name]
+            is_binary = task.kind == "binary"
+            predicted = self._numbers(table, name, start)
+            wrong = ~((predicted >= 0) & (predicted <= 1)) if is_binary else ~np.isfinite(predicted)
+            self._check(name, predicted, wrong, start, "a probability" if is_binary else "a finite number")
+            columns[f"p.{task.name}"] = pa.array(predicted)
+            labels = self._numbers(table, label, start)
+            wrong = ~(np.isnan(labels) | ((labels == 0) | (labels == 1) if is_binary else np.isfinite(labels)))
+            expected = "0, 1" if is_binary else "a number"
+            self._check(label, labels, wrong, start, f"{expected} or null where it is unobserved")
+            columns[f"l.{task.name}"] = pa.array(labels)
+        if asked.score is not None:
+            score = self._numbers(table, asked.score, start)
+            self._check(asked.score, score, np.isnan(score), start, "a number")
+            columns["score"] = pa.array(score)
+        if asked.weight is not None:
+            weight = self._numbers(table, asked.weight, start)
+            self._check(asked.weight, weight, ~((weight > 0) & np.isfinite(weight)), start, "a positive number")
+            columns["weight"] = pa.array(weight)
+        return pa.table(columns)
+
+    def _key(self, table: pa.Table, name: str, start: int) -> pa.Array:
+        values = table[name].combine_chunks()
+        if pt.is_timestamp(values.type) or pt.is_date(values.type):
+            values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None)), safe=False).cast(pa.int64())
+        values = file_column(self._address, name, "key", values, None, start)
+        if values.null_count:
+            row = start + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            raise BadFile(f"'{self._address}': column '{name}' is missing{first_row(row)}", self._address)
+        return values
+
+    def _numbers(self, table: pa.Table, name: str, start: int) -> np.ndarray:
+        """(N,) float32 where they are float32 or narrower, else float64; NaN where null."""
+        given = table[name].combine_chunks()
+        values = file_column(self._address, name, "number", given, None, start)
+        if pt.is_null(values.type):
+            return np.full(len(values), np.nan)
+        array = values.to_numpy(zero_copy_only=False)
+        return array.astype(np.float32) if pt.is_float32(given.type) or pt.is_float16(given.type) else array
+
+    def _check(self, name: str, values: np.ndarray, wrong: np.ndarray, start: int, expected: str) -> None:
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            found = "null or NaN" if np.isnan(values[row]) else f"{values[row]:g}"
+            what = f"column '{name}' must hold {expected}, found {found}{first_row(start + row)}"
+            raise BadFile(f"'{self._address}': {what}", self._address)
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
+
+
+def check_columns(asked: Asked, address: str) -> dict[str, pa.DataType]:
+    """Canonical types of the columns of a file that are keys. Raises BadFile where a column is missing or of a wrong
+    type."""
+    found = {}
+    with open_parquet(address) as parquet:
+        schema = parquet.schema_arrow
+    for name, use in uses_of(asked).items():
+        if schema.get_field_index(name) < 0:
+            raise BadFile(f"'{address}' has no column '{name}'{_hint(asked, name)}", address)
+        kind = schema.field(name).type
+        if use == "any" and (pt.is_timestamp(kind) or pt.is_date(kind)):
+            continue
+        try:
+            canonical = canonical_type(name, "key" if use == "any" else use, kind)
+        except UserError as error:
+            raise BadFile(f"'{address}': {error}", address) from None
+        if use != "number" and not pt.is_null(canonical):
+            found[name] = canonical
+    return found
+
+
+def _hint(asked: Asked, name: str) -> str:
+    for task, column in asked.labels.items():
+        if column == name:
+            return (
+                f", the labels of task '{task}': mmoe-rec score writes them with --labels; "
+                f"name another one with --columns label_{task}=COLUMN"
+            )
+    for task, column in asked.predicted.items():
+        if column == name:
+            return f", the predictions of task '{task}'; name another one with --columns predicted_{task}=COLUMN"
+    part = next(each for each in ("user", "score", "weight", "request") if name in (getattr(asked, each) or ()))
+    return f"; name another one with --columns {part}=COLUMN"
+
+
+def measure_partition(job: MeasureJob, number: int) -> EvaluationSums | None:
+    """The sums of a partition's rows; None if there are none."""
+    table = job.rows.receive_all(ROWS, number)
+    if table is None:
+        return None
+    asked = job.asked
+    predictions = {task.name: table[f"p.{task.name}"] for task in asked.tasks}
+    return measure(
+        asked.tasks,
+        table["user"],
+        table["request"],
+        predictions,
+        {task.name: table[f"l.{task.name}"] for task in asked.tasks},
+        score=table["score"] if asked.score is not None else next(iter(predictions.values())),
+        weight=table["weight"] if asked.weight is not None else None,
+    )

@@ -1,0 +1,133 @@
+"""Metrics of predictions that lie in Parquet files, whoever made them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.build.engines import Engine, open_engine
+from mmoe_rec.build.exchange import Exchange
+from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.measuring.asked import Asked
+from mmoe_rec.jobs.measuring.parts import MeasureJob, Part, check_columns, measure_partition, send_part
+from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import open_parquet
+from mmoe_rec.log.files import FoundFile, find_files, is_remote
+from mmoe_rec.progress import bar
+from mmoe_rec.settings.sections import EngineName
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.sums import EvaluationSums
+
+ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 1_048_576
+ROWS_FOR_PROCESSES = 2_000_000
+"""From so many rows on, processes are worth their start where there are more workers than threads suit."""
+
+
+@dataclass(frozen=True)
+class How:
+    """resamples of users for the intervals, from a seed; engine, and workers: tasks at a time, None for one a core."""
+
+    resamples: int = 1000
+    seed: int = 0
+    engine: EngineName = "local"
+    workers: int | None = None
+
+
+def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = How()) -> dict[str, Any]:
+    """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder; gives the summary of metrics.
+
+    source: a folder of Parquet files, one file or a glob. Raises UserError for a wrong file, column or value.
+    """
+    from mmoe_rec.evaluation.summary import summarise
+
+    if is_remote(str(out)):
+        raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
+    files = find_files(source, "--predictions")
+    asked = _present(asked, files)
+    out = Path(out)
+    with writing(out, "an evaluation", "give another folder with --out", queue=True):
+        sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
+        summary = summarise(sums, how.resamples, how.seed)
+        summary["predictions"] = source
+        summary["files"] = len(files)
+        summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
+        sums.save(out / "sums")
+        with atomic_file(out / "metrics.json") as file:
+            file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def _present(asked: Asked, files: list[FoundFile]) -> Asked:
+    """What is asked for of what the files have. Raises UserError where they lack something, or differ."""
+    first = files[0].address
+    with open_parquet(first) as parquet:
+        there = set(parquet.schema_arrow.names)
+    lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} <= there]
+    asked = asked.without(lacking)
+    if asked.score is None and "score" in there:
+        asked = replace(asked, score="score")
+    if asked.score is None and len(asked.tasks) > 1:
+        raise UserError(
+            f"'{first}' has no column 'score', by which the candidates of a request are ranked; name it with "
+            "--columns score=COLUMN"
+        )
+    types: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        for name, kind in check_columns(asked, file.address).items():
+            known, where = types.setdefault(name, (kind, file.address))
+            if known != kind:
+                raise UserError(f"column '{name}' holds {known} in '{where}', and {kind} in '{file.address}'")
+    return asked
+
+
+def _parts(files: list[FoundFile]) -> Iterator[Part]:
+    for file in files:
+        with open_parquet(file.address) as parquet:
+            rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+        start, begin, groups = 0, 0, list[int]()
+        for number, each in enumerate(rows):
+            groups.append(number)
+            start += each
+            if start - begin >= ROWS_PER_PART or number == len(rows) - 1:
+                yield Part(file.address, tuple(groups), begin, start - begin)
+                begin, groups = start, []
+
+
+def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> EvaluationSums:
+    parts = list(_parts(files))
+    rows = sum(part.rows for part in parts)
+    if not rows:
+        raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    job = MeasureJob(asked, Exchange(scratch, -(-rows // ROWS_PER_PARTITION)))
+    try:
+        with open_engine(how.engine, how.workers, rows >= ROWS_FOR_PROCESSES) as engine:
+            return _measured(engine, job, parts, rows)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _measured(engine: Engine, job: MeasureJob, parts: list[Part], rows: int) -> EvaluationSums:
+    from mmoe_rec.evaluation.sums import merge_all
+
+    with bar() as progress:
+        task = progress.add_task("reading", total=rows)
+        for sent in engine.map(partial(send_part, job), list(enumerate(parts))):
+            progress.advance(task, sent)
+        partitions = range(job.rows.receivers)
+        task = progress.add_task("measuring", total=len(partitions))
+
+        def measured() -> Iterator[EvaluationSums]:
+            for sums in engine.map(partial(measure_partition, job), partitions):
+                progress.advance(task)
+                if sums is not None:
+                    yield sums
+
+        return merge_all(measured())

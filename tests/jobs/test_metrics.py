@@ -1,0 +1,225 @@
+"""Metrics of predictions in files, however these are cut, against scikit-learn and the metrics of rows in memory."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, roc_auc_score
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.jobs import metrics
+from mmoe_rec.jobs.commands.metrics import main
+from mmoe_rec.jobs.measuring import parts
+from mmoe_rec.jobs.measuring.asked import asked_by_words
+from mmoe_rec.jobs.metrics import How, measure_predictions
+
+TASKS = ["bought", "stars:regression=0.2"]
+
+
+def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
+    """Rows in random order, so that requests lie in several files, with ties and unobserved labels."""
+    generator = np.random.default_rng(seed)
+    request = generator.integers(rows // 6, size=rows)
+    user = request % 97
+    chance = generator.random(rows).round(2)
+    return pd.DataFrame(
+        {
+            "user": [f"user {each}" for each in user] if text else user - 50,
+            "request": [f"ç{each}" for each in request] if text else request * 10**15,
+            "predicted_bought": chance.astype(np.float32),
+            "predicted_stars": generator.normal(size=rows),
+            "label_bought": pd.array(generator.random(rows) < chance, "boolean"),
+            "label_stars": np.where(generator.random(rows) < 0.6, np.nan, generator.integers(1, 6, rows)),
+            "score": chance + generator.integers(3, size=rows),
+        }
+    )
+
+
+def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(np.array_split(np.arange(len(frame)), files)):
+        table = pa.Table.from_pandas(frame.iloc[rows], preserve_index=False)
+        pq.write_table(table, folder / f"{number}.parquet", **({"row_group_size": 211} | options))
+    return folder
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS_PER_PART", 500)
+    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 700)
+    monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 100)
+    frame = predicted(1, text=text)
+    asked = asked_by_words(TASKS)
+    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(50, workers=2))
+    label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
+    bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
+    assert bought == pytest.approx(
+        {
+            "auc": roc_auc_score(label, chance),
+            "average_precision": average_precision_score(label, chance),
+            "logloss": log_loss(label, np.clip(chance, np.finfo(np.float32).eps, 1 - np.finfo(np.float32).eps)),
+        },
+        abs=1e-12,
+    )
+    known = frame.dropna(subset="label_stars")
+    error = mean_absolute_error(known["label_stars"], known["predicted_stars"])
+    assert found["tasks"]["stars"]["mae"]["value"] == pytest.approx(error, abs=1e-12)
+    names = ("bought", "stars")
+    sums = measure(
+        asked.tasks,
+        pa.array(frame["user"]),
+        pa.array(frame["request"]),
+        {name: frame[f"predicted_{name}"].to_numpy() for name in names},
+        {name: frame[f"label_{name}"].to_numpy(float, na_value=np.nan) for name in names},
+        score=frame["score"].to_numpy(),
+    )
+    expected = summarise(sums, 50)
+    for part in ("rows", "users", "requests"):
+        assert found[part] == expected[part]
+    for group, other in (
+        (found["score"], expected["score"]),
+        *zip(*(each["tasks"].values() for each in (found, expected)), strict=True),
+    ):
+        for name, value in other.items():
+            if isinstance(value, dict) and "low" in value:
+                assert group[name] == pytest.approx(value, rel=1e-9), name
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+    assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
+
+
+def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
+    source = str(written(predicted(2), tmp_path / "in"))
+    local = measure_predictions(asked_by_words(TASKS), source, tmp_path / "local", How(20))
+    ray = measure_predictions(asked_by_words(TASKS), source, tmp_path / "ray", How(20, engine="ray", workers=2))
+    assert ray == local
+
+
+def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> None:
+    frame = predicted(3)
+    frame["at"] = pd.to_datetime(frame["request"] // 10**15, unit="s")
+    expected = measure_predictions(
+        asked_by_words(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", How(5)
+    )
+    renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
+    source = written(renamed.drop(columns="request"), tmp_path / "other")
+    words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
+    found = measure_predictions(asked_by_words(["bought"]).with_columns(words), str(source), tmp_path / "b", How(5))
+    assert found["tasks"] == expected["tasks"]
+    assert found["score"] == expected["score"]
+
+
+def test_weights_count_rows(tmp_path: Path) -> None:
+    frame = predicted(4)
+    frame["w"] = np.random.default_rng(0).uniform(0.1, 9, len(frame))
+    asked = asked_by_words(["bought"]).with_columns(["weight=w"])
+    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(5))
+    chance = frame["predicted_bought"].astype(float)
+    expected = chance @ frame["w"] / (frame["label_bought"].astype(float) @ frame["w"])
+    assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
+    frame = predicted(5).drop(columns="score")
+    source = str(written(frame, tmp_path / "in"))
+    found = measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(5))
+    for name in ("ndcg_at_5", "mrr", "map"):
+        assert found["score"][name] == found["tasks"]["bought"][name]
+    with pytest.raises(UserError, match=r"0\.parquet' has no column 'score', by which.*--columns score=COLUMN"):
+        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(5))
+
+
+def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
+    """With another value in row 2,500, which is row 500 of the last file."""
+    values = frame[column].astype(object)
+    values.iloc[2_500] = value
+    return frame.assign(**{column: values.convert_dtypes() if value is None else values.astype(type(value))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: changed(rows, "predicted_bought", 1.5), "'predicted_bought' must hold a probability, found 1.5"),
+        (lambda rows: changed(rows, "predicted_bought", float("nan")), "must hold a probability, found null or NaN"),
+        (lambda rows: changed(rows, "label_bought", 2), "'label_bought' must hold 0, 1 or null .*, found 2"),
+        (
+            lambda rows: changed(rows, "label_stars", float("inf")),
+            "'label_stars' must hold a number or null.*found inf",
+        ),
+        (lambda rows: changed(rows, "score", float("nan")), "column 'score' must hold a number, found null or NaN"),
+        (lambda rows: changed(rows, "user", None), "column 'user' is missing"),
+        (lambda rows: changed(rows, "request", None), "column 'request' is missing"),
+    ],
+)
+def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
+    source = written(change(predicted(6)), tmp_path / "in")
+    with pytest.raises(UserError, match=rf"in/2\.parquet'.*{message}.*\(the first is row 500 of the file"):
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: rows.drop(columns="label_stars"),
+            "no column 'label_stars', the labels of task 'stars': .*--labels",
+        ),
+        (lambda rows: rows.drop(columns="predicted_stars"), "no column 'predicted_stars', .*predicted_stars=COLUMN"),
+        (lambda rows: rows.drop(columns="user"), "no column 'user'; name another one with --columns user=COLUMN"),
+        (lambda rows: rows.drop(columns="request"), "no column 'request'; .*--columns request=COLUMN"),
+        (lambda rows: rows.assign(user=0.5), "column 'user' must hold integers or strings, found double"),
+        (lambda rows: rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
+        (lambda rows: rows.assign(user=rows["request"] % 7 + np.arange(len(rows))), "has rows of more than one user"),
+        (lambda rows: rows.iloc[:0], "hold no row to evaluate"),
+    ],
+)
+def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path) -> None:
+    source = written(change(predicted(7)), tmp_path / "in")
+    with pytest.raises(UserError, match=message):
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+
+
+def test_files_of_other_types_are_named(tmp_path: Path) -> None:
+    source = written(predicted(8), tmp_path / "in")
+    pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
+    with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "bought:ordinal"], "--tasks takes NAME, NAME:regression .* found 'bought:ordinal'"),
+        (["--tasks", "bought=much"], "found 'bought=much'"),
+        (["--tasks", "a", "a"], "--tasks names 'a' twice"),
+        (["--tasks", "a", "--columns", "usr=who"], "rows have no part 'usr'; did you mean 'user'"),
+        (["--tasks", "a", "--columns", "user"], "PART=COLUMN, such as user=customer_id; found 'user'"),
+        ([], "give the tasks, either by --config C or by --tasks"),
+    ],
+)
+def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--predictions", str(tmp_path), *words])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys) -> None:
+    source = written(predicted(9), tmp_path / "in")
+    main(["--predictions", str(source), "--tasks", *TASKS, "--out", str(tmp_path / "out"), "--resamples", "20"])
+    printed = capsys.readouterr().out
+    for word in ("bought", "auc ↑", "stars", "rmse ↓", "ndcg_at_10 ↑", "metrics.json"):
+        assert word in printed
+
+
+def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:
+    source = written(predicted(10).assign(label_stars=None), tmp_path / "in")
+    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+    assert "No row has an observed label" in found["tasks"]["stars"]["note"]
