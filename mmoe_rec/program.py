@@ -23,10 +23,12 @@ NAMES = (
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
+FOLDERS = {"metrics": "evaluation"}
+"""Where those of the repository's commands lie that have a folder: `python -m pipelines.FOLDER.NAME`."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
 """The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
-_MODULE = re.compile(rf"(python\s+)?-m\s+pipelines\.({'|'.join(NAMES)})\b")
+_MODULE = re.compile(rf"(python\s+)?-m\s+pipelines\.(?:(?:{'|'.join({*FOLDERS.values()})})\.)?({'|'.join(NAMES)})\b")
 
 
 def is_installed_command() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mmoe_rec
-from mmoe_rec.program import NAMES, spelled
+from mmoe_rec.program import FOLDERS, NAMES, spelled
 from tests.added_package import AddedPackage
 from tests.pipelines.imports import ROOT, answer
 
@@ -54,8 +54,8 @@ def test_help_names_the_command_as_it_was_started(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_repositorys_command_is_the_same_function(name: str) -> None:
-    text = (ROOT / "pipelines" / f"{name}.py").read_text(encoding="utf-8")
-    assert re.search(rf"^from mmoe_rec\.jobs\.commands\.(live\.)?{name} import main$", text, re.MULTILINE)
+    text = (ROOT / "pipelines" / FOLDERS.get(name, "") / f"{name}.py").read_text(encoding="utf-8")
+    assert re.search(rf"^from mmoe_rec\.jobs\.commands\.((live|evaluation)\.)?{name} import main$", text, re.MULTILINE)
 
 
 def test_mistakes_are_told_without_importing_much(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ EXERCISED_BY = {
     "--output scores": "test_commands_of_the_first_data_set",
     "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
     "--output scores_now --as-of tables": "test_commands_of_the_first_data_set",
+    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "--output labelled --start 2017-09-04T04:00 --end 2017-11-06T05:00 --labels": "test_commands_of_the_first_data_set",
+    "python -m pipelines.evaluation.metrics --predictions labelled --config configs/complete_journey.yaml": (
+        "test_commands_of_the_first_data_set"
+    ),
+    "python -m pipelines.evaluation.metrics --predictions theirs --tasks clicked liked=0.5 stars:regression=0 "
+    "--columns user=customer request=session+shown_at predicted_clicked=p_click --out theirs_measured": (
+        "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
+    ),
     "python -m pipelines.sweep_experts --config configs/complete_journey.yaml "
     "--model models:/complete_journey@champion": (
         "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
@@ -291,6 +300,18 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
     assert {"auc", "ndcg_at_10"} < set(named)
     for name in [*named, *(name for name in metrics if name not in ("tasks", "score"))]:
         assert f"`{name}`" in DOCS, name
+
+
+def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str], folder: Path) -> None:
+    """Of the same model, as the aliases stood at the end."""
+    found = json.loads((folder / "metrics" / "metrics.json").read_text())
+    again = json.loads((folder / "data/complete_journey/work/evaluation/metrics.json").read_text())
+    assert found["rows"] == again["rows"]
+    for name in ("auc", "logloss", "gauc_request"):
+        for task in ("bought", "rebought"):
+            value, expected = (each["tasks"][task][name]["value"] for each in (found, again))
+            assert value == pytest.approx(expected, abs=1e-4)
+    assert found["score"]["ndcg_at_10"]["value"] == pytest.approx(again["score"]["ndcg_at_10"]["value"], abs=1e-4)
 
 
 def test_python_examples(said: dict[str, str], folder: Path) -> None:

@@ -60,6 +60,7 @@ def score_log(
     as_of: AsOf = "log",
     window: Window = ALL,
     overrides: Sequence[str] = (),
+    labels: bool = False,
 ) -> ScoredLog:
     """Scores each row of a log with the model at an address; writes keys, predictions, score and rank to a folder.
 
@@ -73,6 +74,7 @@ def score_log(
             model itself remembers.
         window: request times to score, microseconds; other rows of the log are only its past.
         overrides: of the settings that the model was trained with, such as `--data.workers 2`.
+        labels: whether to write the labels as well, as they are known at the log's last request.
 
     Raises:
         UserError: bad input, model or settings, or a folder that holds something else.
@@ -83,6 +85,8 @@ def score_log(
     start, end = window
     if start is not None and end is not None and start >= end:
         raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}: no request lies between")
+    if labels and as_of != "log":
+        raise UserError(f"--labels writes what the log says of its rows; leave it out with --as-of {as_of}")
     found = find_model(model, _tracking_address(overrides))
     read_artifact(found.folder)  # which says what is wrong with a damaged one
     settings = load_settings(found.folder / "settings.yaml", [*_HERE, *overrides])
@@ -92,7 +96,7 @@ def score_log(
     out.check(source)
     with writing(out.folder, "a scoring", "give another folder with --output"):
         out.check(source)
-        return _Scoring(found, settings, source, out, as_of, window).run()
+        return _Scoring(found, settings, source, out, as_of, window, labels).run()
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -115,9 +119,9 @@ class _Scoring:
     """One run."""
 
     def __init__(
-        self, found: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window
+        self, found: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
     ) -> None:
-        self.settings = settings
+        self.settings, self.labels = settings, labels
         self.found, self.source, self.out, self.as_of, self.window = found, source, out, as_of, window
         self.version = version_of(found.folder)
         self.pipeline = FeaturePipeline.load(found.folder / "features", memories=False)
@@ -125,14 +129,16 @@ class _Scoring:
         events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
         schema = schema.model_copy(update={"events": events})
         self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
-        self.logs: Logs = logs_to_score(source, self.pipeline, schema, build_options(settings), as_of, self.lacking)
+        options = build_options(settings)
+        self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels)
         check_names(self.pipeline)
         about = read_artifact(found.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.exact_from = exact_from(found.folder / "features")
         self.constants = {"model": found.address, "model_version": self.version}
         known = self.tables_as_of, self.exact_from
-        self.fingerprint = fingerprint_of(self.logs, self.constants, known, as_of, window)
+        more = ["labels"] if labels else []
+        self.fingerprint = fingerprint_of(self.logs, self.constants, known, as_of, window, *more)
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
@@ -212,7 +218,7 @@ class _Scoring:
             raise self._no_rows()
         memories.mkdir(parents=True)
         steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None, lasting=False)
-        return {"moved": steps.requests.moved, "first": counted.first[0]}
+        return {"moved": steps.requests.moved, "first": counted.first[0], "last": counted.last[0]}
 
     def _no_rows(self) -> UserError:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
@@ -230,6 +236,7 @@ class _Scoring:
             window=self.window,
             known_until=self.freshness.known,
             exact_from=self.exact_from,
+            labels_known_by=known["last"] if self.labels else None,
             scores=self._by_request,
             scored=self.out.scored,
         )
@@ -287,6 +294,7 @@ class _Scoring:
             "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
             "known_from": None if known["first"] is None else format_time(known["first"]),
+            "labels_known_by": format_time(known["last"]) if self.labels else None,
             "meaning": self._meaning(whole, known),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],

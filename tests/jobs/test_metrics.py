@@ -12,14 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, roc_auc_score
 
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.build.prepare import encode_with
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.commands.metrics import main
+from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
-from mmoe_rec.jobs.measuring.asked import asked_by_words
+from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
 from mmoe_rec.jobs.metrics import How, measure_predictions
+from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.score import score_log
+from mmoe_rec.serving.ranker import Ranker
+from tests.jobs.scored import write_finely
+from tests.log.small_logs import DAY, START, random_log, with_requests
+from tests.serving.small_model import SmallModel
 
 TASKS = ["bought", "stars:regression=0.2"]
 
@@ -217,6 +226,32 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     for word in ("bought", "auc ↑", "stars", "rmse ↓", "ndcg_at_10 ↑", "metrics.json"):
         assert word in printed
+
+
+def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_path: Path) -> None:
+    """Labels as they had matured at the log's end, and an outcome over all rows of a satisfaction of engaged ones."""
+    log = with_requests(random_log(3, rows=1000), seed=3)
+    source = write_finely(tmp_path / "log", log.slice(0, 500), log.slice(500))
+    settings = small.settings.model_copy(update={"data": small.settings.data.model_copy(update={"log": str(source)})})
+    ranker, windows = Ranker.load(small.folder), {"test": (START + 4 * DAY, None)}  # before labels have all matured
+    encode_with(small.folder / "features", logs_for(settings, ranker.pipeline), windows, tmp_path / "encoded")
+    rows = EncodedRows(tmp_path / "encoded" / "test", ranker.layout)
+    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
+    model, calibration = ranker.model, ranker.calibration
+    offline = score_rows(model, ranker.layout, rows, 256, calibration=calibration, relevance=relevance)
+    expected = summarise(offline.measure(), 20)
+    score_log(small.folder, source, tmp_path / "scores", window=windows["test"], labels=True)
+    found = measure_predictions(asked_by_settings(settings), str(tmp_path / "scores"), tmp_path / "out", How(20))
+    assert found["tasks"].keys() == expected["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
+    assert found["tasks"]["liked"]["rows"] < found["tasks"]["click_and_liked"]["rows"] < found["rows"]
+    for name, group in {**found["tasks"], "score": found["score"]}.items():
+        other = expected["score"] if name == "score" else expected["tasks"][name]
+        assert group.get("rows") == other.get("rows")
+        for metric, value in group.items():
+            if isinstance(value, dict) and "low" in value:
+                assert value == pytest.approx(other[metric], abs=1e-4), (name, metric)
+    with pytest.raises(UserError, match="--labels writes what the log says of its rows"):
+        score_log(small.folder, source, tmp_path / "now", "tables", labels=True)
 
 
 def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:

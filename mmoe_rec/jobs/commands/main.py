@@ -34,7 +34,7 @@ _ABOUT = {
     "doctor": "checks this machine and its packages",
 }
 
-_LIVE = ("refresh", "join_outcomes", "replay")
+_FOLDERS = {"refresh": "live", "join_outcomes": "live", "replay": "live", "metrics": "evaluation"}
 
 _FIRST_STEPS = f"""first steps: adapt a copy of {TEMPLATE}
 to your log, then
@@ -49,7 +49,7 @@ to your log, then
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names."""
     words = list(sys.argv[1:] if argv is None else argv)
-    modules = {name.replace("_", "-"): f"live.{name}" if name in _LIVE else name for name in NAMES}
+    modules = {name.replace("_", "-"): ".".join(filter(None, (_FOLDERS.get(name), name))) for name in NAMES}
     if words and words[0] in modules:
         import_module(f"mmoe_rec.jobs.commands.{modules[words[0]]}").main(words[1:])
         return

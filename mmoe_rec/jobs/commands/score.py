@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--start", metavar="T", help="score rows requested at that time or later; others are the past")
     parser.add_argument("--end", metavar="T", help="score rows requested before that time")
+    parser.add_argument("--labels", action="store_true", help="write labels too (label_TASK), for the command metrics")
     parser.add_argument("--engine", choices=get_args(EngineName), help="local, or ray for a Ray cluster")
     return parser
 
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     overrides += ["--data.engine", arguments.engine] if arguments.engine else []
     start, end = (None if each is None else microseconds(each) for each in (arguments.start, arguments.end))
-    done = score_log(arguments.model, arguments.input, arguments.output, arguments.as_of, (start, end), overrides)
+    done = score_log(
+        arguments.model, arguments.input, arguments.output, arguments.as_of, (start, end), overrides, arguments.labels
+    )
     about = done.manifest
     if done.before:
         print("these rows were already scored, by the same model and settings")

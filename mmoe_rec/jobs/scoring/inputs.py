@@ -26,15 +26,16 @@ def logs_to_score(
     options: BuildOptions,
     as_of: AsOf,
     lacking: Collection[str] = (),
+    labels: bool = False,
 ) -> Logs:
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
     pipeline: the model's features; schema: theirs, with the paths of the logs of events; lacking: columns that the
-    model completes, as `attributes_lacking` gives them. Raises UserError for a log that is not there, has no rows, or
-    lacks another column, the columns of labels among them.
+    model completes, as `attributes_lacking` gives them; labels: whether those of all tasks are read. Raises UserError
+    for a log that is not there, has no rows, or lacks another column, the columns of labels among them.
     """
     find_files(source, "--input")  # in words of this command
-    read = read_schema(schema, as_of, lacking)
+    read = read_schema(schema, as_of, lacking, labels)
     if as_of == "log":
         _check_labels(source, read)
     # Requests that are yet to come may be scored by what is known now.
@@ -46,10 +47,16 @@ def logs_to_score(
     return Logs(source, read, options, types)
 
 
+def label_column(task: str) -> str:
+    """The column that holds a task's labels, or an outcome's, where they are written."""
+    return f"label_{task}"
+
+
 def check_names(pipeline: FeaturePipeline) -> None:
     """Raises UserError where a key of the log is called like a column that scoring adds."""
     for name in key_columns(pipeline.schema):
-        if name in {*prediction_columns(pipeline.layout), *ADDED}:
+        predicted = prediction_columns(pipeline.layout)
+        if name in {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *ADDED}:
             raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
 
 
@@ -71,9 +78,10 @@ def _columns(address: str) -> set[str]:
         return {*parquet.schema_arrow.names, *path_values(address)}
 
 
-def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = ()) -> Schema:
+def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labels: bool = False) -> Schema:
     """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor the sampling
-    rate, nor what the log lacks, and only those labels and events that counters and histories remember."""
+    rate, nor what the log lacks, and only those labels and events that counters and histories remember, unless all
+    `labels` are asked for."""
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
     kept = {*scored, *(schema.features[name].shares for name in scored)}
     features = {
@@ -85,6 +93,8 @@ def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = ()) -> S
     if as_of == "log":
         tasks = {each.task for each in features.values() if isinstance(each, Remembering)}
         tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
+    if labels:
+        tasks = set(schema.tasks)
     return schema.model_copy(
         update={
             "features": features,

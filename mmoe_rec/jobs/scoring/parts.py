@@ -23,7 +23,9 @@ from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
+from mmoe_rec.jobs.scoring.inputs import label_column
 from mmoe_rec.jobs.scoring.known import known_rows
+from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -43,7 +45,8 @@ class ScoreJob:
     model: artifact folder, and version, its checksum; products: what multiplies; reader: of the log; results: what
     counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
     score; known_until: time of the last request that the tables know, microseconds; exact_from: from when on the tables
-    know what was known then, None for any time; scores: exchange by request; scored: folder that gets a file a part.
+    know what was known then, None for any time; labels_known_by: the moment as of which labels are written,
+    microseconds, None for no labels; scores: exchange by request; scored: folder that gets a file a part.
     """
 
     model: Path
@@ -54,6 +57,7 @@ class ScoreJob:
     window: Window
     known_until: int
     exact_from: int | None
+    labels_known_by: int | None
     scores: Exchange
     scored: Path
 
@@ -129,6 +133,9 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
         writer = None
         for numbers, rows in _known_rows(job, ranker, part):
             table, log_scores = _scored(ranker, rows)
+            if job.labels_known_by is not None:
+                for name, values in labels_of(rows, job.labels_known_by).items():
+                    table = table.append_column(label_column(name), pa.array(values, from_pandas=True))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
             sender.add(rows.request_hashes(), log_scores, numbers)

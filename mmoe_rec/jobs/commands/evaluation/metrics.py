@@ -1,4 +1,4 @@
-"""python -m pipelines.metrics --predictions scores --config configs/complete_journey.yaml
+"""python -m pipelines.evaluation.metrics --predictions scores --config configs/complete_journey.yaml
 
 Metrics of predictions in Parquet files: those of `score --labels`, or of any other system. A row has a user, a request,
 for each task a prediction (predicted_TASK) and a label (label_TASK, null where unobserved), and the score by which the
