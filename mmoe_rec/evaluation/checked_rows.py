@@ -17,7 +17,8 @@ class MeasuredTask:
     """One predicted behaviour, as the metrics see it.
 
     Attributes:
-        name: letters, digits, `_` and `-`; it becomes a part of metric and file names. `score` and `ranking` are taken.
+        name: letters, digits, `_` and `-`; it becomes a part of metric and file names. `score`, `ranking` and
+            `catalogue` are taken.
         kind: `binary` (labels 0 or 1, predictions are probabilities) or `regression` (labels and predictions are real).
         weight: the task's weight in the fused score, and so in the relevance of a row for NDCG and MRR.
     """
@@ -27,10 +28,10 @@ class MeasuredTask:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking"):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name in ("score", "ranking", "catalogue"):
             raise ValueError(
                 f"task name {self.name!r} cannot be used in metric names: expected letters, digits, '_' and '-', "
-                "and neither 'score' nor 'ranking'"
+                "and neither 'score' nor 'ranking' nor 'catalogue'"
             )
         if self.kind not in ("binary", "regression"):
             raise ValueError(f"task {self.name!r} has kind {self.kind!r}; expected 'binary' or 'regression'")
@@ -51,6 +52,7 @@ class Rows:
         labels: task -> (N,) float64, NaN where unobserved.
         score: (N,) float64.
         weight: (N,) float64, positive.
+        candidates, candidate: as `users` and `user`; None where no candidates were given.
     """
 
     users: pa.Array
@@ -61,6 +63,8 @@ class Rows:
     labels: dict[str, np.ndarray]
     score: np.ndarray
     weight: np.ndarray
+    candidates: pa.Array | None
+    candidate: np.ndarray | None
 
 
 def check_rows(
@@ -72,6 +76,7 @@ def check_rows(
     *,
     score: Any,
     weight: Any = None,
+    candidates: Any = None,
 ) -> Rows:
     """Check the arguments of `sums.measure` and index users and requests.
 
@@ -90,6 +95,9 @@ def check_rows(
         raise UserError("there is no row to evaluate; expected at least one")
     distinct_requests, request = _index("requests", requests)
     _same_length("requests", request, rows)
+    distinct_candidates, candidate = (None, None) if candidates is None else _index("candidates", candidates)
+    if candidate is not None:
+        _same_length("candidates", candidate, rows)
     return Rows(
         users=distinct_users,
         user=user,
@@ -99,6 +107,8 @@ def check_rows(
         labels={task.name: _labels(task, labels, rows) for task in tasks},
         score=_checked("score", _floats("score", score, rows), lambda x: ~np.isnan(x), "a number"),
         weight=np.ones(rows) if weight is None else _weights(weight, rows),
+        candidates=distinct_candidates,
+        candidate=candidate,
     )
 
 

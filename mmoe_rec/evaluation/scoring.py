@@ -62,6 +62,7 @@ class Scored:
             dict(zip(names, [*self.labels.T, *self.outcomes.values()], strict=True)),
             score=self.score,
             weight=self.weights,
+            candidates=self.candidates,
         )
 
     def with_predictions(self, values: np.ndarray) -> Scored:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.metric import UserSums
-from mmoe_rec.evaluation.metrics.registered import metrics_of
+from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.resampling import Values, intervals
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
@@ -26,6 +26,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
     Returns:
         `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with its metrics and the requests
         that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and `requests_of_equal_relevance`;
+        where candidates are known, `catalogue` with its metrics, which have no interval;
         and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
     """
     groups = sums_by_user(sums)
@@ -61,6 +62,9 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
         "tasks": tasks,
         "score": score,
     }
+    if (catalogue := sums.tables.get("catalogue")) is not None:
+        values = {metric.name: metric.summarise(catalogue, requests) for metric in CATALOGUE_METRICS}
+        summary["catalogue"] = {"candidates": len(catalogue)} | values
     return summary | _noted(NEEDS_TWO_USERS if users == 1 else None)
 
 
@@ -102,7 +106,8 @@ def flatten(summary: dict[str, Any]) -> dict[str, float]:
     """
     flat: dict[str, float] = {}
     sizes = {name: summary[name] for name in ("rows", "users", "requests")}
-    _flatten(sizes | {"score": summary["score"]} | summary["tasks"], "", flat)
+    groups = {name: summary[name] for name in ("score", "catalogue") if name in summary}
+    _flatten(sizes | groups | summary["tasks"], "", flat)
     return flat
 
 

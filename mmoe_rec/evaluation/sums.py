@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask, Rows, check_rows
+from mmoe_rec.evaluation.metrics.catalogue import shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
-from mmoe_rec.evaluation.metrics.registered import metrics_of
+from mmoe_rec.evaluation.metrics.registered import CUTOFFS, metrics_of
 
 __all__ = ["EvaluationSums", "MeasuredTask", "measure", "merge_all"]
 
@@ -33,12 +34,12 @@ NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 
 _FORMAT = 4
 _MANIFEST = "sums.json"
-_KEYS = ("user", "value")
+_KEYS = ("user", "value", "candidate")
 
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over rows, per user. `user` is int64 or string, counts are int64, all else is float64.
+    """Sums over rows, per user. `user` and `candidate` are int64 or string, counts are int64, all else is float64.
 
     Attributes:
         tasks: what was measured.
@@ -55,6 +56,9 @@ class EvaluationSums:
 
             `TASK.values`, one row a user and `value`, the predicted probability, binary tasks only: `rows`,
             `positives`, and the weighted sums `weight`, `label`, `prediction`.
+
+            `catalogue`, one row a `candidate`, where candidates were given: `rows`, and of each cutoff how often it is
+            shown, and the logarithm of the probability that it never is (see `catalogue.shown_rows`).
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -64,15 +68,18 @@ class EvaluationSums:
         """The sums over the rows of all.
 
         Raises:
-            UserError: the tasks, the metrics or the type of the user ids differ.
+            UserError: the tasks, the metrics or the type of the ids differ, or some know candidates and some do not.
         """
-        user_type = self.tables["ranking"].schema.field("user").type
         for other in others:
             if other.tasks != self.tasks:
                 raise UserError(f"cannot merge sums of different tasks: {self.tasks} and {other.tasks}")
-            other_type = other.tables["ranking"].schema.field("user").type
-            if other_type != user_type:
-                raise UserError(f"cannot merge sums of {user_type} users with sums of {other_type} users")
+            if other.tables.keys() != self.tables.keys():
+                raise UserError("cannot merge sums with candidates and sums without")
+            for table, key in (("ranking", "user"), ("catalogue", "candidate")):
+                if table in self.tables:
+                    mine, theirs = (each.tables[table].schema.field(key).type for each in (self, other))
+                    if mine != theirs:
+                        raise UserError(f"cannot merge sums of {mine} {key}s with sums of {theirs} {key}s")
             for name, table in self.tables.items():
                 if apart := set(table.column_names) ^ set(other.tables[name].column_names):
                     raise UserError(f"cannot merge sums of different metrics: only one side has {sorted(apart)}")
@@ -143,6 +150,7 @@ def measure(
     *,
     score: Any,
     weight: Any = None,
+    candidates: Any = None,
 ) -> EvaluationSums:
     """Sums of N rows. All rows of a request have to be in one call; rows may come in any order.
 
@@ -160,23 +168,26 @@ def measure(
         score: (N,) fused ranking score, higher is better.
         weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at. They weight the logloss,
             the calibration and the regression errors. AUC, GAUC, NDCG and MRR rank rows and never use them.
+        candidates: (N,) integers or strings, for what is shown of the catalogue; None leaves it out.
 
     Raises:
         UserError, ValueError: see `checked_rows.check_rows`.
     """
-    rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight)
-    tables = {"ranking": _ranking_table(tasks, rows)}
+    rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight, candidates=candidates)
+    lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), len(rows.request_user))
+    tables = {"ranking": _ranking_table(rows, lists)}
+    if rows.candidates is not None:
+        sums = {"rows": np.ones(len(rows.request), dtype=np.int64), **shown_rows(lists, CUTOFFS)}
+        tables["catalogue"] = pa.table({"candidate": rows.candidates.take(pa.array(rows.candidate)), **sums})
     for task in tasks:
         tables |= _task_tables(task, rows)
     return _merged(tuple(tasks), tables)
 
 
-def _ranking_table(tasks: Sequence[MeasuredTask], rows: Rows) -> pa.Table:
-    requests = len(rows.request_user)
-    lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), requests)
+def _ranking_table(rows: Rows, lists: RankedLists) -> pa.Table:
     columns = {
-        "rows": np.bincount(rows.request, minlength=requests),
-        "requests": np.ones(requests, dtype=np.int64),
+        "rows": np.bincount(rows.request, minlength=lists.requests),
+        "requests": np.ones(lists.requests, dtype=np.int64),
     }
     columns |= _of_lists("score", lists, columns)
     return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **_complete("score", columns)})

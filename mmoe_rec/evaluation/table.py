@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation.metrics import registered
-from mmoe_rec.evaluation.metrics.metric import Metric
+from mmoe_rec.evaluation.metrics.metric import Metric, Named
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
@@ -37,11 +37,18 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
         table.add_row(Text(section, style="bold"))
         for metric in shown:
             table.add_row(f"  {metric.label}", *_cells(metric, groups), end_section=metric == shown[-1])
+    if any("catalogue" in summary for summary in columns.values()):
+        table.add_row(Text("catalogue", style="bold"))
+        for each in registered.CATALOGUE_METRICS:
+            if not each.is_headline:
+                continue
+            table.add_row(f"  {each.label}", *_cells(each, [_group(one, "catalogue") for one in columns.values()]))
     return table
 
 
 def _group(summary: dict[str, Any], section: str) -> dict[str, Any]:
-    group: dict[str, Any] = summary["score"] if section == "score" else summary["tasks"].get(section, {})
+    groups = {**summary["tasks"], "score": summary["score"], "catalogue": summary.get("catalogue", {})}
+    group: dict[str, Any] = groups.get(section, {})
     return group
 
 
@@ -49,7 +56,7 @@ def _has(group: dict[str, Any], metric: Metric[Any]) -> bool:
     return metric.name in group and group.get("kind", "score") in metric.kinds
 
 
-def _cells(metric: Metric[Any], groups: list[dict[str, Any]]) -> list[Text]:
+def _cells(metric: Named, groups: list[dict[str, Any]]) -> list[Text]:
     entries = [group.get(metric.name) for group in groups]
     intervals = [each if isinstance(each, dict) else {"value": each, "low": None, "high": None} for each in entries]
     losses = [float("inf") if each["value"] is None else metric.loss(each["value"]) for each in intervals]
@@ -57,7 +64,7 @@ def _cells(metric: Metric[Any], groups: list[dict[str, Any]]) -> list[Text]:
     return [_cell(metric, each, loss == best) for each, loss in zip(intervals, losses, strict=True)]
 
 
-def _cell(metric: Metric[Any], interval: dict[str, Any], is_best: bool) -> Text:
+def _cell(metric: Named, interval: dict[str, Any], is_best: bool) -> Text:
     if interval["value"] is None:
         return Text("-", style="dim")
     text = Text(metric.shown(interval["value"]), style="bold" if is_best else "")

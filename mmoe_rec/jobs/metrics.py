@@ -73,6 +73,8 @@ def _present(asked: Asked, files: list[FoundFile]) -> Asked:
     asked = asked.without(lacking)
     if asked.score is None and "score" in there:
         asked = replace(asked, score="score")
+    if asked.candidate is None and asked.usual_candidate in there:
+        asked = replace(asked, candidate=asked.usual_candidate)
     if asked.score is None and len(asked.tasks) > 1:
         raise UserError(
             f"'{first}' has no column 'score', by which the candidates of a request are ranked; name it with "

@@ -38,11 +38,12 @@ def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
     generator = np.random.default_rng(seed)
     request = generator.integers(rows // 6, size=rows)
     user = request % 97
-    chance = generator.random(rows).round(2)
+    chance, item = generator.random(rows).round(2), generator.geometric(0.1, rows)
     return pd.DataFrame(
         {
             "user": [f"user {each}" for each in user] if text else user - 50,
             "request": [f"ç{each}" for each in request] if text else request * 10**15,
+            "candidate": [f"item {each}" for each in item] if text else item,
             "predicted_bought": chance.astype(np.float32),
             "predicted_stars": generator.normal(size=rows),
             "label_bought": pd.array(generator.random(rows) < chance, "boolean"),
@@ -89,6 +90,7 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
         {name: frame[f"predicted_{name}"].to_numpy() for name in names},
         {name: frame[f"label_{name}"].to_numpy(float, na_value=np.nan) for name in names},
         score=frame["score"].to_numpy(),
+        candidates=pa.array(frame["candidate"]),
     )
     expected = summarise(sums, 50)
     for part in ("rows", "users", "requests"):
@@ -100,6 +102,7 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
         for name, value in other.items():
             if isinstance(value, dict) and "low" in value:
                 assert group[name] == pytest.approx(value, rel=1e-9), name
+    assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
 
@@ -135,6 +138,14 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
+    source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
+    assert "catalogue" not in measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(5))
+    asked = asked_by_words(["bought"]).with_columns(["candidate=item"])
+    with pytest.raises(UserError, match="has no column 'item'; name another one with --columns candidate=COLUMN"):
+        measure_predictions(asked, source, tmp_path / "out", How(5))
+
+
 def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
     frame = predicted(5).drop(columns="score")
     source = str(written(frame, tmp_path / "in"))
@@ -165,6 +176,7 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
         (lambda rows: changed(rows, "score", float("nan")), "column 'score' must hold a number, found null or NaN"),
         (lambda rows: changed(rows, "user", None), "column 'user' is missing"),
         (lambda rows: changed(rows, "request", None), "column 'request' is missing"),
+        (lambda rows: changed(rows, "candidate", None), "column 'candidate' is missing"),
     ],
 )
 def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:

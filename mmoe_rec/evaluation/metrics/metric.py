@@ -21,22 +21,40 @@ Made = TypeVar("Made")
 _BETTER = {"higher": "↑", "lower": "↓", "one": "→ 1"}
 
 
-class Metric(ABC, Generic[Measured]):
-    """One metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedLists]`)."""
+class Named(ABC):
+    """What tables say of a metric."""
 
     name: str
     """In `metrics.json`, MLflow and tables."""
-    kinds: Sequence[str]
-    """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
     better: Literal["higher", "lower", "one"]
     """Which values are better; of `one`, those closer to 1."""
+    is_headline: bool = True
+    """Whether it stands in the table on the terminal; `metrics.json` and MLflow have all."""
+
+    @property
+    def label(self) -> str:
+        """Its name in a table."""
+        return f"{self.name} {_BETTER[self.better]}"
+
+    def loss(self, value: float) -> float:
+        """A number that is smaller for better values."""
+        return {"higher": -value, "lower": value, "one": abs(value - 1)}[self.better]
+
+    def shown(self, value: float) -> str:
+        """A value, or half the width of an interval, in a table."""
+        return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+class Metric(Named, Generic[Measured]):
+    """One metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedLists]`)."""
+
+    kinds: Sequence[str]
+    """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
     totals: Sequence[str]
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     of_lists: bool = False
     """Of a metric of tasks: whether it measures ranked lists, as those of the score always do: the rows of each request
     by falling prediction, where a row is worth its label, or nothing if that is negative."""
-    is_headline: bool = True
-    """Whether it stands in the table on the terminal; `metrics.json` and MLflow have all."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
     """How to merge those of its sums that are not added up."""
@@ -64,19 +82,6 @@ class Metric(ABC, Generic[Measured]):
     def before_merging(self, parts: pa.Table) -> pa.Table:
         """Readies sums of parts of the rows, some of the same user, for merging."""
         return parts
-
-    @property
-    def label(self) -> str:
-        """Its name in a table."""
-        return f"{self.name} {_BETTER[self.better]}"
-
-    def loss(self, value: float) -> float:
-        """A number that is smaller for better values."""
-        return {"higher": -value, "lower": value, "one": abs(value - 1)}[self.better]
-
-    def shown(self, value: float) -> str:
-        """A value, or half the width of an interval, in a table."""
-        return f"{value:.4f}" if 0.0005 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 class Ratio(Metric[Measured]):

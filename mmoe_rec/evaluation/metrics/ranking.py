@@ -24,6 +24,7 @@ class RankedLists:
     """N rows sorted by request and falling score, with the runs of equal scores.
 
     Attributes:
+        row: (N,) int64, where each row stands in the order in which they were given.
         request: (N,) int64 in [0, requests).
         requests: Q.
         gain: (N,) float64, at least 0; a row is relevant when its gain is positive.
@@ -33,6 +34,7 @@ class RankedLists:
         run_length: (runs,) int64.
     """
 
+    row: np.ndarray
     request: np.ndarray
     requests: int
     gain: np.ndarray
@@ -48,7 +50,8 @@ class RankedLists:
         request, score = request[order], score[order]
         run = runs(request, score)
         position = np.arange(len(request)) - exclusive_sum(np.bincount(request, minlength=requests))[request]
-        return RankedLists(request, requests, gain[order], position, run, position[starts(run)], np.bincount(run))
+        first, length = position[starts(run)], np.bincount(run)
+        return RankedLists(order, request, requests, gain[order], position, run, first, length)
 
 
 class ListMetric(Ratio[RankedLists]):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmoe_rec.evaluation.metrics import auc, probability, ranking, regression
+from mmoe_rec.evaluation.metrics import auc, catalogue, probability, ranking, regression
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
@@ -25,6 +25,10 @@ METRICS: tuple[Metric[Any], ...] = (
     *ranking.list_metrics(CUTOFFS),
 )
 """In the order in which tables show them."""
+
+
+CATALOGUE_METRICS = tuple(catalogue.catalogue_metrics(CUTOFFS))
+"""Of all requests together, where candidates are known."""
 
 
 def metrics_of(kind: str) -> list[Metric[Any]]:

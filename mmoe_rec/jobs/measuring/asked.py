@@ -18,9 +18,9 @@ JOINED = "+"
 class Asked:
     """Tasks, and the columns that rows have.
 
-    request: one column, or several whose values together tell requests apart; score, candidate: may be missing in the
-    files where None was said of them; predicted, labels: task -> column; optional: tasks that are measured where the
-    files have their columns; source: of what this is, for messages.
+    request: one column, or several whose values together tell requests apart; score, candidate: None where nothing was
+    said of them, so that the files need not have them; usual_candidate: the column that is taken then, if it is there;
+    predicted, labels: task -> column; optional: tasks that are measured where the files have their columns.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -28,6 +28,7 @@ class Asked:
     request: tuple[str, ...] = ("request",)
     score: str | None = None
     candidate: str | None = None
+    usual_candidate: str = "candidate"
     weight: str | None = None
     predicted: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
@@ -81,7 +82,7 @@ def asked_by_settings(settings: Settings) -> Asked:
         request: tuple[str, ...] = names.user, names.time
     else:
         request = (names.user, names.request) if names.request_scope == "user" else (names.request,)
-    return replace(asked, user=names.user, request=request, candidate=names.candidate)
+    return replace(asked, user=names.user, request=request, usual_candidate=names.candidate)
 
 
 def asked_by_words(words: Sequence[str]) -> Asked:

@@ -49,7 +49,8 @@ class MeasureJob:
 
 def uses_of(asked: Asked) -> dict[str, Use]:
     """What each column is read as."""
-    keys = dict.fromkeys([asked.user], "key") | {name: "any" for name in asked.request if name != asked.user}
+    keys = dict.fromkeys([asked.user, *([asked.candidate] if asked.candidate else [])], "key")
+    keys |= {name: "any" for name in asked.request if name not in keys}
     named = [asked.score, asked.weight, *_of_tasks(asked, asked.predicted), *_of_tasks(asked, asked.labels)]
     return keys | {name: "number" for name in named if name is not None}  # type: ignore[return-value]
 
@@ -78,8 +79,8 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> int:
 
 
 class _Reading:
-    """Rows of a file as columns `user`, `request` and its `hash`, `score`, `weight`, and of each task `p.TASK` and
-    `l.TASK`."""
+    """Rows of a file as columns `user`, `request` and its `hash`, `candidate`, `score`, `weight`, and of each task
+    `p.TASK` and `l.TASK`."""
 
     def __init__(self, asked: Asked, address: str) -> None:
         self._asked, self._address = asked, address
@@ -87,10 +88,13 @@ class _Reading:
     def rows(self, table: pa.Table, start: int) -> pa.Table:
         """The rows, checked. start: the number of the first in the file."""
         asked = self._asked
-        keys = {name: self._key(table, name, start) for name in dict.fromkeys([asked.user, *asked.request])}
+        names = dict.fromkeys([asked.user, *asked.request, *([asked.candidate] if asked.candidate else [])])
+        keys = {name: self._key(table, name, start) for name in names}
         hashes = combine([hash_column(keys[name]) for name in asked.request])
         request = keys[asked.request[0]] if len(asked.request) == 1 else pa.array(hashes.view(np.int64))
         columns = {"user": _plain(keys[asked.user]), "request": _plain(request), "hash": pa.array(hashes)}
+        if asked.candidate is not None:
+            columns["candidate"] = _plain(keys[asked.candidate])
         for task in asked.tasks:
             name, label = asked.predicted[task.name], asked.labels[task.name]
             is_binary = task.kind == "binary"
@@ -175,7 +179,8 @@ def _hint(asked: Asked, name: str) -> str:
     for task, column in asked.predicted.items():
         if column == name:
             return f", the predictions of task '{task}'; name another one with --columns predicted_{task}=COLUMN"
-    part = next(each for each in ("user", "score", "weight", "request") if name in (getattr(asked, each) or ()))
+    single = ("user", "candidate", "score", "weight")
+    part = next((part for part in single if getattr(asked, part) == name), "request")
     return f"; name another one with --columns {part}=COLUMN"
 
 
@@ -194,4 +199,5 @@ def measure_partition(job: MeasureJob, number: int) -> EvaluationSums | None:
         {task.name: table[f"l.{task.name}"] for task in asked.tasks},
         score=table["score"] if asked.score is not None else next(iter(predictions.values())),
         weight=table["weight"] if asked.weight is not None else None,
+        candidates=table["candidate"] if asked.candidate is not None else None,
     )
