@@ -5,14 +5,17 @@ from typing import Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.closed import ClosedSums, closed
 from mmoe_rec.evaluation.metrics.metric import UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.resampling import Values, intervals
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
+Sums = EvaluationSums | ClosedSums
 
-def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+
+def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All metrics of a model, each `{"value", "low", "high"}` with a 95% bootstrap interval over users.
 
     A metric that is undefined has the value None, and a `note` beside it says why; so has one without an
@@ -29,17 +32,18 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
         where candidates are known, `catalogue` with its metrics, which have no interval;
         and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
     """
+    sums = _closed(sums)
     groups = sums_by_user(sums)
     ranking = sums.tables["ranking"]
-    users = len(ranking)
-    headline = intervals(lambda counts: _evaluate(groups, counts), users, resamples, seed)
+    users, units = sums.users, len(ranking)
+    headline = intervals(lambda counts: _evaluate(groups, counts), units, resamples, seed)
 
     def more(kind: str, name: str) -> dict[str, Any]:
         """What has no interval."""
         found: dict[str, Any] = {}
         for metric in metrics_of(kind):
             if not metric.has_interval:
-                value = float(metric.summarise(groups[name].drawn(np.ones((users, 1))))[0])
+                value = float(metric.summarise(groups[name].drawn(np.ones((units, 1))))[0])
                 found[metric.name] = value if np.isfinite(value) else None
             found |= metric.details(groups[name], resamples, seed)
         return found
@@ -68,7 +72,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dic
     return summary | _noted(NEEDS_TWO_USERS if users == 1 else None)
 
 
-def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def compare(a: Sums, b: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Differences a - b of two models on the same rows, with intervals from a paired bootstrap over users.
 
     Both models see the same redrawn users, so what the users have in common cancels: the intervals are narrower than
@@ -81,6 +85,7 @@ def compare(a: EvaluationSums, b: EvaluationSums, resamples: int = 1000, seed: i
     Raises:
         UserError: a and b were not measured on equally many rows of the same users.
     """
+    a, b = _closed(a), _closed(b)
     columns = ["user", "rows", "requests"]
     if not a.tables["ranking"].select(columns).equals(b.tables["ranking"].select(columns)):
         raise UserError(
@@ -119,8 +124,14 @@ def _flatten(node: dict[str, Any], prefix: str, flat: dict[str, float]) -> None:
             flat[prefix.removesuffix(".") if name == "value" else f"{prefix}{name}"] = float(value)
 
 
-def sums_by_user(sums: EvaluationSums) -> dict[str, UserSums]:
-    """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`."""
+def _closed(sums: Sums) -> ClosedSums:
+    return sums if isinstance(sums, ClosedSums) else closed(sums)
+
+
+def sums_by_user(sums: Sums) -> dict[str, UserSums]:
+    """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`, or
+    groups of them."""
+    sums = _closed(sums)
     groups = {task.name: UserSums(metrics_of(task.kind), sums.tables, task.name) for task in sums.tasks}
     return groups | {"score": UserSums(metrics_of("score"), sums.tables, None)}
 
@@ -129,7 +140,7 @@ def _evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
     return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
 
 
-def _describe(sums: EvaluationSums, task: MeasuredTask) -> dict[str, Any]:
+def _describe(sums: ClosedSums, task: MeasuredTask) -> dict[str, Any]:
     """What was observed of a task."""
     table = sums.tables[f"{task.name}.users"]
     positives = {"positives": _total(table["positives"])} if task.kind == "binary" else {}
@@ -144,6 +155,5 @@ def _total(column: Any) -> int:
     return int(column.to_numpy().sum())
 
 
-def _size(sums: EvaluationSums) -> str:
-    ranking = sums.tables["ranking"]
-    return f"{_total(ranking['rows']):,} rows of {len(ranking):,} users"
+def _size(sums: ClosedSums) -> str:
+    return f"{_total(sums.tables['ranking']['rows']):,} rows of {sums.users:,} users"

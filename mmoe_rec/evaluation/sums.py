@@ -24,7 +24,7 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask, Rows, check_rows
 from mmoe_rec.evaluation.metrics.catalogue import shown_rows
-from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
+from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows, UserRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.registered import CUTOFFS, metrics_of
 
@@ -95,14 +95,7 @@ class EvaluationSums:
         Raises:
             UserError: the folder holds something else.
         """
-        folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
-            raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
-        manifest = {"format": _FORMAT, "tasks": [asdict(task) for task in self.tasks], "tables": list(self.tables)}
-        with atomic_folder(folder) as temporary:
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-            for name, table in self.tables.items():
-                pq.write_table(table, temporary / f"{name}.parquet")
+        save_tables(folder, self.tasks, self.tables, is_closed=False)
 
     @staticmethod
     def load(folder: str | Path) -> "EvaluationSums":
@@ -111,15 +104,37 @@ class EvaluationSums:
         Raises:
             UserError: there are no sums in the folder, or in a format this version does not read.
         """
-        path = Path(folder) / _MANIFEST
-        if not path.is_file():
-            raise UserError(f"'{path}' does not exist; expected a folder that an evaluation saved its sums to")
-        manifest = json.loads(path.read_text())
-        if manifest.get("format") != _FORMAT:
-            raise UserError(f"'{path}' has format {manifest.get('format')!r}; this version reads format {_FORMAT}")
-        tasks = tuple(MeasuredTask(**task) for task in manifest["tasks"])
-        tables = {name: pq.read_table(path.parent / f"{name}.parquet") for name in manifest["tables"]}
+        tasks, tables, is_closed = load_tables(folder)
+        if is_closed:
+            raise UserError(f"'{folder}' holds sums that can't be merged with others any more")
         return EvaluationSums(tasks, tables)
+
+
+def save_tables(
+    folder: str | Path, tasks: Sequence[MeasuredTask], tables: Mapping[str, pa.Table], is_closed: bool
+) -> None:
+    """Writes sums, see `EvaluationSums.save`. is_closed: whether they are `ClosedSums`."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
+        raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
+    manifest = {"format": _FORMAT, "closed": is_closed, "tasks": [asdict(task) for task in tasks]}
+    with atomic_folder(folder) as temporary:
+        (temporary / _MANIFEST).write_text(json.dumps(manifest | {"tables": list(tables)}, indent=2))
+        for name, table in tables.items():
+            pq.write_table(table, temporary / f"{name}.parquet")
+
+
+def load_tables(folder: str | Path) -> tuple[tuple[MeasuredTask, ...], dict[str, pa.Table], bool]:
+    """Tasks and tables of sums in a folder, and whether they are `ClosedSums`. Raises UserError as `load` does."""
+    path = Path(folder) / _MANIFEST
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist; expected a folder that an evaluation saved its sums to")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != _FORMAT:
+        raise UserError(f"'{path}' has format {manifest.get('format')!r}; this version reads format {_FORMAT}")
+    tasks = tuple(MeasuredTask(**task) for task in manifest["tasks"])
+    tables = {name: pq.read_table(path.parent / f"{name}.parquet") for name in manifest["tables"]}
+    return tasks, tables, manifest["closed"]
 
 
 def merge_all(parts: Iterable[EvaluationSums]) -> EvaluationSums:
@@ -244,10 +259,16 @@ def _measured(metrics: Iterable[Metric[Any]], given: Any, taken: Collection[str]
     return columns
 
 
+def _of_users(kind: str) -> set[str]:
+    """Names of sums that are made of all rows of a user (see `closed`)."""
+    nobody = UserRows(np.zeros(0), np.zeros(0))
+    return {name for metric in metrics_of(kind) for name in metric.of_users(nobody)}
+
+
 def _complete(kind: str, columns: dict[str, Any]) -> dict[str, Any]:
     """The sums, which have to hold all that the metrics of a kind read."""
     for metric in metrics_of(kind):
-        if missing := set(metric.totals) - set(columns):
+        if missing := set(metric.totals) - {*columns, *_of_users(kind)}:
             raise ValueError(f"metric {metric.name!r} reads {sorted(missing)}, which no metric measures")
     return columns
 
@@ -255,12 +276,15 @@ def _complete(kind: str, columns: dict[str, Any]) -> dict[str, Any]:
 def _merged(tasks: tuple[MeasuredTask, ...], tables: Mapping[str, pa.Table]) -> EvaluationSums:
     """Rows of equal keys merged."""
     kinds = {"ranking": "score"} | {f"{task.name}.users": task.kind for task in tasks}
-    return EvaluationSums(tasks, {name: _by_key(table, kinds.get(name)) for name, table in tables.items()})
+    return EvaluationSums(tasks, {name: by_key(table, _KEYS, kinds.get(name)) for name, table in tables.items()})
 
 
-def _by_key(table: pa.Table, kind: str | None) -> pa.Table:
-    """Merge rows with equal keys, and sort by key. One thread: equal input gives equal output to the last bit."""
-    keys = [name for name in _KEYS if name in table.column_names]
+def by_key(table: pa.Table, names: Sequence[str], kind: str | None) -> pa.Table:
+    """Merges rows with equal keys, and sorts by key. One thread: equal input gives equal output to the last bit.
+
+    names: of keys, those of which the table has a column; kind: whose metrics' sums the table holds, None for others.
+    """
+    keys = [name for name in names if name in table.column_names]
     how: dict[str, str] = {name: "sum" for name in table.column_names if name not in keys}
     for metric in metrics_of(kind) if kind else ():
         table = metric.before_merging(table)

@@ -8,24 +8,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.engines import Engine, open_engine
 from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.jobs.measuring.asked import Asked
-from mmoe_rec.jobs.measuring.parts import MeasureJob, Part, check_columns, measure_partition, send_part
+from mmoe_rec.jobs.measuring.parts import (
+    MeasureJob,
+    Part,
+    Read,
+    check_columns,
+    check_requests,
+    measure_partition,
+    send_part,
+)
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import open_parquet
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName
 
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.sums import EvaluationSums
-
-ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 1_048_576
+ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 262_144
 ROWS_FOR_PROCESSES = 2_000_000
 """From so many rows on, processes are worth their start where there are more workers than threads suit."""
 
@@ -102,13 +108,15 @@ def _parts(files: list[FoundFile]) -> Iterator[Part]:
                 begin, groups = start, []
 
 
-def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> EvaluationSums:
+def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> ClosedSums:
     parts = list(_parts(files))
     rows = sum(part.rows for part in parts)
     if not rows:
         raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    job = MeasureJob(asked, Exchange(scratch, -(-rows // ROWS_PER_PARTITION)))
+    # Each holds whole groups of users, whose number is a power of two as well.
+    partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
+    job = MeasureJob(asked, Exchange(scratch, partitions))
     try:
         with open_engine(how.engine, how.workers, rows >= ROWS_FOR_PROCESSES) as engine:
             return _measured(engine, job, parts, rows)
@@ -116,20 +124,22 @@ def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> Eval
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measured(engine: Engine, job: MeasureJob, parts: list[Part], rows: int) -> EvaluationSums:
-    from mmoe_rec.evaluation.sums import merge_all
-
+def _measured(engine: Engine, job: MeasureJob, parts: list[Part], rows: int) -> ClosedSums:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
-        for sent in engine.map(partial(send_part, job), list(enumerate(parts))):
-            progress.advance(task, sent)
+        read = []
+        for each in engine.map(partial(send_part, job), list(enumerate(parts))):
+            read.append(each)
+            progress.advance(task, each.rows)
+        whole = Read.all(read)
+        job = replace(job, edges=whole.edges(), grouped=len(whole.users) > MOST_UNITS)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
-
-        def measured() -> Iterator[EvaluationSums]:
-            for sums in engine.map(partial(measure_partition, job), partitions):
-                progress.advance(task)
-                if sums is not None:
-                    yield sums
-
-        return merge_all(measured())
+        sums, requests = [], []
+        for found in engine.map(partial(measure_partition, job), partitions):
+            progress.advance(task)
+            if found is not None:
+                sums.append(found[0])
+                requests.append(found[1])
+    check_requests(job, requests)
+    return joined(sums)

@@ -1,8 +1,8 @@
 """python -m tests.benchmarks.metrics [--rows 20000000]
 
 What does the command `metrics` cost? Rows of a simulated log in Parquet, 20 to a request, in random order: two binary
-tasks, the second observed where the first one happened; 4 requests to a user, some with hundreds. Metrics of both tasks, of
-the score and of the catalogue, with 1,000 resamples of the users.
+tasks, the second observed where the first one happened; 4 requests to a user, some with hundreds. Metrics of both
+tasks, of the score and of the catalogue, with 1,000 resamples of the users.
 
 seconds_20m, peak_gib    of the command on 20 million rows; with another number of rows, `seconds` and `peak_gib`.
 

@@ -67,6 +67,10 @@ class Metric(Named, Generic[Measured]):
         """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of lists, adds."""
         return {}
 
+    def of_users(self, users: "UserRows") -> dict[str, np.ndarray]:
+        """Sums of its own that need all rows of a user of a binary task together: name -> what each user (U,) adds."""
+        return {}
+
     @abstractmethod
     def summarise(self, drawn: "Drawn") -> np.ndarray:
         """(R,) float64, the value in each resample; NaN where it is undefined."""
@@ -118,17 +122,28 @@ class TaskRows:
         return found
 
 
-class UserSums:
-    """The sums of a task, or of the score, for each of all U users that were measured.
+@dataclass(frozen=True)
+class UserRows:
+    """All rows of each of U users in which the label of a binary task is observed.
 
-    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score; values:
-    the table `TASK.values` of a binary task.
+    auc: (U,) float64, NaN for a user without both classes; rows: (U,) float64, how many there are.
+    """
+
+    auc: np.ndarray
+    rows: np.ndarray
+
+
+class UserSums:
+    """The sums of a task, or of the score, for each of all U users, or groups of them, that resamples draw.
+
+    metrics: those of the task or the score; tables: of `ClosedSums`; task: its name, None for the score; bins, counts:
+    the tables of a binary task.
     """
 
     def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
         self.users = tables["ranking"]["user"]
         self.table = tables["ranking" if task is None else f"{task}.users"]
-        self.values = tables.get(f"{task}.values")
+        self.bins, self.counts = tables.get(f"{task}.bins"), tables.get(f"{task}.counts")
         self._metrics = [metric for metric in metrics if metric.has_interval]
         self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}

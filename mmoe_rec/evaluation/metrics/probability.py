@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from mmoe_rec.evaluation.metrics.auc import equal_mass, one_class
+from mmoe_rec.evaluation.metrics.auc import one_class
+from mmoe_rec.evaluation.metrics.bins import equal_mass
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 from mmoe_rec.evaluation.metrics.resampling import Values, replicate, with_interval
 
@@ -70,11 +71,11 @@ class _Bins:
     """
 
     def __init__(self, sums: UserSums) -> None:
-        values = sums.values
-        assert values is not None  # of a binary task
-        place = equal_mass(values, values["weight"].to_numpy(), 10)
-        used, user = int(place.max(initial=-1)) + 1, sums.index(values["user"])
-        columns = {name: values[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
+        bins = sums.bins
+        assert bins is not None  # of a binary task
+        place = equal_mass(bins["bin"].to_numpy(), bins["weight"].to_numpy(), 10)
+        used, user = int(place.max(initial=-1)) + 1, sums.index(bins["user"])
+        columns = {name: bins[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
         self.totals = {name: np.bincount(place, each, used) for name, each in columns.items()}
         self.weight, self.label, self.prediction = (
             csr_matrix((columns[name], (place, user)), (used, len(sums.users)))

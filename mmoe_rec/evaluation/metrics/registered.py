@@ -12,7 +12,7 @@ METRICS: tuple[Metric[Any], ...] = (
     auc.Auc(),
     auc.AveragePrecision(),
     auc.GaucUser(),
-    auc.GaucUser(weighted=False),
+    auc.GaucUserUnweighted(),
     auc.GaucRequest(),
     auc.GaucRequestUnweighted(),
     probability.Logloss(),

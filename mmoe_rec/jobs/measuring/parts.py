@@ -1,14 +1,14 @@
-"""The tasks of measuring predictions: parts of files are read and checked, and partitions of requests are measured.
+"""The tasks of measuring predictions: parts of files are read and checked, and partitions of users are measured.
 
-    row groups  -> rows, checked, to partitions of requests through files
-    partitions  -> sums of metrics, which are merged
+    row groups  -> rows, checked, to partitions of users through files; which users and values there are
+    partitions  -> sums of metrics, which have no user in common
 
-A partition is held in memory; all rows of a request lie in one, wherever they stand in the files.
+A partition is held in memory; all rows of a user lie in one, wherever they stand in the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,10 @@ import pyarrow.types as pt
 
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.sums import EvaluationSums, measure
-from mmoe_rec.jobs.measuring.asked import Asked
+from mmoe_rec.evaluation.closed import ClosedSums, closed
+from mmoe_rec.evaluation.metrics.bins import bin_edges
+from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical_type
 from mmoe_rec.log.hashing import combine, hash_column
@@ -41,10 +43,55 @@ class Part:
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """What the tasks share."""
+    """What the tasks share.
+
+    edges: of the bins of each binary task's predictions; grouped: whether users are measured in groups; both are known
+    once all was read.
+    """
 
     asked: Asked
     rows: Exchange
+    edges: dict[str, np.ndarray] | None = None
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read. users: hashes of them, (U,) uint64; values: binary task -> some of the predicted values, rising,
+    with the numbers of positive and of negative rows that they stand for."""
+
+    rows: int
+    users: np.ndarray
+    values: dict[str, Values]
+
+    @staticmethod
+    def all(parts: Sequence[Read]) -> Read:
+        """That of all parts."""
+        users = np.unique(np.concatenate([part.users for part in parts]))
+        values = {
+            name: tuple(np.concatenate(each) for each in zip(*(part.values[name] for part in parts), strict=True))
+            for name in parts[0].values
+        }
+        return Read(sum(part.rows for part in parts), users, {name: _distinct(*each) for name, each in values.items()})
+
+    def edges(self) -> dict[str, np.ndarray]:
+        """Of bins for all."""
+        return {name: bin_edges(*values) for name, values in self.values.items()}
+
+
+Values = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _distinct(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> Values:
+    distinct, place = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(place, positives, len(distinct)), np.bincount(place, negatives, len(distinct))
+
+
+def _fewer(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> Values:
+    """At most `MOST_BINS` of the values, each of which stands for those up to the next one."""
+    place = np.searchsorted(bin_edges(values, positives, negatives), values, side="right")
+    _, first = np.unique(place, return_index=True)
+    return values[first], np.bincount(place, positives), np.bincount(place, negatives)
 
 
 def uses_of(asked: Asked) -> dict[str, Use]:
@@ -59,10 +106,13 @@ def _of_tasks(asked: Asked, columns: dict[str, str]) -> list[str]:
     return [columns[task.name] for task in asked.tasks]
 
 
-def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> int:
-    """Reads a part, checks its rows and sends them; gives how many there were. Raises BadFile for a wrong value."""
+def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> Read:
+    """Reads a part, checks its rows and sends them. Raises BadFile for a wrong value."""
     number, part = number_and_part
     reading, uses = _Reading(job.asked, part.address), uses_of(job.asked)
+    binary = [task.name for task in job.asked.tasks if task.kind == "binary"]
+    users: list[np.ndarray] = []
+    seen: dict[str, list[Values]] = {name: [] for name in binary}
     with open_parquet(part.address) as parquet:
         batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(part.groups), columns=list(uses))
 
@@ -71,15 +121,24 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> int:
             while (batch := next_batch(batches, part.address, parquet.schema_arrow)) is not None:
                 table = reading.rows(pa.Table.from_batches([batch]), start)
                 start += len(table)
-                receiver = partition_of(table["hash"].to_numpy(), job.rows.receivers)
-                yield table.drop_columns(["hash"]), receiver
+                hashes = table["hash"].to_numpy()
+                users.append(np.unique(hashes))
+                for name in binary:
+                    value, label = table[f"p.{name}"].to_numpy(), table[f"l.{name}"].to_numpy()
+                    seen[name].append((value, label == 1, label == 0))
+                yield table.drop_columns(["hash"]), partition_of(hashes, job.rows.receivers)
 
         sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
-    return int(sent.sum())
+    found = {name: tuple(np.concatenate(each) for each in zip(*given, strict=True)) for name, given in seen.items()}
+    values = {}
+    for name, (value, positive, negative) in found.items():
+        known = positive | negative
+        values[name] = _fewer(*_distinct(value[known].astype(np.float64), positive[known], negative[known]))
+    return Read(int(sent.sum()), np.unique(np.concatenate(users)), values)
 
 
 class _Reading:
-    """Rows of a file as columns `user`, `request` and its `hash`, `candidate`, `score`, `weight`, and of each task
+    """Rows of a file as columns `user` and its `hash`, `request`, `candidate`, `score`, `weight`, and of each task
     `p.TASK` and `l.TASK`."""
 
     def __init__(self, asked: Asked, address: str) -> None:
@@ -90,9 +149,10 @@ class _Reading:
         asked = self._asked
         names = dict.fromkeys([asked.user, *asked.request, *([asked.candidate] if asked.candidate else [])])
         keys = {name: self._key(table, name, start) for name in names}
-        hashes = combine([hash_column(keys[name]) for name in asked.request])
-        request = keys[asked.request[0]] if len(asked.request) == 1 else pa.array(hashes.view(np.int64))
-        columns = {"user": _plain(keys[asked.user]), "request": _plain(request), "hash": pa.array(hashes)}
+        user, request = keys[asked.user], keys[asked.request[0]]
+        if len(asked.request) > 1:
+            request = pa.array(combine([hash_column(keys[name]) for name in asked.request]).view(np.int64))
+        columns = {"user": _plain(user), "hash": pa.array(hash_column(user)), "request": _plain(request)}
         if asked.candidate is not None:
             columns["candidate"] = _plain(keys[asked.candidate])
         for task in asked.tasks:
@@ -184,14 +244,15 @@ def _hint(asked: Asked, name: str) -> str:
     return f"; name another one with --columns {part}=COLUMN"
 
 
-def measure_partition(job: MeasureJob, number: int) -> EvaluationSums | None:
-    """The sums of a partition's rows; None if there are none."""
+def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndarray] | None:
+    """The sums of a partition's rows, and the hashes of its requests, (Q,) uint64; None if there are no rows."""
     table = job.rows.receive_all(ROWS, number)
     if table is None:
         return None
     asked = job.asked
+    _check_users(asked, table)
     predictions = {task.name: table[f"p.{task.name}"] for task in asked.tasks}
-    return measure(
+    sums = measure(
         asked.tasks,
         table["user"],
         table["request"],
@@ -201,3 +262,37 @@ def measure_partition(job: MeasureJob, number: int) -> EvaluationSums | None:
         weight=table["weight"] if asked.weight is not None else None,
         candidates=table["candidate"] if asked.candidate is not None else None,
     )
+    requests = np.unique(hash_column(table["request"].combine_chunks()))
+    return closed(sums, job.edges, job.grouped), requests
+
+
+def check_requests(job: MeasureJob, requests: Sequence[np.ndarray]) -> None:
+    """Raises UserError where a request has rows in several partitions, which hold other users. requests: hashes of each
+    partition that has rows."""
+    hashes, counts = np.unique(np.concatenate(requests), return_counts=True)
+    if (counts == 1).all():
+        return
+    tables = []
+    for number in range(job.rows.receivers):
+        for table in job.rows.receive(ROWS, number):
+            mine = np.isin(hash_column(table["request"].combine_chunks()), hashes[counts > 1][:1])
+            tables.append(table.select(["user", "request"]).filter(pa.array(mine)))
+    _check_users(job.asked, pa.concat_tables(tables))
+
+
+def _check_users(asked: Asked, table: pa.Table) -> None:
+    """Raises UserError where a request has rows of several users."""
+    user, request = (table[name].combine_chunks().dictionary_encode() for name in ("user", "request"))
+    users, requests = user.indices.to_numpy(), request.indices.to_numpy()
+    of_request = np.zeros(len(request.dictionary), np.int64)
+    of_request[requests] = users
+    strange = np.flatnonzero(of_request[requests] != users)
+    if len(strange):
+        row = strange[0]
+        first, other = (user.dictionary[int(each)].as_py() for each in (users[row], of_request[requests[row]]))
+        which = repr(request.dictionary[int(requests[row])].as_py()) if len(asked.request) == 1 else "a request"
+        raise UserError(
+            f"request {which} of column '{JOINED.join(asked.request)}' has rows of more than one user, {first!r} and "
+            f"{other!r}: a request is one list shown to one user; name columns that tell lists apart with --columns "
+            f"request={JOINED.join((asked.user, *asked.request))}"
+        )
