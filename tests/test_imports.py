@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "serving": LEAVES | LOG | {"features", "build", "batches", "model", "journal", "request_log"},
     "server": {"errors", "settings", "schema", "journal", "serving", "request_log", *LOG},
     "outcomes": LEAVES | LOG | {"build", "request_log"},
-    "evaluation": LEAVES | {"features", "batches", "model"},
+    "evaluation": LEAVES | LOG | {"features", "batches", "model"},
     "report": {"errors", "atomic", "inspection"},
 }
 """Stage -> other stages. A stage that is not listed, such as `tracking`, is held to the absence of cycles only."""

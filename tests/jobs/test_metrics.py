@@ -107,6 +107,28 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
 
 
+def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
+    source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
+    expected = measure_predictions(asked_by_words(TASKS), source, tmp_path / "a", How(100))
+    for module in ("mmoe_rec.evaluation.closed", "mmoe_rec.jobs.metrics"):
+        monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.bins.MOST_BINS", 200)
+    monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
+    found = measure_predictions(asked_by_words(TASKS), source, tmp_path / "b", How(100))
+    assert found["users"] == expected["users"] == 97
+    assert found["tasks"]["bought"]["single_class_users"] == expected["tasks"]["bought"]["single_class_users"]
+    for group, other in (
+        (found["score"], expected["score"]),
+        *zip(*(each["tasks"].values() for each in (found, expected)), strict=True),
+    ):
+        for name, value in other.items():
+            if isinstance(value, dict) and "low" in value:
+                assert group[name]["value"] == pytest.approx(value["value"], rel=1e-9), name
+                assert group[name]["low"] <= value["value"] <= group[name]["high"], name
+    assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
+
+
 def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
     source = str(written(predicted(2), tmp_path / "in"))
     local = measure_predictions(asked_by_words(TASKS), source, tmp_path / "local", How(20))
@@ -198,11 +220,15 @@ def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp
         (lambda rows: rows.drop(columns="request"), "no column 'request'; .*--columns request=COLUMN"),
         (lambda rows: rows.assign(user=0.5), "column 'user' must hold integers or strings, found double"),
         (lambda rows: rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
-        (lambda rows: rows.assign(user=rows["request"] % 7 + np.arange(len(rows))), "has rows of more than one user"),
+        (
+            lambda rows: rows.assign(user=np.where(np.arange(len(rows)) == 9, 10**9, rows["user"])),
+            "request [0-9]+ of column 'request' has rows of more than one user, .*1000000000.*request=user[+]request",
+        ),
         (lambda rows: rows.iloc[:0], "hold no row to evaluate"),
     ],
 )
-def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
     source = written(change(predicted(7)), tmp_path / "in")
     with pytest.raises(UserError, match=message):
         measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
