@@ -88,7 +88,7 @@ def calling(uri: str, address: str | None = None, anything: bool = False) -> Ite
 
     place = f"MLflow at '{shown(uri)}'"
     if uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
-        place += ", the address in the variable MLFLOW_TRACKING_URI,"
+        place += " (the address in the variable MLFLOW_TRACKING_URI)"
     try:
         with _quiet():
             yield

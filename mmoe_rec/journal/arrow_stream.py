@@ -16,6 +16,7 @@ from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.log.files import first_line
 
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # kinds of messages, in Arrow's Message.fbs
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 MOST_TEXT_BYTES = 64 * 2**20
 """Characters of all columns of coded strings, of all rows together."""
 
@@ -24,8 +25,8 @@ def read_stream(data: bytes, most_rows: int) -> pa.Table:
     """The table of a stream, validated. Raises RequestError for anything else, or more rows."""
     try:
         _check_plain(data)
-        batches, rows = [], 0
-        with pa.ipc.open_stream(data) as reader:
+        batches, rows, source = [], 0, pa.BufferReader(data)
+        with pa.ipc.open_stream(source) as reader:
             for field in reader.schema:
                 if not _is_plain(field.type):
                     kind = str(field.type)[:60]
@@ -36,6 +37,7 @@ def read_stream(data: bytes, most_rows: int) -> pa.Table:
                     raise too_many(most_rows)
                 batches.append(batch)
             table = pa.Table.from_batches(batches, reader.schema)
+            _check_end(data, source.tell())
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, struct.error, IndexError, MemoryError) as error:
         raise RequestError(f"the body is no Arrow IPC stream that can be read: {first_line(error)[:200]}") from None
@@ -72,7 +74,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 def _is_value(kind: pa.DataType) -> bool:
     numbers = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)
-    return numbers or pt.is_timestamp(kind) or pt.is_null(kind) or _is_text(kind)
+    return numbers or pt.is_timestamp(kind) or pt.is_date(kind) or pt.is_null(kind) or _is_text(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -82,6 +84,14 @@ def _is_text(kind: pa.DataType) -> bool:
 def _text_bytes(coded: pa.DictionaryArray) -> int:
     lengths = pc.binary_length(coded.dictionary).take(coded.indices)
     return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
+
+
+def _check_end(data: bytes, end: int) -> None:
+    """Raises RequestError where the stream that was read up to a byte has no end, or is not all that was sent."""
+    if not data[:end].endswith(_END):
+        raise RequestError("the Arrow stream has no end marker, so it may be cut off; close its writer before sending")
+    if end < len(data):
+        raise RequestError(f"{len(data) - end:,} bytes follow the end of the Arrow stream; send one stream in a call")
 
 
 def _check_plain(data: bytes) -> None:

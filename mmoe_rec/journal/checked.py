@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +108,8 @@ class RowChecks:
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise RequestError(f"row {number} must be an object of columns and values, found {type(row).__name__}")
-            if unknown := row.keys() - columns.keys() - self._unread.get(source, set()):
-                raise _in_row(number, self._unknown(source, min(unknown, key=str)))
-            if missing := [name for name, each in columns.items() if each.required and name not in row]:
-                raise _in_row(number, f"there is no column '{missing[0]}'")
+            if (wrong := self._wrong_names(source, row)) is not None:
+                raise _in_row(number, wrong)
         given = [name for name in columns if any(name in row for row in rows)]
         arrays = {name: self._json_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
         return self._checked(source, arrays, now)
@@ -122,7 +120,7 @@ class RowChecks:
 
     def of_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
         """The same of an Arrow table."""
-        columns, unread = self._of(source), self._unread.get(source, set())
+        columns = self._of(source)
         if not table.num_rows:
             raise RequestError("the table must have at least one row")
         if table.num_rows > self.most_rows:
@@ -132,11 +130,8 @@ class RowChecks:
             names = table.column_names
             twice = next(name for place, name in enumerate(names) if name in names[:place])
             raise RequestError(f"column {quoted(twice)} is given twice")
-        for name in given:
-            if name not in columns and name not in unread:
-                raise RequestError(self._unknown(source, name))
-        if missing := [name for name, each in columns.items() if each.required and name not in given]:
-            raise RequestError(f"there is no column '{missing[0]}'")
+        if (wrong := self._wrong_names(source, given)) is not None:
+            raise RequestError(wrong)
         arrays = {name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given}
         return self._checked(source, arrays, now)
 
@@ -145,6 +140,16 @@ class RowChecks:
             known = ", ".join(self.schema.events) or "none"
             raise RequestError(f"there is no log of events {quoted(source)}; there are: {known}")
         return self._columns[source]
+
+    def _wrong_names(self, source: str | None, given: Collection[str]) -> str | None:
+        """What is wrong with the columns that are given, as a sentence."""
+        columns = self._columns[source]
+        unknown = [name for name in given if name not in columns and name not in self._unread.get(source, set())]
+        missing = [name for name, each in columns.items() if each.required and name not in given]
+        lacking = f"there is no column '{missing[0]}'" if missing else None
+        if not unknown:
+            return lacking
+        return "; and ".join(filter(None, (self._unknown(source, unknown[0]), lacking)))
 
     def _unknown(self, source: str | None, name: str) -> str:
         columns = list(self._columns[source])
@@ -200,6 +205,9 @@ class RowChecks:
             table[rate] = table[rate].fill_null(1.0) if is_given else pa.array(np.ones(size))
         rows = LogRows(pa.table(table), self.schema)
         self._check_values(source, rows)
+        if rows.has(EVENT_ID) and (empty := np.flatnonzero(_is_empty(rows.table[EVENT_ID]))).size:
+            what = "is empty, as which all rows would be the same event; give null where a row has no id"
+            raise _in_row(int(empty[0]), f"column '{EVENT_ID}' {what}")
         moment = time.time_ns() // 1_000 if now is None else now
         self._check_times(source, rows, moment + TOLERANCE_MICROSECONDS)
         if source is None:
@@ -260,6 +268,15 @@ def _required(schema: Schema) -> set[str]:
     # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
     attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}
     return found - (attributes - {columns.user, columns.candidate})
+
+
+def _is_empty(values: pa.ChunkedArray) -> np.ndarray:
+    """(N,) bool, whether each value is the empty string."""
+    array = one_array(values)
+    if not pt.is_string(array.type) and not pt.is_dictionary(array.type):
+        return np.zeros(len(array), bool)
+    sizes = pc.binary_length(array.cast(pa.string())).fill_null(1)
+    return np.asarray(sizes.to_numpy(zero_copy_only=False)) == 0
 
 
 def _check_lengths(name: str, array: pa.Array) -> None:

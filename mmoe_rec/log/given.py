@@ -165,6 +165,8 @@ def _kind(value: Any) -> str:
         return f"lists of {' and '.join(inner)}" if inner else "lists"
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or infinity"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**63:
+        return "integers that do not fit into 64 bits"
     return names.get(type(value), type(value).__name__)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -271,6 +272,43 @@ def test_streams_that_would_take_any_amount_of_memory():
         CHECKS.of_stream(None, _stream(table), NOW)
     with pytest.raises(RequestError, match="compressed"):
         CHECKS.of_stream(None, _stream(table, compression="zstd"), NOW)
+
+
+def test_streams_that_are_cut_off_or_followed_by_something():
+    whole = _stream(pa.Table.from_pylist([{**ROW, "time": "2024-01-01", "born": None}]))
+    assert CHECKS.of_stream(None, whole, NOW).num_rows == 1
+    with pytest.raises(RequestError, match="no end marker, so it may be cut off"):
+        CHECKS.of_stream(None, whole[:-8], NOW)
+    for more in (b"x", bytes(8), whole):
+        with pytest.raises(RequestError, match=f"{len(more):,} bytes follow the end of the Arrow stream"):
+            CHECKS.of_stream(None, whole + more, NOW)
+
+
+def test_a_date_is_a_time_in_arrow_as_in_a_log():
+    table = pa.Table.from_pylist([{**ROW, "born": None}])
+    place = table.column_names.index("time")
+    dated = table.set_column(place, "time", pa.array([datetime(2024, 1, 1, tzinfo=UTC).date()]))
+    found = CHECKS.of_stream(None, _stream(dated), NOW)
+    assert found["time"].to_pylist() == [datetime(2024, 1, 1, tzinfo=UTC)]
+
+
+def test_an_empty_id_is_none_of_an_event():
+    rows = [{**ROW, "event_id": each} for each in ("a", None, "")]
+    for check in (
+        lambda: CHECKS.of_json(None, rows, NOW),
+        lambda: CHECKS.of_table(None, pa.Table.from_pylist(rows), NOW),
+    ):
+        with pytest.raises(
+            RequestError, match=r"row 2: column 'event_id' is empty, .* give null where a row has no id"
+        ):
+            check()
+    assert len(CHECKS.of_json(None, rows[:2], NOW)) == 2
+
+
+def test_a_row_that_names_a_column_wrongly_and_lacks_it():
+    row = {name: value for name, value in ROW.items() if name != "click"} | {"clicked": 1}
+    with pytest.raises(RequestError, match=r"without a column 'clicked': did you .*; and there is no column 'click'"):
+        CHECKS.of_json(None, [row], NOW)
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     assert model.holder().number == "2"
     capsys.readouterr()
     model.refresh("--anew")
-    assert "no new files" in capsys.readouterr().out, "the same files give the same tables"
+    assert "tables made anew of all files in" in capsys.readouterr().out, "the same files give the same tables"
     before = exact_from(model.folder_of("2") / "features")
     model.refresh("--anew", "--data.as_of_days", "2")
     assert model.holder().number == "3"

@@ -69,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     refreshed = refresh(settings, address, anew=arguments.anew, journal=journal)
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:
+        log = settings.data.log
+        why = f"tables made anew of all files in '{log}' are the same" if arguments.anew else f"no new files in '{log}'"
         print(
-            f"no new files in '{settings.data.log}': '{alias}' of '{name}' stays version "
+            f"{why}: '{alias}' of '{name}' stays version "
             f"{refreshed.before.version.number}, with tables as of {refreshed.before.about.tables_as_of}"
         )
     else:
