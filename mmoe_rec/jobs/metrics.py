@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from mmoe_rec.jobs.measuring.parts import (
     check_columns,
     check_requests,
     measure_partition,
+    precision_of,
     send_part,
 )
 from mmoe_rec.locks import writing
@@ -55,14 +57,17 @@ def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = H
 
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
+    out = Path(os.path.abspath(out))
+    if not is_remote(source) and out.is_relative_to(os.path.abspath(source)):
+        raise UserError(f"--out '{out}' lies in '{source}', where the predictions are; name another folder")
     files = find_files(source, "--predictions")
     asked = _present(asked, files)
-    out = Path(out)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
         summary = summarise(sums, how.resamples, how.seed)
         summary["predictions"] = source
         summary["files"] = len(files)
+        summary["columns"] = asked.told()
         summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
         sums.save(out / "sums")
         with atomic_file(out / "metrics.json") as file:
@@ -72,10 +77,12 @@ def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = H
 
 def _present(asked: Asked, files: list[FoundFile]) -> Asked:
     """What is asked for of what the files have. Raises UserError where they lack something, or differ."""
-    first = files[0].address
-    with open_parquet(first) as parquet:
-        there = set(parquet.schema_arrow.names)
-    lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} <= there]
+    first, there = files[0].address, set[str]()
+    for file in files:
+        with open_parquet(file.address) as parquet:
+            there |= set(parquet.schema_arrow.names)
+    # What one file has, all must have: a task, or the score, would else be of some of the rows.
+    lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} & there]
     asked = asked.without(lacking)
     if asked.score is None and "score" in there:
         asked = replace(asked, score="score")
@@ -101,8 +108,11 @@ def _parts(files: list[FoundFile]) -> Iterator[Part]:
             rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
         start, begin, groups = 0, 0, list[int]()
         for number, each in enumerate(rows):
-            groups.append(number)
+            if each:
+                groups.append(number)
             start += each
+            if not groups:
+                continue
             if start - begin >= ROWS_PER_PART or number == len(rows) - 1:
                 yield Part(file.address, tuple(groups), begin, start - begin)
                 begin, groups = start, []
@@ -116,7 +126,9 @@ def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> Clos
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     # Each holds whole groups of users, whose number is a power of two as well.
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
-    job = MeasureJob(asked, Exchange(scratch, partitions))
+    precisions = [precision_of(asked, file.address) for file in files]
+    precision = {name: max(each[name] for each in precisions) for name in precisions[0]}
+    job = MeasureJob(asked, Exchange(scratch, partitions), precision)
     try:
         with open_engine(how.engine, how.workers, rows >= ROWS_FOR_PROCESSES) as engine:
             return _measured(engine, job, parts, rows)

@@ -83,6 +83,19 @@ def test_relevance_is_the_weighted_sum_of_labels() -> None:
     assert row["mrr"] == pytest.approx(1 / 3)
 
 
+def test_what_rounding_leaves_makes_no_row_relevant_and_no_two_rows_differ() -> None:
+    """0.1 + 0.2 - 0.3 is 5.6e-17 in floats, and 0.1 + 0.2 is no 0.3."""
+    for weights, labels, why in (
+        ((0.1, 0.2, -0.3), ([1, 0], [1, 0], [1, 0]), "requests_without_relevant_row"),
+        ((0.1, 0.2, 0.3), ([1, 0], [1, 0], [0, 1]), "requests_of_equal_relevance"),
+        ((1e9, 2e-9, 0.0), ([1, 1], [1, 0], [0, 0]), "requests_of_equal_relevance"),
+    ):
+        tasks = [MeasuredTask(name, "binary", weight) for name, weight in zip("abc", weights, strict=True)]
+        given = dict(zip("abc", labels, strict=True))
+        sums = measure(tasks, [1, 1], [1, 1], dict.fromkeys("abc", np.full(2, 0.5)), given, score=[1.0, 2.0])
+        assert sums.tables["ranking"][why].to_pylist() == [1], weights
+
+
 def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:
     labels = {name: pa.array(values, from_pandas=True) for name, values in log.labels.items()}
     labels["bought"] = pa.array(log.labels["bought"] == 1)

@@ -31,6 +31,7 @@ from tests.log.small_logs import DAY, START, random_log, with_requests
 from tests.serving.small_model import SmallModel
 
 TASKS = ["bought", "stars:regression=0.2"]
+RATE = ["--columns.sampling_rate", "rate"]
 
 
 def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
@@ -38,7 +39,8 @@ def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
     generator = np.random.default_rng(seed)
     request = generator.integers(rows // 6, size=rows)
     user = request % 97
-    chance, item = generator.random(rows).round(2), generator.geometric(0.1, rows)
+    chance = generator.random(rows).round(2)
+    item = pd.Series(request).groupby(request).cumcount().to_numpy() + 3 * (request % 40)
     return pd.DataFrame(
         {
             "user": [f"user {each}" for each in user] if text else user - 50,
@@ -196,9 +198,9 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
             "'label_stars' must hold a number or null.*found inf",
         ),
         (lambda rows: changed(rows, "score", float("nan")), "column 'score' must hold a number, found null or NaN"),
-        (lambda rows: changed(rows, "user", None), "column 'user' is missing"),
-        (lambda rows: changed(rows, "request", None), "column 'request' is missing"),
-        (lambda rows: changed(rows, "candidate", None), "column 'candidate' is missing"),
+        (lambda rows: changed(rows, "user", None), "column 'user' holds null"),
+        (lambda rows: changed(rows, "request", None), "column 'request' holds null"),
+        (lambda rows: changed(rows, "candidate", None), "column 'candidate' holds null"),
     ],
 )
 def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
@@ -222,7 +224,7 @@ def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp
         (lambda rows: rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
         (
             lambda rows: rows.assign(user=np.where(np.arange(len(rows)) == 9, 10**9, rows["user"])),
-            "request [0-9]+ of column 'request' has rows of more than one user, .*1000000000.*request=user[+]request",
+            "request [0-9]+ by 'request' has rows of more than one user, .*1000000000.*request=user[+]request",
         ),
         (lambda rows: rows.iloc[:0], "hold no row to evaluate"),
     ],
@@ -232,6 +234,71 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
     source = written(change(predicted(7)), tmp_path / "in")
     with pytest.raises(UserError, match=message):
         measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+
+
+@pytest.mark.parametrize("column", ["score", "candidate"])
+def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
+    """Whichever comes first: else some rows would be ranked by the score, and others by the prediction."""
+    source = written(predicted(8), tmp_path / "in")
+    pq.write_table(pq.read_table(source / "0.parquet").drop_columns([column]), source / "0.parquet")
+    with pytest.raises(UserError, match=rf"in/0\.parquet' has no column '{column}'"):
+        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(5))
+
+
+def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
+    frame = predicted(8).assign(request=pd.to_datetime(predicted(8)["request"] // 10**15, unit="s"))
+    frame = frame.assign(request=frame["request"].dt.as_unit("us"))
+    asked = asked_by_words(["bought"]).with_columns(["request=user+request"])
+    source = written(frame, tmp_path / "in")
+    measure_predictions(asked, str(source), tmp_path / "out", How(5))
+    for other in ("int64", "str", "datetime64[us, UTC]"):
+        values = frame["request"].dt.tz_localize("UTC") if "UTC" in other else frame["request"].astype(other)
+        pq.write_table(pa.Table.from_pandas(frame.assign(request=values).iloc[:9]), source / "9.parquet")
+        with pytest.raises(UserError, match=r"'request' holds timestamp\[us\] in '.*0\.parquet', and .*9\.parquet'"):
+            measure_predictions(asked, str(source), tmp_path / "out", How(5))
+    fine = pd.to_datetime(np.arange(9), unit="ns")
+    pq.write_table(pa.Table.from_pandas(frame.iloc[:9].assign(request=fine)), source / "9.parquet")
+    with pytest.raises(UserError, match=r"9\.parquet': column 'request' .* apart by less than a microsecond"):
+        measure_predictions(asked, str(source), tmp_path / "out", How(5))
+
+
+def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> None:
+    source = written(predicted(8), tmp_path / "in", files=1)
+    (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
+        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(5))
+    main(["--predictions", str(source), "--tasks", "bought", "--keep-duplicates", "--out", str(tmp_path / "kept")])
+    assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
+
+
+def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
+    frame = predicted(8)
+    source = written(frame, tmp_path / "in")
+    expected = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "a", How(5))
+    for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({each: [] for each in frame}))):
+        empty.to_parquet(source / f"{name}.parquet")
+    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "b", How(5))
+    assert found == expected | {"files": 5}
+
+
+def test_single_precision_is_clipped_alike_whatever_lies_beside_it(tmp_path: Path) -> None:
+    frame = predicted(8).assign(predicted_bought=np.float32(1.0), label_bought=0)
+    source = written(frame, tmp_path / "in")
+    alone = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "a", How(5))
+    double = frame.assign(predicted_bought=1.0, request=-1 - frame["request"], user=frame["user"] + 1000)
+    pq.write_table(pa.Table.from_pandas(double), source / "9.parquet")
+    found = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "b", How(5))
+    value, other = (each["tasks"]["bought"]["logloss"]["value"] for each in (found, alone))
+    assert value == pytest.approx(other) == pytest.approx(-np.log(np.finfo(np.float32).eps))
+
+
+def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -> None:
+    source = written(predicted(8), tmp_path / "in")
+    monkeypatch.chdir(source)
+    for out in (".", "", "metrics", source / "a" / "b"):
+        with pytest.raises(UserError, match=r"lies in '.*', where the predictions are; name another folder"):
+            measure_predictions(asked_by_words(["bought"]), str(source), out, How(5))
+    assert sorted(each.name for each in source.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
 
 
 def test_files_of_other_types_are_named(tmp_path: Path) -> None:
@@ -250,6 +317,7 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
         (["--tasks", "a", "--columns", "usr=who"], "rows have no part 'usr'; did you mean 'user'"),
         (["--tasks", "a", "--columns", "user"], "PART=COLUMN, such as user=customer_id; found 'user'"),
         ([], "give the tasks, either by --config C or by --tasks"),
+        (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
     ],
 )
 def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:

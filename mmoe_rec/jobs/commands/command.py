@@ -29,12 +29,13 @@ def parsed(
     argv: Sequence[str] | None = None,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     config: bool = True,
+    engine: bool = False,
 ) -> argparse.Namespace:
     """The arguments of a command, whose settings are not read yet.
 
     doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. config:
-    whether `--config` must be given; overrides without it are an error. The parsed arguments hold the overrides, as
-    they were written, in `overrides`.
+    whether `--config` must be given; overrides without it are an error. engine: whether the command takes `--engine`
+    itself where no settings are given. The parsed arguments hold the overrides, as they were written, in `overrides`.
     """
     parser = SentenceParser(
         prog=spelled(" ".join(doc.split()[:3])),
@@ -50,7 +51,8 @@ def parsed(
     parser.add_argument("--engine", metavar="E", help="short for --data.engine: local or ray")
     parser.add_argument("--skip-bad-files", action="store_true", help="short for --data.skip_bad_files true")
     arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    overrides += ["--data.engine", arguments.engine] if arguments.engine else []
+    if arguments.engine and not (engine and arguments.config is None):
+        overrides += ["--data.engine", arguments.engine]
     overrides += ["--data.skip_bad_files", "true"] if arguments.skip_bad_files else []
     if overrides and arguments.config is None:
         parser.error(f"'{overrides[0]}' is no argument of this command, or a setting, for which --config is missing")

@@ -10,6 +10,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
 from mmoe_rec.schema import outcome_name
 from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import ErrorOrKeep
 
 JOINED = "+"
 
@@ -20,7 +21,8 @@ class Asked:
 
     request: one column, or several whose values together tell requests apart; score, candidate: None where nothing was
     said of them, so that the files need not have them; usual_candidate: the column that is taken then, if it is there;
-    predicted, labels: task -> column; optional: tasks that are measured where the files have their columns.
+    predicted, labels: task -> column; optional: tasks that are measured where the files have their columns; duplicates:
+    whether a request may hold a candidate twice.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -33,6 +35,16 @@ class Asked:
     predicted: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    duplicates: ErrorOrKeep = "error"
+
+    def told(self) -> dict[str, str | None]:
+        """Part -> column, as `with_columns` takes them."""
+        found = {name: getattr(self, name) for name in ("user", "candidate", "score", "weight")}
+        found["request"] = JOINED.join(self.request)
+        for task in self.tasks:
+            found[f"predicted_{task.name}"] = self.predicted[task.name]
+            found[f"label_{task.name}"] = self.labels[task.name]
+        return found
 
     def with_columns(self, words: Sequence[str]) -> Asked:
         """With other columns, each as PART=COLUMN. Raises UserError for words that say something else."""
@@ -82,7 +94,8 @@ def asked_by_settings(settings: Settings) -> Asked:
         request: tuple[str, ...] = names.user, names.time
     else:
         request = (names.user, names.request) if names.request_scope == "user" else (names.request,)
-    return replace(asked, user=names.user, request=request, usual_candidate=names.candidate)
+    duplicates = settings.data.duplicates
+    return replace(asked, user=names.user, request=request, usual_candidate=names.candidate, duplicates=duplicates)
 
 
 def asked_by_words(words: Sequence[str]) -> Asked:

@@ -45,12 +45,13 @@ class Part:
 class MeasureJob:
     """What the tasks share.
 
-    edges: of the bins of each binary task's predictions; grouped: whether users are measured in groups; both are known
-    once all was read.
+    precision: task -> machine precision of its least precise predictions; edges: of the bins of each binary task's
+    predictions; grouped: whether users are measured in groups; both are known once all was read.
     """
 
     asked: Asked
     rows: Exchange
+    precision: dict[str, float]
     edges: dict[str, np.ndarray] | None = None
     grouped: bool = False
 
@@ -180,26 +181,29 @@ class _Reading:
     def _key(self, table: pa.Table, name: str, start: int) -> pa.Array:
         values = table[name].combine_chunks()
         if pt.is_timestamp(values.type) or pt.is_date(values.type):
-            values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None)), safe=False).cast(pa.int64())
+            try:
+                values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None))).cast(pa.int64())
+            except pa.ArrowInvalid:
+                what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
+                raise BadFile(f"'{self._address}': {what}", self._address) from None
         values = file_column(self._address, name, "key", values, None, start)
         if values.null_count:
             row = start + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            raise BadFile(f"'{self._address}': column '{name}' is missing{first_row(row)}", self._address)
+            raise BadFile(f"'{self._address}': column '{name}' holds null{first_row(row)}", self._address)
         return values
 
     def _numbers(self, table: pa.Table, name: str, start: int) -> np.ndarray:
-        """(N,) float32 where they are float32 or narrower, else float64; NaN where null."""
+        """(N,) float64; NaN where null."""
         given = table[name].combine_chunks()
         values = file_column(self._address, name, "number", given, None, start)
         if pt.is_null(values.type):
             return np.full(len(values), np.nan)
-        array = values.to_numpy(zero_copy_only=False)
-        return array.astype(np.float32) if pt.is_float32(given.type) or pt.is_float16(given.type) else array
+        return np.asarray(values.to_numpy(zero_copy_only=False))
 
     def _check(self, name: str, values: np.ndarray, wrong: np.ndarray, start: int, expected: str) -> None:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            found = "null or NaN" if np.isnan(values[row]) else f"{values[row]:g}"
+            found = "null or NaN" if np.isnan(values[row]) else str(float(values[row])).removesuffix(".0")
             what = f"column '{name}' must hold {expected}, found {found}{first_row(start + row)}"
             raise BadFile(f"'{self._address}': {what}", self._address)
 
@@ -209,16 +213,22 @@ def _plain(values: pa.Array) -> pa.Array:
 
 
 def check_columns(asked: Asked, address: str) -> dict[str, pa.DataType]:
-    """Canonical types of the columns of a file that are keys. Raises BadFile where a column is missing or of a wrong
-    type."""
+    """Canonical types of the columns of a file that are keys, and those that predictions have there. Raises BadFile
+    where a column is missing or of a wrong type."""
     found = {}
     with open_parquet(address) as parquet:
-        schema = parquet.schema_arrow
+        schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
     for name, use in uses_of(asked).items():
+        if schema.names.count(name) > 1:
+            raise BadFile(f"'{address}' has several columns '{name}'", address)
         if schema.get_field_index(name) < 0:
             raise BadFile(f"'{address}' has no column '{name}'{_hint(asked, name)}", address)
         kind = schema.field(name).type
+        kind = kind.value_type if pt.is_dictionary(kind) else kind
+        if not rows:
+            continue
         if use == "any" and (pt.is_timestamp(kind) or pt.is_date(kind)):
+            found[name] = pa.timestamp("us", tz=getattr(kind, "tz", None))
             continue
         try:
             canonical = canonical_type(name, "key" if use == "any" else use, kind)
@@ -227,6 +237,14 @@ def check_columns(asked: Asked, address: str) -> dict[str, pa.DataType]:
         if use != "number" and not pt.is_null(canonical):
             found[name] = canonical
     return found
+
+
+def precision_of(asked: Asked, address: str) -> dict[str, float]:
+    """Task -> machine precision of its predictions in a file."""
+    with open_parquet(address) as parquet:
+        kinds = {task.name: parquet.schema_arrow.field(asked.predicted[task.name]).type for task in asked.tasks}
+    single = {name: pt.is_float32(kind) or pt.is_float16(kind) for name, kind in kinds.items()}
+    return {name: float(np.finfo(np.float32 if each else np.float64).eps) for name, each in single.items()}
 
 
 def _hint(asked: Asked, name: str) -> str:
@@ -251,6 +269,8 @@ def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndar
         return None
     asked = job.asked
     _check_users(asked, table)
+    if asked.candidate is not None and asked.duplicates == "error":
+        _check_candidates(asked, table)
     predictions = {task.name: table[f"p.{task.name}"] for task in asked.tasks}
     sums = measure(
         asked.tasks,
@@ -261,6 +281,7 @@ def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndar
         score=table["score"] if asked.score is not None else next(iter(predictions.values())),
         weight=table["weight"] if asked.weight is not None else None,
         candidates=table["candidate"] if asked.candidate is not None else None,
+        precision=job.precision,
     )
     requests = np.unique(hash_column(table["request"].combine_chunks()))
     return closed(sums, job.edges, job.grouped), requests
@@ -280,6 +301,24 @@ def check_requests(job: MeasureJob, requests: Sequence[np.ndarray]) -> None:
     _check_users(job.asked, pa.concat_tables(tables))
 
 
+def _request(asked: Asked, value: pa.Scalar) -> str:
+    which = f"request {value.as_py()!r}" if len(asked.request) == 1 else "a request"
+    return f"{which} by '{JOINED.join(asked.request)}'"
+
+
+def _check_candidates(asked: Asked, table: pa.Table) -> None:
+    """Raises UserError where a request has a candidate twice."""
+    request, candidate = (table[name].combine_chunks() for name in ("request", "candidate"))
+    pairs = combine([hash_column(request), hash_column(candidate)])
+    _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
+    if len(twice := first[counts > 1]):
+        row = int(twice[0])
+        raise UserError(
+            f"{_request(asked, request[row])} has candidate {candidate[row].as_py()!r} more than once, as where files "
+            "of two models, or a file and its copy, lie together; --keep-duplicates counts all rows"
+        )
+
+
 def _check_users(asked: Asked, table: pa.Table) -> None:
     """Raises UserError where a request has rows of several users."""
     user, request = (table[name].combine_chunks().dictionary_encode() for name in ("user", "request"))
@@ -290,9 +329,8 @@ def _check_users(asked: Asked, table: pa.Table) -> None:
     if len(strange):
         row = strange[0]
         first, other = (user.dictionary[int(each)].as_py() for each in (users[row], of_request[requests[row]]))
-        which = repr(request.dictionary[int(requests[row])].as_py()) if len(asked.request) == 1 else "a request"
         raise UserError(
-            f"request {which} of column '{JOINED.join(asked.request)}' has rows of more than one user, {first!r} and "
+            f"{_request(asked, request.dictionary[int(requests[row])])} has rows of more than one user, {first!r} and "
             f"{other!r}: a request is one list shown to one user; name columns that tell lists apart with --columns "
             f"request={JOINED.join((asked.user, *asked.request))}"
         )

@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of columns: user, request (several joined by +), candidate, score, weight (counts rows in losses "
         "and calibration), predicted_TASK, label_TASK",
     )
+    parser.add_argument("--keep-duplicates", action="store_true", help="a request may hold a candidate more than once")
     parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
     parser.add_argument("--resamples", type=count, metavar="N", help="redraws of the users, for the intervals")
 
@@ -37,7 +38,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    arguments = parsed(__doc__ or "", argv, _add_arguments, config=False)
+    arguments = parsed(__doc__ or "", argv, _add_arguments, config=False, engine=True)
     if (arguments.config is None) == (arguments.tasks is None):
         raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
     from pathlib import Path
@@ -52,13 +53,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.config is None:
         asked, how = asked_by_words(arguments.tasks), How(engine=arguments.engine or "local")
+        columns = arguments.columns
     else:
         settings = load_settings(arguments.config, arguments.overrides)
-        asked = asked_by_settings(settings)
+        asked, columns = asked_by_settings(settings), arguments.columns
+        is_weighed = any(each.startswith("weight=") for each in columns)
+        if settings.training.sampling_correction == "weights" and not is_weighed:
+            raise UserError(
+                "the settings weigh rows by 1 / their sampling rate (training.sampling_correction): name a column that "
+                "holds these weights with --columns weight=COLUMN, or set --training.sampling_correction to none"
+            )
         how = How(settings.evaluation.resamples, 0, settings.data.engine, settings.data.workers)
     how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
-    summary = measure_predictions(asked.with_columns(arguments.columns), arguments.predictions, arguments.out, how)
+    asked = asked.with_columns(columns)
+    asked = replace(asked, duplicates="keep") if arguments.keep_duplicates else asked
+    summary = measure_predictions(asked, arguments.predictions, arguments.out, how)
     Console().print(results_table({Path(arguments.predictions).name: summary}))
+    if summary["columns"]["score"] is None:
+        print("note: without a column of scores, the prediction ranks the candidates of a request")
     for note in told([summary]):
         print(f"note: {note}")
     for warning in warnings(summary):
