@@ -331,7 +331,7 @@ def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeyp
     with pytest.raises(UserError) as refused:
         tracking.check("http://127.0.0.1:9", "x", unsent=tmp_path)
     assert str(refused.value) == (
-        "MLflow at 'http://127.0.0.1:9', the address in the variable MLFLOW_TRACKING_URI, does not answer "
+        "MLflow at 'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI) does not answer "
         "(Connection refused)"
     )
 
