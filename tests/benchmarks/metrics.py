@@ -29,11 +29,13 @@ ROWS, PER_REQUEST, ROWS_PER_FILE, CANDIDATES = 20_000_000, 20, 2_000_000, 100_00
 def write_predictions(folder: Path, rows: int) -> None:
     """Files of rows; each file holds whole requests, in random order of the rows."""
     random = np.random.default_rng(0)
-    requests = rows // PER_REQUEST
+    requests, share = rows // PER_REQUEST, CANDIDATES // PER_REQUEST
     users = (requests // 4 * random.random(requests) ** 2).astype(np.int64)  # some come often, most seldom
     for number, start in enumerate(range(0, requests, ROWS_PER_FILE // PER_REQUEST)):
         request = np.repeat(np.arange(start, min(start + ROWS_PER_FILE // PER_REQUEST, requests)), PER_REQUEST)
         random.shuffle(request)
+        place = np.empty(len(request), np.int64)  # of a row in its request, so that no candidate comes twice
+        place[np.argsort(request, kind="stable")] = np.arange(len(request)) % PER_REQUEST
         logit = random.normal(-2, 1.2, len(request))
         clicked = random.random(len(request)) < 1 / (1 + np.exp(-logit))
         other = 1 / (1 + np.exp(-0.5 * logit))
@@ -43,7 +45,7 @@ def write_predictions(folder: Path, rows: int) -> None:
             {
                 "user": users[request],
                 "request": request,
-                "candidate": random.zipf(1.2, len(request)) % CANDIDATES,
+                "candidate": place * share + random.zipf(1.2, len(request)) % share,
                 "predicted_clicked": predicted.astype(np.float32),
                 "predicted_liked": other.astype(np.float32),
                 "label_clicked": clicked.astype(np.int8),
