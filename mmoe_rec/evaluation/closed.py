@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.auc import grouped_auc
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
-from mmoe_rec.evaluation.metrics.bins import bin_edges
+from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
 from mmoe_rec.evaluation.metrics.metric import UserRows
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.sums import EvaluationSums, by_key, load_tables, save_tables
@@ -24,6 +24,7 @@ from mmoe_rec.log.hashing import hash_column
 
 MOST_UNITS = 4_096
 """Of users, or groups of them; a power of two."""
+_KEYS = ("user", "bin")
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,9 @@ def closed(
             known = None if edges is None else edges[task.name]
             tables |= {f"{task.name}.{kind}": each for kind, each in _binned(values, known).items()}
     kinds = {"ranking": "score"} | {f"{task.name}.users": task.kind for task in sums.tasks}
-    if grouped:
-        tables = {name: _by_group(table) if "user" in table.column_names else table for name, table in tables.items()}
-    tables = {
-        name: by_key(table, ["user"], kinds[name])
-        if name in kinds
-        else by_key(table, ["user", "bin"], None)
-        if name.endswith(".bins")
-        else table
-        for name, table in tables.items()
-    }
+    for name, table in tables.items():
+        if "user" in table.column_names:
+            tables[name] = by_key(_by_group(table) if grouped else table, _KEYS, kinds.get(name))
     if "catalogue" in sums.tables:
         tables["catalogue"] = sums.tables["catalogue"]
     return ClosedSums(sums.tasks, tables)
@@ -105,7 +99,7 @@ def joined(parts: Sequence[ClosedSums]) -> ClosedSums:
         if name == "catalogue":
             tables[name] = by_key(table, ["candidate"], None)
         elif not name.endswith(".counts"):
-            keys = [key for key in ("user", "bin") if key in table.column_names]
+            keys = [key for key in _KEYS if key in table.column_names]
             tables[name] = table.sort_by([(key, "ascending") for key in keys]).combine_chunks()
     return ClosedSums(parts[0].tasks, tables)
 
@@ -135,9 +129,7 @@ def _with_sums_of_users(kind: str, table: pa.Table, values: pa.Table) -> pa.Tabl
 def _binned(values: pa.Table, edges: np.ndarray | None) -> dict[str, pa.Table]:
     value, rows, positives = (values[name].to_numpy() for name in ("value", "rows", "positives"))
     if edges is None:
-        distinct, place = np.unique(value, return_inverse=True)
-        counts = [np.bincount(place, each, len(distinct)) for each in (positives, rows - positives)]
-        edges = bin_edges(distinct, *counts)
+        edges = bin_edges(*counts_by_value(value, positives, rows - positives))
     bins = pa.array(np.searchsorted(edges, value, side="right"))
     names = ("rows", "positives", "weight", "label", "prediction")
     counted = pa.table({"value": value, "rows": rows, "positives": positives})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +16,11 @@ from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.jobs.measuring.asked import Asked
-from mmoe_rec.jobs.measuring.parts import (
-    MeasureJob,
-    Part,
-    Read,
-    check_columns,
-    check_requests,
-    measure_partition,
-    precision_of,
-    send_part,
-)
+from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, check_requests, measure_partition, send_part
+from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import open_parquet
-from mmoe_rec.log.files import FoundFile, find_files, is_remote
+from mmoe_rec.log.files import find_files, is_remote
+from mmoe_rec.log.parts import LogPart, cut
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName
 
@@ -60,7 +51,7 @@ def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = H
     out = Path(os.path.abspath(out))
     if not is_remote(source) and out.is_relative_to(os.path.abspath(source)):
         raise UserError(f"--out '{out}' lies in '{source}', where the predictions are; name another folder")
-    files = find_files(source, "--predictions")
+    files = [Footer.read(found) for found in find_files(source, "--predictions")]
     asked = _present(asked, files)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
@@ -75,12 +66,9 @@ def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = H
     return summary
 
 
-def _present(asked: Asked, files: list[FoundFile]) -> Asked:
+def _present(asked: Asked, files: list[Footer]) -> Asked:
     """What is asked for of what the files have. Raises UserError where they lack something, or differ."""
-    first, there = files[0].address, set[str]()
-    for file in files:
-        with open_parquet(file.address) as parquet:
-            there |= set(parquet.schema_arrow.names)
+    first, there = files[0].file.address, {name for each in files for name in each.schema.names}
     # What one file has, all must have: a task, or the score, would else be of some of the rows.
     lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} & there]
     asked = asked.without(lacking)
@@ -94,39 +82,23 @@ def _present(asked: Asked, files: list[FoundFile]) -> Asked:
             "--columns score=COLUMN"
         )
     types: dict[str, tuple[Any, str]] = {}
-    for file in files:
-        for name, kind in check_columns(asked, file.address).items():
-            known, where = types.setdefault(name, (kind, file.address))
+    for each in files:
+        for name, kind in key_types(asked, each).items():
+            known, where = types.setdefault(name, (kind, each.file.address))
             if known != kind:
-                raise UserError(f"column '{name}' holds {known} in '{where}', and {kind} in '{file.address}'")
+                raise UserError(f"column '{name}' holds {known} in '{where}', and {kind} in '{each.file.address}'")
     return asked
 
 
-def _parts(files: list[FoundFile]) -> Iterator[Part]:
-    for file in files:
-        with open_parquet(file.address) as parquet:
-            rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-        start, begin, groups = 0, 0, list[int]()
-        for number, each in enumerate(rows):
-            if each:
-                groups.append(number)
-            start += each
-            if not groups:
-                continue
-            if start - begin >= ROWS_PER_PART or number == len(rows) - 1:
-                yield Part(file.address, tuple(groups), begin, start - begin)
-                begin, groups = start, []
-
-
-def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> ClosedSums:
-    parts = list(_parts(files))
+def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> ClosedSums:
+    parts = cut([each.file for each in files], ROWS_PER_PART)
     rows = sum(part.rows for part in parts)
     if not rows:
-        raise UserError(f"'{files[0].address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
+        raise UserError(f"'{files[0].file.address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     # Each holds whole groups of users, whose number is a power of two as well.
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
-    precisions = [precision_of(asked, file.address) for file in files]
+    precisions = [precision_of(asked, each) for each in files]
     precision = {name: max(each[name] for each in precisions) for name in precisions[0]}
     job = MeasureJob(asked, Exchange(scratch, partitions), precision)
     try:
@@ -136,7 +108,7 @@ def _sums(asked: Asked, files: list[FoundFile], scratch: Path, how: How) -> Clos
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measured(engine: Engine, job: MeasureJob, parts: list[Part], rows: int) -> ClosedSums:
+def _measured(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> ClosedSums:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
         read = []

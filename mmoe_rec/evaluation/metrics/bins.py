@@ -8,6 +8,8 @@ from scipy.sparse import csr_matrix
 from mmoe_rec.evaluation.metrics.metric import Drawn, UserSums
 
 MOST_BINS = 4_096
+Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From numbers of positive and of negative rows by rising value, (B, ...) each."""
 _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
 
 
@@ -18,24 +20,40 @@ class Bins:
         assert sums.bins is not None  # of a binary task
         assert sums.counts is not None
         positives, rows = sums.counts["positives"].to_numpy(), sums.counts["rows"].to_numpy()
-        values, place = np.unique(sums.counts["value"].to_numpy(), return_inverse=True)
-        self._by_value = [np.bincount(place, each, len(values)) for each in (positives, rows - positives)]
+        _, *self._by_value = counts_by_value(sums.counts["value"].to_numpy(), positives, rows - positives)
+        self._corrections: dict[Area, float] = {}
         positives, rows = sums.bins["positives"].to_numpy(), sums.bins["rows"].to_numpy()
         bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
-        is_dense = len(place) > _DENSE_FROM * shape[0] * shape[1]
+        # Single precision has each number of rows in a bin only up to a size.
+        is_small = np.bincount(place, rows, len(bins)).max(initial=0) < 2**24
+        is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
         self._by_bin = []
         for each in (positives, rows - positives):
             by_user = csr_matrix((each.astype(np.float64), (place, user)), shape)
             by_user.eliminate_zeros()
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
-    def resampled(self, of_counts: Callable[[np.ndarray, np.ndarray], np.ndarray], drawn: Drawn) -> np.ndarray:
-        """(R,) an area, from counts of positive and negative rows by rising value; exact where all are drawn once."""
+    def resampled(self, area: Area, drawn: Drawn) -> np.ndarray:
+        """(R,) an area; exact where all are drawn once."""
         counts = drawn.counts.astype(np.float32) if isinstance(self._by_bin[0], np.ndarray) else drawn.counts
-        found = of_counts(*((each @ counts).astype(np.float64) for each in self._by_bin))
-        binned = of_counts(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
-        return np.clip(found + (of_counts(*self._by_value) - binned), 0.0, 1.0)
+        found = area(*((each @ counts).astype(np.float64) for each in self._by_bin))
+        return np.clip(found + self._correction(area), 0.0, 1.0)
+
+    def _correction(self, area: Area) -> float:
+        """By how much that of the values differs from that of the bins."""
+        if area not in self._corrections:
+            binned = area(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
+            self._corrections[area] = float(area(*self._by_value) - binned)
+        return self._corrections[area]
+
+
+def counts_by_value(
+    values: np.ndarray, positives: np.ndarray, negatives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct ones of N values, rising, with all positive and negative rows of each."""
+    distinct, place = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(place, positives, len(distinct)), np.bincount(place, negatives, len(distinct))
 
 
 def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
-from mmoe_rec.program import NAMES, TEMPLATE
+from mmoe_rec.program import FOLDERS, NAMES, TEMPLATE
 
 _ABOUT = {
     "train": "features, training, and registration of the model",
@@ -34,7 +34,7 @@ _ABOUT = {
     "doctor": "checks this machine and its packages",
 }
 
-_FOLDERS = {"refresh": "live", "join_outcomes": "live", "replay": "live", "metrics": "evaluation"}
+_FOLDERS = {"refresh": "live", "join_outcomes": "live", "replay": "live", **FOLDERS}
 
 _FIRST_STEPS = f"""first steps: adapt a copy of {TEMPLATE}
 to your log, then

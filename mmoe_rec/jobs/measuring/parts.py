@@ -13,32 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 
 from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums, closed
-from mmoe_rec.evaluation.metrics.bins import bin_edges
+from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.jobs.measuring.asked import JOINED, Asked
-from mmoe_rec.log.checks import BadFile, open_parquet
-from mmoe_rec.log.columns import canonical_type
+from mmoe_rec.jobs.measuring.reading import rows_of
 from mmoe_rec.log.hashing import combine, hash_column
-from mmoe_rec.log.values import file_column, first_row, next_batch
-from mmoe_rec.schema import Use
+from mmoe_rec.log.parts import LogPart
 
 ROWS = "rows"  # the channel
 ROWS_AT_A_TIME = 131_072
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive row groups of a file; start: the number of their first row."""
-
-    address: str
-    groups: tuple[int, ...]
-    start: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,9 @@ class Read:
             name: tuple(np.concatenate(each) for each in zip(*(part.values[name] for part in parts), strict=True))
             for name in parts[0].values
         }
-        return Read(sum(part.rows for part in parts), users, {name: _distinct(*each) for name, each in values.items()})
+        return Read(
+            sum(part.rows for part in parts), users, {name: counts_by_value(*each) for name, each in values.items()}
+        )
 
     def edges(self) -> dict[str, np.ndarray]:
         """Of bins for all."""
@@ -83,11 +72,6 @@ class Read:
 Values = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _distinct(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> Values:
-    distinct, place = np.unique(values, return_inverse=True)
-    return distinct, np.bincount(place, positives, len(distinct)), np.bincount(place, negatives, len(distinct))
-
-
 def _fewer(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> Values:
     """At most `MOST_BINS` of the values, each of which stands for those up to the next one."""
     place = np.searchsorted(bin_edges(values, positives, negatives), values, side="right")
@@ -95,33 +79,16 @@ def _fewer(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> 
     return values[first], np.bincount(place, positives), np.bincount(place, negatives)
 
 
-def uses_of(asked: Asked) -> dict[str, Use]:
-    """What each column is read as."""
-    keys = dict.fromkeys([asked.user, *([asked.candidate] if asked.candidate else [])], "key")
-    keys |= {name: "any" for name in asked.request if name not in keys}
-    named = [asked.score, asked.weight, *_of_tasks(asked, asked.predicted), *_of_tasks(asked, asked.labels)]
-    return keys | {name: "number" for name in named if name is not None}  # type: ignore[return-value]
-
-
-def _of_tasks(asked: Asked, columns: dict[str, str]) -> list[str]:
-    return [columns[task.name] for task in asked.tasks]
-
-
-def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> Read:
+def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> Read:
     """Reads a part, checks its rows and sends them. Raises BadFile for a wrong value."""
     number, part = number_and_part
-    reading, uses = _Reading(job.asked, part.address), uses_of(job.asked)
     binary = [task.name for task in job.asked.tasks if task.kind == "binary"]
     users: list[np.ndarray] = []
     seen: dict[str, list[Values]] = {name: [] for name in binary}
-    with open_parquet(part.address) as parquet:
-        batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=list(part.groups), columns=list(uses))
 
-        def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
-            start = part.start
-            while (batch := next_batch(batches, part.address, parquet.schema_arrow)) is not None:
-                table = reading.rows(pa.Table.from_batches([batch]), start)
-                start += len(table)
+    def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
+        for piece in part.pieces:
+            for table in rows_of(job.asked, piece, ROWS_AT_A_TIME):
                 hashes = table["hash"].to_numpy()
                 users.append(np.unique(hashes))
                 for name in binary:
@@ -129,137 +96,13 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, Part]) -> Read:
                     seen[name].append((value, label == 1, label == 0))
                 yield table.drop_columns(["hash"]), partition_of(hashes, job.rows.receivers)
 
-        sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
+    sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
     found = {name: tuple(np.concatenate(each) for each in zip(*given, strict=True)) for name, given in seen.items()}
     values = {}
     for name, (value, positive, negative) in found.items():
         known = positive | negative
-        values[name] = _fewer(*_distinct(value[known].astype(np.float64), positive[known], negative[known]))
+        values[name] = _fewer(*counts_by_value(value[known], positive[known], negative[known]))
     return Read(int(sent.sum()), np.unique(np.concatenate(users)), values)
-
-
-class _Reading:
-    """Rows of a file as columns `user` and its `hash`, `request`, `candidate`, `score`, `weight`, and of each task
-    `p.TASK` and `l.TASK`."""
-
-    def __init__(self, asked: Asked, address: str) -> None:
-        self._asked, self._address = asked, address
-
-    def rows(self, table: pa.Table, start: int) -> pa.Table:
-        """The rows, checked. start: the number of the first in the file."""
-        asked = self._asked
-        names = dict.fromkeys([asked.user, *asked.request, *([asked.candidate] if asked.candidate else [])])
-        keys = {name: self._key(table, name, start) for name in names}
-        user, request = keys[asked.user], keys[asked.request[0]]
-        if len(asked.request) > 1:
-            request = pa.array(combine([hash_column(keys[name]) for name in asked.request]).view(np.int64))
-        columns = {"user": _plain(user), "hash": pa.array(hash_column(user)), "request": _plain(request)}
-        if asked.candidate is not None:
-            columns["candidate"] = _plain(keys[asked.candidate])
-        for task in asked.tasks:
-            name, label = asked.predicted[task.name], asked.labels[task.name]
-            is_binary = task.kind == "binary"
-            predicted = self._numbers(table, name, start)
-            wrong = ~((predicted >= 0) & (predicted <= 1)) if is_binary else ~np.isfinite(predicted)
-            self._check(name, predicted, wrong, start, "a probability" if is_binary else "a finite number")
-            columns[f"p.{task.name}"] = pa.array(predicted)
-            labels = self._numbers(table, label, start)
-            wrong = ~(np.isnan(labels) | ((labels == 0) | (labels == 1) if is_binary else np.isfinite(labels)))
-            expected = "0, 1" if is_binary else "a number"
-            self._check(label, labels, wrong, start, f"{expected} or null where it is unobserved")
-            columns[f"l.{task.name}"] = pa.array(labels)
-        if asked.score is not None:
-            score = self._numbers(table, asked.score, start)
-            self._check(asked.score, score, np.isnan(score), start, "a number")
-            columns["score"] = pa.array(score)
-        if asked.weight is not None:
-            weight = self._numbers(table, asked.weight, start)
-            self._check(asked.weight, weight, ~((weight > 0) & np.isfinite(weight)), start, "a positive number")
-            columns["weight"] = pa.array(weight)
-        return pa.table(columns)
-
-    def _key(self, table: pa.Table, name: str, start: int) -> pa.Array:
-        values = table[name].combine_chunks()
-        if pt.is_timestamp(values.type) or pt.is_date(values.type):
-            try:
-                values = values.cast(pa.timestamp("us", tz=getattr(values.type, "tz", None))).cast(pa.int64())
-            except pa.ArrowInvalid:
-                what = f"column '{name}' tells requests apart by less than a microsecond; write it as integers"
-                raise BadFile(f"'{self._address}': {what}", self._address) from None
-        values = file_column(self._address, name, "key", values, None, start)
-        if values.null_count:
-            row = start + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            raise BadFile(f"'{self._address}': column '{name}' holds null{first_row(row)}", self._address)
-        return values
-
-    def _numbers(self, table: pa.Table, name: str, start: int) -> np.ndarray:
-        """(N,) float64; NaN where null."""
-        given = table[name].combine_chunks()
-        values = file_column(self._address, name, "number", given, None, start)
-        if pt.is_null(values.type):
-            return np.full(len(values), np.nan)
-        return np.asarray(values.to_numpy(zero_copy_only=False))
-
-    def _check(self, name: str, values: np.ndarray, wrong: np.ndarray, start: int, expected: str) -> None:
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            found = "null or NaN" if np.isnan(values[row]) else str(float(values[row])).removesuffix(".0")
-            what = f"column '{name}' must hold {expected}, found {found}{first_row(start + row)}"
-            raise BadFile(f"'{self._address}': {what}", self._address)
-
-
-def _plain(values: pa.Array) -> pa.Array:
-    return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
-
-
-def check_columns(asked: Asked, address: str) -> dict[str, pa.DataType]:
-    """Canonical types of the columns of a file that are keys, and those that predictions have there. Raises BadFile
-    where a column is missing or of a wrong type."""
-    found = {}
-    with open_parquet(address) as parquet:
-        schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-    for name, use in uses_of(asked).items():
-        if schema.names.count(name) > 1:
-            raise BadFile(f"'{address}' has several columns '{name}'", address)
-        if schema.get_field_index(name) < 0:
-            raise BadFile(f"'{address}' has no column '{name}'{_hint(asked, name)}", address)
-        kind = schema.field(name).type
-        kind = kind.value_type if pt.is_dictionary(kind) else kind
-        if not rows:
-            continue
-        if use == "any" and (pt.is_timestamp(kind) or pt.is_date(kind)):
-            found[name] = pa.timestamp("us", tz=getattr(kind, "tz", None))
-            continue
-        try:
-            canonical = canonical_type(name, "key" if use == "any" else use, kind)
-        except UserError as error:
-            raise BadFile(f"'{address}': {error}", address) from None
-        if use != "number" and not pt.is_null(canonical):
-            found[name] = canonical
-    return found
-
-
-def precision_of(asked: Asked, address: str) -> dict[str, float]:
-    """Task -> machine precision of its predictions in a file."""
-    with open_parquet(address) as parquet:
-        kinds = {task.name: parquet.schema_arrow.field(asked.predicted[task.name]).type for task in asked.tasks}
-    single = {name: pt.is_float32(kind) or pt.is_float16(kind) for name, kind in kinds.items()}
-    return {name: float(np.finfo(np.float32 if each else np.float64).eps) for name, each in single.items()}
-
-
-def _hint(asked: Asked, name: str) -> str:
-    for task, column in asked.labels.items():
-        if column == name:
-            return (
-                f", the labels of task '{task}': mmoe-rec score writes them with --labels; "
-                f"name another one with --columns label_{task}=COLUMN"
-            )
-    for task, column in asked.predicted.items():
-        if column == name:
-            return f", the predictions of task '{task}'; name another one with --columns predicted_{task}=COLUMN"
-    single = ("user", "candidate", "score", "weight")
-    part = next((part for part in single if getattr(asked, part) == name), "request")
-    return f"; name another one with --columns {part}=COLUMN"
 
 
 def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndarray] | None:

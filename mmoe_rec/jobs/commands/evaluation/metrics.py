@@ -53,11 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.config is None:
         asked, how = asked_by_words(arguments.tasks), How(engine=arguments.engine or "local")
-        columns = arguments.columns
     else:
         settings = load_settings(arguments.config, arguments.overrides)
-        asked, columns = asked_by_settings(settings), arguments.columns
-        is_weighed = any(each.startswith("weight=") for each in columns)
+        asked = asked_by_settings(settings)
+        is_weighed = any(each.startswith("weight=") for each in arguments.columns)
         if settings.training.sampling_correction == "weights" and not is_weighed:
             raise UserError(
                 "the settings weigh rows by 1 / their sampling rate (training.sampling_correction): name a column that "
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         how = How(settings.evaluation.resamples, 0, settings.data.engine, settings.data.workers)
     how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
-    asked = asked.with_columns(columns)
+    asked = asked.with_columns(arguments.columns)
     asked = replace(asked, duplicates="keep") if arguments.keep_duplicates else asked
     summary = measure_predictions(asked, arguments.predictions, arguments.out, how)
     Console().print(results_table({Path(arguments.predictions).name: summary}))
