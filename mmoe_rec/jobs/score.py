@@ -24,6 +24,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
 from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, logs_to_score
+from mmoe_rec.jobs.scoring.meaning import Meaning
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
@@ -295,7 +296,7 @@ class _Scoring:
             "as_of": self.as_of,
             "known_from": None if known["first"] is None else format_time(known["first"]),
             "labels_known_by": format_time(known["last"]) if self.labels else None,
-            "meaning": self._meaning(whole, known),
+            "meaning": self._meaning(known["first"]).of(whole),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
             "events": {log.name: [file.address for file in log.files] for log in self.logs.events},
@@ -307,38 +308,9 @@ class _Scoring:
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
         }
 
-    def _meaning(self, whole: PartScored, known: dict[str, Any]) -> str:
-        """What the features of the rows knew."""
-        if self.as_of == "log":
-            events = "".join(f" and in events '{log.name}'" for log in self.logs.events)
-            return (
-                "counters and histories know what was known before each request in the log that was given (its first "
-                f"request: {format_time(known['first'])}){events}, and nothing of the past besides"
-            )
-        sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if exact := whole.early - whole.inexact:
-            sentence += (
-                f", and of it only what was known before each request for {exact:,} of {whole.rows:,} rows, which were "
-                "requested earlier"
-            )
-        if whole.inexact:
-            assert self.exact_from is not None
-            sentence += (
-                f"; {whole.inexact:,} of {whole.rows:,} rows were requested before {iso_time(self.exact_from)}, from "
-                "when on they are exact, so their features know their future: to judge a model by them, score with "
-                "--as-of log"
-            )
-        if self.freshness.is_stale(whole.last):
-            sentence += (
-                f"; the last row was requested at {format_time(whole.last)}, more than {self.freshness.days:g} days "
-                "later, when these are stale (setting `serving.stale_after_days`)"
-            )
-        if self.lacking:
-            names = ", ".join(map(repr, self.lacking))
-            sentence += (
-                f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
-            )
-        return sentence
+    def _meaning(self, first: int | None) -> Meaning:
+        events = [log.name for log in self.logs.events]
+        return Meaning(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
 
 
 def microseconds(time: str) -> int:
