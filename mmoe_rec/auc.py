@@ -1,8 +1,8 @@
 """Areas under curves from counts of positive and negative rows by rising prediction.
 
 That under the ROC curve is the Mann-Whitney statistic, the share of pairs of a positive and a negative row in the right
-order: a pair of equal predictions counts one half. Counts are whole numbers, so all that is added up for it is exact,
-in whatever order.
+order: a pair of equal predictions counts one half. Where counts are whole numbers, all that is added up for it is exact,
+in whatever order; rows may also have weights.
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of predictions in B bins; rows of one bin are ties.
 
     Args:
-        positives: (B, ...) number of positive rows in each bin, the bins in the order of rising prediction.
-        negatives: (B, ...) number of negative rows.
+        positives: (B, ...) number, or weight, of positive rows in each bin, the bins in the order of rising prediction.
+        negatives: (B, ...) that of negative rows.
 
     Returns:
         (...) float64; NaN where there is no positive or no negative row.
@@ -45,8 +45,8 @@ def grouped_auc(
     Args:
         group: (N,) int64 in [0, groups).
         value: (N,) the predictions, or anything in the same order.
-        positives: (N,) number of positive rows behind each entry; 0 or 1 for single rows, more for shared values.
-        negatives: (N,) number of negative rows behind each entry.
+        positives: (N,) number, or weight, of positive rows behind each entry: 0 or 1 for single rows that count alike.
+        negatives: (N,) that of negative rows.
         groups: G.
 
     Returns:
@@ -60,10 +60,25 @@ def grouped_auc(
     run_negatives = np.bincount(run, negatives[order])
     all_positives = np.bincount(run_group, run_positives, groups)
     all_negatives = np.bincount(run_group, run_negatives, groups)
-    negatives_before = exclusive_sum(run_negatives) - exclusive_sum(all_negatives)[run_group]
+    negatives_before = _sum_before_in_group(run_group, run_negatives)
     pairs_won = np.bincount(run_group, run_positives * (negatives_before + 0.5 * run_negatives), groups)
     pairs = all_positives * all_negatives
     return np.divide(pairs_won, pairs, out=np.full(groups, np.nan), where=pairs > 0)
+
+
+def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(N,) sum of the values before each one in its group, the groups (N,) rising; `values` are not negative."""
+    total = values.sum()
+    if total < 2**53 and (values == np.rint(values)).all():  # a running sum of all is exact
+        before = exclusive_sum(values)
+        first = starts(group)
+        return before - np.repeat(before[first], np.diff(first, append=len(group)))
+    # Else it would round small groups by the size of those before them: sums of 1, 2, 4, ... values of a group.
+    found, step = values.copy(), 1
+    while (same := np.flatnonzero(group[step:] == group[:-step])).size:
+        found[same + step] += found[same]
+        step *= 2
+    return found - values
 
 
 def runs(group: np.ndarray, value: np.ndarray) -> np.ndarray:

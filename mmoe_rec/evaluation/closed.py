@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.auc import grouped_auc
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
-from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
+from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value, negative_weight
 from mmoe_rec.evaluation.metrics.metric import UserRows
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.sums import EvaluationSums, by_key, load_tables, save_tables
@@ -40,8 +40,8 @@ class ClosedSums:
             `TASK.bins`, one row a unit and `bin` of rising prediction, binary tasks only: `rows`, `positives`, and the
             weighted sums `weight`, `label`, `prediction`;
 
-            `TASK.counts`, binary tasks only: predicted `value`, `rows` and `positives`; rows of one value may be told
-            in several.
+            `TASK.counts`, binary tasks only: predicted `value`, and the weight of its `positive` and `negative` rows;
+            rows of one value may be told in several.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -117,9 +117,9 @@ def _by_group(table: pa.Table) -> pa.Table:
 def _with_sums_of_users(kind: str, table: pa.Table, values: pa.Table) -> pa.Table:
     """Sums by user of a binary task with those that need all rows of a user. values: `TASK.values`, sorted."""
     user = pc.index_in(values["user"], value_set=table["user"].combine_chunks()).to_numpy().astype(np.int64)
-    positives, rows = values["positives"].to_numpy(), values["rows"].to_numpy()
-    auc = grouped_auc(user, values["value"].to_numpy(), positives, rows - positives, len(table))
-    given = UserRows(auc, np.bincount(user, rows, len(table)))
+    value, label, rows = (values[name].to_numpy() for name in ("value", "label", "rows"))
+    auc = grouped_auc(user, value, label, negative_weight(values), len(table))
+    given = UserRows(auc, np.bincount(user, rows, len(table)), np.bincount(user, values["weight"].to_numpy(), len(table)))
     for metric in metrics_of(kind):
         for name, each in metric.of_users(given).items():
             table = table.append_column(name, pa.array(each))
@@ -132,7 +132,7 @@ def _binned(values: pa.Table, edges: np.ndarray | None) -> dict[str, pa.Table]:
         edges = bin_edges(*counts_by_value(value, positives, rows - positives))
     bins = pa.array(np.searchsorted(edges, value, side="right"))
     names = ("rows", "positives", "weight", "label", "prediction")
-    counted = pa.table({"value": value, "rows": rows, "positives": positives})
+    counted = pa.table({"value": value, "positive": values["label"], "negative": negative_weight(values)})
     return {
         "bins": pa.table({"user": values["user"], "bin": bins, **{name: values[name] for name in names}}),
         "counts": by_key(counted, ["value"], None),

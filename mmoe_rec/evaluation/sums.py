@@ -32,7 +32,7 @@ __all__ = ["EvaluationSums", "MeasuredTask", "measure", "merge_all"]
 
 NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 
-_FORMAT = 4
+_FORMAT = 5
 _MANIFEST = "sums.json"
 _KEYS = ("user", "value", "candidate")
 
@@ -182,8 +182,8 @@ def measure(
             clipped to [eps, 1 - eps], eps being the machine precision of their dtype, as scikit-learn does.
         labels: task name -> (N,) 0 or 1 (binary) or values (regression); NaN or null where unobserved.
         score: (N,) fused ranking score, higher is better.
-        weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at. They weight the logloss,
-            the calibration and the regression errors. AUC, GAUC, NDCG and MRR rank rows and never use them.
+        weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all
+            metrics of a task, but not in a request's ranking, such as NDCG, where requests count alike.
         candidates: (N,) integers or strings, for what is shown of the catalogue; None leaves it out.
         precision: task -> machine precision by which its predictions are clipped; None takes that of their dtype.
 
@@ -268,7 +268,7 @@ def _measured(metrics: Iterable[Metric[Any]], given: Any, taken: Collection[str]
 
 def _of_users(kind: str) -> set[str]:
     """Names of sums that are made of all rows of a user (see `closed`)."""
-    nobody = UserRows(np.zeros(0), np.zeros(0))
+    nobody = UserRows(*np.zeros((3, 0)))
     return {name for metric in metrics_of(kind) for name in metric.of_users(nobody)}
 
 

@@ -28,12 +28,13 @@ def value(log: Log, task: str, metric: str) -> float:
 
 def naive_gauc(log: Log, task: str, groups: np.ndarray, weighted: bool = True) -> float:
     rows, label, prediction = log.observed(task)
-    total, weight = 0.0, 0
+    of_rows = np.ones(len(rows)) if log.weight is None else log.weight[rows]
+    total, weight = 0.0, 0.0
     for group in np.unique(groups):
         mine = groups[rows] == group
         if len(np.unique(label[mine])) == 2:
-            counts = mine.sum() if weighted else 1
-            total += counts * roc_auc_score(label[mine], prediction[mine])
+            counts = of_rows[mine].sum() if weighted else 1.0
+            total += counts * roc_auc_score(label[mine], prediction[mine], sample_weight=of_rows[mine])
             weight += counts
     return total / weight
 
@@ -106,19 +107,58 @@ def test_regression_metrics_are_those_of_scikit_learn(log: Log) -> None:
     assert value(log, "spent", "r2") == pytest.approx(r2_score(label, prediction))
 
 
-def test_weights_enter_logloss_calibration_and_errors_but_no_ranking(log: Log) -> None:
-    weight = np.random.default_rng(5).uniform(0.5, 30, size=len(log.score))
+@pytest.mark.parametrize("largest", [30, 1e9])
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_rows_count_by_their_weights_in_metrics_of_tasks_and_requests_alike(decimals, largest: float) -> None:
+    log = simulate(seed=4, decimals=decimals)
+    weight = np.exp(np.random.default_rng(5).uniform(np.log(0.5), np.log(largest), size=len(log.score)))
     weighted = replace(log, weight=weight)
     rows, label, prediction = log.observed("liked")
     w = weight[rows]
-    assert value(weighted, "liked", "logloss") == pytest.approx(log_loss(label, prediction, sample_weight=w))
-    assert value(weighted, "liked", "calibration") == pytest.approx((w @ prediction) / (w @ label))
+    assert value(weighted, "liked", "logloss") == pytest.approx(log_loss(label, prediction, sample_weight=w), rel=1e-9)
+    assert value(weighted, "liked", "calibration") == pytest.approx((w @ prediction) / (w @ label), rel=1e-9)
+    for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
+        expected = area(label, prediction, sample_weight=w)
+        assert value(weighted, "liked", metric) == pytest.approx(expected, abs=1e-12)
+        assert value(weighted, "liked", metric) != pytest.approx(value(log, "liked", metric), abs=1e-4)
+    for metric, groups in (("gauc_user", log.users), ("gauc_request", log.requests)):
+        assert value(weighted, "liked", metric) == pytest.approx(naive_gauc(weighted, "liked", groups), abs=1e-12)
+        alike = naive_gauc(weighted, "liked", groups, weighted=False)
+        assert value(weighted, "liked", f"{metric}_unweighted") == pytest.approx(alike, abs=1e-12)
     rows, label, prediction = log.observed("spent")
-    assert value(weighted, "spent", "r2") == pytest.approx(r2_score(label, prediction, sample_weight=weight[rows]))
-    for metric in ("auc", "gauc_user", "gauc_request"):
-        assert value(weighted, "liked", metric) == value(log, "liked", metric)
-    score, plain = (summarise(each.measure(), resamples=1)["score"] for each in (weighted, log))
-    assert score == plain
+    w = weight[rows]
+    for metric, expected in (
+        ("r2", r2_score(label, prediction, sample_weight=w)),
+        ("mae", mean_absolute_error(label, prediction, sample_weight=w)),
+        ("rmse", root_mean_squared_error(label, prediction, sample_weight=w)),
+    ):
+        assert value(weighted, "spent", metric) == pytest.approx(expected, rel=1e-9)
+    score, plain = (summarise(each.measure(), resamples=1) for each in (weighted, log))
+    assert score["score"] == plain["score"]
+    assert score["tasks"]["liked"]["mrr"] == plain["tasks"]["liked"]["mrr"]
+
+
+def test_a_resample_of_weighted_rows_is_that_of_the_redrawn_rows(log: Log) -> None:
+    log = replace(log, weight=np.random.default_rng(6).uniform(0.1, 9, size=len(log.score)))
+    sums = log.measure()
+    counts = next(user_counts(len(sums.tables["ranking"]), 2, seed=4))
+    found = sums_by_user(sums)["liked"].at(counts)
+    drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
+    rows, label, prediction = log.observed("liked")
+    for draw in range(2):
+        weight = np.array([drawn[user][draw] for user in log.users])[rows] * log.weight[rows]
+        for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
+            assert found[metric][draw] == pytest.approx(area(label, prediction, sample_weight=weight), abs=1e-12)
+
+
+def test_one_class_of_weighted_rows_has_no_area(log: Log) -> None:
+    """What a sum of weights less that of positive rows leaves is rounding, and no negative row."""
+    weight = np.random.default_rng(7).uniform(0.1, 9, size=len(log.score))
+    given = log.labels | {"liked": np.where(np.isnan(log.labels["liked"]), np.nan, 1.0)}
+    predictions = log.predictions | {"liked": np.full(len(weight), 0.5)}
+    task = summarise(replace(log, weight=weight, labels=given, predictions=predictions).measure(), 10)["tasks"]["liked"]
+    assert task["auc"] == task["gauc_user"] == {"value": None, "low": None, "high": None}
+    assert task["single_class_users"]["share_of_rows"] == 1.0
 
 
 def test_groups_left_out_are_counted(log: Log) -> None:

@@ -1,7 +1,7 @@
 """AUC and average precision over all rows, and AUC within users and requests (GAUC).
 
-GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. All are
-exact. In resamples of users, AUC and average precision over all rows are computed from `MOST_BINS` bins where there are
+GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. Rows that
+have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed from `MOST_BINS` bins where there are
 more predicted values than that, as if rows of one bin were ties, and corrected by what that changes for the rows
 themselves (`bins.Bins`).
 """
@@ -58,18 +58,18 @@ class AveragePrecision(Metric[TaskRows]):
 class GaucUser(Ratio[TaskRows]):
     """Mean AUC within users, weighted by their rows."""
 
-    name, kinds, better, totals = "gauc_user", ("binary",), "higher", ("user_auc", "user_auc_rows")
+    name, kinds, better, totals = "gauc_user", ("binary",), "higher", ("user_auc", "user_auc_weight")
     why_undefined = _without_group
 
     def of_users(self, users: UserRows) -> dict[str, np.ndarray]:
-        """`single_class_users`, and their rows; of the others, `user_auc_rows`, their rows, `user_auc`, each one's AUC
-        x its rows, `users_with_auc`, and `user_auc_unweighted`, the sum of AUC."""
+        """`single_class_users`, and their rows; of the others, `user_auc_weight`, of their rows, `user_auc`, each one's
+        AUC x that, `users_with_auc`, and `user_auc_unweighted`, the sum of AUC."""
         both, auc = ~np.isnan(users.auc), np.nan_to_num(users.auc)
         return {
             "single_class_users": (~both).astype(np.int64),
             "single_class_user_rows": np.where(both, 0.0, users.rows),
-            "user_auc_rows": np.where(both, users.rows, 0.0),
-            "user_auc": auc * users.rows,
+            "user_auc_weight": np.where(both, users.weight, 0.0),
+            "user_auc": auc * users.weight,
             "users_with_auc": both.astype(np.int64),
             "user_auc_unweighted": auc,
         }
@@ -92,21 +92,23 @@ class GaucUserUnweighted(Ratio[TaskRows]):
 class GaucRequest(Ratio[TaskRows]):
     """Mean AUC within requests, weighted by their rows."""
 
-    name, kinds, better, totals = "gauc_request", ("binary",), "higher", ("request_auc", "request_auc_rows")
+    name, kinds, better, totals = "gauc_request", ("binary",), "higher", ("request_auc", "request_auc_weight")
     why_undefined = _without_group
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`requests`; `single_class_requests` of them; of the others, `request_auc_rows`, their rows, `request_auc`,
-        each one's AUC x its rows, `requests_with_auc`, and `request_auc_unweighted`, the sum of AUC.
+        """`requests`; `single_class_requests` of them, and their rows; of the others, `request_auc_weight`, of their rows,
+        `request_auc`, each one's AUC x that, `requests_with_auc`, and `request_auc_unweighted`, the sum of AUC.
         """
-        auc = grouped_auc(rows.request, rows.prediction, rows.label, 1 - rows.label, rows.requests)
-        both, request_rows = ~np.isnan(auc), np.bincount(rows.request, minlength=rows.requests)
+        positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
+        auc = grouped_auc(rows.request, rows.prediction, positives, negatives, rows.requests)
+        both, weight = ~np.isnan(auc), np.bincount(rows.request, rows.weight, rows.requests)
         return rows.at_first_rows(
             {
                 "requests": np.ones(rows.requests, dtype=np.int64),
                 "single_class_requests": (~both).astype(np.int64),
-                "request_auc_rows": np.where(both, request_rows, 0),
-                "request_auc": request_rows * np.nan_to_num(auc),
+                "single_class_request_rows": np.where(both, 0, np.bincount(rows.request, minlength=rows.requests)),
+                "request_auc_weight": np.where(both, weight, 0.0),
+                "request_auc": weight * np.nan_to_num(auc),
                 "requests_with_auc": both.astype(np.int64),
                 "request_auc_unweighted": np.nan_to_num(auc),
             }
@@ -114,8 +116,8 @@ class GaucRequest(Ratio[TaskRows]):
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The requests that are left out."""
-        single, rows = sums.column("single_class_requests").sum(), sums.column("rows").sum()
-        return {"single_class_requests": _left_out(sums, single, rows - sums.column("request_auc_rows").sum())}
+        single, rows = (sums.column(f"single_class_request{each}").sum() for each in ("s", "_rows"))
+        return {"single_class_requests": _left_out(sums, single, rows)}
 
 
 class GaucRequestUnweighted(Ratio[TaskRows]):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 from scipy.sparse import csr_matrix
 
 from mmoe_rec.evaluation.metrics.metric import Drawn, UserSums
@@ -14,23 +15,23 @@ _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
 
 
 class Bins:
-    """Rows of both classes by user and bin of the predicted value, and by value."""
+    """Weights of the rows of both classes by user and bin of the predicted value, and by value."""
 
     def __init__(self, sums: UserSums) -> None:
         assert sums.bins is not None  # of a binary task
         assert sums.counts is not None
-        positives, rows = sums.counts["positives"].to_numpy(), sums.counts["rows"].to_numpy()
-        _, *self._by_value = counts_by_value(sums.counts["value"].to_numpy(), positives, rows - positives)
+        _, *self._by_value = counts_by_value(*(each.to_numpy() for each in sums.counts.columns))
         self._corrections: dict[Area, float] = {}
-        positives, rows = sums.bins["positives"].to_numpy(), sums.bins["rows"].to_numpy()
+        both, weight = (sums.bins["label"].to_numpy(), negative_weight(sums.bins)), sums.bins["weight"].to_numpy()
         bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
-        # Single precision has each number of rows in a bin only up to a size.
-        is_small = np.bincount(place, rows, len(bins)).max(initial=0) < 2**24
+        # Single precision has whole numbers of rows in a bin only, and up to a size.
+        is_whole = all((each == np.rint(each)).all() for each in both)
+        is_small = is_whole and np.bincount(place, weight, len(bins)).max(initial=0) < 2**24
         is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
         self._by_bin = []
-        for each in (positives, rows - positives):
-            by_user = csr_matrix((each.astype(np.float64), (place, user)), shape)
+        for each in both:
+            by_user = csr_matrix((each, (place, user)), shape)
             by_user.eliminate_zeros()
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
@@ -46,6 +47,13 @@ class Bins:
             binned = area(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
             self._corrections[area] = float(area(*self._by_value) - binned)
         return self._corrections[area]
+
+
+def negative_weight(sums: pa.Table) -> np.ndarray:
+    """(N,) float64, the weight of negative rows in sums of `rows`, `positives`, `weight` and `label`: exactly 0 where
+    there are none."""
+    rows, positives, weight, label = (sums[name].to_numpy() for name in ("rows", "positives", "weight", "label"))
+    return np.where(rows > positives, weight - label, 0.0)
 
 
 def counts_by_value(

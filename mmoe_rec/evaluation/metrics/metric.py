@@ -126,11 +126,13 @@ class TaskRows:
 class UserRows:
     """All rows of each of U users in which the label of a binary task is observed.
 
-    auc: (U,) float64, NaN for a user without both classes; rows: (U,) float64, how many there are.
+    auc: (U,) float64, NaN for a user without both classes; rows, weight: (U,) float64, how many there are, and their
+    weight.
     """
 
     auc: np.ndarray
     rows: np.ndarray
+    weight: np.ndarray
 
 
 class UserSums:
