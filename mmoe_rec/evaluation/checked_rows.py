@@ -46,6 +46,7 @@ class Rows:
     Attributes:
         users: (U,) the distinct users, int64 or string.
         user: (N,) int64, index into `users`.
+        requests: (Q,) the distinct requests, int64 or string.
         request: (N,) int64 in [0, Q).
         request_user: (Q,) int64, the user of each request.
         predictions: task -> (N,) float32 or float64.
@@ -57,6 +58,7 @@ class Rows:
 
     users: pa.Array
     user: np.ndarray
+    requests: pa.Array
     request: np.ndarray
     request_user: np.ndarray
     predictions: dict[str, np.ndarray]
@@ -101,6 +103,7 @@ def check_rows(
     return Rows(
         users=distinct_users,
         user=user,
+        requests=distinct_requests,
         request=request,
         request_user=_user_of_each_request(user, request, distinct_requests),
         predictions={task.name: _predictions(task, predictions, rows) for task in tasks},

@@ -63,6 +63,11 @@ class ClosedSums:
         return ClosedSums(tasks, tables) if is_closed else closed(EvaluationSums(tasks, tables))
 
 
+def as_closed(sums: EvaluationSums | ClosedSums) -> ClosedSums:
+    """The sums, closed if they are not yet."""
+    return sums if isinstance(sums, ClosedSums) else closed(sums)
+
+
 def closed(
     sums: EvaluationSums, edges: Mapping[str, np.ndarray] | None = None, grouped: bool | None = None
 ) -> ClosedSums:
@@ -119,7 +124,9 @@ def _with_sums_of_users(kind: str, table: pa.Table, values: pa.Table) -> pa.Tabl
     user = pc.index_in(values["user"], value_set=table["user"].combine_chunks()).to_numpy().astype(np.int64)
     value, label, rows = (values[name].to_numpy() for name in ("value", "label", "rows"))
     auc = grouped_auc(user, value, label, negative_weight(values), len(table))
-    given = UserRows(auc, np.bincount(user, rows, len(table)), np.bincount(user, values["weight"].to_numpy(), len(table)))
+    given = UserRows(
+        auc, np.bincount(user, rows, len(table)), np.bincount(user, values["weight"].to_numpy(), len(table))
+    )
     for metric in metrics_of(kind):
         for name, each in metric.of_users(given).items():
             table = table.append_column(name, pa.array(each))

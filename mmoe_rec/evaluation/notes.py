@@ -11,13 +11,11 @@ LEFT_OUT = {
     "requests_without_relevant_row": "{} without a relevant row",
     "requests_of_equal_relevance": "{} whose rows are equally relevant",
 }
-FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _SAME_IN_ANY_ORDER = (
     "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its size: set "
     "the score_weight of regressions with large labels, such as times, to 0."
 )
-_NOTHING = {"value": None, "low": None, "high": None}
 
 
 def task_note(task: Mapping[str, Any], users: int) -> str | None:
@@ -84,33 +82,3 @@ def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:
 
 def _joined(sentences: list[str]) -> str | None:
     return " ".join(sentences) or None
-
-
-def warnings(summary: Mapping[str, Any]) -> list[str]:
-    """A sentence for each task that ranks no better than chance, and for each whose probabilities are far off.
-
-    Far off is beyond `FURTHEST`, where the 95% interval does not hold 1 either.
-    """
-    found = []
-    for name, task in summary["tasks"].items():
-        auc, ratio = task.get("auc", _NOTHING), task.get("calibration", _NOTHING)
-        if auc["value"] is not None and auc["value"] < 0.5:
-            interval = "" if auc["low"] is None else f" ({auc['low']:.3f} to {auc['high']:.3f})"
-            found.append(
-                f"the AUC of '{name}' is {auc['value']:.3f}{interval}, below .5: it ranks no better than chance"
-            )
-        if _is_far(ratio):
-            interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
-            too = "high" if ratio["value"] > 1 else "low"
-            found.append(
-                f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
-                "training.calibration corrects them, and so may longer training"
-            )
-    return found
-
-
-def _is_far(ratio: Mapping[str, float | None]) -> bool:
-    value, low, high = ratio["value"], ratio["low"], ratio["high"]
-    if value is None or 1 / FURTHEST <= value <= FURTHEST:
-        return False
-    return low is None or high is None or not low <= 1 <= high

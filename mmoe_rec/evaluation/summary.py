@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import ClosedSums, closed
+from mmoe_rec.evaluation.closed import ClosedSums, as_closed
 from mmoe_rec.evaluation.metrics.metric import UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.resampling import Values, intervals
@@ -32,11 +31,11 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
         where candidates are known, `catalogue` with its metrics, which have no interval;
         and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
     """
-    sums = _closed(sums)
+    sums = as_closed(sums)
     groups = sums_by_user(sums)
     ranking = sums.tables["ranking"]
     users, units = sums.users, len(ranking)
-    headline = intervals(lambda counts: _evaluate(groups, counts), units, resamples, seed)
+    headline = intervals(lambda counts: evaluate(groups, counts), units, resamples, seed)
 
     def more(kind: str, name: str) -> dict[str, Any]:
         """What has no interval."""
@@ -72,38 +71,6 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     return summary | _noted(NEEDS_TWO_USERS if users == 1 else None)
 
 
-def compare(a: Sums, b: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Differences a - b of two models on the same rows, with intervals from a paired bootstrap over users.
-
-    Both models see the same redrawn users, so what the users have in common cancels: the intervals are narrower than
-    those of two summaries side by side.
-
-    Returns:
-        Task name, or `score` -> metric -> `{"value", "low", "high"}`, for the tasks that both have. There is no `score`
-        where a and b weigh relevance differently, as the two rankings had different truths.
-
-    Raises:
-        UserError: a and b were not measured on equally many rows of the same users.
-    """
-    a, b = _closed(a), _closed(b)
-    columns = ["user", "rows", "requests"]
-    if not a.tables["ranking"].select(columns).equals(b.tables["ranking"].select(columns)):
-        raise UserError(
-            f"the sums to compare hold different rows ({_size(a)} and {_size(b)}, by user): a paired comparison needs "
-            "both models measured on the same rows"
-        )
-    groups_a, groups_b = sums_by_user(a), sums_by_user(b)
-    weights_a, weights_b = ({task.name: task.weight for task in each.tasks if task.weight} for each in (a, b))
-    if weights_a != weights_b:
-        del groups_a["score"]
-
-    def difference(counts: np.ndarray) -> Values:
-        values_a, values_b = _evaluate(groups_a, counts), _evaluate(groups_b, counts)
-        return {key: values_a[key] - values_b[key] for key in values_a if key in values_b}
-
-    return intervals(difference, len(a.tables["ranking"]), resamples, seed)
-
-
 def flatten(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a summary under names that MLflow accepts, such as `bought.auc`, `bought.auc.low`, `score.mrr`.
 
@@ -124,19 +91,16 @@ def _flatten(node: dict[str, Any], prefix: str, flat: dict[str, float]) -> None:
             flat[prefix.removesuffix(".") if name == "value" else f"{prefix}{name}"] = float(value)
 
 
-def _closed(sums: Sums) -> ClosedSums:
-    return sums if isinstance(sums, ClosedSums) else closed(sums)
-
-
 def sums_by_user(sums: Sums) -> dict[str, UserSums]:
     """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`, or
     groups of them."""
-    sums = _closed(sums)
+    sums = as_closed(sums)
     groups = {task.name: UserSums(metrics_of(task.kind), sums.tables, task.name) for task in sums.tasks}
     return groups | {"score": UserSums(metrics_of("score"), sums.tables, None)}
 
 
-def _evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
+def evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
+    """All metrics that have intervals in R resamples, which draw the users `counts` (U, R) float64 times."""
     return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
 
 
@@ -153,7 +117,3 @@ def _noted(note: str | None) -> dict[str, str]:
 
 def _total(column: Any) -> int:
     return int(column.to_numpy().sum())
-
-
-def _size(sums: ClosedSums) -> str:
-    return f"{_total(sums.tables['ranking']['rows']):,} rows of {sums.users:,} users"

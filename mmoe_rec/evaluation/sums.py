@@ -27,6 +27,7 @@ from mmoe_rec.evaluation.metrics.catalogue import shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows, UserRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.registered import CUTOFFS, metrics_of
+from mmoe_rec.log.hashing import combine, hash_column
 
 __all__ = ["EvaluationSums", "MeasuredTask", "measure", "merge_all"]
 
@@ -45,14 +46,15 @@ class EvaluationSums:
         tasks: what was measured.
         tables: table name -> rows sorted by their keys:
 
-            `ranking`, one row a user: `rows`, `requests`; how many of these rank nothing, each counted under the first
+            `ranking`, one row a user: `rows`, `requests`; `digest`, which tells other requests, candidates and
+            weights apart; how many of these rank nothing, each counted under the first
             that holds: `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the
             others, `ranked_requests`, and over them the sums of the metrics of the score, and of `least_ndcg`, the
             NDCG@10 of their worst orders.
 
-            `TASK.users`, one row a user with an observed label: `rows`, the weighted sums `weight`, `label` and
-            `prediction`, of a binary task `positives`; of its requests, ranked by the task's prediction, the same as
-            in `ranking`; and the sums of the task's metrics.
+            `TASK.users`, one row a user with an observed label: `rows`; `digest`, as above with the labels; the
+            weighted sums `weight`, `label` and `prediction`, of a binary task `positives`; of its requests, ranked by
+            the task's prediction, the same as in `ranking`; and the sums of the task's metrics.
 
             `TASK.values`, one row a user and `value`, the predicted probability, binary tasks only: `rows`,
             `positives`, and the weighted sums `weight`, `label`, `prediction`.
@@ -191,23 +193,38 @@ def measure(
         UserError, ValueError: see `checked_rows.check_rows`.
     """
     rows = check_rows(tasks, users, requests, predictions, labels, score=score, weight=weight, candidates=candidates)
-    lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), len(rows.request_user))
-    tables = {"ranking": _ranking_table(rows, lists)}
+    lists, keys = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), len(rows.request_user)), _keys(rows)
+    tables = {"ranking": _ranking_table(rows, lists, keys)}
     if rows.candidates is not None:
         sums = {"rows": np.ones(len(rows.request), dtype=np.int64), **shown_rows(lists, CUTOFFS)}
         tables["catalogue"] = pa.table({"candidate": rows.candidates.take(pa.array(rows.candidate)), **sums})
     for task in tasks:
-        tables |= _task_tables(task, rows, None if precision is None else precision[task.name])
+        tables |= _task_tables(task, rows, keys, None if precision is None else precision[task.name])
     return _merged(tuple(tasks), tables)
 
 
-def _ranking_table(rows: Rows, lists: RankedLists) -> pa.Table:
+def _ranking_table(rows: Rows, lists: RankedLists, keys: np.ndarray) -> pa.Table:
     columns = {
         "rows": np.bincount(rows.request, minlength=lists.requests),
         "requests": np.ones(lists.requests, dtype=np.int64),
     }
+    columns["digest"] = np.zeros(lists.requests, np.int64)
+    np.add.at(columns["digest"], rows.request, _digest(keys))
     columns |= _of_lists("score", lists, columns)
     return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **_complete("score", columns)})
+
+
+def _keys(rows: Rows) -> np.ndarray:
+    """(N,) uint64 hashes of request, candidate and weight."""
+    keys = [hash_column(rows.requests)[rows.request], rows.weight.view(np.uint64)]
+    if rows.candidates is not None and rows.candidate is not None:
+        keys.append(hash_column(rows.candidates)[rows.candidate])
+    return combine(keys)
+
+
+def _digest(keys: np.ndarray) -> np.ndarray:
+    """(N,) int64 of 32 bits, so that billions may be added up."""
+    return (keys >> np.uint64(32)).astype(np.int64)
 
 
 def _of_lists(kind: str, lists: RankedLists, taken: Collection[str]) -> dict[str, np.ndarray]:
@@ -233,7 +250,7 @@ def _gain(tasks: Sequence[MeasuredTask], rows: Rows) -> np.ndarray:
     return np.maximum(np.round(gain / unit) * unit, 0.0)
 
 
-def _task_tables(task: MeasuredTask, rows: Rows, precision: float | None) -> dict[str, pa.Table]:
+def _task_tables(task: MeasuredTask, rows: Rows, keys: np.ndarray, precision: float | None) -> dict[str, pa.Table]:
     observed = ~np.isnan(rows.labels[task.name])
     label, weight, given = (
         each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])
@@ -248,7 +265,8 @@ def _task_tables(task: MeasuredTask, rows: Rows, precision: float | None) -> dic
     sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
     own = _measured([each for each in metrics_of(task.kind) if not each.of_lists], known, sums)
-    own |= known.at_first_rows(_of_lists(task.kind, lists, {*sums, *own}))
+    own |= known.at_first_rows(_of_lists(task.kind, lists, {*sums, *own, "digest"}))
+    own["digest"] = _digest(combine([keys[observed], (label + 0.0).view(np.uint64)]))  # -0 is 0
     tables = {f"{task.name}.users": pa.table({"user": users, **_complete(task.kind, sums | own)})}
     if task.kind == "binary":
         tables[f"{task.name}.values"] = pa.table({"user": users, "value": prediction, **sums})

@@ -31,7 +31,7 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
         shown = [
             metric
             for metric in registered.METRICS
-            if metric.is_headline and (section == "score" or not metric.of_lists)
+            if metric.is_shown(section == "score")
             if any(_has(group, metric) for group in groups)
         ]
         table.add_row(Text(section, style="bold"))

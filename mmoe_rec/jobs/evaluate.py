@@ -1,14 +1,15 @@
-"""Metrics of a model on the test rows."""
+"""Metrics of models on the test rows."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.judging.results import Measured, Results, check_names
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
@@ -18,41 +19,65 @@ from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.evaluation.sums import EvaluationSums
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.utilisation import Utilisation
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation: the scored test rows, their sums, and the summary of metrics."""
+    """An evaluation: the test rows as the model scores them, and what was measured of it and of others."""
 
     scored: Scored
-    sums: EvaluationSums
-    summary: dict[str, Any]
+    results: Results
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The model's metrics."""
+        return next(iter(self.results.summaries.values()))
 
 
-def evaluate_model(settings: Settings, address: str, out: str | Path) -> Evaluated:
+def evaluate_model(settings: Settings, address: str, out: str | Path, against: Sequence[str] = ()) -> Evaluated:
     """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
 
-    Waits while another evaluation writes to the folder.
+    against: addresses of other models, which the model is compared with on the same rows. Waits while another
+    evaluation writes to the folder.
     """
+    check_names([address, *against], "--against")
     # A wrong address is reported before torch is loaded.
-    found, out = find_model(address, settings.tracking.address), Path(out)
+    found, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
+    for other in against:
+        if found[other].address == found[address].address:
+            raise UserError(f"'{address}' and '{other}' are the same model, {found[other].address}")
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out)
 
 
-def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
+def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
+    measured: dict[str, Measured] = {}
+    for place, (name, each) in enumerate(found.items()):
+        scored = _scored(settings, each)
+        if not place:
+            its = scored
+        measured[name] = _measured(settings, scored)
+    evaluated = Evaluated(its, Results(measured, tuple(settings.tasks), settings.evaluation))
+    evaluated.results.write(out)
+    (first, *_) = found.values()
+    try:
+        _log_evaluation(settings, first.run_id, evaluated, out)
+    except UnreachableError as error:
+        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
+    return evaluated
+
+
+def _scored(settings: Settings, found: FoundModel) -> Scored:
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.jobs.truth import test_rows
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
     with test_rows(settings, found.folder, ranker) as folder:
-        scored = score_rows(
+        return score_rows(
             ranker.model,
             ranker.layout,
             EncodedRows(folder, ranker.layout),
@@ -61,20 +86,17 @@ def _evaluated(settings: Settings, found: FoundModel, out: Path) -> Evaluated:
             relevance={name: task.score_weight for name, task in settings.tasks.items()},
             weighted=settings.training.sampling_correction == "weights",
         )
+
+
+def _measured(settings: Settings, scored: Scored) -> Measured:
+    from mmoe_rec.evaluation.summary import summarise
+
     sums = scored.measure()
     summary = summarise(sums, settings.evaluation.resamples)
     summary["sampling_correction"] = settings.training.sampling_correction
     summary["relevance_weights"] = dict(scored.relevance)
-    summary["score_weights"] = {task.name: task.score_weight for task in ranker.layout.tasks}
-    evaluated = Evaluated(scored, sums, summary)
-    sums.save(out / "sums")
-    with atomic_file(out / "metrics.json") as file:
-        file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    try:
-        _log_evaluation(settings, found.run_id, evaluated, out)
-    except UnreachableError as error:
-        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
-    return evaluated
+    summary["score_weights"] = {task.name: task.score_weight for task in scored.layout.tasks}
+    return Measured(sums, summary)
 
 
 def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
@@ -85,6 +107,8 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
     with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
         run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
         run.log_artifact(out / "metrics.json", "evaluation")
+        if evaluated.results.comparison is not None:
+            run.log_artifact(out / "comparison.json", "evaluation")
         for task in layout.tasks:
             path = out / f"calibration_{task.name}.png"
             path.unlink(missing_ok=True)  # of an evaluation before

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.atomic import atomic_file
 from mmoe_rec.build.engines import Engine, open_engine
 from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
+from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
 from mmoe_rec.jobs.measuring.asked import Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
@@ -22,7 +22,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.sections import EngineName
+from mmoe_rec.settings.sections import EngineName, Evaluation
 
 ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 262_144
 ROWS_FOR_PROCESSES = 2_000_000
@@ -39,31 +39,66 @@ class How:
     workers: int | None = None
 
 
-def measure_predictions(asked: Asked, source: str, out: str | Path, how: How = How()) -> dict[str, Any]:
-    """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder; gives the summary of metrics.
+def measure_predictions(
+    asked: Asked,
+    source: str,
+    out: str | Path,
+    how: How = How(),
+    against: Sequence[str] = (),
+    rules: Evaluation | None = None,
+) -> Results:
+    """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder.
 
-    source: a folder of Parquet files, one file or a glob. Raises UserError for a wrong file, column or value.
+    source: a folder of Parquet files, one file or a glob; against: further ones with other predictions of the same
+    rows, which are compared with these; rules: by which. Raises UserError for a wrong file, column or value.
     """
-    from mmoe_rec.evaluation.summary import summarise
-
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
-    if not is_remote(source) and out.is_relative_to(os.path.abspath(source)):
-        raise UserError(f"--out '{out}' lies in '{source}', where the predictions are; name another folder")
-    files = [Footer.read(found) for found in find_files(source, "--predictions")]
-    asked = _present(asked, files)
+    check_names([source, *against], "--against")
+    for each in (source, *against):
+        if not is_remote(each) and out.is_relative_to(os.path.abspath(each)):
+            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are; name another folder")
+    files = {
+        each: [Footer.read(found) for found in find_files(each, _option(each, source))] for each in (source, *against)
+    }
+    present = {each: _present(asked, found) for each, found in files.items()}
+    _check_columns(present)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
-        summary = summarise(sums, how.resamples, how.seed)
-        summary["predictions"] = source
-        summary["files"] = len(files)
-        summary["columns"] = asked.told()
-        summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
-        sums.save(out / "sums")
-        with atomic_file(out / "metrics.json") as file:
-            file.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    return summary
+        names = dict(zip(files, short_names(list(files)), strict=True))
+        measured = {names[each]: _measured(present[each], found, each, out, how) for each, found in files.items()}
+        optional = asked.optional
+        judged = tuple(task.name for task in present[source].tasks if task.name not in optional)
+        results = Results(measured, judged, rules or Evaluation())
+        results.write(out)
+    return results
+
+
+def _option(each: str, source: str) -> str:
+    return "--predictions" if each == source else "--against"
+
+
+def _check_columns(present: Mapping[str, Asked]) -> None:
+    """Raises UserError where only some predictions have candidates, by which rows are told to be the same."""
+    without = [each for each, asked in present.items() if asked.candidate is None]
+    if 0 < len(without) < len(present):
+        candidate = next(asked.candidate for asked in present.values() if asked.candidate is not None)
+        raise UserError(
+            f"'{without[0]}' has no column '{candidate}', and the predictions that it is compared with have: all need "
+            "the candidates, or none"
+        )
+
+
+def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: How) -> Measured:
+    from mmoe_rec.evaluation.summary import summarise
+
+    sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
+    summary = summarise(sums, how.resamples, how.seed)
+    summary["predictions"] = source
+    summary["files"] = len(files)
+    summary["columns"] = asked.told()
+    summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
+    return Measured(sums, summary)
 
 
 def _present(asked: Asked, files: list[Footer]) -> Asked:
@@ -103,12 +138,12 @@ def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> ClosedS
     job = MeasureJob(asked, Exchange(scratch, partitions), precision)
     try:
         with open_engine(how.engine, how.workers, rows >= ROWS_FOR_PROCESSES) as engine:
-            return _measured(engine, job, parts, rows)
+            return _measured_parts(engine, job, parts, rows)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measured(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> ClosedSums:
+def _measured_parts(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> ClosedSums:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
         read = []

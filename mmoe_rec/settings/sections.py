@@ -170,6 +170,21 @@ class Evaluation(Section):
 
     batch_size: int = Field(16_384, ge=1, description="rows scored at a time")
     resamples: int = Field(1000, ge=20, description="bootstrap resamples over users for the 95% intervals")
+    decide_by: str = Field(
+        "auc",
+        description="which of two models is better: a metric of tasks, as the mean over those with 50 rows of either "
+        "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
+    )
+    margin: float = Field(
+        0.005,
+        ge=0,
+        description="AUC, or R2, that a model may lose for any task: the interval of its loss must not reach further",
+    )
+    calibration: float = Field(
+        1.25,
+        gt=1,
+        description="factor by which a model's probabilities may be off, unless the other model's are further off",
+    )
 
 
 class Serving(Section):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe_rec.auc import auc_of_counts
+from mmoe_rec.auc import FEWEST, auc_of_counts
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of
@@ -28,9 +28,6 @@ from mmoe_rec.training.stop import StopRequest
 BINS_PER_UNIT = 256
 LARGEST_LOGIT = 32
 BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
-# Rows of the rarer label below which an AUC says little: at 50, one of .75 has a standard error of about .03 (Hanley
-# and McNeil, 1982), more than states of one training differ by.
-FEWEST = 50
 
 
 @dataclass(frozen=True)

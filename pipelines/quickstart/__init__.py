@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
-    from mmoe_rec.evaluation.notes import told, warnings
+    from mmoe_rec.evaluation.findings import warnings
+    from mmoe_rec.evaluation.notes import told
     from mmoe_rec.evaluation.table import results_table
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.finished import Trained

@@ -13,10 +13,12 @@ from simulated_log import Log, simulate
 from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.closed import closed
+from mmoe_rec.evaluation.judging.differences import differences
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows, UserSums
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
-from mmoe_rec.evaluation.summary import compare, flatten, summarise
+from mmoe_rec.evaluation.summary import flatten, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, merge_all
 from mmoe_rec.evaluation.table import results_table
 from tests.added_package import AddedPackage
@@ -175,7 +177,8 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
     a, b = log.measure(), other.measure()
     summaries = {"a": summarise(a, 20), "b": summarise(b, 20)}
-    difference = compare(a, b, resamples=20)["bought"]["brier"]["value"]
+    found = differences({"a": closed(a), "b": closed(b)}, "a", resamples=20)["against"]["b"]["groups"]
+    difference = found["bought"]["brier"]["value"]
     first, second = (each["tasks"]["bought"]["brier"]["value"] for each in summaries.values())
     assert difference == pytest.approx(first - second)
     table = results_table(summaries)

@@ -9,8 +9,9 @@ from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums, closed, group_of, joined
+from mmoe_rec.evaluation.judging.differences import differences
 from mmoe_rec.evaluation.metrics.bins import bin_edges
-from mmoe_rec.evaluation.summary import compare, summarise
+from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.log.hashing import hash_column
 
@@ -67,7 +68,9 @@ def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
     part = np.array([group[user] // 16 for user in log.users.tolist()])
     parts = [closed(log.take(np.flatnonzero(part == each)).measure(), edges, grouped=True) for each in range(4)]
     found, expected = joined(parts), closed(whole, edges)
-    assert compare(found, expected, 20)["bought"]["auc"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-12)
+    apart = differences({"parts": found, "whole": expected}, "parts", resamples=20)["against"]["whole"]["groups"]
+    assert apart["bought"]["auc"]["value"] == apart["bought"]["auc"]["detectable"] == 0.0
+    assert apart["bought"]["auc"]["p"] == apart["liked"]["logloss"]["p"] == 1.0
     found, expected = intervals(summarise(found, 100)), intervals(summarise(expected, 100))
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-9), key

@@ -15,10 +15,10 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.findings import warnings
 from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
-from mmoe_rec.evaluation.notes import told, warnings
-from mmoe_rec.evaluation.summary import compare, flatten, summarise, sums_by_user
+from mmoe_rec.evaluation.notes import told
+from mmoe_rec.evaluation.summary import flatten, summarise, sums_by_user
 from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
 
 
@@ -435,22 +435,6 @@ def test_no_interval_when_a_metric_is_often_undefined() -> None:
     assert with_interval(1.0, mostly_undefined, users=5) == {"value": 1.0, "low": None, "high": None}
     rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
     assert with_interval(1.0, rarely_undefined, users=5) == {"value": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_paired_differences_are_narrower_than_the_intervals_of_either(log: Log) -> None:
-    other = replace(log, predictions=log.predictions | {"bought": 0.9 * log.predictions["bought"]})
-    a, b = log.measure(), other.measure()
-    difference = compare(a, b, resamples=200)["bought"]["logloss"]
-    alone = summarise(a, resamples=200)["tasks"]["bought"]["logloss"]
-    expected = value(log, "bought", "logloss") - value(other, "bought", "logloss")
-    assert difference["value"] == pytest.approx(expected)
-    assert difference["low"] <= difference["value"] <= difference["high"]
-    assert difference["high"] - difference["low"] < 0.5 * (alone["high"] - alone["low"])
-    assert compare(a, a, resamples=20)["score"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    with pytest.raises(UserError, match="measured on the same rows"):
-        compare(a, log.take(np.flatnonzero(log.users > 0)).measure(), resamples=20)
-    heavier = replace(log, tasks=(replace(log.tasks[0], weight=9.0), *log.tasks[1:]))
-    assert set(compare(a, heavier.measure(), resamples=20)) == set(compare(a, a, resamples=20)) - {"score"}
 
 
 def test_flat_names_suit_mlflow(log: Log) -> None:

@@ -22,7 +22,7 @@ from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
 from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
-from mmoe_rec.jobs.metrics import How, measure_predictions
+from mmoe_rec.jobs.metrics import How
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.serving.ranker import Ranker
@@ -31,6 +31,13 @@ from tests.log.small_logs import DAY, START, random_log, with_requests
 from tests.serving.small_model import SmallModel
 
 TASKS = ["bought", "stars:regression=0.2"]
+
+
+def measure_predictions(*given: Any) -> dict[str, Any]:
+    """The summary of the predictions."""
+    return next(iter(metrics.measure_predictions(*given).summaries.values()))
+
+
 RATE = ["--columns.sampling_rate", "rate"]
 
 
@@ -364,3 +371,54 @@ def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:
     source = written(predicted(10).assign(label_stars=None), tmp_path / "in")
     found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
     assert "No row has an observed label" in found["tasks"]["stars"]["note"]
+
+
+def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frame = predicted(20)
+    other = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
+    other["predicted_bought"] = 0.5 * other["predicted_bought"] + 0.5 * np.random.default_rng(0).random(len(other))
+    source, others = written(frame, tmp_path / "ours"), written(other, tmp_path / "theirs", files=2)
+    out = tmp_path / "out"
+    words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
+    main(["--predictions", str(source), "--against", str(others), *words])
+    printed = capsys.readouterr().out
+    comparison = json.loads((out / "comparison.json").read_text())
+    told = comparison["against"]["theirs"]
+    assert comparison["model"] == "ours"
+    areas = [
+        roc_auc_score(each["label_bought"].astype(bool), each["predicted_bought"].astype(float))
+        for each in (frame, other)
+    ]
+    assert told["groups"]["bought"]["auc"]["value"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
+    assert told["objective"]["value"] == told["groups"]["bought"]["auc"]["value"]
+    assert told["verdict"]["kind"] == "better"
+    assert "'ours' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
+    assert json.loads((out / "against" / "1" / "metrics.json").read_text())["predictions"] == str(others)
+    main(["--predictions", str(others), "--against", str(source), *words])
+    assert json.loads((out / "comparison.json").read_text())["against"]["ours"]["verdict"]["kind"] == "worse"
+    main(["--predictions", str(source), *words])
+    assert not (out / "comparison.json").exists()
+    assert not (out / "against").exists()
+
+
+def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
+    """Labels that belong to other requests, as after a wrong join, and a file that is missing."""
+    frame = predicted(21)
+    source, out = str(written(frame, tmp_path / "ours")), tmp_path / "out"
+    wrong = frame.assign(label_bought=np.roll(frame["label_bought"], 1))
+    with pytest.raises(
+        UserError, match=r"not measured on the same rows \(labels of 'bought' of \d+ of 97 users differ"
+    ):
+        compared(source, str(written(wrong, tmp_path / "wrong")), out)
+    with pytest.raises(UserError, match=r"not measured on the same rows \(3,000 rows of 97 users, and 2,000 of 97\)"):
+        compared(source, str(written(frame.head(2000), tmp_path / "fewer")), out)
+    with pytest.raises(UserError, match="has no column 'candidate', and the predictions that it is compared with have"):
+        compared(source, str(written(frame.drop(columns="candidate"), tmp_path / "without")), out)
+    with pytest.raises(UserError, match="is compared with itself; give other models with --against"):
+        compared(source, source, out)
+    assert not (out / "metrics.json").exists()
+    assert not (out / "sums").exists()
+
+
+def compared(source: str, other: str, out: Path) -> None:
+    metrics.measure_predictions(asked_by_words(TASKS), source, out, How(5), [other])

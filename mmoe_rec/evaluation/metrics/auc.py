@@ -1,9 +1,9 @@
 """AUC and average precision over all rows, and AUC within users and requests (GAUC).
 
 GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. Rows that
-have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed from `MOST_BINS` bins where there are
-more predicted values than that, as if rows of one bin were ties, and corrected by what that changes for the rows
-themselves (`bins.Bins`).
+have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed
+from `MOST_BINS` bins where there are more predicted values than that, as if rows of one bin were ties, and corrected by
+what that changes for the rows themselves (`bins.Bins`).
 """
 
 from collections.abc import Mapping
@@ -96,8 +96,8 @@ class GaucRequest(Ratio[TaskRows]):
     why_undefined = _without_group
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`requests`; `single_class_requests` of them, and their rows; of the others, `request_auc_weight`, of their rows,
-        `request_auc`, each one's AUC x that, `requests_with_auc`, and `request_auc_unweighted`, the sum of AUC.
+        """`requests`; `single_class_requests` of them, and their rows; of the others, `request_auc_weight`, of their
+        rows, `request_auc`, each one's AUC x that, `requests_with_auc`, and `request_auc_unweighted`, the sum of AUC.
         """
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
         auc = grouped_auc(rows.request, rows.prediction, positives, negatives, rows.requests)

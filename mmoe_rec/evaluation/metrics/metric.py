@@ -63,6 +63,10 @@ class Metric(Named, Generic[Measured]):
         if missing := [each for each in ("name", "kinds", "better", "totals") if not hasattr(self, each)]:
             raise TypeError(f"metric {type(self).__name__} does not say: {', '.join(missing)}")
 
+    def is_shown(self, of_score: bool) -> bool:
+        """Whether a table shows it of the score, or of tasks: of how these rank each request's rows, only GAUC."""
+        return self.is_headline and (of_score or not self.of_lists)
+
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
         """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of lists, adds."""
         return {}

@@ -49,6 +49,12 @@ def intervals(
     return found
 
 
+def defined_well(defined: np.ndarray, resamples: int, users: int) -> bool:
+    """Whether the values of those resamples in which a metric is defined are a fair sample, so that it has an
+    interval."""
+    return users >= 2 and len(defined) >= _DEFINED_SHARE * resamples
+
+
 def with_interval(value: float, replicates: np.ndarray, users: int) -> dict[str, float | None]:
     """A metric with its 95% percentile interval: `value`, `low`, `high`; None where undefined.
 
@@ -58,7 +64,7 @@ def with_interval(value: float, replicates: np.ndarray, users: int) -> dict[str,
     if not np.isfinite(value):
         return {"value": None, "low": None, "high": None}
     defined = replicates[np.isfinite(replicates)]
-    if users < 2 or len(defined) < _DEFINED_SHARE * len(replicates):
+    if not defined_well(defined, len(replicates), users):
         return {"value": float(value), "low": None, "high": None}
     low, high = np.percentile(defined, [2.5, 97.5])
     return {"value": float(value), "low": float(low), "high": float(high)}

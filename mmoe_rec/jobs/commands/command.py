@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.program import TEMPLATE, spelled
@@ -65,6 +65,18 @@ class SentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all arguments and settings")
+
+
+def show(parts: Iterable[Any]) -> None:
+    """Prints sentences, one a line however long, and tables of rich."""
+    from rich.console import Console
+
+    console = Console()
+    for part in parts:
+        if isinstance(part, str):
+            print(part)
+        else:
+            console.print(part)
 
 
 def count(text: str) -> int:

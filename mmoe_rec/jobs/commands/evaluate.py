@@ -2,6 +2,9 @@
 
 Scores the test rows with a model (its address in MLflow, or its folder) and writes `metrics.json`, the sums it was made
 from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
+
+With `--against` it scores the same rows with other models, prints the differences of all metrics with intervals, and
+says whether the model is better: by `evaluation.decide_by`, with no loss for any task (`evaluation.margin`).
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ import argparse
 from collections.abc import Sequence
 
 from mmoe_rec.errors import exit_with_message
-from mmoe_rec.jobs.commands.command import read_command
+from mmoe_rec.jobs.commands.command import read_command, show
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder"
     )
+    parser.add_argument("--against", nargs="+", default=[], metavar="M", help="other models to compare it with")
     parser.add_argument("--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation)")
 
 
@@ -26,17 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pathlib import Path
 
-    from rich.console import Console
-
-    from mmoe_rec.evaluation.notes import told, warnings
-    from mmoe_rec.evaluation.table import results_table
     from mmoe_rec.jobs.evaluate import evaluate_model
 
     out = Path(arguments.out or Path(settings.data.work) / "evaluation")
-    evaluated = evaluate_model(settings, arguments.model, out)
-    Console().print(results_table({settings.name: evaluated.summary}))
-    for note in told([evaluated.summary]):
-        print(f"note: {note}")
-    for warning in warnings(evaluated.summary):
-        print(f"warning: {warning}")
+    show(evaluate_model(settings, arguments.model, out, arguments.against).results.told())
     print(f"metrics: {out / 'metrics.json'}")

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.jobs.commands.command import count, parsed
+from mmoe_rec.jobs.commands.command import count, parsed, show
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", required=True, metavar="P", help="a folder of Parquet files, one, or a glob")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="P", help="other predictions of the same rows, to compare them with"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="T", help="what was predicted, without a settings file")
     parser.add_argument(
         "--columns",
@@ -43,19 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
     from pathlib import Path
 
-    from rich.console import Console
-
-    from mmoe_rec.evaluation.notes import told, warnings
-    from mmoe_rec.evaluation.table import results_table
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
     from mmoe_rec.jobs.metrics import How, measure_predictions
     from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.sections import Evaluation
 
+    rules = Evaluation()
     if arguments.config is None:
         asked, how = asked_by_words(arguments.tasks), How(engine=arguments.engine or "local")
     else:
         settings = load_settings(arguments.config, arguments.overrides)
-        asked = asked_by_settings(settings)
+        asked, rules = asked_by_settings(settings), settings.evaluation
         is_weighed = any(each.startswith("weight=") for each in arguments.columns)
         if settings.training.sampling_correction == "weights" and not is_weighed:
             raise UserError(
@@ -66,12 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
     asked = asked.with_columns(arguments.columns)
     asked = replace(asked, duplicates="keep") if arguments.keep_duplicates else asked
-    summary = measure_predictions(asked, arguments.predictions, arguments.out, how)
-    Console().print(results_table({Path(arguments.predictions).name: summary}))
-    if summary["columns"]["score"] is None:
-        print("note: without a column of scores, the prediction ranks the candidates of a request")
-    for note in told([summary]):
-        print(f"note: {note}")
-    for warning in warnings(summary):
-        print(f"warning: {warning}")
+    results = measure_predictions(asked, arguments.predictions, arguments.out, how, arguments.against, rules)
+    show(results.told())
+    for name, summary in results.summaries.items():
+        if summary["columns"]["score"] is None:
+            print(f"note: without a column of scores in '{name}', the prediction ranks the candidates of a request")
     print(f"metrics: {Path(arguments.out) / 'metrics.json'}")

@@ -1,0 +1,115 @@
+"""What is suspicious about a model's metrics: results that a mistake gives rather than a model.
+
+Each finding has the `check` that made it, the `task` it is about, and a `message` for people.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from scipy.stats import chi2, norm
+
+from mmoe_rec.auc import FEWEST
+
+FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
+TOO_GOOD = 0.995  # AUC of a model above which a feature holds the outcome, more likely than not
+UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
+_NOTHING = {"value": None, "low": None, "high": None}
+
+Finding = dict[str, str]
+
+
+def findings(summary: Mapping[str, Any]) -> list[Finding]:
+    """Of all tasks of a summary (`summary.summarise`), task by task."""
+    return [
+        {"check": check, "task": name, "message": message}
+        for name, task in summary["tasks"].items()
+        for check, message in _of_task(name, task)
+    ]
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """The sentences."""
+    return [each["message"] for each in findings(summary)]
+
+
+def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    auc, by_request = task.get("auc", _NOTHING), task.get("gauc_request", _NOTHING)
+    at_least = auc["value"] if auc["low"] is None else auc["low"]
+    if auc["value"] is not None and at_least <= 0.5:
+        what = ", below .5: it ranks no better" if auc["value"] < 0.5 else ": it is not shown to rank better"
+        yield "chance", f"the AUC of '{name}' is {_interval(auc, 3)}{what} than chance{_why(task)}"
+    elif auc["value"] is not None and auc["value"] > TOO_GOOD:
+        yield (
+            "too good",
+            f"the AUC of '{name}' is {_interval(auc, 4)}, too good to be true: a feature may hold the outcome, or what "
+            "was written after it; mmoe-rec inspect tells how well each feature ranks alone",
+        )
+    elif by_request["low"] is not None and by_request["low"] <= 0.5 and _tells_users_apart(task):
+        yield (
+            "requests",
+            f"'{name}' is ranked well over all rows (AUC {_interval(auc, 3)}), but the rows of a request no better "
+            f"than by chance (GAUC {_interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
+            "joined to rows of other requests",
+        )
+    yield from _calibration(name, task)
+
+
+def _why(task: Mapping[str, Any]) -> str:
+    ratio = task.get("calibration", _NOTHING)
+    if task.get("positives", 0) < FEWEST or ratio["value"] is None or abs(math.log(max(ratio["value"], 1e-9))) > 0.1:
+        return ""
+    return ", although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
+
+
+def _tells_users_apart(task: Mapping[str, Any]) -> bool:
+    return task["auc"]["low"] is not None and task["auc"]["low"] > task["gauc_request"]["high"]
+
+
+def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ratio = task.get("calibration", _NOTHING)
+    if _is_far(ratio):
+        interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        too = "high" if ratio["value"] > 1 else "low"
+        yield (
+            "calibration",
+            f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
+            "training.calibration corrects them, and so may longer training",
+        )
+    bins = task.get("calibration_bins") or []
+    if task.get("positives", 0) >= FEWEST and _too_close(bins):
+        yield (
+            "fitted",
+            f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
+            "fitted on these rows",
+        )
+
+
+def _too_close(bins: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rates, in bins or in sum, deviate from probabilities by far less than independent rows of these do.
+
+    Rows of one user are alike, and so deviate by more.
+    """
+    if not bins or any(each["weight"] != each["rows"] for each in bins):
+        return False
+    apart = [each["rows"] * (each["observed_rate"] - each["mean_predicted"]) for each in bins]
+    variance = [each["rows"] * each["mean_predicted"] * (1 - each["mean_predicted"]) for each in bins]
+    if min(variance) <= 0:
+        return False
+    squares = sum(a**2 / v for a, v in zip(apart, variance, strict=True))
+    in_sum = abs(sum(apart)) / math.sqrt(sum(variance))
+    return bool(chi2.cdf(squares, len(bins)) < UNLIKELY or 2 * norm.cdf(in_sum) - 1 < UNLIKELY)
+
+
+def _interval(metric: Mapping[str, Any], digits: int) -> str:
+    found = f"{metric['value']:.{digits}f}"
+    return found if metric["low"] is None else f"{found} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"
+
+
+def _is_far(ratio: Mapping[str, float | None]) -> bool:
+    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    if value is None or 1 / FURTHEST <= value <= FURTHEST:
+        return False
+    return low is None or high is None or not low <= 1 <= high

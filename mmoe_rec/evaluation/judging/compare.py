@@ -1,0 +1,47 @@
+"""A model beside others: differences of all metrics, and a verdict on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.evaluation.closed import ClosedSums
+from mmoe_rec.evaluation.judging.differences import differences
+from mmoe_rec.evaluation.judging.objective import Objective, rarer
+from mmoe_rec.evaluation.judging.verdict import Rule, verdict
+
+
+def compare(
+    models: Mapping[str, ClosedSums],
+    model: str,
+    summaries: Mapping[str, Mapping[str, Any]],
+    tasks: Sequence[str],
+    decide_by: str,
+    rule: Rule,
+    resamples: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `differences` gives of a model from all others, with a `verdict` on each.
+
+    summaries: of all; tasks: those that may decide; decide_by: see `Objective.of`. Also holds `judged`, those of the
+    tasks with labels enough, and `left_out`: each other task -> rows of its rarer label. Raises UserError where the
+    rows are not the same, or for a metric that there is not.
+    """
+    mine = models[model]
+    labels = {task: rarer(mine, task) for task in tasks}
+    judged = [task for task, rows in labels.items() if rows >= FEWEST]
+    found = differences(models, model, Objective.of(decide_by, mine, tasks), resamples, seed)
+    for other, each in found["against"].items():
+        each["verdict"] = verdict(found, other, summaries, judged, rule)
+    return found | {"judged": judged, "left_out": {task: rows for task, rows in labels.items() if task not in judged}}
+
+
+def told_of(compared: Mapping[str, Any]) -> list[str]:
+    """For people: the verdicts, with the guardrails that hold a model back, and tasks that were not judged."""
+    found = [each["verdict"]["sentence"] for each in compared["against"].values()]
+    found += [
+        f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
+        for task, rows in compared["left_out"].items()
+    ]
+    return found

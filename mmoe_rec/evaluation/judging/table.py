@@ -1,0 +1,52 @@
+"""Differences from other models on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mmoe_rec.evaluation.judging.differences import LEVEL
+from mmoe_rec.evaluation.judging.objective import SCORE
+from mmoe_rec.evaluation.judging.verdict import number
+from mmoe_rec.evaluation.metrics import registered
+
+
+def differences_table(compared: Mapping[str, Any]) -> Table:
+    """One row a headline metric, one column another model. compared: of `differences`.
+
+    A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
+    """
+    table = Table(
+        title=f"{compared['model']} less",
+        caption=f"± half the 95% interval; bold where p, corrected for all of these, is below {LEVEL:g}",
+    )
+    table.add_column("", no_wrap=True)
+    for other in compared["against"]:
+        table.add_column(other, justify="right", no_wrap=True)
+    others = [each["groups"] for each in compared["against"].values()]
+    for group in dict.fromkeys(name for each in others for name in each):
+        rows = [
+            metric
+            for metric in registered.METRICS
+            if metric.is_shown(group == SCORE) and any(metric.name in each.get(group, {}) for each in others)
+        ]
+        table.add_row(Text(group, style="bold"))
+        for metric in rows:
+            cells = [_cell(each.get(group, {}).get(metric.name), metric.better) for each in others]
+            table.add_row(f"  {metric.label}", *cells, end_section=metric == rows[-1])
+    return table
+
+
+def _cell(apart: Mapping[str, Any] | None, better: str) -> Text:
+    if apart is None or apart["value"] is None:
+        return Text("-", style="dim")
+    shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
+    is_gain = (apart["value"] > 0) == (better == "higher")
+    style = "" if not shown else "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
+    text = Text(number(apart["value"]), style=style)
+    if apart["high"] is not None:
+        text.append(f" ±{number(apart['high'] - apart['value'], sign=False)}", style="not bold dim")
+    return text

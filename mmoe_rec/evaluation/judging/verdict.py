@@ -1,0 +1,143 @@
+"""Whether a model is better than another, in words: the one rule by which models are compared, reported and promoted.
+
+A model is better where its objective is (its 95% interval lies above 0), and no guardrail holds it back: for no task
+may the interval of what it loses reach beyond a margin, nor may its probabilities be far off where they were not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.evaluation.judging.differences import LEVEL
+
+BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
+_GUARDED = {"binary": "auc", "regression": "r2"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """margin: of AUC, or R2, that no task may lose; calibration: largest factor by which probabilities may be off."""
+
+    margin: float = 0.005
+    calibration: float = 1.25
+
+
+def verdict(
+    compared: Mapping[str, Any],
+    other: str,
+    summaries: Mapping[str, Mapping[str, Any]],
+    judged: Sequence[str],
+    rule: Rule,
+) -> dict[str, Any]:
+    """What a model is beside another one.
+
+    compared: of `differences`; other: one that the model is compared with; summaries: of both, by name; judged: tasks
+    with labels enough.
+
+    Returns:
+        `kind`: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the
+        objective is undefined; `sentence`; `detectable`, the gain, the same for all tasks, with which nine of ten
+        evaluations like this one would call a model better; and `guards`, each with its `task`, `metric`, whether it
+        has `passed`, and a `sentence`.
+    """
+    name, against, objective, found = compared["model"], other, compared["objective"], compared["against"][other]
+    apart = found["objective"]
+    guards = [
+        guard
+        for task in judged
+        for guard in (_loss(task, found, summaries[name], rule), _calibration(task, name, against, summaries, rule))
+        if guard is not None
+    ]
+    told = {"guards": guards, "detectable": None}
+    if objective is None or apart["p"] is None:
+        enough = f"no task has labels enough ({FEWEST} rows of either)"
+        why = enough if objective is None else f"{objective['name']} is undefined, or has no interval"
+        return {"kind": UNDECIDED, "sentence": f"'{name}' and '{against}' can't be told apart: {why}", **told}
+    gain, low, high = apart["value"], apart["low"], apart["high"]
+    if objective["better"] == "lower":
+        gain, low, high = -gain, -high, -low
+    what, told["detectable"] = objective["name"], _detectable(found, objective, summaries[name], judged, rule)
+    if apart["p_corrected"] >= LEVEL or not (low > 0 or high < 0):
+        sentence = (
+            f"no difference is shown between '{name}' and '{against}': {what} differs by {number(apart['value'])} "
+            f"({number(apart['low'])} to {number(apart['high'])}); nine of ten evaluations like this one would show "
+            f"a gain of {number(told['detectable'], sign=False)}"
+        )
+        return {"kind": NOT_SHOWN, "sentence": sentence, **told}
+    which = "higher" if apart["value"] > 0 else "lower"
+    ends = sorted(abs(each) for each in (apart["low"], apart["high"]))
+    size = f"{number(abs(gain), sign=False)} ({' to '.join(number(each, sign=False) for each in ends)})"
+    if gain < 0:
+        return {"kind": WORSE, "sentence": f"'{name}' is worse than '{against}': {what} is {which} by {size}", **told}
+    if failed := [guard["sentence"] for guard in guards if not guard["passed"]]:
+        although = f"'{name}' is held back, although {what} is {which} than that of '{against}' by {size}"
+        return {"kind": HELD_BACK, "sentence": f"{although}: {'; '.join(failed)}", **told}
+    return {"kind": BETTER, "sentence": f"'{name}' is better than '{against}': {what} is {which} by {size}", **told}
+
+
+def _detectable(
+    found: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    judged: Sequence[str],
+    rule: Rule,
+) -> float:
+    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better."""
+    sizes = [found["objective"]["detectable"]]
+    for task in judged:
+        metric = _GUARDED[summary["tasks"][task]["kind"]]
+        apart = found["groups"].get(task, {}).get(metric)
+        if metric == objective["metric"] and apart is not None and apart["detectable"] is not None:
+            sizes.append(apart["detectable"] - rule.margin)  # what its guardrail asks for
+    return float(max(sizes))
+
+
+def number(value: float, sign: bool = True) -> str:
+    """A difference, in a sentence."""
+    shown = f"{value:+.4f}" if 0.00095 <= abs(value) < 1000 else f"{value:+.2g}"
+    shown = "0" if value == 0 else shown
+    shown = f"{value:+,.0f}" if abs(value) >= 1000 else shown
+    return shown if sign else shown.removeprefix("+")
+
+
+def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule: Rule) -> dict[str, Any] | None:
+    metric = _GUARDED[summary["tasks"][task]["kind"]]
+    apart = found["groups"].get(task, {}).get(metric)
+    if apart is None or apart["value"] is None:
+        return None
+    told = {"task": task, "metric": metric}
+    if apart["low"] is None:
+        sentence = f"{metric} of {task} has no interval, so a loss of more than {rule.margin:g} can't be ruled out"
+        return {**told, "passed": False, "sentence": sentence}
+    passed = apart["low"] >= -rule.margin
+    changes = (
+        f"{metric} of {task} changes by {number(apart['value'])} ({number(apart['low'])} to {number(apart['high'])})"
+    )
+    limit = f"loss of more than {rule.margin:g} (evaluation.margin)"
+    end = f"so a {limit} is ruled out" if passed else f"so a {limit} can't be ruled out"
+    return {**told, "passed": passed, "sentence": f"{changes}, {end}"}
+
+
+def _calibration(
+    task: str, name: str, against: str, summaries: Mapping[str, Mapping[str, Any]], rule: Rule
+) -> dict[str, Any] | None:
+    mine, its = (summaries[each]["tasks"][task].get("calibration") for each in (name, against))
+    if mine is None or its is None or mine["low"] is None or its["value"] is None:
+        return None
+    outside = mine["low"] > rule.calibration or mine["high"] < 1 / rule.calibration
+    passed = not (outside and _off(mine["value"]) > _off(its["value"]))
+    where = "beyond" if outside else "not shown to be beyond"
+    sentence = (
+        f"the probabilities of {task} are {mine['value']:.3g} times what was observed ({mine['low']:.3g} to "
+        f"{mine['high']:.3g}), those of '{against}' {its['value']:.3g} times: {where} a factor of {rule.calibration:g} "
+        "(evaluation.calibration)"
+    )
+    return {"task": task, "metric": "calibration", "passed": passed, "sentence": sentence}
+
+
+def _off(ratio: float) -> float:
+    return abs(math.log(ratio)) if ratio > 0 else math.inf

@@ -1,0 +1,169 @@
+"""Paired differences against scipy and loops; what is no difference; rows that are not the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+from simulated_log import BOUGHT, Log, simulate
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.closed import closed
+from mmoe_rec.evaluation.judging.differences import differences, holm
+from mmoe_rec.evaluation.judging.objective import Objective
+from mmoe_rec.evaluation.summary import summarise
+from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
+
+
+def found(a: Log, b: Log, resamples: int = 400, objective: Objective | None = None) -> dict:
+    models = {"a": closed(a.measure()), "b": closed(b.measure())}
+    return differences(models, "a", objective, resamples)["against"]["b"]
+
+
+def other(log: Log, seed: int = 1) -> Log:
+    noise = np.exp(0.3 * np.random.default_rng(seed).normal(size=len(log.score)))
+    return replace(
+        log, predictions=log.predictions | {"bought": np.clip(log.predictions["bought"] * noise, 0.01, 0.99)}
+    )
+
+
+def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
+    """One row a user: the logloss of either model is a mean over users."""
+    log = simulate(seed=4, users=3000, requests=3000)
+    log = log.take(np.unique(log.users, return_index=True)[1])
+    a, b = log, other(log)
+    losses = [
+        -np.where(each.labels["bought"] == 1, np.log(each.predictions["bought"]), np.log1p(-each.predictions["bought"]))
+        for each in (a, b)
+    ]
+    expected = ttest_rel(*losses)
+    difference = found(a, b, 4000)["groups"]["bought"]["logloss"]
+    assert difference["value"] == pytest.approx((losses[0] - losses[1]).mean(), rel=1e-9)
+    low, high = expected.confidence_interval()
+    assert difference["low"] == pytest.approx(low, abs=0.05 * (high - low))
+    assert difference["high"] == pytest.approx(high, abs=0.05 * (high - low))
+    assert difference["detectable"] == pytest.approx((1.96 + 1.2816) / 3.92 * (high - low), rel=0.05)
+    weak = found(a, replace(a, predictions=a.predictions | {"bought": a.predictions["bought"] ** 1.01}), 4000)
+    assert 0 <= weak["groups"]["bought"]["logloss"]["p"] <= 1
+
+
+def test_what_users_have_in_common_cancels(log: Log) -> None:
+    alone = summarise(log.measure(), 400)["tasks"]["bought"]["logloss"]
+    paired = found(log, replace(log, predictions=log.predictions | {"bought": 0.9 * log.predictions["bought"]}))
+    difference = paired["groups"]["bought"]["logloss"]
+    assert difference["high"] - difference["low"] < 0.5 * (alone["high"] - alone["low"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
+def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scale: float) -> None:
+    same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
+    objective = Objective.of("auc", closed(log.measure()), ["bought", "liked"])
+    result = found(same, log, 50, objective)
+    assert result["objective"]["value"] == 0
+    assert result["objective"]["p"] == 1
+    for group in result["groups"].values():
+        for name, each in group.items():
+            assert (each["value"], each["p"], each["detectable"]) == (0, 1, 0), name
+
+
+def test_p_values_are_corrected_as_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
+    models = {"a": closed(other(log).measure()), "b": closed(log.measure()), "c": closed(other(log, 2).measure())}
+    both = differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
+    shown = [
+        each
+        for model in both.values()
+        for group in model["groups"].values()
+        for each in group.values()
+        if each["p_corrected"] is not None
+    ]
+    expected = holm([each["p"] for each in shown])
+    assert [each["p_corrected"] for each in shown] == expected
+    assert both["a"]["groups"]["bought"]["ndcg_at_5"]["p_corrected"] is None
+    assert both["a"]["groups"]["score"]["ndcg_at_5"]["p_corrected"] is not None
+    objectives = [both[name]["objective"] for name in "ac"]
+    assert [each["p_corrected"] for each in objectives] == holm([each["p"] for each in objectives])
+
+
+def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
+    sums = closed(log.measure())
+    objective = Objective.of("auc", sums, ["bought", "liked", "spent"])
+    assert objective == Objective("auc", ("bought", "liked"), "higher")
+    assert objective.name == "mean auc of bought, liked"
+    result = found(other(log), log, 100, objective)
+    areas = [result["groups"][task]["auc"]["value"] for task in ("bought", "liked")]
+    assert result["objective"]["value"] == pytest.approx(np.mean(areas))
+    assert Objective.of("auc", sums, ["spent"]) == Objective("r2", ("spent",), "higher")
+    assert Objective.of("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
+    assert Objective.of("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
+    few = log.take(np.arange(80))
+    assert Objective.of("auc", closed(few.measure()), ["bought", "liked"]) is None
+    for wrong in ("acu", "calibration", "score.auc", "bought.auc", "ece"):
+        with pytest.raises(UserError, match=f"evaluation.decide_by is '{wrong}'; expected a metric of tasks"):
+            Objective.of(wrong, sums, ["bought"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (lambda log: log.take(np.flatnonzero(log.users > 0)), r"[\d,]+ rows of \d+ users, and [\d,]+ of 60"),
+        (lambda log: replace(log, requests=log.requests + 1), "requests or candidates of 60 of 60 users differ"),
+        (lambda log: replace(log, users=log.users + 1), "the users of rows differ"),
+        (
+            lambda log: replace(log, labels=log.labels | {"bought": np.roll(log.labels["bought"], 1)}),
+            "labels of 'bought' of 60 of 60 users differ",
+        ),
+        (
+            lambda log: replace(
+                log, labels=log.labels | {"liked": np.where(log.users > 0, np.nan, log.labels["liked"])}
+            ),
+            r"\d+ rows with a label of 'liked' of 60 users, and [\d,]+ of 60",
+        ),
+        (lambda log: replace(log, weight=np.full(len(log.score), 2.0)), "requests or candidates of 60 of 60 users"),
+    ],
+)
+def test_rows_that_are_not_the_same_are_told_of(log: Log, changed, told: str) -> None:
+    with pytest.raises(UserError, match=rf"'a' and 'b' were not measured on the same rows \({told}"):
+        found(changed(log), log, 20)
+
+
+def test_rows_in_another_order_are_the_same(log: Log) -> None:
+    rows = np.random.default_rng(0).permutation(len(log.score))
+    assert found(log.take(rows), log, 20)["groups"]["bought"]["auc"]["value"] == 0
+
+
+def test_other_weights_of_tasks_have_another_truth_of_the_score(log: Log) -> None:
+    heavier = replace(log, tasks=(replace(BOUGHT, weight=9.0), *log.tasks[1:]))
+    assert set(found(heavier, log, 20)["groups"]) == {"bought", "liked", "spent"}
+    unlike = replace(log, tasks=log.tasks[:2])
+    assert set(found(unlike, log, 20)["groups"]) == {"bought", "liked"}
+
+
+def test_one_user_has_differences_without_an_interval(log: Log) -> None:
+    alone = replace(log, users=np.zeros(len(log.users), int))
+    difference = found(other(alone), alone, 20)["groups"]["bought"]["auc"]
+    assert difference["value"] != 0
+    assert difference["low"] is difference["p"] is difference["detectable"] is None
+
+
+def test_equal_models_are_rarely_told_apart_and_detectable_gains_mostly_are() -> None:
+    """A small copy of `tests/benchmarks/judge.py`, which makes 1,000 comparisons of each kind."""
+    counts, size = verdicts(NOISE, number=120, users=250, resamples=100)
+    # Of 120, 2.5% are 3; 10 or more come by chance once in a thousand times.
+    assert counts["better"] + counts["held back"] <= 9
+    assert counts["worse"] <= 9
+    counts, _ = verdicts(noise_of_gain(size), number=60, users=250, resamples=100)
+    assert counts["better"] >= 45
+    assert counts["worse"] == 0
+
+
+def test_a_difference_names_its_size() -> None:
+    (result, judged), *_ = compared(NOISE, 1, 250, 100)
+    objective = result["against"]["old"]["objective"]
+    assert result["objective"]["name"] in judged["sentence"]
+    assert objective["low"] < objective["value"] < objective["high"]
