@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "server": {"errors", "settings", "schema", "journal", "serving", "request_log", *LOG},
     "outcomes": LEAVES | LOG | {"build", "request_log"},
     "evaluation": LEAVES | LOG | {"features", "batches", "model"},
-    "report": {"errors", "atomic", "inspection"},
+    "report": {"errors", "atomic", "inspection", "evaluation"},
 }
 """Stage -> other stages. A stage that is not listed, such as `tracking`, is held to the absence of cycles only."""
 

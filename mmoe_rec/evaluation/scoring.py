@@ -65,6 +65,19 @@ class Scored:
             candidates=self.candidates,
         )
 
+    def take(self, rows: np.ndarray) -> Scored:
+        """Those of the rows whose numbers are given."""
+        names = ("predictions", "labels", "score")
+        return replace(
+            self,
+            users=self.users.take(pa.array(rows)),
+            requests=self.requests.take(pa.array(rows)),
+            candidates=self.candidates.take(pa.array(rows)),
+            outcomes={name: each[rows] for name, each in self.outcomes.items()},
+            weights=None if self.weights is None else self.weights[rows],
+            **{name: getattr(self, name)[rows] for name in names},
+        )
+
     def with_predictions(self, values: np.ndarray) -> Scored:
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""
         weights = np.array([self.relevance[task.name] for task in self.layout.tasks])

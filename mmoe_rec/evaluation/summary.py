@@ -1,11 +1,12 @@
 """Sums -> a nested plain dict of metrics with intervals, ready for JSON, MLflow, tables and figures."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.evaluation.closed import ClosedSums, as_closed
-from mmoe_rec.evaluation.metrics.metric import UserSums
+from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.resampling import Values, intervals
 from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
@@ -91,12 +92,19 @@ def _flatten(node: dict[str, Any], prefix: str, flat: dict[str, float]) -> None:
             flat[prefix.removesuffix(".") if name == "value" else f"{prefix}{name}"] = float(value)
 
 
-def sums_by_user(sums: Sums) -> dict[str, UserSums]:
+def sums_by_user(sums: Sums, names: Collection[str] | None = None) -> dict[str, UserSums]:
     """Task name -> its sums, and `score` -> those of the fused score, over the users of `sums.tables["ranking"]`, or
-    groups of them."""
+    groups of them. names: of those metrics that tables show which are asked for; None:
+    all metrics.
+    """
     sums = as_closed(sums)
-    groups = {task.name: UserSums(metrics_of(task.kind), sums.tables, task.name) for task in sums.tasks}
-    return groups | {"score": UserSums(metrics_of("score"), sums.tables, None)}
+
+    def asked(kind: str) -> list[Metric[Any]]:
+        found = [metric for metric in metrics_of(kind) if names is None or metric.name in names]
+        return [metric for metric in found if names is None or metric.is_shown(kind == "score")]
+
+    groups = {task.name: UserSums(asked(task.kind), sums.tables, task.name) for task in sums.tasks}
+    return groups | {"score": UserSums(asked("score"), sums.tables, None)}
 
 
 def evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:

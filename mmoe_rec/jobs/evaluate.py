@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.judging.results import Measured, Results, check_names
+from mmoe_rec.jobs.judging.overlap import overlap
+from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
+from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
@@ -46,7 +50,7 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
     # A wrong address is reported before torch is loaded.
     found, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
     for other in against:
-        if found[other].address == found[address].address:
+        if found[other].folder.resolve() == found[address].folder.resolve():
             raise UserError(f"'{address}' and '{other}' are the same model, {found[other].address}")
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out)
@@ -54,12 +58,15 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
 
 def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
     measured: dict[str, Measured] = {}
-    for place, (name, each) in enumerate(found.items()):
+    training = TrainingRows.of(settings)
+    for place, (name, each) in enumerate(zip(short_names(list(found)), found.values(), strict=True)):
         scored = _scored(settings, each)
         if not place:
             its = scored
-        measured[name] = _measured(settings, scored)
-    evaluated = Evaluated(its, Results(measured, tuple(settings.tasks), settings.evaluation))
+        measured[name] = _measured(settings, scored, each, name, training)
+    title = f"Evaluation of {settings.name}"
+    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its))
+    evaluated = Evaluated(its, results)
     evaluated.results.write(out)
     (first, *_) = found.values()
     try:
@@ -88,7 +95,10 @@ def _scored(settings: Settings, found: FoundModel) -> Scored:
         )
 
 
-def _measured(settings: Settings, scored: Scored) -> Measured:
+def _measured(
+    settings: Settings, scored: Scored, found: FoundModel, name: str, training: TrainingRows | None
+) -> Measured:
+    from mmoe_rec.evaluation.closed import closed
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
@@ -96,7 +106,30 @@ def _measured(settings: Settings, scored: Scored) -> Measured:
     summary["sampling_correction"] = settings.training.sampling_correction
     summary["relevance_weights"] = dict(scored.relevance)
     summary["score_weights"] = {task.name: task.score_weight for task in scored.layout.tasks}
-    return Measured(sums, summary)
+    whole, gates = closed(sums), [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
+    grouped = whole.users > len(whole.tables["ranking"])
+    slices = {
+        (by, value): closed(scored.take(rows).measure(), grouped=grouped)
+        for by, of_rows in ({} if training is None else training.slices(scored)).items()
+        for value, rows in distinct(of_rows)
+    }
+    of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
+    return Measured(sums, summary, found.address, of_tasks, overlap(settings, found.folder, name), slices)
+
+
+def _facts(settings: Settings, scored: Scored) -> dict[str, str]:
+    """What a reader wants to know of the rows."""
+    split = settings.split
+    end = "the end of the log" if split.test_end is None else f"{split.test_end:%Y-%m-%d %H:%M} UTC"
+    facts = {"log": settings.data.log, "requests": f"from {split.validation_end:%Y-%m-%d %H:%M} UTC to {end}"}
+    for task in scored.layout.tasks:
+        label = scored.labels[:, [each.name for each in scored.layout.tasks].index(task.name)]
+        known = label[~np.isnan(label)]
+        mean = f", mean {known.mean():.4g}" if len(known) else ""
+        facts[f"labels of {task.name}"] = f"{len(known):,} of {len(label):,} rows observed{mean}"
+    facts["resamples of users"] = f"{settings.evaluation.resamples:,}"
+    facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
+    return facts
 
 
 def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
@@ -109,6 +142,7 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
         run.log_artifact(out / "metrics.json", "evaluation")
         if evaluated.results.comparison is not None:
             run.log_artifact(out / "comparison.json", "evaluation")
+        run.log_artifact(out / "report.html", "evaluation")
         for task in layout.tasks:
             path = out / f"calibration_{task.name}.png"
             path.unlink(missing_ok=True)  # of an evaluation before

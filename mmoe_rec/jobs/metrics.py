@@ -69,7 +69,9 @@ def measure_predictions(
         measured = {names[each]: _measured(present[each], found, each, out, how) for each, found in files.items()}
         optional = asked.optional
         judged = tuple(task.name for task in present[source].tasks if task.name not in optional)
-        results = Results(measured, judged, rules or Evaluation())
+        facts = {"predictions": source, "files": f"{len(files[source]):,}"}
+        facts |= {"columns": ", ".join(f"{part}={name}" for part, name in present[source].told().items() if name)}
+        results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)
         results.write(out)
     return results
 
@@ -98,7 +100,7 @@ def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: Ho
     summary["files"] = len(files)
     summary["columns"] = asked.told()
     summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
-    return Measured(sums, summary)
+    return Measured(sums, summary, source)
 
 
 def _present(asked: Asked, files: list[Footer]) -> Asked:

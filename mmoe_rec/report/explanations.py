@@ -102,3 +102,41 @@ MEASURES = {
     ),
     "Tables": "float32: 4 bytes a number. Row-wise Adagrad keeps 4 bytes more for each row.",
 }
+
+EVALUATION = {
+    "Intervals": (
+        "95%, from redrawing whole users, as rows of one user are alike; of more than 4,096 users, groups of users "
+        "are redrawn. Of a metric they are percentiles; of a difference Student's, as models see the same redrawn "
+        "users."
+    ),
+    "Verdict": (
+        "A model is better where the interval of `evaluation.decide_by` lies above that of the other model, and no "
+        "task may have lost more than `evaluation.margin`, nor are probabilities off by more than "
+        "`evaluation.calibration`. A size that nine of ten evaluations like this one would show is 3.24 standard "
+        "errors."
+    ),
+    "Many differences": (
+        "Of twenty differences by chance alone, one is outside of its interval. So p-values are corrected by Holm's "
+        "method: the chance that any of the coloured ones is none is below 5%."
+    ),
+    "AUC, average precision": (
+        "Exact, over all rows with an observed label. GAUC is the mean AUC within users, or requests."
+    ),
+    "normalised_entropy": "The logloss over the entropy of the base rate: 1 is a model that knows the base rate alone.",
+    "calibration, ece": (
+        "The sum of the predictions over that of the labels; the mean distance of observed rates from predictions, in "
+        "ten bins of equal mass."
+    ),
+    "NDCG, MRR, MAP, recall, hit rate": (
+        "Means over requests whose rows differ in relevance; rows of equal scores count by the mean over their "
+        "orders. Of the score a row's relevance is the sum of `score_weight` x label."
+    ),
+    "coverage, Gini, novelty": (
+        "Of the first rows of all requests: which share of the candidates is shown at all, how unevenly, and how "
+        "little known these are, in bits."
+    ),
+    "Slices": (
+        "A slice's AUC may be low because its rows are alike, not because the model is worse there: between models, "
+        "the difference on the same slice tells more."
+    ),
+}

@@ -83,15 +83,15 @@ def test_probabilities_may_not_be_far_off_where_they_were_not() -> None:
         if not each["passed"]
     )
     assert guard["sentence"] == (
-        "the probabilities of bought are 1.5 times what was observed (1.4 to 1.6), those of 'old' 1 times: beyond a "
-        "factor of 1.25 (evaluation.calibration)"
+        "the probabilities of bought are 1.50 times what was observed (1.40 to 1.60), those of 'old' 1.00 times: "
+        "beyond a factor of 1.25 (evaluation.calibration)"
     )
 
 
 def test_what_is_not_shown_says_what_would_have_been() -> None:
     told = verdict(compared(apart(0.0007, 0.0012)), "old", SAME, [], Rule())
     assert told["sentence"] == (
-        "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.0007 (-0.0005 to "
+        "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.00070 (-0.00050 to "
         "+0.0019); nine of ten evaluations like this one would show a gain of 0.0012"
     )
     small = compared(apart(0.0007, 0.0012), bought={"auc": apart(0.0, 0.009)}, spent={"r2": apart(0.0, 0.9)})

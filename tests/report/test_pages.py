@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from jinja2 import UndefinedError
 
-from mmoe_rec.report import health
+from mmoe_rec.report import evaluation, health
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
+from tests.report import evaluations
 from tests.report.parsed import Page
 
 EVIL = "</title></style><script>alert('x')</script>\"'&amp; {{ 7 * 7 }} $x$ `y` "
@@ -46,7 +47,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names |= {each.name for each in (*LAYOUT.tables, *LAYOUT.ids, *LAYOUT.dense)}
     names |= {part["bin"] for feature in found["features"] for each in feature["inputs"] for part in each["bins"]}
     names |= {each["message"] for each in found["findings"]}
-    return {"health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"}))}
+    judged = evaluation.page(evaluations.evaluation(f"{EVIL}new", f"{EVIL}old"))
+    return {
+        "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
+        "evaluation.html.j2": judged,
+    }
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
@@ -59,7 +64,7 @@ def test_pages_stand_alone_and_are_well_formed(pages: dict[str, str]) -> None:
         page = Page(text)
         assert text.startswith('<!doctype html>\n<html lang="en">\n')
         assert text.endswith("</html>\n")
-        assert not re.search(r"https?:|url\(|@import|//[a-z]+\.", text)
+        assert not re.search(r"https?:|url\((?!#)|@import|//[a-z]+\.", text)
         assert page.tags.isdisjoint(FROM_ELSEWHERE)
         assert page.targets
         assert {target.removeprefix("#") for target in page.targets} <= set(page.ids)
@@ -67,15 +72,21 @@ def test_pages_stand_alone_and_are_well_formed(pages: dict[str, str]) -> None:
 
 
 def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
-    for text in pages.values():
+    names = {
+        "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),
+        "evaluation.html.j2": ("new", "old"),
+    }
+    for template, text in pages.items():
         page = Page(text)
         assert all(re.fullmatch("(?!on)[a-z-]+", name) for name in page.attributes), page.attributes
-        for name in ("item", "click", "stars", "tags", "item_id", "made up"):
+        for name in names[template]:
             assert EVIL + name in page.words, f"{name} stands on the page as it is"
         assert "<script" not in text
         assert "&lt;script&gt;" in text
-        assert text.count("<title>Data set health: &lt;/title&gt;") == 1
-        assert f"rate of {EVIL}click by week" in _labels(text)
+    health = pages["health.html.j2"]
+    assert health.count("<title>Data set health: &lt;/title&gt;") == 1
+    assert f"rate of {EVIL}click by week" in _labels(health)
+    assert f"predicted against observed probabilities of bought by {EVIL}new" in _labels(pages["evaluation.html.j2"])
 
 
 def test_a_page_is_the_same_for_the_same_data(pages: dict[str, str], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def differences(
     for other in others:
         same_truth = _weights(mine) == _weights(models[other])
         paired = {
-            key: _difference(
+            key: difference(
                 once[model][key][0], once[other][key][0], resampled[model][key], resampled[other][key], units
             )
             for key in once[model]
@@ -97,8 +97,8 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(each) for each in found]
 
 
-def _difference(value: float, other: float, redrawn: np.ndarray, others: np.ndarray, units: int) -> Difference:
-    """Of one metric of two models: its values, and those in all resamples."""
+def difference(value: float, other: float, redrawn: np.ndarray, others: np.ndarray, units: int) -> Difference:
+    """Of one metric of two models: its values, and those (R,) in all resamples of so many units."""
     apart, defined = value - other, (redrawn - others)[np.isfinite(redrawn) & np.isfinite(others)]
     if not np.isfinite(apart):
         return _told(None)

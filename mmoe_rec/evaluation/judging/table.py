@@ -20,8 +20,10 @@ def differences_table(compared: Mapping[str, Any]) -> Table:
     A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
     """
     table = Table(
-        title=f"{compared['model']} less",
-        caption=f"± half the 95% interval; bold where p, corrected for all of these, is below {LEVEL:g}",
+        title=f"Differences: {compared['model']} less",
+        title_justify="left",
+        title_style="bold",
+        caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",
     )
     table.add_column("", no_wrap=True)
     for other in compared["against"]:

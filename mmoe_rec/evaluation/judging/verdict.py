@@ -52,7 +52,7 @@ def verdict(
         for guard in (_loss(task, found, summaries[name], rule), _calibration(task, name, against, summaries, rule))
         if guard is not None
     ]
-    told = {"guards": guards, "detectable": None}
+    told: dict[str, Any] = {"guards": guards, "detectable": None}
     if objective is None or apart["p"] is None:
         enough = f"no task has labels enough ({FEWEST} rows of either)"
         why = enough if objective is None else f"{objective['name']} is undefined, or has no interval"
@@ -60,12 +60,19 @@ def verdict(
     gain, low, high = apart["value"], apart["low"], apart["high"]
     if objective["better"] == "lower":
         gain, low, high = -gain, -high, -low
-    what, told["detectable"] = objective["name"], _detectable(found, objective, summaries[name], judged, rule)
+    what, detectable = objective["name"], _detectable(found, objective, summaries[name], judged, rule)
+    told["detectable"] = detectable
     if apart["p_corrected"] >= LEVEL or not (low > 0 or high < 0):
+        if apart["low"] == apart["high"] == 0:
+            return {
+                "kind": NOT_SHOWN,
+                "sentence": f"'{name}' and '{against}' do not differ: {what} is the same",
+                **told,
+            }
         sentence = (
             f"no difference is shown between '{name}' and '{against}': {what} differs by {number(apart['value'])} "
             f"({number(apart['low'])} to {number(apart['high'])}); nine of ten evaluations like this one would show "
-            f"a gain of {number(told['detectable'], sign=False)}"
+            f"a gain of {number(detectable, sign=False)}"
         )
         return {"kind": NOT_SHOWN, "sentence": sentence, **told}
     which = "higher" if apart["value"] > 0 else "lower"
@@ -98,9 +105,10 @@ def _detectable(
 
 def number(value: float, sign: bool = True) -> str:
     """A difference, in a sentence."""
-    shown = f"{value:+.4f}" if 0.00095 <= abs(value) < 1000 else f"{value:+.2g}"
-    shown = "0" if value == 0 else shown
-    shown = f"{value:+,.0f}" if abs(value) >= 1000 else shown
+    if value == 0:
+        return "0"
+    form = "+,.0f" if abs(value) >= 1000 else "+.4f" if abs(value) >= 0.00095 else "+#.2g"
+    shown = format(value, form)
     return shown if sign else shown.removeprefix("+")
 
 
@@ -132,8 +140,8 @@ def _calibration(
     passed = not (outside and _off(mine["value"]) > _off(its["value"]))
     where = "beyond" if outside else "not shown to be beyond"
     sentence = (
-        f"the probabilities of {task} are {mine['value']:.3g} times what was observed ({mine['low']:.3g} to "
-        f"{mine['high']:.3g}), those of '{against}' {its['value']:.3g} times: {where} a factor of {rule.calibration:g} "
+        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({mine['low']:.2f} to "
+        f"{mine['high']:.2f}), those of '{against}' {its['value']:.2f} times: {where} a factor of {rule.calibration:g} "
         "(evaluation.calibration)"
     )
     return {"task": task, "metric": "calibration", "passed": passed, "sentence": sentence}

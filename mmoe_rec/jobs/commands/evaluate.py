@@ -35,3 +35,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(arguments.out or Path(settings.data.work) / "evaluation")
     show(evaluate_model(settings, arguments.model, out, arguments.against).results.told())
     print(f"metrics: {out / 'metrics.json'}")
+    print(f"report: {out / 'report.html'}")

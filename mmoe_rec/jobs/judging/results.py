@@ -22,24 +22,38 @@ from mmoe_rec.settings.sections import Evaluation
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mmoe_rec.evaluation.closed import ClosedSums
     from mmoe_rec.evaluation.summary import Sums
+
+RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's sums, and the summary of its metrics."""
+    """A model's sums, and the summary of its metrics.
+
+    address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
+    unknown; seen: sentences on how it has seen these rows before; slices: its sums in each, see `sliced`.
+    """
 
     sums: Sums
     summary: dict[str, Any]
+    address: str
+    gates: dict[str, list[float]] | None = None
+    seen: Sequence[str] = ()
+    slices: Mapping[tuple[str, str], ClosedSums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which."""
+    """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
+    title, facts: what a report says of the rows."""
 
     models: dict[str, Measured]
     tasks: tuple[str, ...]
-    rules: Evaluation = field(default_factory=Evaluation)
+    rules: Evaluation
+    title: str
+    facts: dict[str, str]
 
     @property
     def summaries(self) -> dict[str, dict[str, Any]]:
@@ -63,8 +77,31 @@ class Results:
         resamples = self.models[model].summary["resamples"]
         return compare(sums, model, self.summaries, self.tasks, self.rules.decide_by, rule, resamples)
 
+    @cached_property
+    def slices(self) -> list[dict[str, Any]]:
+        """Records of all slices, see `sliced`."""
+        from mmoe_rec.evaluation.closed import as_closed
+        from mmoe_rec.evaluation.judging.slices import SlicedModel, sliced
+
+        models = {name: SlicedModel(as_closed(each.sums), each.slices) for name, each in self.models.items()}
+        (model, *_) = models
+        return sliced(models, model, min(self.models[model].summary["resamples"], RESAMPLES_OF_SLICES))
+
+    @property
+    def findings(self) -> list[dict[str, str]]:
+        """What is suspicious: each with the `model`, the `check` that found it, and a `message`."""
+        from mmoe_rec.evaluation.findings import findings
+
+        found = []
+        for name, each in self.models.items():
+            found += [{"model": name, "check": "seen", "message": message} for message in each.seen]
+            found += [{"model": name, **finding} for finding in findings(each.summary)]
+        return found
+
     def write(self, out: Path) -> None:
         """Writes the files, replacing those of an evaluation before."""
+        from mmoe_rec.report.evaluation import write
+
         comparison = self.comparison  # what can't be compared leaves all as it was
         shutil.rmtree(out / "against", ignore_errors=True)
         (out / "comparison.json").unlink(missing_ok=True)
@@ -74,10 +111,24 @@ class Results:
             _write(folder / "metrics.json", each.summary)
         if comparison is not None:
             _write(out / "comparison.json", comparison)
+        models = {
+            name: {"address": each.address, "summary": each.summary, "gates": each.gates}
+            for name, each in self.models.items()
+        }
+        write(
+            {
+                "title": self.title,
+                "models": models,
+                "comparison": comparison,
+                "findings": self.findings,
+                "slices": self.slices,
+                "facts": self.facts,
+            },
+            out,
+        )
 
     def told(self) -> Iterator[Table | str]:
         """For the terminal: tables, verdicts, notes and warnings."""
-        from mmoe_rec.evaluation.findings import warnings
         from mmoe_rec.evaluation.judging.compare import told_of
         from mmoe_rec.evaluation.judging.table import differences_table
         from mmoe_rec.evaluation.notes import told
@@ -88,19 +139,19 @@ class Results:
             yield differences_table(self.comparison)
             yield from told_of(self.comparison)
         yield from (f"note: {note}" for note in told(list(self.summaries.values())))
-        for name, summary in self.summaries.items():
-            of = f"'{name}': " if len(self.models) > 1 else ""
-            yield from (f"warning: {of}{warning}" for warning in warnings(summary))
+        for each in self.findings:
+            of = f"'{each['model']}': " if len(self.models) > 1 else ""
+            yield f"warning: {of}{each['message']}"
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Names for files or folders that are told apart by the ends of their paths."""
-    parts = [path.rstrip("/").split("/") for path in paths]
+def short_names(addresses: Sequence[str]) -> list[str]:
+    """Names for files and folders, by the ends of their paths that tell them apart; other addresses are names."""
+    parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    return list(paths)
+    return list(addresses)
 
 
 def check_names(names: list[str], option: str) -> None:

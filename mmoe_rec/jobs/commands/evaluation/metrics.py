@@ -73,3 +73,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         if summary["columns"]["score"] is None:
             print(f"note: without a column of scores in '{name}', the prediction ranks the candidates of a request")
     print(f"metrics: {Path(arguments.out) / 'metrics.json'}")
+    print(f"report: {Path(arguments.out) / 'report.html'}")

@@ -1,0 +1,31 @@
+"""Whether a model has seen the labels that it is measured by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Split
+
+
+def overlap(settings: Settings, artifact: Path, name: str) -> list[str]:
+    """A sentence for each use that the training of a model made of requests of the settings' test rows.
+
+    artifact: its folder, whose settings say what it was trained on.
+    """
+    try:
+        tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
+        split = Split.model_validate(tree["split"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return []
+    begin = settings.split.validation_end
+    found = []
+    for end, what in ((split.train_end, "trained"), (split.validation_end, "chosen and calibrated")):
+        if end > begin:
+            found.append(
+                f"'{name}' was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
+                f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
+            )
+    return found[:1]

@@ -1,0 +1,240 @@
+"""An evaluation as a page of its own: the verdict first, then what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.evaluation.judging.differences import LEVEL
+from mmoe_rec.evaluation.judging.slices import ALL, worst_first
+from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
+from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.notes import told
+from mmoe_rec.report.evaluation_figures import calibration_figure
+from mmoe_rec.report.explanations import EVALUATION
+from mmoe_rec.report.pages import render
+from mmoe_rec.report.style import svg
+
+_SHOWN_SLICES = 12
+_SEVERITY = {"calibration": "warning"}
+"""Of findings, by their check; all others are problems."""
+SCORE, CATALOGUE = "score", "catalogue"
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Writes `report.html`, and its figures as `metrics.parquet` and `slices.parquet`."""
+    with atomic_file(folder / "report.html") as file:
+        file.write_text(page(report), encoding="utf-8")
+    with atomic_file(folder / "metrics.parquet") as file:
+        pq.write_table(metrics_table(report), file)
+    if report["slices"]:
+        with atomic_file(folder / "slices.parquet") as file:
+            pq.write_table(pa.Table.from_pylist(report["slices"]), file)
+    else:
+        (folder / "slices.parquet").unlink(missing_ok=True)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    report: `title`; `models`, name -> `address`, `summary` and `gates` (task -> mean weight of each expert, or None);
+    the first is the one in question; `comparison` (of `compare`) or None; `findings`, each with `model`, `check` and
+    `message`; `slices`, records of `sliced`; and `facts`, name -> text.
+    """
+    summaries = {name: each["summary"] for name, each in report["models"].items()}
+    comparison = report["comparison"]
+    findings = [each | {"severity": _SEVERITY.get(each["check"], "problem")} for each in report["findings"]]
+    first = next(iter(summaries.values()))
+    values = {
+        "title": report["title"],
+        "models": {name: each["address"] for name, each in report["models"].items()},
+        "summary": first,
+        "verdicts": _verdicts(comparison),
+        "severity": _severity(comparison, findings),
+        "judged": None if comparison is None else comparison["objective"],
+        "guards": _guards(comparison),
+        "alone": _alone(first),
+        "findings": findings,
+        "notes": told(list(summaries.values())),
+        "groups": list(_groups(summaries, comparison)),
+        "curves": list(_curves(summaries)),
+        "gates": _gates(report["models"]),
+        "slices": _slices(report["slices"]),
+        "few": len({(each["by"], each["slice"], each["group"]) for each in report["slices"] if each["value"] is None}),
+        "facts": report["facts"],
+        "measures": EVALUATION,
+    }
+    return render("evaluation.html.j2", values)
+
+
+def metrics_table(report: Mapping[str, Any]) -> pa.Table:
+    """A row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each difference from
+    another model, whose name stands in `less`."""
+    rows = [
+        {"model": name, "less": None, "group": group, "metric": metric, **_entry(value)}
+        for name, each in report["models"].items()
+        for group, metrics in _all_groups(each["summary"]).items()
+        for metric, value in metrics.items()
+        if _is_number(value)
+    ]
+    comparison = report["comparison"]
+    for other, each in ({} if comparison is None else comparison["against"]).items():
+        for group, metrics in {"objective": {"objective": each["objective"]}, **each["groups"]}.items():
+            for metric, apart in metrics.items():
+                rows.append({"model": comparison["model"], "less": other, "group": group, "metric": metric, **apart})
+    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
+    kinds += [(name, pa.float64()) for name in ("value", "low", "high", "p", "p_corrected", "detectable")]
+    return pa.Table.from_pylist(rows, pa.schema(kinds))
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {"value": float(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "low" in value
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _all_groups(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {**summary["tasks"], SCORE: summary["score"], CATALOGUE: summary.get("catalogue", {})}
+
+
+def _verdicts(comparison: Mapping[str, Any] | None) -> list[str]:
+    return [] if comparison is None else [each["verdict"]["sentence"] for each in comparison["against"].values()]
+
+
+def _guards(comparison: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if comparison is None:
+        return []
+    return [
+        {**guard, "other": other}
+        for other, each in comparison["against"].items()
+        for guard in each["verdict"]["guards"]
+    ]
+
+
+def _severity(comparison: Mapping[str, Any] | None, findings: Sequence[Mapping[str, Any]]) -> str:
+    """The class of the verdict's card."""
+    kinds = [] if comparison is None else [each["verdict"]["kind"] for each in comparison["against"].values()]
+    if any(each["severity"] == "problem" for each in findings) or WORSE in kinds:
+        return "problem"
+    return "warning" if findings or any(kind != BETTER for kind in kinds) else ""
+
+
+def _alone(summary: Mapping[str, Any]) -> list[str]:
+    """How well each task is predicted, and the score ranks, in a sentence each."""
+    found = []
+    for name, metric in [*((name, _first_of(task)) for name, task in summary["tasks"].items()), (SCORE, "ndcg_at_10")]:
+        each = _all_groups(summary)[name].get(metric, {"value": None})
+        if each["value"] is not None:
+            interval = "" if each["low"] is None else f" ({each['low']:.4f} to {each['high']:.4f})"
+            found.append(f"{name}: {metric} {each['value']:.4f}{interval}")
+    return found
+
+
+def _first_of(task: Mapping[str, Any]) -> str:
+    return "auc" if task["kind"] == "binary" else "r2"
+
+
+def _groups(
+    summaries: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any] | None
+) -> Iterable[dict[str, Any]]:
+    """Tables of metrics: one a task, of the score, and of the catalogue."""
+    first = next(iter(summaries.values()))
+    for group in _all_groups(first):
+        mine = [_all_groups(each).get(group, {}) for each in summaries.values()]
+        metrics: list[Named] = (
+            list(registered.CATALOGUE_METRICS)
+            if group == CATALOGUE
+            else [each for each in registered.METRICS if _fits(each, mine[0])]
+        )
+        rows = [
+            _row(metric, group, mine, comparison) for metric in metrics if any(metric.name in each for each in mine)
+        ]
+        if rows:
+            of = mine[0]
+            told_of = f"{of['rows']:,} rows" if "rows" in of else ""
+            told_of += f", {of['positives']:,} positive" if "positives" in of else ""
+            yield {"name": group, "told": told_of, "rows": rows, "others": _others(group, comparison)}
+
+
+def _others(group: str, comparison: Mapping[str, Any] | None) -> list[str]:
+    """Those from which there are differences; what requests show together has no interval."""
+    return [] if comparison is None or group == CATALOGUE else list(comparison["against"])
+
+
+def _fits(metric: Any, mine: Mapping[str, Any]) -> bool:
+    return mine.get("kind", SCORE) in metric.kinds
+
+
+def _row(
+    metric: Named, group: str, mine: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    cells = [_cell(metric, each.get(metric.name)) for each in mine]
+    against = {} if comparison is None else comparison["against"]
+    others = _others(group, comparison)
+    apart = [_apart(metric, against[other]["groups"].get(group, {}).get(metric.name)) for other in others]
+    of_lists = group not in (SCORE, CATALOGUE) and getattr(metric, "of_lists", False)
+    return {"label": metric.label, "main": metric.is_headline and not of_lists, "cells": cells, "apart": apart}
+
+
+def _cell(metric: Named, value: Any) -> dict[str, str]:
+    each = value if isinstance(value, Mapping) else {"value": value, "low": None}
+    if each["value"] is None:
+        return {"value": "–", "interval": ""}  # noqa: RUF001 - a dash stands for a number that does not exist
+    interval = "" if each["low"] is None else f"{metric.shown(each['low'])} to {metric.shown(each['high'])}"
+    return {"value": metric.shown(each["value"]), "interval": interval}
+
+
+def _apart(metric: Named, apart: Mapping[str, Any] | None) -> dict[str, str]:
+    if apart is None or apart["value"] is None:
+        return {"value": "–", "interval": "", "badge": ""}  # noqa: RUF001
+    interval = "" if apart["low"] is None else f"{number(apart['low'])} to {number(apart['high'])}"
+    shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
+    gain = (apart["value"] > 0) == (metric.better == "higher")
+    badge = "" if not shown or metric.better == "one" else "good" if gain else "problem"
+    return {"value": number(apart["value"]), "interval": interval, "badge": badge}
+
+
+def _curves(summaries: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, str]]:
+    for task in next(iter(summaries.values()))["tasks"]:
+        for name, summary in summaries.items():
+            if summary["tasks"].get(task, {}).get("calibration_bins"):
+                label = f"predicted against observed probabilities of {task} by {name}"
+                yield {"task": task, "model": name, "figure": svg(calibration_figure(summary, task), label, {})}
+
+
+def _gates(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"model": name, "tasks": each["gates"]} for name, each in models.items() if each["gates"]]
+
+
+def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The worst, then others, with what they are compared with."""
+    found = []
+    for each in worst_first(records, LEVEL)[:_SHOWN_SLICES]:
+        worse = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] < 0
+        better = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] > 0
+        interval = "" if each["low"] is None else f"{number(each['low'])} to {number(each['high'])}"
+        beside = ALL if each["beside"] == ALL else f"'{each['beside']}' there"
+        found.append(
+            {
+                "slice": f"{each['by']}: {each['slice']}",
+                "group": each["group"],
+                "metric": each["metric"],
+                "rows": each["rows"],
+                "value": f"{each['value']:.4f}",
+                "beside": beside,
+                "apart": number(each["apart"]) if each["apart"] is not None else "–",  # noqa: RUF001
+                "interval": interval,
+                "badge": "problem" if worse else "good" if better else "",
+            }
+        )
+    return found

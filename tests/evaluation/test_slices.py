@@ -1,0 +1,98 @@
+"""Slices against the metrics of their own rows, and planted ones that are worse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated_log import Log, simulate
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.evaluation.closed import closed
+from mmoe_rec.evaluation.judging.slices import ALL, SlicedModel, sliced, worst_first
+
+
+def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
+    slices = {
+        ("kind", str(each)): closed(log.take(np.flatnonzero(of_rows == each)).measure()) for each in np.unique(of_rows)
+    }
+    return SlicedModel(closed(log.measure()), slices)
+
+
+@pytest.fixture
+def log() -> Log:
+    return simulate(seed=7, users=400, requests=1500)
+
+
+def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
+    of_rows = log.users % 3
+    records = sliced({"ours": model(log, of_rows)}, "ours", 100)
+    whole = roc_auc_score(log.labels["bought"], log.predictions["bought"])
+    for kind in range(3):
+        (found,) = (
+            each for each in records if (each["slice"], each["group"], each["metric"]) == (str(kind), "bought", "auc")
+        )
+        mine = of_rows == kind
+        expected = roc_auc_score(log.labels["bought"][mine], log.predictions["bought"][mine])
+        assert found["value"] == pytest.approx(expected)
+        assert found["apart"] == pytest.approx(expected - whole)
+        assert found["rows"] == mine.sum()
+        assert found["labels"] == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
+        assert found["low"] < found["apart"] < found["high"]
+        assert found["beside"] == ALL
+        assert found["p"] <= found["p_corrected"]
+
+
+def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log) -> None:
+    of_rows = np.random.default_rng(1).integers(8, size=400)[log.users + 200]
+    noise = np.random.default_rng(2).random(len(log.score))
+    wrong = np.where(of_rows == 5, noise, log.predictions["bought"])
+    records = sliced(
+        {"ours": model(replace(log, predictions=log.predictions | {"bought": wrong}), of_rows)}, "ours", 200
+    )
+    shown = [each for each in records if each["metric"] == "auc" and (each["p_corrected"] or 1) < 0.05]
+    assert [(each["slice"], each["group"]) for each in shown] == [("5", "bought")]
+    assert worst_first(records, 0.05)[0] == shown[0]
+
+
+def test_models_are_compared_within_slices(log: Log) -> None:
+    of_rows = (log.users % 2).astype(str)
+    noise = np.random.default_rng(3).random(len(log.score))
+    worse = replace(
+        log, predictions=log.predictions | {"bought": np.where(of_rows == "1", noise, log.predictions["bought"])}
+    )
+    models = {"new": model(worse, of_rows), "old": model(log, of_rows)}
+    records = sliced(models, "new", 200)
+    apart = {
+        each["slice"]: each
+        for each in records
+        if (each["group"], each["metric"], each["beside"]) == ("bought", "auc", "old")
+    }
+    assert apart["0"]["apart"] == 0
+    assert apart["0"]["p_corrected"] == 1
+    assert apart["1"]["apart"] < -0.1
+    assert apart["1"]["p_corrected"] < 0.01
+
+
+def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
+    of_rows = np.where(np.arange(len(log.score)) < 40, "few", "many")
+    records = sliced({"ours": model(log, of_rows)}, "ours", 50)
+    few = [each for each in records if each["slice"] == "few" and each["group"] == "bought"]
+    assert few
+    for each in few:
+        assert each["labels"] < 50
+        assert each["rows"] == 40
+        assert each["value"] is each["apart"] is each["p"] is each["p_corrected"] is None
+
+
+def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 64)
+    of_rows = log.users % 3
+    slices = {
+        ("kind", str(each)): closed(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)
+        for each in range(3)
+    }
+    records = sliced({"ours": SlicedModel(closed(log.measure()), slices)}, "ours", 100)
+    expected = [each["value"] for each in sliced({"ours": model(log, of_rows)}, "ours", 20)]
+    assert [each["value"] for each in records] == pytest.approx(expected, nan_ok=True)
