@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mmoe_rec.mlflow_client import BRIEF, calling, connect, limits
+
+_REPLACED = "replaced"  # tag of a version: which one held an alias before it
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,39 @@ def holder_of(name: str, alias: str, uri: str) -> Version | None:
     return Version(name, str(number), found.run_id)
 
 
-def point(name: str, alias: str, number: str, uri: str) -> None:
-    """Makes a version the one that holds an alias. Raises UserError where the registry refuses."""
+def version_of(name: str, number: str, uri: str) -> Version:
+    """A version by its number. Raises UserError where there is none, or MLflow does not answer."""
+    mlflow = connect(uri)
+    with limits(BRIEF), calling(uri, f"models:/{name}/{number}"):
+        found = mlflow.MlflowClient().get_model_version(name, number)
+    return Version(name, str(found.version), found.run_id)
+
+
+def point(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
+    """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
+
+    replaced: the one that held it, which is kept with the version, see `replaced_by`.
+    """
     mlflow = connect(uri)
     with limits(BRIEF), calling(uri):
-        mlflow.MlflowClient().set_registered_model_alias(name, alias, number)
+        client = mlflow.MlflowClient()
+        if replaced is not None and replaced.number != number:
+            client.set_model_version_tag(name, number, f"{_REPLACED}.{alias}", replaced.number)
+        client.set_registered_model_alias(name, alias, number)
+
+
+def replaced_by(version: Version, alias: str, uri: str) -> str | None:
+    """The number of the version that held an alias before this one took it; None where that is unknown."""
+    mlflow = connect(uri)
+    with limits(BRIEF), calling(uri):
+        tags = mlflow.MlflowClient().get_model_version(version.name, version.number).tags
+    found = tags.get(f"{_REPLACED}.{alias}")
+    return None if found is None else str(found)
+
+
+def tag(version: Version, tags: Mapping[str, str], uri: str) -> None:
+    """Writes tags of a version. Raises UserError where the registry refuses."""
+    mlflow = connect(uri)
+    with limits(BRIEF), calling(uri):
+        for name, value in tags.items():
+            mlflow.MlflowClient().set_model_version_tag(version.name, version.number, name, value)

@@ -8,6 +8,7 @@ NAMES = (
     "train",
     "evaluate",
     "metrics",
+    "promote",
     "score",
     "serve",
     "join_outcomes",
@@ -23,7 +24,7 @@ NAMES = (
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
-FOLDERS = {"metrics": "evaluation"}
+FOLDERS = {"metrics": "evaluation", "promote": "evaluation"}
 """Where those of the repository's commands lie that have a folder: `python -m pipelines.FOLDER.NAME`."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"

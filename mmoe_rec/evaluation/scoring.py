@@ -13,6 +13,7 @@ from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout
@@ -22,6 +23,10 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
 COLUMNS = ("user", "request", "candidate")
+
+
+class NotFiniteError(UserError):
+    """A model gives predictions that are not finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def score_rows(
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
     model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
     top_k: experts per row and gate, in place of the model's; usable: (E,) bool, the only experts that are run;
-    first: score only the batches that hold this many first rows.
+    first: score only the batches that hold this many first rows. Raises NotFiniteError.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
@@ -121,6 +126,8 @@ def score_rows(
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
             outputs = model(batch, top_k=top_k, usable=usable)
+            if not outputs.logits.isfinite().all():
+                raise NotFiniteError("the model gives predictions that are not finite numbers")
             logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)

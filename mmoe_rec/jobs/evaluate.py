@@ -52,6 +52,11 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
     for other in against:
         if found[other].folder.resolve() == found[address].folder.resolve():
             raise UserError(f"'{address}' and '{other}' are the same model, {found[other].address}")
+    return evaluate_found(settings, dict(zip(short_names(list(found)), found.values(), strict=True)), out)
+
+
+def evaluate_found(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
+    """As `evaluate_model`, of models by their names, of which the first is compared with the others."""
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out)
 
@@ -59,7 +64,7 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
 def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
     measured: dict[str, Measured] = {}
     training = TrainingRows.of(settings)
-    for place, (name, each) in enumerate(zip(short_names(list(found)), found.values(), strict=True)):
+    for place, (name, each) in enumerate(found.items()):
         scored = _scored(settings, each)
         if not place:
             its = scored

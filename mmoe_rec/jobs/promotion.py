@@ -1,7 +1,9 @@
-"""Which model holds the alias after a training: the new one, if it does better than the holder on the same rows.
+"""Which model holds the alias after a training: the new one, if it is shown to be better than the holder on the same
+rows.
 
-The holder is validated by the settings' own `training.select_by` on the training's validation rows, before calibration,
-like the new model and by the same code. Its features may be others:
+Both score the training's validation rows, and are compared as models are anywhere (`mmoe_rec.evaluation.judging`): by
+`evaluation.decide_by`, with an interval over users, and with guardrails for each task. The holder's features may be
+others:
 
 - those of the training, or ones that these were extended from: the training's rows give the holder's own outputs;
 - others: the validation rows are encoded anew by the holder's own features, which reads the log.
@@ -34,11 +36,13 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 if TYPE_CHECKING:
-    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.serving.loaded import LoadedRanker
-    from mmoe_rec.training.validation import Validation
+
+_RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingMode
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name)
-    comparison = Comparison(settings, prepared, model)
+    comparison = Comparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
         now = holder_of(name, alias, uri)
@@ -81,7 +85,7 @@ def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingMode
         holder = now
     run.set_tags({"promoted": verdict.better, "compared": verdict.reason})
     if verdict.better:
-        point(name, alias, number, uri)
+        point(name, alias, number, uri, holder)
         said = f"'{alias}' is version {number} now, this model"
         return Promotion(f"models:/{name}@{alias}", True, (verdict.reason, said))
     assert holder is not None, "without a holder the new model is better"
@@ -94,19 +98,19 @@ def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingMode
 
 
 class Comparison:
-    """Compares a new model with others on the validation rows of its training."""
+    """Compares a new model with others on the validation rows of its training. model: that of the artifact."""
 
-    def __init__(self, settings: Settings, prepared: Prepared, model: RankingModel) -> None:
+    def __init__(self, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path) -> None:
         from mmoe_rec.model.layout import ModelLayout
 
-        self.settings, self.prepared, self.model = settings, prepared, model
+        self.settings, self.prepared, self.model, self.artifact = settings, prepared, model, artifact
         self.layout = ModelLayout.of(prepared.layout, settings)
 
     def with_holder(self, holder: Version | None) -> Verdict:
         """Whether the new model is better than the one that holds the alias."""
+        from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.serving.errors import OtherScoresError
         from mmoe_rec.serving.ranker import Ranker
-        from mmoe_rec.training.validation import NotFiniteError
 
         alias = self.settings.tracking.alias
         if holder is None:
@@ -127,55 +131,57 @@ class Comparison:
             cannot = f"can't be compared: {told}; {by_hand}" if here else f"can't be served any more: {told}"
             return Verdict(not here, f"{who} {cannot}")
         try:
-            its = self._validation(ranker, folder, holder)
-        except UserError as error:
-            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
+            its = self._holders(ranker, folder, holder)
+            return self._judge(its, holder)
         except NotFiniteError:
             return Verdict(True, f"{who} gives predictions that are not finite numbers")
-        return self._judge(its, holder)
+        except UserError as error:
+            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
 
-    def _judge(self, its: Validation, holder: Version) -> Verdict:
-        from mmoe_rec.training.validation import NotFiniteError
+    def _judge(self, its: Scored, holder: Version) -> Verdict:
+        from mmoe_rec.evaluation.closed import closed
+        from mmoe_rec.evaluation.judging.compare import compare
+        from mmoe_rec.evaluation.judging.verdict import BETTER, Rule
+        from mmoe_rec.evaluation.scoring import NotFiniteError
+        from mmoe_rec.evaluation.summary import summarise
 
-        select_by = self.settings.training.select_by
         try:
             own = self._own
         except NotFiniteError:
             return Verdict(False, "this model gives predictions that are not finite numbers")
-        values = [each.objective(select_by, self.layout) for each in (own, its)]
-        better = values[0] > values[1]
-        if told := own.told_by_auc(select_by):
-            measure = f"{'AUC' if len(told) == 1 else 'mean AUC'} of {', '.join(told)}"
-        else:
-            measure, values = "weighted loss (less is better)", [-value for value in values]
-        reason = (
-            f"{measure} on the same {self._labelled.rows:,} validation rows: {values[0]:.6g} of this model, "
-            f"{values[1]:.6g} of version {holder.number}"
+        rules, version = self.settings.evaluation, f"version {holder.number}"
+        models = {name: closed(each.measure()) for name, each in (("this model", own), (version, its))}
+        summaries = {name: summarise(each, _RESAMPLES) for name, each in models.items()}
+        rule = Rule(rules.margin, rules.calibration)
+        told = compare(
+            models, "this model", summaries, list(self.settings.tasks), rules.decide_by, rule, rules.resamples
         )
-        return Verdict(better, reason)
+        verdict = told["against"][version]["verdict"]
+        return Verdict(verdict["kind"] == BETTER, f"{verdict['sentence']} ({len(own.score):,} validation rows)")
 
     @cached_property
-    def _labelled(self) -> EncodedRows:
+    def _own(self) -> Scored:
+        from mmoe_rec.serving.artifact import read_calibration
+
+        rows, calibration = self.prepared.split("validation"), read_calibration(self.artifact)
+        return self._scored(self.model, self.layout, rows, calibration)
+
+    def _scored(self, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration) -> Scored:
         from mmoe_rec.batches.encoded_rows import EncodedRows
+        from mmoe_rec.evaluation.scoring import score_rows
 
-        weighted = self.settings.training.sampling_correction == "weights"
-        return EncodedRows(self.prepared.split("validation"), self.layout, outcomes=True, weighted=weighted)
+        return score_rows(
+            model,
+            layout,
+            EncodedRows(rows, layout),
+            self.settings.evaluation.batch_size,
+            calibration=calibration,
+            relevance={name: task.score_weight for name, task in self.settings.tasks.items()},
+            weighted=self.settings.training.sampling_correction == "weights",
+        )
 
-    @cached_property
-    def _own(self) -> Validation:
-        from mmoe_rec.batches.encoded_rows import EncodedRows
-
-        return self._validated(self.model, EncodedRows(self.prepared.split("validation"), self.layout))
-
-    def _validated(self, model: RankingModel, inputs: EncodedRows) -> Validation:
-        from mmoe_rec.training.validation import validate_alone
-
-        return validate_alone(model, inputs, self._labelled, self.layout, self.settings.evaluation.batch_size)
-
-    def _validation(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Validation:
-        """The holder's validation. Raises UserError where its rows would differ, or its tasks mean something else."""
-        from mmoe_rec.batches.encoded_rows import EncodedRows
-
+    def _holders(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Scored:
+        """The rows as the holder scores them. Raises UserError where its tasks mean something else."""
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
         if set(its["tasks"]) != set(tasks["tasks"]):
             raise UserError(f"it predicts {', '.join(its['tasks'])}, and the new model {', '.join(tasks['tasks'])}")
@@ -183,15 +189,15 @@ class Comparison:
             raise UserError(f"its '{where}' is {before}, and {now} in the settings, so it predicts something else")
         manifest, rows = self.prepared.manifest, self.prepared.split("validation")
         if manifest["fingerprint"] == ranker.about.fingerprint:
-            return self._validated(ranker.model, EncodedRows(rows, ranker.layout))
+            return self._scored(ranker.model, ranker.layout, rows, ranker.calibration)
         if "extends" in manifest and (grown := self._grown(ranker, folder)) is not None:
             model, layout = grown
-            return self._validated(model, EncodedRows(rows, layout))
+            return self._scored(model, layout, rows, ranker.calibration)
         say(f"encoding the validation rows for version {holder.number}, which has other features")
         encoded = Path(self.settings.data.work) / "champion"
         try:
             self._encode(ranker, folder, encoded)
-            return self._validated(ranker.model, EncodedRows(encoded / "validation", ranker.layout))
+            return self._scored(ranker.model, ranker.layout, encoded / "validation", ranker.calibration)
         finally:
             shutil.rmtree(encoded, ignore_errors=True)
 

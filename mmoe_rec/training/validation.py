@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe_rec.auc import FEWEST, auc_of_counts
-from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.devices import device_of
+from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
@@ -177,51 +175,6 @@ def _add_up(total: Tensor, device: torch.device) -> None:
     summed = total.to(device)
     dist.all_reduce(summed)
     total.copy_(summed.cpu())
-
-
-# Validates a trained model on one process, so that two models can be compared on the same rows.
-
-
-_IDS = ("user", "request", "candidate")
-
-
-class NotFiniteError(Exception):
-    """A model gives predictions that are not finite numbers."""
-
-
-@torch.no_grad()
-def validate_alone(
-    model: RankingModel, inputs: EncodedRows, labelled: EncodedRows, layout: ModelLayout, batch_size: int
-) -> Validation:
-    """Scores all rows without placement, in fp32.
-
-    Args:
-        inputs: rows as the model's own features encode them, in its layout.
-        labelled: the same rows, with the labels and weights to measure by.
-        layout: of the tasks to measure, which the model may have in another order.
-
-    Raises:
-        UserError: these are not the same rows, or no label is observed.
-        NotFiniteError: a prediction is not finite.
-    """
-    names = [task.name for task in inputs.layout.tasks]
-    order = [names.index(task.name) for task in layout.tasks]
-    sums = ValidationSums(layout, model.experts_in_use)
-    model.eval()
-    if inputs.rows != labelled.rows:
-        raise UserError(f"its features give {inputs.rows:,} validation rows where there are {labelled.rows:,}")
-    streams = (each.stream(batch_size, _IDS) for each in (inputs, labelled))
-    for (part, ids), (known, same_ids) in zip(*streams, strict=True):
-        if not ids.equals(same_ids):
-            raise UserError("its features give other validation rows")
-        batch = make_batch(part.encoded, inputs.layout, known.labels, None, known.weights, torchrec=False)
-        device = device_of(model)
-        outputs = model(batch.to(device))
-        logits = outputs.logits[:, order].cpu()
-        if not logits.isfinite().all():
-            raise NotFiniteError
-        sums.add(outputs._replace(logits=logits), batch, batch.observed.any(1).to(device))
-    return sums.result()
 
 
 # What a training's validations say in words: why a state was chosen, and what in them should worry its owner.

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 
 from mmoe_rec import aliases, tracking
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.jobs import promotion
 from mmoe_rec.registry import local_model
 from mmoe_rec.serving.artifact import write_manifest
+from mmoe_rec.serving.ranker import Ranker
 from tests.pipelines.short_trainings import World
 
 # Which learn next to nothing.
@@ -63,18 +69,42 @@ def said(world: World) -> list[str]:
     return found
 
 
+def area(artifact: Path, work: Path) -> float:
+    """The mean AUC of a model on the validation rows of the features in a folder, which are its own."""
+    ranker = Ranker.load(artifact)
+    rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout)
+    scored = score_rows(ranker.model, ranker.layout, rows, 512)
+    found = []
+    for label, predicted in zip(scored.labels.T, scored.predictions.T, strict=True):
+        known = ~np.isnan(label)
+        found.append(roc_auc_score(label[known], predicted[known]))
+    return float(np.mean(found))
+
+
+def area_of(world: World, version: str) -> float:
+    """That of a version in the registry."""
+    return area(local_model(f"models:/{NAME}/{version}", world.uri), world.folder / "work")
+
+
 def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) -> None:
     assert holder(template) == "2"
     reason, now = said(template)
     assert now == "'champion' is version 2 now, this model"
-    own, its = (float(part.split()[0]) for part in reason.partition("rows: ")[2].split(", "))
-    assert own > its
-    run = client(template).get_run(template.champion().run_id)  # type: ignore[union-attr]
-    assert own == pytest.approx(
-        sum(run.data.metrics[f"best.validation.{task}.auc"] for task in ("click", "liked")) / 2, abs=1e-5
-    )
     rows = json.loads((template.folder / "work" / "features" / "manifest.json").read_text())["splits"]["validation"]
-    assert reason.startswith(f"mean AUC of click, liked on the same {rows['rows']:,} validation rows: ")
+    better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
+    found = re.fullmatch(rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows['rows']:,} validation rows\)", reason)
+    assert found
+    assert float(found[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)
+    assert 0 < float(found[2]) < float(found[1])
+
+
+def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
+    """Twice the clicks are ranked right, but few rows tell about likes."""
+    aliases.point(NAME, "champion", "1", world.uri)
+    world.train("--evaluation.margin", "0.005")
+    assert holder(world) == "1"
+    assert said(world)[0].startswith("'this model' is held back, although mean auc of click, liked is higher than that")
+    assert "auc of liked changes by " in said(world)[0]
 
 
 def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -90,9 +120,9 @@ def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixt
 def test_a_tie_leaves_the_alias(world: World) -> None:
     world.train()
     assert holder(world) == "2"
-    reason = said(world)[0]
-    own, its = (part.split()[0] for part in reason.partition("rows: ")[2].split(", "))
-    assert own == its
+    assert said(world)[0].startswith(
+        "'this model' and 'version 2' do not differ: mean auc of click, liked is the same ("
+    )
 
 
 def test_a_model_that_beats_its_start_but_not_the_holder_leaves_the_alias(world: World) -> None:
@@ -101,18 +131,20 @@ def test_a_model_that_beats_its_start_but_not_the_holder_leaves_the_alias(world:
     finished = json.loads((world.checkpoints / "finished.json").read_text())
     assert finished["best_step"] > 0, "it is better than what it was started from"
     assert holder(world) == "2"
-    assert finished["compared"][0].startswith("weighted loss (less is better) on the same ")
+    assert finished["compared"][0].startswith(
+        "'this model' is worse than 'version 2': mean auc of click, liked is lower"
+    )
 
 
 def test_a_holder_of_other_features_is_measured_on_its_own(world: World) -> None:
     """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
-    world.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(world.folder / "elsewhere"))
+    elsewhere = world.folder / "elsewhere"
+    world.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(elsewhere))
     assert holder(world) == "2"
-    (reason, _) = json.loads((world.folder / "elsewhere" / "checkpoints" / "finished.json").read_text())["compared"]
-    its = float(reason.split(", ")[-1].split()[0])
-    run = client(world).get_run(world.champion().run_id)  # type: ignore[union-attr]
-    areas = [run.data.metrics[f"best.validation.{task}.auc"] for task in ("click", "liked")]
-    assert its == pytest.approx(sum(areas) / 2, abs=1e-5)
+    (reason, _) = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
+    found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
+    assert found
+    assert float(found[1]) == pytest.approx(area_of(world, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
     assert not (world.folder / "elsewhere" / "champion").exists()
 
 
@@ -185,14 +217,14 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     aliases.point(NAME, "champion", "1", world.uri)
-    finite = promotion.Comparison._validated
+    finite = promotion.Comparison._scored
 
-    def validated(self: promotion.Comparison, model: Any, inputs: Any) -> Any:
+    def scored(self: promotion.Comparison, model: Any, *rest: Any) -> Any:
         if model is self.model:
             model.scale.fill_(float("inf"))
-        return finite(self, model, inputs)
+        return finite(self, model, *rest)
 
-    monkeypatch.setattr(promotion.Comparison, "_validated", validated)
+    monkeypatch.setattr(promotion.Comparison, "_scored", scored)
     world.train()
     assert holder(world) == "1"
     assert said(world)[0] == "this model gives predictions that are not finite numbers"

@@ -1,0 +1,201 @@
+"""A version of the registry takes the alias, is refused with a reason, and gives it back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec import aliases
+from mmoe_rec.jobs.commands.evaluation.promote import main
+from mmoe_rec.jobs.judging import promote
+from mmoe_rec.jobs.judging.shadow import _agreement
+from mmoe_rec.registry import local_model
+from mmoe_rec.request_log import names
+from tests.pipelines.short_trainings import World
+from tests.report.parsed import Page
+
+SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
+NAME = "learnable"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with two versions: one that has learnt nothing, and one that has."""
+    world = World.of(tmp_path_factory.mktemp("template"))
+    world.train(*SLOW)
+    world.train()
+    return world
+
+
+@pytest.fixture
+def world(template: World) -> World:
+    """The first version holds the alias."""
+    aliases.point(NAME, "champion", "1", template.uri)
+    return template
+
+
+def run(world: World, *words: str) -> int:
+    """The exit code of the command."""
+    try:
+        main(["--config", str(world.folder / "first.yaml"), *words])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def client(world: World) -> Any:
+    return mlflow.MlflowClient(world.uri, world.uri)
+
+
+def holder(world: World) -> str:
+    found = world.champion()
+    assert found is not None
+    return found.number
+
+
+def tags(world: World, version: str) -> dict[str, str]:
+    found: dict[str, str] = client(world).get_model_version(NAME, version).tags
+    return found
+
+
+def test_a_better_version_takes_the_alias_and_gives_it_back(world: World, capsys: pytest.CaptureFixture) -> None:
+    assert run(world, "--challenger", "2") == 0
+    printed = capsys.readouterr().out
+    assert holder(world) == "2"
+    assert "'champion' is version 2 now" in printed
+    assert "'version 2' is better than 'version 1': mean auc of click, liked is higher by " in printed
+    assert tags(world, "2")["compared"].startswith("'version 2' is better than 'version 1'")
+    assert tags(world, "2")["promoted"] == "'champion' since this comparison"
+    report = world.folder / "work" / "promotion" / "report.html"
+    assert "'version 2' is better than 'version 1'" in Page(report.read_text(encoding="utf-8")).words
+    run_id = client(world).get_model_version(NAME, "2").run_id
+    assert "evaluation/report.html" in [each.path for each in client(world).list_artifacts(run_id, "evaluation")]
+    assert run(world, "--challenger", "2") == 0
+    assert "version 2 holds 'champion' already" in capsys.readouterr().out
+    assert run(world, "--rollback") == 0
+    assert holder(world) == "1"
+    assert "'champion' is version 1 again, which held it before version 2" in capsys.readouterr().out
+    assert tags(world, "2")["rolled_back"] == "'champion' went back to version 1"
+
+
+def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
+    aliases.point(NAME, "champion", "2", world.uri)
+    assert run(world, "--challenger", "1") == 1
+    assert holder(world) == "2"
+    assert "'version 1' is worse than 'version 2'" in capsys.readouterr().out
+    assert tags(world, "1")["promoted"] == "no"
+
+
+def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
+    split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
+    assert run(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1
+    assert holder(world) == "1"
+    printed = capsys.readouterr().out
+    for version in (1, 2):
+        assert f"'version {version}' was trained on requests before 2024-03-06 00:00, and the rows" in printed
+
+
+def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promote, "_slower", lambda *_: 2.0)
+    assert run(world, "--challenger", "2") == 1
+    assert (
+        "version 2 answers 2.0 times as slowly as version 1, and 1.5 times is allowed" in tags(world, "2")["compared"]
+    )
+    assert run(world, "--challenger", "2", "--slower-at-most", "2.5") == 0
+    assert holder(world) == "2"
+
+
+def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_model(f"models:/{NAME}/1", world.uri)
+    now = [0.0]
+    monkeypatch.setattr(promote.time, "perf_counter", lambda: now[0])
+
+    class Answers:
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.calls = seconds, 0
+
+        def rank(self, *_: Any) -> None:
+            self.calls += 1
+            now[0] += self.seconds * (100 if self.calls < 50 else 1)  # a machine that is busy at first
+
+    assert promote._slower(Answers(3.0), Answers(2.0), folder) == pytest.approx(1.5)  # type: ignore[arg-type]
+
+
+def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_gives_way(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(local_model(f"models:/{NAME}/2", world.uri), broken)
+    (broken / "weights.safetensors").write_bytes(b"short")
+
+    def taken(address: str, uri: str) -> Path:
+        return broken if address.endswith("/2") else local_model(address, uri)
+
+    monkeypatch.setattr(promote, "local_model", taken)
+    assert run(world, "--challenger", "2") == 1
+    assert holder(world) == "1"
+    assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
+    aliases.point(NAME, "champion", "2", world.uri)
+    assert run(world, "--challenger", "1") == 0
+    assert holder(world) == "1"
+
+
+def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
+    for words, told in (
+        (("--challenger", "99"), "99"),
+        (
+            ("--challenger", "nobody"),
+            "no version of 'learnable' holds the alias 'nobody'; give the number of a version",
+        ),
+        ((), "give the version that is to be promoted with --challenger, or --rollback alone"),
+        (("--challenger", "2", "--rollback"), "or --rollback alone"),
+        (("--challenger", "2", "--name", "unknown"), "unknown"),
+    ):
+        assert run(world, *words) == 2
+        assert told in capsys.readouterr().err
+    client(world).set_registered_model_alias(NAME, "lonely", "1")
+    assert run(world, "--rollback", "--tracking.alias", "lonely") == 2
+    assert "it is not known which version of 'learnable' held 'lonely' before version 1" in capsys.readouterr().err
+
+
+def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*_: Any) -> float:
+        client(world).create_model_version(NAME, client(world).get_model_version(NAME, "1").source)
+        newest = max(int(each.version) for each in client(world).search_model_versions(f"name='{NAME}'"))
+        aliases.point(NAME, "champion", str(newest), world.uri)
+        return 1.0
+
+    monkeypatch.setattr(promote, "_slower", meanwhile)
+    assert run(world, "--challenger", "2") == 1
+    assert holder(world) not in ("1", "2")
+    assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
+
+
+def test_logged_requests_are_ranked_by_both(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = pq.read_table(world.folder / "log").slice(0, 400)
+    logged = log.append_column(names.REQUEST, log["request"]).drop_columns(["click", "liked", "request", "slot"])
+    (tmp_path / "requests").mkdir()
+    pq.write_table(logged, tmp_path / "requests" / "requests-1.parquet")
+    assert run(world, "--challenger", "2", "--shadow", str(tmp_path / "requests")) == 0
+    printed = capsys.readouterr().out
+    assert "of 100 logged requests, " in printed
+    assert "click: " in printed
+    pq.write_table(log, tmp_path / "requests" / "requests-1.parquet")
+    aliases.point(NAME, "champion", "1", world.uri)
+    assert run(world, "--challenger", "2", "--shadow", str(tmp_path / "requests")) == 2
+    assert "has no column 'served_request': expected requests that a server logged" in capsys.readouterr().err
+
+
+def test_agreement_by_hand() -> None:
+    request = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1])
+    mine = np.array([3.0, 2, 1, 9, 8, 7, 6, 5, 4])
+    its = np.array([1.0, 2, 3, 9, 4, 5, 6, 7, 8])
+    same, shared = _agreement(request, mine, its)
+    assert same == 0.5
+    assert shared == pytest.approx((1 + 4 / 5) / 2)
