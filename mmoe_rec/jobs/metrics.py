@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
 from mmoe_rec.jobs.measuring.asked import Asked
-from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, check_requests, measure_partition, send_part
+from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_files, is_remote
@@ -94,13 +94,13 @@ def _check_columns(present: Mapping[str, Asked]) -> None:
 def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: How) -> Measured:
     from mmoe_rec.evaluation.summary import summarise
 
-    sums = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
+    sums, slices = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
     summary = summarise(sums, how.resamples, how.seed)
     summary["predictions"] = source
     summary["files"] = len(files)
     summary["columns"] = asked.told()
     summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
-    return Measured(sums, summary, source)
+    return Measured(sums, summary, source, slices=slices)
 
 
 def _present(asked: Asked, files: list[Footer]) -> Asked:
@@ -127,7 +127,7 @@ def _present(asked: Asked, files: list[Footer]) -> Asked:
     return asked
 
 
-def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> ClosedSums:
+def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> tuple[ClosedSums, Sliced]:
     parts = cut([each.file for each in files], ROWS_PER_PART)
     rows = sum(part.rows for part in parts)
     if not rows:
@@ -145,22 +145,29 @@ def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> ClosedS
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measured_parts(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> ClosedSums:
+def _measured_parts(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> tuple[ClosedSums, Sliced]:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
         read = []
         for each in engine.map(partial(send_part, job), list(enumerate(parts))):
             read.append(each)
             progress.advance(task, each.rows)
-        whole = Read.all(read)
-        job = replace(job, edges=whole.edges(), grouped=len(whole.users) > MOST_UNITS)
+        by = job.asked.slices
+        whole = Read.all(read, by)
+        slices = tuple(each.slices(counts) for each, counts in zip(by, whole.sliced, strict=True))
+        job = replace(job, edges=whole.edges(), grouped=len(whole.users) > MOST_UNITS, slices=slices)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
         sums, requests = [], []
+        sliced: dict[tuple[str, str], list[ClosedSums]] = {
+            (each.by.name, name): [] for each in slices for name in each.names
+        }
         for found in engine.map(partial(measure_partition, job), partitions):
             progress.advance(task)
             if found is not None:
                 sums.append(found[0])
-                requests.append(found[1])
+                for key, of_slice in found[1].items():
+                    sliced[key].append(of_slice)
+                requests.append(found[2])
     check_requests(job, requests)
-    return joined(sums)
+    return joined(sums), {key: joined(found) for key, found in sliced.items() if found}

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
+from mmoe_rec.jobs.measuring.slicing import SliceBy
 from mmoe_rec.schema import outcome_name
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.sections import ErrorOrKeep
@@ -22,7 +23,7 @@ class Asked:
     request: one column, or several whose values together tell requests apart; score, candidate: None where nothing was
     said of them, so that the files need not have them; usual_candidate: the column that is taken then, if it is there;
     predicted, labels: task -> column; optional: tasks that are measured where the files have their columns; duplicates:
-    whether a request may hold a candidate twice.
+    whether a request may hold a candidate twice; slices: by what rows are sliced.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -36,6 +37,7 @@ class Asked:
     labels: dict[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
+    slices: tuple[SliceBy, ...] = ()
 
     def told(self) -> dict[str, str | None]:
         """Part -> column, as `with_columns` takes them."""

@@ -21,6 +21,7 @@ from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.jobs.measuring.reading import rows_of
+from mmoe_rec.jobs.measuring.slicing import Counts, SliceBy, Slices
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import LogPart
 
@@ -33,7 +34,7 @@ class MeasureJob:
     """What the tasks share.
 
     precision: task -> machine precision of its least precise predictions; edges: of the bins of each binary task's
-    predictions; grouped: whether users are measured in groups; both are known once all was read.
+    predictions; grouped: whether users are measured in groups; slices: of the rows; all known once all was read.
     """
 
     asked: Asked
@@ -41,28 +42,30 @@ class MeasureJob:
     precision: dict[str, float]
     edges: dict[str, np.ndarray] | None = None
     grouped: bool = False
+    slices: tuple[Slices, ...] = ()
 
 
 @dataclass(frozen=True)
 class Read:
     """What was read. users: hashes of them, (U,) uint64; values: binary task -> some of the predicted values, rising,
-    with the numbers of positive and of negative rows that they stand for."""
+    with the numbers of positive and of negative rows that they stand for; sliced: of what rows are sliced by."""
 
     rows: int
     users: np.ndarray
     values: dict[str, Values]
+    sliced: tuple[Counts, ...] = ()
 
     @staticmethod
-    def all(parts: Sequence[Read]) -> Read:
-        """That of all parts."""
+    def all(parts: Sequence[Read], by: Sequence[SliceBy] = ()) -> Read:
+        """That of all parts. Raises UserError where a column has too many values to slice by."""
         users = np.unique(np.concatenate([part.users for part in parts]))
         values = {
             name: tuple(np.concatenate(each) for each in zip(*(part.values[name] for part in parts), strict=True))
             for name in parts[0].values
         }
-        return Read(
-            sum(part.rows for part in parts), users, {name: counts_by_value(*each) for name, each in values.items()}
-        )
+        sliced = tuple(each.add([part.sliced[number] for part in parts]) for number, each in enumerate(by))
+        counted = {name: counts_by_value(*each) for name, each in values.items()}
+        return Read(sum(part.rows for part in parts), users, counted, sliced)
 
     def edges(self) -> dict[str, np.ndarray]:
         """Of bins for all."""
@@ -85,6 +88,7 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> Read:
     binary = [task.name for task in job.asked.tasks if task.kind == "binary"]
     users: list[np.ndarray] = []
     seen: dict[str, list[Values]] = {name: [] for name in binary}
+    sliced: list[list[pa.Array]] = [[] for _ in job.asked.slices]
 
     def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
         for piece in part.pieces:
@@ -94,6 +98,8 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> Read:
                 for name in binary:
                     value, label = table[f"p.{name}"].to_numpy(), table[f"l.{name}"].to_numpy()
                     seen[name].append((value, label == 1, label == 0))
+                for number, each in enumerate(sliced):
+                    each.extend(table[f"s.{number}"].chunks)
                 yield table.drop_columns(["hash"]), partition_of(hashes, job.rows.receivers)
 
     sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
@@ -102,11 +108,16 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> Read:
     for name, (value, positive, negative) in found.items():
         known = positive | negative
         values[name] = _fewer(*counts_by_value(value[known], positive[known], negative[known]))
-    return Read(int(sent.sum()), np.unique(np.concatenate(users)), values)
+    counts = tuple(by.count(each) for by, each in zip(job.asked.slices, sliced, strict=True))
+    return Read(int(sent.sum()), np.unique(np.concatenate(users)), values, counts)
 
 
-def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndarray] | None:
-    """The sums of a partition's rows, and the hashes of its requests, (Q,) uint64; None if there are no rows."""
+Sliced = dict[tuple[str, str], ClosedSums]
+
+
+def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, Sliced, np.ndarray] | None:
+    """The sums of a partition's rows and of their slices, and the hashes of its requests, (Q,) uint64; None if there
+    are no rows."""
     table = job.rows.receive_all(ROWS, number)
     if table is None:
         return None
@@ -114,6 +125,18 @@ def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndar
     _check_users(asked, table)
     if asked.candidate is not None and asked.duplicates == "error":
         _check_candidates(asked, table)
+    slices = {
+        (each.by.name, name): _closed(job, table.take(pa.array(rows)))
+        for place, each in enumerate(job.slices)
+        for name, rows in each.rows(table[f"s.{place}"].combine_chunks()).items()
+    }
+    requests = np.unique(hash_column(table["request"].combine_chunks()))
+    return _closed(job, table), slices, requests
+
+
+def _closed(job: MeasureJob, table: pa.Table) -> ClosedSums:
+    """The sums of rows."""
+    asked = job.asked
     predictions = {task.name: table[f"p.{task.name}"] for task in asked.tasks}
     sums = measure(
         asked.tasks,
@@ -126,8 +149,7 @@ def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, np.ndar
         candidates=table["candidate"] if asked.candidate is not None else None,
         precision=job.precision,
     )
-    requests = np.unique(hash_column(table["request"].combine_chunks()))
-    return closed(sums, job.edges, job.grouped), requests
+    return closed(sums, job.edges, job.grouped)
 
 
 def check_requests(job: MeasureJob, requests: Sequence[np.ndarray]) -> None:

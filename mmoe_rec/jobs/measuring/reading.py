@@ -39,10 +39,10 @@ class Footer:
 
 def rows_of(asked: Asked, piece: Piece, at_a_time: int) -> Iterator[pa.Table]:
     """The rows of a piece of a file, some at a time, see `_Reading`. Raises BadFile for a wrong value."""
-    reading, columns = _Reading(asked, piece.address), list(uses_of(asked))
+    reading, columns = _Reading(asked, piece.address), [*uses_of(asked), *(each.column for each in asked.slices)]
     with open_parquet(piece.address) as parquet:
         start = sum(parquet.metadata.row_group(number).num_rows for number in range(piece.groups[0]))
-        batches = parquet.iter_batches(at_a_time, row_groups=list(piece.groups), columns=columns)
+        batches = parquet.iter_batches(at_a_time, row_groups=list(piece.groups), columns=list(dict.fromkeys(columns)))
         while (batch := next_batch(batches, piece.address, parquet.schema_arrow)) is not None:
             yield reading.rows(pa.Table.from_batches([batch]), start)
             start += len(batch)
@@ -61,8 +61,8 @@ def _of_tasks(asked: Asked, columns: dict[str, str]) -> list[str]:
 
 
 class _Reading:
-    """Rows of a file as columns `user` and its `hash`, `request`, `candidate`, `score`, `weight`, and of each task
-    `p.TASK` and `l.TASK`."""
+    """Rows of a file as columns `user` and its `hash`, `request`, `candidate`, `score`, `weight`, of each task `p.TASK`
+    and `l.TASK`, and `s.N` of what they are sliced by."""
 
     def __init__(self, asked: Asked, address: str) -> None:
         self._asked, self._address = asked, address
@@ -98,6 +98,12 @@ class _Reading:
             weight = self._numbers(table, asked.weight, start)
             self._check(asked.weight, weight, ~((weight > 0) & np.isfinite(weight)), start, "a positive number")
             columns["weight"] = pa.array(weight)
+        for number, by in enumerate(asked.slices):
+            try:
+                columns[f"s.{number}"] = by.read(table[by.column].combine_chunks())
+            except (ValueError, pa.ArrowNotImplementedError) as error:
+                what = f"column '{by.column}' {error} (--slices)"
+                raise BadFile(f"'{self._address}': {what}", self._address) from None
         return pa.table(columns)
 
     def _key(self, table: pa.Table, name: str, start: int) -> pa.Array:
@@ -157,6 +163,11 @@ def key_types(asked: Asked, footer: Footer) -> dict[str, pa.DataType]:
             raise BadFile(f"'{address}': {error}", address) from None
         if use != "number" and not pt.is_null(canonical):
             found[name] = canonical
+    for by in asked.slices:
+        if schema.get_field_index(by.column) < 0:
+            raise BadFile(
+                f"'{address}' has no column '{by.column}', by which rows are to be sliced (--slices)", address
+            )
     return found
 
 

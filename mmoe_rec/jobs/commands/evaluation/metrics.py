@@ -33,6 +33,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of columns: user, request (several joined by +), candidate, score, weight (counts rows in losses "
         "and calibration), predicted_TASK, label_TASK",
     )
+    parser.add_argument(
+        "--slices",
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="parts of the rows that are measured too: by the values of a COLUMN, or 'bucket(COLUMN, N)' of a number",
+    )
     parser.add_argument("--keep-duplicates", action="store_true", help="a request may hold a candidate more than once")
     parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
     parser.add_argument("--resamples", type=count, metavar="N", help="redraws of the users, for the intervals")
@@ -47,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
+    from mmoe_rec.jobs.measuring.slicing import SliceBy
     from mmoe_rec.jobs.metrics import How, measure_predictions
     from mmoe_rec.settings import load_settings
     from mmoe_rec.settings.sections import Evaluation
@@ -67,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
     asked = asked.with_columns(arguments.columns)
     asked = replace(asked, duplicates="keep") if arguments.keep_duplicates else asked
+    asked = replace(asked, slices=tuple(SliceBy.of(each) for each in arguments.slices))
     results = measure_predictions(asked, arguments.predictions, arguments.out, how, arguments.against, rules)
     show(results.told())
     for name, summary in results.summaries.items():

@@ -1,0 +1,131 @@
+"""Slices of predictions in files, by any column, however the files are cut."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.jobs import metrics
+from mmoe_rec.jobs.commands.evaluation.metrics import main
+from mmoe_rec.jobs.measuring import parts
+from mmoe_rec.jobs.measuring.slicing import MISSING, OTHERS, SliceBy
+from tests.jobs.test_planted_bugs import rows
+
+
+def frame(seed: int = 0) -> pd.DataFrame:
+    found, random = rows(seed), np.random.default_rng(seed)
+    found["device"] = np.array(["phone", "tablet", None], object)[random.choice(3, len(found), p=[0.6, 0.3, 0.1])]
+    found["price"] = np.where(random.random(len(found)) < 0.1, np.nan, random.lognormal(size=len(found)))
+    found["shop"] = random.integers(1, 40, len(found))
+    return found
+
+
+def measured(found: pd.DataFrame, folder: Path, *slices: str) -> pd.DataFrame:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(3):
+        found.iloc[number::3].to_parquet(folder / f"{number}.parquet", index=False, row_group_size=997)
+    out = folder.with_name("out")
+    words = ["--predictions", str(folder), "--tasks", "bought", "--resamples", "50", "--out", str(out)]
+    main([*words, *(["--slices", *slices] if slices else [])])
+    return pd.read_parquet(out / "slices.parquet")
+
+
+def areas(table: pd.DataFrame, by: str) -> dict[str, float]:
+    mine = table[(table["by"] == by) & (table["metric"] == "auc")]
+    return dict(zip(mine["slice"], mine["value"], strict=True))
+
+
+def area(found: pd.DataFrame) -> float:
+    return float(roc_auc_score(found["label_bought"], found["predicted_bought"]))
+
+
+def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS_PER_PART", 1500)
+    monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 3000)
+    monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 400)
+    found = frame()
+    table = measured(found, tmp_path / "in", "device", "bucket(price, 4)", "shop")
+    of_device = {name: area(found[found["device"] == name]) for name in ("phone", "tablet")}
+    assert areas(table, "device") == pytest.approx(of_device | {MISSING: area(found[found["device"].isna()])})
+    known = found[found["price"].notna()]
+    quarters = pd.qcut(known["price"], 4, labels=False)
+    by_price = areas(table, "bucket(price, 4)")
+    names = [name for name in by_price if name != MISSING]
+    assert len(names) == 4
+    assert [by_price[name] for name in names] == pytest.approx(
+        [area(known[quarters == each]) for each in range(4)], abs=0.003
+    )
+    assert names[0].startswith(f"{known['price'].min():.6g} to ")
+    assert names[-1].endswith(f" to {known['price'].max():.6g}")
+    often = found["shop"].value_counts()
+    shops = areas(table, "shop")
+    assert len(shops) == 21
+    assert shops.keys() - {OTHERS} <= set(often.index.astype(str))
+    rest = found[~found["shop"].astype(str).isin(shops.keys())]
+    assert shops[OTHERS] == pytest.approx(area(rest))
+    devices = table[(table["by"] == "device") & (table["metric"] == "auc")]
+    assert devices["rows"].sum() == len(found)
+
+
+def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = frame()
+    found["id"] = np.arange(len(found))
+    found["tags"] = [["a"]] * len(found)
+    for word, told in (
+        (
+            "id",
+            r"column 'id' has more than 1,000 values, such as '0': too many to slice by; --slices 'bucket\(id, 10\)'",
+        ),
+        ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices\)"),
+        ("tags", r"in/0.parquet': column 'tags' holds list<.*>, which rows can't be sliced by \(--slices\)"),
+        ("bucket(device, 3)", r"column 'device' holds .*string, and buckets are of numbers"),
+        ("bucket(price, 1)", r"--slices bucket\(price, 1\): expected 2 to 100 buckets"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            measured(found, tmp_path / "in", word)
+        assert ended.value.code == 2
+        assert re.search(told, capsys.readouterr().err), word
+        assert not (tmp_path / "out").exists()
+
+
+@given(
+    values=st.lists(st.one_of(st.none(), st.integers(-5, 5), st.floats(-1e9, 1e9)), min_size=1, max_size=60),
+    buckets=st.integers(2, 6),
+    cuts=st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buckets: int, cuts: int) -> None:
+    by = SliceBy.of(f"bucket(x, {buckets})")
+    given_values = pa.array([None if each is None else float(each) for each in values], pa.float64())
+    pieces = [given_values.take(pa.array(np.arange(len(values))[number::cuts])) for number in range(cuts)]
+    counts = by.add([by.count([by.read(piece)]) for piece in pieces])
+    found = by.slices(counts).rows(by.read(given_values))
+    places = np.sort(np.concatenate(list(found.values())))
+    np.testing.assert_array_equal(places, np.arange(len(values)))
+    known = [each for each in values if each is not None]
+    assert set(found.get(MISSING, [])) == {place for place, each in enumerate(values) if each is None}
+    largest = max((known.count(each) for each in known), default=0)
+    for name, mine in found.items():
+        if name != MISSING:
+            assert len(mine) <= len(known) / buckets + largest + 1
+
+
+def test_many_values_are_thinned_to_buckets_of_even_size() -> None:
+    by = SliceBy.of("bucket(x, 10)")
+    random = np.random.default_rng(0)
+    parts_of = [by.count([pa.array(random.normal(size=20_000))]) for _ in range(4)]
+    assert all(len(values) <= 4_097 for values, _ in parts_of)
+    counts = by.add(parts_of)
+    assert counts[1].sum() == 80_000
+    sizes = [len(each) for each in by.slices(counts).rows(pa.array(random.normal(size=50_000))).values()]
+    assert len(sizes) == 10
+    assert max(sizes) < 1.1 * min(sizes)
