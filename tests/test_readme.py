@@ -104,6 +104,9 @@ EXERCISED_BY = {
     "--output scores_now --as-of tables": "test_commands_of_the_first_data_set",
     "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
     "--output labelled --start 2017-09-04T04:00 --end 2017-11-06T05:00 --labels": "test_commands_of_the_first_data_set",
+    "python -m pipelines.train --config configs/complete_journey.yaml --seeds 5": (
+        "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told"
+    ),
     "python -m pipelines.evaluation.promote --config configs/complete_journey.yaml --challenger challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),

@@ -81,6 +81,11 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
     return evaluated
 
 
+def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> Measured:
+    """A model's metrics on the test rows, without slices."""
+    return _measured(settings, _scored(settings, found), found, name, None)
+
+
 def _scored(settings: Settings, found: FoundModel) -> Scored:
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows

@@ -13,7 +13,7 @@ from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.jobs.evaluate import draw_gates
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.promotion import promote
+from mmoe_rec.jobs.promotion import Promotion, promote
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.progress import say
@@ -35,12 +35,20 @@ if TYPE_CHECKING:
     from mmoe_rec.training.warm_start import WarmStart
 
 
-def train_model(settings: Settings, start: str | None = None, resume: bool = False) -> Trained | None:
+def train_model(
+    settings: Settings,
+    start: str | None = None,
+    resume: bool = False,
+    *,
+    parent: str | None = None,
+    register: bool = True,
+) -> Trained | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
     go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
-    features go on to a later day. Raises UserError where another process trains in `data.work`.
+    features go on to a later day. parent: id of the open run that this one is a part of; register: whether the model
+    goes into the registry. Raises UserError where another process trains in `data.work`.
     """
     # A wrong log or address is reported before torch is loaded.
     found = existing(*log_and_place(settings))
@@ -69,7 +77,7 @@ def train_model(settings: Settings, start: str | None = None, resume: bool = Fal
         if course.kind == "at its end":
             finished = Finished.read(checkpoints) if group.first else None
             return None if finished is None else finished.trained(settings, before=True)
-        return _train(settings, group.first, device, course, resume)
+        return _train(settings, group.first, device, course, resume, parent, register)
 
 
 def _ask_mlflow(settings: Settings, resume: bool) -> None:
@@ -82,7 +90,15 @@ def _ask_mlflow(settings: Settings, resume: bool) -> None:
     tracking.check(settings.tracking.address, *names, unsent=work / "unsent")
 
 
-def _train(settings: Settings, first: bool, device: torch.device, course: Course, resume: bool) -> Trained | None:
+def _train(
+    settings: Settings,
+    first: bool,
+    device: torch.device,
+    course: Course,
+    resume: bool,
+    parent: str | None,
+    register: bool,
+) -> Trained | None:
     import torch.distributed as dist
 
     from mmoe_rec.model.layout import ModelLayout
@@ -111,6 +127,7 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
         settings.experiment,
         run_id=run_id,
         key=key,
+        parent=parent,
         active=first,
         unsent=work / "unsent",
     ) as run:
@@ -146,7 +163,7 @@ def _train(settings: Settings, first: bool, device: torch.device, course: Course
             Finished.forget(checkpoints)
         result = trainer.run()
         dist.barrier()
-        return _finish(run, settings, prepared, layout, result, origin) if first else None
+        return _finish(run, settings, prepared, layout, result, origin, register) if first else None
 
 
 def _log_choices(run: Run, choices: Choices, first: bool) -> None:
@@ -187,6 +204,7 @@ def _finish(
     layout: ModelLayout,
     result: TrainingResult,
     origin: Origin,
+    register: bool,
 ) -> Trained:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
@@ -213,8 +231,10 @@ def _finish(
         state_dict=model.state_dict(),
         calibration=calibration,
     )
-    with tracking.or_later(run, work / "model"):
-        promotion = promote(run, settings, prepared, model, work / "model")
+    promotion = Promotion(str(work / "model"), False, ())
+    if register:
+        with tracking.or_later(run, work / "model"):
+            promotion = promote(run, settings, prepared, model, work / "model")
     before = dict(result.history).get(0)
     finished = Finished(
         replace(origin, settings=result_settings(settings)),

@@ -2,6 +2,7 @@
 torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml
 python -m pipelines.train --config configs/complete_journey.yaml --resume
 python -m pipelines.train --config configs/complete_journey.yaml --from models:/complete_journey@champion
+python -m pipelines.train --config configs/complete_journey.yaml --seeds 5
 
 Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
 it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
@@ -15,8 +16,12 @@ end with exit code 75. So does a training whose model could not be registered be
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `python -m pipelines.features --extend`); optimizers start afresh.
 
-The model takes over the alias if it does better on the validation rows than the one that holds it; otherwise it is
-registered as challenger. One process trains in a `data.work` at a time.
+--seeds trains with `training.seed` and those after it, in data.work/seeds, and prints the mean of all metrics on the
+test rows, with an interval over trainings and users, and how far trainings are apart. None of these models is
+registered.
+
+The model takes over the alias if it is shown to be better on the validation rows than the one that holds it; otherwise
+it is registered as challenger. One process trains in a `data.work` at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +31,8 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmoe_rec.errors import exit_with_message
-from mmoe_rec.jobs.commands.command import read_command
+from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.jobs.commands.command import count, read_command, show
 from mmoe_rec.program import spelled
 
 if TYPE_CHECKING:
@@ -38,6 +43,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    if arguments.seeds is not None:
+        from mmoe_rec.jobs.judging.seeds import told, train_seeds
+
+        if arguments.start is not None:
+            raise UserError("--seeds trains from random weights; leave --from out")
+        found = train_seeds(settings, arguments.seeds, arguments.resume)
+        show(told(found))
+        print(f"all values: {found.file}")
+        return
     from rich.console import Console
 
     from mmoe_rec.jobs.train import train_model
@@ -72,3 +86,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
     )
+    parser.add_argument(
+        "--seeds", type=several, metavar="N", help="train N times, and tell what the settings are worth on average"
+    )
+
+
+def several(text: str) -> int:
+    """A whole number from 2 on, for an argument's `type`."""
+    if (number := count(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be 2 or more, found '{text}'")
+    return number

@@ -1,0 +1,63 @@
+"""Means over trainings: their interval against a closed form, and how often it holds the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+from simulated_log import Log, simulate
+
+from mmoe_rec.evaluation.closed import ClosedSums, closed
+from mmoe_rec.evaluation.judging.trainings import over_trainings
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
+
+SPENT = MeasuredTask("spent", "regression")
+
+
+def trained(labels: np.ndarray, shift: float) -> ClosedSums:
+    """A model that errs by a label less than zero: its mean absolute error is |label - shift|."""
+    ids = np.arange(len(labels))
+    predicted = np.full(len(labels), shift)
+    return closed(measure([SPENT], ids, ids, {"spent": predicted}, {"spent": labels}, score=predicted))
+
+
+def test_the_same_training_again_has_the_interval_of_users() -> None:
+    labels = np.random.default_rng(0).normal(5, 1, size=800)
+    found = over_trainings([trained(labels, 0.0)] * 3, 2000)["spent"]["mae"]
+    assert found["mean"] == pytest.approx(labels.mean())
+    assert found["between_trainings"] == pytest.approx(0, abs=1e-12)
+    assert found["between_users"] == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
+    low, high = ttest_1samp(labels, 0).confidence_interval()
+    assert found["low"] == pytest.approx(low, abs=0.06 * (high - low))
+    assert found["high"] == pytest.approx(high, abs=0.06 * (high - low))
+
+
+def test_trainings_that_differ_for_all_users_have_the_interval_of_seeds() -> None:
+    labels = np.full(50, 5.0) + np.arange(50) * 1e-9
+    shifts = np.random.default_rng(1).normal(0, 0.3, size=6)
+    found = over_trainings([trained(labels, each) for each in shifts], 100)["spent"]["mae"]
+    low, high = ttest_1samp(5 - shifts, 0).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
+    assert found["between_trainings"] == pytest.approx(shifts.std(ddof=1), rel=1e-6)
+    assert found["values"] == pytest.approx(5 - shifts, rel=1e-6)
+
+
+def test_the_interval_of_both_holds_the_truth_as_often_as_it_says() -> None:
+    """True mean error 5: labels of mean 5 among users, trainings whose errors are 0 on average."""
+    covered = 0
+    for number in range(150):
+        random = np.random.default_rng(number)
+        labels = random.normal(5, 1, size=120)
+        sums = [trained(labels, shift) for shift in random.normal(0, 0.1, size=5)]
+        found = over_trainings(sums, 150)["spent"]["mae"]
+        covered += found["low"] <= 5 <= found["high"]
+    assert 0.90 <= covered / 150 <= 0.99
+
+
+def test_what_is_undefined_is_none() -> None:
+    log: Log = simulate(seed=0)
+    log.labels["liked"][:] = np.nan
+    found = over_trainings([closed(log.measure())] * 2, 20)
+    assert found["liked"]["auc"]["mean"] is found["liked"]["auc"]["low"] is None
+    assert found["liked"]["auc"]["values"] == [None, None]
+    assert found["bought"]["auc"]["low"] < found["bought"]["auc"]["mean"]

@@ -1,0 +1,80 @@
+"""Several trainings of one setting: what they are worth together, in MLflow, and after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.judging import seeds
+from mmoe_rec.registry import FoundModel
+from mmoe_rec.settings import load_settings
+from tests.pipelines.short_trainings import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World.of(tmp_path_factory.mktemp("seeds"))
+
+
+def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train, begun = seeds.train_model, []
+
+    def stopped(settings: Any, **options: Any) -> Any:
+        begun.append(settings.training.seed)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return train(settings, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds, "train_model", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            world.train("--seeds", "2")
+    capsys.readouterr()
+    world.train("--seeds", "2", "--resume")
+    printed = capsys.readouterr().out
+    assert "2 trainings, " in printed
+    assert "between trainings" in printed
+    assert "click: one training's auc differs by " in printed
+    found = json.loads((world.folder / "work" / "seeds" / "seeds.json").read_text())
+    assert found["seeds"] == [17, 18]
+    settings = load_settings(world.folder / "first.yaml", [])
+    areas = []
+    for seed in found["seeds"]:
+        artifact = world.folder / "work" / "seeds" / str(seed) / "model"
+        measured = measured_on_test_rows(settings, FoundModel(str(artifact), artifact, None), "it")
+        areas.append(measured.summary["tasks"]["click"]["auc"]["value"])
+    assert areas[0] != areas[1]
+    assert found["click"]["auc"]["values"] == pytest.approx(areas, abs=1e-9)
+    assert found["click"]["auc"]["mean"] == pytest.approx(np.mean(areas), abs=1e-9)
+    client = mlflow.MlflowClient(world.uri, world.uri)
+    experiment = client.get_experiment_by_name("learnable")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [each for each in runs if each.data.tags.get("mlflow.runName") == "2 seeds"]
+    assert len(parents) == 1, "the command went on with its run"
+    inside = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(inside) == 2
+    assert parents[0].data.metrics["test.click.auc.mean"] == found["click"]["auc"]["mean"]
+    assert world.champion() is None, "none is registered"
+    assert not client.search_registered_models()
+
+
+def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words, told in (
+        (("--seeds", "1"), "must be 2 or more"),
+        (("--seeds", "2", "--from", "models:/x/1"), "--seeds trains from random weights; leave --from out"),
+        (("--seeds", "2"), "start it without torchrun"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            world.train(*words)
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
+    assert Path(world.folder).is_dir()
