@@ -126,8 +126,8 @@ def _larger(found: Seeds) -> Iterator[str]:
         )
         metric = "auc" if "auc" in metrics else "r2"
         yield (
-            f"{group}: one training's {metric} differs by {seeds:.2g} from seed to seed, and by {users:.2g} from users to "
-            f"users: {which}"
+            f"{group}: one training's {metric} differs by {seeds:.2g} from seed to seed, and by {users:.2g} from users "
+            f"to users: {which}"
         )
 
 
