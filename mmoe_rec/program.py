@@ -9,6 +9,7 @@ NAMES = (
     "evaluate",
     "metrics",
     "promote",
+    "baselines",
     "score",
     "serve",
     "join_outcomes",
@@ -24,7 +25,7 @@ NAMES = (
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
-FOLDERS = {"metrics": "evaluation", "promote": "evaluation"}
+FOLDERS = dict.fromkeys(("metrics", "promote", "baselines"), "evaluation")
 """Where those of the repository's commands lie that have a folder: `python -m pipelines.FOLDER.NAME`."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"

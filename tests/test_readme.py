@@ -107,6 +107,10 @@ EXERCISED_BY = {
     "python -m pipelines.train --config configs/complete_journey.yaml --seeds 5": (
         "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told"
     ),
+    "python -m pipelines.evaluation.baselines --config configs/complete_journey.yaml "
+    "--model models:/complete_journey@champion": (
+        "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat"
+    ),
     "python -m pipelines.evaluation.promote --config configs/complete_journey.yaml --challenger challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),

@@ -34,9 +34,9 @@ class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; experts: how the tasks used them; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where
-    unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of the rows, None where all
-    count alike.
+    (N,) log score; experts: how the tasks used them, None where there are none; outcomes: each of `layout.outcomes` ->
+    (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
+    the rows, None where all count alike.
     """
 
     layout: ModelLayout
@@ -46,7 +46,7 @@ class Scored:
     predictions: np.ndarray
     labels: np.ndarray
     score: np.ndarray
-    experts: Utilisation
+    experts: Utilisation | None
     outcomes: dict[str, np.ndarray]
     relevance: Mapping[str, float]
     weights: np.ndarray | None = None

@@ -116,7 +116,9 @@ def _measured(
     summary["sampling_correction"] = settings.training.sampling_correction
     summary["relevance_weights"] = dict(scored.relevance)
     summary["score_weights"] = {task.name: task.score_weight for task in scored.layout.tasks}
-    whole, gates = closed(sums), [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
+    whole = closed(sums)
+    assert scored.experts is not None, "a model scored the rows"
+    gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
     grouped = whole.users > len(whole.tables["ranking"])
     slices = {
         (by, value): closed(scored.take(rows).measure(), grouped=grouped)
@@ -161,6 +163,7 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(path)
                 run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
+        assert evaluated.scored.experts is not None, "a model scored the rows"
         draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
 
 

@@ -58,15 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
-    from mmoe_rec.evaluation.findings import warnings
-    from mmoe_rec.evaluation.notes import told
-    from mmoe_rec.evaluation.table import results_table
+    from mmoe_rec.jobs.commands.command import show
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.finished import Trained
+    from mmoe_rec.jobs.judging.baselines import measure_baselines
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
     from mmoe_rec.locks import reading
-    from pipelines.quickstart.baselines import evaluate_baselines
 
     console = Console()
     started = time.perf_counter()
@@ -81,17 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reading(Path(settings.data.work) / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
         console.rule("4/5  two baselines on the same rows and features")
-        baselines = evaluate_baselines(settings, evaluated.scored)
+        results = measure_baselines(settings, Path(settings.data.work) / "baselines", evaluated, "MMoE")
     console.rule("5/5  one candidate list")
     request, ranking = _rank_example(trained.artifact)
     console.print(f"household {request['user']}, {request['context']}")
     for position, (candidate, score) in enumerate(ranking, start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
-    console.print(results_table({"MMoE": evaluated.summary, **baselines}))
-    for note in told([evaluated.summary, *baselines.values()]):
-        print(f"note: {note}")
-    for warning in warnings(evaluated.summary):
-        print(f"warning: {warning}")
+    show(results.told())
+    print(f"report: {Path(settings.data.work) / 'baselines' / 'report.html'}")
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
         f"{trained.waiting:.1%} of it waiting for data"

@@ -19,6 +19,7 @@ _ABOUT = {
     "train": "features, training, and registration of the model",
     "evaluate": "metrics of a model on the test rows",
     "metrics": "metrics of predictions in Parquet files, of any system",
+    "baselines": "popularity and gradient-boosted trees on the same rows",
     "promote": "gives the alias to a version that is shown to be better, or back",
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",

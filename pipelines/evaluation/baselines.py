@@ -1,0 +1,12 @@
+"""python -m pipelines.evaluation.baselines --config configs/complete_journey.yaml --model
+models:/complete_journey@champion
+
+The same as `mmoe-rec baselines`; --help describes it.
+"""
+
+from mmoe_rec.jobs.commands.evaluation.baselines import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Baselines for any data set: what they predict, by whom they are stopped, and beside a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.jobs import evaluate
+from mmoe_rec.jobs.commands.evaluation.baselines import main
+from mmoe_rec.jobs.judging import baselines
+from tests.serving.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    small = SmallModel(tmp_path_factory.mktemp("model"))
+    (Path(small.settings.data.work) / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
+    return small
+
+
+def run(model: SmallModel, *words: str) -> Path:
+    main(["--config", str(Path(model.settings.data.work) / "settings.yaml"), *words])
+    return Path(model.settings.data.work) / "baselines"
+
+
+def test_a_model_stands_beside_what_it_has_to_beat(
+    model: SmallModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluate, "_log_evaluation", lambda *_: None)
+    out = run(model, "--model", str(model.folder))
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison["model"] == "model"
+    assert list(comparison["against"]) == ["gradient boosting", "popularity"]
+    mine = json.loads((Path(model.settings.data.work) / "evaluation" / "metrics.json").read_text())
+    assert json.loads((out / "metrics.json").read_text())["tasks"]["click"]["auc"] == mine["tasks"]["click"]["auc"]
+    printed = capsys.readouterr().out
+    assert "gradient boosting" in printed
+    assert "report: " in printed
+
+
+def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
+    """By a loop over training rows; alone, without a model."""
+    out = run(model)
+    assert json.loads((out / "comparison.json").read_text())["model"] == baselines.TREES
+    train, test = (pq.read_table(model.prepared.split(name)).to_pandas() for name in ("train", "test"))
+    overall = train["label.click"].mean()
+    sums = train.groupby("candidate")["label.click"].agg(["sum", "count"])
+    rates = ((sums["sum"] + 20 * overall) / (sums["count"] + 20)).to_dict()
+    test = test[test["label.click"].notna()]
+    predicted = [rates.get(each, overall) for each in test["candidate"]]
+    found = json.loads((out / "against" / "1" / "metrics.json").read_text())
+    expected = roc_auc_score(test["label.click"], predicted)
+    assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_of_many_rows_the_last_ones_are_taken(model: SmallModel) -> None:
+    layout = model.prepared.layout
+    rows = EncodedRows(model.prepared.split("train"), layout)
+    whole = baselines._Matrix.of(rows, layout)
+    assert len(whole.x) == rows.rows
+    for most in (1, 7, rows.rows - 1, rows.rows, 10**9):
+        found = baselines._Matrix.of(rows, layout, most)
+        taken = min(most, rows.rows)
+        np.testing.assert_array_equal(found.x, whole.x[-taken:])
+        np.testing.assert_array_equal(found.labels, whole.labels[-taken:])
+        assert found.candidates.equals(whole.candidates[-taken:])
+
+
+def test_rows_in_small_batches_are_the_same(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = model.prepared.layout
+    rows = EncodedRows(model.prepared.split("train"), layout)
+    whole = baselines._Matrix.of(rows, layout, 100)
+    monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
+    np.testing.assert_array_equal(baselines._Matrix.of(rows, layout, 100).x, whole.x)
