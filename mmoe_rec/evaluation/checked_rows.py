@@ -173,7 +173,8 @@ def _labels(task: MeasuredTask, labels: Mapping[str, Any], rows: int) -> np.ndar
 
 def _weights(weight: Any, rows: int) -> np.ndarray:
     values = _floats("weight", weight, rows).astype(np.float64)
-    return _checked("weight", values, lambda x: np.isfinite(x) & (x > 0), "a positive number")
+    # Products of sums of larger ones would overflow, and of smaller ones vanish.
+    return _checked("weight", values, lambda x: (x > 1e-50) & (x < 1e50), "a positive number, 1e-50 to 1e50")
 
 
 def _floats(name: str, values: Any, rows: int) -> np.ndarray:

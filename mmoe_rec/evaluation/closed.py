@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.auc import grouped_auc
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
-from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value, negative_weight
+from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
 from mmoe_rec.evaluation.metrics.metric import UserRows
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 from mmoe_rec.evaluation.sums import EvaluationSums, by_key, load_tables, save_tables
@@ -38,7 +38,7 @@ class ClosedSums:
             there;
 
             `TASK.bins`, one row a unit and `bin` of rising prediction, binary tasks only: `rows`, `positives`, and the
-            weighted sums `weight`, `label`, `prediction`;
+            weighted sums `label`, `negative`, `prediction`;
 
             `TASK.counts`, binary tasks only: predicted `value`, and the weight of its `positive` and `negative` rows;
             rows of one value may be told in several.
@@ -122,11 +122,9 @@ def _by_group(table: pa.Table) -> pa.Table:
 def _with_sums_of_users(kind: str, table: pa.Table, values: pa.Table) -> pa.Table:
     """Sums by user of a binary task with those that need all rows of a user. values: `TASK.values`, sorted."""
     user = pc.index_in(values["user"], value_set=table["user"].combine_chunks()).to_numpy().astype(np.int64)
-    value, label, rows = (values[name].to_numpy() for name in ("value", "label", "rows"))
-    auc = grouped_auc(user, value, label, negative_weight(values), len(table))
-    given = UserRows(
-        auc, np.bincount(user, rows, len(table)), np.bincount(user, values["weight"].to_numpy(), len(table))
-    )
+    value, label, negative, rows = (values[name].to_numpy() for name in ("value", "label", "negative", "rows"))
+    auc = grouped_auc(user, value, label, negative, len(table))
+    given = UserRows(auc, np.bincount(user, rows, len(table)), np.bincount(user, label + negative, len(table)))
     for metric in metrics_of(kind):
         for name, each in metric.of_users(given).items():
             table = table.append_column(name, pa.array(each))
@@ -138,8 +136,8 @@ def _binned(values: pa.Table, edges: np.ndarray | None) -> dict[str, pa.Table]:
     if edges is None:
         edges = bin_edges(*counts_by_value(value, positives, rows - positives))
     bins = pa.array(np.searchsorted(edges, value, side="right"))
-    names = ("rows", "positives", "weight", "label", "prediction")
-    counted = pa.table({"value": value, "positive": values["label"], "negative": negative_weight(values)})
+    names = ("rows", "positives", "label", "negative", "prediction")
+    counted = pa.table({"value": value, "positive": values["label"], "negative": values["negative"]})
     return {
         "bins": pa.table({"user": values["user"], "bin": bins, **{name: values[name] for name in names}}),
         "counts": by_key(counted, ["value"], None),

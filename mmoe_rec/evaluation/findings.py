@@ -6,7 +6,7 @@ Each finding has the `check` that made it, the `task` it is about, and a `messag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from scipy.stats import chi2, norm
@@ -15,6 +15,7 @@ from mmoe_rec.auc import FEWEST
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 TOO_GOOD = 0.995  # AUC of a model above which a feature holds the outcome, more likely than not
+FEWEST_BINS = 5
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
 _NOTHING = {"value": None, "low": None, "high": None}
 
@@ -78,8 +79,9 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
             f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
             "training.calibration corrects them, and so may longer training",
         )
-    bins = task.get("calibration_bins") or []
-    if task.get("positives", 0) >= FEWEST and _too_close(bins):
+    one_each = task.get("positives", 0) == task.get("requests")  # rows of a request are not independent
+    deviation = task.get("calibration_deviation")
+    if deviation is not None and task["positives"] >= FEWEST and not one_each and _too_close(deviation):
         yield (
             "fitted",
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
@@ -87,20 +89,15 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
         )
 
 
-def _too_close(bins: Sequence[Mapping[str, Any]]) -> bool:
+def _too_close(deviation: Mapping[str, float]) -> bool:
     """Whether rates, in bins or in sum, deviate from probabilities by far less than independent rows of these do.
 
     Rows of one user are alike, and so deviate by more.
     """
-    if not bins or any(each["weight"] != each["rows"] for each in bins):
+    if deviation["bins"] < FEWEST_BINS:
         return False
-    apart = [each["rows"] * (each["observed_rate"] - each["mean_predicted"]) for each in bins]
-    variance = [each["rows"] * each["mean_predicted"] * (1 - each["mean_predicted"]) for each in bins]
-    if min(variance) <= 0:
-        return False
-    squares = sum(a**2 / v for a, v in zip(apart, variance, strict=True))
-    in_sum = abs(sum(apart)) / math.sqrt(sum(variance))
-    return bool(chi2.cdf(squares, len(bins)) < UNLIKELY or 2 * norm.cdf(in_sum) - 1 < UNLIKELY)
+    small = chi2.cdf(deviation["squares"], deviation["bins"]) < UNLIKELY
+    return bool(small or 2 * norm.cdf(deviation["in_sum"]) - 1 < UNLIKELY)
 
 
 def _interval(metric: Mapping[str, Any], digits: int) -> str:

@@ -26,7 +26,11 @@ COLUMNS = ("user", "request", "candidate")
 
 
 class NotFiniteError(UserError):
-    """A model gives predictions that are not finite numbers."""
+    """A model gives predictions that are not finite numbers. name: of the model, where several are scored."""
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)

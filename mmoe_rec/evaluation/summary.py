@@ -30,7 +30,8 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
         `rows`, `users`, `requests`, `resamples`, `seed`, and maybe a `note`; `score` with its metrics and the requests
         that these leave out, `requests_of_one_row`, `requests_without_relevant_row` and `requests_of_equal_relevance`;
         where candidates are known, `catalogue` with its metrics, which have no interval;
-        and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives`, and the metrics of its kind.
+        and under `tasks`, by name, `kind`, `rows` (observed), a binary task's `positives` and `requests`, and the
+        metrics of its kind.
     """
     sums = as_closed(sums)
     groups = sums_by_user(sums)
@@ -115,8 +116,8 @@ def evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
 def _describe(sums: ClosedSums, task: MeasuredTask) -> dict[str, Any]:
     """What was observed of a task."""
     table = sums.tables[f"{task.name}.users"]
-    positives = {"positives": _total(table["positives"])} if task.kind == "binary" else {}
-    return {"kind": task.kind, "rows": _total(table["rows"])} | positives
+    counts = ("positives", "requests") if task.kind == "binary" else ()
+    return {"kind": task.kind, "rows": _total(table["rows"])} | {name: _total(table[name]) for name in counts}
 
 
 def _noted(note: str | None) -> dict[str, str]:

@@ -57,7 +57,7 @@ class EvaluationSums:
             the task's prediction, the same as in `ranking`; and the sums of the task's metrics.
 
             `TASK.values`, one row a user and `value`, the predicted probability, binary tasks only: `rows`,
-            `positives`, and the weighted sums `weight`, `label`, `prediction`.
+            `positives`, and the weighted sums `label`, `negative` (of rows whose label is 0) and `prediction`.
 
             `catalogue`, one row a `candidate`, where candidates were given: `rows`, and of each cutoff how often it is
             shown, and the logarithm of the probability that it never is (see `catalogue.shown_rows`).
@@ -117,13 +117,18 @@ def save_tables(
 ) -> None:
     """Writes sums, see `EvaluationSums.save`. is_closed: whether they are `ClosedSums`."""
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
-        raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
+    check_folder(folder)
     manifest = {"format": _FORMAT, "closed": is_closed, "tasks": [asdict(task) for task in tasks]}
     with atomic_folder(folder) as temporary:
         (temporary / _MANIFEST).write_text(json.dumps(manifest | {"tables": list(tables)}, indent=2))
         for name, table in tables.items():
             pq.write_table(table, temporary / f"{name}.parquet")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where a folder for sums holds something else."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
+        raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
 
 
 def load_tables(folder: str | Path) -> tuple[tuple[MeasuredTask, ...], dict[str, pa.Table], bool]:
@@ -264,12 +269,16 @@ def _task_tables(task: MeasuredTask, rows: Rows, keys: np.ndarray, precision: fl
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
+    # Of values not the weight but that of negative rows: one less the other would round small ones by large ones.
+    by_value = {name: each for name, each in sums.items() if name != "weight"} | {"negative": weight * (1 - label)}
     own = _measured([each for each in metrics_of(task.kind) if not each.of_lists], known, sums)
     own |= known.at_first_rows(_of_lists(task.kind, lists, {*sums, *own, "digest"}))
-    own["digest"] = _digest(combine([keys[observed], (label + 0.0).view(np.uint64)]))  # -0 is 0
+    # Labels are the same that single precision has the same; -0 is 0.
+    known_label = (label.astype(np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
+    own["digest"] = _digest(combine([keys[observed], known_label]))
     tables = {f"{task.name}.users": pa.table({"user": users, **_complete(task.kind, sums | own)})}
     if task.kind == "binary":
-        tables[f"{task.name}.values"] = pa.table({"user": users, "value": prediction, **sums})
+        tables[f"{task.name}.values"] = pa.table({"user": users, "value": prediction, **by_value})
     return tables
 
 

@@ -24,7 +24,7 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
     table = Table(show_header=True, header_style="bold", caption=caption)
     table.add_column("", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     sections = {name: None for summary in columns.values() for name in summary["tasks"]}
     for section in (*sections, "score"):
         groups = [_group(summary, section) for summary in columns.values()]

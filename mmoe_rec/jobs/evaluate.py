@@ -11,6 +11,7 @@ import numpy as np
 
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.overlap import overlap
 from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
@@ -49,14 +50,17 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
     check_names([address, *against], "--against")
     # A wrong address is reported before torch is loaded.
     found, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
-    for other in against:
-        if found[other].folder.resolve() == found[address].folder.resolve():
-            raise UserError(f"'{address}' and '{other}' are the same model, {found[other].address}")
+    known: dict[Path, str] = {}
+    for each, model in found.items():
+        if (folder := model.folder.resolve()) in known:
+            raise UserError(f"'{known[folder]}' and '{each}' are the same model, {model.address}")
+        known[folder] = each
     return evaluate_found(settings, dict(zip(short_names(list(found)), found.values(), strict=True)), out)
 
 
 def evaluate_found(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
     """As `evaluate_model`, of models by their names, of which the first is compared with the others."""
+    check_objective(settings.evaluation.decide_by)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out)
 
@@ -65,7 +69,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
     measured: dict[str, Measured] = {}
     training = TrainingRows.of(settings)
     for place, (name, each) in enumerate(found.items()):
-        scored = _scored(settings, each)
+        scored = _scored(settings, each, name)
         if not place:
             its = scored
         measured[name] = _measured(settings, scored, each, name, training)
@@ -83,26 +87,29 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
 
 def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> Measured:
     """A model's metrics on the test rows, without slices."""
-    return _measured(settings, _scored(settings, found), found, name, None)
+    return _measured(settings, _scored(settings, found, name), found, name, None)
 
 
-def _scored(settings: Settings, found: FoundModel) -> Scored:
+def _scored(settings: Settings, found: FoundModel, name: str) -> Scored:
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import score_rows
+    from mmoe_rec.evaluation.scoring import NotFiniteError, score_rows
     from mmoe_rec.jobs.truth import test_rows
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
     with test_rows(settings, found.folder, ranker) as folder:
-        return score_rows(
-            ranker.model,
-            ranker.layout,
-            EncodedRows(folder, ranker.layout),
-            settings.evaluation.batch_size,
-            calibration=ranker.calibration,
-            relevance={name: task.score_weight for name, task in settings.tasks.items()},
-            weighted=settings.training.sampling_correction == "weights",
-        )
+        try:
+            return score_rows(
+                ranker.model,
+                ranker.layout,
+                EncodedRows(folder, ranker.layout),
+                settings.evaluation.batch_size,
+                calibration=ranker.calibration,
+                relevance={name: task.score_weight for name, task in settings.tasks.items()},
+                weighted=settings.training.sampling_correction == "weights",
+            )
+        except NotFiniteError:
+            raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
 
 
 def _measured(

@@ -14,12 +14,13 @@ from mmoe_rec.build.engines import Engine, open_engine
 from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
+from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
 from mmoe_rec.jobs.measuring.asked import Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.locks import writing
-from mmoe_rec.log.files import find_files, is_remote
+from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName, Evaluation
@@ -56,12 +57,10 @@ def measure_predictions(
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
     check_names([source, *against], "--against")
-    for each in (source, *against):
-        if not is_remote(each) and out.is_relative_to(os.path.abspath(each)):
-            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are; name another folder")
-    files = {
-        each: [Footer.read(found) for found in find_files(each, _option(each, source))] for each in (source, *against)
-    }
+    check_objective((rules or Evaluation()).decide_by)
+    found = {each: find_files(each, _option(each, source)) for each in (source, *against)}
+    _check_places(found, out)
+    files = {each: [Footer.read(file) for file in those] for each, those in found.items()}
     present = {each: _present(asked, found) for each, found in files.items()}
     _check_columns(present)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
@@ -74,6 +73,24 @@ def measure_predictions(
         results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)
         results.write(out)
     return results
+
+
+def _check_places(found: Mapping[str, list[FoundFile]], out: Path) -> None:
+    """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
+    real, known = Path(os.path.realpath(out)), dict[frozenset[str], str]()
+    for each, files in found.items():
+        places = frozenset(
+            file.address if is_remote(file.address) else os.path.realpath(file.address) for file in files
+        )
+        local = [Path(place) for place in places if not is_remote(place)]
+        folder = () if is_remote(each) or not os.path.isdir(each) else (Path(os.path.realpath(each)),)
+        if any(place.is_relative_to(real) for place in local) or any(real.is_relative_to(place) for place in folder):
+            raise UserError(
+                f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another folder"
+            )
+        if places in known:
+            raise UserError(f"'{known[places]}' and '{each}' are the same predictions; give others with --against")
+        known[places] = each
 
 
 def _option(each: str, source: str) -> str:

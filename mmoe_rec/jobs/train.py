@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
 from mmoe_rec.build.prepare import Prepared, existing
+from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.evaluate import draw_gates
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.places import log_and_place
@@ -50,7 +51,8 @@ def train_model(
     features go on to a later day. parent: id of the open run that this one is a part of; register: whether the model
     goes into the registry. Raises UserError where another process trains in `data.work`.
     """
-    # A wrong log or address is reported before torch is loaded.
+    # A wrong setting, log or address is reported before torch is loaded.
+    check_objective(settings.evaluation.decide_by)
     found = existing(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     if not (resume and something_left(checkpoints)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,29 @@ _SEVERITY = {"calibration": "warning"}
 SCORE, CATALOGUE = "score", "catalogue"
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
-    """Writes `report.html`, and its figures as `metrics.parquet` and `slices.parquet`."""
-    with atomic_file(folder / "report.html") as file:
-        file.write_text(page(report), encoding="utf-8")
-    with atomic_file(folder / "metrics.parquet") as file:
-        pq.write_table(metrics_table(report), file)
-    if report["slices"]:
-        with atomic_file(folder / "slices.parquet") as file:
-            pq.write_table(pa.Table.from_pylist(report["slices"]), file)
-    else:
+@dataclass(frozen=True)
+class Made:
+    """What is written of a report: the page, and its figures."""
+
+    page: str
+    metrics: pa.Table
+    slices: pa.Table | None
+
+    @staticmethod
+    def of(report: Mapping[str, Any]) -> Made:
+        """Makes all of it. report: see `page`."""
+        slices = pa.Table.from_pylist(report["slices"]) if report["slices"] else None
+        return Made(page(report), metrics_table(report), slices)
+
+    def write(self, folder: Path) -> None:
+        """Writes `metrics.parquet`, `slices.parquet` where there are any, and last `report.html`."""
         (folder / "slices.parquet").unlink(missing_ok=True)
+        for name, table in (("metrics", self.metrics), ("slices", self.slices)):
+            if table is not None:
+                with atomic_file(folder / f"{name}.parquet") as file:
+                    pq.write_table(table, file)
+        with atomic_file(folder / "report.html") as file:
+            file.write_text(self.page, encoding="utf-8")
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -89,7 +102,7 @@ def metrics_table(report: Mapping[str, Any]) -> pa.Table:
             for metric, apart in metrics.items():
                 rows.append({"model": comparison["model"], "less": other, "group": group, "metric": metric, **apart})
     kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
-    kinds += [(name, pa.float64()) for name in ("value", "low", "high", "p", "p_corrected", "detectable")]
+    kinds += [(name, pa.float64()) for name in ("value", "low", "high", "error", "p", "p_corrected", "detectable")]
     return pa.Table.from_pylist(rows, pa.schema(kinds))
 
 

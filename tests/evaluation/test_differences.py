@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from simulated_log import BOUGHT, Log, simulate
+from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import closed
 from mmoe_rec.evaluation.judging.differences import differences, holm
 from mmoe_rec.evaluation.judging.objective import Objective
 from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.sums import measure
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
 
 
@@ -149,6 +150,38 @@ def test_one_user_has_differences_without_an_interval(log: Log) -> None:
     difference = found(other(alone), alone, 20)["groups"]["bought"]["auc"]
     assert difference["value"] != 0
     assert difference["low"] is difference["p"] is difference["detectable"] is None
+
+
+def test_users_that_hold_most_rows_tell_little() -> None:
+    """Of one guest account with four fifths of the rows, and 200 users, one tells: equal models must not be told
+    apart."""
+    shown = 0
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        user = np.concatenate([np.zeros(800, int), np.arange(1, 201)])
+        label = random.normal(size=1000)
+        errors = [random.normal(0, 0.5, 201)[user] + random.normal(0, 0.1, 1000) for _ in range(2)]
+        sums = [
+            closed(measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label))
+            for each in errors
+        ]
+        result = differences({"a": sums[0], "b": sums[1]}, "a", None, 200)
+        assert result["effective_users"]["spent"] == pytest.approx(1000**2 / (800**2 + 200))
+        mae = result["against"]["b"]["groups"]["spent"]["mae"]
+        shown += mae["p"] is not None and mae["p"] < 0.05
+    assert shown <= 6
+
+
+def test_a_difference_that_does_not_vary_is_not_sure(log: Log) -> None:
+    """One resample has no spread."""
+    difference = found(other(log), log, 1)["groups"]["bought"]["auc"]
+    assert difference["value"] != 0
+    assert difference["low"] is difference["p"] is None
+
+
+def test_labels_of_other_precision_are_the_same(log: Log) -> None:
+    single = {name: each.astype(np.float32) for name, each in log.labels.items()}
+    assert found(replace(log, labels=single), log, 20)["groups"]["bought"]["auc"]["value"] == 0
 
 
 def test_equal_models_are_rarely_told_apart_and_detectable_gains_mostly_are() -> None:

@@ -12,12 +12,15 @@ from mmoe_rec.evaluation.judging.verdict import Rule, number, verdict
 def apart(value: float | None, reach: float | None = None, p: float | None = None) -> dict[str, Any]:
     low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
     found = p if p is not None else (None if reach is None or value is None else 0.01 if abs(value) > reach else 0.5)
-    return {"value": value, "low": low, "high": high, "p": found, "p_corrected": found, "detectable": reach}
+    told = {"value": value, "low": low, "high": high, "p": found, "p_corrected": found, "detectable": reach}
+    return told | {"error": None if reach is None else reach / 1.96}
 
 
 def compared(objective: dict[str, Any], better: str = "higher", **groups: Any) -> dict[str, Any]:
     told = {"name": "mean auc of bought, liked", "metric": "auc", "groups": ["bought", "liked"], "better": better}
-    return {"model": "new", "objective": told, "against": {"old": {"objective": objective, "groups": groups}}}
+    effective = dict.fromkeys(("bought", "liked", "spent", "score"), 1e9)
+    against = {"old": {"objective": objective, "groups": groups}}
+    return {"model": "new", "effective_users": effective, "objective": told, "against": against}
 
 
 def summary(calibration: float = 1.0, reach: float | None = 0.1) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def test_no_task_may_lose_more_than_the_margin() -> None:
     assert kind(compared(gain, bought={"auc": apart(-0.001, 0.003)})) == "better"
     assert kind(compared(gain, bought={"auc": apart(-0.001, 0.005)})) == "held back"
     assert kind(compared(gain, bought={"auc": apart(0.001, None)})) == "held back"
-    assert kind(compared(gain, bought={"auc": apart(None)})) == "better"
+    assert kind(compared(gain, bought={"auc": apart(None)})) == kind(compared(gain)) == "held back"
     both = compared(gain, bought={"auc": apart(0.001, 0.002)}, spent={"r2": apart(-0.02, 0.01)})
     assert kind(both) == "better", "there are too few labels to judge by"
     assert kind(both, judged=("bought", "spent")) == "held back"
@@ -76,7 +79,8 @@ def test_probabilities_may_not_be_far_off_where_they_were_not() -> None:
     assert kind(found, {"new": summary(1.5), "old": summary(1.7)}) == "better"
     assert kind(found, {"new": summary(0.6), "old": summary(2.0)}) == "better"
     assert kind(found, {"new": summary(1.3), "old": summary(1.0)}) == "better"  # its interval reaches 1.2
-    assert kind(found, {"new": summary(1.5, None), "old": summary(1.0)}) == "better"  # there is none
+    assert kind(found, {"new": summary(1.5, None), "old": summary(1.0)}) == "held back"  # by the value, without one
+    assert kind(found, {"new": summary(1.2, None), "old": summary(1.0)}) == "better"
     (guard,) = (
         each
         for each in verdict(found, "old", {"new": summary(1.5), "old": summary()}, ["bought"], Rule())["guards"]
@@ -92,11 +96,18 @@ def test_what_is_not_shown_says_what_would_have_been() -> None:
     told = verdict(compared(apart(0.0007, 0.0012)), "old", SAME, [], Rule())
     assert told["sentence"] == (
         "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.00070 (-0.00050 to "
-        "+0.0019); nine of ten evaluations like this one would show a gain of 0.0012"
+        "+0.0019); nine of ten evaluations like this one would show a gain of 0.0020"
     )
-    small = compared(apart(0.0007, 0.0012), bought={"auc": apart(0.0, 0.009)}, spent={"r2": apart(0.0, 0.9)})
-    assert verdict(small, "old", SAME, ["bought", "spent"], Rule(margin=0.002))["detectable"] == pytest.approx(0.007)
-
+    # 3.24 standard errors of the objective alone; with a guardrail, each has to fail in 5% of the cases only.
+    alone = verdict(compared(apart(0.0007, 1.96e-3)), "old", SAME, [], Rule())
+    assert alone["detectable"] == pytest.approx(3.2415e-3, rel=1e-4)
+    both = compared(apart(0.0007, 1.96e-3), bought={"auc": apart(0.0, 1.96e-2)}, spent={"r2": apart(0.0, 0.9)})
+    told = verdict(both, "old", SAME, ["bought", "spent"], Rule(margin=0.002))
+    assert told["detectable"] == pytest.approx(1e-2 * (1.95996 + 1.64485) - 0.002, rel=1e-4)
+    assert told["sentence"].endswith("would show a gain of 0.0340, if guardrails of r2 allow it")
+    both["against"]["third"] = both["against"]["old"]
+    corrected = verdict(both, "old", SAME, [], Rule())["detectable"]
+    assert corrected == pytest.approx(1e-3 * (2.24140 + 1.28155), rel=1e-4)
     nothing = {**compared(apart(None)), "objective": None}
     assert verdict(nothing, "old", SAME, [], Rule())["sentence"] == (
         "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"

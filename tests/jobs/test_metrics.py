@@ -26,6 +26,7 @@ from mmoe_rec.jobs.metrics import How
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings.sections import Evaluation
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import DAY, START, random_log, with_requests
 from tests.serving.small_model import SmallModel
@@ -149,12 +150,12 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
     frame = predicted(3)
     frame["at"] = pd.to_datetime(frame["request"] // 10**15, unit="s")
     expected = measure_predictions(
-        asked_by_words(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", How(5)
+        asked_by_words(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", How(20)
     )
     renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
     source = written(renamed.drop(columns="request"), tmp_path / "other")
     words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
-    found = measure_predictions(asked_by_words(["bought"]).with_columns(words), str(source), tmp_path / "b", How(5))
+    found = measure_predictions(asked_by_words(["bought"]).with_columns(words), str(source), tmp_path / "b", How(20))
     assert found["tasks"] == expected["tasks"]
     assert found["score"] == expected["score"]
 
@@ -163,7 +164,7 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     frame = predicted(4)
     frame["w"] = np.random.default_rng(0).uniform(0.1, 9, len(frame))
     asked = asked_by_words(["bought"]).with_columns(["weight=w"])
-    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(5))
+    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(20))
     chance = frame["predicted_bought"].astype(float)
     expected = chance @ frame["w"] / (frame["label_bought"].astype(float) @ frame["w"])
     assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
@@ -171,20 +172,20 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
     source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
-    assert "catalogue" not in measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(5))
+    assert "catalogue" not in measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(20))
     asked = asked_by_words(["bought"]).with_columns(["candidate=item"])
     with pytest.raises(UserError, match="has no column 'item'; name another one with --columns candidate=COLUMN"):
-        measure_predictions(asked, source, tmp_path / "out", How(5))
+        measure_predictions(asked, source, tmp_path / "out", How(20))
 
 
 def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
     frame = predicted(5).drop(columns="score")
     source = str(written(frame, tmp_path / "in"))
-    found = measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(5))
+    found = measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(20))
     for name in ("ndcg_at_5", "mrr", "map"):
         assert found["score"][name] == found["tasks"]["bought"][name]
     with pytest.raises(UserError, match=r"0\.parquet' has no column 'score', by which.*--columns score=COLUMN"):
-        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(20))
 
 
 def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
@@ -213,7 +214,7 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
 def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
     source = written(change(predicted(6)), tmp_path / "in")
     with pytest.raises(UserError, match=rf"in/2\.parquet'.*{message}.*\(the first is row 500 of the file"):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -240,7 +241,7 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
     source = written(change(predicted(7)), tmp_path / "in")
     with pytest.raises(UserError, match=message):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
 
 
 @pytest.mark.parametrize("column", ["score", "candidate"])
@@ -249,7 +250,7 @@ def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in")
     pq.write_table(pq.read_table(source / "0.parquet").drop_columns([column]), source / "0.parquet")
     with pytest.raises(UserError, match=rf"in/0\.parquet' has no column '{column}'"):
-        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(20))
 
 
 def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
@@ -257,23 +258,23 @@ def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
     frame = frame.assign(request=frame["request"].dt.as_unit("us"))
     asked = asked_by_words(["bought"]).with_columns(["request=user+request"])
     source = written(frame, tmp_path / "in")
-    measure_predictions(asked, str(source), tmp_path / "out", How(5))
+    measure_predictions(asked, str(source), tmp_path / "out", How(20))
     for other in ("int64", "str", "datetime64[us, UTC]"):
         values = frame["request"].dt.tz_localize("UTC") if "UTC" in other else frame["request"].astype(other)
         pq.write_table(pa.Table.from_pandas(frame.assign(request=values).iloc[:9]), source / "9.parquet")
         with pytest.raises(UserError, match=r"'request' holds timestamp\[us\] in '.*0\.parquet', and .*9\.parquet'"):
-            measure_predictions(asked, str(source), tmp_path / "out", How(5))
+            measure_predictions(asked, str(source), tmp_path / "out", How(20))
     fine = pd.to_datetime(np.arange(9), unit="ns")
     pq.write_table(pa.Table.from_pandas(frame.iloc[:9].assign(request=fine)), source / "9.parquet")
     with pytest.raises(UserError, match=r"9\.parquet': column 'request' .* apart by less than a microsecond"):
-        measure_predictions(asked, str(source), tmp_path / "out", How(5))
+        measure_predictions(asked, str(source), tmp_path / "out", How(20))
 
 
 def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in", files=1)
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
-        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(20))
     main(["--predictions", str(source), "--tasks", "bought", "--keep-duplicates", "--out", str(tmp_path / "kept")])
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
 
@@ -281,20 +282,20 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
 def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
     frame = predicted(8)
     source = written(frame, tmp_path / "in")
-    expected = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "a", How(5))
+    expected = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "a", How(20))
     for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({each: [] for each in frame}))):
         empty.to_parquet(source / f"{name}.parquet")
-    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "b", How(5))
+    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "b", How(20))
     assert found == expected | {"files": 5}
 
 
 def test_single_precision_is_clipped_alike_whatever_lies_beside_it(tmp_path: Path) -> None:
     frame = predicted(8).assign(predicted_bought=np.float32(1.0), label_bought=0)
     source = written(frame, tmp_path / "in")
-    alone = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "a", How(5))
+    alone = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "a", How(20))
     double = frame.assign(predicted_bought=1.0, request=-1 - frame["request"], user=frame["user"] + 1000)
     pq.write_table(pa.Table.from_pandas(double), source / "9.parquet")
-    found = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "b", How(5))
+    found = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "b", How(20))
     value, other = (each["tasks"]["bought"]["logloss"]["value"] for each in (found, alone))
     assert value == pytest.approx(other) == pytest.approx(-np.log(np.finfo(np.float32).eps))
 
@@ -303,8 +304,8 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
     source = written(predicted(8), tmp_path / "in")
     monkeypatch.chdir(source)
     for out in (".", "", "metrics", source / "a" / "b"):
-        with pytest.raises(UserError, match=r"lies in '.*', where the predictions are; name another folder"):
-            measure_predictions(asked_by_words(["bought"]), str(source), out, How(5))
+        with pytest.raises(UserError, match=r"lies in '.*', where the predictions are, or holds them; name another"):
+            measure_predictions(asked_by_words(["bought"]), str(source), out, How(20))
     assert sorted(each.name for each in source.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
 
 
@@ -312,7 +313,7 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in")
     pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
     with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
 
 def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:
     source = written(predicted(10).assign(label_stars=None), tmp_path / "in")
-    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(5))
+    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
     assert "No row has an observed label" in found["tasks"]["stars"]["note"]
 
 
@@ -421,4 +422,55 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
 
 
 def compared(source: str, other: str, out: Path) -> None:
-    metrics.measure_predictions(asked_by_words(TASKS), source, out, How(5), [other])
+    metrics.measure_predictions(asked_by_words(TASKS), source, out, How(20), [other])
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
+    """Folders and files of theirs that are called as results are, predictions among results, and links to both."""
+    frame = predicted(22, rows=600)
+    ours, mine = str(written(frame, tmp_path / "ours")), tmp_path / "out" / "against"
+    written(frame, mine)
+    with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
+        compared(ours, str(mine), tmp_path / "out")
+    with pytest.raises(UserError, match="lies where results go, and is none of an evaluation"):
+        measure_predictions(asked_by_words(TASKS), ours, tmp_path / "out", How(20))
+    assert (mine / "0.parquet").is_file()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    frame.to_parquet(tmp_path / "metrics.parquet")
+    with pytest.raises(UserError, match="or holds them"):
+        measure_predictions(asked_by_words(TASKS), str(tmp_path / "metrics.parquet"), tmp_path, How(20))
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    with pytest.raises(UserError, match="or holds them"):
+        measure_predictions(asked_by_words(TASKS), ours, tmp_path / "link" / "out", How(20))
+    with pytest.raises(UserError, match="are the same predictions; give others with --against"):
+        compared(ours, f"{ours}/*.parquet", tmp_path / "fine")
+    with pytest.raises(UserError, match="are the same predictions"):
+        compared(ours, str(tmp_path / "link"), tmp_path / "fine")
+
+
+def test_what_can_not_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
+    frame, out = predicted(23, rows=600), tmp_path / "out"
+    ours, theirs = (str(written(frame, tmp_path / name)) for name in ("ours", "theirs"))
+    compared(ours, theirs, out)
+    (out / "sums" / "sums.json").unlink()
+    (out / "sums" / "mine.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds other files"):
+        measure_predictions(asked_by_words(TASKS), ours, out, How(20))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_metric_that_is_none_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    source = str(written(predicted(24, rows=600), tmp_path / "in"))
+    with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):
+        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(20), (), Evaluation(decide_by="acu"))
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frame = predicted(25, rows=600)
+    sides = [str(written(frame, tmp_path / name)) for name in ("m[a]", "m[b]")]
+    words = ["--tasks", *TASKS, "--resamples", "20", "--out", str(tmp_path / "out")]
+    main(["--predictions", sides[0], "--against", sides[1], *words])
+    printed = capsys.readouterr().out
+    assert printed.count("m[a]") >= 2
+    assert printed.count("m[b]") >= 2

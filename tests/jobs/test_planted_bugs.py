@@ -164,3 +164,15 @@ def test_the_first_model_is_not_scored_twice_by_another_name(tmp_path: Path) -> 
     model = SmallModel(tmp_path / "a")
     with pytest.raises(UserError, match="are the same model"):
         evaluate_model(model.settings, str(model.folder), tmp_path / "out", [f"{model.folder}/"])
+
+
+def test_requests_with_one_positive_each_are_not_called_fitted(tmp_path: Path) -> None:
+    """Probabilities that sum to 1 over a request, of which one row is positive: sums agree by their making."""
+    random = np.random.default_rng(0)
+    logit = random.normal(size=(REQUESTS, CANDIDATES))
+    chance = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
+    chosen = (chance.cumsum(1) < random.random((REQUESTS, 1))).sum(1)
+    frame = rows()
+    frame["predicted_bought"] = chance.ravel()
+    frame["label_bought"] = (np.arange(CANDIDATES) == chosen[:, None]).ravel()
+    assert checks(report(frame, tmp_path / "in")[0]) == []

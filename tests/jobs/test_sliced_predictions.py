@@ -129,3 +129,20 @@ def test_many_values_are_thinned_to_buckets_of_even_size() -> None:
     sizes = [len(each) for each in by.slices(counts).rows(pa.array(random.normal(size=50_000))).values()]
     assert len(sizes) == 10
     assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_no_two_slices_have_one_name() -> None:
+    late = pa.array(1.7e9 + np.arange(1000.0))
+    by = SliceBy.of("bucket(at, 10)")
+    found = by.slices(by.count([late])).rows(late)
+    assert len(found) == 10
+    assert sum(map(len, found.values())) == 1000
+    words = pa.array(["(missing)", "(all others)", "a", None])
+    by = SliceBy.of("word")
+    found = by.slices(by.count([words])).rows(words)
+    assert {name: each.tolist() for name, each in found.items()} == {
+        "'(all others)'": [1],
+        "'(missing)'": [0],
+        "a": [2],
+        "(missing)": [3],
+    }

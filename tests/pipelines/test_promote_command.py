@@ -12,11 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec import aliases
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.commands.evaluation.promote import main
 from mmoe_rec.jobs.judging import promote
 from mmoe_rec.jobs.judging.shadow import _agreement
 from mmoe_rec.registry import local_model
 from mmoe_rec.request_log import names
+from mmoe_rec.serving.errors import OtherScoresError
+from mmoe_rec.serving.ranker import Ranker
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
@@ -199,3 +203,47 @@ def test_agreement_by_hand() -> None:
     same, shared = _agreement(request, mine, its)
     assert same == 0.5
     assert shared == pytest.approx((1 + 4 / 5) / 2)
+
+
+def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """An outage, or a machine that computes something else, says nothing about the holder."""
+    fetch = promote.local_model
+
+    def away(address: str, uri: str) -> Path:
+        if address.endswith("/1"):
+            raise UserError(f"'{address}' can't be loaded")
+        return fetch(address, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promote, "local_model", away)
+        assert run(world, "--challenger", "2") == 2
+    load = Ranker.load
+
+    for error in (OtherScoresError("computes something else here"), RuntimeError("can't allocate memory")):
+        with monkeypatch.context() as patch:
+            calls = iter([None, error])
+
+            def loaded(folder: Path, calls: Any = calls) -> Any:
+                if (trouble := next(calls)) is not None:
+                    raise trouble
+                return load(folder)
+
+            patch.setattr(Ranker, "load", staticmethod(loaded))
+            assert run(world, "--challenger", "2") == 1
+        assert "so the two can't be compared here" in tags(world, "2")["compared"]
+    assert holder(world) == "1"
+    assert run(world, "--rollback", "--shadow", "x") == 2
+    assert "--shadow compares a challenger's answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("which", "promoted"), [("2", False), ("1", True)])
+def test_a_version_whose_predictions_are_not_finite(
+    world: World, monkeypatch: pytest.MonkeyPatch, which: str, promoted: bool
+) -> None:
+    def evaluated(*_: Any) -> Any:
+        raise NotFiniteError("it gives predictions that are not finite numbers", f"version {which}")
+
+    monkeypatch.setattr(promote, "evaluate_found", evaluated)
+    assert run(world, "--challenger", "2") == (0 if promoted else 1)
+    assert (holder(world) == "2") == promoted
+    assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.report.evaluation import metrics_table, page, write
+from mmoe_rec.report.evaluation import Made, metrics_table, page
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
 from tests.server.browser import CHROMIUM, DRIVER, browser
@@ -61,7 +61,7 @@ def test_one_model_alone_has_no_verdict(report: dict[str, Any]) -> None:
 
 
 def test_its_figures_are_in_files_too(report: dict[str, Any], tmp_path: Path) -> None:
-    write(report, tmp_path)
+    Made.of(report).write(tmp_path)
     table = pq.read_table(tmp_path / "metrics.parquet")
     assert table.equals(metrics_table(report))
     rows = {(each["model"], each["less"], each["group"], each["metric"]): each for each in table.to_pylist()}
@@ -73,14 +73,14 @@ def test_its_figures_are_in_files_too(report: dict[str, Any], tmp_path: Path) ->
     assert rows["new", "old", "objective", "objective"]["value"] == apart["objective"]["value"]
     assert rows["old", None, "catalogue", "gini_at_5"]["low"] is None
     assert pq.read_table(tmp_path / "slices.parquet").num_rows == len(report["slices"])
-    write({**report, "slices": []}, tmp_path)
+    Made.of({**report, "slices": []}).write(tmp_path)
     assert not (tmp_path / "slices.parquet").exists()
 
 
 @pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chromium and chromedriver")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_it_opens_in_a_browser_and_fits(report: dict[str, Any], width: int, dark: bool, tmp_path: Path) -> None:
-    write(report, tmp_path)
+    Made.of(report).write(tmp_path)
     with browser(tmp_path) as opened:
         opened.size(width, 900, dark=dark)
         opened.open((tmp_path / "report.html").as_uri())

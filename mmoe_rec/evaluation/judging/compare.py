@@ -37,11 +37,20 @@ def compare(
     return found | {"judged": judged, "left_out": {task: rows for task, rows in labels.items() if task not in judged}}
 
 
+FEW_USERS = 30
+
+
 def told_of(compared: Mapping[str, Any]) -> list[str]:
     """For people: the verdicts, with the guardrails that hold a model back, and tasks that were not judged."""
     found = [each["verdict"]["sentence"] for each in compared["against"].values()]
     found += [
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared["left_out"].items()
+    ]
+    few = {name: users for name, users in compared["effective_users"].items() if users < FEW_USERS}
+    found += [
+        f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
+        "differences are wide"
+        for name, users in few.items()
     ]
     return found

@@ -1,8 +1,10 @@
 """Differences of models on the same rows, from a paired bootstrap over users.
 
 All models see the same redrawn users, so what these have in common cancels. The standard error of a difference is its
-deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-values are Student's, with U - 1 degrees
-of freedom. p-values are corrected for how many differences are looked at by Holm's method (1979).
+deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-values are Student's. Where few users have
+most of the rows, they decide alone: so the degrees of freedom are one less than the number of users of equal size that
+would tell as much, (sum of rows)^2 / sum of rows^2 (Kish, 1965). p-values are corrected for how many differences are
+looked at by Holm's method (1979).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from mmoe_rec.evaluation.summary import evaluate, sums_by_user
 LEVEL, POWER = 0.05, 0.9
 """Chance that equal models are told apart; and that models are whose difference is called detectable."""
 _ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
+_LEAST_FREEDOM = 0.5  # below, an interval is no news
 _SAME = ["user", "rows", "requests", "digest"]
 _OBJECTIVE = ("objective", "objective")
 
@@ -40,12 +43,13 @@ def differences(
     """Differences of one of the models from each of the others, with 95% intervals.
 
     Returns:
-        `model`, `resamples`, `seed`, `objective` (`name`, `metric`, `groups`, `better`; or None), and `against`: name
-        of each other model -> `objective` -> the difference, model - other, and `groups` -> task or `score` -> metric
-        -> the difference. That is `value`, `low`, `high`; `p`, two-sided; `p_corrected` for all headline metrics and
-        all others, None for further metrics; and `detectable`, the size that nine of ten evaluations like this one
-        would show, by an interval without 0. What is undefined is None. There is no `score` of a model that weighs
-        relevance differently, as its truth is another one, nor are there tasks that one of the two lacks.
+        `model`, `resamples`, `seed`, `effective_users` of each task and the `score`, `objective` (`name`, `metric`,
+        `groups`, `better`; or None), and `against`: name of each other model -> `objective` -> the difference, model -
+        other, and `groups` -> task or `score` -> metric -> the difference. That is `value`, `low`, `high`; `error`, its
+        standard error; `p`, two-sided; `p_corrected` for all headline metrics and all others, None for further metrics;
+        and `detectable`, the size that nine of ten evaluations like this one would show, by an interval without 0. What
+        is undefined is None. There is no `score` of a model that weighs relevance differently, as its truth is another
+        one, nor are there tasks that one of the two lacks.
 
     Raises:
         UserError: two models were not measured on the same rows with the same labels.
@@ -61,7 +65,7 @@ def differences(
             values[_OBJECTIVE] = objective.of_values(values)
         return values
 
-    units = len(mine.tables["ranking"])
+    units, effective = len(mine.tables["ranking"]), effective_users(mine)
     once = {name: at(name, np.ones((units, 1))) for name in models}
     redrawn: dict[str, dict[tuple[str, str], list[np.ndarray]]]
     redrawn = {name: {key: [] for key in values} for name, values in once.items()}
@@ -75,7 +79,12 @@ def differences(
         same_truth = _weights(mine) == _weights(models[other])
         paired = {
             key: difference(
-                once[model][key][0], once[other][key][0], resampled[model][key], resampled[other][key], units
+                once[model][key][0],
+                once[other][key][0],
+                resampled[model][key],
+                resampled[other][key],
+                units,
+                _effective(key, effective, objective),
             )
             for key in once[model]
             if key in once[other] and (same_truth or not _is_of_score(key, objective))
@@ -85,7 +94,14 @@ def differences(
             found[other]["groups"].setdefault(group, {})[metric] = each
     _correct(mine, found)
     told = None if objective is None else asdict(objective) | {"name": objective.name}
-    return {"model": model, "resamples": resamples, "seed": seed, "objective": told, "against": found}
+    return {
+        "model": model,
+        "resamples": resamples,
+        "seed": seed,
+        "effective_users": effective,
+        "objective": told,
+        "against": found,
+    }
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -97,8 +113,25 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(each) for each in found]
 
 
-def difference(value: float, other: float, redrawn: np.ndarray, others: np.ndarray, units: int) -> Difference:
-    """Of one metric of two models: its values, and those (R,) in all resamples of so many units."""
+def effective_users(sums: ClosedSums) -> dict[str, float]:
+    """Task or `score` -> how many users of equal size would tell as much as those there are, 1 or more."""
+    found = {}
+    for name in (SCORE, *(task.name for task in sums.tasks)):
+        rows = sums.tables["ranking" if name == SCORE else f"{name}.users"]["rows"].to_numpy().astype(np.float64)
+        found[name] = float(rows.sum() ** 2 / (rows**2).sum()) if len(rows) else 1.0
+    return found
+
+
+def _effective(key: tuple[str, str], effective: Mapping[str, float], objective: Objective | None) -> float:
+    groups = objective.groups if key == _OBJECTIVE and objective is not None else key[:1]
+    return min(effective[group] for group in groups)
+
+
+def difference(
+    value: float, other: float, redrawn: np.ndarray, others: np.ndarray, units: int, effective: float
+) -> Difference:
+    """Of one metric of two models: its values, and those (R,) in all resamples of so many units, effectively so
+    many."""
     apart, defined = value - other, (redrawn - others)[np.isfinite(redrawn) & np.isfinite(others)]
     if not np.isfinite(apart):
         return _told(None)
@@ -108,17 +141,25 @@ def difference(value: float, other: float, redrawn: np.ndarray, others: np.ndarr
         return _told(apart)
     error = float(defined.std()) * np.sqrt(units / (units - 1))
     if error <= rounding:
-        return _told(apart, 0.0, 1.0 if apart == 0 else 0.0, 0.0)
-    reach, extra = student.ppf([1 - LEVEL / 2, POWER], units - 1)
-    p = 2 * student.sf(abs(apart) / error, units - 1)
-    return _told(apart, float(reach * error), float(p), float((reach + extra) * error))
+        # What differs and does not vary rests on too few resamples, or users, to say how sure it is.
+        return _told(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else _told(apart)
+    if (freedom := effective - 1) < _LEAST_FREEDOM:
+        return _told(apart)
+    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
+    p = 2 * student.sf(abs(apart) / error, freedom)
+    return _told(apart, float(error), float(reach * error), float(p), float((reach + extra) * error))
 
 
 def _told(
-    value: float | None, reach: float | None = None, p: float | None = None, detectable: float | None = None
+    value: float | None,
+    error: float | None = None,
+    reach: float | None = None,
+    p: float | None = None,
+    detectable: float | None = None,
 ) -> Difference:
     low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
-    return {"value": value, "low": low, "high": high, "p": p, "p_corrected": None, "detectable": detectable}
+    told = {"value": value, "low": low, "high": high, "error": error}
+    return {**told, "p": p, "p_corrected": None, "detectable": detectable}
 
 
 def _correct(base: ClosedSums, found: Mapping[str, Any]) -> None:

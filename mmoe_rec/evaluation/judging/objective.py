@@ -57,6 +57,11 @@ class Objective:
         return np.asarray(np.mean([values[group, self.metric] for group in self.groups], axis=0))
 
 
+def check_objective(decide_by: str) -> None:
+    """Raises UserError for a setting that names no metric by which models can be told apart."""
+    _asked(decide_by)
+
+
 def rarer(sums: ClosedSums, task: str) -> int:
     """How many rows have the rarer label of a binary task, or an observed label of a regression."""
     table = sums.tables[f"{task}.users"]

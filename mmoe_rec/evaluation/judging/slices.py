@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.closed import ClosedSums
-from mmoe_rec.evaluation.judging.differences import difference, holm
+from mmoe_rec.evaluation.judging.differences import difference, effective_users, holm
 from mmoe_rec.evaluation.judging.objective import SCORE, rarer
 from mmoe_rec.evaluation.metrics.resampling import Values, user_counts
 from mmoe_rec.evaluation.summary import evaluate, sums_by_user
@@ -77,7 +77,7 @@ def _records(
     def at(counts: np.ndarray) -> dict[tuple[str, str], Values]:
         return {side: evaluate(groups[side], np.ascontiguousarray(counts[places[side]])) for side in sides}
 
-    once = at(np.ones((len(units), 1)))
+    once, effective = at(np.ones((len(units), 1))), effective_users(here)
     redrawn = [at(counts) for counts in user_counts(len(units), resamples, seed)]
     for group, metric in once[model, key[1]]:
         labels = None if group == SCORE else rarer(here, group)
@@ -90,7 +90,8 @@ def _records(
             pair = [(model, key[1]), other]
             values = [float(once[side][group, metric][0]) for side in pair]
             resampled = [np.concatenate([each[side][group, metric] for each in redrawn]) for side in pair]
-            apart = difference(values[0], values[1], resampled[0], resampled[1], len(here.tables["ranking"]))
+            count = len(here.tables["ranking"])
+            apart = difference(values[0], values[1], resampled[0], resampled[1], count, effective[group])
             value = values[0]
             yield {
                 **told,

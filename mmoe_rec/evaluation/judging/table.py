@@ -20,14 +20,14 @@ def differences_table(compared: Mapping[str, Any]) -> Table:
     A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
     """
     table = Table(
-        title=f"Differences: {compared['model']} less",
+        title=Text(f"Differences: {compared['model']} less"),
         title_justify="left",
         title_style="bold",
         caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",
     )
     table.add_column("", no_wrap=True)
     for other in compared["against"]:
-        table.add_column(other, justify="right", no_wrap=True)
+        table.add_column(Text(other), justify="right", no_wrap=True)
     others = [each["groups"] for each in compared["against"].values()]
     for group in dict.fromkeys(name for each in others for name in each):
         rows = [

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import t as student
+
 from mmoe_rec.auc import FEWEST
-from mmoe_rec.evaluation.judging.differences import LEVEL
+from mmoe_rec.evaluation.judging.differences import LEVEL, POWER
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
 _GUARDED = {"binary": "auc", "regression": "r2"}
@@ -60,7 +62,7 @@ def verdict(
     gain, low, high = apart["value"], apart["low"], apart["high"]
     if objective["better"] == "lower":
         gain, low, high = -gain, -high, -low
-    what, detectable = objective["name"], _detectable(found, objective, summaries[name], judged, rule)
+    what, detectable = objective["name"], _detectable(compared, found, summaries[name], judged, rule)
     told["detectable"] = detectable
     if apart["p_corrected"] >= LEVEL or not (low > 0 or high < 0):
         if apart["low"] == apart["high"] == 0:
@@ -72,7 +74,7 @@ def verdict(
         sentence = (
             f"no difference is shown between '{name}' and '{against}': {what} differs by {number(apart['value'])} "
             f"({number(apart['low'])} to {number(apart['high'])}); nine of ten evaluations like this one would show "
-            f"a gain of {number(detectable, sign=False)}"
+            f"a gain of {number(detectable, sign=False)}{_besides(objective, summaries[name], judged)}"
         )
         return {"kind": NOT_SHOWN, "sentence": sentence, **told}
     which = "higher" if apart["value"] > 0 else "lower"
@@ -87,19 +89,30 @@ def verdict(
 
 
 def _detectable(
+    compared: Mapping[str, Any],
     found: Mapping[str, Any],
-    objective: Mapping[str, Any],
     summary: Mapping[str, Any],
     judged: Sequence[str],
     rule: Rule,
 ) -> float:
-    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better."""
-    sizes = [found["objective"]["detectable"]]
-    for task in judged:
-        metric = _GUARDED[summary["tasks"][task]["kind"]]
-        apart = found["groups"].get(task, {}).get(metric)
-        if metric == objective["metric"] and apart is not None and apart["detectable"] is not None:
-            sizes.append(apart["detectable"] - rule.margin)  # what its guardrail asks for
+    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better.
+
+    The objective and all guardrails of its metric have to hold at once, so each has to fail that much more rarely; and
+    where several models are looked at, the first p-value has to be that much smaller.
+    """
+    objective, effective = compared["objective"], compared["effective_users"]
+    guarded = [
+        (found["groups"][task][metric]["error"], effective[task])
+        for task in judged
+        if (metric := _GUARDED[summary["tasks"][task]["kind"]]) == objective["metric"]
+        and found["groups"].get(task, {}).get(metric, {}).get("error")
+    ]
+    power = 1 - (1 - POWER) / (1 + len(guarded))
+    own = found["objective"]["error"]
+    freedom = min(effective[group] for group in objective["groups"]) - 1
+    sizes = [own * sum(student.ppf([1 - LEVEL / len(compared["against"]) / 2, power], freedom))] if own else [0.0]
+    # What the guardrail of a task asks for.
+    sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - rule.margin for error, users in guarded]
     return float(max(sizes))
 
 
@@ -112,15 +125,20 @@ def number(value: float, sign: bool = True) -> str:
     return shown if sign else shown.removeprefix("+")
 
 
-def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule: Rule) -> dict[str, Any] | None:
+def _besides(objective: Mapping[str, Any], summary: Mapping[str, Any], judged: Sequence[str]) -> str:
+    """What else may hold a model back, where guardrails are of another metric than the objective."""
+    metrics = {_GUARDED[summary["tasks"][task]["kind"]] for task in judged} - {objective["metric"]}
+    return f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
+
+
+def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     metric = _GUARDED[summary["tasks"][task]["kind"]]
     apart = found["groups"].get(task, {}).get(metric)
-    if apart is None or apart["value"] is None:
-        return None
     told = {"task": task, "metric": metric}
-    if apart["low"] is None:
-        sentence = f"{metric} of {task} has no interval, so a loss of more than {rule.margin:g} can't be ruled out"
-        return {**told, "passed": False, "sentence": sentence}
+    if apart is None or apart["low"] is None:
+        missing = "is undefined" if apart is None or apart["value"] is None else "has no interval"
+        limit = f"a loss of more than {rule.margin:g} (evaluation.margin) can't be ruled out"
+        return {**told, "passed": False, "sentence": f"the difference in {metric} of {task} {missing}, so {limit}"}
     passed = apart["low"] >= -rule.margin
     changes = (
         f"{metric} of {task} changes by {number(apart['value'])} ({number(apart['low'])} to {number(apart['high'])})"
@@ -134,14 +152,15 @@ def _calibration(
     task: str, name: str, against: str, summaries: Mapping[str, Mapping[str, Any]], rule: Rule
 ) -> dict[str, Any] | None:
     mine, its = (summaries[each]["tasks"][task].get("calibration") for each in (name, against))
-    if mine is None or its is None or mine["low"] is None or its["value"] is None:
-        return None
-    outside = mine["low"] > rule.calibration or mine["high"] < 1 / rule.calibration
+    if mine is None or its is None or mine["value"] is None or its["value"] is None:
+        return None  # of a regression, or without a positive label
+    low, high = (mine["value"], mine["value"]) if mine["low"] is None else (mine["low"], mine["high"])
+    outside = low > rule.calibration or high < 1 / rule.calibration
     passed = not (outside and _off(mine["value"]) > _off(its["value"]))
     where = "beyond" if outside else "not shown to be beyond"
     sentence = (
-        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({mine['low']:.2f} to "
-        f"{mine['high']:.2f}), those of '{against}' {its['value']:.2f} times: {where} a factor of {rule.calibration:g} "
+        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({low:.2f} to "
+        f"{high:.2f}), those of '{against}' {its['value']:.2f} times: {where} a factor of {rule.calibration:g} "
         "(evaluation.calibration)"
     )
     return {"task": task, "metric": "calibration", "passed": passed, "sentence": sentence}

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
 from scipy.sparse import csr_matrix
 
 from mmoe_rec.evaluation.metrics.metric import Drawn, UserSums
@@ -22,12 +21,12 @@ class Bins:
         assert sums.counts is not None
         _, *self._by_value = counts_by_value(*(each.to_numpy() for each in sums.counts.columns))
         self._corrections: dict[Area, float] = {}
-        both, weight = (sums.bins["label"].to_numpy(), negative_weight(sums.bins)), sums.bins["weight"].to_numpy()
+        both = [sums.bins[name].to_numpy() for name in ("label", "negative")]
         bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
         # Single precision has whole numbers of rows in a bin only, and up to a size.
         is_whole = all((each == np.rint(each)).all() for each in both)
-        is_small = is_whole and np.bincount(place, weight, len(bins)).max(initial=0) < 2**24
+        is_small = is_whole and np.bincount(place, sum(both), len(bins)).max(initial=0) < 2**24
         is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
         self._by_bin = []
         for each in both:
@@ -47,13 +46,6 @@ class Bins:
             binned = area(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
             self._corrections[area] = float(area(*self._by_value) - binned)
         return self._corrections[area]
-
-
-def negative_weight(sums: pa.Table) -> np.ndarray:
-    """(N,) float64, the weight of negative rows in sums of `rows`, `positives`, `weight` and `label`: exactly 0 where
-    there are none."""
-    rows, positives, weight, label = (sums[name].to_numpy() for name in ("rows", "positives", "weight", "label"))
-    return np.where(rows > positives, weight - label, 0.0)
 
 
 def counts_by_value(

@@ -10,6 +10,8 @@ from mmoe_rec.evaluation.metrics.bins import equal_mass
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 from mmoe_rec.evaluation.metrics.resampling import Values, replicate, with_interval
 
+FINE_BINS = 50
+
 
 class Logloss(Ratio[TaskRows]):
     """Mean negative log likelihood of the labels, in nats."""
@@ -55,8 +57,9 @@ class ExpectedCalibrationError(Metric[TaskRows]):
         return ratio(np.abs(prediction - label).sum(axis=0), weight.sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
-        """The bins, for a plot."""
-        return {"calibration_bins": _calibration_bins(sums.once(_Bins), len(sums.users), resamples, seed)}
+        """The bins, for a plot; and how far rates deviate from probabilities, in finer ones."""
+        bins = _calibration_bins(sums.once(_Bins), len(sums.users), resamples, seed)
+        return {"calibration_bins": bins, "calibration_deviation": _deviation(sums)}
 
 
 class _Bins:
@@ -73,14 +76,33 @@ class _Bins:
     def __init__(self, sums: UserSums) -> None:
         bins = sums.bins
         assert bins is not None  # of a binary task
-        place = equal_mass(bins["bin"].to_numpy(), bins["weight"].to_numpy(), 10)
+        columns = {name: bins[name].to_numpy() for name in ("rows", "label", "prediction")}
+        columns["weight"] = columns["label"] + bins["negative"].to_numpy()
+        place = equal_mass(bins["bin"].to_numpy(), columns["weight"], 10)
         used, user = int(place.max(initial=-1)) + 1, sums.index(bins["user"])
-        columns = {name: bins[name].to_numpy() for name in ("rows", "weight", "label", "prediction")}
         self.totals = {name: np.bincount(place, each, used) for name, each in columns.items()}
         self.weight, self.label, self.prediction = (
             csr_matrix((columns[name], (place, user)), (used, len(sums.users)))
             for name in ("weight", "label", "prediction")
         )
+
+
+def _deviation(sums: UserSums) -> dict[str, float]:
+    """`squares`, the sum over `bins` of (positive rows - their expected number)^2 / its variance, which is about their
+    number where the probabilities are right and rows independent; and `in_sum`, the deviation of the sum of all over
+    its standard error. Rows count alike."""
+    table = sums.bins
+    assert table is not None  # of a binary task
+    rows, positives, label, negative, prediction = (
+        table[name].to_numpy().astype(np.float64) for name in ("rows", "positives", "label", "negative", "prediction")
+    )
+    place = equal_mass(table["bin"].to_numpy(), rows, FINE_BINS)
+    mean = prediction / (label + negative)
+    expected, variance = np.bincount(place, rows * mean), np.bincount(place, rows * mean * (1 - mean))
+    apart, some = np.bincount(place, positives) - expected, variance > 0
+    squares = float((apart[some] ** 2 / variance[some]).sum())
+    in_sum = float(abs(apart.sum()) / np.sqrt(variance.sum())) if some.any() else 0.0
+    return {"bins": int(some.sum()), "squares": squares, "in_sum": in_sum}
 
 
 def _calibration_bins(bins: _Bins, users: int, resamples: int, seed: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.aliases import Version, holder_of, point, replaced_by, tag, version_of
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.registry import FoundModel, local_model
@@ -24,7 +25,7 @@ from mmoe_rec.settings import Settings
 if TYPE_CHECKING:
     from mmoe_rec.serving.loaded import LoadedRanker
 
-_CALLS, _ROUNDS = 5, 20  # of an example, of which the fastest count
+_CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,43 @@ def promote_version(settings: Settings, asked: Asked, out: Path) -> Decision:
     if holder == challenger:
         return Decision(challenger, True, (f"version {challenger.number} holds '{asked.alias}' already",))
     mine = _loaded(challenger, uri)
-    if isinstance(mine, str):
-        return _refused(challenger, asked, (f"version {challenger.number} can't be served: {mine}",), uri)
-    its = None if holder is None else _loaded(holder, uri)
-    if holder is None or its is None or isinstance(its, str):
-        gone = "" if holder is None else f"version {holder.number}, which held it, can't be served any more: {its}"
-        return _promoted(challenger, holder, asked, (gone or f"no version held '{asked.alias}' before",), uri)
+    if isinstance(mine, Trouble):
+        return _refused(challenger, asked, (f"version {challenger.number} can't be served: {mine.why}",), uri)
+    if holder is None:
+        return _moved(challenger, None, asked, (f"no version held '{asked.alias}' before",), uri)
+    its = _loaded(holder, uri)
+    if isinstance(its, Trouble):
+        told = f"version {holder.number}, which holds '{asked.alias}', can't be served: {its.why}"
+        if its.for_good:
+            return _moved(challenger, holder, asked, (told,), uri)
+        return _refused(challenger, asked, (f"{told}; so the two can't be compared here",), uri)
+    return _judged(settings, asked, out, (challenger, mine), (holder, its))
+
+
+def _judged(
+    settings: Settings, asked: Asked, out: Path, one: tuple[Version, LoadedRanker], other: tuple[Version, LoadedRanker]
+) -> Decision:
+    """Decides by the test rows between two versions, of which the second holds the alias."""
+    uri, (challenger, mine), (holder, its) = settings.tracking.address, one, other
     names = _named(challenger), _named(holder)
     found = {_named(each): _found(each, uri) for each in (challenger, holder)}
-    results = evaluate_found(settings, found, out).results
+    try:
+        results = evaluate_found(settings, found, out).results
+    except NotFiniteError as error:
+        if error.name == names[0]:
+            return _refused(challenger, asked, (str(error),), uri)
+        return _moved(challenger, holder, asked, (str(error),), uri)
     against = _against(results, *names)
     if (ratio := _slower(mine, its, found[names[0]].folder)) > asked.slower_at_most:
         against.append(
             f"{names[0]} answers {ratio:.1f} times as slowly as {names[1]}, and {asked.slower_at_most:g} times is "
             "allowed (--slower-at-most)"
         )
-    if not against and holder_of(asked.name, asked.alias, uri) != holder:
-        against.append(f"'{asked.alias}' has moved meanwhile: run the command again")
     if against:
         return _refused(challenger, asked, tuple(against), uri, results)
     assert results.comparison is not None
     verdict = results.comparison["against"][names[1]]["verdict"]["sentence"]
-    return _promoted(challenger, holder, asked, (verdict,), uri, results)
+    return _moved(challenger, holder, asked, (verdict,), uri, results)
 
 
 def roll_back(name: str, alias: str, uri: str) -> Decision:
@@ -97,8 +113,8 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
             "at it by hand"
         )
     version = version_of(name, before, uri)
-    if isinstance(trouble := _loaded(version, uri), str):
-        raise UserError(f"version {before}, which held '{alias}' before, can't be served any more: {trouble}")
+    if isinstance(trouble := _loaded(version, uri), Trouble):
+        raise UserError(f"version {before}, which held '{alias}' before, can't be served: {trouble.why}")
     point(name, alias, before, uri)
     tag(holder, {"rolled_back": f"'{alias}' went back to version {before}"}, uri)
     return Decision(
@@ -118,8 +134,8 @@ def shadowed(asked: Asked, source: str, uri: str) -> list[str]:
         raise UserError(f"no version of '{asked.name}' holds '{asked.alias}', so there is none to compare answers with")
     sides = []
     for version in (challenger, holder):
-        if isinstance(loaded := _loaded(version, uri), str):
-            raise UserError(f"{_named(version)} can't be served: {loaded}")
+        if isinstance(loaded := _loaded(version, uri), Trouble):
+            raise UserError(f"{_named(version)} can't be served: {loaded.why}")
         sides.append(loaded)
     return told(shadow(sides[0], sides[1], source))
 
@@ -141,14 +157,28 @@ def _found(version: Version, uri: str) -> FoundModel:
     return FoundModel(version.address, local_model(version.address, uri), version.run_id)
 
 
-def _loaded(version: Version, uri: str) -> LoadedRanker | str:
-    """The ranker, whose files, format and example were checked, or why there is none."""
+@dataclass(frozen=True)
+class Trouble:
+    """Why a version can't be served; for_good: its files are damaged, or of another format, wherever it is loaded."""
+
+    why: str
+    for_good: bool
+
+
+def _loaded(version: Version, uri: str) -> LoadedRanker | Trouble:
+    """The ranker, whose files, format and example were checked, or why there is none here.
+
+    Raises UserError where its files can't be fetched, which says nothing about it.
+    """
+    from mmoe_rec.serving.errors import OtherScoresError
     from mmoe_rec.serving.ranker import Ranker
 
+    folder = local_model(version.address, uri)
     try:
-        return Ranker.load(local_model(version.address, uri))
-    except (UserError, RuntimeError) as error:  # or it fails at its own example
-        return " ".join(str(error).split())
+        return Ranker.load(folder)
+    except (UserError, RuntimeError) as error:  # or it fails at its own example, or for want of memory
+        for_good = isinstance(error, UserError) and not isinstance(error, OtherScoresError)
+        return Trouble(" ".join(str(error).split()), for_good)
 
 
 def _against(results: Results, mine: str, its: str) -> list[str]:
@@ -170,18 +200,21 @@ def _against(results: Results, mine: str, its: str) -> list[str]:
 def _slower(mine: LoadedRanker, its: LoadedRanker, artifact: Path) -> float:
     """How many times as long the first takes to answer an example as the second, the fastest of many calls of each."""
     example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+    # As many candidates as lists have in practice, of which the example has few.
+    times = max(1, _CANDIDATES // len(next(iter(example["candidates"].values()))))
+    candidates = {name: values * times for name, values in example["candidates"].items()}
     fastest: dict[int, float] = {}
     for _ in range(_ROUNDS):
         for side, ranker in enumerate((mine, its)):
             begun = time.perf_counter()
             for _ in range(_CALLS):
-                ranker.rank(example["user"], example["context"], example["candidates"])
+                ranker.rank(example["user"], example["context"], candidates)
             took = time.perf_counter() - begun
             fastest[side] = min(took, fastest.get(side, took))
     return fastest[0] / fastest[1]
 
 
-def _promoted(
+def _moved(
     version: Version,
     holder: Version | None,
     asked: Asked,
@@ -189,6 +222,10 @@ def _promoted(
     uri: str,
     results: Results | None = None,
 ) -> Decision:
+    """The alias moves, unless it has moved since it was looked up."""
+    if holder_of(asked.name, asked.alias, uri) != holder:
+        reasons = (f"'{asked.alias}' has moved meanwhile: run the command again",)
+        return _refused(version, asked, reasons, uri, results)
     point(asked.name, asked.alias, version.number, uri, holder)
     tag(version, {"promoted": f"'{asked.alias}' since this comparison", "compared": "; ".join(reasons)[:4000]}, uri)
     return Decision(version, True, (*reasons, f"'{asked.alias}' is version {version.number} now"), results)

@@ -99,33 +99,39 @@ class Results:
         return found
 
     def write(self, out: Path) -> None:
-        """Writes the files, replacing those of an evaluation before."""
-        from mmoe_rec.report.evaluation import write
+        """Writes the files, replacing those of an evaluation before; the page last.
 
-        comparison = self.comparison  # what can't be compared leaves all as it was
-        shutil.rmtree(out / "against", ignore_errors=True)
-        (out / "comparison.json").unlink(missing_ok=True)
-        for place, each in enumerate(self.models.values()):
-            folder = out / "against" / str(place) if place else out
-            each.sums.save(folder / "sums")
-            _write(folder / "metrics.json", each.summary)
-        if comparison is not None:
-            _write(out / "comparison.json", comparison)
-        models = {
-            name: {"address": each.address, "summary": each.summary, "gates": each.gates}
-            for name, each in self.models.items()
-        }
-        write(
+        Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
+        """
+        from mmoe_rec.evaluation.sums import check_folder
+        from mmoe_rec.report.evaluation import Made
+
+        comparison, against = self.comparison, out / "against"
+        made = Made.of(
             {
                 "title": self.title,
-                "models": models,
+                "models": {
+                    name: {"address": each.address, "summary": each.summary, "gates": each.gates}
+                    for name, each in self.models.items()
+                },
                 "comparison": comparison,
                 "findings": self.findings,
                 "slices": self.slices,
                 "facts": self.facts,
-            },
-            out,
+            }
         )
+        _check_ours(against)
+        check_folder(out / "sums")
+        (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
+        shutil.rmtree(against, ignore_errors=True)
+        (out / "comparison.json").unlink(missing_ok=True)
+        for place, each in enumerate(self.models.values()):
+            folder = against / str(place) if place else out
+            each.sums.save(folder / "sums")
+            _write(folder / "metrics.json", each.summary)
+        if comparison is not None:
+            _write(out / "comparison.json", comparison)
+        made.write(out)
 
     def told(self) -> Iterator[Table | str]:
         """For the terminal: tables, verdicts, notes and warnings."""
@@ -138,10 +144,21 @@ class Results:
         if self.comparison is not None:
             yield differences_table(self.comparison)
             yield from told_of(self.comparison)
+            if not all("catalogue" in each for each in self.summaries.values()):
+                yield "note: without candidates it can't be told whether labels belong to the same rows of a request"
         yield from (f"note: {note}" for note in told(list(self.summaries.values())))
         for each in self.findings:
             of = f"'{each['model']}': " if len(self.models) > 1 else ""
             yield f"warning: {of}{each['message']}"
+
+
+def _check_ours(against: Path) -> None:
+    """Raises UserError where a folder that is to be replaced holds something else than models' metrics."""
+    for each in against.iterdir() if against.is_dir() else ():
+        if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
+            raise UserError(
+                f"'{each}' lies where results go, and is none of an evaluation: give another folder with --out"
+            )
 
 
 def short_names(addresses: Sequence[str]) -> list[str]:

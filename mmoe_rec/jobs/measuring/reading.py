@@ -96,7 +96,7 @@ class _Reading:
             columns["score"] = pa.array(score)
         if asked.weight is not None:
             weight = self._numbers(table, asked.weight, start)
-            self._check(asked.weight, weight, ~((weight > 0) & np.isfinite(weight)), start, "a positive number")
+            self._check(asked.weight, weight, ~((weight > 1e-50) & (weight < 1e50)), start, "a positive number")
             columns["weight"] = pa.array(weight)
         for number, by in enumerate(asked.slices):
             try:

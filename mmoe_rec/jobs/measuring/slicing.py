@@ -18,7 +18,7 @@ MOST_VALUES = 1_000
 """Of a column, beyond which it is an id or a number, and no slice."""
 SHOWN_VALUES = 20
 """That have the most rows; what is left is one slice."""
-MISSING, OTHERS = "missing", "all others"
+MISSING, OTHERS = "(missing)", "(all others)"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
 Counts = tuple[np.ndarray, np.ndarray]
@@ -107,10 +107,16 @@ class Slices:
     def names(self) -> list[str]:
         """Of all, in the order in which they are best read."""
         if self.by.buckets is None:
-            return [*self.values, OTHERS, MISSING]
+            shown = [f"'{each}'" if each in (MISSING, OTHERS) else each for each in self.values]
+            return [*shown, OTHERS, MISSING]
         bounds = [self.ends[0], *self.edges]
         tops = [*self.edges, self.ends[1]]
-        names = [f"{low:.6g} to {top:.6g}" for low, top in zip(bounds, tops, strict=True)] if self.edges else ["all"]
+        if not self.edges:
+            return ["all", MISSING]
+        for digits in (6, 9, 12, 17):  # as many as tell them apart
+            names = [f"{low:.{digits}g} to {top:.{digits}g}" for low, top in zip(bounds, tops, strict=True)]
+            if len(set(names)) == len(names):
+                break
         return [*names, MISSING]
 
     def rows(self, values: pa.Array) -> Mapping[str, np.ndarray]:

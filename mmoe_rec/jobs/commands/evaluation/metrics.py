@@ -30,8 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PART=COLUMN",
-        help="names of columns: user, request (several joined by +), candidate, score, weight (counts rows in losses "
-        "and calibration), predicted_TASK, label_TASK",
+        help="names of columns: user, request (several joined by +), candidate, score, weight (by which rows count "
+        "in metrics of tasks), predicted_TASK, label_TASK",
     )
     parser.add_argument(
         "--slices",
@@ -42,7 +42,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-duplicates", action="store_true", help="a request may hold a candidate more than once")
     parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
-    parser.add_argument("--resamples", type=count, metavar="N", help="redraws of the users, for the intervals")
+    parser.add_argument(
+        "--resamples", type=number_of_resamples, metavar="N", help="redraws of the users, for the intervals"
+    )
+
+
+def number_of_resamples(text: str) -> int:
+    """20 or more, for an argument's `type`, as the settings ask."""
+    if (number := count(text)) < 20:
+        raise argparse.ArgumentTypeError(f"must be 20 or more, found '{text}'")
+    return number
 
 
 @exit_with_message()

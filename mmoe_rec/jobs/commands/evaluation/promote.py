@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if (arguments.challenger is None) != arguments.rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
+    if arguments.rollback and arguments.shadow is not None:
+        raise UserError("--shadow compares a challenger's answers, and --rollback has none: leave one of them out")
     from pathlib import Path
 
     from mmoe_rec.jobs.judging.promote import Asked, promote_version, roll_back, shadowed
