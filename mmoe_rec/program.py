@@ -10,6 +10,7 @@ NAMES = (
     "metrics",
     "promote",
     "baselines",
+    "tune_weights",
     "score",
     "serve",
     "join_outcomes",
@@ -25,7 +26,7 @@ NAMES = (
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
-FOLDERS = dict.fromkeys(("metrics", "promote", "baselines"), "evaluation")
+FOLDERS = dict.fromkeys(("metrics", "promote", "baselines", "tune_weights"), "evaluation")
 """Where those of the repository's commands lie that have a folder: `python -m pipelines.FOLDER.NAME`."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"

@@ -111,6 +111,10 @@ EXERCISED_BY = {
     "--model models:/complete_journey@champion": (
         "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat"
     ),
+    "python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml "
+    "--model models:/complete_journey@champion --goal bought --keep rebought=0.002": (
+        "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows"
+    ),
     "python -m pipelines.evaluation.promote --config configs/complete_journey.yaml --challenger challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),

@@ -13,7 +13,7 @@ from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.overlap import overlap
-from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
+from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
@@ -69,7 +69,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
     measured: dict[str, Measured] = {}
     training = TrainingRows.of(settings)
     for place, (name, each) in enumerate(found.items()):
-        scored = _scored(settings, each, name)
+        scored = scored_rows(settings, each, name)
         if not place:
             its = scored
         measured[name] = _measured(settings, scored, each, name, training)
@@ -87,17 +87,19 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
 
 def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> Measured:
     """A model's metrics on the test rows, without slices."""
-    return _measured(settings, _scored(settings, found, name), found, name, None)
+    return _measured(settings, scored_rows(settings, found, name), found, name, None)
 
 
-def _scored(settings: Settings, found: FoundModel, name: str) -> Scored:
+def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
+    """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
+    NotFiniteError."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import NotFiniteError, score_rows
-    from mmoe_rec.jobs.truth import test_rows
+    from mmoe_rec.jobs.truth import rows_to_measure
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
-    with test_rows(settings, found.folder, ranker) as folder:
+    with rows_to_measure(settings, found.folder, ranker, split) as folder:
         try:
             return score_rows(
                 ranker.model,
@@ -133,7 +135,20 @@ def _measured(
         for value, rows in distinct(of_rows)
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    return Measured(sums, summary, found.address, of_tasks, overlap(settings, found.folder, name), slices)
+    seen = overlap(settings, found.folder, name)
+    return Measured(sums, summary, found.address, of_tasks, seen, slices, _tradeoffs(scored, settings))
+
+
+def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+    """What other weights of the tasks would give; none of one task, or where a weight is negative."""
+    from mmoe_rec.evaluation.judging.tradeoffs import Sweep, grid, lists_of, normalised, told_of_sweep
+
+    given = [task.score_weight for task in scored.layout.tasks]
+    if len(given) < 2 or min(given) < 0 or max(given) == 0:
+        return []
+    names, weights = [task.name for task in scored.layout.tasks], grid(len(given), normalised(given))
+    resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)
+    return told_of_sweep(Sweep(names, lists_of(scored), weights), resamples)
 
 
 def _facts(settings: Settings, scored: Scored) -> dict[str, str]:

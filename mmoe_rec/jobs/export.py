@@ -147,10 +147,10 @@ def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small:
 
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.jobs.truth import test_rows
+    from mmoe_rec.jobs.truth import rows_to_measure
 
     scored: list[Scored] = []
-    with test_rows(settings, folder, ranker) as encoded:
+    with rows_to_measure(settings, folder, ranker) as encoded:
         for each in (ranker, small):
             rows = EncodedRows(encoded, each.layout)
             size = settings.evaluation.batch_size

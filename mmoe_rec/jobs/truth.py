@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def test_rows(settings: Settings, artifact: Path, ranker: LoadedRanker) -> Iterator[Path]:
+def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, split: str = "test") -> Iterator[Path]:
     """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
     rows freshly encoded by those.
 
-    artifact: the folder that the ranker was loaded from. Raises UserError where its tasks mean something else than
-    those of the settings.
+    artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks mean
+    something else than those of the settings.
     """
     _check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
     with reading(work / "features", what):
         prepared = existing(*log_and_place(settings))
         if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
-            prepared.require_rows("test")
-            yield prepared.split("test")
+            prepared.require_rows(split)
+            yield prepared.split(split)
             return
     logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
     if gone := Prepared(work / "features").gone(logs):
@@ -44,8 +44,8 @@ def test_rows(settings: Settings, artifact: Path, ranker: LoadedRanker) -> Itera
             f"files that are left in the log: {told}"
         )
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
-        encode_with(artifact / "features", logs, {"test": settings.split.windows()["test"]}, encoded)
-        yield encoded / "test"
+        encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
+        yield encoded / split
 
 
 def _check_tasks(settings: Settings, schema: Schema) -> None:

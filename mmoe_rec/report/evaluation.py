@@ -17,7 +17,7 @@ from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.notes import told
-from mmoe_rec.report.evaluation_figures import calibration_figure
+from mmoe_rec.report.evaluation_figures import calibration_figure, tradeoff_figure
 from mmoe_rec.report.explanations import EVALUATION
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.style import svg
@@ -26,6 +26,7 @@ _SHOWN_SLICES = 12
 _SEVERITY = {"calibration": "warning"}
 """Of findings, by their check; all others are problems."""
 SCORE, CATALOGUE = "score", "catalogue"
+_NDCG = next(each for each in registered.METRICS if each.name == "ndcg_at_10")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def page(report: Mapping[str, Any]) -> str:
 
     report: `title`; `models`, name -> `address`, `summary` and `gates` (task -> mean weight of each expert, or None);
     the first is the one in question; `comparison` (of `compare`) or None; `findings`, each with `model`, `check` and
-    `message`; `slices`, records of `sliced`; and `facts`, name -> text.
+    `message`; `slices`, records of `sliced`; `tradeoffs`, records of `told_of_sweep` of the first model; and `facts`,
+    name -> text.
     """
     summaries = {name: each["summary"] for name, each in report["models"].items()}
     comparison = report["comparison"]
@@ -78,6 +80,7 @@ def page(report: Mapping[str, Any]) -> str:
         "groups": list(_groups(summaries, comparison)),
         "curves": list(_curves(summaries)),
         "gates": _gates(report["models"]),
+        "tradeoffs": _tradeoffs(report["tradeoffs"]),
         "slices": _slices(report["slices"]),
         "few": len({(each["by"], each["slice"], each["group"]) for each in report["slices"] if each["value"] is None}),
         "facts": report["facts"],
@@ -227,6 +230,30 @@ def _curves(summaries: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, st
 
 def _gates(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"model": name, "tasks": each["gates"]} for name, each in models.items() if each["gates"]]
+
+
+def _tradeoffs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The front of weights, in the order of the first task's, with the model's own; and a figure of two tasks."""
+    if not records:
+        return None
+    shown = [each for number, each in enumerate(records) if number == 0 or each["dominated_by"] is None]
+    rows = [
+        {
+            "weights": " : ".join(f"{weight:.2g}" for weight in each["weights"].values()),
+            "values": [_cell(_NDCG, value) for value in each["values"].values()],
+            "said": " ".join(filter(None, ("this model" if each is records[0] else "", _dominated(each)))),
+        }
+        for each in sorted(shown, key=lambda each: -next(iter(each["weights"].values())))
+    ]
+    tasks, figure = list(records[0]["values"]), ""
+    defined = all(value["value"] is not None for each in records for value in each["values"].values())
+    if len(tasks) == 2 and defined:
+        figure = svg(tradeoff_figure(records), f"NDCG@10 of {tasks[0]} and {tasks[1]} by weights in the score", {})
+    return {"tasks": tasks, "rows": rows, "tried": len(records), "figure": figure}
+
+
+def _dominated(record: Mapping[str, Any]) -> str:
+    return "" if record["dominated_by"] is None else "(dominated)"
 
 
 def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

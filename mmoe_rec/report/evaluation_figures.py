@@ -117,6 +117,31 @@ def sweep_figure(
     return figure
 
 
+def tradeoff_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """How well two tasks are served by rankings of different weights: the front as a line, what is dominated pale.
+
+    records: of `tradeoffs.told_of_sweep`, of two tasks, with values; the first is the model's own ranking.
+    """
+    tasks = list(records[0]["values"])
+    points = np.array([[each["values"][task]["value"] for task in tasks] for each in records], dtype=np.float64)
+    front = np.array([each["dominated_by"] is None for each in records])
+    order = np.argsort(points[front, 0])
+    figure = blank(5.6, 4.2)
+    axes = figure.subplots()
+    plain(axes)
+    axes.plot(*points[front][order].T, color=_LINE, marker="o", markersize=4, linewidth=1.4, label="front", zorder=2)
+    axes.plot(*points[~front].T, color=_MUTED, marker="o", markersize=3, linestyle="none", label="dominated", zorder=1)
+    ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": "none"}
+    axes.plot(*points[:1].T, color=SERIES[1], marker="o", **ring, label="this model", zorder=3)
+    axes.set_xlabel(f"NDCG@10 of {tasks[0]}")
+    axes.set_ylabel(f"NDCG@10 of {tasks[1]}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
 def _bin_arrays(bins: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Mean prediction, observed rate, and the ends of its interval (NaN where there is none), (bins,) each."""
     names = ("mean_predicted", "observed_rate", "low", "high")

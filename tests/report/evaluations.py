@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mmoe_rec.evaluation.closed import closed
 from mmoe_rec.evaluation.findings import findings
 from mmoe_rec.evaluation.judging.compare import compare
 from mmoe_rec.evaluation.judging.slices import SlicedModel, sliced
+from mmoe_rec.evaluation.judging.tradeoffs import Lists, Sweep, grid, told_of_sweep
 from mmoe_rec.evaluation.judging.verdict import Rule
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
@@ -40,6 +42,10 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
         )
         gates = {task: [0.25, 0.75] for task in tasks}
         models[name] = {"address": f"models:/{name}", "summary": summarise(sums[name].whole, 50), "gates": gates}
+    logs = np.log(np.stack([1 / (1 + np.exp(-logit)), random.random(len(user))], 1))
+    ids = pa.array(user), pa.array(request)
+    labels = np.stack([label, random.integers(2, size=len(user))], 1).astype(float)
+    sweep = Sweep(tasks, Lists(*ids, logs, labels), grid(2, (0.6, 0.4)))
     summaries = {name: each["summary"] for name, each in models.items()}
     whole = {name: each.whole for name, each in sums.items()}
     return {
@@ -49,5 +55,6 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
         "findings": [{"model": first, **each} for each in findings(summaries[first])]
         + [{"model": second, "check": "seen", "message": f"'{second}' was trained on these rows"}],
         "slices": sliced(sums, first, 50),
+        "tradeoffs": told_of_sweep(sweep, 20),
         "facts": {f"log of {tasks[0]}": "somewhere"},
     }

@@ -42,6 +42,8 @@ def test_values_stand_with_intervals_and_differences(report: dict[str, Any]) -> 
     assert "kind: few & far" in words
     assert "0.75" in words
     assert "log of bought" in words
+    assert "of 22 that were tried" in words or "of 21 that were tried" in words
+    assert "this model" in words
 
 
 def test_a_slice_that_is_worse_stands_first(report: dict[str, Any]) -> None:
@@ -51,6 +53,8 @@ def test_a_slice_that_is_worse_stands_first(report: dict[str, Any]) -> None:
 
 def test_one_model_alone_has_no_verdict(report: dict[str, Any]) -> None:
     alone = {**report, "models": {"new": report["models"]["new"]}, "comparison": None, "findings": [], "slices": []}
+    words = said({**alone, "tradeoffs": []})
+    assert "Weights of tasks are tried for models with several tasks" in words
     words = said(alone)
     assert "Nothing suspicious found" in words
     assert "--against says which one is better" in words
@@ -87,7 +91,7 @@ def test_it_opens_in_a_browser_and_fits(report: dict[str, Any], width: int, dark
         (title,) = opened.texts("h1")
         assert title == "Evaluation of bought"
         assert len(opened.texts("tbody tr")) > 20
-        assert opened.run("return document.querySelectorAll('svg').length") == 2
+        assert opened.run("return document.querySelectorAll('svg').length") == 3
         assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "the page is too wide"
         assert opened.run(
             "return [...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().width > 200)"

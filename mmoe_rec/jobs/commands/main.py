@@ -21,6 +21,7 @@ _ABOUT = {
     "metrics": "metrics of predictions in Parquet files, of any system",
     "baselines": "popularity and gradient-boosted trees on the same rows",
     "promote": "gives the alias to a version that is shown to be better, or back",
+    "tune_weights": "weights of the tasks in the score, for a goal and with a guardrail",
     "score": "predictions, scores and ranks of a log or of candidates",
     "serve": "serves a model over HTTP",
     "join_outcomes": "requests that were served and what happened then, as a log",

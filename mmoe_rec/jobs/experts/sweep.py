@@ -42,12 +42,12 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: how many."""
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.jobs.truth import test_rows
+    from mmoe_rec.jobs.truth import rows_to_measure
     from mmoe_rec.report.evaluation_figures import sweep_figure
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(model.folder)
-    with test_rows(settings, model.folder, ranker) as folder:
+    with rows_to_measure(settings, model.folder, ranker) as folder:
         encoded = EncodedRows(folder, ranker.layout)
         found = list(_each(ranker, encoded, settings.evaluation.batch_size, rows))
     with atomic_file(out / "sweep.json") as file:

@@ -33,7 +33,8 @@ class Measured:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; slices: its sums in each, see `sliced`.
+    unknown; seen: sentences on how it has seen these rows before; slices: its sums in each, see `sliced`; tradeoffs:
+    records of other weights, see `told_of_sweep`.
     """
 
     sums: Sums
@@ -42,6 +43,7 @@ class Measured:
     gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
     slices: Mapping[tuple[str, str], ClosedSums] = field(default_factory=dict)
+    tradeoffs: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Results:
                 "comparison": comparison,
                 "findings": self.findings,
                 "slices": self.slices,
+                "tradeoffs": next(iter(self.models.values())).tradeoffs,
                 "facts": self.facts,
             }
         )

@@ -1,0 +1,179 @@
+"""What other weights of the tasks in the score would give each task: a front of rankings none of which is best for all.
+
+The score is the sum of weight x log prediction, so only the ratios of weights matter: they sum to 1 here. How well a
+ranking serves a task is the NDCG of its rows, whose relevance is the label of that task alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.closed import MOST_UNITS, group_of
+from mmoe_rec.evaluation.judging.differences import Difference, difference
+from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
+from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
+from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.model.score import SMALLEST_VALUE
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+
+CUTOFF = 10
+_DENOMINATORS = {1: 1, 2: 20, 3: 8, 4: 5}
+"""Number of tasks -> steps from no weight to all of it; of more tasks, weights are drawn."""
+_DRAWN = 60
+_SMALLEST_PROBABILITY = 1e-38
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """N rows of requests. users, requests: (N,); logs: (N, T) log predictions; labels: (N, T), NaN where unobserved."""
+
+    users: pa.Array
+    requests: pa.Array
+    logs: np.ndarray
+    labels: np.ndarray
+
+
+def lists_of(scored: Scored) -> Lists:
+    """Rows of a model as a sweep reads them."""
+    kinds = [task.kind for task in scored.layout.tasks]
+    least = np.where([kind == "binary" for kind in kinds], _SMALLEST_PROBABILITY, SMALLEST_VALUE)
+    logs = np.log(np.maximum(scored.predictions.astype(np.float64), least))
+    return Lists(scored.users, scored.requests, logs, scored.labels)
+
+
+class Sweep:
+    """NDCG of each task by the ranking of each weights, per user. weights: P of T, which sum to 1."""
+
+    def __init__(self, tasks: Sequence[str], lists: Lists, weights: Sequence[Weights]) -> None:
+        self.tasks, self.weights = list(tasks), list(weights)
+        request = lists.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
+        units, self.units = _units(lists.users)
+        requests = int(request.max()) + 1
+        unit_of_request = np.zeros(requests, np.int64)
+        unit_of_request[request] = units
+        gains = np.maximum(np.nan_to_num(lists.labels, nan=0.0), 0.0)
+        self._sums = np.zeros((len(weights), len(tasks), self.units))
+        self._counts = np.zeros((len(tasks), self.units))
+        rows = np.bincount(units, minlength=self.units).astype(np.float64)
+        self.effective = float(rows.sum() ** 2 / (rows**2).sum())
+        ranked: list[np.ndarray] = []
+        for number, each in enumerate(weights):
+            order = RankedLists.of(request, lists.logs @ np.array(each), np.zeros(len(request)), requests)
+            for task in range(len(tasks)):
+                mine = replace(order, gain=gains[order.row, task])
+                if number == 0:
+                    ranked.append(~np.any(list(ranks_nothing(mine).values()), axis=0))
+                    self._counts[task] = np.bincount(unit_of_request[ranked[task]], minlength=self.units)
+                found = np.where(ranked[task], ndcg(mine, CUTOFF), 0.0)
+                self._sums[number, task] = np.bincount(unit_of_request, found, self.units)
+
+    def values(self, resamples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(P, T) values, and (P, T, R) in resamples of the users; NaN where no request ranks anything for a task."""
+        once = _ratio(self._sums @ np.ones((self.units, 1)), self._counts @ np.ones((self.units, 1)))
+        redrawn = [
+            _ratio(self._sums @ counts, self._counts @ counts) for counts in user_counts(self.units, resamples, seed)
+        ]
+        return once[:, :, 0], np.concatenate(redrawn, axis=2)
+
+
+def grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
+    """Weights that sum to 1: the deployed ones first, then all of a grid, or some that are drawn where that is
+    large."""
+    if (steps := _DENOMINATORS.get(tasks)) is None:
+        drawn = np.random.default_rng(seed).dirichlet(np.ones(tasks), _DRAWN)
+        others = [tuple(float(x) for x in each) for each in [*np.eye(tasks), *drawn]]
+    else:
+        parts = itertools.product(range(steps + 1), repeat=tasks)
+        others = [tuple(x / steps for x in each) for each in parts if sum(each) == steps]
+    return [deployed, *(each for each in others if not np.allclose(each, deployed))]
+
+
+def normalised(weights: Sequence[float]) -> Weights:
+    """Weights that sum to 1. Raises UserError where none is above 0, or one is below."""
+    total = sum(weights)
+    if total <= 0 or min(weights) < 0:
+        raise UserError(
+            f"weights of tasks in the score are {list(weights)}; trade-offs need some above 0 and none below"
+        )
+    return tuple(each / total for each in weights)
+
+
+def told_of_sweep(sweep: Sweep, resamples: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A record for each weights, in their order: `weights`, by task; `values`, task -> NDCG@10 with its interval; and
+    `dominated_by`, the number of another record that is better for one task and worse for none, None on the front."""
+    once, redrawn = sweep.values(resamples, seed)
+    records = []
+    for number, each in enumerate(sweep.weights):
+        values = {
+            task: with_interval(float(once[number, place]), redrawn[number, place], sweep.units)
+            for place, task in enumerate(sweep.tasks)
+        }
+        weights = dict(zip(sweep.tasks, each, strict=True))
+        records.append({"weights": weights, "values": values, "dominated_by": _dominated_by(number, once)})
+    return records
+
+
+def apart_from_first(sweep: Sweep, number: int, resamples: int, seed: int = 0) -> dict[str, Difference]:
+    """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
+    once, redrawn = sweep.values(resamples, seed)
+    return _apart(sweep, number, once, redrawn)
+
+
+def choose(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int, seed: int = 0) -> int:
+    """The number of the weights that serve a task best while no other one loses more than its margin, beside the first.
+
+    margins: task -> NDCG@10 that it may lose: the interval of its loss must not reach further.
+    """
+    once, redrawn = sweep.values(resamples, seed)
+    place, best = sweep.tasks.index(goal), 0
+    for number in range(1, len(sweep.weights)):
+        if once[number, place] > once[best, place]:
+            apart = _apart(sweep, number, once, redrawn)
+            best = number if all(_at_least(apart[task], -margin) for task, margin in margins.items()) else best
+    return best
+
+
+def _apart(sweep: Sweep, number: int, once: np.ndarray, redrawn: np.ndarray) -> dict[str, Difference]:
+    return {
+        task: difference(
+            float(once[number, t]), float(once[0, t]), redrawn[number, t], redrawn[0, t], sweep.units, sweep.effective
+        )
+        for t, task in enumerate(sweep.tasks)
+    }
+
+
+def _at_least(apart: Difference, least: float) -> bool:
+    return apart["low"] is not None and apart["low"] >= least
+
+
+def _dominated_by(number: int, values: np.ndarray) -> int | None:
+    mine = values[number]
+    known = ~np.isnan(mine)
+    for other, its in enumerate(values):
+        if (its[known] >= mine[known]).all() and (its[known] > mine[known]).any():
+            return other
+    return None
+
+
+def _units(users: pa.Array) -> tuple[np.ndarray, int]:
+    """(N,) the unit of each row that is redrawn, a user or a group of them, and how many there are."""
+    encoded = users.dictionary_encode()
+    codes = encoded.indices.to_numpy().astype(np.int64)
+    if len(encoded.dictionary) <= MOST_UNITS:
+        return codes, len(encoded.dictionary)
+    groups, place = np.unique(group_of(hash_column(encoded.dictionary)), return_inverse=True)
+    return place[codes], len(groups)
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=np.broadcast_to(counts > 0, sums.shape))

@@ -1,0 +1,79 @@
+"""python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml --model
+models:/complete_journey@champion
+
+Tries other weights of the tasks in the score of a model, and picks those that rank best for one task (`--goal`) while
+the others lose no more NDCG@10 than they may (`--keep rebought=0.002`, else `evaluation.margin`). The choice is made on
+the validation rows; what it gains and costs is told on the test rows, with intervals. Prints the front of weights of
+which none is better for all tasks, and writes all to `data.work`/tradeoffs/tradeoffs.json. Nothing is trained: put the
+weights into the settings as `score_weight`, or send them with a request as `task_weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from mmoe_rec.errors import UserError, exit_with_message
+from mmoe_rec.jobs.commands.command import read_command, show
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder"
+    )
+    parser.add_argument("--goal", metavar="TASK", help="the task that is to be served better (default: the first one)")
+    parser.add_argument(
+        "--keep", nargs="+", default=[], metavar="TASK=LOSS", help="NDCG@10 that another task may lose at most"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where tradeoffs.json goes (default: data.work/tradeoffs)")
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    margins = dict(_margin(word) for word in arguments.keep)
+    from pathlib import Path
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmoe_rec.jobs.judging.tradeoffs import told, tune_weights
+
+    out = Path(arguments.out or Path(settings.data.work) / "tradeoffs")
+    choice = tune_weights(settings, arguments.model, arguments.goal, margins, out)
+    table = Table(title="NDCG@10 of each task by weights in the score, test rows", title_justify="left")
+    table.add_column("weights", no_wrap=True)
+    for task in choice.before:
+        table.add_column(Text(task), justify="right")
+    table.add_column("", no_wrap=True)
+    for each in choice.records:
+        marks = {"the model's": each["weights"] == choice.before, "chosen": each["weights"] == choice.weights}
+        if each["dominated_by"] is not None and not any(marks.values()):
+            continue
+        weights = " : ".join(f"{weight:.3g}" for weight in each["weights"].values())
+        values = ["-" if value["value"] is None else f"{value['value']:.4f}" for value in each["values"].values()]
+        said = [name for name, holds in marks.items() if holds]
+        said += ["dominated"] if each["dominated_by"] is not None else []
+        table.add_row(weights, *values, ", ".join(said), style="bold" if any(marks.values()) else "")
+    dominated = sum(each["dominated_by"] is not None for each in choice.records)
+    table.caption = (
+        f"{dominated} of {len(choice.records)} are dominated: others are better for one task and worse for none"
+    )
+    show([table, *told(choice)])
+    if choice.changes:
+        for task, weight in choice.weights.items():
+            print(f"  tasks.{task}.score_weight: {weight:.4g}")
+    print(f"all weights: {out / 'tradeoffs.json'}")
+
+
+def _margin(word: str) -> tuple[str, float]:
+    task, equals, loss = word.partition("=")
+    try:
+        margin = float(loss)
+    except ValueError:
+        margin = math.nan
+    if not equals or not margin >= 0:
+        raise UserError(f"--keep takes TASK=LOSS, such as rebought=0.002; found '{word}'")
+    return task, margin

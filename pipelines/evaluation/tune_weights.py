@@ -1,0 +1,12 @@
+"""python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml --model
+models:/complete_journey@champion
+
+The same as `mmoe-rec tune-weights`; --help describes it.
+"""
+
+from mmoe_rec.jobs.commands.evaluation.tune_weights import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Weights of tasks: chosen on validation rows, told of on test rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.judging.tradeoffs import lists_of
+from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.jobs.commands.evaluation.tune_weights import main
+from mmoe_rec.jobs.judging.tradeoffs import Choice, told
+from mmoe_rec.serving.ranker import Ranker
+from tests.serving.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    small = SmallModel(tmp_path_factory.mktemp("model"))
+    (Path(small.settings.data.work) / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
+    return small
+
+
+def run(model: SmallModel, *words: str) -> int:
+    work = Path(model.settings.data.work)
+    try:
+        main(["--config", str(work / "settings.yaml"), "--model", str(model.folder), *words])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_logs_are_those_of_the_served_score(model: SmallModel) -> None:
+    """By the deployed weights, the sweep ranks as the model does; one of the tasks is a regression."""
+    ranker = Ranker.load(model.folder)
+    scored = score_rows(ranker.model, ranker.layout, EncodedRows(model.prepared.split("test"), ranker.layout), 64)
+    weights = np.array([task.score_weight for task in ranker.layout.tasks])
+    np.testing.assert_allclose(lists_of(scored).logs @ weights, scored.score, rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
+    assert run(model, "--goal", "click", "--keep", "liked=1", "spent=1") == 0
+    printed = capsys.readouterr().out
+    found = json.loads((Path(model.settings.data.work) / "tradeoffs" / "tradeoffs.json").read_text())
+    assert found["goal"] == "click"
+    assert found["margins"] == {"liked": 1.0, "spent": 1.0}
+    by_weights = {tuple(each["weights"].values()): each["values"]["click"]["value"] for each in found["records"]}
+    before, after = (by_weights[tuple(found[name].values())] for name in ("before", "weights"))
+    assert found["apart"]["click"]["value"] == pytest.approx(after - before)
+    assert "click: NDCG@10 changes by " in printed
+    assert "the model's" in printed
+    if found["before"] != found["weights"]:
+        assert f"tasks.click.score_weight: {found['weights']['click']:.4g}" in printed
+    same = Choice("click", {"liked": 0.0}, found["before"], found["before"], found["apart"], [])
+    assert told(same) == ["no weights serve click better without a loss of liked by 0 or more: keep those of the model"]
+
+
+def test_what_is_asked_for_wrongly_is_told(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
+    for words, sentence in (
+        (("--goal", "loved"), "there is no task 'loved'; the settings have click, liked, spent"),
+        (("--keep", "loved=0.1"), "there is no task 'loved'"),
+        (("--keep", "liked"), "--keep takes TASK=LOSS, such as rebought=0.002; found 'liked'"),
+        (("--keep", "liked=much"), "found 'liked=much'"),
+        (("--goal", "liked", "--keep", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
+    ):
+        assert run(model, *words) == 2
+        assert sentence in capsys.readouterr().err
