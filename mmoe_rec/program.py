@@ -11,6 +11,7 @@ NAMES = (
     "promote",
     "baselines",
     "tune_weights",
+    "off_policy",
     "score",
     "serve",
     "join_outcomes",
@@ -26,7 +27,7 @@ NAMES = (
     "doctor",
 )
 """The commands of the package. Those that make the logs of data sets are in the repository alone."""
-FOLDERS = dict.fromkeys(("metrics", "promote", "baselines", "tune_weights"), "evaluation")
+FOLDERS = dict.fromkeys(("metrics", "promote", "baselines", "tune_weights", "off_policy"), "evaluation")
 """Where those of the repository's commands lie that have a folder: `python -m pipelines.FOLDER.NAME`."""
 _INSTALLED = Path(__file__).parent / "settings" / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"

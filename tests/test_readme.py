@@ -115,6 +115,8 @@ EXERCISED_BY = {
     "--model models:/complete_journey@champion --goal bought --keep rebought=0.002": (
         "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows"
     ),
+    "python -m pipelines.evaluation.off_policy --log data/shown --tasks clicked --columns target=p_new "
+    "--where policy=random": "jobs/test_off_policy_command.py::test_one_log_tells_of_the_other",
     "python -m pipelines.evaluation.promote --config configs/complete_journey.yaml --challenger challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),

@@ -114,6 +114,20 @@ def group_of(users: np.ndarray) -> np.ndarray:
     return (users >> np.uint64(64 - (MOST_UNITS - 1).bit_length())).astype(np.int64)
 
 
+def units_of(users: pa.Array) -> tuple[np.ndarray, int]:
+    """(N,) int64, which unit of those that are redrawn each row belongs to, a user or a group of them; how many there
+    are.
+
+    users: (N,) integers or strings.
+    """
+    encoded = users.dictionary_encode()
+    codes = encoded.indices.to_numpy().astype(np.int64)
+    if len(encoded.dictionary) <= MOST_UNITS:
+        return codes, len(encoded.dictionary)
+    groups, place = np.unique(group_of(hash_column(encoded.dictionary)), return_inverse=True)
+    return place[codes], len(groups)
+
+
 def _by_group(table: pa.Table) -> pa.Table:
     place = table.column_names.index("user")
     return table.set_column(place, "user", pa.array(group_of(hash_column(table["user"].combine_chunks()))))

@@ -1,5 +1,4 @@
-"""python -m pipelines.evaluation.baselines --config configs/complete_journey.yaml --model
-models:/complete_journey@champion
+"""python -m pipelines.evaluation.baselines --config configs/shop.yaml --model models:/shop@champion
 
 The same as `mmoe-rec baselines`; --help describes it.
 """

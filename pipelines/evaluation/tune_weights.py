@@ -1,5 +1,4 @@
-"""python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml --model
-models:/complete_journey@champion
+"""python -m pipelines.evaluation.tune_weights --config configs/shop.yaml --model models:/shop@champion --goal bought
 
 The same as `mmoe-rec tune-weights`; --help describes it.
 """

@@ -95,7 +95,6 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
 def test_many_users_are_redrawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = lists(1, users=600), [(0.5, 0.5), (1.0, 0.0)]
     alone = told_of_sweep(Sweep(TASKS, rows, weights), 400)
-    monkeypatch.setattr("mmoe_rec.evaluation.judging.tradeoffs.MOST_UNITS", 100)
     monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 128)
     together = told_of_sweep(Sweep(TASKS, rows, weights), 400)
     for one, other in zip(alone, together, strict=True):

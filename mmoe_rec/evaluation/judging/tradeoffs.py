@@ -15,11 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import MOST_UNITS, group_of
+from mmoe_rec.evaluation.closed import units_of
 from mmoe_rec.evaluation.judging.differences import Difference, difference
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
-from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.model.score import SMALLEST_VALUE
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Sweep:
     def __init__(self, tasks: Sequence[str], lists: Lists, weights: Sequence[Weights]) -> None:
         self.tasks, self.weights = list(tasks), list(weights)
         request = lists.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
-        units, self.units = _units(lists.users)
+        units, self.units = units_of(lists.users)
         requests = int(request.max()) + 1
         unit_of_request = np.zeros(requests, np.int64)
         unit_of_request[request] = units
@@ -163,16 +162,6 @@ def _dominated_by(number: int, values: np.ndarray) -> int | None:
         if (its[known] >= mine[known]).all() and (its[known] > mine[known]).any():
             return other
     return None
-
-
-def _units(users: pa.Array) -> tuple[np.ndarray, int]:
-    """(N,) the unit of each row that is redrawn, a user or a group of them, and how many there are."""
-    encoded = users.dictionary_encode()
-    codes = encoded.indices.to_numpy().astype(np.int64)
-    if len(encoded.dictionary) <= MOST_UNITS:
-        return codes, len(encoded.dictionary)
-    groups, place = np.unique(group_of(hash_column(encoded.dictionary)), return_inverse=True)
-    return place[codes], len(groups)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

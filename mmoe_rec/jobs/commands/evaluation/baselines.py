@@ -1,5 +1,4 @@
-"""python -m pipelines.evaluation.baselines --config configs/complete_journey.yaml --model
-models:/complete_journey@champion
+"""python -m pipelines.evaluation.baselines --config configs/shop.yaml --model models:/shop@champion
 
 Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees for each task, and
 measures them on the test rows. With `--model` the model stands beside them, with the differences of all metrics and a

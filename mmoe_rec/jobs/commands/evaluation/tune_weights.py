@@ -1,5 +1,4 @@
-"""python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml --model
-models:/complete_journey@champion
+"""python -m pipelines.evaluation.tune_weights --config configs/shop.yaml --model models:/shop@champion --goal bought
 
 Tries other weights of the tasks in the score of a model, and picks those that rank best for one task (`--goal`) while
 the others lose no more NDCG@10 than they may (`--keep rebought=0.002`, else `evaluation.margin`). The choice is made on

@@ -1,0 +1,109 @@
+"""Estimates of another policy from files: of a part of the log, by columns of any names, and wrong ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmoe_rec.jobs.commands.evaluation.off_policy import main
+from tests.evaluation.test_off_policy import Bandit
+
+
+def frame(bandit: Bandit, shows: np.ndarray, policy: str, seed: int, rows: int = 6000) -> pd.DataFrame:
+    """Rows of a policy, with the probabilities of both."""
+    model = bandit.chance * 0.9
+    found = bandit.log(shows, bandit.learnt, rows, seed, model)
+    return pd.DataFrame(
+        {
+            "user": [f"visitor {each}" for each in found.users.to_pylist()],
+            "propensity": found.propensity,
+            "p_new": found.target,
+            "label_clicked": found.label.astype(np.int8),
+            "q": found.predicted,
+            "v": found.expected,
+            "policy": policy,
+        }
+    )
+
+
+def run(folder: Path, *words: str) -> int:
+    try:
+        main(
+            [
+                "--log",
+                str(folder / "log"),
+                "--tasks",
+                "clicked",
+                "--out",
+                str(folder / "out"),
+                "--resamples",
+                "100",
+                *words,
+            ]
+        )
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def written(folder: Path, *frames: pd.DataFrame) -> None:
+    (folder / "log").mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(frames):
+        each.to_parquet(folder / "log" / f"{number}.parquet", index=False)
+
+
+def test_one_log_tells_of_the_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bandit = Bandit()
+    random, learnt = frame(bandit, bandit.uniform, "random", 1), frame(bandit, bandit.learnt, "learnt", 2)
+    written(tmp_path, pd.concat([random, learnt]).sample(frac=1, random_state=0), learnt.head(0))
+    names = ["--columns", "target=p_new", "predicted_clicked=q", "expected_clicked=v"]
+    assert run(tmp_path, *names, "--where", "policy=random") == 0
+    found: dict[str, Any] = json.loads((tmp_path / "out" / "off_policy.json").read_text())["tasks"]["clicked"]
+    assert found["rows"] == len(random)
+    for name in ("snips", "doubly_robust"):
+        each = found["estimates"][0][name]
+        assert each["low"] <= learnt["label_clicked"].mean() <= each["high"]
+        assert not each["low"] <= random["label_clicked"].mean() <= each["high"]
+    printed = capsys.readouterr().out
+    assert "clicked: mean label of the target policy, 6,000 rows" in printed
+    assert "off_policy.json" in printed
+
+
+def test_without_support_a_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bandit = Bandit()
+    rows = frame(bandit, bandit.uniform, "random", 3).assign(propensity=0.1)
+    written(tmp_path, rows)
+    assert run(tmp_path, "--columns", "target=p_new") == 0
+    assert "clicked: no estimate, as target / propensity is 1.6" in capsys.readouterr().out
+    assert "estimates" not in json.loads((tmp_path / "out" / "off_policy.json").read_text())["tasks"]["clicked"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        ({}, [], "has no column 'target'; name another one with --columns target=COLUMN"),
+        ({}, ["target=p_new", "user=nobody"], "has no column 'nobody'; name another one with --columns user=COLUMN"),
+        ({}, ["target=p_new", "predicted_clicked=q"], "needs both predicted_clicked (of what was shown) and"),
+        ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, of the parts "),
+        ({"propensity": 0.0}, ["target=p_new"], "column 'propensity' must hold a probability above 0; row 0 does not"),
+        ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, 0 to 1; row 0 does not"),
+        ({"label_clicked": np.inf}, ["target=p_new"], "column 'label_clicked' must hold a finite number"),
+        ({"user": None}, ["target=p_new"], "column 'user' must hold an id, not null; row 0 does not"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    change: dict[str, Any], words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bandit = Bandit()
+    written(tmp_path, frame(bandit, bandit.uniform, "random", 4, rows=400).assign(**change))
+    assert run(tmp_path, *(["--columns", *words] if words else [])) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, "--columns", "target=p_new", "--where", "policy=nobody's") == 2
+    assert run(tmp_path, "--where", "policy") == 2
+    assert "--where policy: expected COLUMN=VALUE" in capsys.readouterr().err
