@@ -13,8 +13,8 @@ from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.evaluate import draw_gates
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
+from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.promotion import Promotion, promote
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.progress import say

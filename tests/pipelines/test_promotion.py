@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec import aliases, tracking
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.jobs import promotion
+from mmoe_rec.jobs.judging import after_training as promotion
 from mmoe_rec.registry import local_model
 from mmoe_rec.serving.artifact import write_manifest
 from mmoe_rec.serving.ranker import Ranker
