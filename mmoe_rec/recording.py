@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class Run:
         if new:
             # A number that is sent twice with one time and step counts once.
             self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
+
+    def forget_metrics(self, prefix: str, kept: Collection[str]) -> None:
+        """Metrics of a resumed run with names that begin so, but for some, become NaN: they are undefined by now."""
+        gone = [name for name in self._steps if name.startswith(prefix) and name not in kept]
+        self._put("metrics", {"time": _now(), "step": 0, "metrics": dict.fromkeys(gone, math.nan)} if gone else {})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Names and values that describe the run."""

@@ -42,6 +42,8 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if auc["value"] is not None and at_least <= 0.5:
         what = ", below .5: it ranks no better" if auc["value"] < 0.5 else ": it is not shown to rank better"
         yield "chance", f"the AUC of '{name}' is {_interval(auc, 3)}{what} than chance{_why(task)}"
+    elif min(task.get("positives", 0), task["rows"] - task.get("positives", 0)) < FEWEST:
+        pass  # of few labels nothing can be said
     elif auc["value"] is not None and auc["value"] > TOO_GOOD:
         yield (
             "too good",

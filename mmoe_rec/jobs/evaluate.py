@@ -13,7 +13,7 @@ from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.overlap import overlap
-from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, short_names
+from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
@@ -58,19 +58,25 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
     return evaluate_found(settings, dict(zip(short_names(list(found)), found.values(), strict=True)), out)
 
 
-def evaluate_found(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
-    """As `evaluate_model`, of models by their names, of which the first is compared with the others."""
+def evaluate_found(
+    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str = "evaluation"
+) -> Evaluated:
+    """As `evaluate_model`, of models by their names, of which the first is compared with the others.
+
+    place: folder of the run's files.
+    """
+    check_out(out, settings)
     check_objective(settings.evaluation.decide_by)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        return _evaluated(settings, found, out)
+        return _evaluated(settings, found, out, place)
 
 
-def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -> Evaluated:
+def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str) -> Evaluated:
     measured: dict[str, Measured] = {}
     training = TrainingRows.of(settings)
-    for place, (name, each) in enumerate(found.items()):
+    for number, (name, each) in enumerate(found.items()):
         scored = scored_rows(settings, each, name)
-        if not place:
+        if not number:
             its = scored
         measured[name] = _measured(settings, scored, each, name, training)
     title = f"Evaluation of {settings.name}"
@@ -79,7 +85,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path) -
     evaluated.results.write(out)
     (first, *_) = found.values()
     try:
-        _log_evaluation(settings, first.run_id, evaluated, out)
+        _log_evaluation(settings, first.run_id, evaluated, out, place)
     except UnreachableError as error:
         say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
@@ -135,7 +141,7 @@ def _measured(
         for value, rows in distinct(of_rows)
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen = overlap(settings, found.folder, name)
+    seen = overlap(settings, found.folder)
     return Measured(sums, summary, found.address, of_tasks, seen, slices, _tradeoffs(scored, settings))
 
 
@@ -166,17 +172,19 @@ def _facts(settings: Settings, scored: Scored) -> dict[str, str]:
     return facts
 
 
-def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path) -> None:
+def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path, place: str) -> None:
     from mmoe_rec.evaluation.summary import flatten
     from mmoe_rec.report.evaluation_figures import calibration_figure
 
     layout = evaluated.scored.layout
     with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
-        run.log_metrics({f"test.{name}": value for name, value in flatten(evaluated.summary).items()})
-        run.log_artifact(out / "metrics.json", "evaluation")
-        if evaluated.results.comparison is not None:
-            run.log_artifact(out / "comparison.json", "evaluation")
-        run.log_artifact(out / "report.html", "evaluation")
+        numbers = {f"test.{name}": value for name, value in flatten(evaluated.summary).items()}
+        run.log_metrics(numbers)
+        run.forget_metrics("test.", numbers)
+        run.log_artifact(out / "metrics.json", place)
+        # Files of a run can't be taken away again: without other models there is a comparison with none.
+        run.log_dict(evaluated.results.comparison or {"against": {}}, f"{place}/comparison.json")
+        run.log_artifact(out / "report.html", place)
         for task in layout.tasks:
             path = out / f"calibration_{task.name}.png"
             path.unlink(missing_ok=True)  # of an evaluation before
@@ -184,9 +192,9 @@ def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated
             if evaluated.summary["tasks"][task.name].get("calibration_bins"):
                 figure = calibration_figure(evaluated.summary, task.name)
                 figure.savefig(path)
-                run.log_figure(figure, f"evaluation/calibration_{task.name}.png")
+                run.log_figure(figure, f"{place}/calibration_{task.name}.png")
         assert evaluated.scored.experts is not None, "a model scored the rows"
-        draw_gates(run, layout, evaluated.scored.experts, "evaluation/gate_weights.png")
+        draw_gates(run, layout, evaluated.scored.experts, f"{place}/gate_weights.png")
 
 
 def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:

@@ -15,7 +15,7 @@ from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.evaluation.judging.objective import check_objective
-from mmoe_rec.jobs.judging.results import Measured, Results, check_names, short_names
+from mmoe_rec.jobs.judging.results import Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.measuring.asked import Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
@@ -56,6 +56,7 @@ def measure_predictions(
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
+    check_out(out)
     check_names([source, *against], "--against")
     check_objective((rules or Evaluation()).decide_by)
     found = {each: find_files(each, _option(each, source)) for each in (source, *against)}

@@ -81,7 +81,8 @@ def page(report: Mapping[str, Any]) -> str:
         "curves": list(_curves(summaries)),
         "gates": _gates(report["models"]),
         "tradeoffs": _tradeoffs(report["tradeoffs"]),
-        "slices": _slices(report["slices"]),
+        "slices": (slices := _slices(report["slices"]))[:_SHOWN_SLICES],
+        "more_slices": slices[_SHOWN_SLICES:],
         "few": len({(each["by"], each["slice"], each["group"]) for each in report["slices"] if each["value"] is None}),
         "facts": report["facts"],
         "measures": EVALUATION,
@@ -140,7 +141,8 @@ def _guards(comparison: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _severity(comparison: Mapping[str, Any] | None, findings: Sequence[Mapping[str, Any]]) -> str:
     """The class of the verdict's card."""
     kinds = [] if comparison is None else [each["verdict"]["kind"] for each in comparison["against"].values()]
-    if any(each["severity"] == "problem" for each in findings) or WORSE in kinds:
+    own = next(iter(findings), {"model": ""})["model"] if comparison is None else comparison["model"]
+    if any(each["severity"] == "problem" and each["model"] == own for each in findings) or WORSE in kinds:
         return "problem"
     return "warning" if findings or any(kind != BETTER for kind in kinds) else ""
 
@@ -259,7 +261,7 @@ def _dominated(record: Mapping[str, Any]) -> str:
 def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The worst, then others, with what they are compared with."""
     found = []
-    for each in worst_first(records, LEVEL)[:_SHOWN_SLICES]:
+    for each in worst_first(records, LEVEL):
         worse = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] < 0
         better = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] > 0
         interval = "" if each["low"] is None else f"{number(each['low'])} to {number(each['high'])}"

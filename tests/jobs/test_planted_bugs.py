@@ -157,7 +157,7 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     assert by_user["rows"].sum() == found.summaries["a/model"]["tasks"]["click"]["rows"]
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
     assert "a/model" in words
-    assert "less b/model" in words
+    assert "minus b/model" in words
 
 
 def test_the_first_model_is_not_scored_twice_by_another_name(tmp_path: Path) -> None:
@@ -176,3 +176,14 @@ def test_requests_with_one_positive_each_are_not_called_fitted(tmp_path: Path) -
     frame["predicted_bought"] = chance.ravel()
     frame["label_bought"] = (np.arange(CANDIDATES) == chosen[:, None]).ravel()
     assert checks(report(frame, tmp_path / "in")[0]) == []
+
+
+@pytest.mark.parametrize("where", ["log", "work", "work/features", "work/features/train", "file"])
+def test_results_do_not_lie_where_other_things_do(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log would have a file more, and a folder of features would wait for itself."""
+    monkeypatch.setattr(evaluate, "_log_evaluation", lambda *_: None)
+    model = SmallModel(tmp_path / "work")
+    (tmp_path / "file").write_text("mine")
+    place = {"log": model.settings.data.log, "work": model.settings.data.work}.get(where, str(tmp_path / where))
+    with pytest.raises(UserError, match=r"which holds other things; name another|is a file; name a folder"):
+        evaluate_model(model.settings, str(model.folder), place)

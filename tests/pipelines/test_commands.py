@@ -267,9 +267,9 @@ def test_the_evaluation_is_logged_to_the_run_that_trained(world: World, evaluate
     run = world.run()
     assert run.data.metrics["test.click.auc"] == pytest.approx(metrics(evaluated)["tasks"]["click"]["auc"]["value"])
     names = {each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id, "evaluation")}
-    assert names == {f"evaluation/{name}" for name in ("metrics.json", "report.html", "gate_weights.png")} | {
-        f"evaluation/calibration_{task}.png" for task in TASKS
-    }
+    assert names == {
+        f"evaluation/{name}" for name in ("metrics.json", "comparison.json", "report.html", "gate_weights.png")
+    } | {f"evaluation/calibration_{task}.png" for task in TASKS}
 
 
 def test_rankings_are_measured_by_the_weights_of_the_command(

@@ -54,8 +54,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def test_prints_the_table_with_the_baselines(done: Done) -> None:
-    (header,) = [line for line in done.printed.splitlines() if "MMoE" in line and "popularity" in line]
-    assert "gradient boosting" in header
+    (header,) = [
+        line
+        for line in done.printed.splitlines()
+        if all(name in line for name in ("MMoE", "popularity", "gradient boosting"))
+    ]
+    assert header.index("MMoE") < header.index("gradient boosting")
     for metric in ("auc", "logloss", "ndcg_at_10", "mrr"):
         assert metric in done.printed
     found = json.loads((done.folder / "work" / "evaluation" / "metrics.json").read_text())

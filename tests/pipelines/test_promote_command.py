@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmoe_rec.registry import local_model
 from mmoe_rec.request_log import names
 from mmoe_rec.serving.errors import OtherScoresError
 from mmoe_rec.serving.ranker import Ranker
+from pipelines import evaluate
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
@@ -79,13 +81,14 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(world: World, capsys
     report = world.folder / "work" / "promotion" / "report.html"
     assert "'version 2' is better than 'version 1'" in Page(report.read_text(encoding="utf-8")).words
     run_id = client(world).get_model_version(NAME, "2").run_id
-    assert "evaluation/report.html" in [each.path for each in client(world).list_artifacts(run_id, "evaluation")]
-    assert run(world, "--challenger", "2") == 0
+    assert "promotion/report.html" in [each.path for each in client(world).list_artifacts(run_id, "promotion")]
+    assert run(world, "--challenger", "models:/learnable/2") == 0
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
     assert run(world, "--rollback") == 0
     assert holder(world) == "1"
     assert "'champion' is version 1 again, which held it before version 2" in capsys.readouterr().out
-    assert tags(world, "2")["rolled_back"] == "'champion' went back to version 1"
+    assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
+    assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
 
 
 def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -102,7 +105,7 @@ def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.C
     assert holder(world) == "1"
     printed = capsys.readouterr().out
     for version in (1, 2):
-        assert f"'version {version}' was trained on requests before 2024-03-06 00:00, and the rows" in printed
+        assert f"version {version} was trained on requests before 2024-03-06 00:00, and the rows" in printed
 
 
 def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,3 +250,22 @@ def test_a_version_whose_predictions_are_not_finite(
     assert run(world, "--challenger", "2") == (0 if promoted else 1)
     assert (holder(world) == "2") == promoted
     assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"
+
+
+def test_what_is_undefined_by_now_does_not_stay_in_the_run(world: World) -> None:
+    """An evaluation of few rows after one of many: numbers of the first would stand beside those of the second."""
+    run_id = client(world).get_model_version(NAME, "2").run_id
+    words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
+    evaluate.main(words)
+    before = client(world).get_run(run_id).data.metrics
+    assert before["test.liked.auc"] > 0
+    evaluate.main([*words, "--split.validation_end", "2024-03-08T23:35", "--data.work", str(world.folder / "few")])
+    after = client(world).get_run(run_id).data.metrics
+    assert after["test.rows"] < 100
+    assert after.keys() >= before.keys()
+    found = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
+    assert any(each["auc"]["low"] is None for each in found.values())
+    for name, task in found.items():
+        for end in ("low", "high"):
+            value = after[f"test.{name}.auc.{end}"]
+            assert np.isnan(value) if task["auc"][end] is None else value == pytest.approx(task["auc"][end])

@@ -59,7 +59,7 @@ def test_one_model_alone_has_no_verdict(report: dict[str, Any]) -> None:
     assert "Nothing suspicious found" in words
     assert "--against says which one is better" in words
     assert "No slices were measured." in words
-    assert "less old" not in words
+    assert "minus old" not in words
     without = {**alone, "models": {"new": {**alone["models"]["new"], "gates": None}}}
     assert "Predictions in files tell nothing of gates." in said(without)
 

@@ -47,7 +47,11 @@ def told_of(compared: Mapping[str, Any]) -> list[str]:
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared["left_out"].items()
     ]
-    few = {name: users for name, users in compared["effective_users"].items() if users < FEW_USERS}
+    few = {
+        name: users
+        for name, users in compared["effective_users"].items()
+        if users < min(FEW_USERS, compared["units"] / 2)
+    }
     found += [
         f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
         "differences are wide"

@@ -43,13 +43,13 @@ def differences(
     """Differences of one of the models from each of the others, with 95% intervals.
 
     Returns:
-        `model`, `resamples`, `seed`, `effective_users` of each task and the `score`, `objective` (`name`, `metric`,
-        `groups`, `better`; or None), and `against`: name of each other model -> `objective` -> the difference, model -
-        other, and `groups` -> task or `score` -> metric -> the difference. That is `value`, `low`, `high`; `error`, its
-        standard error; `p`, two-sided; `p_corrected` for all headline metrics and all others, None for further metrics;
-        and `detectable`, the size that nine of ten evaluations like this one would show, by an interval without 0. What
-        is undefined is None. There is no `score` of a model that weighs relevance differently, as its truth is another
-        one, nor are there tasks that one of the two lacks.
+        `model`, `resamples`, `seed`, `units` that were redrawn, `effective_users` of each task and the `score`,
+        `objective` (`name`, `metric`, `groups`, `better`; or None), and `against`: name of each other model ->
+        `objective` -> the difference, model - other, and `groups` -> task or `score` -> metric -> the difference. That
+        is `value`, `low`, `high`; `error`, its standard error; `p`, two-sided; `p_corrected` for all headline metrics
+        and all others, None for further metrics; and `detectable`, the size that nine of ten evaluations like this one
+        would show, by an interval without 0. What is undefined is None. There is no `score` of a model that weighs
+        relevance differently, as its truth is another one, nor are there tasks that one of the two lacks.
 
     Raises:
         UserError: two models were not measured on the same rows with the same labels.
@@ -98,6 +98,7 @@ def differences(
         "model": model,
         "resamples": resamples,
         "seed": seed,
+        "units": units,
         "effective_users": effective,
         "objective": told,
         "against": found,

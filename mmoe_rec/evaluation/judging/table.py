@@ -20,7 +20,7 @@ def differences_table(compared: Mapping[str, Any]) -> Table:
     A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
     """
     table = Table(
-        title=Text(f"Differences: {compared['model']} less"),
+        title=Text(f"Differences: {compared['model']} minus"),
         title_justify="left",
         title_style="bold",
         caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",

@@ -144,7 +144,8 @@ def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule:
         f"{metric} of {task} changes by {number(apart['value'])} ({number(apart['low'])} to {number(apart['high'])})"
     )
     limit = f"loss of more than {rule.margin:g} (evaluation.margin)"
-    end = f"so a {limit} is ruled out" if passed else f"so a {limit} can't be ruled out"
+    shown = f"which is a {limit}" if apart["high"] < -rule.margin else f"so a {limit} can't be ruled out"
+    end = f"so a {limit} is ruled out" if passed else shown
     return {**told, "passed": passed, "sentence": f"{changes}, {end}"}
 
 
@@ -159,9 +160,9 @@ def _calibration(
     passed = not (outside and _off(mine["value"]) > _off(its["value"]))
     where = "beyond" if outside else "not shown to be beyond"
     sentence = (
-        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({low:.2f} to "
-        f"{high:.2f}), those of '{against}' {its['value']:.2f} times: {where} a factor of {rule.calibration:g} "
-        "(evaluation.calibration)"
+        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({low:.2f} to {high:.2f}), which "
+        f"is {where} a factor of {rule.calibration:g} (evaluation.calibration); those of '{against}' are "
+        f"{its['value']:.2f} times"
     )
     return {"task": task, "metric": "calibration", "passed": passed, "sentence": sentence}
 

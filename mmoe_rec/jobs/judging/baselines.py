@@ -14,7 +14,7 @@ from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.jobs.judging.results import Measured, Results
+from mmoe_rec.jobs.judging.results import Measured, Results, check_out
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import bar, say
@@ -39,6 +39,7 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
+    check_out(out, settings)
     with (
         features_in_use(settings, "baselines") as prepared,
         writing(out, "an evaluation", "give another folder with --out"),

@@ -10,8 +10,8 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.sections import Split
 
 
-def overlap(settings: Settings, artifact: Path, name: str) -> list[str]:
-    """A sentence for each use that the training of a model made of requests of the settings' test rows.
+def overlap(settings: Settings, artifact: Path) -> list[str]:
+    """What the training of a model made of requests of the settings' test rows, if anything, to be read after its name.
 
     artifact: its folder, whose settings say what it was trained on.
     """
@@ -25,7 +25,7 @@ def overlap(settings: Settings, artifact: Path, name: str) -> list[str]:
     for end, what in ((split.train_end, "trained"), (split.validation_end, "chosen and calibrated")):
         if end > begin:
             found.append(
-                f"'{name}' was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
+                f"was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
                 f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
             )
     return found[:1]

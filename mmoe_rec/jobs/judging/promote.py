@@ -80,7 +80,7 @@ def _judged(
     names = _named(challenger), _named(holder)
     found = {_named(each): _found(each, uri) for each in (challenger, holder)}
     try:
-        results = evaluate_found(settings, found, out).results
+        results = evaluate_found(settings, found, out, "promotion").results
     except NotFiniteError as error:
         if error.name == names[0]:
             return _refused(challenger, asked, (str(error),), uri)
@@ -116,7 +116,8 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
     if isinstance(trouble := _loaded(version, uri), Trouble):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {trouble.why}")
     point(name, alias, before, uri)
-    tag(holder, {"rolled_back": f"'{alias}' went back to version {before}"}, uri)
+    tag(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    tag(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
     return Decision(
         version, True, (f"'{alias}' is version {before} again, which held it before version {holder.number}",)
     )
@@ -141,6 +142,7 @@ def shadowed(asked: Asked, source: str, uri: str) -> list[str]:
 
 
 def _version(name: str, asked: str, uri: str) -> Version:
+    asked = asked.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
     if asked.isdigit():
         return version_of(name, asked, uri)
     found = holder_of(name, asked, uri)
@@ -185,7 +187,7 @@ def _against(results: Results, mine: str, its: str) -> list[str]:
     """What speaks against the challenger."""
     assert results.comparison is not None
     verdict = results.comparison["against"][its]["verdict"]
-    found = [each["message"] for each in results.findings if each["check"] == "seen"]
+    found = [f"{name} {seen}" for name, each in results.models.items() for seen in each.seen]
     if verdict["kind"] != "better":
         found.append(verdict["sentence"])
     known = {(each["check"], each.get("task")) for each in results.findings if each["model"] == its}

@@ -8,6 +8,7 @@ OUT/comparison.json                differences and verdicts, where there are oth
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.files import is_remote
+from mmoe_rec.settings import Settings
 from mmoe_rec.settings.sections import Evaluation
 
 if TYPE_CHECKING:
@@ -96,7 +99,7 @@ class Results:
 
         found = []
         for name, each in self.models.items():
-            found += [{"model": name, "check": "seen", "message": message} for message in each.seen]
+            found += [{"model": name, "check": "seen", "message": f"the model {seen}"} for seen in each.seen]
             found += [{"model": name, **finding} for finding in findings(each.summary)]
         return found
 
@@ -172,6 +175,23 @@ def short_names(addresses: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(addresses)
+
+
+def check_out(out: Path, settings: Settings | None = None) -> None:
+    """Raises UserError for a folder of results that is a file, or lies where the log or what is made of it lies."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out '{out}' is a file; name a folder")
+    if settings is None:
+        return
+    real, work = Path(os.path.realpath(out)), Path(settings.data.work)
+    sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
+    taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
+    taken += [
+        work / name for name in ("features", "checkpoints", "model", "seeds", "tuning", "unsent", "before_training")
+    ]
+    inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
+    if inside is not None or real == Path(os.path.realpath(work)):
+        raise UserError(f"--out '{out}' lies in '{inside or work}', which holds other things; name another folder")
 
 
 def check_names(names: list[str], option: str) -> None:

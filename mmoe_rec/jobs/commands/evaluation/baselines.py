@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.judging.baselines import measure_baselines
-    from mmoe_rec.jobs.judging.results import short_names
+    from mmoe_rec.jobs.judging.results import check_out, short_names
 
+    check_out(Path(arguments.out or Path(settings.data.work) / "baselines"), settings)
     out, evaluated, name = Path(arguments.out or Path(settings.data.work) / "baselines"), None, ""
     if arguments.model is not None:
         (name,) = short_names([arguments.model])
