@@ -31,11 +31,6 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
     ]
 
 
-def warnings(summary: Mapping[str, Any]) -> list[str]:
-    """The sentences."""
-    return [each["message"] for each in findings(summary)]
-
-
 def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     auc, by_request = task.get("auc", _NOTHING), task.get("gauc_request", _NOTHING)
     at_least = auc["value"] if auc["low"] is None else auc["low"]

@@ -99,23 +99,14 @@ def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> M
 def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import NotFiniteError, score_rows
-    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.evaluation.scoring import NotFiniteError
+    from mmoe_rec.jobs.truth import rows_to_measure, score_by
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
     with rows_to_measure(settings, found.folder, ranker, split) as folder:
         try:
-            return score_rows(
-                ranker.model,
-                ranker.layout,
-                EncodedRows(folder, ranker.layout),
-                settings.evaluation.batch_size,
-                calibration=ranker.calibration,
-                relevance={name: task.score_weight for name, task in settings.tasks.items()},
-                weighted=settings.training.sampling_correction == "weights",
-            )
+            return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration)
         except NotFiniteError:
             raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
 
@@ -127,11 +118,11 @@ def _measured(
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
-    summary = summarise(sums, settings.evaluation.resamples)
+    whole = closed(sums)
+    summary = summarise(whole, settings.evaluation.resamples)
     summary["sampling_correction"] = settings.training.sampling_correction
     summary["relevance_weights"] = dict(scored.relevance)
     summary["score_weights"] = {task.name: task.score_weight for task in scored.layout.tasks}
-    whole = closed(sums)
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
     grouped = whole.users > len(whole.tables["ranking"])

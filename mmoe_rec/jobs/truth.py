@@ -17,6 +17,10 @@ from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
 if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.serving.loaded import LoadedRanker
 
 
@@ -46,6 +50,27 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, sp
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
         encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
+
+
+def score_by(
+    settings: Settings, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration
+) -> Scored:
+    """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
+
+    layout: the model's. Raises NotFiniteError.
+    """
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.evaluation.scoring import score_rows
+
+    return score_rows(
+        model,
+        layout,
+        EncodedRows(rows, layout),
+        settings.evaluation.batch_size,
+        calibration=calibration,
+        relevance={name: task.score_weight for name, task in settings.tasks.items()},
+        weighted=settings.training.sampling_correction == "weights",
+    )
 
 
 def _check_tasks(settings: Settings, schema: Schema) -> None:

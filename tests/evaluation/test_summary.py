@@ -15,11 +15,15 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
-from mmoe_rec.evaluation.findings import warnings
+from mmoe_rec.evaluation.findings import findings
 from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
 from mmoe_rec.evaluation.notes import told
 from mmoe_rec.evaluation.summary import flatten, summarise, sums_by_user
 from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
+
+
+def warnings(summary: dict) -> list[str]:
+    return [each["message"] for each in findings(summary)]
 
 
 def value(log: Log, task: str, metric: str) -> float:

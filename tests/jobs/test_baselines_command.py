@@ -19,13 +19,11 @@ from tests.serving.small_model import SmallModel
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    small = SmallModel(tmp_path_factory.mktemp("model"))
-    (Path(small.settings.data.work) / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
-    return small
+    return SmallModel(tmp_path_factory.mktemp("model"))
 
 
 def run(model: SmallModel, *words: str) -> Path:
-    main(["--config", str(Path(model.settings.data.work) / "settings.yaml"), *words])
+    main(["--config", str(model.config()), *words])
     return Path(model.settings.data.work) / "baselines"
 
 

@@ -19,15 +19,12 @@ from tests.serving.small_model import SmallModel
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    small = SmallModel(tmp_path_factory.mktemp("model"))
-    (Path(small.settings.data.work) / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
-    return small
+    return SmallModel(tmp_path_factory.mktemp("model"))
 
 
 def run(model: SmallModel, *words: str) -> int:
-    work = Path(model.settings.data.work)
     try:
-        main(["--config", str(work / "settings.yaml"), "--model", str(model.folder), *words])
+        main(["--config", str(model.config()), "--model", str(model.folder), *words])
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

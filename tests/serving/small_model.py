@@ -73,6 +73,12 @@ class SmallModel:
             calibration=calibration,
         )
 
+    def config(self) -> Path:
+        """A settings file, for commands."""
+        file = Path(self.settings.data.work) / "settings.yaml"
+        file.write_text(self.settings.to_yaml(), encoding="utf-8")
+        return file
+
     def full_pipeline(self) -> FeaturePipeline:
         """The features with the whole past, as batch jobs use them."""
         pipeline = FeaturePipeline.load(self.prepared.serving)

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.judging.differences import LEVEL, POWER
+from mmoe_rec.settings.sections import Evaluation
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
 _GUARDED = {"binary": "auc", "regression": "r2"}
@@ -26,6 +27,11 @@ class Rule:
 
     margin: float = 0.005
     calibration: float = 1.25
+
+    @staticmethod
+    def of(settings: Evaluation) -> Rule:
+        """That of the settings."""
+        return Rule(settings.margin, settings.calibration)
 
 
 def verdict(

@@ -84,6 +84,11 @@ def count(text: str) -> int:
     return int(_checked(text, int, 1, None, "a whole number, 1 or more"))
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Gives the `type` of an argument that is a whole number from another one on."""
+    return lambda text: int(_checked(text, int, least, None, f"{least:,} or more"))
+
+
 def number_between(low: float, high: float) -> Callable[[str], float]:
     """Gives the `type` of an argument that is a number between two others, the ends included."""
     return lambda text: _checked(text, float, low, high, f"a number between {low:,g} and {high:,g}")

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.jobs.commands.command import count, read_command, show
+from mmoe_rec.jobs.commands.command import at_least, read_command, show
 from mmoe_rec.program import spelled
 
 if TYPE_CHECKING:
@@ -87,12 +87,5 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", dest="start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS"
     )
     parser.add_argument(
-        "--seeds", type=several, metavar="N", help="train N times, and tell what the settings are worth on average"
+        "--seeds", type=at_least(2), metavar="N", help="train N times, and tell what the settings are worth on average"
     )
-
-
-def several(text: str) -> int:
-    """A whole number from 2 on, for an argument's `type`."""
-    if (number := count(text)) < 2:
-        raise argparse.ArgumentTypeError(f"must be 2 or more, found '{text}'")
-    return number

@@ -28,6 +28,7 @@ from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.truth import score_by
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
 from mmoe_rec.recording import Run
@@ -152,7 +153,7 @@ class Comparison:
         rules, version = self.settings.evaluation, f"version {holder.number}"
         models = {name: closed(each.measure()) for name, each in (("this model", own), (version, its))}
         summaries = {name: summarise(each, _RESAMPLES) for name, each in models.items()}
-        rule = Rule(rules.margin, rules.calibration)
+        rule = Rule.of(rules)
         told = compare(
             models, "this model", summaries, list(self.settings.tasks), rules.decide_by, rule, rules.resamples
         )
@@ -167,18 +168,7 @@ class Comparison:
         return self._scored(self.model, self.layout, rows, calibration)
 
     def _scored(self, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration) -> Scored:
-        from mmoe_rec.batches.encoded_rows import EncodedRows
-        from mmoe_rec.evaluation.scoring import score_rows
-
-        return score_rows(
-            model,
-            layout,
-            EncodedRows(rows, layout),
-            self.settings.evaluation.batch_size,
-            calibration=calibration,
-            relevance={name: task.score_weight for name, task in self.settings.tasks.items()},
-            weighted=self.settings.training.sampling_correction == "weights",
-        )
+        return score_by(self.settings, model, layout, rows, calibration)
 
     def _holders(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Scored:
         """The rows as the holder scores them. Raises UserError where its tasks mean something else."""

@@ -48,6 +48,13 @@ class Measured:
     slices: Mapping[tuple[str, str], ClosedSums] = field(default_factory=dict)
     tradeoffs: Sequence[dict[str, Any]] = ()
 
+    @cached_property
+    def closed(self) -> ClosedSums:
+        """The sums, ready to be compared."""
+        from mmoe_rec.evaluation.closed import as_closed
+
+        return as_closed(self.sums)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -73,22 +80,20 @@ class Results:
         """
         if len(self.models) == 1:
             return None
-        from mmoe_rec.evaluation.closed import as_closed
         from mmoe_rec.evaluation.judging.compare import compare
         from mmoe_rec.evaluation.judging.verdict import Rule
 
-        rule, (model, *_) = Rule(self.rules.margin, self.rules.calibration), self.models
-        sums = {name: as_closed(each.sums) for name, each in self.models.items()}
+        rule, (model, *_) = Rule.of(self.rules), self.models
+        sums = {name: each.closed for name, each in self.models.items()}
         resamples = self.models[model].summary["resamples"]
         return compare(sums, model, self.summaries, self.tasks, self.rules.decide_by, rule, resamples)
 
     @cached_property
     def slices(self) -> list[dict[str, Any]]:
         """Records of all slices, see `sliced`."""
-        from mmoe_rec.evaluation.closed import as_closed
         from mmoe_rec.evaluation.judging.slices import SlicedModel, sliced
 
-        models = {name: SlicedModel(as_closed(each.sums), each.slices) for name, each in self.models.items()}
+        models = {name: SlicedModel(each.closed, each.slices) for name, each in self.models.items()}
         (model, *_) = models
         return sliced(models, model, min(self.models[model].summary["resamples"], RESAMPLES_OF_SLICES))
 

@@ -48,7 +48,6 @@ def train_seeds(settings: Settings, number: int, resume: bool = False) -> Seeds:
     resume: go on with what an earlier run has left; trainings that have ended stay. Raises UserError where several
     processes train, or where there are no test rows.
     """
-    from mmoe_rec.evaluation.closed import as_closed
     from mmoe_rec.evaluation.judging.trainings import over_trainings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -70,7 +69,7 @@ def train_seeds(settings: Settings, number: int, resume: bool = False) -> Seeds:
                 assert trained is not None, "one process trains"
                 found = FoundModel(str(trained.artifact), trained.artifact, None)
                 measured = measured_on_test_rows(settings, found, f"seed {seed}")
-                sums.append(as_closed(measured.sums))
+                sums.append(measured.closed)
                 rows = measured.summary["rows"]
             summary = over_trainings(sums, settings.evaluation.resamples)
             file = folder / "seeds.json"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.jobs.commands.command import count, parsed, show
+from mmoe_rec.jobs.commands.command import at_least, parsed, show
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +42,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-duplicates", action="store_true", help="a request may hold a candidate more than once")
     parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
-    parser.add_argument(
-        "--resamples", type=number_of_resamples, metavar="N", help="redraws of the users, for the intervals"
-    )
-
-
-def number_of_resamples(text: str) -> int:
-    """20 or more, for an argument's `type`, as the settings ask."""
-    if (number := count(text)) < 20:
-        raise argparse.ArgumentTypeError(f"must be 20 or more, found '{text}'")
-    return number
+    parser.add_argument("--resamples", type=at_least(20), metavar="N", help="redraws of the users, for the intervals")
 
 
 @exit_with_message()
