@@ -30,8 +30,8 @@ class Rows:
 
     names, ids: of these inputs, (F, N) int64; lists: the inputs with any number of ids a row; dense: as in `Encoded`;
     labels: (N, T) float32, or float64 where a task is a regression, in the order of `layout.tasks`, NaN is unobserved.
-    Where they were asked for: weights: (N,) float32, 1 / the rate at which a row was kept when the log was sampled;
-    users: (N,) int64, a hash of each row's user.
+    weights: (N,) float32, see `weights_of`, None where all rows count alike; users: (N,) int64, a hash of each row's
+    user, where they were asked for.
     """
 
     names: tuple[str, ...]
@@ -94,12 +94,13 @@ class EncodedRows:
     """The encoded rows of a folder, files in order of their names.
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
-    weighted: rows have weights by the rate at which they were sampled; with_users: rows have the hashes of their users.
+    weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users.
 
-    `rows`: number of rows; `groups`: (file index, row group index) of every row group that has rows, in file order;
-    `group_rows`: (len(groups),) int64, the rows of each; `fingerprint`: of all footers, so of the values' statistics
-    and compressed sizes too. Only the footers are read here. Raises UserError for a missing folder, no rows, a file
-    that cannot be read, or one without a column of the layout.
+    `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
+    (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
+    the rows of each; `fingerprint`: of all footers, so of the values' statistics and compressed sizes too. Only the
+    footers are read here. Raises UserError for a missing folder, no rows, a file that cannot be read, or one without a
+    column of the layout.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class EncodedRows:
         self._metadata = [_footer(file) for file in self._files]
         self.fingerprint = _fingerprint(self._files)
         types = _column_types(layout) | labels
-        if weighted:
-            types["sampling_rate"] = pa.float32()
+        self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
+        types |= {name: _WEIGHTS[name] for name in self.weighing(weighted)}
         self._columns = [*types, *(["user"] if with_users else [])]
         for file, metadata in zip(self._files, self._metadata, strict=True):
             schema = metadata.schema.to_arrow_schema()
@@ -128,6 +129,10 @@ class EncodedRows:
         self.rows = int(self.group_rows.sum())
         if not self.rows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
+
+    def weighing(self, weighted: bool) -> list[str]:
+        """The columns that say what rows count, as `weights_of` reads them; weighted: by their rate of sampling too."""
+        return [*(["weight"] if self.weighs else []), *(["sampling_rate"] if weighted else [])]
 
     def read_row_groups(self, groups: Sequence[tuple[int, int]], take: np.ndarray | None = None) -> Rows:
         """The rows of the given (file index, row group index) pairs (at least one), in the given order.
@@ -184,9 +189,25 @@ class EncodedRows:
         labels = np.empty((table.num_rows, len(self.layout.tasks)), self._label_type)
         for index, name in enumerate(self._labels):
             labels[:, index] = table.column(name).to_numpy()
-        weights = 1 / table.column("sampling_rate").to_numpy() if self._weighted else None
+        weights = weights_of(table.select(self.weighing(self._weighted)))
+        weights = None if weights is None else weights.astype(np.float32)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
         return Rows.of(Encoded.from_arrow(table, self.layout), labels, weights, users)
+
+
+_WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}
+
+
+def weights_of(table: pa.Table) -> np.ndarray | None:
+    """(N,) what each row counts: its `weight` / its `sampling_rate`, of those columns that a table has; None of
+    none."""
+    weights = None
+    if "weight" in table.column_names:
+        weights = table.column("weight").to_numpy()
+    if "sampling_rate" in table.column_names:
+        by_rate = 1 / table.column("sampling_rate").to_numpy()
+        weights = by_rate if weights is None else weights * by_rate
+    return weights
 
 
 def _column_types(layout: Layout) -> dict[str, pa.DataType]:

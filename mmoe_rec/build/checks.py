@@ -22,8 +22,9 @@ from mmoe_rec.log.files import is_remote, local_path
 from mmoe_rec.log.local_files import would_find
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.point_in_time.windows import Window
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import Schema, SplitColumn
 
 _YEAR = 365 * 86_400_000_000
 # One of each kind of Parquet file that is written to `data.work`.
@@ -59,7 +60,7 @@ def check_readings(log: Log) -> None:
     """Raises UserError where a feature or a task can't read columns of such types: tried on no rows, before all are
     read."""
     columns = {column: pa.array([], log.types.get(column, pa.null())) for column in log.uses}
-    rows = LogRows(pa.table(columns), log.schema)
+    rows = LogRows(with_ids(with_times(pa.table(columns), log.schema), log.schema, 0), log.schema)
     readers: dict[str, Callable[[], object]] = {
         f"feature '{name}'": partial(encoder.learn, rows, 0)
         for name, encoder in FeaturePipeline(log.schema).encoders.items()
@@ -91,7 +92,13 @@ def check_requests(log: Log, requests: Requests) -> None:
             "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
             "are a user's own"
         )
-    if (clash := requests.times_clash) is not None:
+    clash, split = requests.times_clash, log.schema.split
+    if clash is not None and split is not None:
+        raise UserError(
+            f"{_clash(log, clash, split.column, 'split')}; {_have(requests.several_times)} rows of several splits, but "
+            "a request is ranked as a whole: give all its rows one split"
+        )
+    if clash is not None:
         raise UserError(
             f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
             "the request's time into all its rows, or set data.several_times to first, which takes the first for all"
@@ -140,9 +147,17 @@ def place(log: Log, row: int) -> str:
     raise AssertionError("a row beyond the log")
 
 
-def check_splits(counted: Counted, windows: Mapping[str, Window], source: str) -> None:
-    """Raises UserError where a split has no rows."""
+def check_splits(
+    counted: Counted, windows: Mapping[str, Window], source: str, split: SplitColumn | None = None
+) -> None:
+    """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
     for name in windows:
+        if counted.rows[name] == 0 and split is not None:
+            listed = ", ".join(map(repr, split.values[name]))
+            raise UserError(
+                f"the {name} split is empty: no row of the log '{source}' has {listed} in column '{split.column}'; "
+                f"list its values under split.{name}"
+            )
         if counted.rows[name] == 0:
             raise UserError(
                 f"the {name} split is empty: the log '{source}' has requests from {format_time(counted.first[0])} to "

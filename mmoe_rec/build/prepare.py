@@ -283,7 +283,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         counted = steps.count(statistics=True, kept=folder / "requests")
         logs = steps.logs
         taken = Taken.of(logs, counted.spans)
-        check_splits(counted, windows, logs.log.source)
+        check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish()

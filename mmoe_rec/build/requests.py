@@ -151,7 +151,8 @@ def find_requests(job: RequestsJob, log: Log, parts: Sequence[LogPart], run: Run
     columns, found = log.schema.columns, Requests()
     if columns.request is None:
         return found
-    read = {columns.request, columns.user, columns.time}
+    split = log.schema.split
+    read = {columns.request, columns.user, columns.time, *([] if split is None else [split.column])}
     reader = replace(log.reader, uses={column: use for column, use in log.uses.items() if column in read})
     sizes = [part.rows for part in parts]
     for bad in run(partial(_send_runs, job.runs, reader), parts, sizes, "requests"):

@@ -27,8 +27,8 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh 1 / their rate of
-    sampling; and the labels that had not matured.
+    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
+    of weights says / their rate of sampling; and the labels that had not matured.
 
     known_by: when labels must have matured to count, microseconds.
     """
@@ -41,12 +41,12 @@ class SplitCounts:
     unmatured: dict[str, int] = field(default_factory=dict)
     known_by: int | None = None
 
-    def add(self, labels: Mapping[str, np.ndarray], rates: np.ndarray, unmatured: Mapping[str, int]) -> None:
-        """Counts the labels of N rows: task -> (N,), NaN where unobserved; rates: (N,) at which they were sampled;
-        unmatured: task -> how many of the labels had not matured."""
+    def add(self, labels: Mapping[str, np.ndarray], weight: np.ndarray, unmatured: Mapping[str, int]) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; weight: (N,) of the rows; unmatured: task ->
+        how many of the labels had not matured."""
         for task, values in labels.items():
             observed = ~np.isnan(values)
-            found, weights = values[observed], 1 / rates[observed]
+            found, weights = values[observed], weight[observed]
             weighted = weights * found  # no `@`: for a while after it BLAS keeps its threads, and the cores, busy
             self.merge(
                 SplitCounts(
@@ -56,7 +56,7 @@ class SplitCounts:
                     weighted_sum={task: float(weighted.sum())},
                 )
             )
-        self.merge(SplitCounts(rows=len(rates), unmatured=dict(unmatured)))
+        self.merge(SplitCounts(rows=len(weight), unmatured=dict(unmatured)))
 
     def merge(self, other: SplitCounts) -> None:
         """Adds what another one counted."""
@@ -100,7 +100,8 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(rows.filter(wanted).table, rows.schema, its)
                 labels = labels_of(inside, job.known_by[name])
-                counts[name].add(labels, sampling_rates(inside), unmatured(inside, job.known_by[name]))
+                weight = given_weights(inside) / sampling_rates(inside)
+                counts[name].add(labels, weight, unmatured(inside, job.known_by[name]))
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():
@@ -120,6 +121,8 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
     columns["sampling_rate"] = pa.array(sampling_rates(rows).astype(np.float32))
+    if names.weight is not None:
+        columns["weight"] = pa.array(given_weights(rows))
     # Columns declared to have no nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
@@ -128,6 +131,12 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
 def sampling_rates(rows: LogRows) -> np.ndarray:
     """(N,) float64, the rate at which rows like each were kept; 1 where the log has no such column."""
     name = rows.schema.columns.sampling_rate
+    return np.ones(len(rows)) if name is None else rows.numbers(name)
+
+
+def given_weights(rows: LogRows) -> np.ndarray:
+    """(N,) float64, what each row counts; 1 where the log has no such column."""
+    name = rows.schema.columns.weight
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 

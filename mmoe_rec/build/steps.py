@@ -148,7 +148,8 @@ class Steps:
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
         runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self.parts)
         first_times = Exchange(self.scratch / _FIRST_TIMES, len(blocks))
-        one_time = self.logs.options.several_times == "error"
+        # Without times a request's rows of several splits have several.
+        one_time = self.logs.options.several_times == "error" or not self.logs.schema.columns.has_time
         return RequestsJob(runs, first_times, blocks, before, kept, one_time)
 
     @property
@@ -158,7 +159,7 @@ class Steps:
 
     def _count(self, statistics: bool) -> Counted:
         options = self.logs.options
-        look = options.duplicates == "error"
+        look = options.duplicates == "error" and self.logs.schema.columns.has_candidate
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
         readers: dict[str | None, Reader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]

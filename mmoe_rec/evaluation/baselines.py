@@ -81,6 +81,7 @@ def gradient_boosting(
     *,
     kind: Literal["binary", "regression"] = "binary",
     validation: tuple[np.ndarray, np.ndarray] | None = None,
+    weights: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
     iterations: int = 150,
     learning_rate: float = 0.1,
     seed: int = 0,
@@ -94,6 +95,7 @@ def gradient_boosting(
             seen in training, count as one.
         kind: of the task.
         validation: features and labels; when given, boosting stops once their loss has not improved for 15 iterations.
+        weights: what rows of training and of validation count; None is 1 each.
         iterations: number of trees, the largest number with `validation`.
         learning_rate: shrinkage of each tree.
         seed: of scikit-learn's random choices.
@@ -122,7 +124,10 @@ def gradient_boosting(
     if validation is not None:
         known = ~np.isnan(validation[1])
         held_out = {"X_val": _fold(validation[0][known], categories), "y_val": validation[1][known]}
-    model.fit(_fold(x_train[observed], categories), y_train[observed], **held_out)
+        if weights[1] is not None:
+            held_out["sample_weight_val"] = weights[1][known]
+    counted = None if weights[0] is None else weights[0][observed]
+    model.fit(_fold(x_train[observed], categories), y_train[observed], sample_weight=counted, **held_out)
     return TreeBaseline(model, categories)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
@@ -38,7 +38,8 @@ class Scored:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
-    (N,) log score; experts: how the tasks used them, None where there are none; outcomes: each of `layout.outcomes` ->
+    (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
+    none; outcomes: each of `layout.outcomes` ->
     (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
     the rows, None where all count alike.
     """
@@ -46,7 +47,7 @@ class Scored:
     layout: ModelLayout
     users: pa.Array
     requests: pa.Array
-    candidates: pa.Array
+    candidates: pa.Array | None
     predictions: np.ndarray
     labels: np.ndarray
     score: np.ndarray
@@ -81,7 +82,7 @@ class Scored:
             self,
             users=self.users.take(pa.array(rows)),
             requests=self.requests.take(pa.array(rows)),
-            candidates=self.candidates.take(pa.array(rows)),
+            candidates=None if self.candidates is None else self.candidates.take(pa.array(rows)),
             outcomes={name: each[rows] for name, each in self.outcomes.items()},
             weights=None if self.weights is None else self.weights[rows],
             **{name: getattr(self, name)[rows] for name in names},
@@ -121,7 +122,7 @@ def score_rows(
     weights = [task.score_weight for task in layout.tasks]
     if relevance is None:
         relevance = dict(zip(names, weights, strict=True))
-    more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
+    more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
     experts = UtilisationSums(model.experts_in_use)
@@ -153,5 +154,5 @@ def score_rows(
         experts.result(),
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance,
-        1 / ids.column("sampling_rate").to_numpy() if weighted else None,
+        weights_of(ids),
     )

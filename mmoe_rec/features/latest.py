@@ -22,20 +22,23 @@ from mmoe_rec.schema import Schema
 class LatestParts:
     """Last row of each key, collected batch by batch; a partial fit that is merged in any order.
 
-    Of rows of one instant the one with the greatest values counts, column by column, whatever their order.
+    Of rows of one instant the one with the greatest values counts, column by column, whatever their order. Of a plain
+    table, whose rows have no such key, only the types of columns are kept.
     """
 
     def __init__(self, schema: Schema, role: Literal["user", "candidate"]) -> None:
         self.key = schema.columns.user if role == "user" else schema.columns.candidate
         attributes = [column for column, of in schema.input_columns().items() if of == role]
         self.columns = [self.key, *(column for column in attributes if column != self.key)]
+        self.is_known = self.key in schema.columns.names
         self._waiting: list[pa.Table] = []
 
     def add(self, rows: LogRows) -> None:
         """Takes the rows' values where they are later than those known."""
         # Numbers as names: columns of a log may have any name.
         table = rows.table.select(self.columns).rename_columns([str(place) for place in range(len(self.columns))])
-        self._take(_latest(table.append_column(_TIME, pa.array(rows.times()))))
+        table = table.append_column(_TIME, pa.array(rows.times()))
+        self._take(_latest(table if self.is_known else table.slice(0, 0)))
 
     def merge(self, other: LatestParts) -> None:
         """Takes another one's values where they are later."""

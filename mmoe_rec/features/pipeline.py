@@ -32,7 +32,7 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import NO_CANDIDATE, NO_USER, Schema
 
 FORMAT = 9
 
@@ -116,7 +116,8 @@ class FeaturePipeline:
         """Notes whether key columns hold integers or strings."""
         for field in rows.table.schema:
             kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            if pa.types.is_int64(kind) or pa.types.is_string(kind):
+            is_key = pa.types.is_int64(kind) or pa.types.is_string(kind)
+            if is_key and field.name not in (NO_USER, NO_CANDIDATE):
                 self.key_types[field.name] = str(kind)
 
     def note_units(self, units: Mapping[str, Collection[int]]) -> None:

@@ -151,14 +151,21 @@ def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
 def _facts(settings: Settings, scored: Scored) -> dict[str, str]:
     """What a reader wants to know of the rows."""
     split = settings.split
-    end = "the end of the log" if split.test_end is None else f"{split.test_end:%Y-%m-%d %H:%M} UTC"
-    facts = {"log": settings.data.log, "requests": f"from {split.validation_end:%Y-%m-%d %H:%M} UTC to {end}"}
+    facts = {"log": settings.data.log}
+    if split.column is not None:
+        facts["rows"] = f"those with {' or '.join(map(str, split.test))} in column '{split.column}'"
+    else:
+        end = "the end of the log" if split.test_end is None else f"{split.test_end:%Y-%m-%d %H:%M} UTC"
+        facts["requests"] = f"from {split.validation_end:%Y-%m-%d %H:%M} UTC to {end}"
+    if settings.columns.weight is not None:
+        facts["rows count"] = f"by column '{settings.columns.weight}'"
     for task in scored.layout.tasks:
         label = scored.labels[:, [each.name for each in scored.layout.tasks].index(task.name)]
         known = label[~np.isnan(label)]
         mean = f", mean {known.mean():.4g}" if len(known) else ""
         facts[f"labels of {task.name}"] = f"{len(known):,} of {len(label):,} rows observed{mean}"
-    facts["resamples of users"] = f"{settings.evaluation.resamples:,}"
+    of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
+    facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
     return facts
 

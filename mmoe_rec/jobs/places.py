@@ -29,15 +29,16 @@ def build_options(settings: Settings) -> BuildOptions:
 
 
 def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None) -> Logs:
-    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, without
-    sampling.
+    """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, with
+    other rates, weights and splits of rows.
 
     types: of the columns of each log, None for those of the model's keys.
     """
     schema = pipeline.schema
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
-    columns = schema.columns.model_copy(update={"sampling_rate": settings.columns.sampling_rate})
-    schema = schema.model_copy(update={"events": events, "columns": columns})
+    of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
+    columns = schema.columns.model_copy(update=of_rows)
+    schema = schema.model_copy(update={"events": events, "columns": columns, "split": settings.split.by_column})
     if types is None:
         # The time column of events may be named like a key of the log.
         kinds = pipeline.key_types

@@ -129,6 +129,11 @@ class _Scoring:
         schema = self.pipeline.schema
         events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
         schema = schema.model_copy(update={"events": events})
+        self.has_time = schema.columns.has_time
+        if window != ALL and not self.has_time:
+            raise UserError(
+                "--start and --end need times, and the model was trained on a plain table without: leave them out"
+            )
         self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
         options = build_options(settings)
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels)
@@ -301,8 +306,8 @@ class _Scoring:
             "files": [file.address for file in self.logs.log.files],
             "events": {log.name: [file.address for file in log.files] for log in self.logs.events},
             "rows": whole.rows,
-            "first_request": format_time(whole.first),
-            "last_request": format_time(whole.last),
+            "first_request": format_time(whole.first) if self.has_time else None,
+            "last_request": format_time(whole.last) if self.has_time else None,
             "rows_before_tables_as_of": whole.early,
             "rows_before_exact_from": whole.inexact,
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
@@ -310,7 +315,8 @@ class _Scoring:
 
     def _meaning(self, first: int | None) -> Meaning:
         events = [log.name for log in self.logs.events]
-        return Meaning(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
+        times = first if self.has_time else None, self.tables_as_of, self.exact_from
+        return Meaning(self.as_of, times[0], events, *times[1:], self.freshness, self.lacking, self.has_time)
 
 
 def microseconds(time: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def score_by(
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
 
-    return score_rows(
+    scored = score_rows(
         model,
         layout,
         EncodedRows(rows, layout),
@@ -71,6 +72,7 @@ def score_by(
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
         weighted=settings.training.sampling_correction == "weights",
     )
+    return scored if settings.columns.has_candidate else replace(scored, candidates=None)
 
 
 def _check_tasks(settings: Settings, schema: Schema) -> None:

@@ -257,7 +257,7 @@ class RowChecks:
 def _required(schema: Schema) -> set[str]:
     """Columns of the interaction log without which a row would count for less than it should."""
     columns = schema.columns
-    found = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request])}
+    found = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
     for task in schema.tasks.values():
         found.add(task.label)
         if task.observed_when is not None:

@@ -56,9 +56,12 @@ def column_uses(schema: Schema) -> dict[str, Use]:
                 uses[column].setdefault(use, reader)
 
     names = schema.columns
-    reads("columns.user, candidate and request", "key", names.user, names.candidate, names.request)
-    reads("columns.time", "time", names.time)
+    keys = [name for name in (names.user, names.candidate, names.request) if name in names.names]
+    reads("columns.user, candidate and request", "key", *keys)
+    reads("columns.time", "time", names.time if names.has_time else None)
     reads("columns.sampling_rate", "number", names.sampling_rate)
+    reads("columns.weight", "number", names.weight)
+    reads("split.column", "key", None if schema.split is None else schema.split.column)
     for name, task in schema.tasks.items():
         reads(f"task '{name}'", "number", task.label)
         if task.observed_when is not None:

@@ -30,6 +30,7 @@ from mmoe_rec.log.columns import column_uses, event_uses
 from mmoe_rec.log.files import FoundFile, find_files
 from mmoe_rec.log.parts import LogPart, Noticed, Piece, cut
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.log.values import file_column, first_row, next_batch
 from mmoe_rec.schema import EVENT, Schema, Use
@@ -84,9 +85,10 @@ class _Reader(ABC):
             for number, check in enumerate(checks):
                 if _is_wrong(rows, check, piece.address):
                     raise WrongValues(self, piece, number)
+            timed = with_times(table, self.schema)
             if noticed is not None:
-                noticed.add_times(piece.address, rows.times(self.time))
-            yield table
+                noticed.add_times(piece.address, LogRows(timed, self.schema).times(self.time))
+            yield timed
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,10 @@ class LogReader(_Reader):
             BadFile: a file is damaged, has changed, or holds invalid values.
             UserError: a remote place can't be reached.
         """
+        row = part.start
         for table in self._tables(part, noticed):
-            yield LogRows(table, self.schema)
+            yield LogRows(with_ids(table, self.schema, row), self.schema)
+            row += len(table)
 
 
 @dataclass(frozen=True)

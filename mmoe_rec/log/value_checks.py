@@ -11,7 +11,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.log.stand_ins import places_of
+from mmoe_rec.schema import Schema, SplitColumn
 
 _LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 
@@ -66,11 +67,38 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
                 ),
             )
         )
+    if (weight := columns.weight) is not None:
+        checks.append(
+            ValueCheck(
+                weight,
+                lambda rows: rows.numbers(weight),
+                lambda values: ~((values > 0) & (values <= _LARGEST_LABEL)),
+                lambda found: (
+                    f"column '{weight}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
+                    f"({found.count} rows are not above 0 and finite); fix the data or remove columns.weight"
+                ),
+            )
+        )
+    if schema.split is not None:
+        checks.append(_split_check(schema.split))
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
     for name, feature in schema.features.items():
         for column, length in feature.list_lengths.items():
             checks += _vector_checks(name, column, length)
     return checks
+
+
+def _split_check(split: SplitColumn) -> ValueCheck:
+    listed = ", ".join(repr(each) for values in split.values.values() for each in values)
+    return ValueCheck(
+        split.column,
+        lambda rows: places_of(rows.coded(split.column), split),
+        lambda places: places < 0,
+        lambda found: (
+            f"column '{split.column}' of split.column holds something else than {listed} in {found.count} rows: list "
+            "it under split.train, split.validation or split.test, or leave these rows out"
+        ),
+    )
 
 
 def event_value_checks(time: str, now: int) -> list[ValueCheck]:

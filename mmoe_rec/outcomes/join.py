@@ -28,6 +28,7 @@ from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.outcomes.partition import KEY, ORDER, Partition, each_once, hash_of, sent_events
 from mmoe_rec.outcomes.plan import Plan, plan_of
 from mmoe_rec.outcomes.reading import Source, microseconds_of
@@ -78,6 +79,7 @@ def join_outcomes(
     Raises:
         UserError: settings, files or the output folder don't fit each other; nothing is added then.
     """
+    require_all(settings.schema_, "joining outcomes")
     sources = {"--requests": str(requests)} | ({} if events is None else {"--events": str(events)})
     with open_runs(Path(out), sources) as runs:
         plan = plan_of(settings, str(requests), None if events is None else str(events))

@@ -5,7 +5,7 @@ These models are the `columns`, `roles`, `tasks` and `features` sections of a se
 the weights of losses, is kept apart.
 """
 
-from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
+from mmoe_rec.schema.log import NO_CANDIDATE, NO_USER, SPLITS, Columns, EventLog, Role, Roles, SplitColumn, Use
 from mmoe_rec.schema.schema import MAX_TABLE_ROWS, Days, Embedded, Feature, Meaning, Remembering, Schema, each_once
 from mmoe_rec.schema.section import Section
 from mmoe_rec.schema.tasks import (
@@ -23,6 +23,9 @@ __all__ = [
     "CHOICES",
     "EVENT",
     "MAX_TABLE_ROWS",
+    "NO_CANDIDATE",
+    "NO_USER",
+    "SPLITS",
     "Columns",
     "Days",
     "Embedded",
@@ -36,6 +39,7 @@ __all__ = [
     "Scalar",
     "Schema",
     "Section",
+    "SplitColumn",
     "Task",
     "TaskSettings",
     "Use",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, Use
+from mmoe_rec.schema.log import Columns, EventLog, Role, Roles, SplitColumn, Use
 from mmoe_rec.schema.section import Section
 from mmoe_rec.schema.tasks import EVENT, Task, outcome_name
 
@@ -77,6 +77,11 @@ class Feature(Section, ABC):
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where a feature of that name does not fit the other sections."""
 
+    def require(self, name: str, schema: Schema, purpose: Literal["user", "time"], why: str) -> None:
+        """Raises ValueError where the log has no column of users or times, which a feature of that name needs."""
+        if not getattr(schema.columns, f"has_{purpose}"):
+            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is left out: {why}")
+
 
 class Embedded(Section):
     """What a model chooses for a kind with an embedding table."""
@@ -125,6 +130,7 @@ class Remembering(Feature):
         if self.events is not None and self.events not in schema.events:
             known = ", ".join(schema.events) or "none, add it"
             raise ValueError(f"feature '{name}' names events '{self.events}'; logs under data.events are: {known}")
+        self.require(name, schema, "time", "it knows what happened before a row's request")
 
 
 class Schema(Section):
@@ -140,10 +146,17 @@ class Schema(Section):
     tasks: dict[str, Task] = Field(min_length=1)
     features: dict[str, SerializeAsAny[Feature]] = Field(min_length=1)
     events: dict[str, EventLog] = Field(default_factory=dict)
+    split: SplitColumn | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset_split(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Logs that are split by time are identified as before there was another way."""
+        return {name: each for name, each in values_of(self).items() if each is not None or name != "split"}
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
         self._check_columns()
+        self._check_plain_table()
         self._check_roles()
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
@@ -198,7 +211,7 @@ class Schema(Section):
 
     def _check_columns(self) -> None:
         purposes: dict[str, str] = {}
-        for purpose in ("user", "candidate", "time", "request", "sampling_rate"):
+        for purpose in ("user", "candidate", "time", "request", "sampling_rate", "weight"):
             column = getattr(self.columns, purpose)
             if column is not None and (other := purposes.setdefault(column, purpose)) != purpose:
                 raise ValueError(f"columns.{other} and columns.{purpose} both name column '{column}'")
@@ -207,6 +220,21 @@ class Schema(Section):
                 raise ValueError(
                     f"the label of task '{name}' is column '{task.label}', which is columns.{purposes[task.label]} too"
                 )
+
+    def _check_plain_table(self) -> None:
+        """What needs users or times can't be had of a table without."""
+        if self.columns.request_scope == "user" and self.columns.request and not self.columns.has_user:
+            raise ValueError("columns.request_scope is user, which needs columns.user: set it, or the scope to log")
+        for name, task in self.tasks.items():
+            if task.matures_after_days and not self.columns.has_time:
+                raise ValueError(
+                    f"task '{name}' has matures_after_days, which needs columns.time: without times it can't be told "
+                    "which labels had matured"
+                )
+        if self.split is not None:
+            for name, task in self.tasks.items():
+                if task.label == self.split.column:
+                    raise ValueError(f"split.column '{self.split.column}' is the label of task '{name}' too")
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
         labels = {task.label: task_name for task_name, task in self.tasks.items()}
@@ -220,22 +248,27 @@ class Schema(Section):
                 raise ValueError(
                     f"feature '{name}' reads column '{column}', the sampling rate, which gives labels away"
                 )
+            if self.split is not None and column == self.split.column:
+                raise ValueError(f"feature '{name}' reads column '{column}', which says what a row is split to")
 
     def _check_roles(self) -> None:
-        seen = {self.columns.user: "user", self.columns.candidate: "candidate", self.columns.time: "context"}
+        seen: dict[str, str] = dict(self._own_roles)
         for role, names in self.roles:
             for column in names:
                 if seen.setdefault(column, role) != role:
                     raise ValueError(f"column '{column}' has two roles, {seen[column]} and {role}; leave it in one")
 
     @property
+    def _own_roles(self) -> dict[str, Role]:
+        """Role of the columns that give a row its place, as far as there are any."""
+        columns = self.columns
+        roles: dict[str, Role] = {columns.user: "user", columns.candidate: "candidate", columns.time: "context"}
+        return {name: role for name, role in roles.items() if name in columns.names}
+
+    @property
     def column_roles(self) -> dict[str, Role]:
         """Role of every column that may be read as an input."""
-        roles: dict[str, Role] = {
-            self.columns.user: "user",
-            self.columns.candidate: "candidate",
-            self.columns.time: "context",
-        }
+        roles = self._own_roles
         for role, names in self.roles:
             roles.update(dict.fromkeys(names, role))
         return roles
@@ -275,7 +308,7 @@ class Schema(Section):
     def input_columns(self) -> dict[str, Role]:
         """Columns that the features read, with their role; what a request may give."""
         read = {column for feature in self.features.values() for column in feature.reads()}
-        read |= {self.columns.user, self.columns.candidate, self.columns.time}
+        read |= self._own_roles.keys()
         return {column: role for column, role in self.column_roles.items() if column in read}
 
 

@@ -22,6 +22,7 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import SMALLEST_VALUE
+from mmoe_rec.schema import Role
 from mmoe_rec.serving.ranking import Ranking
 
 EXAMPLE = "example_request.json"
@@ -33,7 +34,8 @@ _NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or al
 
 
 def example_request(features: Path, tables_as_of: str) -> dict[str, Any]:
-    """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end.
+    """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end;
+    of a plain table, what is frequent in its columns.
 
     Args:
         features: serving state, `<work>/features/serving` or an artifact's `features`.
@@ -44,10 +46,14 @@ def example_request(features: Path, tables_as_of: str) -> dict[str, Any]:
     users = LatestValues(names.user, pq.read_table(features / "latest.user.parquet"))
     candidates = LatestValues(names.candidate, pq.read_table(features / "latest.candidate.parquet"))
     moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
+    shown = _usual(pipeline, "candidate")
     return {
-        "user": {names.user: _frequent(pipeline, users, 1)[0]},
-        "context": _usual_context(pipeline) | {names.time: moment.isoformat()},
-        "candidates": {names.candidate: _frequent(pipeline, candidates, CANDIDATES)},
+        "user": {names.user: _frequent(pipeline, users, 1)[0]}
+        if names.has_user
+        else _first_of(_usual(pipeline, "user")),
+        "context": _given(_first_of(_usual(pipeline, "context")))
+        | ({names.time: moment.isoformat()} if names.has_time else {}),
+        "candidates": {names.candidate: _frequent(pipeline, candidates, CANDIDATES)} if names.has_candidate else shown,
     }
 
 
@@ -64,17 +70,28 @@ def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
     return []
 
 
-def _usual_context(pipeline: FeaturePipeline) -> dict[str, Any]:
-    """Most frequent ids and mean numbers of the context columns; those that no such feature reads are left out."""
-    usual: dict[str, Any] = {}
-    uses = column_uses(pipeline.schema)
-    for column, role in pipeline.schema.input_columns().items():
-        if role != "context" or column == pipeline.schema.columns.time:
+def _usual(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
+    """Some values of each column of a role: the most frequent ids, or a mean number; null where no feature of a kind
+    that knows one reads it."""
+    usual: dict[str, list[Any]] = {}
+    uses, own = column_uses(pipeline.schema), pipeline.schema.columns.names
+    for column, its in pipeline.schema.input_columns().items():
+        if its != role or column in own:
             continue
         readers = [name for name, feature in pipeline.schema.features.items() if [*feature.reads()] == [column]]
         values = (pipeline.encoders[name].usual(uses[column]) for name in readers)
-        usual[column] = next((value for value in values if value is not None), None)
-    return {column: value for column, value in usual.items() if value is not None}
+        usual[column] = [next((value for value in values if value is not None), None)] * CANDIDATES
+        if uses[column] == "key" and (known := _vocabulary(pipeline, column)):
+            usual[column] = [known[place % len(known)] for place in range(CANDIDATES)]
+    return usual
+
+
+def _first_of(values: dict[str, list[Any]]) -> dict[str, Any]:
+    return {column: each[0] for column, each in values.items()}
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import NO_CANDIDATE, Schema
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ class Ranking:
         return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
+ROW = "row"
+"""The column of a scored row's number in its log, from 0, where nothing else tells it from others."""
+
+
 def key_columns(schema: Schema) -> list[str]:
     """The columns by which a scored row is told from others."""
-    names = schema.columns
-    return [name for name in (names.request, names.user, names.candidate, names.time) if name is not None]
+    return list(schema.columns.names)
 
 
 def prediction_columns(layout: Layout) -> list[str]:
@@ -86,13 +89,16 @@ def prediction_columns(layout: Layout) -> list[str]:
 
 
 def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layout: Layout) -> pa.Table:
-    """The keys of N rows that they have, their predictions and `score`, as columns.
+    """The keys of N rows that they have (without candidates also their number `ROW`), their predictions and `score`, as
+    columns.
 
     values: (N, T) predictions; log_scores: (N,).
     """
     from mmoe_rec.model.score import from_logs, with_outcomes  # which imports torch
 
     columns = {name: rows.column(name) for name in key_columns(rows.schema) if rows.has(name)}
+    if rows.has(NO_CANDIDATE):
+        columns[ROW] = rows.column(NO_CANDIDATE)
     for name, each in zip(prediction_columns(layout), with_outcomes(values, layout).values(), strict=True):
         columns[name] = pa.array(each)
     columns["score"] = pa.array(from_logs(log_scores))

@@ -7,7 +7,8 @@ unknown or ill-typed key is a `UserError` that names it and the nearest valid ke
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Settings, Split, Tracking, Training
+from mmoe_rec.settings.sections import Settings, Tracking, Training
+from mmoe_rec.settings.split import Split
 from mmoe_rec.settings.tuning import Search
 
 __all__ = [

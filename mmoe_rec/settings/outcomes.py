@@ -94,6 +94,11 @@ class Outcomes(Section):
     def check(self, schema: Schema) -> None:
         """Raises ValueError where the section does not fit the others."""
         labels = label_columns(schema)
+        if self.events and schema.columns.weight is not None:
+            raise ValueError(
+                f"outcomes.events make rows of the log, but nothing says what goes into columns.weight "
+                f"('{schema.columns.weight}'): leave out one of them"
+            )
         for column, source in self.labels.items():
             if column not in labels:
                 raise ValueError(

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from contextlib import suppress
-from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.features.kinds import FeatureSettings, schema_of
 from mmoe_rec.schema import CHOICES, Columns, EventLog, Roles, Schema, Section, TaskSettings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.outcomes import Outcomes
+from mmoe_rec.settings.split import Split
 from mmoe_rec.settings.tuning import Tuning
 from mmoe_rec.settings.yaml_text import dump_yaml
 
-
-def _as_time(value: Any) -> datetime | None:
-    """A date or time of YAML, or text in ISO 8601; UTC unless it has an offset."""
-    if isinstance(value, str) and not value.isdigit():
-        with suppress(ValueError):
-            value = datetime.fromisoformat(value)
-    elif isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
-    if value is None:
-        return None
-    if not isinstance(value, datetime):
-        raise ValueError("must be a time such as 2024-01-31 or 2024-01-31T18:00:00")
-    return value if value.tzinfo else value.replace(tzinfo=UTC)
-
-
-Time = Annotated[datetime, BeforeValidator(_as_time)]
 EngineName = Literal["local", "ray"]
 ErrorOrKeep = Literal["error", "keep"]
 FirstOrError = Literal["first", "error"]
-
-
-class Split(Section):
-    """Training rows lie before `train_end`, validation rows before `validation_end`, test rows before `test_end`."""
-
-    train_start: Time | None = Field(None, description="first request time to train on; null is the log's start")
-    train_end: Time = Field(description="end of training (exclusive), UTC unless an offset is given")
-    validation_end: Time = Field(description="end of validation (exclusive)")
-    test_end: Time | None = Field(None, description="end of test (exclusive); null is the log's end")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Split:
-        times = [t for t in (self.train_start, self.train_end, self.validation_end, self.test_end) if t is not None]
-        if any(a >= b for a, b in itertools.pairwise(times)):
-            raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
-        return self
-
-    def windows(self) -> dict[str, tuple[int | None, int | None]]:
-        """Request times [start, end) of each split in microseconds since 1970 UTC."""
-        edges = [self.train_start, self.train_end, self.validation_end, self.test_end]
-        start, train, validation, test = (None if t is None else round(t.timestamp() * 1e6) for t in edges)
-        return {"train": (start, train), "validation": (train, validation), "test": (validation, test)}
 
 
 class Data(Section):
@@ -272,6 +232,7 @@ class Settings(Section):
     def _check_schema(self) -> Settings:
         self.outcomes.check(self.schema_)
         self._check_limits()
+        self.split.check(self.columns)
         for name in self.tuning.search:
             section, _, rest = name.partition(".")
             known = getattr(self, section) if section in CHOICES else None
@@ -290,7 +251,7 @@ class Settings(Section):
     def schema_(self) -> Schema:
         """The part that says what the log means."""
         sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
-        return schema_of({**sections, "events": self.data.events})
+        return schema_of({**sections, "events": self.data.events, "split": self.split.by_column})
 
     @property
     def choices(self) -> dict[str, dict[str, dict[str, Any]]]:

@@ -156,7 +156,7 @@ class Trainer:
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
-            weighted = self.settings.sampling_correction == "weights"
+            weighted = self.settings.sampling_correction == "weights" or self.reader.rows.weighs
             start_at(model.mixture.towers, base_rates(prepared.manifest, self.layout.tasks, weighted))
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.schema import SPLITS
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
 
@@ -98,7 +99,11 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     """The settings on which a training's result depends."""
     sections = {"columns", "roles", "tasks", "features", "model", "training"}
     tree = settings.model_dump(mode="json", include=sections)
-    split = {name: time and time.astimezone(UTC).isoformat() for name, time in settings.split}
+    split = {
+        name: each.astimezone(UTC).isoformat() if isinstance(each, datetime) else each for name, each in settings.split
+    }
+    if settings.split.column is None:  # and so its values say nothing
+        split = {name: each for name, each in split.items() if name not in ("column", *SPLITS)}
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
     return {**tree, "training": training, "split": split, "data": {"events": events}}

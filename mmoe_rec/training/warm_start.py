@@ -178,7 +178,7 @@ def _shape(layout: ModelLayout) -> tuple[Any, ...]:
 def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:
     """Of each task, how often its label is 1 among the training rows in which it is observed, as encoding counted them.
 
-    manifest: that of the features; weighted: rows count 1 / the rate at which they were sampled, as in the loss. None
+    manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled. None
     for a regression, and where no label was observed. Half a row of each class is added, so that no rate is 0 or 1.
     A task with `given` predicts what holds given that one, and its own label is observed only there.
     """

@@ -42,6 +42,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.differences import differences
@@ -80,6 +81,7 @@ def extend(
             are not later than old ones, or in no split; new events may be those of a file that is gone; no new file can
             be used, or the log can't be read.
     """
+    require_all(schema, "adding days to features")
     check_apart(log_source, schema, work)
     prepared = Prepared(work / "features")
     if not (prepared.folder / "manifest.json").is_file():

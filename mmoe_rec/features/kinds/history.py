@@ -52,6 +52,7 @@ class HistoryFeature(Remembering):
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError as `Remembering.check`, and where `of` is not an id feature of the candidate."""
         super().check(name, schema)
+        self.require(name, schema, "user", "it is a user's")
         possible = [each for each in owners(schema, IdFeature) if schema.role_of(each) == "candidate"]
         check_owner(name, "of", self.of, possible, "an id feature of the candidate")
 

@@ -61,6 +61,13 @@ class TimeFeature(Feature):
         """The column as times; the request's own time needs no reading."""
         return {} if self.column is None else {self.column: "time"}
 
+    def check(self, name: str, schema: Schema) -> None:
+        """Raises ValueError where it reads the request's time, and there is none."""
+        if self.column is None:
+            self.require(name, schema, "time", "it has no `column` of its own")
+        if "age" in self.parts:
+            self.require(name, schema, "time", "its part `age` ends at the request")
+
     @property
     def time_zones(self) -> tuple[str, ...]:
         """The zone of hour and weekday."""

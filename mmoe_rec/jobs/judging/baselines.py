@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
@@ -64,7 +64,7 @@ def _measured(settings: Settings, scored: Scored) -> Measured:
 
 
 def _predicted(settings: Settings, prepared: Prepared) -> dict[str, Scored]:
-    """Both baselines' predictions of the test rows."""
+    """The baselines' predictions of the test rows; without candidates, none is more popular than another."""
     layout = prepared.layout
     train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
     if train.rows > MOST_ROWS:
@@ -78,20 +78,21 @@ def _predicted(settings: Settings, prepared: Prepared) -> dict[str, Scored]:
         for index, task in enumerate(layout.tasks):
             labels = learnt.labels[:, index]
             try:
-                popularity.append(PopularityBaseline(learnt.candidates, labels).predict(test.candidates))
+                popularity.append(PopularityBaseline(learnt.candidates, labels).predict(inputs.candidates))
                 model = gradient_boosting(
                     learnt.x,
                     labels,
                     _categorical(layout),
                     kind=task.kind,  # type: ignore[arg-type]
                     validation=_validation(held_out, index, task.kind),
+                    weights=(learnt.weights, held_out.weights),
                     iterations=MOST_TREES,
                 )
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
             trees.append(model.predict(inputs.x))
             progress.advance(step)
-    predictions = {TREES: trees, POPULARITY: popularity}
+    predictions = {TREES: trees} | ({} if test.candidates is None else {POPULARITY: popularity})
     return {name: test.with_predictions(np.stack(each, 1)) for name, each in predictions.items()}
 
 
@@ -108,8 +109,8 @@ def _test_rows(settings: Settings, prepared: Prepared) -> Scored:
     from mmoe_rec.model.layout import ModelLayout
 
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
-    more = [*(f"label.{name}" for name in layout.outcomes), *(["sampling_rate"] if weighted else [])]
     rows = EncodedRows(prepared.split("test"), layout)
+    more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts = list(rows.stream(ROWS_AT_A_TIME, (*COLUMNS, *more)))
     ids = pa.concat_tables([table for _, table in parts])
     labels = np.concatenate([part.labels for part, _ in parts])
@@ -117,23 +118,23 @@ def _test_rows(settings: Settings, prepared: Prepared) -> Scored:
         layout,
         users=ids.column("user").combine_chunks(),
         requests=ids.column("request").combine_chunks(),
-        candidates=ids.column("candidate").combine_chunks(),
+        candidates=ids.column("candidate").combine_chunks() if settings.columns.has_candidate else None,
         predictions=np.zeros(labels.shape),
         labels=labels,
         score=np.zeros(len(labels)),
         experts=None,
         outcomes={name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
-        weights=1 / ids.column("sampling_rate").to_numpy() if weighted else None,
+        weights=weights_of(ids),
     )
 
 
 class _Matrix:
-    """Inputs (N, F) float32, labels (N, T) float64 and candidates (N,) of encoded rows: all inputs but placement and
-    lists."""
+    """Inputs (N, F) float32, labels (N, T) float64, candidates (N,) and, where the log has a column of weights, weights
+    (N,) of encoded rows: all inputs but placement and lists."""
 
-    def __init__(self, x: np.ndarray, labels: np.ndarray, candidates: pa.Array) -> None:
-        self.x, self.labels, self.candidates = x, labels, candidates
+    def __init__(self, x: np.ndarray, labels: np.ndarray, candidates: pa.Array, weights: np.ndarray | None) -> None:
+        self.x, self.labels, self.candidates, self.weights = x, labels, candidates, weights
 
     @staticmethod
     def of(rows: EncodedRows, layout: Layout, most: int | None = None) -> _Matrix:
@@ -144,7 +145,8 @@ class _Matrix:
         labels = np.empty((taken, len(layout.tasks)))
         candidates: list[pa.Array] = []
         start = taken - rows.rows  # of rows before the first that is taken, below 0
-        for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate",)):
+        weights: list[np.ndarray] = []
+        for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate", *rows.weighing(False))):
             end = start + len(part)
             skip = max(0, min(-start, len(part)))
             if skip < len(part):
@@ -153,8 +155,11 @@ class _Matrix:
                     x[start + skip : end, offset] = np.asarray(part.encoded.ids[name])[skip:]
                 labels[start + skip : end] = part.labels[skip:]
                 candidates.append(table.column("candidate").slice(skip).combine_chunks())
+                if (counted := weights_of(table.slice(skip))) is not None:
+                    weights.append(counted)
             start = end
-        return _Matrix(x, labels, pa.chunked_array(candidates).combine_chunks())
+        counts = np.concatenate(weights) if weights else None
+        return _Matrix(x, labels, pa.chunked_array(candidates).combine_chunks(), counts)
 
 
 def _columns(layout: Layout) -> Sequence[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from mmoe_rec.settings import Settings
-from mmoe_rec.settings.sections import Split
+from mmoe_rec.settings.split import Split
 
 
 def overlap(settings: Settings, artifact: Path) -> list[str]:
@@ -21,6 +22,10 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return []
     begin = settings.split.validation_end
+    if settings.split.column is not None:
+        return list(_by_column(settings.split, split))
+    if begin is None or split.train_end is None or split.validation_end is None:
+        return []
     found = []
     for end, what in ((split.train_end, "trained"), (split.validation_end, "chosen and calibrated")):
         if end > begin:
@@ -29,3 +34,12 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
                 f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
             )
     return found[:1]
+
+
+def _by_column(now: Split, its: Split) -> Iterator[str]:
+    for values, what in ((its.train, "trained"), (its.validation, "chosen and calibrated")):
+        if now.column == its.column and (both := [each for each in now.test if each in values]):
+            yield (
+                f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those that "
+                "it is measured on: it has seen labels that it is measured by"
+            )

@@ -25,10 +25,11 @@ ACTIVITY = 10  # groups of users of equal size, by how many training rows they h
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """How many training rows there are of each user and candidate: (U,) ids and (U,) int64 of either."""
+    """How many training rows there are of each user and candidate: (U,) ids and (U,) int64 of either, None where the
+    log has no such ids."""
 
-    users: tuple[pa.Array, np.ndarray]
-    candidates: tuple[pa.Array, np.ndarray]
+    users: tuple[pa.Array, np.ndarray] | None
+    candidates: tuple[pa.Array, np.ndarray] | None
 
     @staticmethod
     def of(settings: Settings) -> TrainingRows | None:
@@ -36,18 +37,24 @@ class TrainingRows:
         prepared = existing(*log_and_place(settings))
         if prepared is None:
             return None
-        return TrainingRows(*(_counts(prepared.split("train"), name) for name in ("user", "candidate")))
+        columns, folder = settings.columns, prepared.split("train")
+        return TrainingRows(
+            _counts(folder, "user") if columns.has_user else None,
+            _counts(folder, "candidate") if columns.has_candidate else None,
+        )
 
     def slices(self, scored: Scored) -> dict[str, np.ndarray]:
         """What rows are sliced by -> (N,) str, the slice of each of N scored rows."""
-        users, candidates = (
-            _seen(ids, known) for ids, known in ((scored.users, self.users), (scored.candidates, self.candidates))
-        )
-        found = {
-            "user": np.where(users > 0, "returning", "new"),
-            "candidate": np.where(candidates > 0, "returning", "new"),
-        }
-        return found | {"training rows of the user": _by_size(users)}
+        found = {}
+        for name, ids, known in (
+            ("user", scored.users, self.users),
+            ("candidate", scored.candidates, self.candidates),
+        ):
+            if ids is not None and known is not None:
+                found[name] = np.where(_seen(ids, known) > 0, "returning", "new")
+        if self.users is not None:
+            found["training rows of the user"] = _by_size(_seen(scored.users, self.users))
+        return found
 
 
 def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:

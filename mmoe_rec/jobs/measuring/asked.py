@@ -10,6 +10,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
 from mmoe_rec.jobs.measuring.slicing import SliceBy
 from mmoe_rec.schema import outcome_name
+from mmoe_rec.serving.ranking import ROW
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.sections import ErrorOrKeep
 
@@ -92,12 +93,14 @@ def asked_by_settings(settings: Settings) -> Asked:
     outcomes = [outcome_name(task.given, name) for name, task in settings.tasks.items() if task.given is not None]
     asked = _asked([*tasks, *(MeasuredTask(name, "binary", 0.0) for name in outcomes)], outcomes)
     names = settings.schema_.columns
+    user = names.user if names.has_user else names.request or ROW
     if names.request is None:
-        request: tuple[str, ...] = names.user, names.time
+        # A row of a plain table is a user of its own, and a user of a log without times makes one request.
+        request: tuple[str, ...] = (user, names.time) if names.has_time and names.has_user else (user,)
     else:
         request = (names.user, names.request) if names.request_scope == "user" else (names.request,)
     duplicates = settings.data.duplicates
-    return replace(asked, user=names.user, request=request, usual_candidate=names.candidate, duplicates=duplicates)
+    return replace(asked, user=user, request=request, usual_candidate=names.candidate, duplicates=duplicates)
 
 
 def asked_by_words(words: Sequence[str]) -> Asked:

@@ -13,6 +13,7 @@ from mmoe_rec.build.logs import Logs
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import say
 from mmoe_rec.serving.artifact import Artifact, read_artifact
 from mmoe_rec.settings import Settings
@@ -88,6 +89,7 @@ def _carried(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) 
 def _logs(artifact: Path, settings: Settings, taken: Taken | None = None) -> Logs:
     """Raises UserError where the settings have other features than the model."""
     pipeline = FeaturePipeline.load(artifact / "features", memories=False)
+    require_all(pipeline.schema, "a refresh of a model's tables")
     logs = logs_for(settings, pipeline, None if taken is None else [log.types for log in taken.logs])
     schema = settings.schema_
     for where, before, now in differences(logs.schema.identity(), schema.identity()):

@@ -37,7 +37,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.settings import Settings
-from mmoe_rec.settings.sections import Split
+from mmoe_rec.settings.split import Split
 
 _KEPT, _SPLIT = "before_training", "split.json"
 
@@ -98,9 +98,10 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
 
 
 def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> Iterator[str]:
-    rows, split = prepared.manifest["splits"], settings.split
+    rows, end = prepared.manifest["splits"], settings.split.train_end
+    assert end is not None, "days were added, so the log has times"
     yield (
-        f"training on {rows['train']['rows']:,} rows before {split.train_end.isoformat()}, judged by "
+        f"training on {rows['train']['rows']:,} rows before {end.isoformat()}, judged by "
         f"{rows['validation']['rows']:,} since"
     )
     trained = train_model(settings, address, resume=True)

@@ -26,6 +26,7 @@ from mmoe_rec.jobs.replay.own_server import OwnServer
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.given import microseconds
+from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import say
 from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.server.security import read_token
@@ -64,6 +65,7 @@ def replay(settings: Settings, asked: Asked, between: Between | None = None) -> 
     if asked.start >= asked.end:
         span = f"--from {format_time(asked.start)} is not before --to {format_time(asked.end)}"
         raise UserError(f"{span}, which is the end of the period and not part of it")
+    require_all(settings.schema_, "a replay")
     token = read_token(asked.token_file)
     found = find_model(asked.model, settings.tracking.address)
     read_artifact(found.folder)  # which says what is wrong with a damaged one

@@ -63,8 +63,9 @@ def check_names(pipeline: FeaturePipeline) -> None:
 def attributes_lacking(source: str, schema: Schema) -> list[str]:
     """Attributes of users and candidates that no file of a log has a column for: the model, as in the server, completes
     them by what it last knew of each."""
-    ids = {schema.columns.user, schema.columns.candidate}
-    left = [name for name, role in schema.input_columns().items() if role in ("user", "candidate") and name not in ids]
+    columns = schema.columns
+    known = {"user": columns.has_user, "candidate": columns.has_candidate}
+    left = [name for name, role in schema.input_columns().items() if known.get(role) and name not in columns.names]
     for file in find_files(source, "--input"):
         if not left:
             break
@@ -79,9 +80,9 @@ def _columns(address: str) -> set[str]:
 
 
 def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labels: bool = False) -> Schema:
-    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor the sampling
-    rate, nor what the log lacks, and only those labels and events that counters and histories remember, unless all
-    `labels` are asked for."""
+    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor what rows
+    count or are split to, nor what the log lacks, and only those labels and events that counters and histories
+    remember, unless all `labels` are asked for."""
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
     kept = {*scored, *(schema.features[name].shares for name in scored)}
     features = {
@@ -100,7 +101,8 @@ def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labe
             "features": features,
             "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
             "events": schema.events if as_of == "log" else {},
-            "columns": schema.columns.model_copy(update={"sampling_rate": None}),
+            "columns": schema.columns.model_copy(update={"sampling_rate": None, "weight": None}),
+            "split": None,
         }
     )
 

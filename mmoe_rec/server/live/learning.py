@@ -28,6 +28,7 @@ from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.schema import Schema
 from mmoe_rec.server.live.held import HeldRequests
@@ -77,6 +78,7 @@ class Learning:
         """features: the folder with the model's tables."""
         self.ranker, self.folder = ranker, folder
         self.schema = ranker.pipeline.schema
+        require_all(self.schema, "a journal of events")
         self._waiting: _Read | None = None
         self._error: Exception | None = None
         self._has_ended = False

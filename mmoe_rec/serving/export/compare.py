@@ -55,7 +55,7 @@ class Answers:
 def drawn_requests(folder: Path, ranker: LoadedRanker, requests: int = REQUESTS) -> Iterator[dict[str, Any]]:
     """Arguments of `Ranker.rank`: users and candidates that the model knows, in the context of its folder's example.
 
-    All are drawn alike, the same ones at every call.
+    All are drawn alike, the same ones at every call. Of a model that knows no users or candidates only the example.
     """
     random = np.random.default_rng(0)
     example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
@@ -64,6 +64,9 @@ def drawn_requests(folder: Path, ranker: LoadedRanker, requests: int = REQUESTS)
         pq.read_table(folder / "features" / f"latest.{role}.parquet", columns=[key]).column(key).combine_chunks()
         for role, key in (("user", names.user), ("candidate", names.candidate))
     )
+    if not len(users) or not len(candidates):  # a plain table's, which knows no ids
+        yield example
+        return
     for _ in range(requests):
         user = users[int(random.integers(len(users)))].as_py()
         count = min(CANDIDATES, len(candidates), ranker.about.max_candidates)

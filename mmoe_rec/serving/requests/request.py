@@ -57,7 +57,8 @@ class RequestReader:
     """Checks requests and completes them: given values win, others come from the latest known users and candidates.
 
     A given null means missing. Values of unknown users and candidates, and of the context, that are not given are null;
-    the request's time is now.
+    the request's time is now. A model of a plain table, which knows no ids of users or candidates, needs what describes
+    them.
     """
 
     def __init__(self, pipeline: FeaturePipeline, features: Path, max_candidates: int) -> None:
@@ -67,6 +68,10 @@ class RequestReader:
         self.users = _latest(columns.user, features, "user")
         self.candidates = _latest(columns.candidate, features, "candidate")
         self.columns = RequestColumns(pipeline, self.users, self.candidates)
+        # Without ids nothing is known of what a request leaves out.
+        known = {"user": columns.has_user, "candidate": columns.has_candidate}
+        inputs = self.schema.input_columns()
+        self._uncompleted: dict[str, Role] = {name: role for name, role in inputs.items() if not known.get(role, True)}
 
     def with_latest(self, users: RecentValues, candidates: RecentValues) -> RequestReader:
         """One that knows other latest values; this one stays as it is."""
@@ -87,11 +92,15 @@ class RequestReader:
         self._require(one, given)
         if names.time not in one:
             one[names.time] = pa.repeat(_now(), len(requests))
+        of = np.repeat(np.arange(len(requests)), counts)
+        if not names.has_user:
+            one[names.user] = pa.array(np.arange(len(requests)))
+        if not names.has_candidate:  # which is then told by its place
+            given[names.candidate] = pa.array(np.concatenate([np.arange(count) for count in counts]))
         shared, own = self.users.completed(one), self.candidates.completed(given)
         for name in self.columns.log_columns:
             if name not in own and name not in shared:
                 shared[name] = pa.nulls(len(requests))
-        of = np.repeat(np.arange(len(requests)), counts)
         return RequestRows(FewRows(shared, len(requests), self.schema), own, of)
 
     def completed(self, rows: LogRows) -> LogRows:
@@ -106,8 +115,10 @@ class RequestReader:
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
-        name = self.schema.columns.candidate
+        name = self.schema.columns.candidate if self.schema.columns.has_candidate else next(iter(candidates), "")
         if name not in candidates:
+            if not self.schema.columns.has_candidate:
+                raise RequestError("'candidates' is empty: it needs the columns that describe the rows to score")
             raise RequestError(f"'candidates' needs a column '{name}' with the candidates' ids")
         for column, values in candidates.items():
             if not isinstance(values, Sequence) or isinstance(values, str | bytes):
@@ -116,7 +127,8 @@ class RequestReader:
                 )
         count = len(candidates[name])
         if count == 0:
-            raise RequestError(f"'candidates' is empty: column '{name}' needs at least one id")
+            what = "id" if self.schema.columns.has_candidate else "value"
+            raise RequestError(f"'candidates' is empty: column {quoted(name)} needs at least one {what}")
         if count > self.max_candidates:
             raise RequestError(
                 f"the request has {count:,} candidates; this model takes at most {self.max_candidates:,} "
@@ -125,7 +137,7 @@ class RequestReader:
         for column, values in candidates.items():
             if len(values) != count:
                 raise RequestError(
-                    f"columns of 'candidates' differ in length: '{name}' has {count:,} values, "
+                    f"columns of 'candidates' differ in length: {quoted(name)} has {count:,} values, "
                     f"{quoted(column)} has {len(values):,}"
                 )
         return count
@@ -153,9 +165,14 @@ class RequestReader:
 
     def _require(self, one: dict[str, pa.Array], given: dict[str, pa.Array]) -> None:
         names = self.schema.columns
-        if names.user not in one or one[names.user].null_count:
+        for column, role in self._uncompleted.items():
+            if column not in (given if role == "candidate" else one):
+                raise RequestError(
+                    f"'{PARTS[role]}' lacks column '{column}', which the model reads; give null where it is not known"
+                )
+        if names.has_user and (names.user not in one or one[names.user].null_count):
             raise RequestError(f"'user' needs a column '{names.user}' with the user's id")
-        if given[names.candidate].null_count:
+        if names.has_candidate and given[names.candidate].null_count:
             raise RequestError(f"column '{names.candidate}' in 'candidates' holds null; every candidate needs an id")
 
 

@@ -1,0 +1,219 @@
+"""python -m pipelines.ingest_census_income --source census --out data/census_income
+
+Turn the two files of Census-Income (KDD), as UCI publishes them, into a plain table, `OUT/log/train.parquet` and
+`OUT/log/test.parquet`, one row a person. The source folder holds census-income.data and census-income.test, as they are
+or with .gz or .bz2 behind their names.
+
+The labels are those of the mixture-of-experts paper (Ma et al., KDD 2018), which predicts them in two pairs, income or
+college beside never_married:
+
+income         more than 50,000 dollars a year.
+college        education of some college or more.
+never_married  never married.
+
+`split` says train for the rows of the first file; of the second one, half of the rows, drawn by --seed, say validation,
+and the others test.
+"""
+
+import argparse
+import bz2
+import csv
+import gzip
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError, exit_with_message
+from pipelines.data_sets.sampled_log import non_negative, print_summary, write_log_file
+
+NUMBERS = frozenset(
+    "age industry_code occupation_code wage_per_hour capital_gains capital_losses dividends employer_size "
+    "own_business veterans_benefits weeks_worked year".split()
+)
+"""Columns of whole numbers; `instance_weight` has fractions, and all others hold text."""
+
+COLUMNS = (
+    "age",
+    "class_of_worker",
+    "industry_code",
+    "occupation_code",
+    "education",
+    "wage_per_hour",
+    "enrolled",
+    "marital_status",
+    "industry",
+    "occupation",
+    "race",
+    "hispanic_origin",
+    "sex",
+    "union_member",
+    "unemployment_reason",
+    "employment",
+    "capital_gains",
+    "capital_losses",
+    "dividends",
+    "tax_filer",
+    "previous_region",
+    "previous_state",
+    "household_and_family",
+    "household_summary",
+    "instance_weight",
+    "migration_msa",
+    "migration_region",
+    "migration_within_region",
+    "same_house",
+    "migration_sunbelt",
+    "employer_size",
+    "parents_present",
+    "father_birth_country",
+    "mother_birth_country",
+    "birth_country",
+    "citizenship",
+    "own_business",
+    "veterans_questionnaire",
+    "veterans_benefits",
+    "weeks_worked",
+    "year",
+)
+"""The columns of the files, in their order; the last one, which follows, is the income."""
+
+COLLEGE = frozenset(
+    {
+        "Some college but no degree",
+        "Associates degree-occup /vocational",
+        "Associates degree-academic program",
+        "Bachelors degree(BA AB BS)",
+        "Masters degree(MA MS MEng MEd MSW MBA)",
+        "Prof school degree (MD DDS DVM LLB JD)",
+        "Doctorate degree(PhD EdD)",
+    }
+)
+"""Values of `education` that are some college or more."""
+
+_INCOMES = {"- 50000.": 0, "50000+.": 1}
+_MISSING = "?"
+_OPEN: dict[str, Callable[..., IO[str]]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open}
+
+
+def _type(name: str) -> pa.DataType:
+    return pa.int64() if name in NUMBERS else pa.float64() if name == "instance_weight" else pa.string()
+
+
+LOG = pa.schema(
+    [
+        *(pa.field(name, _type(name)) for name in COLUMNS),
+        *(pa.field(name, pa.int8()) for name in ("income", "college", "never_married")),
+        pa.field("split", pa.string()),
+    ]
+)
+"""The columns of the table, in order; data/README.md describes them."""
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """A source file, be it compressed or not. Raises UserError where there is none."""
+    for ending in _OPEN:
+        if (path := folder / f"{name}{ending}").is_file():
+            return path
+    raise UserError(f"'{folder / name}' is missing (also as .gz and .bz2): the source folder must hold both files of UCI")
+
+
+def read_people(path: Path) -> pa.Table:
+    """Read a file: the columns of `LOG` without `split`. Text that is ? is null.
+
+    Raises:
+        UserError: the file can't be read, or a line does not hold what it should; names the file and the line.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "income")}
+    for number, fields in _lines(path):
+        if len(fields) != len(columns):
+            raise UserError(f"'{path}', line {number}: expected {len(columns)} fields, found {len(fields)}")
+        for (name, values), text in zip(columns.items(), fields, strict=True):
+            try:
+                values.append(_value(name, text.strip()))
+            except (ValueError, KeyError):
+                raise UserError(f"'{path}', line {number}: {name} can't be {text.strip()!r}") from None
+    if not columns["income"]:
+        raise UserError(f"'{path}' holds no rows")
+    columns["college"] = [int(each in COLLEGE) for each in columns["education"]]
+    columns["never_married"] = [int(each == "Never married") for each in columns["marital_status"]]
+    return pa.table({name: pa.array(values, LOG.field(name).type) for name, values in columns.items()})
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        with _OPEN[path.suffix if path.suffix in _OPEN else ""](path, "rt", encoding="utf-8", newline="") as file:
+            for number, fields in enumerate(csv.reader(file), start=1):
+                if fields:
+                    yield number, fields
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' can't be read: {error}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "income":
+        return _INCOMES[text]
+    if name in NUMBERS:
+        return int(text)
+    if name == "instance_weight":
+        return float(text)
+    if not text:
+        raise ValueError(text)
+    return None if text == _MISSING else text
+
+
+def ingest(source: Path, out: Path, seed: int) -> dict[str, int]:
+    """Write the table to `out`/log, replacing one that is there.
+
+    Args:
+        source: folder of both files.
+        seed: decides which rows of the second file are validation, and which test.
+
+    Returns:
+        What the table holds, by name.
+
+    Raises:
+        UserError: a source file is missing or wrong.
+    """
+    train, others = (read_people(find_file(source, f"census-income.{each}")) for each in ("data", "test"))
+    with atomic_folder(out / "log") as folder:
+        counts = {"train": len(train)}
+        write_log_file(_split(train, np.full(len(train), "train")), folder / "train.parquet")
+        half = np.full(len(others), "test", object)
+        half[np.random.default_rng(seed).permutation(len(others))[: len(others) // 2]] = "validation"
+        write_log_file(_split(others, half), folder / "test.parquet")
+        counts |= {name: int((half == name).sum()) for name in ("validation", "test")}
+    for label in ("income", "college", "never_married"):
+        counts[label] = sum(int(np.sum(each[label].to_numpy())) for each in (train, others))
+    return counts
+
+
+def _split(table: pa.Table, split: np.ndarray[Any, Any]) -> pa.Table:
+    return table.append_column("split", pa.array(split, pa.string())).select(LOG.names).cast(LOG)
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.ingest_census_income",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder that holds census-income.data and census-income.test")
+    add("--out", type=Path, required=True, help="folder to write log/ into; a table that is there is replaced")
+    add("--seed", type=non_negative, default=17, help="seed of the halves of the test file (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+@exit_with_message()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line."""
+    options = _arguments(arguments)
+    started = time.perf_counter()
+    values: dict[str, int | float] = dict(ingest(options.source, options.out, options.seed))
+    values["seconds"] = time.perf_counter() - started
+    print_summary("Census-Income", values, log=options.out / "log")
