@@ -258,8 +258,10 @@ def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": _DROPPED}, "key 'split' is missing (it holds train_start, train_end, validation_end, test_end)"),
-        ({"columns__user": _DROPPED}, "key 'columns.user' is missing (column with the user's id (integer or string))"),
+        ({"split": _DROPPED}, "key 'split' is missing (it holds train_start, train_end, validation_end, test_end"),
+        ({"columns__user": _DROPPED}, "feature 'last' needs columns.user, which is left out: it is a user's"),
+        ({"columns__time": _DROPPED}, "feature 'last' needs columns.time, which is left out: it knows what happened "),
+        ({"split__train_end": _DROPPED}, "'split': needs train_end: give the times of the split, or `column` in a"),
         ({"tasks__click__label": _DROPPED}, "key 'tasks.click.label' is missing (column with the label; null"),
         ({"features__last__of": _DROPPED}, "key 'features.last.of' is missing (name of the candidate's id feature"),
         (

@@ -34,6 +34,7 @@ from mmoe_rec.features.memories.files import exact_from
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.progress import say
@@ -161,6 +162,8 @@ def prepare(
     """
     check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
+    if (told := told_of_stand_ins(schema)) is not None:
+        say(told)
     fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
 

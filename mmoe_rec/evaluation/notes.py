@@ -6,6 +6,10 @@ from typing import Any
 from mmoe_rec.evaluation.metrics.registered import metrics_of
 
 NEEDS_TWO_USERS = "There is one user: intervals need at least two."
+EACH_ALONE = (
+    "Each row is a user of its own, so nothing ranks within users or requests (GAUC, NDCG, MRR), and intervals "
+    "redraw rows."
+)
 LEFT_OUT = {
     "requests_of_one_row": "{} of one row",
     "requests_without_relevant_row": "{} without a relevant row",
@@ -18,12 +22,20 @@ _SAME_IN_ANY_ORDER = (
 )
 
 
-def task_note(task: Mapping[str, Any], users: int) -> str | None:
-    """Of a task: `kind`, `rows`, a binary one's `positives`, and its metrics as `value`, `low` and `high`."""
+def are_alone(summary: Mapping[str, Any]) -> bool:
+    """Whether each row is a user of its own, as in a plain table."""
+    return bool(summary["users"] == summary["rows"])
+
+
+def task_note(task: Mapping[str, Any], users: int, alone: bool = False) -> str | None:
+    """Of a task: `kind`, `rows`, a binary one's `positives`, and its metrics as `value`, `low` and `high`.
+
+    alone: whether each row is a user of its own, for which the whole summary has a note.
+    """
     rows = task["rows"]
     if rows == 0:
         return "No row has an observed label: all metrics are undefined."
-    return _joined([*_undefined(task["kind"], task), *_without_interval(task, users)])
+    return _joined([*_undefined(task["kind"], task, alone), *_without_interval(task, users)])
 
 
 def score_note(score: Mapping[str, Any], requests: int, users: int, least: float) -> str | None:
@@ -64,9 +76,10 @@ def _left_out(summary: Mapping[str, Any]) -> list[str]:
     return [f"score: {total:,} of {summary['requests']:,} requests rank nothing and are left out: {which}."]
 
 
-def _undefined(kind: str, group: Mapping[str, Any]) -> list[str]:
+def _undefined(kind: str, group: Mapping[str, Any], alone: bool = False) -> list[str]:
     """Each reason once."""
-    values = [(each, group[each.name]["value"] if each.has_interval else group[each.name]) for each in metrics_of(kind)]
+    metrics = [each for each in metrics_of(kind) if not (alone and each.ranks_within)]
+    values = [(each, group[each.name]["value"] if each.has_interval else group[each.name]) for each in metrics]
     return list(dict.fromkeys(each.why_undefined(group) for each, value in values if value is None))
 
 

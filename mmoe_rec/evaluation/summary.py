@@ -9,7 +9,7 @@ from mmoe_rec.evaluation.closed import ClosedSums, as_closed
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.resampling import Values, intervals
-from mmoe_rec.evaluation.notes import LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
+from mmoe_rec.evaluation.notes import EACH_ALONE, LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
 Sums = EvaluationSums | ClosedSums
@@ -52,14 +52,17 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     requests = _total(ranking["requests"])
     score: dict[str, Any] = headline["score"] | {name: _total(ranking[name]) for name in LEFT_OUT}
     rest = more("score", "score")
-    score |= _noted(score_note(score | rest, requests, users, float(np.sum(ranking["least_ndcg"])))) | rest
+    rows = _total(ranking["rows"])
+    alone = rows == users
+    note = None if alone else score_note(score | rest, requests, users, float(np.sum(ranking["least_ndcg"])))
+    score |= _noted(note) | rest
     tasks = {}
     for task in sums.tasks:
         described = _describe(sums, task) | headline[task.name]
         rest = more(task.kind, task.name)
-        tasks[task.name] = described | _noted(task_note(described | rest, users)) | rest
+        tasks[task.name] = described | _noted(task_note(described | rest, users, alone)) | rest
     summary = {
-        "rows": _total(ranking["rows"]),
+        "rows": rows,
         "users": users,
         "requests": requests,
         "resamples": resamples,
@@ -70,7 +73,7 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     if (catalogue := sums.tables.get("catalogue")) is not None:
         values = {metric.name: metric.summarise(catalogue, requests) for metric in CATALOGUE_METRICS}
         summary["catalogue"] = {"candidates": len(catalogue)} | values
-    return summary | _noted(NEEDS_TWO_USERS if users == 1 else None)
+    return summary | _noted(NEEDS_TWO_USERS if users == 1 else EACH_ALONE if alone else None)
 
 
 def flatten(summary: dict[str, Any]) -> dict[str, float]:

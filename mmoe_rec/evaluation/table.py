@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Metric, Named
+from mmoe_rec.evaluation.notes import are_alone
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
@@ -18,9 +19,11 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
 
     Args:
         columns: name of the model -> its `summary.summarise`. A metric that a model lacks, or that is
-            undefined, shows as a dash; `notes.told` says why.
+            undefined, shows as a dash; `notes.told` says why. Where each row is a user of its own, how well rows are
+            ranked within users and requests is left out.
     """
-    caption = "± half the 95% interval, bootstrap over users"
+    alone = all(map(are_alone, columns.values()))
+    caption = f"± half the 95% interval, bootstrap over {'rows' if alone else 'users'}"
     table = Table(show_header=True, header_style="bold", caption=caption)
     table.add_column("", no_wrap=True)
     for name in columns:
@@ -32,8 +35,10 @@ def results_table(columns: dict[str, dict[str, Any]]) -> Table:
             metric
             for metric in registered.METRICS
             if metric.is_shown(section == "score")
-            if any(_has(group, metric) for group in groups)
+            if any(_has(group, metric) for group in groups) and not (alone and metric.ranks_within)
         ]
+        if not shown:
+            continue
         table.add_row(Text(section, style="bold"))
         for metric in shown:
             table.add_row(f"  {metric.label}", *_cells(metric, groups), end_section=metric == shown[-1])

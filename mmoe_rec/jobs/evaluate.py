@@ -12,7 +12,7 @@ import numpy as np
 from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
-from mmoe_rec.jobs.judging.overlap import overlap
+from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
 from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
@@ -132,8 +132,8 @@ def _measured(
         for value, rows in distinct(of_rows)
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen = overlap(settings, found.folder)
-    return Measured(sums, summary, found.address, of_tasks, seen, slices, _tradeoffs(scored, settings))
+    seen, users = overlap(settings, found.folder), users_in_both(settings, scored, training)
+    return Measured(sums, summary, found.address, of_tasks, seen, users, slices, _tradeoffs(scored, settings))
 
 
 def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:

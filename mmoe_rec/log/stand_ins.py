@@ -42,6 +42,18 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
+def told_of_stand_ins(schema: Schema) -> str | None:
+    """What stands in for users and candidates, as a sentence; None where the log has both."""
+    columns = schema.columns
+    each = "row" if columns.request is None else "request"
+    if not columns.has_user and not columns.has_candidate:
+        of = f"each {each} is a user of its own, and each row another candidate"
+        return f"the settings name neither columns.user nor columns.candidate: {of}"
+    if not columns.has_user:
+        return f"the settings name no columns.user: each {each} is a user of its own"
+    return None if columns.has_candidate else "the settings name no columns.candidate: each row is another one"
+
+
 def require_all(schema: Schema, what: str) -> None:
     """Raises UserError where a log is a plain table, which can't have what needs users, candidates and times."""
     columns = schema.columns

@@ -16,14 +16,14 @@ from mmoe_rec.evaluation.judging.slices import ALL, worst_first
 from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
-from mmoe_rec.evaluation.notes import told
+from mmoe_rec.evaluation.notes import are_alone, told
 from mmoe_rec.report.evaluation_figures import calibration_figure, tradeoff_figure
 from mmoe_rec.report.explanations import EVALUATION
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.style import svg
 
 _SHOWN_SLICES = 12
-_SEVERITY = {"calibration": "warning"}
+_SEVERITY = {"calibration": "warning", "users": "warning"}
 """Of findings, by their check; all others are problems."""
 SCORE, CATALOGUE = "score", "catalogue"
 _NDCG = next(each for each in registered.METRICS if each.name == "ndcg_at_10")
@@ -75,6 +75,7 @@ def page(report: Mapping[str, Any]) -> str:
         "judged": None if comparison is None else comparison["objective"],
         "guards": _guards(comparison),
         "alone": _alone(first),
+        "redrawn": "rows" if all(map(are_alone, summaries.values())) else "users",
         "findings": findings,
         "notes": told(list(summaries.values())),
         "groups": list(_groups(summaries, comparison)),
@@ -167,12 +168,13 @@ def _groups(
 ) -> Iterable[dict[str, Any]]:
     """Tables of metrics: one a task, of the score, and of the catalogue."""
     first = next(iter(summaries.values()))
+    alone = all(map(are_alone, summaries.values()))
     for group in _all_groups(first):
         mine = [_all_groups(each).get(group, {}) for each in summaries.values()]
         metrics: list[Named] = (
             list(registered.CATALOGUE_METRICS)
             if group == CATALOGUE
-            else [each for each in registered.METRICS if _fits(each, mine[0])]
+            else [each for each in registered.METRICS if _fits(each, mine[0]) and not (alone and each.ranks_within)]
         )
         rows = [
             _row(metric, group, mine, comparison) for metric in metrics if any(metric.name in each for each in mine)

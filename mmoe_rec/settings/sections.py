@@ -205,7 +205,7 @@ class Settings(Section):
 
     name: str = Field(description="name of the data set; by default also of experiment and registered model")
     data: Data
-    columns: Columns
+    columns: Columns = Columns()
     roles: Roles = Roles()
     tasks: dict[str, TaskSettings] = Field(min_length=1, description="name -> task")
     features: dict[str, FeatureSettings] = Field(min_length=1, description="name -> feature")

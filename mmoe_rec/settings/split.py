@@ -51,7 +51,10 @@ class Split(Section):
         if self.column is None:
             lacking = [name for name in ("train_end", "validation_end") if getattr(self, name) is None]
             if lacking:
-                raise ValueError(f"{lacking[0]} is missing: give the times of the split, or `column` in a plain table")
+                raise ValueError(f"needs {lacking[0]}: give the times of the split, or `column` in a plain table")
+            values = [name for name in SPLITS if getattr(self, name) != (name,)]
+            if values:
+                raise ValueError(f"has {values[0]}, values of a column, but no column")
             times = [t for name in _TIMES if (t := getattr(self, name)) is not None]
             if any(a >= b for a, b in itertools.pairwise(times)):
                 raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")

@@ -31,55 +31,49 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
 from pipelines.data_sets.sampled_log import non_negative, print_summary, write_log_file
 
-NUMBERS = frozenset(
-    "age industry_code occupation_code wage_per_hour capital_gains capital_losses dividends employer_size "
-    "own_business veterans_benefits weeks_worked year".split()
-)
-"""Columns of whole numbers; `instance_weight` has fractions, and all others hold text."""
-
-COLUMNS = (
-    "age",
-    "class_of_worker",
-    "industry_code",
-    "occupation_code",
-    "education",
-    "wage_per_hour",
-    "enrolled",
-    "marital_status",
-    "industry",
-    "occupation",
-    "race",
-    "hispanic_origin",
-    "sex",
-    "union_member",
-    "unemployment_reason",
-    "employment",
-    "capital_gains",
-    "capital_losses",
-    "dividends",
-    "tax_filer",
-    "previous_region",
-    "previous_state",
-    "household_and_family",
-    "household_summary",
-    "instance_weight",
-    "migration_msa",
-    "migration_region",
-    "migration_within_region",
-    "same_house",
-    "migration_sunbelt",
-    "employer_size",
-    "parents_present",
-    "father_birth_country",
-    "mother_birth_country",
-    "birth_country",
-    "citizenship",
-    "own_business",
-    "veterans_questionnaire",
-    "veterans_benefits",
-    "weeks_worked",
-    "year",
-)
+COLUMNS: dict[str, pa.DataType] = {
+    "age": pa.int64(),
+    "class_of_worker": pa.string(),
+    "industry_code": pa.int64(),
+    "occupation_code": pa.int64(),
+    "education": pa.string(),
+    "wage_per_hour": pa.int64(),
+    "enrolled": pa.string(),
+    "marital_status": pa.string(),
+    "industry": pa.string(),
+    "occupation": pa.string(),
+    "race": pa.string(),
+    "hispanic_origin": pa.string(),
+    "sex": pa.string(),
+    "union_member": pa.string(),
+    "unemployment_reason": pa.string(),
+    "employment": pa.string(),
+    "capital_gains": pa.int64(),
+    "capital_losses": pa.int64(),
+    "dividends": pa.int64(),
+    "tax_filer": pa.string(),
+    "previous_region": pa.string(),
+    "previous_state": pa.string(),
+    "household_and_family": pa.string(),
+    "household_summary": pa.string(),
+    "instance_weight": pa.float64(),
+    "migration_msa": pa.string(),
+    "migration_region": pa.string(),
+    "migration_within_region": pa.string(),
+    "same_house": pa.string(),
+    "migration_sunbelt": pa.string(),
+    "employer_size": pa.int64(),
+    "parents_present": pa.string(),
+    "father_birth_country": pa.string(),
+    "mother_birth_country": pa.string(),
+    "birth_country": pa.string(),
+    "citizenship": pa.string(),
+    "own_business": pa.int64(),
+    "veterans_questionnaire": pa.string(),
+    "veterans_benefits": pa.int64(),
+    "weeks_worked": pa.int64(),
+    "year": pa.int64(),
+}
 """The columns of the files, in their order; the last one, which follows, is the income."""
 
 COLLEGE = frozenset(
@@ -100,13 +94,9 @@ _MISSING = "?"
 _OPEN: dict[str, Callable[..., IO[str]]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
-def _type(name: str) -> pa.DataType:
-    return pa.int64() if name in NUMBERS else pa.float64() if name == "instance_weight" else pa.string()
-
-
 LOG = pa.schema(
     [
-        *(pa.field(name, _type(name)) for name in COLUMNS),
+        *(pa.field(name, kind) for name, kind in COLUMNS.items()),
         *(pa.field(name, pa.int8()) for name in ("income", "college", "never_married")),
         pa.field("split", pa.string()),
     ]
@@ -119,7 +109,9 @@ def find_file(folder: Path, name: str) -> Path:
     for ending in _OPEN:
         if (path := folder / f"{name}{ending}").is_file():
             return path
-    raise UserError(f"'{folder / name}' is missing (also as .gz and .bz2): the source folder must hold both files of UCI")
+    raise UserError(
+        f"'{folder / name}' is missing (also as .gz and .bz2): the source folder must hold both files of UCI"
+    )
 
 
 def read_people(path: Path) -> pa.Table:
@@ -157,9 +149,9 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _value(name: str, text: str) -> Any:
     if name == "income":
         return _INCOMES[text]
-    if name in NUMBERS:
+    if pa.types.is_integer(COLUMNS[name]):
         return int(text)
-    if name == "instance_weight":
+    if pa.types.is_floating(COLUMNS[name]):
         return float(text)
     if not text:
         raise ValueError(text)

@@ -59,7 +59,7 @@ class GaucUser(Ratio[TaskRows]):
     """Mean AUC within users, weighted by their rows."""
 
     name, kinds, better, totals = "gauc_user", ("binary",), "higher", ("user_auc", "user_auc_weight")
-    why_undefined = _without_group
+    ranks_within, why_undefined = True, _without_group
 
     def of_users(self, users: UserRows) -> dict[str, np.ndarray]:
         """`single_class_users`, and their rows; of the others, `user_auc_weight`, of their rows, `user_auc`, each one's
@@ -86,14 +86,14 @@ class GaucUserUnweighted(Ratio[TaskRows]):
     name, kinds, better = "gauc_user_unweighted", ("binary",), "higher"
     totals = ("user_auc_unweighted", "users_with_auc")
     is_headline = False
-    why_undefined = _without_group
+    ranks_within, why_undefined = True, _without_group
 
 
 class GaucRequest(Ratio[TaskRows]):
     """Mean AUC within requests, weighted by their rows."""
 
     name, kinds, better, totals = "gauc_request", ("binary",), "higher", ("request_auc", "request_auc_weight")
-    why_undefined = _without_group
+    ranks_within, why_undefined = True, _without_group
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         """`requests`; `single_class_requests` of them, and their rows; of the others, `request_auc_weight`, of their
@@ -126,7 +126,7 @@ class GaucRequestUnweighted(Ratio[TaskRows]):
     name, kinds, better = "gauc_request_unweighted", ("binary",), "higher"
     totals = ("request_auc_unweighted", "requests_with_auc")
     is_headline = False
-    why_undefined = _without_group
+    ranks_within, why_undefined = True, _without_group
 
 
 def _left_out(sums: UserSums, groups: float, rows: float) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Metric(Named, Generic[Measured]):
     of_lists: bool = False
     """Of a metric of tasks: whether it measures ranked lists, as those of the score always do: the rows of each request
     by falling prediction, where a row is worth its label, or nothing if that is negative."""
+    ranks_within: bool = False
+    """Whether it says how well rows are ranked within users or requests, of which a row alone says nothing."""
     has_interval: bool = True
     merged: Mapping[str, Literal["min", "max"]] = {}
     """How to merge those of its sums that are not added up."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from mmoe_rec.jobs.judging.training_rows import TrainingRows
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.split import Split
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
 
 
 def overlap(settings: Settings, artifact: Path) -> list[str]:
@@ -34,6 +39,19 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
                 f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
             )
     return found[:1]
+
+
+def users_in_both(settings: Settings, scored: Scored, training: TrainingRows | None) -> list[str]:
+    """What is to be said, after a model's name, of users that a column splits into training and test rows alike. Times
+    do so too, and by right: what is asked then is how the same users go on."""
+    both, users = (0, 0) if training is None else training.of_users_in_both(scored)
+    if settings.split.column is None or not both:
+        return []
+    return [
+        f"was trained on rows of {both:,} of the {users:,} users that it is measured on, as column "
+        f"'{settings.split.column}' splits rows of the same users: it tells nothing of how users that it has not seen "
+        "are predicted; give all rows of a user one split"
+    ]
 
 
 def _by_column(now: Split, its: Split) -> Iterator[str]:

@@ -190,11 +190,11 @@ def _against(results: Results, mine: str, its: str) -> list[str]:
     found = [f"{name} {seen}" for name, each in results.models.items() for seen in each.seen]
     if verdict["kind"] != "better":
         found.append(verdict["sentence"])
-    known = {(each["check"], each.get("task")) for each in results.findings if each["model"] == its}
+    known = {(each["check"], each["task"]) for each in results.findings if each["model"] == its and "task" in each}
     found += [
         each["message"]
         for each in results.findings
-        if each["model"] == mine and each["check"] != "seen" and (each["check"], each["task"]) not in known
+        if each["model"] == mine and "task" in each and (each["check"], each["task"]) not in known
     ]
     return found
 

@@ -36,7 +36,7 @@ class Measured:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; slices: its sums in each, see `sliced`; tradeoffs:
+    unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its sums in each, see `sliced`; tradeoffs:
     records of other weights, see `told_of_sweep`.
     """
 
@@ -45,6 +45,7 @@ class Measured:
     address: str
     gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
+    users: Sequence[str] = ()
     slices: Mapping[tuple[str, str], ClosedSums] = field(default_factory=dict)
     tradeoffs: Sequence[dict[str, Any]] = ()
 
@@ -104,7 +105,8 @@ class Results:
 
         found = []
         for name, each in self.models.items():
-            found += [{"model": name, "check": "seen", "message": f"the model {seen}"} for seen in each.seen]
+            for check, sentences in (("seen", each.seen), ("users", each.users)):
+                found += [{"model": name, "check": check, "message": f"the model {told}"} for told in sentences]
             found += [{"model": name, **finding} for finding in findings(each.summary)]
         return found
 

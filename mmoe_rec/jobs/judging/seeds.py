@@ -92,8 +92,14 @@ def told(found: Seeds) -> Iterator[Table | str]:
     for name in ("mean", "95% interval", "between trainings", "between users"):
         table.add_column(name, justify="right", no_wrap=True)
     for group, metrics in found.summary.items():
+        shown = [
+            each
+            for each in registered.METRICS
+            if each.is_shown(group == "score") and metrics.get(each.name, {}).get("mean") is not None
+        ]
+        if not shown:
+            continue
         table.add_row(Text(group, style="bold"))
-        shown = [each for each in registered.METRICS if each.name in metrics and each.is_shown(group == "score")]
         for metric in shown:
             each = metrics[metric.name]
             table.add_row(f"  {metric.label}", *_cells(metric, each), end_section=metric == shown[-1])

@@ -43,6 +43,13 @@ class TrainingRows:
             _counts(folder, "candidate") if columns.has_candidate else None,
         )
 
+    def of_users_in_both(self, scored: Scored) -> tuple[int, int]:
+        """How many users of N scored rows have training rows, and how many users there are."""
+        if self.users is None:
+            return 0, 0
+        users = pc.unique(scored.users)
+        return int((_seen(users, self.users) > 0).sum()), len(users)
+
     def slices(self, scored: Scored) -> dict[str, np.ndarray]:
         """What rows are sliced by -> (N,) str, the slice of each of N scored rows."""
         found = {}

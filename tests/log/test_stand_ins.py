@@ -1,0 +1,238 @@
+"""What stands in for users, candidates and times of a plain table, and what can't be had of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pydantic import ValidationError
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.features import build_features, extend_features
+from mmoe_rec.log.reader import Log
+from mmoe_rec.schema import NO_CANDIDATE, NO_USER, Schema
+from mmoe_rec.settings import Settings, load_settings
+from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
+from tests.log.small_logs import write_log
+
+HISTORY = {"kind": "history", "task": "label", "of": "code"}
+COUNTER = {"kind": "counter", "task": "label", "by": ["word"]}
+FEATURES = {"code": {"kind": "id", "column": "code", "min_count": 1}}
+
+
+def read(settings: Settings, rows_per_part: int) -> pa.Table:
+    log = Log(settings.data.log, settings.schema_)
+    parts = log.parts(rows_per_part)
+    return pa.concat_tables([rows.table for part in parts for rows in log.reader.read(part)]).combine_chunks()
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 100, 10**6])
+def test_rows_are_users_and_candidates_by_their_number(tmp_path: Path, rows_per_part: int) -> None:
+    """Whatever files and parts they lie in; and their time is the place of their split."""
+    tables = [plain_table(seed, rows) for seed, rows in ((0, 70), (1, 1), (2, 130))]
+    rows = read(plain_settings(tmp_path, *tables), rows_per_part)
+    assert rows[NO_USER].to_pylist() == rows[NO_CANDIDATE].to_pylist() == list(range(201))
+    folds = pa.concat_tables(tables)["fold"].to_numpy()
+    expected = np.select([folds <= 2, folds == 3, folds == 4], [0, 1, 2])
+    assert np.array_equal(rows["\0time"].cast(pa.int64()).to_numpy(), expected)
+
+
+def test_a_request_is_the_user_where_there_is_no_other(tmp_path: Path) -> None:
+    table = plain_table(3)
+    rows = read(plain_settings(tmp_path, table, columns={"request": "group"}), 50)
+    users, groups = rows[NO_USER].to_numpy(), table["group"].to_numpy()
+    assert len(np.unique(users)) == len(np.unique(groups))
+    assert len(np.unique(np.stack([users, groups]), axis=1).T) == len(np.unique(groups))
+
+
+def test_a_users_rows_of_a_split_are_one_request(tmp_path: Path) -> None:
+    table = plain_table(3)
+    settings = plain_settings(tmp_path, table, columns={"user": "person"})
+    log = Log(settings.data.log, settings.schema_)
+    (rows,) = (each for part in log.parts() for each in log.reader.read(part))
+    split = np.select([table["fold"].to_numpy() <= 2, table["fold"].to_numpy() == 3], [0, 1], 2)
+    pairs = {(person, each) for person, each in zip(table["person"].to_pylist(), split, strict=True)}
+    assert len(np.unique(rows.request_hashes())) == len(pairs)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_value_that_no_split_lists(tmp_path: Path, as_text: bool) -> None:
+    table = plain_table(0)
+    folds = table["fold"].to_pylist()
+    folds[7], folds[9] = 5, 6
+    column = pa.array([f"f{each}" for each in folds] if as_text else folds)
+    values = {name: [f"f{each}" if as_text else each for each in listed] for name, listed in SPLIT_VALUES.items()}
+    table = table.set_column(table.column_names.index("fold"), "fold", column)
+    settings = plain_settings(tmp_path, table, split={"column": "fold", **values})
+    listed = "'f1', 'f2', 'f3', 'f4'" if as_text else "1, 2, 3, 4"
+    with pytest.raises(UserError, match=f"'fold' of split.column holds something else than {listed} in 2 rows.*row 7"):
+        build_features(settings)
+
+
+def test_a_null_split(tmp_path: Path) -> None:
+    table = plain_table(0)
+    folds = pa.array([None, *table["fold"].to_pylist()[1:]])
+    settings = plain_settings(tmp_path, table.set_column(table.column_names.index("fold"), "fold", folds))
+    with pytest.raises(UserError, match=r"'fold' of split.column holds something else .* in 1 rows"):
+        build_features(settings)
+
+
+def test_values_of_another_type(tmp_path: Path) -> None:
+    settings = plain_settings(tmp_path, split={"column": "fold", **SPLIT_VALUES, "test": ["4"]})
+    with pytest.raises(UserError, match=r"'fold' holds whole numbers, but split.test lists '4': .* without quotes"):
+        build_features(settings)
+    settings = plain_settings(
+        tmp_path,
+        roles={"candidate": ["x"]},
+        features={"x": {"kind": "numeric", "column": "x"}},
+        split={"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
+    )
+    with pytest.raises(
+        UserError, match=r"column 'word' holds text, but split.test lists 1: write its values in quotes"
+    ):
+        build_features(settings)
+
+
+def test_true_and_false_are_1_and_0(tmp_path: Path) -> None:
+    table = plain_table(0, 60).append_column("held_out", pa.array(np.arange(60) % 3 == 0))
+    split = {"column": "held_out", "train": [False], "validation": [True], "test": [2]}
+    with pytest.raises(UserError, match=r"the test split is empty: no row of the log .* has 2 in column 'held_out'"):
+        build_features(plain_settings(tmp_path, table, split=split))
+
+
+def test_a_request_in_two_splits(tmp_path: Path) -> None:
+    table = plain_table(0)
+    row = table["group"].to_pylist().index(5, table["group"].to_pylist().index(5) + 1)
+    folds = table["fold"].to_pylist()
+    folds[row] = 1 if folds[row] > 2 else 4
+    table = table.set_column(table.column_names.index("fold"), "fold", pa.array(folds))
+    settings = plain_settings(tmp_path, table, columns={"request": "group"})
+    with pytest.raises(
+        UserError, match=r"request 5 \(column 'group'\) has split .* and split .*; 1 request has rows of s"
+    ):
+        build_features(settings)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
+def test_a_weight_that_counts_nothing(tmp_path: Path, value: float | None) -> None:
+    table = plain_table(0)
+    weights = table["weight"].to_pylist()
+    weights[3] = value
+    table = table.set_column(table.column_names.index("weight"), "weight", pa.array(weights, pa.float64()))
+    settings = plain_settings(tmp_path, table, columns={"weight": "weight"})
+    with pytest.raises(
+        UserError, match=r"column 'weight' holds .* \(1 rows are not above 0 and finite\); fix the data"
+    ):
+        build_features(settings)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"features": {**FEATURES, "last": HISTORY}}, "feature 'last' needs columns.time, which is left out: it knows"),
+        ({"features": {**FEATURES, "rate": COUNTER}}, "feature 'rate' needs columns.time, which is left out: it knows"),
+        (
+            {"features": {"when": {"kind": "time"}}},
+            "feature 'when' needs columns.time, which is left out: it has no `c",
+        ),
+        (
+            {"features": {"age": {"kind": "time", "column": "x", "parts": ["age"]}}},
+            "feature 'age' needs columns.time, which is left out: its part `age` ends at the request",
+        ),
+        (
+            {"tasks": {"label": {"label": "label", "objective": "engagement", "matures_after_days": 1}}},
+            "task 'label' has matures_after_days, which needs columns.time",
+        ),
+        ({"columns": {"request": "group", "request_scope": "user"}}, "request_scope is user, which needs columns.user"),
+        (
+            {"features": {"fold": {"kind": "numeric", "column": "fold"}}},
+            "reads column 'fold', which says what a row is s",
+        ),
+        ({"split": {"column": "label"}}, "split.column 'label' is the label of task 'label' too"),
+        (
+            {"split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"}},
+            "columns.time is left out, so the rows ",
+        ),
+        ({"columns": {"time": "at"}}, "split.column is 'fold', but columns.time is 'at': a log with times is split by"),
+        ({"split": {"column": "fold", "train_end": "2024-01-01"}}, "has both train_end and column"),
+        ({"split": {"column": "fold", "train": [1], "test": [1]}}, "value 1 is both in train and in test"),
+        (
+            {"split": {"column": "fold", "train": [1.5]}},
+            "train lists 1.5, but values of a column of splits are text or",
+        ),
+        ({"split": {"column": "fold", "train": []}}, "at least 1"),
+        ({"split": {}}, "needs train_end"),
+        ({"columns": {"weight": "label"}}, "the label of task 'label' is column 'label', which is columns.weight too"),
+        ({"columns": {"user": "person", "weight": "person"}}, "columns.user and columns.weight both name column"),
+    ],
+)
+def test_what_a_plain_table_can_not_have(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        plain_settings(tmp_path, **sections)
+    assert message in str(error.value)
+
+
+def test_a_history_needs_users(tmp_path: Path) -> None:
+    sections = {
+        "columns": {"time": "at", "candidate": "code"},
+        "split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"},
+        "roles": {},
+        "features": {**FEATURES, "last": HISTORY},
+    }
+    with pytest.raises(ValidationError, match=r"feature 'last' needs columns.user, which is left out: it is a user's"):
+        plain_settings(tmp_path, **sections)
+
+
+def test_settings_of_a_plain_table_stay_as_they_are(tmp_path: Path) -> None:
+    """Through YAML and through the schema of a model; no stand-in is written anywhere."""
+    settings = plain_settings(tmp_path, columns={"weight": "weight"})
+    (tmp_path / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    assert load_settings(tmp_path / "settings.yaml") == settings
+    text = settings.schema_.model_dump_json()
+    assert "u0000" not in text
+    assert "\0" not in settings.to_yaml()
+    again = settings.schema_.identity()
+    assert again["split"]["column"] == "fold"
+    assert again["columns"]["user"] is None
+
+
+def test_logs_with_times_are_identified_as_before(tmp_path: Path) -> None:
+    """No key of a plain table changes what features of other logs were built from."""
+    columns = {"user": "u", "candidate": "i", "time": "t"}
+    schema = Schema.model_validate(
+        {"columns": columns, "tasks": {"a": {"label": "a"}}, "features": {}} | {"features": settings_features(tmp_path)}
+    )
+    found = schema.identity()
+    assert "split" not in found
+    assert "weight" not in found["columns"]
+
+
+def settings_features(folder: Path) -> dict[str, Any]:
+    return {"i": plain_settings(folder).schema_.features["code"].model_copy(update={"column": "i"})}
+
+
+def test_a_log_of_times_without_users_is_split_by_time(tmp_path: Path) -> None:
+    """Each row is then a request of its own."""
+    table = plain_table(0)
+    days = np.datetime64("2024-01-01", "us") + np.arange(len(table)).astype("timedelta64[h]")
+    write_log(tmp_path / "log", table.append_column("at", pa.array(days)))
+    settings = plain_settings(
+        tmp_path,
+        table.append_column("at", pa.array(days)),
+        columns={"time": "at"},
+        split={"train_end": "2024-01-10", "validation_end": "2024-01-14"},
+    )
+    counts = build_features(settings).manifest["splits"]
+    assert [counts[name]["rows"] for name in ("train", "validation", "test")] == [216, 96, 88]
+
+
+def test_days_can_not_be_added(tmp_path: Path) -> None:
+    settings = plain_settings(tmp_path)
+    build_features(settings)
+    with pytest.raises(
+        UserError, match=r"adding days to features needs columns.user and columns.candidate and columns.ti"
+    ):
+        extend_features(settings)
