@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
-from mmoe_rec.schema import Use
+from mmoe_rec.schema import Schema, Use
 from mmoe_rec.settings import Settings
 
 DAY = 86_400_000_000
@@ -17,9 +17,11 @@ CANDIDATES = 6  # of a request
 
 
 def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) -> list[str]:
-    """Writes an interaction log and all logs of events; gives the overrides that name them."""
+    """Writes an interaction log and all logs of events, or a plain table; gives the overrides that name them."""
     rng = np.random.default_rng(0)
     schema = settings.schema_
+    if schema.split is not None:
+        return _write_plain_table(schema, folder, rng, 2 * requests * CANDIDATES)
     windows = settings.split.windows()
     _, train_end = windows["train"]
     _, validation_end = windows["validation"]
@@ -53,6 +55,17 @@ def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) ->
         _write(pa.table({**found, log.time: columns[names.time]}), folder / name)
         overrides += [f"--data.events.{name}.path", str(folder / name)]
     return overrides
+
+
+def _write_plain_table(schema: Schema, folder: Path, rng: np.random.Generator, rows: int) -> list[str]:
+    assert schema.split is not None
+    columns = {name: _column(use, np.zeros(rows, np.int64), rng) for name, use in column_uses(schema).items()}
+    values = [each for listed in schema.split.values.values() for each in listed]
+    columns[schema.split.column] = pa.array([values[place] for place in rng.integers(0, len(values), rows)])
+    for task in schema.tasks.values():
+        columns[task.label] = pa.array(rng.integers(0, 2, rows))
+    _write(pa.table(columns), folder / "log")
+    return ["--data.log", str(folder / "log")]
 
 
 def _column(use: Use, times: np.ndarray, rng: np.random.Generator) -> pa.Array:

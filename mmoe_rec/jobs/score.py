@@ -296,11 +296,11 @@ class _Scoring:
         return {
             "fingerprint": self.fingerprint,
             **self.constants,
-            "tables_as_of": self.tables_as_of,
+            "tables_as_of": self.tables_as_of if self.has_time else None,
             "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
-            "known_from": None if known["first"] is None else format_time(known["first"]),
-            "labels_known_by": format_time(known["last"]) if self.labels else None,
+            "known_from": format_time(known["first"]) if self.has_time and known["first"] is not None else None,
+            "labels_known_by": format_time(known["last"]) if self.has_time and self.labels else None,
             "meaning": self._meaning(known["first"]).of(whole),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
@@ -308,7 +308,7 @@ class _Scoring:
             "rows": whole.rows,
             "first_request": format_time(whole.first) if self.has_time else None,
             "last_request": format_time(whole.last) if self.has_time else None,
-            "rows_before_tables_as_of": whole.early,
+            "rows_before_tables_as_of": whole.early if self.has_time else 0,
             "rows_before_exact_from": whole.inexact,
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
         }

@@ -99,8 +99,14 @@ def asked_by_settings(settings: Settings) -> Asked:
         request: tuple[str, ...] = (user, names.time) if names.has_time and names.has_user else (user,)
     else:
         request = (names.user, names.request) if names.request_scope == "user" else (names.request,)
-    duplicates = settings.data.duplicates
-    return replace(asked, user=user, request=request, usual_candidate=names.candidate, duplicates=duplicates)
+    return replace(
+        asked,
+        user=user,
+        request=request,
+        usual_candidate=names.candidate,
+        weight=names.weight,
+        duplicates=settings.data.duplicates,
+    )
 
 
 def asked_by_words(words: Sequence[str]) -> Asked:

@@ -1,0 +1,261 @@
+"""A plain table with weights: trained, evaluated, scored and ranked by the commands, beside independent references."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.finished import Finished
+from mmoe_rec.jobs.replay.run import Asked, replay
+from mmoe_rec.outcomes.join import join_outcomes
+from mmoe_rec.serving.errors import RequestError
+from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.settings import load_settings
+from pipelines import evaluate, refresh, score, train
+from pipelines.evaluation import baselines, metrics
+from tests.log.plain_tables import plain_settings, plain_table
+from tests.report.parsed import Page
+
+ROWS = 4_000  # of two files
+FEATURES = ["x", "word", "code"]
+
+
+class World:
+    """A trained model of a plain table, and the table in the order of its rows."""
+
+    def __init__(self, folder: Path, **sections: Any) -> None:
+        self.folder = folder
+        whole = plain_table(1, ROWS)
+        tables = [whole.slice(0, ROWS // 4), whole.slice(ROWS // 4)]
+        tracking = {"uri": f"sqlite:///{folder / 'mlflow.db'}"}
+        self.settings = plain_settings(folder / "work", *tables, tracking=tracking, **sections)
+        self.config = folder / "settings.yaml"
+        self.config.write_text(self.settings.to_yaml(), encoding="utf-8")
+        self.table: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+        train.main(["--config", str(self.config)])
+        self.model = folder / "work" / "model"
+
+    def evaluated(self, name: str, *options: str) -> dict[str, Any]:
+        """metrics.json of the model."""
+        out = self.folder / name
+        words = ["--config", str(self.config), "--model", str(self.model), "--out", str(out), *options]
+        evaluate.main(words)
+        found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("plain"), columns={"weight": "weight"})
+
+
+@pytest.fixture(scope="module")
+def scored(world: World) -> pd.DataFrame:
+    """What `score` writes, in the order of the table."""
+    out = world.folder / "scores"
+    score.main(["--model", str(world.model), "--input", world.settings.data.log, "--output", str(out), "--labels"])
+    return pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
+
+
+def by_the_table(world: World, scored: pd.DataFrame, folds: list[int], task: str) -> tuple[np.ndarray, ...]:
+    """Labels, predictions and weights of rows that are observed, joined by their number alone."""
+    inside = world.table["fold"].isin(folds) & world.table[task].notna()
+    found = world.table[inside], scored[inside.to_numpy()]
+    return found[0][task].to_numpy(), found[1][f"predicted_{task}"].to_numpy(float), found[0]["weight"].to_numpy()
+
+
+def test_rows_are_told_by_their_number(world: World, scored: pd.DataFrame) -> None:
+    assert scored["row"].tolist() == list(range(ROWS))
+    assert not any("\0" in name for name in scored.columns)
+    for task in ("label", "other"):
+        np.testing.assert_array_equal(scored[f"label_{task}"], world.table[task].to_numpy(float))
+    assert (scored["rank"] == 1).all()
+
+
+def test_metrics_are_weighted_and_of_the_test_rows(
+    world: World, scored: pd.DataFrame, capsys: pytest.CaptureFixture
+) -> None:
+    found = world.evaluated("weighted")
+    printed = capsys.readouterr().out
+    test = world.table["fold"] == 4
+    assert found["rows"] == found["users"] == int(test.sum())
+    for task in ("label", "other"):
+        labels, predicted, weights = by_the_table(world, scored, [4], task)
+        mine = found["tasks"][task]
+        assert mine["rows"] == len(labels)
+        assert mine["auc"]["value"] == pytest.approx(roc_auc_score(labels, predicted, sample_weight=weights), abs=1e-6)
+        assert mine["logloss"]["value"] == pytest.approx(log_loss(labels, predicted, sample_weight=weights), rel=1e-5)
+        plain = roc_auc_score(labels, predicted)
+        assert abs(plain - roc_auc_score(labels, predicted, sample_weight=weights)) > 1e-4, "weights say nothing"
+    assert "gauc" not in printed
+    assert "ndcg" not in printed
+    assert "bootstrap over rows" in " ".join(printed.split())
+    assert "Each row is a user of its own" in printed
+    words = " ".join(Page((world.folder / "weighted" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert "those with 4 in column 'fold'" in words
+    assert "by column 'weight'" in words
+    assert "catalogue" not in words.lower()
+
+
+def test_the_best_state_is_chosen_by_weighted_losses(world: World, scored: pd.DataFrame) -> None:
+    best = Finished.read(world.folder / "work" / "checkpoints").best  # type: ignore[union-attr]
+    for task in ("label", "other"):
+        labels, predicted, weights = by_the_table(world, scored, [3], task)
+        expected = log_loss(labels, predicted, sample_weight=weights)
+        assert best["loss"][task] == pytest.approx(expected, rel=1e-4)
+        assert abs(expected - log_loss(labels, predicted)) > 1e-3 * expected, "weights say nothing"
+
+
+def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> None:
+    """By the settings' names: without users, candidates and requests a row is told by its number."""
+    found = {}
+    for name, only in (("all", ""), ("named", "weight=weight")):
+        folder, out = world.folder / f"given_{name}", world.folder / f"measured_{name}"
+        folder.mkdir()
+        scored.assign(weight=world.table["weight"]).to_parquet(folder / "0.parquet")
+        words = ["--config", str(world.config), "--predictions", str(folder), "--out", str(out)]
+        metrics.main([*words, *(["--columns", only] if only else [])])
+        found[name] = json.loads((out / "metrics.json").read_text())
+    for task in ("label", "other"):
+        labels, predicted, weights = by_the_table(world, scored, [1, 2, 3, 4], task)
+        for each in found.values():
+            area = roc_auc_score(labels, predicted, sample_weight=weights)
+            assert each["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
+
+
+def test_measuring_needs_the_weights(world: World, scored: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
+    folder = world.folder / "unweighted"
+    folder.mkdir()
+    scored.to_parquet(folder / "0.parquet")
+    out = world.folder / "none"
+    with pytest.raises(SystemExit):
+        metrics.main(["--config", str(world.config), "--predictions", str(folder), "--out", str(out)])
+    assert "weight" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) -> None:
+    ranker = Ranker.load(world.model)
+    rows = np.flatnonzero(world.table["fold"] == 4)[:50]
+    shown = world.table.iloc[rows]
+    candidates = {
+        "x": [None if np.isnan(each) else each for each in shown["x"]],
+        "word": shown["word"].tolist(),
+        "code": shown["code"].tolist(),
+    }
+    ranking = ranker.rank({}, {}, candidates)
+    assert ranking.candidates == ranking.order
+    assert sorted(ranking.order) == list(range(50))
+    expected = scored.iloc[rows]
+    order = np.array(ranking.order)
+    for task in ("label", "other"):
+        given = expected[f"predicted_{task}"].to_numpy()[order]
+        np.testing.assert_allclose(ranking.predictions[task], given, rtol=1e-5)
+    np.testing.assert_allclose(ranking.scores, np.sort(expected["score"].to_numpy())[::-1], rtol=1e-4)
+    assert ranking.warnings == []
+    assert json.dumps(ranking.to_dict())
+    assert ranker.rank({}, {}, candidates, top_k=3).order == ranking.order[:3]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ({}, "'candidates' is empty: it needs the columns that describe the rows to score"),
+        ({"x": []}, "'candidates' is empty: column 'x' needs at least one value"),
+        ({"x": [1.0], "word": ["a"]}, "'candidates' lacks column 'code', which the model reads; give null where it is"),
+        (
+            {"x": [1.0], "word": ["a"], "code": [1, 2]},
+            "columns of 'candidates' differ in length: 'x' has 1 values, 'code",
+        ),
+        ({"x": [1.0], "word": ["a"], "code": [1], "\0candidate": [1]}, "'candidates' has an unknown column"),
+        ({"x": [1.0], "word": ["a"], "code": [1], "fold": [1]}, "'candidates' has an unknown column 'fold'"),
+    ],
+)
+def test_requests_that_say_too_little(world: World, candidates: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        Ranker.load(world.model).rank({}, {}, candidates)
+    assert message in str(error.value)
+
+
+def test_a_column_that_the_rows_lack(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Nothing is known of rows, so nothing completes them, as of users and candidates."""
+    pq.write_table(pa.Table.from_pandas(world.table[["x", "code"]]), tmp_path / "rows.parquet")
+    for as_of in ("log", "tables"):
+        words = ["--model", str(world.model), "--input", str(tmp_path / "rows.parquet"), "--as-of", as_of]
+        with pytest.raises(SystemExit):
+            score.main([*words, "--output", str(tmp_path / "out")])
+        assert "rows.parquet' has no column 'word'" in capsys.readouterr().err
+
+
+def test_scoring_by_tables_is_the_same(world: World, scored: pd.DataFrame, tmp_path: Path) -> None:
+    """And new rows need neither labels nor splits nor weights."""
+    pq.write_table(pa.Table.from_pandas(world.table[FEATURES]), tmp_path / "rows.parquet")
+    for as_of in ("log", "tables"):
+        out = tmp_path / as_of
+        words = ["--model", str(world.model), "--input", str(tmp_path / "rows.parquet"), "--as-of", as_of]
+        score.main([*words, "--output", str(out)])
+        found = pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
+        np.testing.assert_allclose(found["score"], scored["score"], rtol=1e-5)
+        assert "first_request" in (manifest := json.loads((out / "_manifest.json").read_text()))
+        assert manifest["first_request"] is None
+        assert "1970" not in json.dumps(manifest)
+
+
+def test_a_period_needs_times(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--model", str(world.model), "--input", world.settings.data.log, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        score.main([*words, "--start", "2024-01-01"])
+    assert "--start and --end need times" in capsys.readouterr().err
+
+
+def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture) -> None:
+    out = world.folder / "baselines"
+    baselines.main(["--config", str(world.config), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "gradient boosting" in printed
+    assert "popularity" not in printed
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["tasks"]["label"]["auc"]["value"] > 0.6
+
+
+def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    needs = "needs columns.user and columns.candidate and columns.time, which the settings leave out"
+    with pytest.raises(UserError, match=f"a replay {needs}"):
+        replay(world.settings, Asked(0, 1, str(world.model)))
+    with pytest.raises(UserError, match=f"joining outcomes {needs}"):
+        join_outcomes(world.settings, str(tmp_path), None, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        refresh.main(["--config", str(world.config), "--model", "models:/plain@champion"])
+    assert f"a refresh of a model's tables {needs}" in capsys.readouterr().err
+
+
+def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
+    world = World(tmp_path / "both", columns={"user": "person"})
+    world.evaluated("out")
+    words = " ".join(Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words.split())
+    told = "The model was trained on rows of 20 of the 20 users that it is measured on, as column 'fold' splits rows"
+    assert told in words
+    assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
+    world = World(tmp_path / "apart", columns={"user": "group"})
+    world.evaluated("out")
+    words = Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words
+    assert "rows of the same users" not in " ".join(words.split())
+
+
+def test_rows_that_the_model_was_trained_on(world: World) -> None:
+    """The settings ask for other rows since."""
+    options = ("--split.train", "[1]", "--split.test", "[2]", "--split.validation", "[3, 4]")
+    world.evaluated("seen", *options, "--data.work", str(world.folder / "elsewhere"))
+    words = " ".join(Page((world.folder / "seen" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert "The model was trained on rows with 2 in column 'fold', which are those that it is measured on" in words
+    assert load_settings(world.config).split.test == (4,)
