@@ -41,7 +41,7 @@ def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, in
         "overview": overview(manifest, sums),
         "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
         "tables": _tables(sums, dims),
-        "weeks": weeks(sums),
+        "weeks": weeks(manifest, sums),
     }
     found: dict[str, Any] = plain({**health, "findings": find(health)})
     return found

@@ -12,10 +12,16 @@ from mmoe_rec.inspection.sums import Labels, SplitSums, Sums
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+_TIMES = ("first_request", "last_request", "labels_known_by")
+
+
 def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
-    """Files, rows and times of the log, files left out, and for each split its rows, different users, and labels."""
+    """Files, rows and times of the log (None where it has none), files left out, and for each split its rows, different
+    users, and labels."""
     told = manifest.get("splits", {})
     splits = {name: _split(each, sums.layout, told.get(name, {})) for name, each in sums.splits.items()}
+    if manifest.get("first_request") is None:
+        splits = {name: split | dict.fromkeys(_TIMES) for name, split in splits.items()}
     return {
         "log": manifest.get("log"),
         "digest": manifest.get("digest"),
@@ -32,8 +38,11 @@ def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
     }
 
 
-def weeks(sums: Sums) -> list[dict[str, Any]]:
-    """Labels of each week that has rows, from Monday 00:00 UTC by the request's time; each split apart."""
+def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
+    """Labels of each week that has rows, from Monday 00:00 UTC by the request's time; each split apart. None of a log
+    without times."""
+    if manifest.get("first_request") is None:
+        return []
     starts = sorted({week for week, _ in sums.weeks})
     return [
         {

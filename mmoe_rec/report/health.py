@@ -48,7 +48,7 @@ def page(health: dict[str, Any]) -> str:
         "shown": _by_check(shown),
         "folded": _by_check(folded),
         "notes": _notes(overview),
-        "weeks": {task: weeks_figure(health["weeks"], task) for task in tasks},
+        "weeks": {task: weeks_figure(health["weeks"], task) for task in (tasks if health["weeks"] else ())},
         "features": [_feature(each) | {"flags": flags_of(health, each["name"])} for each in health["features"]],
         "drift": _drift(health["features"]),
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),

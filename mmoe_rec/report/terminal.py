@@ -33,9 +33,10 @@ _TASK_COLUMNS = 2  # more tasks share one column with the best AUC
 def show(health: dict[str, Any], width: int) -> Iterator[RenderableType]:
     """What `rich` prints on a terminal of that width: splits, features, tables, then findings."""
     overview = health["overview"]
+    times = f"{day(overview['first_request'])} to {day(overview['last_request'])} UTC"
     yield Text(
         f"{overview['files'] or 0:,} file{'s' * (overview['files'] != 1)}, {overview['rows'] or 0:,} rows, "
-        f"{day(overview['first_request'])} to {day(overview['last_request'])} UTC"
+        f"{times if overview['first_request'] else 'without times'}"
     )
     if told := requests_told(overview["requests"]):
         yield Text(told, style="yellow")

@@ -36,8 +36,8 @@ class Measured:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its sums in each, see `sliced`; tradeoffs:
-    records of other weights, see `told_of_sweep`.
+    unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
+    sums in each, see `sliced`; tradeoffs: records of other weights, see `told_of_sweep`.
     """
 
     sums: Sums
