@@ -150,7 +150,7 @@ def rechub(rows: int) -> float:
 def benchmark(rows: int, repeats: int, peers: Path) -> dict[str, float]:
     """Runs all in turn."""
     from tests.benchmarks.memory import measure
-    from tests.benchmarks.training import peers_environment
+    from tests.benchmarks.peers.environment import peers_environment
 
     peer = peers_environment(peers)
     this = [sys.executable, "-m", "tests.benchmarks.batch_scoring", "--stage"]

@@ -27,7 +27,7 @@ def save_rechub(model: Path, target: Path, peers: Path) -> None:
 
     from mmoe_rec.features.vocabulary import VocabularyFeature
     from mmoe_rec.serving.ranker import Ranker
-    from tests.benchmarks.training import peers_environment
+    from tests.benchmarks.peers.environment import peers_environment
 
     python = peers_environment(peers)
     words = [python, "-c", "import torch_rechub; print(torch_rechub.__path__[0])"]

@@ -28,9 +28,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +36,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-PEERS = {"rechub": "torch-rechub==0.9.0", "deepctr": "deepctr-torch==0.3.0"}
+from tests.benchmarks.peers.environment import FOLDER, PEERS, peers_environment, run
+
 TABLE_ROWS = (50_000, 500_000, 2_000_000)
 SECONDS = 40  # for a peer's training; some would take an hour
 EMULATED = 0.5
@@ -64,14 +62,6 @@ def write_rows(rows: int, table_rows: int, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def run(command: Sequence[str], **environment: str) -> Any:
-    """What a command prints last, as JSON."""
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | environment)
-    if finished.returncode != 0:
-        raise SystemExit(f"{shlex.join(command)} failed")
-    return json.loads(finished.stdout.splitlines()[-1])
-
-
 def stage(name: str, *arguments: object) -> list[str]:
     """What runs a part of this file in a process of its own."""
     return [sys.executable, "-m", "tests.benchmarks.training", "--stage", name, *map(str, arguments)]
@@ -81,19 +71,6 @@ def ours(folder: Path, ranks: int = 1, *options: str) -> list[str]:
     """This project's training, by one process or by several under torchrun; options: settings by hand."""
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     return [sys.executable, "-m", *start, "tests.benchmarks.training_ours", str(folder), *options]
-
-
-def peers_environment(folder: Path) -> str:
-    """The Python of an environment with the peers and this environment's release of torch."""
-    import torch
-
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-    # DeepCTR-Torch imports requests and pip, which it does not ask for.
-    needed = [*PEERS.values(), "requests", "pip", f"torch=={torch.__version__.partition('+')[0]}"]
-    subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *needed], check=True)
-    return str(python)
 
 
 class Timer:
@@ -209,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100 * 4096, help="rows that each trains on (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="times that ours is timed (default: %(default)s)")
-    parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_peers"))
+    parser.add_argument("--peers", type=Path, default=FOLDER)
     parser.add_argument("--peers-only-50k", action="store_true", help="a quick answer, under four minutes")
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
