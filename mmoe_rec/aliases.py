@@ -71,6 +71,13 @@ def replaced_by(version: Version, alias: str, uri: str) -> str | None:
     return None if found is None else str(found)
 
 
+def describe(version: Version, text: str, uri: str) -> None:
+    """Writes the description of a version, in Markdown. Raises UserError where the registry refuses."""
+    mlflow = connect(uri)
+    with limits(BRIEF), calling(uri):
+        mlflow.MlflowClient().update_model_version(version.name, version.number, text)
+
+
 def tag(version: Version, tags: Mapping[str, str], uri: str) -> None:
     """Writes tags of a version. Raises UserError where the registry refuses."""
     mlflow = connect(uri)

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -78,6 +78,20 @@ def make_store(mlflow: Any, uri: str) -> None:
     if store is not None and not store.exists():
         with atomic_file(store, replace=False) as temporary:
             mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+
+
+def machine_monitors() -> list[Any]:
+    """MLflow's own monitors of processors, memory, disk and network, and of GPUs where there are any."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    found = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(ImportError, RuntimeError):  # without the library that watches them, or without a driver
+        found.append(GPUMonitor())
+    return found
 
 
 @contextmanager

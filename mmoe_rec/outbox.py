@@ -40,7 +40,7 @@ class UnreachableError(UserError):
 class Message:
     """values: JSON; file: sent with them, under its own name."""
 
-    kind: Literal["params", "metrics", "tags", "file", "end"]
+    kind: Literal["params", "metrics", "tags", "inputs", "file", "end"]
     values: dict[str, Any]
     file: Path | None = None
 

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmoe_rec.outbox import Message, Outbox
 
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description, in Markdown."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows that a run reads. source: the log's address; context: what they are for; split: which of its rows."""
+
+    name: str
+    digest: str
+    source: str
+    rows: int
+    context: str
+    split: str
+
 
 class Run:
     """A run that is being recorded; without an outbox every call does nothing.
 
-    address: where to look at it; params, steps: settings and last step of each metric that a resumed run knew already,
-    so that these may be logged again.
+    address: where to look at it; params, steps, note: settings, last step of each metric, and description that a
+    resumed run knew already, so that these may be logged again.
     """
 
     def __init__(
@@ -28,9 +45,10 @@ class Run:
         address: str = "",
         params: Mapping[str, str] | None = None,
         steps: Mapping[str, int] | None = None,
+        note: str = "",
     ) -> None:
         self.run_id, self.outbox, self.address = run_id, outbox, address
-        self._params, self._steps = params or {}, steps or {}
+        self._params, self._steps, self._note = params or {}, steps or {}, note
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings, nested ones under names such as `model.experts.count`.
@@ -57,6 +75,16 @@ class Run:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Names and values that describe the run."""
         self._put("tags", {name: str(value) for name, value in tags.items()})
+
+    def describe(self, heading: str, text: str) -> None:
+        """A section of the run's description, in Markdown, in the place of one with that heading."""
+        sections = _sections(self._note) | {heading: text.strip()}
+        self._note = "\n\n".join(f"### {each}\n\n{its}" for each, its in sections.items())
+        self.set_tags({NOTE: self._note})
+
+    def log_inputs(self, sets: Sequence[DataSet]) -> None:
+        """The rows that the run reads."""
+        self._put("inputs", {"sets": [asdict(each) for each in sets]} if sets else {})
 
     def log_text(self, text: str, name: str) -> None:
         """A text file."""
@@ -113,12 +141,33 @@ def sender(mlflow: Any, run_id: str, calling: Callable[[], AbstractContextManage
                     client.log_batch(run_id, metrics=numbers)
                 case "tags":
                     client.log_batch(run_id, tags=[entities.RunTag(*each) for each in values.items()])
+                case "inputs":
+                    client.log_inputs(run_id, datasets=[_input(entities, each) for each in values["sets"]])
                 case "file":
                     client.log_artifact(run_id, str(message.file), values["folder"])
                 case "end":
                     client.set_terminated(run_id, values["status"], values["time"])
 
     return send
+
+
+def _input(entities: Any, values: Mapping[str, Any]) -> Any:
+    remote = "://" in values["source"]
+    data_set = entities.Dataset(
+        name=values["name"],
+        digest=values["digest"],
+        source_type=values["source"].partition("://")[0] if remote else "local",
+        source=json.dumps({"uri": values["source"]}),
+        profile=json.dumps({"num_rows": values["rows"]}),
+    )
+    tags = {"mlflow.data.context": values["context"], "split": values["split"]}
+    return entities.DatasetInput(data_set, [entities.InputTag(*each) for each in tags.items()])
+
+
+def _sections(note: str) -> dict[str, str]:
+    """The sections of a description by heading; what stands before the first one is left out."""
+    parts = re.split(r"^### (.+)$", note, flags=re.MULTILINE)[1:]
+    return {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def _now() -> int:

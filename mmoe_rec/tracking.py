@@ -26,11 +26,13 @@ from mmoe_rec.mlflow_client import (
     sqlite_file,
 )
 from mmoe_rec.outbox import PATIENCE_SECONDS, Outbox, UnreachableError, runs_waiting
-from mmoe_rec.recording import Run, sender
+from mmoe_rec.recording import NOTE, Run, sender
 from mmoe_rec.training.origin import checksum
 
 KEY_TAG = "training_key"
 _FILES_TAG = "files"  # of a version in the registry
+# By this tag MLflow knows an experiment as one of model trainings, and not of applications of LLMs.
+_KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
 def check(uri: str, experiment: str, model: str | None = None, alias: str = "champion", *, unsent: Path) -> None:
@@ -142,11 +144,12 @@ def _started(
         _send_left(mlflow, uri, unsent)
     params: dict[str, str] = {}
     steps: dict[str, int] = {}
+    note = ""
     with calling(uri):
         if run_id is None and key is not None:
             run_id = _run_with(mlflow, experiment_id, key)
         if run_id is not None:
-            params, steps = _known(mlflow, run_id)
+            params, steps, note = _known(mlflow, run_id)
         started = (
             mlflow.start_run(run_id=run_id)
             if run_id is not None
@@ -159,14 +162,16 @@ def _started(
             )
         )
     run_id = started.info.run_id
-    place = f"{uri.rstrip('/')}/#/experiments/{started.info.experiment_id}/runs/{run_id}"
+    # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
+    page = f"#/experiments/{started.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    place = f"{uri.rstrip('/')}/{page}"
     served = uri.startswith(("http://", "https://"))
     address = shown(place) if served else f"{run_id} of experiment '{experiment}' in {shown(uri)}"
-    return Run(run_id, _outbox(mlflow, uri, run_id, unsent), address, params, steps)
+    return Run(run_id, _outbox(mlflow, uri, run_id, unsent), address, params, steps, note)
 
 
-def _known(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int]]:
-    """The settings that a run knows, and the last step of each metric."""
+def _known(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int], str]:
+    """The settings that a run knows, the last step of each metric, and its description."""
     found = mlflow.get_run(run_id)
     if found.info.lifecycle_stage != "active":
         raise UserError(
@@ -175,7 +180,8 @@ def _known(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int]]:
         )
     client = mlflow.MlflowClient()
     history = {name: client.get_metric_history(run_id, name) for name in found.data.metrics}
-    return found.data.params, {name: max(each.step for each in steps) for name, steps in history.items() if steps}
+    last = {name: max(each.step for each in steps) for name, steps in history.items() if steps}
+    return found.data.params, last, found.data.tags.get(NOTE, "")
 
 
 def _send_left(mlflow: Any, uri: str, unsent: Path) -> None:
@@ -220,10 +226,11 @@ def register(
     name: str,
     alias: str | None = None,
     tags: Mapping[str, str] | None = None,
+    description: str | None = None,
 ) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
-    tags: of the version, besides ours.
+    tags: of the version, besides ours; description: of the version, in Markdown.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -258,8 +265,11 @@ def register(
         registered = mlflow.register_model(
             logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _files(artifact_folder)}
         )
+        client = mlflow.MlflowClient()
+        if description is not None:
+            client.update_model_version(name, registered.version, description)
         if alias is not None:
-            mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
+            client.set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
 
 
@@ -308,9 +318,11 @@ def _experiment(mlflow: Any, uri: str, name: str) -> str:
     if found is None:
         store = sqlite_file(uri)
         place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
-        created: str = mlflow.create_experiment(name, artifact_location=place)
+        created: str = mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
         return created
     existing: str = found.experiment_id
+    if _KIND[0] not in found.tags:  # of before there were kinds, or made by hand
+        mlflow.MlflowClient().set_experiment_tag(existing, *_KIND)
     return existing
 
 

@@ -9,23 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
+from mmoe_rec.jobs.judging.logged import log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
 from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
-from mmoe_rec.recording import Run
 from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.features.layout import Layout
-    from mmoe_rec.model.utilisation import Utilisation
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
     evaluated.results.write(out)
     (first, *_) = found.values()
     try:
-        _log_evaluation(settings, first.run_id, evaluated, out, place)
+        log_evaluation(settings, first, evaluated.scored, results, out, place)
     except UnreachableError as error:
         say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
@@ -168,38 +165,3 @@ def _facts(settings: Settings, scored: Scored) -> dict[str, str]:
     facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
     return facts
-
-
-def _log_evaluation(settings: Settings, run_id: str | None, evaluated: Evaluated, out: Path, place: str) -> None:
-    from mmoe_rec.evaluation.summary import flatten
-    from mmoe_rec.report.evaluation_figures import calibration_figure
-
-    layout = evaluated.scored.layout
-    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="evaluation", run_id=run_id) as run:
-        numbers = {f"test.{name}": value for name, value in flatten(evaluated.summary).items()}
-        run.log_metrics(numbers)
-        run.forget_metrics("test.", numbers)
-        run.log_artifact(out / "metrics.json", place)
-        # Files of a run can't be taken away again: without other models there is a comparison with none.
-        run.log_dict(evaluated.results.comparison or {"against": {}}, f"{place}/comparison.json")
-        run.log_artifact(out / "report.html", place)
-        for task in layout.tasks:
-            path = out / f"calibration_{task.name}.png"
-            path.unlink(missing_ok=True)  # of an evaluation before
-            # Without a label that is known by now there is nothing to draw; the summary says so.
-            if evaluated.summary["tasks"][task.name].get("calibration_bins"):
-                figure = calibration_figure(evaluated.summary, task.name)
-                figure.savefig(path)
-                run.log_figure(figure, f"{place}/calibration_{task.name}.png")
-        assert evaluated.scored.experts is not None, "a model scored the rows"
-        draw_gates(run, layout, evaluated.scored.experts, f"{place}/gate_weights.png")
-
-
-def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
-    """Logs a figure of the gates' mean weights."""
-    if run.run_id is None:
-        return  # another rank than the first draws nothing
-    from mmoe_rec.report.evaluation_figures import gate_weights_figure
-
-    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
-    run.log_figure(gate_weights_figure(weights), name)

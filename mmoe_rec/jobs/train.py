@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
 from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.evaluation.judging.objective import check_objective
-from mmoe_rec.jobs.evaluate import draw_gates
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
+from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, draw_gates, name_of_training, quoted
 from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.progress import say
 from mmoe_rec.recording import Run
@@ -130,6 +131,7 @@ def _train(
         run_id=run_id,
         key=key,
         parent=parent,
+        run_name=name_of_training(settings, None if start is None else start.exact),
         active=first,
         unsent=work / "unsent",
     ) as run:
@@ -138,6 +140,8 @@ def _train(
             if not torchrec_installed():
                 say(note())
         _log_start(run, settings, prepared)
+        run.log_inputs(data_sets(settings, manifest, "train", "validation"))
+        run.describe("Training", as_code(command()) + f"\n\n{_rows_told(manifest)}")
         if start is not None:
             # An alias such as `champion` will point at the new model soon.
             tags = {"warm_start": start.address, "warm_start.model": start.exact}
@@ -154,7 +158,7 @@ def _train(
             settings.training,
             device,
             checkpoints,
-            run.log_metrics,
+            WithMachine(run, settings.tracking.system_metrics),
             warm_start,
             checkpoint,
             origin,
@@ -219,8 +223,8 @@ def _finish(
     draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
-    run.log_metrics({f"best.{name}": value for name, value in best.flat().items()}, result.best_step)
-    run.log_metrics({"train.rows_per_s": result.rows_per_s, "train.waiting_share": result.waiting}, result.steps)
+    run.log_metrics(best.flat("best"), result.best_step)
+    run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, plain_tables(layout))
     load_plain(model, result.best_checkpoint)
     calibration = _calibrate(settings, prepared, model)
@@ -234,9 +238,12 @@ def _finish(
         calibration=calibration,
     )
     promotion = Promotion(str(work / "model"), False, ())
+    chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{_table_of(best)}"
     if register:
+        about = f"{as_code(command())}\n\n{_rows_told(prepared.manifest)}\n\n{chosen}"
         with tracking.or_later(run, work / "model"):
-            promotion = promote(run, settings, prepared, model, work / "model")
+            promotion = promote(run, settings, prepared, model, work / "model", about)
+    run.describe("Result", f"{quoted(promotion.compared)}\n\n{chosen}\n\nModel: `{promotion.address}`")
     before = dict(result.history).get(0)
     finished = Finished(
         replace(origin, settings=result_settings(settings)),
@@ -251,6 +258,24 @@ def _finish(
     )
     finished.write(work / "checkpoints")
     return finished.trained(settings)
+
+
+def _rows_told(manifest: Mapping[str, Any]) -> str:
+    rows = {split: counts["rows"] for split, counts in manifest["splits"].items()}
+    return (
+        f"{rows['train']:,} rows of `{manifest['log']}` (digest `{manifest['digest']}`), validated on "
+        f"{rows['validation']:,}."
+    )
+
+
+def _table_of(best: Validation) -> str:
+    """In Markdown."""
+    metrics = {"loss": best.loss, "auc": best.auc, "gauc": best.gauc, "calibration": best.calibration}
+    lines = [f"| task | {' | '.join(metrics)} |", f"|---{'|---' * len(metrics)}|"]
+    for task in best.loss:
+        cells = [f"{each[task]:.4f}" if task in each else "–" for each in metrics.values()]  # noqa: RUF001
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:

@@ -124,7 +124,7 @@ class Study:
                     )
             tuned = self._best()
             run.log_params({f"best.{setting}": value for setting, value in tuned.best.items()})
-            run.log_metrics({"best.objective": tuned.value})
+            run.log_metrics({"best/objective": tuned.value})
             run.log_artifact(tuned.file)
             run.log_text(self._table(), "trials.csv")
             run.flush(PATIENCE_SECONDS)
@@ -268,7 +268,7 @@ class Study:
                 run.set_tags({"cut_short": "it fell behind"})
                 return None
             assert result.best is not None
-            run.log_metrics({f"best.{metric}": value for metric, value in result.best.flat().items()}, result.best_step)
+            run.log_metrics(result.best.flat("best"), result.best_step)
             return result.best.objective(select_by, judge)
 
     def _best(self) -> Tuned:

@@ -57,15 +57,15 @@ class Utilisation:
     def flat(self, tasks: list[str]) -> dict[str, float]:
         """Metrics by name, for tracking."""
         metrics = {
-            "gates.load_entropy": self.entropy,
-            "gates.load_max_over_mean": self.max_over_mean,
-            "gates.polarised_share": sum(self.polarised) / len(tasks),
+            "gates/load_entropy": self.entropy,
+            "gates/load_max_over_mean": self.max_over_mean,
+            "gates/polarised_share": sum(self.polarised) / len(tasks),
         }
         for task, name in enumerate(tasks):
-            metrics[f"gates.{name}.entropy"] = self.task_entropies[task]
+            metrics[f"gates/{name}.entropy"] = self.task_entropies[task]
             for expert in (~self.weights[task].isnan()).nonzero().flatten().tolist():
-                metrics[f"gates.{name}.expert_{expert}.weight"] = float(self.weights[task, expert])
-                metrics[f"gates.{name}.expert_{expert}.load"] = float(self.loads[task, expert])
+                metrics[f"gates/{name}/expert_{expert}.weight"] = float(self.weights[task, expert])
+                metrics[f"gates/{name}/expert_{expert}.load"] = float(self.loads[task, expert])
         return metrics
 
     @property

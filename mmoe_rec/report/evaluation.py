@@ -74,7 +74,7 @@ def page(report: Mapping[str, Any]) -> str:
         "severity": _severity(comparison, findings),
         "judged": None if comparison is None else comparison["objective"],
         "guards": _guards(comparison),
-        "alone": _alone(first),
+        "alone": told_alone(first),
         "redrawn": "rows" if all(map(are_alone, summaries.values())) else "users",
         "findings": findings,
         "notes": told(list(summaries.values())),
@@ -148,7 +148,7 @@ def _severity(comparison: Mapping[str, Any] | None, findings: Sequence[Mapping[s
     return "warning" if findings or any(kind != BETTER for kind in kinds) else ""
 
 
-def _alone(summary: Mapping[str, Any]) -> list[str]:
+def told_alone(summary: Mapping[str, Any]) -> list[str]:
     """How well each task is predicted, and the score ranks, in a sentence each."""
     found = []
     for name, metric in [*((name, _first_of(task)) for name, task in summary["tasks"].items()), (SCORE, "ndcg_at_10")]:

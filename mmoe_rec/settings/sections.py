@@ -193,6 +193,9 @@ class Tracking(Section):
         None, description="name in the model registry; null takes the settings' `name`"
     )
     alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
+    system_metrics: bool = Field(
+        True, description="log what processors, memory, disk and network do while a model is trained"
+    )
 
     @property
     def address(self) -> str:

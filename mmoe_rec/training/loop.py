@@ -280,12 +280,12 @@ class Trainer:
 
     def _log(self, meter: Meter) -> None:
         metrics = meter.read()
-        metrics["learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+        metrics["train/learning_rate"] = self.optimizer.param_groups[-1]["lr"]
         if (logs := log_variances(self.sharded.model.module)) is not None:
             factors = zip(self.layout.tasks, loss_factors(logs.detach(), self.layout.tasks).tolist(), strict=True)
-            metrics |= {f"train.{task.name}.weight": task.loss_weight * factor for task, factor in factors}
+            metrics |= {f"train/{task.name}.weight": task.loss_weight * factor for task, factor in factors}
         if self.bad_batches.skipped:
-            metrics["train.skipped_steps"] = self.bad_batches.skipped
+            metrics["train/skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
     def _validation_is_due(self) -> bool:

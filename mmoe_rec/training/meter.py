@@ -61,9 +61,9 @@ class Meter:
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
         self._clear()
-        return {f"train.{name}.loss": mean for name, mean in means.items()} | {
-            "train.rows_per_s": self.rows_per_s,
-            "train.waiting_share": self.waiting,
+        return {f"train/{name}.loss": mean for name, mean in means.items()} | {
+            "train/rows_per_s": self.rows_per_s,
+            "train/waiting_share": self.waiting,
         }
 
     def _means(self) -> dict[str, float]:

@@ -67,10 +67,10 @@ class Validation:
         """The validation that `to_dict` gave."""
         return Validation(**{**tree, "experts": Utilisation.from_dict(tree["experts"])})
 
-    def flat(self) -> dict[str, float]:
-        """Losses, areas and calibration by name, for tracking."""
+    def flat(self, section: str = "validation") -> dict[str, float]:
+        """Losses, areas and calibration by name, for a section of charts in MLflow."""
         names = ("loss", "auc", "gauc", "calibration")
-        return {f"validation.{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
+        return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
 class ValidationSums:

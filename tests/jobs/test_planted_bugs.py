@@ -116,7 +116,7 @@ def test_a_calibration_fitted_on_other_rows_is_fine(tmp_path: Path) -> None:
 
 def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings' split was moved back after the training."""
-    monkeypatch.setattr(evaluate, "_log_evaluation", lambda *_: None)
+    monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model = SmallModel(tmp_path / "work")
     split = model.settings.split
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their own features; the page names both, and who is new and who returns is sliced."""
-    monkeypatch.setattr(evaluate, "_log_evaluation", lambda *_: None)
+    monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model, other = SmallModel(tmp_path / "a"), SmallModel(tmp_path / "b", model={"experts": {"count": 2, "units": [4]}})
     out = tmp_path / "out"
     found = evaluate_model(model.settings, str(model.folder), out, [str(other.folder)]).results
@@ -181,7 +181,7 @@ def test_requests_with_one_positive_each_are_not_called_fitted(tmp_path: Path) -
 @pytest.mark.parametrize("where", ["log", "work", "work/features", "work/features/train", "file"])
 def test_results_do_not_lie_where_other_things_do(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log would have a file more, and a folder of features would wait for itself."""
-    monkeypatch.setattr(evaluate, "_log_evaluation", lambda *_: None)
+    monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model = SmallModel(tmp_path / "work")
     (tmp_path / "file").write_text("mine")
     place = {"log": model.settings.data.log, "work": model.settings.data.work}.get(where, str(tmp_path / where))

@@ -53,7 +53,7 @@ def test_experts_that_a_task_does_not_see_are_left_out() -> None:
     assert found.total_loads.tolist() == [0.5, 0.25, 0.25]
     assert found.max_over_mean == pytest.approx(1.5)
     assert found.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
-    assert "gates.b.expert_1.weight" not in found.flat(["a", "b"])
+    assert "gates/b/expert_1.weight" not in found.flat(["a", "b"])
 
 
 def test_what_gates_do_is_told_in_words() -> None:
@@ -63,7 +63,7 @@ def test_what_gates_do_is_told_in_words() -> None:
     dead, settled = found.findings(["bought", "liked"])
     assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
     assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
-    assert found.flat(["bought", "liked"])["gates.polarised_share"] == 0.5
+    assert found.flat(["bought", "liked"])["gates/polarised_share"] == 0.5
 
 
 def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:

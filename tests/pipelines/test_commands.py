@@ -133,8 +133,8 @@ def validation_of(world: World) -> dict[str, float]:
 def test_one_and_two_processes_agree(world: World, two_ranks: World) -> None:
     one, two = validation_of(world), validation_of(two_ranks)
     assert one.keys() == two.keys()
-    assert one["best.validation.click.auc"] > 0.68
-    assert one["best.validation.liked.auc"] > 0.65
+    assert one["best/click.auc"] > 0.68
+    assert one["best/liked.auc"] > 0.65
     for name, value in one.items():
         assert two[name] == pytest.approx(value, abs=0.003), name
 
@@ -187,10 +187,10 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     losses = client.get_metric_history(run.info.run_id, "train.click.loss")
     assert len({each.step for each in losses}) > 3
     assert losses[-1].value < losses[0].value
-    areas = client.get_metric_history(run.info.run_id, "validation.click.auc")
+    areas = client.get_metric_history(run.info.run_id, "validation/click.auc")
     assert len(areas) == 4
-    assert run.data.metrics["best.validation.click.auc"] == max(each.value for each in areas)
-    assert 0 <= run.data.metrics["train.waiting_share"] <= 1
+    assert run.data.metrics["best/click.auc"] == max(each.value for each in areas)
+    assert 0 <= run.data.metrics["train/waiting_share"] <= 1
     assert yaml.safe_load(tracking_text(world, "settings.yaml")) == load_settings(world.config).model_dump(mode="json")
     assert "item: table_wise" in tracking_text(world, "sharding_plan.txt")
     manifest = json.loads(tracking_text(world, "data.json"))
@@ -200,7 +200,7 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
     assert plots == ["plots/gate_weights.png", "plots/gates"]
     steps = [each.path for each in client.list_artifacts(run.info.run_id, "plots/gates")]
-    assert len(steps) == len(client.get_metric_history(run.info.run_id, "gates.load_entropy"))
+    assert len(steps) == len(client.get_metric_history(run.info.run_id, "gates/load_entropy"))
 
 
 def test_the_model_is_registered_under_the_alias(world: World) -> None:
@@ -252,9 +252,7 @@ def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, eva
             value = found["tasks"][task][name]
             assert value["low"] < value["value"] < value["high"]
         assert found["tasks"][task]["auc"]["low"] > 0.55
-    assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(
-        validation_of(world)["best.validation.click.auc"], abs=0.04
-    )
+    assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(validation_of(world)["best/click.auc"], abs=0.04)
 
 
 def test_a_folder_and_an_address_give_the_same_metrics(world: World, evaluated: Path) -> None:
@@ -265,7 +263,7 @@ def test_a_folder_and_an_address_give_the_same_metrics(world: World, evaluated: 
 
 def test_the_evaluation_is_logged_to_the_run_that_trained(world: World, evaluated: Path) -> None:
     run = world.run()
-    assert run.data.metrics["test.click.auc"] == pytest.approx(metrics(evaluated)["tasks"]["click"]["auc"]["value"])
+    assert run.data.metrics["test/click.auc"] == pytest.approx(metrics(evaluated)["tasks"]["click"]["auc"]["value"])
     names = {each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id, "evaluation")}
     assert names == {
         f"evaluation/{name}" for name in ("metrics.json", "comparison.json", "report.html", "gate_weights.png")
@@ -300,7 +298,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
         if np.ptp(worth[mine]) > 0:  # else every order is as good
             expected.append(ndcg_score([worth[mine]], [rows.score[mine]], k=5))
     assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert world.run().data.metrics["test.score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert world.run().data.metrics["test/score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
     evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])  # the run's as it was
 
 

@@ -151,7 +151,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
 def test_an_evaluation_is_not_lost(
     server: TrackingServer, whole: Training, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_evaluation = evaluation._log_evaluation
+    log_evaluation = evaluation.log_evaluation
 
     def away(*arguments: Any) -> None:
         server.door.shut()
@@ -160,7 +160,7 @@ def test_an_evaluation_is_not_lost(
         finally:
             server.door.open()
 
-    monkeypatch.setattr(evaluation, "_log_evaluation", away)
+    monkeypatch.setattr(evaluation, "log_evaluation", away)
     evaluate.main(["--config", str(whole.config), "--model", "models:/whole@champion"])
     said = capsys.readouterr()
     assert "auc" in said.out

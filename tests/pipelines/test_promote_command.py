@@ -258,14 +258,14 @@ def test_what_is_undefined_by_now_does_not_stay_in_the_run(world: World) -> None
     words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
     evaluate.main(words)
     before = client(world).get_run(run_id).data.metrics
-    assert before["test.liked.auc"] > 0
+    assert before["test/liked.auc"] > 0
     evaluate.main([*words, "--split.validation_end", "2024-03-08T23:35", "--data.work", str(world.folder / "few")])
     after = client(world).get_run(run_id).data.metrics
-    assert after["test.rows"] < 100
+    assert after["test/rows"] < 100
     assert after.keys() >= before.keys()
     found = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
     assert any(each["auc"]["low"] is None for each in found.values())
     for name, task in found.items():
         for end in ("low", "high"):
-            value = after[f"test.{name}.auc.{end}"]
+            value = after[f"test/intervals/{name}.auc.{end}"]
             assert np.isnan(value) if task["auc"][end] is None else value == pytest.approx(task["auc"][end])

@@ -78,7 +78,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     assert holder.run_id != model.run_id
     assert run.data.tags["refreshed.from"] == f"models:/{NAME}/1"
     assert run.data.tags["refreshed.run"] == model.run_id
-    assert run.data.metrics["refresh.rows"] == len(added)
+    assert run.data.metrics["refresh/rows"] == len(added)
     version = model.versions()[-1]
     assert version.tags["refreshed.from"] == f"models:/{NAME}/1"
     assert version.tags["tables_as_of"] == second.tables_as_of

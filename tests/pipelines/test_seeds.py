@@ -61,7 +61,7 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     assert len(parents) == 1, "the command went on with its run"
     inside = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     assert len(inside) == 2
-    assert parents[0].data.metrics["test.click.auc.mean"] == found["click"]["auc"]["mean"]
+    assert parents[0].data.metrics["test/click.auc.mean"] == found["click"]["auc"]["mean"]
     assert world.champion() is None, "none is registered"
     assert not client.search_registered_models()
 

@@ -235,7 +235,7 @@ def test_what_is_saved_is_read_back() -> None:
     read = Validation.from_dict(json.loads(json.dumps(found.to_dict())))
     assert read.flat() == found.flat()
     assert read.rarer == found.rarer
-    assert "validation.click.gauc" in found.flat()
+    assert "validation/click.gauc" in found.flat()
 
 
 def test_without_any_binary_task_selection_is_by_loss() -> None:
@@ -245,4 +245,4 @@ def test_without_any_binary_task_selection_is_by_loss() -> None:
 
 def test_metrics_have_names() -> None:
     flat = Validation({"click": 0.5, "rating": 2.0}, {"click": 0.75}, EVEN).flat()
-    assert flat == {"validation.click.loss": 0.5, "validation.rating.loss": 2.0, "validation.click.auc": 0.75}
+    assert flat == {"validation/click.loss": 0.5, "validation/rating.loss": 2.0, "validation/click.auc": 0.75}

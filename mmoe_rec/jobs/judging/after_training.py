@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.aliases import Version, describe, holder_of, point, tag
 from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
@@ -64,18 +64,24 @@ class Verdict:
     reason: str
 
 
-def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path) -> Promotion:
+def promote(
+    run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path, about: str = ""
+) -> Promotion:
     """Registers a model, and points the alias at it if it is better than the one that holds it, else `challenger`.
 
-    model: that of the artifact. Raises UnreachableError where MLflow does not answer, UserError where it refuses. When
-    the same run does it again, nothing is registered twice.
+    model: that of the artifact; about: what the version's description says of it before the verdict. Raises
+    UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
+    is registered twice.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     holder = holder_of(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
-    number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name)
+    tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
+    number = tracking.registered_before(run, artifact, name) or tracking.register(
+        run, artifact, name, tags=tags, description=about
+    )
     comparison = Comparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
@@ -84,7 +90,11 @@ def promote(run: Run, settings: Settings, prepared: Prepared, model: RankingMode
             break
         say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
         holder = now
-    run.set_tags({"promoted": verdict.better, "compared": verdict.reason})
+    decision = {"promoted": str(verdict.better), "compared": verdict.reason}
+    run.set_tags(decision)
+    mine = Version(name, number, run.run_id)
+    tag(mine, {each: value[:4000] for each, value in decision.items()}, uri)
+    describe(mine, f"{verdict.reason}\n\n{about}", uri)
     if verdict.better:
         point(name, alias, number, uri, holder)
         said = f"'{alias}' is version {number} now, this model"

@@ -110,6 +110,16 @@ class Results:
             found += [{"model": name, **finding} for finding in findings(each.summary)]
         return found
 
+    @property
+    def verdicts(self) -> list[str]:
+        """How the first model compares with each other one, or what it is worth where it is alone, as sentences."""
+        from mmoe_rec.evaluation.judging.compare import told_of
+        from mmoe_rec.report.evaluation import told_alone
+
+        return (
+            told_alone(next(iter(self.summaries.values()))) if self.comparison is None else [*told_of(self.comparison)]
+        )
+
     def write(self, out: Path) -> None:
         """Writes the files, replacing those of an evaluation before; the page last.
 

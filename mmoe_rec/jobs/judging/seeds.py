@@ -164,4 +164,4 @@ def _flat(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tu
         for metric, each in metrics.items():
             for name in ("mean", "low", "high", "between_trainings", "between_users"):
                 if each[name] is not None:
-                    yield f"test.{group}.{metric}.{name}", each[name]
+                    yield f"test/{group}.{metric}.{name}", each[name]

@@ -129,7 +129,7 @@ def _registered(settings: Settings, served: Served, made: Tables, artifact: Path
     try:
         with tracking.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
-            run.log_metrics({"refresh.files": made.files, "refresh.rows": made.rows, "refresh.events": made.events})
+            run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
             number = tracking.registered_before(run, artifact, version.name)
             if number is None:
                 number = tracking.register(run, artifact, version.name, tags=tags)

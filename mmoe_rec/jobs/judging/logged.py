@@ -1,0 +1,75 @@
+"""An evaluation in MLflow: on the page of the run that made the model, and with its version in the registry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmoe_rec import tracking
+from mmoe_rec.aliases import tag, version_of
+from mmoe_rec.build.prepare import existing
+from mmoe_rec.jobs.judging.results import Results
+from mmoe_rec.jobs.places import log_and_place
+from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
+from mmoe_rec.registry import FoundModel
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import Scored
+
+_LONGEST_TAG = 4000
+
+
+def log_evaluation(
+    settings: Settings, found: FoundModel, scored: Scored, results: Results, out: Path, place: str
+) -> None:
+    """Logs to the run of a model, or to a new one where that is not known.
+
+    scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
+    files. Raises UnreachableError where MLflow does not answer.
+    """
+    from mmoe_rec.evaluation.summary import flatten
+    from mmoe_rec.report.evaluation_figures import calibration_figure
+
+    layout, summary = scored.layout, next(iter(results.summaries.values()))
+    uri, name = settings.tracking.address, f"evaluate {found.address}"
+    with tracking.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
+        prepared = existing(*log_and_place(settings))
+        if prepared is not None:
+            run.log_inputs(data_sets(settings, prepared.manifest, "test"))
+        run.describe("Evaluation", _described(results, place))
+        numbers = dict(_named(flatten(summary)))
+        run.log_metrics(numbers)
+        run.forget_metrics("test/", numbers)
+        run.log_artifact(out / "metrics.json", place)
+        # Files of a run can't be taken away again: without other models there is a comparison with none.
+        run.log_dict(results.comparison or {"against": {}}, f"{place}/comparison.json")
+        run.log_artifact(out / "report.html", place)
+        for task in layout.tasks:
+            path = out / f"calibration_{task.name}.png"
+            path.unlink(missing_ok=True)  # of an evaluation before
+            # Without a label that is known by now there is nothing to draw; the summary says so.
+            if summary["tasks"][task.name].get("calibration_bins"):
+                figure = calibration_figure(summary, task.name)
+                figure.savefig(path)
+                run.log_figure(figure, f"{place}/calibration_{task.name}.png")
+        assert scored.experts is not None, "a model scored the rows"
+        draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
+    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
+        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": "; ".join(results.verdicts)}
+        version = version_of(registered[1], registered[2], uri)
+        tag(version, {name: each[:_LONGEST_TAG] for name, each in report.items()}, uri)
+
+
+def _named(flat: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Metrics by names that give sections of charts: the ends of intervals have one of their own."""
+    for name, value in flat.items():
+        yield f"test/{'intervals/' if name.endswith(('.low', '.high')) else ''}{name}", value
+
+
+def _described(results: Results, place: str) -> str:
+    """What an evaluation found, in Markdown."""
+    found = quoted([*results.verdicts, *(each["message"] for each in results.findings)])
+    return f"{found}\n\nReport: `{place}/report.html` of the artifacts.\n\n{as_code(command())}"

@@ -1,0 +1,102 @@
+"""What a run's page in MLflow says of it: its name, a description, the rows that it read, and the machine meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.mlflow_client import machine_monitors, shown
+from mmoe_rec.program import is_installed_command
+from mmoe_rec.recording import DataSet, Run
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.utilisation import Utilisation
+
+SECONDS_BETWEEN_SAMPLES = 10.0
+_CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def command() -> str:
+    """The command line of this process, without passwords."""
+    first, *words = sys.argv
+    if is_installed_command():
+        start = "mmoe-rec"
+    else:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        name = None if spec is None else spec.name.removesuffix(".__main__")
+        start = f"python -m {name}" if name else f"python {shlex.quote(Path(first).name)}"
+    return shown(" ".join([start, *(shlex.quote(word) for word in words)]))
+
+
+def name_of_training(settings: Settings, start: str | None = None) -> str:
+    """What a training is called: until when its rows go, its start and its seed."""
+    end = settings.split.train_end
+    until = "" if end is None else f" until {end:%Y-%m-%d}"
+    begun = "" if start is None else f" from {start}"
+    return f"train{until}{begun}, seed {settings.training.seed}"
+
+
+def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[DataSet]:
+    """Splits of a log as the inputs of a run, by the manifest of its features.
+
+    MLflow tells data sets apart by name and digest, so each split has a digest of its own.
+    """
+    window = settings.split.windows()
+    found = []
+    for split in splits:
+        text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        rows = int(manifest["splits"][split]["rows"])
+        found.append(DataSet(settings.name, digest, str(manifest["log"]), rows, _CONTEXTS[split], split))
+    return found
+
+
+def quoted(sentences: Iterable[str]) -> str:
+    """Sentences as a list of Markdown."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def as_code(text: str) -> str:
+    """A block of Markdown."""
+    return f"```sh\n{text}\n```"
+
+
+class WithMachine:
+    """Logs metrics, and from time to time what the machine does meanwhile: `system/...`, as MLflow itself names it.
+
+    MLflow's own monitor would talk to it beside the outbox, in which messages wait while it is away.
+    """
+
+    def __init__(self, run: Run, asked: bool) -> None:
+        self.run, self._next = run, 0.0
+        self._monitors = machine_monitors() if asked and run.outbox is not None else []
+
+    def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.run.log_metrics(metrics, step)
+        if self._monitors and time.monotonic() >= self._next:
+            self._next = time.monotonic() + SECONDS_BETWEEN_SAMPLES
+            self.run.log_metrics(dict(self._sampled()), step)
+
+    def _sampled(self) -> Iterator[tuple[str, float]]:
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            for name, value in monitor.aggregate_metrics().items():
+                yield f"system/{name}", float(value)
+            monitor.clear_metrics()
+
+
+def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:
+    """Logs a figure of the gates' mean weights."""
+    if run.run_id is None:
+        return  # another rank than the first draws nothing
+    from mmoe_rec.report.evaluation_figures import gate_weights_figure
+
+    weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}
+    run.log_figure(gate_weights_figure(weights), name)

@@ -1,0 +1,161 @@
+"""What MLflow's pages say of a training, its evaluation and the version that it registered."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.jobs import run_page
+from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
+from mmoe_rec.recording import Run
+from mmoe_rec.settings import load_settings
+from pipelines import evaluate
+from tests.pipelines.short_trainings import World
+
+PASSWORD = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World.of(tmp_path_factory.mktemp("page"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", "a settings.yaml", f"http://me:{PASSWORD}@host"])
+        patch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
+        world.train()
+        evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+    return world
+
+
+@pytest.fixture(scope="module")
+def client(world: World) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(world.uri, world.uri)
+
+
+@pytest.fixture(scope="module")
+def run(client: mlflow.MlflowClient) -> mlflow.entities.Run:
+    experiment = client.get_experiment_by_name("learnable")
+    (found,) = client.search_runs([experiment.experiment_id])
+    return found
+
+
+def test_the_experiment_is_one_of_trainings(client: mlflow.MlflowClient) -> None:
+    kind = client.get_experiment_by_name("learnable").tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
+
+
+def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None:
+    assert run.info.run_name == "train until 2024-03-06, seed 17"
+    said = run.data.tags["mlflow.note.content"]
+    assert re.findall("^### (.+)$", said, re.MULTILINE) == ["Training", "Result", "Evaluation"]
+    assert "'a settings.yaml'" in said
+    assert PASSWORD not in said
+    manifest = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())
+    assert f"{manifest['splits']['train']['rows']:,} rows of `{world.folder / 'log'}`" in said
+    assert "- no model held 'champion' before" in said
+    area = run.data.metrics["best/click.auc"]
+    assert re.search(rf"\| click \| [\d.]+ \| {area:.4f} \|", said)
+    assert f"- click: auc {run.data.metrics['test/click.auc']:.4f} (" in said
+
+
+def test_rows_are_inputs_of_the_run(world: World, run: mlflow.entities.Run) -> None:
+    found = {}
+    for each in run.inputs.dataset_inputs:
+        tags = {tag.key: tag.value for tag in each.tags}
+        assert each.dataset.name == "learnable"
+        assert json.loads(each.dataset.source)["uri"] == str(world.folder / "log")
+        found[tags["split"]] = (tags["mlflow.data.context"], json.loads(each.dataset.profile)["num_rows"])
+    encoded = world.folder / "work" / "features" / "encoded"
+    rows = {split: pq.read_table(encoded / split).num_rows for split in ("train", "validation", "test")}
+    contexts = {"train": "training", "validation": "validation", "test": "test"}
+    assert found == {split: (contexts[split], count) for split, count in rows.items()}
+    digests = {each.dataset.digest for each in run.inputs.dataset_inputs}
+    assert len(digests) == 3
+
+
+def test_digests_follow_log_and_split(world: World) -> None:
+    settings = load_settings(world.folder / "first.yaml")
+    manifest = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())
+    (mine,) = data_sets(settings, manifest, "test")
+    assert data_sets(settings, manifest, "test") == [mine]
+    (other,) = data_sets(settings, manifest | {"digest": "other"}, "test")
+    later = load_settings(world.folder / "first.yaml", ["--split.test_end", "2024-03-09"])
+    assert len({mine.digest, other.digest, data_sets(later, manifest, "test")[0].digest}) == 3
+
+
+def test_charts_have_sections(run: mlflow.entities.Run) -> None:
+    sections = {name.rpartition("/")[0] for name in run.data.metrics}
+    gates = {"gates", "gates/click", "gates/liked"}
+    assert sections == {"train", "validation", "best", "test", "test/intervals", "system", *gates}
+    assert "test/intervals/click.auc.low" in run.data.metrics
+    assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_the_machine_is_watched_only_where_it_is_asked_for(world: World) -> None:
+    logged: list[str] = []
+
+    class Watched(Run):
+        def log_metrics(self, metrics, step=None):
+            logged.extend(metrics)
+
+    outbox = object()
+    run_page.WithMachine(Watched("1", outbox), asked=False)({"a": 1.0}, 1)  # type: ignore[arg-type]
+    run_page.WithMachine(Watched(None), asked=True)({"b": 1.0}, 1)  # another rank than the first
+    assert logged == ["a", "b"]
+    watched = run_page.WithMachine(Watched("1", outbox), asked=True)  # type: ignore[arg-type]
+    watched({"c": 1.0}, 1)
+    watched({"d": 1.0}, 2)
+    assert sum(name.startswith("system/cpu") for name in logged) == 1, "too soon after the first"
+
+
+def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> None:
+    version = client.get_model_version("learnable", "1")
+    assert version.description.startswith("no model held 'champion' before")
+    assert "| task | loss | auc | gauc | calibration |" in version.description
+    assert version.tags["report"] == f"runs:/{run.info.run_id}/evaluation/report.html"
+    assert version.tags["evaluated"].startswith("click: auc ")
+    assert version.tags["promoted"] == "True"
+    assert version.tags["data.digest"] == run.data.tags["data.digest"]
+    assert mlflow.models.get_model_info("models:/learnable/1").signature is not None
+
+
+def test_an_experiment_of_before_gets_its_kind(tmp_path: Path) -> None:
+    from mmoe_rec import tracking
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri, uri)
+    client.create_experiment("old")
+    client.create_experiment("its own", tags={"mlflow.experimentKind": "genai_development"})
+    for name in ("old", "its own"):
+        with tracking.open_run(uri, name):
+            pass
+    kinds = [client.get_experiment_by_name(name).tags["mlflow.experimentKind"] for name in ("old", "its own")]
+    assert kinds == ["custom_model_development", "genai_development"]
+
+
+def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
+    from mmoe_rec import tracking
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with tracking.open_run(uri, "notes") as run:
+        run.describe("One", "first\n\n#### of it")
+        run.describe("Two", "second")
+    with tracking.open_run(uri, "notes", run_id=run.run_id) as again:
+        again.describe("One", "anew")
+    said = mlflow.MlflowClient(uri, uri).get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert said == "### One\n\nanew\n\n### Two\n\nsecond"
+
+
+def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(world.folder / "first.yaml")
+    assert (
+        name_of_training(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
+    )
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mmoe-rec", "train", "--config", "a b.yaml"])
+    assert command() == "mmoe-rec train --config 'a b.yaml'"
