@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     started = time.perf_counter()
     console.rule("1/5  Complete Journey as an interaction log")
-    _ingest(out, options.fast)
+    ingest_log(out, options.fast)
     console.rule("2/5  features, training, registration")
     trained = train_model(settings)
     assert isinstance(trained, Trained), "the quickstart runs in one process"
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _next_commands(settings, trained.address, request)
 
 
-def _ingest(out: Path, fast: bool) -> None:
+def ingest_log(out: Path, fast: bool) -> None:
     from pipelines.data_sets.complete_journey import packaged_folder
     from pipelines.ingest_complete_journey import Selection, ingest
 
