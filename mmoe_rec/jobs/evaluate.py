@@ -13,6 +13,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.logged import log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
+from mmoe_rec.jobs.judging.placement import placement_told
+from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictions
 from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
 from mmoe_rec.locks import writing
@@ -38,12 +40,23 @@ class Evaluated:
         return next(iter(self.results.summaries.values()))
 
 
-def evaluate_model(settings: Settings, address: str, out: str | Path, against: Sequence[str] = ()) -> Evaluated:
-    """Scores the test rows with the model at an address, writes metrics, sums and plots to a folder, logs to MLflow.
+def evaluate_model(
+    settings: Settings,
+    address: str,
+    out: str | Path,
+    against: Sequence[str] = (),
+    split: str = "test",
+    predictions: Path | None = None,
+) -> Evaluated:
+    """Scores the rows of a split with the model at an address, writes metrics, sums and plots to a folder, logs to
+    MLflow.
 
-    against: addresses of other models, which the model is compared with on the same rows. Waits while another
-    evaluation writes to the folder.
+    against: addresses of other models, which the model is compared with on the same rows; predictions: a folder that
+    gets the rows with what the model predicts, see `write_predictions`. Waits while another evaluation writes to the
+    folder.
     """
+    if predictions is not None:
+        check_predictions(predictions)
     check_names([address, *against], "--against")
     # A wrong address is reported before torch is loaded.
     found, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
@@ -52,11 +65,16 @@ def evaluate_model(settings: Settings, address: str, out: str | Path, against: S
         if (folder := model.folder.resolve()) in known:
             raise UserError(f"'{known[folder]}' and '{each}' are the same model, {model.address}")
         known[folder] = each
-    return evaluate_found(settings, dict(zip(short_names(list(found)), found.values(), strict=True)), out)
+    named = dict(zip(short_names(list(found)), found.values(), strict=True))
+    place = "evaluation" if split == "test" else f"evaluation_{split}"
+    evaluated = evaluate_found(settings, named, out, place, split)
+    if predictions is not None:
+        write_predictions(evaluated.scored, predictions)
+    return evaluated
 
 
 def evaluate_found(
-    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str = "evaluation"
+    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
 ) -> Evaluated:
     """As `evaluate_model`, of models by their names, of which the first is compared with the others.
 
@@ -65,24 +83,24 @@ def evaluate_found(
     check_out(out, settings)
     check_objective(settings.evaluation.decide_by)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        return _evaluated(settings, found, out, place)
+        return _evaluated(settings, found, out, place, split)
 
 
-def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str) -> Evaluated:
+def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str) -> Evaluated:
     measured: dict[str, Measured] = {}
     training = TrainingRows.of(settings)
     for number, (name, each) in enumerate(found.items()):
-        scored = scored_rows(settings, each, name)
+        scored = scored_rows(settings, each, name, split)
         if not number:
             its = scored
         measured[name] = _measured(settings, scored, each, name, training)
-    title = f"Evaluation of {settings.name}"
-    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its))
+    title = f"Evaluation of {settings.name}" + ("" if split == "test" else f" on {split} rows")
+    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
     evaluated = Evaluated(its, results)
     evaluated.results.write(out)
     (first, *_) = found.values()
     try:
-        log_evaluation(settings, first, evaluated.scored, results, out, place)
+        log_evaluation(settings, first, evaluated.scored, results, out, place, split)
     except UnreachableError as error:
         say(f"{error}: the evaluation is in '{out}', but not in MLflow")
     return evaluated
@@ -130,7 +148,9 @@ def _measured(
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
     seen, users = overlap(settings, found.folder), users_in_both(settings, scored, training)
-    return Measured(sums, summary, found.address, of_tasks, seen, users, slices, _tradeoffs(scored, settings))
+    placement = placement_told(scored, found.folder / "features")
+    tradeoffs = _tradeoffs(scored, settings)
+    return Measured(sums, summary, found.address, of_tasks, seen, users, slices, tradeoffs, placement)
 
 
 def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
@@ -145,15 +165,20 @@ def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     return told_of_sweep(Sweep(names, lists_of(scored), weights), resamples)
 
 
-def _facts(settings: Settings, scored: Scored) -> dict[str, str]:
+def _facts(settings: Settings, scored: Scored, split: str) -> dict[str, str]:
     """What a reader wants to know of the rows."""
-    split = settings.split
+    asked = settings.split
     facts = {"log": settings.data.log}
-    if split.column is not None:
-        facts["rows"] = f"those with {' or '.join(map(str, split.test))} in column '{split.column}'"
+    if asked.column is not None:
+        facts["rows"] = f"those with {' or '.join(map(str, getattr(asked, split)))} in column '{asked.column}'"
     else:
-        end = "the end of the log" if split.test_end is None else f"{split.test_end:%Y-%m-%d %H:%M} UTC"
-        facts["requests"] = f"from {split.validation_end:%Y-%m-%d %H:%M} UTC to {end}"
+        begin, end = (asked.train_end, asked.validation_end)
+        if split == "test":
+            begin, end = asked.validation_end, asked.test_end
+        until = "the end of the log" if end is None else f"{end:%Y-%m-%d %H:%M} UTC"
+        facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
+    if split == "validation":
+        facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
     if settings.columns.weight is not None:
         facts["rows count"] = f"by column '{settings.columns.weight}'"
     for task in scored.layout.tasks:

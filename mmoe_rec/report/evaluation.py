@@ -17,7 +17,7 @@ from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.notes import are_alone, told
-from mmoe_rec.report.evaluation_figures import calibration_figure, tradeoff_figure
+from mmoe_rec.report.evaluation_figures import calibration_figure, placement_figure, tradeoff_figure
 from mmoe_rec.report.explanations import EVALUATION
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.style import svg
@@ -59,7 +59,8 @@ def page(report: Mapping[str, Any]) -> str:
 
     report: `title`; `models`, name -> `address`, `summary` and `gates` (task -> mean weight of each expert, or None);
     the first is the one in question; `comparison` (of `compare`) or None; `findings`, each with `model`, `check` and
-    `message`; `slices`, records of `sliced`; `tradeoffs`, records of `told_of_sweep` of the first model; and `facts`,
+    `message`; `slices`, records of `sliced`; `tradeoffs`, records of `told_of_sweep` of the first model; `placement`,
+    of what it has learnt of that, each with `feature`, `value`, `rows` and `effects`; and `facts`,
     name -> text.
     """
     summaries = {name: each["summary"] for name, each in report["models"].items()}
@@ -82,6 +83,7 @@ def page(report: Mapping[str, Any]) -> str:
         "curves": list(_curves(summaries)),
         "gates": _gates(report["models"]),
         "tradeoffs": _tradeoffs(report["tradeoffs"]),
+        "placement": list(_placement(report["placement"], first)),
         "slices": (slices := _slices(report["slices"]))[:_SHOWN_SLICES],
         "more_slices": slices[_SHOWN_SLICES:],
         "few": len({(each["by"], each["slice"], each["group"]) for each in report["slices"] if each["value"] is None}),
@@ -234,6 +236,24 @@ def _curves(summaries: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, st
 
 def _gates(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"model": name, "tasks": each["gates"]} for name, each in models.items() if each["gates"]]
+
+
+def _placement(records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Of each feature of placement, a table and a figure of what its values do to each task."""
+    kinds = {name: task["kind"] for name, task in summary["tasks"].items()}
+    for feature in dict.fromkeys(each["feature"] for each in records):
+        mine = [each for each in records if each["feature"] == feature]
+        tasks = list(mine[0]["effects"])
+        label = f"what values of {feature} do to each task"
+        yield {
+            "feature": feature,
+            "tasks": {task: "odds" if kinds.get(task) == "binary" else "added" for task in tasks},
+            "rows": [
+                {"value": each["value"], "rows": each["rows"], "effects": [f"{each['effects'][t]:.3g}" for t in tasks]}
+                for each in mine
+            ],
+            "figure": svg(placement_figure(mine, kinds), label, {}),
+        }
 
 
 def _tradeoffs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

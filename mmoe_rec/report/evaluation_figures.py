@@ -83,6 +83,37 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+def placement_figure(records: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> Figure:
+    """What the values of a feature of placement do to each task, a panel a task: odds beside those of the mean row on a
+    logarithmic axis, or what is added to a regression.
+
+    Args:
+        records: of one feature, each with `value`, `rows` and `effects`, task -> number.
+        kinds: of the tasks.
+    """
+    tasks, places = list(records[0]["effects"]), np.arange(len(records))
+    figure = blank(max(4.0, 1.6 + 0.42 * len(records)), 0.9 + 1.7 * len(tasks))
+    panels = np.atleast_1d(figure.subplots(len(tasks), 1, sharex=True))
+    for axes, task, color in zip(panels, tasks, SERIES * len(tasks), strict=False):
+        plain(axes)
+        is_odds = kinds.get(task) == "binary"
+        base = 1.0 if is_odds else 0.0
+        heights = np.array([each["effects"][task] for each in records])
+        axes.vlines(places, base, heights, color=color, linewidth=2)
+        axes.plot(places, heights, "o", color=color, markersize=5)
+        axes.axhline(base, color=_MUTED, linewidth=1, zorder=1)
+        if is_odds:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.set_ylabel(f"{task}\n{'odds' if is_odds else 'added'}")
+    names = [str(each["value"]) for each in records]
+    slanted = max(map(len, names)) > 3
+    panels[-1].set_xticks(places, names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
+    return figure
+
+
 def sweep_figure(
     counts: Sequence[int], milliseconds: Sequence[float], tasks: Sequence[Mapping[str, Mapping[str, Any]]]
 ) -> Figure:

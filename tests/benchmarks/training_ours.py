@@ -90,7 +90,7 @@ def train(features: Path, training: Training = TRAINING) -> Trained | None:
     times: list[tuple[int, float]] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
-        if "learning_rate" in metrics and step % STEPS_BETWEEN_LOGS == 0:
+        if "train/learning_rate" in metrics and step % STEPS_BETWEEN_LOGS == 0:
             times.append((step, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder, process_group(device):

@@ -184,7 +184,7 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert run.data.params["training.batch_size"] == "128"
     assert run.data.params["model.experts.count"] == "3"
     client = mlflow.MlflowClient()
-    losses = client.get_metric_history(run.info.run_id, "train.click.loss")
+    losses = client.get_metric_history(run.info.run_id, "train/click.loss")
     assert len({each.step for each in losses}) > 3
     assert losses[-1].value < losses[0].value
     areas = client.get_metric_history(run.info.run_id, "validation/click.auc")

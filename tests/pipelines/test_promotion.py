@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same, in which registering a model, which takes longer than to train it, is to count up."""
 
-    def register(run: tracking.Run, artifact: Path, name: str) -> str:
+    def register(run: tracking.Run, artifact: Path, name: str, **_: Any) -> str:
         versions = client(template).search_model_versions(f"name='{NAME}'")
         source = f"{versions[0].source}"
         return str(client(template).create_model_version(name, source, run_id=run.run_id).version)

@@ -53,7 +53,7 @@ class SmallModel:
         schema = self.settings.schema_
         options = build_options(self.settings)
         self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work, options)
-        layout = ModelLayout.of(self.prepared.layout, self.settings)
+        self.model_layout = layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
         generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before
         for parameter in self.model.tables.parameters():

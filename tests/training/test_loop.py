@@ -247,15 +247,15 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(prepared: P
 
 def test_metrics_are_logged_on_the_way(prepared: Prepared, tmp_path: Path) -> None:
     found = trained(prepared, tmp_path / "best", epochs=2, validations_per_epoch=3)
-    train = [(step, metrics) for step, metrics in found.logged if "learning_rate" in metrics]
+    train = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" in metrics]
     assert [step for step, _ in train] == list(range(25, 401, 25))
     for step, metrics in train:
         share = learning_rate_share(step - 1, 2 * STEPS, TRAINING.warmup_share)
         assert metrics["train/learning_rate"] == pytest.approx(TRAINING.learning_rate * share)
         assert 0 <= metrics["train/waiting_share"] <= 1
-        assert {f"train.{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
-    assert train[-1][1]["train.click.loss"] < train[0][1]["train.click.loss"]
-    validations = [(step, metrics) for step, metrics in found.logged if "learning_rate" not in metrics]
+        assert {f"train/{task.name}.loss" for task in LAYOUT.tasks} <= set(metrics)
+    assert train[-1][1]["train/click.loss"] < train[0][1]["train/click.loss"]
+    validations = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" not in metrics]
     assert [step for step, _ in validations] == [67, 133, 200, 267, 333, 400]
     assert all({"validation/click.auc", "validation/rating.loss"} <= set(metrics) for _, metrics in validations)
 

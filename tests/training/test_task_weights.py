@@ -141,21 +141,21 @@ def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Prepa
     logs = saved_log_variances(found.checkpoint)
     assert (logs.abs() > 0.1).all()
     assert "log_variances" not in found.model().state_dict()
-    steps = [metrics for _, metrics in found.logged if "learning_rate" in metrics]
+    steps = [metrics for _, metrics in found.logged if "train/learning_rate" in metrics]
     for index, task in enumerate(LAYOUT.tasks):
         half = 0.5 if task.kind == "regression" else 1.0
         last = task.loss_weight * half * math.exp(-logs[index].item())
-        assert steps[-1][f"train.{task.name}.weight"] == pytest.approx(last, rel=1e-5)
+        assert steps[-1][f"train/{task.name}.weight"] == pytest.approx(last, rel=1e-5)
     # The smaller its loss, the more a task counts.
     losses = found.result.history[-1][1].loss
     assert losses["rating"] < losses["click"]
-    assert steps[-1]["train.rating.weight"] / 0.5 > steps[-1]["train.click.weight"]
+    assert steps[-1]["train/rating.weight"] / 0.5 > steps[-1]["train/click.weight"]
 
 
 def test_fixed_weights_have_no_parameter(prepared: Prepared, tmp_path: Path) -> None:
     found = trained(prepared, tmp_path)
     assert not any(
-        name.startswith("train.") and name.endswith(".weight") for _, metrics in found.logged for name in metrics
+        name.startswith("train/") and name.endswith(".weight") for _, metrics in found.logged for name in metrics
     )
     assert "model.log_variances" not in dcp.FileSystemReader(found.checkpoint).read_metadata().state_dict_metadata
 

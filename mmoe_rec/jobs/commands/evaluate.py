@@ -3,6 +3,10 @@
 Scores the test rows with a model (its address in MLflow, or its folder) and writes `metrics.json`, the sums it was made
 from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
 
+`--split validation` measures the rows that chose the model's state instead, to look at without using up the test rows.
+`--predictions DIR` writes the rows with what the model predicts for them, as `metrics` reads them, for metrics of your
+own.
+
 With `--against` it scores the same rows with other models, prints the differences of all metrics with intervals, and
 says whether the model is better: by `evaluation.decide_by`, with no loss for any task (`evaluation.margin`).
 """
@@ -21,7 +25,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="M", help="models:/NAME@ALIAS, runs:/..., or a model's folder"
     )
     parser.add_argument("--against", nargs="+", default=[], metavar="M", help="other models to compare it with")
-    parser.add_argument("--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation)")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="rows to measure (test)")
+    parser.add_argument("--predictions", metavar="DIR", help="new or empty folder for the rows with their predictions")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation, or evaluation_validation)"
+    )
 
 
 @exit_with_message()
@@ -32,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.jobs.evaluate import evaluate_model
 
-    out = Path(arguments.out or Path(settings.data.work) / "evaluation")
-    show(evaluate_model(settings, arguments.model, out, arguments.against).results.told())
+    name = "evaluation" if arguments.split == "test" else f"evaluation_{arguments.split}"
+    out, asked = Path(arguments.out or Path(settings.data.work) / name), arguments.predictions
+    predictions = None if asked is None else Path(asked)
+    show(evaluate_model(settings, arguments.model, out, arguments.against, arguments.split, predictions).results.told())
+    if predictions is not None:
+        print(f"predictions: {predictions / 'rows.parquet'}")
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

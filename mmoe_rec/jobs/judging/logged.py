@@ -23,12 +23,12 @@ _LONGEST_TAG = 4000
 
 
 def log_evaluation(
-    settings: Settings, found: FoundModel, scored: Scored, results: Results, out: Path, place: str
+    settings: Settings, found: FoundModel, scored: Scored, results: Results, out: Path, place: str, split: str
 ) -> None:
     """Logs to the run of a model, or to a new one where that is not known.
 
     scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
-    files. Raises UnreachableError where MLflow does not answer.
+    files; split: of the rows. Raises UnreachableError where MLflow does not answer.
     """
     from mmoe_rec.evaluation.summary import flatten
     from mmoe_rec.report.evaluation_figures import calibration_figure
@@ -38,11 +38,12 @@ def log_evaluation(
     with tracking.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
         prepared = existing(*log_and_place(settings))
         if prepared is not None:
-            run.log_inputs(data_sets(settings, prepared.manifest, "test"))
-        run.describe("Evaluation", _described(results, place))
-        numbers = dict(_named(flatten(summary)))
+            run.log_inputs(data_sets(settings, prepared.manifest, split))
+        run.describe("Evaluation" if split == "test" else f"Evaluation on {split} rows", _described(results, place))
+        section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
+        numbers = dict(_named(flatten(summary), section))
         run.log_metrics(numbers)
-        run.forget_metrics("test/", numbers)
+        run.forget_metrics(f"{section}/", numbers)
         run.log_artifact(out / "metrics.json", place)
         # Files of a run can't be taken away again: without other models there is a comparison with none.
         run.log_dict(results.comparison or {"against": {}}, f"{place}/comparison.json")
@@ -57,16 +58,16 @@ def log_evaluation(
                 run.log_figure(figure, f"{place}/calibration_{task.name}.png")
         assert scored.experts is not None, "a model scored the rows"
         draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
-    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
+    if split == "test" and (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
         report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": "; ".join(results.verdicts)}
         version = version_of(registered[1], registered[2], uri)
         tag(version, {name: each[:_LONGEST_TAG] for name, each in report.items()}, uri)
 
 
-def _named(flat: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float]]:
     """Metrics by names that give sections of charts: the ends of intervals have one of their own."""
     for name, value in flat.items():
-        yield f"test/{'intervals/' if name.endswith(('.low', '.high')) else ''}{name}", value
+        yield f"{section}/{'intervals/' if name.endswith(('.low', '.high')) else ''}{name}", value
 
 
 def _described(results: Results, place: str) -> str:

@@ -37,7 +37,8 @@ class Measured:
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
     unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
-    sums in each, see `sliced`; tradeoffs: records of other weights, see `told_of_sweep`.
+    sums in each, see `sliced`; tradeoffs: records of other weights, see `told_of_sweep`; placement: records of
+    what it has learnt of it, see `placement_told`.
     """
 
     sums: Sums
@@ -48,6 +49,7 @@ class Measured:
     users: Sequence[str] = ()
     slices: Mapping[tuple[str, str], ClosedSums] = field(default_factory=dict)
     tradeoffs: Sequence[dict[str, Any]] = ()
+    placement: Sequence[dict[str, Any]] = ()
 
     @cached_property
     def closed(self) -> ClosedSums:
@@ -140,6 +142,7 @@ class Results:
                 "findings": self.findings,
                 "slices": self.slices,
                 "tradeoffs": next(iter(self.models.values())).tradeoffs,
+                "placement": next(iter(self.models.values())).placement,
                 "facts": self.facts,
             }
         )

@@ -1,0 +1,59 @@
+"""What a model has learnt of placement, beside what placement does to each row's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.jobs.judging.placement import placement_told
+from mmoe_rec.log.reader import Log
+from tests.log.small_logs import ALL_KINDS
+from tests.serving.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    return SmallModel(tmp_path_factory.mktemp("placement"))
+
+
+def test_effects_are_those_of_the_rows(small: SmallModel) -> None:
+    """The reference scores each row with its placement and without, and groups rows by the log's own column."""
+    folder = small.prepared.split("test")
+    model, layout = small.model, small.model_layout
+    part, table = next(EncodedRows(folder, layout).stream(10_000, ("request", "candidate")))
+    batch = make_batch(part.encoded, layout, torchrec=False)
+    with torch.inference_mode():
+        both = [model(batch, use_placement=each).logits.double().numpy() for each in (True, False)]
+    added = pd.DataFrame(both[0] - both[1], columns=[task.name for task in layout.tasks])
+    keys = ["user", "item", "time"]
+    log = pd.concat([rows.table.to_pandas() for rows in Log(small.settings.data.log, small.settings.schema_).stream()])
+    read = next(EncodedRows(folder, layout).stream(10_000, ("user", "candidate", "time")))[1].to_pandas()
+    slots = read.merge(log.set_index(keys)["slot"], left_on=["user", "candidate", "time"], right_index=True, how="left")
+    assert len(slots) == len(added) == len(table)
+    expected = (added - added.mean()).groupby(slots["slot"].to_numpy(), dropna=False).mean()
+    told = placement_told(score_rows(model, layout, EncodedRows(folder, layout), 64), small.folder / "features")
+    assert {each["feature"] for each in told} == {"slot"}
+    found = {each["value"]: each for each in told}
+    assert sum(each["rows"] for each in told) == len(added)
+    for slot, effects in expected.iterrows():
+        mine = found["missing" if pd.isna(slot) else str(slot if isinstance(slot, str) else int(slot))]
+        for task in layout.tasks:
+            each = np.exp(effects[task.name]) if task.kind == "binary" else effects[task.name]
+            assert mine["effects"][task.name] == pytest.approx(each, rel=1e-4, abs=1e-5)
+    assert len(found) >= 3, "slots do the same"
+
+
+def test_a_model_without_placement_tells_nothing(tmp_path: Path) -> None:
+    features = {name: each for name, each in ALL_KINDS.items() if name != "slot"}
+    small = SmallModel(tmp_path, features=features)
+    rows = EncodedRows(small.prepared.split("test"), small.model_layout)
+    scored = score_rows(small.model, small.model_layout, rows, 64)
+    assert scored.placement is None
+    assert placement_told(scored, small.folder / "features") == []
