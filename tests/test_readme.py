@@ -165,6 +165,13 @@ EXERCISED_BY = {
     "--events data/shop/events --out data/shop/log/served": (
         "outcomes/test_closed_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
+    "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "--split validation --predictions data/complete_journey/predictions": (
+        "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
+    ),
+    "python -m pipelines.ingest_census_income --source census --out data/census_income": (
+        "pipelines/test_ingest_census_income.py::test_people_and_labels"
+    ),
     "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
         "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"
     ),

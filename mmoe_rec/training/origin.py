@@ -99,11 +99,14 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     """The settings on which a training's result depends."""
     sections = {"columns", "roles", "tasks", "features", "model", "training"}
     tree = settings.model_dump(mode="json", include=sections)
-    split = {
-        name: each.astimezone(UTC).isoformat() if isinstance(each, datetime) else each for name, each in settings.split
-    }
-    if settings.split.column is None:  # and so its values say nothing
-        split = {name: each for name, each in split.items() if name not in ("column", *SPLITS)}
+    split: dict[str, Any] = {}
+    for name, each in settings.split:
+        if isinstance(each, datetime):
+            split[name] = each.astimezone(UTC).isoformat()
+        elif name not in ("column", *SPLITS):
+            split[name] = each
+        elif settings.split.column is not None:  # without one its values say nothing
+            split[name] = list(each) if isinstance(each, tuple) else each
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
     return {**tree, "training": training, "split": split, "data": {"events": events}}
@@ -113,7 +116,9 @@ def result_settings(settings: Settings) -> dict[str, Any]:
     """These, and the settings of what is made of a training's result."""
     tree = fixed_settings(settings)
     tree["training"]["calibration"] = settings.training.calibration
-    return tree | settings.model_dump(mode="json", include={"name", "serving", "tracking"})
+    tree |= settings.model_dump(mode="json", include={"name", "serving", "tracking"})
+    del tree["tracking"]["system_metrics"]  # no result
+    return tree
 
 
 def checksum(file: Path) -> str:

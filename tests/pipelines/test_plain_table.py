@@ -238,6 +238,19 @@ def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys
     assert f"a refresh of a model's tables {needs}" in capsys.readouterr().err
 
 
+def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -> None:
+    """By its split and weights too."""
+    train.main(["--config", str(world.config), "--resume"])
+    assert "this training has already ended" in capsys.readouterr().out
+    for words, told in (
+        (["--split.test", "[3]", "--split.validation", "[4]"], "it was begun with split.validation"),
+        (["--columns.weight", "null"], "it was begun with columns.weight"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--config", str(world.config), "--resume", *words])
+        assert told in capsys.readouterr().err
+
+
 def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A planted bug: a column that splits rows of the same users. Rows of a user in one split are fine."""
     world = World(tmp_path / "both", columns={"user": "person"})
