@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.mlflow_client import BRIEF, calling, connect, limits
+from mmoe_rec.progress import say
+from mmoe_rec.recording import shortened
 
 _REPLACED = "replaced"  # tag of a version: which one held an alias before it
 
@@ -71,11 +74,21 @@ def replaced_by(version: Version, alias: str, uri: str) -> str | None:
     return None if found is None else str(found)
 
 
-def describe(version: Version, text: str, uri: str) -> None:
-    """Writes the description of a version, in Markdown. Raises UserError where the registry refuses."""
+_LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
+
+
+def describe(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
+    """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
     mlflow = connect(uri)
-    with limits(BRIEF), calling(uri):
-        mlflow.MlflowClient().update_model_version(version.name, version.number, text)
+    try:
+        with limits(BRIEF), calling(uri):
+            client = mlflow.MlflowClient()
+            for name, value in tags.items():
+                client.set_model_version_tag(version.name, version.number, name, value[:_LONGEST_TAG])
+            if text:
+                client.update_model_version(version.name, version.number, shortened(text, _LONGEST_DESCRIPTION))
+    except UserError as error:
+        say(f"{error}: {version.address} is not described in the registry")
 
 
 def tag(version: Version, tags: Mapping[str, str], uri: str) -> None:

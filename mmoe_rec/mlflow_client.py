@@ -81,16 +81,20 @@ def make_store(mlflow: Any, uri: str) -> None:
 
 
 def machine_monitors() -> list[Any]:
-    """MLflow's own monitors of processors, memory, disk and network, and of GPUs where there are any."""
+    """MLflow's own monitors of processors, memory, disk and network, and of GPUs: those that this machine has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-    found = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(ImportError, RuntimeError):  # without the library that watches them, or without a driver
-        found.append(GPUMonitor())
+    found = []
+    for made in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        with suppress(Exception):  # whatever a machine lacks: a driver, an interface, a file of the system
+            monitor = made()
+            monitor.collect_metrics()  # the first load of processors is since nothing
+            monitor.clear_metrics()
+            found.append(monitor)
     return found
 
 

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.outbox import Message, Outbox
+from mmoe_rec.errors import UserError
+from mmoe_rec.outbox import Message, Outbox, UnreachableError
+from mmoe_rec.progress import say
 
 NOTE = "mlflow.note.content"
 """The tag that MLflow shows as a run's description, in Markdown."""
@@ -77,10 +79,16 @@ class Run:
         self._put("tags", {name: str(value) for name, value in tags.items()})
 
     def describe(self, heading: str, text: str) -> None:
-        """A section of the run's description, in Markdown, in the place of one with that heading."""
-        sections = _sections(self._note) | {heading: text.strip()}
-        self._note = "\n\n".join(f"### {each}\n\n{its}" for each, its in sections.items())
+        """A section of the run's description, in Markdown, in the place of one with that heading; what people wrote
+        above the sections stays."""
+        above, sections = _parts(self._note)
+        sections[heading] = shortened(text.strip(), _LONGEST_SECTION)
+        self._note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
         self.set_tags({NOTE: self._note})
+
+    def is_described(self, heading: str) -> bool:
+        """Whether the description has a section of that heading."""
+        return heading in _parts(self._note)[1]
 
     def log_inputs(self, sets: Sequence[DataSet]) -> None:
         """The rows that the run reads."""
@@ -130,6 +138,17 @@ def sender(mlflow: Any, run_id: str, calling: Callable[[], AbstractContextManage
     client, entities = mlflow.MlflowClient(), mlflow.entities
 
     def send(message: Message) -> None:
+        if message.kind != "inputs":
+            deliver(message)
+            return
+        try:
+            deliver(message)
+        except UnreachableError:
+            raise
+        except UserError as error:  # of a server that does not know them: nothing else should wait for that
+            say(f"{error}: the run goes on without data sets")
+
+    def deliver(message: Message) -> None:
         values = message.values
         with calling():
             match message.kind:
@@ -164,10 +183,21 @@ def _input(entities: Any, values: Mapping[str, Any]) -> Any:
     return entities.DatasetInput(data_set, [entities.InputTag(*each) for each in tags.items()])
 
 
-def _sections(note: str) -> dict[str, str]:
-    """The sections of a description by heading; what stands before the first one is left out."""
-    parts = re.split(r"^### (.+)$", note, flags=re.MULTILINE)[1:]
-    return {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
+_LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
+
+
+def shortened(markdown: str, most: int) -> str:
+    """A text of at most so many characters; a block of code that is cut is closed."""
+    if len(markdown) <= most:
+        return markdown
+    cut = markdown[: most - 10].rstrip()
+    return f"{cut} …" + ("\n```" if cut.count("```") % 2 else "")
+
+
+def _parts(note: str) -> tuple[str, dict[str, str]]:
+    """What stands above the sections of a description, and these by heading."""
+    above, *parts = re.split(r"^### (.+)$", note, flags=re.MULTILINE)
+    return above.strip(), {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def _now() -> int:

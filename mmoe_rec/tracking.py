@@ -151,7 +151,7 @@ def _started(
         if run_id is not None:
             params, steps, note = _known(mlflow, run_id)
         started = (
-            mlflow.start_run(run_id=run_id)
+            mlflow.start_run(run_id=run_id, nested=parent is not None)
             if run_id is not None
             else mlflow.start_run(
                 experiment_id=experiment_id,
@@ -226,11 +226,10 @@ def register(
     name: str,
     alias: str | None = None,
     tags: Mapping[str, str] | None = None,
-    description: str | None = None,
 ) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
-    tags: of the version, besides ours; description: of the version, in Markdown.
+    tags: of the version, besides ours.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -265,11 +264,8 @@ def register(
         registered = mlflow.register_model(
             logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _files(artifact_folder)}
         )
-        client = mlflow.MlflowClient()
-        if description is not None:
-            client.update_model_version(name, registered.version, description)
         if alias is not None:
-            client.set_registered_model_alias(name, alias, registered.version)
+            mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
 
 

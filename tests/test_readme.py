@@ -484,7 +484,7 @@ def test_commands_of_the_shop(folder: Path) -> None:
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
     assert "customer: string" in shell(look, folder)
     shell(copy, folder)
-    (settings,) = blocks("yaml")
+    (settings,) = (each for each in blocks("yaml") if each.startswith("name: shop\n"))
     (folder / "configs" / "shop.yaml").write_text(settings)
     run_pipelines(lines, folder)
     tasks = json.loads((folder / "data/shop/work/evaluation/metrics.json").read_text())["tasks"]

@@ -28,7 +28,7 @@ ROWS_PER_GROUP = 32_768
 @dataclass
 class SplitCounts:
     """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
-    of weights says / their rate of sampling; and the labels that had not matured.
+    of weights says, and with that / their rate of sampling; and the labels that had not matured.
 
     known_by: when labels must have matured to count, microseconds.
     """
@@ -36,32 +36,39 @@ class SplitCounts:
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)
     label_sum: dict[str, float] = field(default_factory=dict)
+    given_weight: dict[str, float] = field(default_factory=dict)
+    given_sum: dict[str, float] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
     weighted_sum: dict[str, float] = field(default_factory=dict)
     unmatured: dict[str, int] = field(default_factory=dict)
     known_by: int | None = None
 
-    def add(self, labels: Mapping[str, np.ndarray], weight: np.ndarray, unmatured: Mapping[str, int]) -> None:
-        """Counts the labels of N rows: task -> (N,), NaN where unobserved; weight: (N,) of the rows; unmatured: task ->
-        how many of the labels had not matured."""
+    def add(
+        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, unmatured: Mapping[str, int]
+    ) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; given: (N,) their weights; rates: (N,) at
+        which they were sampled; unmatured: task -> how many of the labels had not matured."""
         for task, values in labels.items():
             observed = ~np.isnan(values)
-            found, weights = values[observed], weight[observed]
-            weighted = weights * found  # no `@`: for a while after it BLAS keeps its threads, and the cores, busy
+            found, own = values[observed], given[observed]
+            weights = own / rates[observed]
+            # No `@`: for a while after it BLAS keeps its threads, and the cores, busy.
             self.merge(
                 SplitCounts(
                     observed={task: len(found)},
                     label_sum={task: float(found.sum())},
+                    given_weight={task: float(own.sum())},
+                    given_sum={task: float((own * found).sum())},
                     weight={task: float(weights.sum())},
-                    weighted_sum={task: float(weighted.sum())},
+                    weighted_sum={task: float((weights * found).sum())},
                 )
             )
-        self.merge(SplitCounts(rows=len(weight), unmatured=dict(unmatured)))
+        self.merge(SplitCounts(rows=len(given), unmatured=dict(unmatured)))
 
     def merge(self, other: SplitCounts) -> None:
         """Adds what another one counted."""
         self.rows += other.rows
-        for name in ("observed", "label_sum", "weight", "weighted_sum", "unmatured"):
+        for name in ("observed", "label_sum", "given_weight", "given_sum", "weight", "weighted_sum", "unmatured"):
             mine = getattr(self, name)
             for task, each in getattr(other, name).items():
                 mine[task] = mine.get(task, 0) + each
@@ -100,8 +107,9 @@ def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[i
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(rows.filter(wanted).table, rows.schema, its)
                 labels = labels_of(inside, job.known_by[name])
-                weight = given_weights(inside) / sampling_rates(inside)
-                counts[name].add(labels, weight, unmatured(inside, job.known_by[name]))
+                counts[name].add(
+                    labels, given_weights(inside), sampling_rates(inside), unmatured(inside, job.known_by[name])
+                )
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():

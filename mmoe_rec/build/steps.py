@@ -187,6 +187,8 @@ class Steps:
             columns, log = self.logs.schema.columns, self.logs.log
             first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+            if not columns.has_time and not columns.request:
+                names = f"'{columns.user}', within a split,"
             raise UserError(
                 f"{second} repeats request and candidate (columns {names} and '{columns.candidate}') of {first}; "
                 f"{repeated:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"

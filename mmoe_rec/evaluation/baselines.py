@@ -20,13 +20,16 @@ class PopularityBaseline:
     The mean is smoothed toward the mean of all rows: (sum of labels + smoothing x overall mean) / (rows + smoothing).
     """
 
-    def __init__(self, candidates_train: Any, labels_train: Any, smoothing: float = 20.0) -> None:
+    def __init__(
+        self, candidates_train: Any, labels_train: Any, smoothing: float = 20.0, weights: np.ndarray | None = None
+    ) -> None:
         """Count.
 
         Args:
             candidates_train: (N,) integers or strings, NumPy or Arrow.
             labels_train: (N,) 0 or 1, or any real values; NaN where unobserved.
             smoothing: how many rows of the overall mean are added to each candidate, at least 0.
+            weights: (N,) what each row counts; None is 1.
 
         Raises:
             UserError: no label is observed.
@@ -40,11 +43,14 @@ class PopularityBaseline:
         observed = ~np.isnan(labels)
         if not observed.any():
             raise UserError("no training row has an observed label; expected at least one")
-        self.overall = float(labels[observed].mean())
-        table = pa.table({"candidate": plain(candidates_train).filter(pa.array(observed)), "label": labels[observed]})
-        counted = table.group_by("candidate", use_threads=False).aggregate([("label", "sum"), ("label", "count")])
+        rows = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+        labels, rows = labels[observed], rows[observed]
+        self.overall = float(np.average(labels, weights=rows))
+        candidates = plain(candidates_train).filter(pa.array(observed))
+        table = pa.table({"candidate": candidates, "label": labels * rows, "rows": rows})
+        counted = table.group_by("candidate", use_threads=False).aggregate([("label", "sum"), ("rows", "sum")])
         self._candidates = counted["candidate"].combine_chunks()
-        total, rows = counted["label_sum"].to_numpy(), counted["label_count"].to_numpy()
+        total, rows = counted["label_sum"].to_numpy(), counted["rows_sum"].to_numpy()
         self._means = (total + smoothing * self.overall) / (rows + smoothing)
 
     def predict(self, candidates: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from mmoe_rec.allocation import freed_memory_kept
@@ -42,7 +43,8 @@ class Scored:
     (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
     none; outcomes: each of `layout.outcomes` ->
     (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
-    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any.
+    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any;
+    row: (N,) numbers of rows in their log, where it has no candidates.
     """
 
     layout: ModelLayout
@@ -57,6 +59,12 @@ class Scored:
     relevance: Mapping[str, float]
     weights: np.ndarray | None = None
     placement: PlacementEffects | None = None
+    row: pa.Array | None = None
+
+    @property
+    def ranks(self) -> bool:
+        """Whether any request has several rows."""
+        return bool(pc.count_distinct(self.requests).as_py() < len(self.requests))
 
     def measure(self) -> EvaluationSums:
         """Sums of all metrics: of each task over the rows of its own label, of each outcome over all rows.

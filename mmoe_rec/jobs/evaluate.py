@@ -69,7 +69,7 @@ def evaluate_model(
     place = "evaluation" if split == "test" else f"evaluation_{split}"
     evaluated = evaluate_found(settings, named, out, place, split)
     if predictions is not None:
-        write_predictions(evaluated.scored, predictions)
+        write_predictions(evaluated.scored, settings.columns, predictions)
     return evaluated
 
 
@@ -103,6 +103,8 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
         log_evaluation(settings, first, evaluated.scored, results, out, place, split)
     except UnreachableError as error:
         say(f"{error}: the evaluation is in '{out}', but not in MLflow")
+    except UserError as error:
+        say(f"{error}: the evaluation is in '{out}', but not all of it in MLflow")
     return evaluated
 
 
@@ -147,7 +149,7 @@ def _measured(
         for value, rows in distinct(of_rows)
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen, users = overlap(settings, found.folder), users_in_both(settings, scored, training)
+    seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
     placement = placement_told(scored, found.folder / "features")
     tradeoffs = _tradeoffs(scored, settings)
     return Measured(sums, summary, found.address, of_tasks, seen, users, slices, tradeoffs, placement)
@@ -158,7 +160,7 @@ def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     from mmoe_rec.evaluation.judging.tradeoffs import Sweep, grid, lists_of, normalised, told_of_sweep
 
     given = [task.score_weight for task in scored.layout.tasks]
-    if len(given) < 2 or min(given) < 0 or max(given) == 0:
+    if len(given) < 2 or min(given) < 0 or max(given) == 0 or not scored.ranks:
         return []
     names, weights = [task.name for task in scored.layout.tasks], grid(len(given), normalised(given))
     resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)

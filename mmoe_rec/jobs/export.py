@@ -159,19 +159,20 @@ def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small:
     tasks = {}
     for place, task in enumerate(ranker.layout.tasks):
         metric = "AUC" if task.kind == "binary" else "RMSE"
-        values = [_measured(metric, each.labels[:, place], each.predictions[:, place]) for each in scored]
+        values = [_measured(metric, each.labels[:, place], each.predictions[:, place], each.weights) for each in scored]
         off = float(np.abs(before.predictions[:, place] - now.predictions[:, place]).max())
         tasks[task.name] = {"max_difference": off, "metric": metric, "model": values[0], "int8": values[1]}
     return {"rows": len(before.score), "tasks": tasks}
 
 
-def _measured(metric: str, labels: Any, predicted: Any) -> float | None:
-    """Over the observed labels; None where the metric means nothing."""
+def _measured(metric: str, labels: Any, predicted: Any, weights: Any) -> float | None:
+    """Over the observed labels, rows by their weights; None where the metric means nothing."""
     import numpy as np
     from sklearn.metrics import roc_auc_score
 
     seen = ~np.isnan(labels)
     labels, predicted = labels[seen], predicted[seen].astype(np.float64)
+    counted = np.ones(len(labels)) if weights is None else weights[seen]
     if metric == "AUC":
-        return float(roc_auc_score(labels, predicted)) if len(np.unique(labels)) == 2 else None
-    return float(np.sqrt(np.mean((labels - predicted) ** 2))) if len(labels) else None
+        return float(roc_auc_score(labels, predicted, sample_weight=counted)) if len(np.unique(labels)) == 2 else None
+    return float(np.sqrt(np.average((labels - predicted) ** 2, weights=counted))) if len(labels) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmoe_rec.build.logs import BuildOptions, Logs
 from mmoe_rec.build.prepare import Prepared, existing, prepare
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
 from mmoe_rec.point_in_time.windows import Window
@@ -35,6 +36,12 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
     types: of the columns of each log, None for those of the model's keys.
     """
     schema = pipeline.schema
+    if schema.columns.has_time != settings.columns.has_time:
+        ways = ("has no times, a plain table", f"has times, in column '{schema.columns.time}'")
+        raise UserError(
+            f"the model was trained on a log that {ways[schema.columns.has_time]}, and that of the settings "
+            f"{'has' if settings.columns.has_time else 'has none'} (columns.time): the model's features can't read it"
+        )
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
     columns = schema.columns.model_copy(update=of_rows)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.mlflow_client import machine_monitors, shown
+from mmoe_rec.mlflow_client import first_line, machine_monitors, shown
 from mmoe_rec.program import is_installed_command
+from mmoe_rec.progress import say
 from mmoe_rec.recording import DataSet, Run
 from mmoe_rec.settings import Settings
 
@@ -51,10 +52,10 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
     window = settings.split.windows()
     found = []
     for split in splits:
-        text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column}"
+        text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = int(manifest["splits"][split]["rows"])
-        found.append(DataSet(settings.name, digest, str(manifest["log"]), rows, _CONTEXTS[split], split))
+        found.append(DataSet(settings.name, digest, shown(str(manifest["log"])), rows, _CONTEXTS[split], split))
     return found
 
 
@@ -85,11 +86,16 @@ class WithMachine:
             self.run.log_metrics(dict(self._sampled()), step)
 
     def _sampled(self) -> Iterator[tuple[str, float]]:
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            for name, value in monitor.aggregate_metrics().items():
-                yield f"system/{name}", float(value)
-            monitor.clear_metrics()
+        for monitor in list(self._monitors):
+            try:
+                monitor.collect_metrics()
+                found = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+            except Exception as error:  # no training ends for want of a chart
+                self._monitors.remove(monitor)
+                say(f"the machine's load is watched no more by {type(monitor).__name__}: {first_line(error)}")
+                continue
+            yield from found.items()
 
 
 def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:

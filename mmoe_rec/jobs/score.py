@@ -296,7 +296,7 @@ class _Scoring:
         return {
             "fingerprint": self.fingerprint,
             **self.constants,
-            "tables_as_of": self.tables_as_of if self.has_time else None,
+            "tables_as_of": self.tables_as_of,
             "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
             "known_from": format_time(known["first"]) if self.has_time and known["first"] is not None else None,

@@ -17,6 +17,7 @@ from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, draw_gates, name_of_training, quoted
+from mmoe_rec.mlflow_client import shown
 from mmoe_rec.outbox import runs_waiting
 from mmoe_rec.progress import say
 from mmoe_rec.recording import Run
@@ -141,7 +142,8 @@ def _train(
                 say(note())
         _log_start(run, settings, prepared)
         run.log_inputs(data_sets(settings, manifest, "train", "validation"))
-        run.describe("Training", as_code(command()) + f"\n\n{_rows_told(manifest)}")
+        begun = f"{as_code(command())}\n\n{_rows_told(manifest)}"
+        run.describe("Resumed" if run.is_described("Training") else "Training", begun)
         if start is not None:
             # An alias such as `champion` will point at the new model soon.
             tags = {"warm_start": start.address, "warm_start.model": start.exact}
@@ -263,7 +265,7 @@ def _finish(
 def _rows_told(manifest: Mapping[str, Any]) -> str:
     rows = {split: counts["rows"] for split, counts in manifest["splits"].items()}
     return (
-        f"{rows['train']:,} rows of `{manifest['log']}` (digest `{manifest['digest']}`), validated on "
+        f"{rows['train']:,} rows of `{shown(manifest['log'])}` (digest `{manifest['digest']}`), validated on "
         f"{rows['validation']:,}."
     )
 

@@ -72,7 +72,7 @@ def score_by(
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
         weighted=settings.training.sampling_correction == "weights",
     )
-    return scored if settings.columns.has_candidate else replace(scored, candidates=None)
+    return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 
 
 def _check_tasks(settings: Settings, schema: Schema) -> None:

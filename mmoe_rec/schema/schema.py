@@ -235,6 +235,9 @@ class Schema(Section):
             for name, task in self.tasks.items():
                 if task.label == self.split.column:
                     raise ValueError(f"split.column '{self.split.column}' is the label of task '{name}' too")
+            for purpose in ("user", "candidate", "request", "sampling_rate", "weight"):
+                if getattr(self.columns, purpose) == self.split.column:
+                    raise ValueError(f"split.column and columns.{purpose} both name column '{self.split.column}'")
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
         labels = {task.label: task_name for task_name, task in self.tasks.items()}

@@ -46,7 +46,8 @@ class Artifact:
     """What `model.json` says, and the layout of the model.
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
-    tables_as_of: ISO time of the last logged request that counters, histories and latest values know; stale_after_days:
+    tables_as_of: ISO time of the last logged request that counters, histories and latest values know, None where the
+    log has no times; stale_after_days:
     how much later a request may lie before replies warn, None is any time (the default is that of the settings, for
     artifacts of before there was one); trained_as_of: as tables_as_of, of the features that the model was trained on,
     None where the tables are still these; files: digest of the files of the log that the tables hold, None where it is
@@ -60,7 +61,7 @@ class Artifact:
     max_candidates: int
     products: str
     fingerprint: str
-    tables_as_of: str
+    tables_as_of: str | None
     stale_after_days: float | None = 7
     trained_as_of: str | None = None
     files: str | None = None

@@ -33,26 +33,28 @@ TOLERANCE = 1e-4
 _NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or all there is, as rounding has it
 
 
-def example_request(features: Path, tables_as_of: str) -> dict[str, Any]:
+def example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
     """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end;
     of a plain table, what is frequent in its columns.
 
     Args:
         features: serving state, `<work>/features/serving` or an artifact's `features`.
-        tables_as_of: ISO time of the log's last request.
+        tables_as_of: ISO time of the log's last request, None where it has no times.
     """
     pipeline = FeaturePipeline.load(features, memories=False)
     names = pipeline.schema.columns
     users = LatestValues(names.user, pq.read_table(features / "latest.user.parquet"))
     candidates = LatestValues(names.candidate, pq.read_table(features / "latest.candidate.parquet"))
-    moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
+    moment = None
+    if tables_as_of is not None:
+        moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
     shown = _usual(pipeline, "candidate")
     return {
         "user": {names.user: _frequent(pipeline, users, 1)[0]}
         if names.has_user
         else _first_of(_usual(pipeline, "user")),
         "context": _given(_first_of(_usual(pipeline, "context")))
-        | ({names.time: moment.isoformat()} if names.has_time else {}),
+        | ({} if moment is None else {names.time: moment.isoformat()}),
         "candidates": {names.candidate: _frequent(pipeline, candidates, CANDIDATES)} if names.has_candidate else shown,
     }
 

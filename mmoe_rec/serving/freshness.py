@@ -21,6 +21,8 @@ class Freshness:
     @staticmethod
     def of(about: Artifact) -> Freshness:
         """What an artifact says."""
+        if about.tables_as_of is None:
+            return Freshness(0, None)
         return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
 
     def up_to(self, moment: int) -> Freshness:

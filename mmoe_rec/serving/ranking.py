@@ -43,13 +43,13 @@ class Ranking:
 
     candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `with_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
-    the last logged request that the model's tables know; warnings: what went wrong with experts, see
-    `mmoe_rec.serving.experts`, and what is wrong with the request's time, see `mmoe_rec.serving.freshness`; model: the
-    artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
-    unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
-    out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
-    of the request, see `mmoe_rec.request_log.seen`, and journal_position: up to where of the server's journal the model
-    knew events, which replies leave out.
+    the last logged request that the model's tables know, None where the log has no times; warnings: what went wrong
+    with experts, see `mmoe_rec.serving.experts`, and what is wrong with the request's time, see
+    `mmoe_rec.serving.freshness`; model: the artifact's `name` and `version` (see `version_of`); explanations: of each
+    candidate, where they were asked for; unknown_ids: how many ids of the request's `user` and `candidate`s the model
+    knows nothing of, which replies leave out; request_id: the caller's own, or the one that the server gave, where it
+    logs requests; seen: what features saw of the request, see `mmoe_rec.request_log.seen`, and journal_position: up to
+    where of the server's journal the model knew events, which replies leave out.
     """
 
     candidates: list[int] | list[str]
@@ -57,7 +57,7 @@ class Ranking:
     predictions: dict[str, list[float]]
     order: list[int]
     request_time: str
-    tables_as_of: str
+    tables_as_of: str | None
     warnings: list[str] = field(default_factory=list)
     model: dict[str, str] = field(default_factory=dict)
     explanations: list[Explanation] | None = None

@@ -56,7 +56,7 @@ def write_artifact(
         products=settings.serving.products,
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
-        tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]),
+        tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
         files=taken.digest,
         journal=taken.journal,
     )

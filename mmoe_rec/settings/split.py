@@ -66,6 +66,8 @@ class Split(Section):
         seen: dict[Scalar, str] = {}
         for name in SPLITS:
             for value in getattr(self, name):
+                if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                    raise ValueError(f"{name} lists {value}, which no column of whole numbers can hold")
                 if isinstance(value, float):
                     raise ValueError(
                         f"{name} lists {value}, but values of a column of splits are text or whole numbers"

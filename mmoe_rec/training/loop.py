@@ -156,8 +156,9 @@ class Trainer:
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
-            weighted = self.settings.sampling_correction == "weights" or self.reader.rows.weighs
-            start_at(model.mixture.towers, base_rates(prepared.manifest, self.layout.tasks, weighted))
+            weighted = self.settings.sampling_correction == "weights"
+            rates = base_rates(prepared.manifest, self.layout.tasks, weighted, self.reader.rows.weighs)
+            start_at(model.mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         choices = self._choices(model, None if resume is None else resume.state.choices)

@@ -33,10 +33,10 @@ class Validation:
     """Result of one validation.
 
     loss: mean per task (nats, or squared deviations of a regression), by the name of the label that the task is learnt
-    from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label and not
-    weighted; experts: how the tasks used them. Of binary tasks, over the rows of their own label: gauc, the mean AUC of
-    users by their rows; calibration, predicted / observed, weighted as in training; rarer, how many rows have the label
-    that is rarer.
+    from, and weighted as in training; auc: per binary task with both classes, over the rows of its own label, weighted
+    as in training too; experts: how the tasks used them. Of binary tasks, over the rows of their own label: gauc, the
+    mean AUC of users by their rows; calibration, predicted / observed, weighted as in training; rarer, how many rows
+    have the label that is rarer.
     """
 
     loss: dict[str, float]
@@ -82,6 +82,7 @@ class ValidationSums:
     def __init__(self, layout: Layout, experts: Tensor) -> None:
         self.layout = layout
         self.counts = torch.zeros(len(layout.tasks), 2, BINS, dtype=torch.float64)
+        self.rows = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
         self.loss = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
         self.utilisation = UtilisationSums(experts)
         self.own_labels = OwnLabels(layout)
@@ -100,7 +101,7 @@ class ValidationSums:
         self.loss[:, 1] += batch.observed_weights.double()
         own = _of_own_label(batch, self.layout)
         self.own_labels.add(logits, batch, own)
-        _count(self.counts, logits, batch.labels, own)
+        _count(self.counts, self.rows, logits, batch.labels, own, batch.weights)
 
     def result(self) -> Validation:
         """Of all rows that were added. Raises UserError where no label was observed."""
@@ -117,7 +118,7 @@ class ValidationSums:
             self.utilisation.result(),
             self.own_labels.gauc(),
             self.own_labels.calibration(),
-            {name: int(counts[t].sum(1).min()) for t, name in binary},
+            {name: int(self.rows[t].min()) for t, name in binary},
         )
 
 
@@ -138,7 +139,7 @@ def validate(
         batch = each.to(device, non_blocking=True)
         sums.add(model(batch), each, batch.observed.any(1))
     model.train()
-    for total in (sums.counts, sums.loss, sums.utilisation.sums):
+    for total in (sums.counts, sums.rows, sums.loss, sums.utilisation.sums):
         _add_up(total, device)
     sums.own_labels.exchange(device)
     return sums.result()
@@ -154,13 +155,18 @@ def _of_own_label(batch: Batch, layout: Layout) -> Tensor:
     return observed
 
 
-def _count(counts: Tensor, logits: Tensor, labels: Tensor, observed: Tensor) -> None:
+def _count(
+    counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
+) -> None:
+    """Adds rows to `counts` (T, 2, BINS), by their weights (B,), and to `rows` (T, 2), by their number."""
     bins = ((logits.double() + LARGEST_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
         known = observed[:, task]
         for label in (0, 1):
-            chosen = bins[known & (labels[:, task] == label), task]
-            counts[task, label] += torch.bincount(chosen, minlength=BINS)
+            mine = known & (labels[:, task] == label)
+            counted = None if weights is None else weights[mine].double()
+            counts[task, label] += torch.bincount(bins[mine, task], counted, minlength=BINS)
+            rows[task, label] += mine.sum()
 
 
 def _any_rank(asked: bool, device: torch.device) -> bool:

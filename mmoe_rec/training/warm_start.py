@@ -175,15 +175,19 @@ def _shape(layout: ModelLayout) -> tuple[Any, ...]:
 # label that one row in 200 has, a short training never gets there, and all its probabilities are too high.
 
 
-def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:
+def base_rates(
+    manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool, given: bool = False
+) -> list[float | None]:
     """Of each task, how often its label is 1 among the training rows in which it is observed, as encoding counted them.
 
-    manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled. None
+    manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled, as in
+    the loss; given: by their weight alone. None
     for a regression, and where no label was observed. Half a row of each class is added, so that no rate is 0 or 1.
     A task with `given` predicts what holds given that one, and its own label is observed only there.
     """
     counts = manifest["splits"]["train"]
-    rows, positives = ("weight", "weighted_sum") if weighted else ("observed", "label_sum")
+    rows, positives = ("given_weight", "given_sum") if given else ("observed", "label_sum")
+    rows, positives = ("weight", "weighted_sum") if weighted else (rows, positives)
     rates = []
     for task in tasks:
         observed, positive = counts[rows].get(task.name, 0), counts[positives].get(task.name, 0)

@@ -72,7 +72,9 @@ def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     (folder / "encoded" / "layout.json").write_text(layout(table_rows).of_rows().to_json(), encoding="utf-8")
     (folder / "layout.json").write_text(layout(table_rows).to_json(), encoding="utf-8")
     counts = SplitCounts()
-    counts.add({f"task{index}": labels for index, labels in enumerate(rows.labels.T)}, np.ones(len(rows.labels)), {})
+    counts.add(
+        {f"task{index}": labels for index, labels in enumerate(rows.labels.T)}, *[np.ones(len(rows.labels))] * 2, {}
+    )
     (folder / "manifest.json").write_text(json.dumps({"splits": {"train": asdict(counts)}}), encoding="utf-8")
 
 

@@ -90,3 +90,14 @@ def test_trees_say_what_is_wrong() -> None:
         gradient_boosting(x, np.full(3, np.nan), np.array([False]))
     with pytest.raises(UserError, match="expected both 0 and 1"):
         gradient_boosting(x, np.array([1, 1, np.nan]), np.array([False]))
+
+
+def test_popularity_counts_rows_by_their_weights() -> None:
+    """As if a row of weight 3 came three times."""
+    random = np.random.default_rng(2)
+    candidates, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
+    labels[random.random(200) < 0.1] = np.nan
+    weights = random.integers(1, 4, 200)
+    mine = PopularityBaseline(candidates, labels, weights=weights.astype(float)).predict(np.arange(6))
+    often = PopularityBaseline(candidates.repeat(weights), labels.repeat(weights)).predict(np.arange(6))
+    np.testing.assert_allclose(mine, often, rtol=1e-12)

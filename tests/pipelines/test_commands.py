@@ -127,7 +127,7 @@ def files(folder: Path) -> dict[Path, int]:
 def validation_of(world: World) -> dict[str, float]:
     """The best validation that MLflow knows of."""
     found = world.run().data.metrics
-    return {name: value for name, value in found.items() if name.startswith("best.validation")}
+    return {name: value for name, value in found.items() if name.startswith("best/")}
 
 
 def test_one_and_two_processes_agree(world: World, two_ranks: World) -> None:

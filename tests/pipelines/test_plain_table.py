@@ -14,14 +14,22 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.features import build_features
 from mmoe_rec.jobs.finished import Finished
 from mmoe_rec.jobs.replay.run import Asked, replay
+from mmoe_rec.log.stand_ins import told_of_stand_ins
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.mmoe import build_model
+from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.outcomes.join import join_outcomes
 from mmoe_rec.serving.errors import RequestError
 from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.settings import load_settings
-from pipelines import evaluate, refresh, score, train
-from pipelines.evaluation import baselines, metrics
+from mmoe_rec.serving.writing import write_artifact
+from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.training.validation import BINS_PER_UNIT
+from mmoe_rec.training.warm_start import base_rates
+from pipelines import evaluate, features, refresh, score, train
+from pipelines.evaluation import baselines, metrics, tune_weights
 from tests.log.plain_tables import plain_settings, plain_table
 from tests.report.parsed import Page
 
@@ -106,13 +114,17 @@ def test_metrics_are_weighted_and_of_the_test_rows(
     assert "catalogue" not in words.lower()
 
 
-def test_the_best_state_is_chosen_by_weighted_losses(world: World, scored: pd.DataFrame) -> None:
+def test_the_best_state_is_chosen_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
     best = Finished.read(world.folder / "work" / "checkpoints").best  # type: ignore[union-attr]
     for task in ("label", "other"):
         labels, predicted, weights = by_the_table(world, scored, [3], task)
         expected = log_loss(labels, predicted, sample_weight=weights)
         assert best["loss"][task] == pytest.approx(expected, rel=1e-4)
         assert abs(expected - log_loss(labels, predicted)) > 1e-3 * expected, "weights say nothing"
+        binned = np.floor(np.log(predicted / (1 - predicted)) * BINS_PER_UNIT)
+        area = roc_auc_score(labels, binned, sample_weight=weights)
+        assert best["auc"][task] == pytest.approx(area, abs=1e-3)
+        assert abs(area - roc_auc_score(labels, binned)) > 2e-3, "weights say nothing"
 
 
 def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> None:
@@ -162,6 +174,8 @@ def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) ->
         np.testing.assert_allclose(ranking.predictions[task], given, rtol=1e-5)
     np.testing.assert_allclose(ranking.scores, np.sort(expected["score"].to_numpy())[::-1], rtol=1e-4)
     assert ranking.warnings == []
+    assert ranking.tables_as_of is None
+    assert "1970" not in (world.model / "model.json").read_text()
     assert json.dumps(ranking.to_dict())
     assert ranker.rank({}, {}, candidates, top_k=3).order == ranking.order[:3]
 
@@ -259,10 +273,35 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
     told = "The model was trained on rows of 20 of the 20 users that it is measured on, as column 'fold' splits rows"
     assert told in words
     assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
-    world = World(tmp_path / "apart", columns={"user": "group"})
-    world.evaluated("out")
-    words = Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words
+    by_user = World(tmp_path / "apart", columns={"user": "group"})
+    by_user.evaluated("out")
+    words = Page((by_user.folder / "out" / "report.html").read_text(encoding="utf-8")).words
     assert "rows of the same users" not in " ".join(words.split())
+    # Of a model of other training rows it can't be told.
+    words = ["--config", str(by_user.config), "--model", str(world.model), "--out", str(tmp_path / "other")]
+    evaluate.main(words)
+    assert "was trained on rows of" not in capsys.readouterr().out
+
+
+def test_users_of_another_models_training_rows_are_not_told_of(tmp_path: Path) -> None:
+    world = World(tmp_path / "world", columns={"user": "person"})
+    options = ("--split.train", "[1]", "--split.validation", "[2, 3]", "--data.work", str(tmp_path / "elsewhere"))
+    words = ["--config", str(world.config), *options]
+    features.main(words)  # those of the settings, whose training rows are others than the model's
+    world.evaluated("out", *options)
+    said = " ".join(Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert "The model was trained on rows of" not in said
+
+
+def test_rows_that_another_column_splits_may_have_been_seen(tmp_path: Path) -> None:
+    world = World(tmp_path / "world")
+    people = [f"p{each}" for each in range(20)]
+    split = {"column": "person", "train": people[:10], "validation": people[10:14], "test": people[14:]}
+    world.evaluated("out", *(word for name, each in split.items() for word in (f"--split.{name}", json.dumps(each))))
+    said = " ".join(Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert (
+        "on rows that column 'fold' split, and those that it is measured on column 'person': it may have seen" in said
+    )
 
 
 def test_rows_that_the_model_was_trained_on(world: World) -> None:
@@ -272,3 +311,117 @@ def test_rows_that_the_model_was_trained_on(world: World) -> None:
     words = " ".join(Page((world.folder / "seen" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "The model was trained on rows with 2 in column 'fold', which are those that it is measured on" in words
     assert load_settings(world.config).split.test == (4,)
+
+
+def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.evaluated("alone")
+    words = " ".join(Page((world.folder / "alone" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert "Weights of tasks are tried for models with several tasks" in words
+    with pytest.raises(SystemExit):
+        tune_weights.main(["--config", str(world.config), "--model", str(world.model)])
+    assert "every request of the validation or test rows has one row, which no weights can rank" in (
+        capsys.readouterr().err
+    )
+
+
+def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:
+    world.evaluated("predicted", "--predictions", str(tmp_path / "rows"))
+    rows = pd.read_parquet(tmp_path / "rows")
+    assert rows.columns[0] == "row"
+    assert not {"user", "request", "candidate"} & set(rows)
+    test = world.table[world.table["fold"] == 4]
+    np.testing.assert_array_equal(rows["row"].sort_values(), test.index)
+    mine = test.loc[rows["row"]]
+    np.testing.assert_array_equal(rows["label_label"], mine["label"])
+    np.testing.assert_array_equal(rows["weight"], mine["weight"])
+    metrics.main(
+        ["--config", str(world.config), "--predictions", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    )
+    theirs = json.loads((tmp_path / "out" / "metrics.json").read_text())["tasks"]["label"]["auc"]
+    assert theirs == pytest.approx(world.evaluated("again")["tasks"]["label"]["auc"], abs=1e-6)
+
+
+def test_a_column_called_row_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = plain_table(0)
+    table = table.append_column("row", table["group"])
+    settings = plain_settings(tmp_path / "work", table, columns={"request": "row"}, tracking={"uri": "sqlite:///x.db"})
+    artifact = tmp_path / "model"
+    write_random_model(settings, artifact)
+    with pytest.raises(SystemExit):
+        score.main(["--model", str(artifact), "--input", settings.data.log, "--output", str(tmp_path / "out")])
+    assert "column 'row' of the log has the name of a column that scoring writes" in capsys.readouterr().err
+
+
+def write_random_model(settings: Settings, folder: Path) -> None:
+    """An artifact of the settings with random weights."""
+    prepared = build_features(settings)
+    layout = ModelLayout.of(prepared.layout, settings)
+    model = build_model(layout, settings.model, plain_tables(layout))
+    write_artifact(folder, settings=settings, prepared=prepared, state_dict=model.state_dict(), calibration=None)
+
+
+def test_towers_start_at_the_rates_of_the_loss(tmp_path: Path) -> None:
+    """With weights alone, with rates alone and with both, whether these are corrected or not."""
+    table = plain_table(5, 2_000)
+    rates = np.where(table["label"].to_numpy() == 1, 1.0, 0.01)
+    table = table.append_column("rate", pa.array(rates))
+    inside = table["fold"].to_numpy() <= 2
+    label, weight, rate = table["label"].to_numpy()[inside], table["weight"].to_numpy()[inside], rates[inside]
+    for columns, weighted, expected in (
+        ({"weight": "weight"}, False, weight),
+        ({"weight": "weight", "sampling_rate": "rate"}, False, weight),
+        ({"weight": "weight", "sampling_rate": "rate"}, True, weight / rate),
+        ({"sampling_rate": "rate"}, True, 1 / rate),
+        ({"sampling_rate": "rate"}, False, np.ones(len(rate))),
+    ):
+        settings = plain_settings(tmp_path / f"{len(list(tmp_path.iterdir()))}", table, columns=columns)
+        prepared = build_features(settings)
+        found = base_rates(prepared.manifest, prepared.layout.tasks, weighted, "weight" in columns)
+        assert found[0] == pytest.approx(np.average(label, weights=expected), abs=2e-3)
+
+
+def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> None:
+    table = pa.concat_tables([plain_table(0), plain_table(0).slice(3, 1)])
+    settings = plain_settings(
+        tmp_path, table, columns={"user": "person", "candidate": "code"}, roles={"candidate": ["x", "word"]}
+    )
+    with pytest.raises(UserError) as error:
+        build_features(settings)
+    assert "(columns 'person', within a split, and 'code')" in str(error.value)
+    assert "\0" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({}, "neither columns.user nor columns.candidate: each row is a user of its own, and each row another"),
+        ({"request": "group"}, "neither columns.user nor columns.candidate: each request is a user of its own"),
+        ({"candidate": "code"}, "no columns.user: each row is a user of its own"),
+        (
+            {"user": "person"},
+            "no columns.request or columns.time: all rows of a user in a split are one request; and no",
+        ),
+        ({"user": "person", "candidate": "code"}, "no columns.request or columns.time: all rows of a user"),
+        ({"user": "person", "candidate": "code", "request": "group"}, None),
+    ],
+)
+def test_what_stands_in_is_told(tmp_path: Path, columns: dict[str, str], told: str | None) -> None:
+    roles = {"candidate": ["x", "word", *([] if "candidate" in columns else ["code"])]}
+    said = told_of_stand_ins(plain_settings(tmp_path, columns=columns, roles=roles).schema_)
+    assert (said is None) if told is None else (said is not None and told in said)
+
+
+def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = world.table.assign(at=pd.date_range("2024-01-01", periods=len(world.table), freq="min"))
+    settings = plain_settings(
+        tmp_path / "work",
+        pa.Table.from_pandas(table),
+        columns={"time": "at"},
+        split={"train_end": "2024-01-02", "validation_end": "2024-01-03"},
+        tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+    )
+    (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--config", str(tmp_path / "timed.yaml"), "--model", str(world.model)])
+    said = capsys.readouterr().err
+    assert "trained on a log that has no times, a plain table, and that of the settings has (columns.time)" in said

@@ -13,7 +13,8 @@ import pytest
 
 from mmoe_rec.jobs import run_page
 from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
-from mmoe_rec.recording import Run
+from mmoe_rec.outbox import runs_waiting
+from mmoe_rec.recording import DataSet, Run
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate
 from tests.pipelines.short_trainings import World
@@ -150,6 +151,87 @@ def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
         again.describe("One", "anew")
     said = mlflow.MlflowClient(uri, uri).get_run(run.run_id).data.tags["mlflow.note.content"]
     assert said == "### One\n\nanew\n\n### Two\n\nsecond"
+
+
+def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> None:
+    from mmoe_rec import tracking
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri, uri)
+    with tracking.open_run(uri, "notes") as run:
+        pass
+    client.set_tag(run.run_id, "mlflow.note.content", "Do not delete: the paper's run.\n\n## mine")
+    with tracking.open_run(uri, "notes", run_id=run.run_id) as again:
+        for name in ("Training", "Resumed", "Result", "Evaluation"):
+            again.describe(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
+    said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert said.startswith("Do not delete: the paper's run.\n\n## mine\n\n### Training")
+    assert len(said) < 8_000
+    assert "verdict of Evaluation" in said
+    assert said.count("```") == 8
+
+
+def test_a_server_that_refuses_data_sets_gets_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from mmoe_rec import tracking
+
+    def refuse(*_: object, **__: object) -> None:
+        raise mlflow.exceptions.MlflowException("no such endpoint", error_code=400)
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refuse)
+    with tracking.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
+        run.log_inputs([DataSet("log", "digest", "folder", 3, "training", "train")])
+        run.log_metrics({"train/a.loss": 1.0}, 1)
+    assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err
+    assert not runs_waiting(tmp_path / "unsent")
+    found = mlflow.MlflowClient(uri, uri).get_run(run.run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/a.loss": 1.0})
+
+
+def test_who_may_not_write_to_the_registry_gets_the_evaluation(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise mlflow.exceptions.MlflowException("PERMISSION_DENIED", error_code=403)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_model_version_tag", refuse)
+    evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+    printed = capsys.readouterr()
+    assert "PERMISSION_DENIED: models:/learnable/1 is not described in the registry" in printed.err
+    assert "report: " in printed.out
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refuse)
+    evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+    printed = capsys.readouterr()
+    assert "but not all of it in MLflow" in printed.err
+    assert "auc ↑" in printed.out
+
+
+def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)
+    logged: dict[str, float] = {}
+
+    class Watched(Run):
+        def log_metrics(self, metrics, step=None):
+            logged.update(metrics)
+
+    watched = run_page.WithMachine(Watched("1", object()), asked=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
+    watched({"a": 1.0}, 1)
+    assert "system/cpu_utilization_percentage" in logged
+    assert not any("network" in name for name in logged)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no such file")
+
+    logged.clear()
+    monkeypatch.setattr(psutil, "virtual_memory", broken)
+    watched({"b": 1.0}, 2)
+    assert "b" in logged
+    assert "system/disk_usage_percentage" in logged
 
 
 def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

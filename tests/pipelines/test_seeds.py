@@ -14,7 +14,7 @@ from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.judging import seeds
 from mmoe_rec.registry import FoundModel
 from mmoe_rec.settings import load_settings
-from tests.pipelines.short_trainings import World
+from tests.pipelines.short_trainings import World, dying_after
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,19 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     assert parents[0].data.metrics["test/click.auc.mean"] == found["click"]["auc"]["mean"]
     assert world.champion() is None, "none is registered"
     assert not client.search_registered_models()
+
+
+def test_a_training_that_died_in_the_middle_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its run within the other one too."""
+    world = World.of(tmp_path)
+    with dying_after(10):  # after the checkpoint of step 5
+        world.train("--seeds", "2")
+    world.train("--seeds", "2", "--resume")
+    assert "2 trainings, " in capsys.readouterr().out
+    client = mlflow.MlflowClient(world.uri, world.uri)
+    runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
+    assert len(runs) == 3
+    assert {each.info.status for each in runs} == {"FINISHED"}
 
 
 def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -56,5 +56,9 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
         + [{"model": second, "check": "seen", "message": f"'{second}' was trained on these rows"}],
         "slices": sliced(sums, first, 50),
         "tradeoffs": told_of_sweep(sweep, 20),
+        "placement": [
+            {"feature": "position", "value": value, "rows": 100, "effects": {"bought": odds, "spent": odds - 1}}
+            for value, odds in (("1", 1.5), ("<2>", 0.5))
+        ],
         "facts": {f"log of {tasks[0]}": "somewhere"},
     }

@@ -135,7 +135,7 @@ def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarr
             columns[f"label.{name}"] = pa.array(column, label_types(layout)[name], mask=np.isnan(column))
         columns["user"] = pa.array(np.arange(rows) // 20)
         rates = np.where(values[:, 0] == 0, 0.25, 1.0)
-        counts[split].add(known, rates, {})
+        counts[split].add(known, np.ones(rows), rates, {})
         columns["sampling_rate"] = pa.array(rates, pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)

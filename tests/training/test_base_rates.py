@@ -30,7 +30,8 @@ def manifest(labels: dict[str, np.ndarray], rates: np.ndarray) -> dict:
     """A manifest of training rows that were counted in two parts."""
     counts = SplitCounts()
     for part in (slice(0, 100), slice(100, None)):
-        counts.add({name: values[part] for name, values in labels.items()}, rates[part], {})
+        own = np.ones(len(rates))[part]
+        counts.add({name: values[part] for name, values in labels.items()}, own, rates[part], {})
     return {"splits": {"train": asdict(counts)}}
 
 

@@ -101,7 +101,7 @@ def test_equals_scikit_learn() -> None:
     assert set(found.auc) == set(BINARY)
 
 
-def test_weighted_losses_equal_scikit_learn_and_the_auc_is_not_weighted() -> None:
+def test_weighted_losses_and_areas_equal_scikit_learn() -> None:
     logits, labels, gates = example()
     weights = np.random.default_rng(5).uniform(1, 9, len(logits)).astype(np.float32)
     found = validated(logits, labels, gates, weights=weights)
@@ -112,8 +112,13 @@ def test_weighted_losses_equal_scikit_learn_and_the_auc_is_not_weighted() -> Non
             expected = mean_squared_error(label, predicted, sample_weight=weight) / task.deviation**2
         else:
             expected = log_loss(label, 1 / (1 + np.exp(-predicted)), sample_weight=weight)
+            binned = np.floor(predicted * BINS_PER_UNIT)
+            area = roc_auc_score(label, binned, sample_weight=weight.astype(np.float64))
+            assert found.auc[task.name] == pytest.approx(area, abs=1e-12)
+            assert abs(area - roc_auc_score(label, binned)) > 1e-5
         assert found.loss[task.name] == pytest.approx(expected, rel=1e-6)
-    assert found.auc == validated(logits, labels, gates).auc
+    # Whether labels are enough is told by rows.
+    assert found.rarer == validated(logits, labels, gates).rarer
 
 
 def test_a_task_with_given_is_judged_by_both_labels() -> None:

@@ -34,12 +34,19 @@ def differences_table(compared: Mapping[str, Any]) -> Table:
             metric
             for metric in registered.METRICS
             if metric.is_shown(group == SCORE) and any(metric.name in each.get(group, {}) for each in others)
+            if not (metric.ranks_within and all(_is_undefined(each.get(group, {}).get(metric.name)) for each in others))
         ]
+        if not rows:
+            continue
         table.add_row(Text(group, style="bold"))
         for metric in rows:
             cells = [_cell(each.get(group, {}).get(metric.name), metric.better) for each in others]
             table.add_row(f"  {metric.label}", *cells, end_section=metric == rows[-1])
     return table
+
+
+def _is_undefined(apart: Mapping[str, Any] | None) -> bool:
+    return apart is None or apart["value"] is None
 
 
 def _cell(apart: Mapping[str, Any] | None, better: str) -> Text:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmoe_rec import tracking
+from mmoe_rec.aliases import Version, describe
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
+from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.registry import find_model
 from mmoe_rec.settings import Model, Settings
 
@@ -63,6 +65,10 @@ def edit_model(
     with tracking.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
         run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
         version = tracking.register(run, out, settings.registered_model, CHALLENGER)
+        made = Version(settings.registered_model, version, run.run_id)
+        told = f"{address}: {done}, by\n\n{as_code(command())}"
+        run.describe("Experts", told)
+        describe(made, told, {}, settings.tracking.address)
     own = model.experts.task_count * len(about.tasks)
     registered = f"models:/{settings.registered_model}/{version}"
     return Edited(done, model.experts.count + own, model.experts.count, registered)

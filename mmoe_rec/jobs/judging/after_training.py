@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, describe, holder_of, point, tag
+from mmoe_rec.aliases import Version, describe, holder_of, point
 from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
@@ -79,9 +79,7 @@ def promote(
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = tracking.registered_before(run, artifact, name) or tracking.register(
-        run, artifact, name, tags=tags, description=about
-    )
+    number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name, tags=tags)
     comparison = Comparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
@@ -93,13 +91,13 @@ def promote(
     decision = {"promoted": str(verdict.better), "compared": verdict.reason}
     run.set_tags(decision)
     mine = Version(name, number, run.run_id)
-    tag(mine, {each: value[:4000] for each, value in decision.items()}, uri)
-    describe(mine, f"{verdict.reason}\n\n{about}", uri)
     if verdict.better:
         point(name, alias, number, uri, holder)
+        describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
         said = f"'{alias}' is version {number} now, this model"
         return Promotion(f"models:/{name}@{alias}", True, (verdict.reason, said))
     assert holder is not None, "without a holder the new model is better"
+    describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
     stays = f"'{alias}' stays version {holder.number}"
     if alias == CHALLENGER:
         return Promotion(Version(name, number, run.run_id).address, False, (verdict.reason, stays))

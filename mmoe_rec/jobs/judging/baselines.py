@@ -78,7 +78,8 @@ def _predicted(settings: Settings, prepared: Prepared) -> dict[str, Scored]:
         for index, task in enumerate(layout.tasks):
             labels = learnt.labels[:, index]
             try:
-                popularity.append(PopularityBaseline(learnt.candidates, labels).predict(inputs.candidates))
+                counted = PopularityBaseline(learnt.candidates, labels, weights=learnt.weights)
+                popularity.append(counted.predict(inputs.candidates))
                 model = gradient_boosting(
                     learnt.x,
                     labels,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec import tracking
-from mmoe_rec.aliases import tag, version_of
+from mmoe_rec.aliases import describe, version_of
 from mmoe_rec.build.prepare import existing
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.jobs.places import log_and_place
@@ -18,8 +18,6 @@ from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
-
-_LONGEST_TAG = 4000
 
 
 def log_evaluation(
@@ -44,6 +42,7 @@ def log_evaluation(
         numbers = dict(_named(flatten(summary), section))
         run.log_metrics(numbers)
         run.forget_metrics(f"{section}/", numbers)
+        run.forget_metrics(f"{section}.", ())  # of before names had sections
         run.log_artifact(out / "metrics.json", place)
         # Files of a run can't be taken away again: without other models there is a comparison with none.
         run.log_dict(results.comparison or {"against": {}}, f"{place}/comparison.json")
@@ -61,7 +60,7 @@ def log_evaluation(
     if split == "test" and (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
         report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": "; ".join(results.verdicts)}
         version = version_of(registered[1], registered[2], uri)
-        tag(version, {name: each[:_LONGEST_TAG] for name, each in report.items()}, uri)
+        describe(version, "", report, uri)
 
 
 def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float]]:

@@ -27,6 +27,12 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return []
     begin = settings.split.validation_end
+    if settings.split.column != split.column:
+        ways = ["times" if each is None else f"column '{each}'" for each in (split.column, settings.split.column)]
+        return [
+            f"was trained on rows that {ways[0]} split, and those that it is measured on {ways[1]}: it may have seen "
+            "labels that it is measured by"
+        ]
     if settings.split.column is not None:
         return list(_by_column(settings.split, split))
     if begin is None or split.train_end is None or split.validation_end is None:
@@ -41,10 +47,17 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
     return found[:1]
 
 
-def users_in_both(settings: Settings, scored: Scored, training: TrainingRows | None) -> list[str]:
+def users_in_both(settings: Settings, artifact: Path, scored: Scored, training: TrainingRows | None) -> list[str]:
     """What is to be said, after a model's name, of users that a column splits into training and test rows alike. Times
-    do so too, and by right: what is asked then is how the same users go on."""
-    both, users = (0, 0) if training is None else training.of_users_in_both(scored)
+    do so too, and by right: what is asked then is how the same users go on.
+
+    training: rows of the settings' split, which only a model of the same features was trained on.
+    """
+    from mmoe_rec.serving.artifact import read_artifact
+
+    if training is None or read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
+        return []
+    both, users = training.of_users_in_both(scored)
     if settings.split.column is None or not both:
         return []
     return [
@@ -56,7 +69,7 @@ def users_in_both(settings: Settings, scored: Scored, training: TrainingRows | N
 
 def _by_column(now: Split, its: Split) -> Iterator[str]:
     for values, what in ((its.train, "trained"), (its.validation, "chosen and calibrated")):
-        if now.column == its.column and (both := [each for each in now.test if each in values]):
+        if both := [each for each in now.test if each in values]:
             yield (
                 f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those that "
                 "it is measured on: it has seen labels that it is measured by"

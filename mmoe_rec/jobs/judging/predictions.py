@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
+from mmoe_rec.schema import Columns
+from mmoe_rec.serving.ranking import ROW
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
@@ -26,23 +28,29 @@ def check_predictions(folder: Path) -> None:
         raise UserError(f"--predictions '{folder}' holds other files, such as '{others[0]}'; name another folder")
 
 
-def write_predictions(scored: Scored, folder: Path) -> None:
-    """Writes `user`, `request`, `candidate` (where there is one), of each task and outcome `predicted_NAME` and
-    `label_NAME` (null where it is not known), `score`, and `weight` where rows have one: what the command `metrics`
-    reads."""
+def write_predictions(scored: Scored, columns: Columns, folder: Path) -> None:
+    """Writes `user`, `request`, `candidate`, of each task and outcome `predicted_NAME` and `label_NAME` (null where it
+    is not known), `score`, and `weight` where rows have one: what the command `metrics` reads.
+
+    columns: of the log. What it does not have is left out: without candidates, `row` is the number of each in its log.
+    """
     from mmoe_rec.model.score import from_logs, with_outcomes
 
-    columns = {"user": scored.users, "request": scored.requests}
+    written = {} if scored.row is None else {ROW: scored.row}
+    if columns.has_user:
+        written["user"] = scored.users
+    if columns.has_user or columns.request is not None:
+        written["request"] = scored.requests
     if scored.candidates is not None:
-        columns["candidate"] = scored.candidates
+        written["candidate"] = scored.candidates
     for name, values in with_outcomes(scored.predictions, scored.layout).items():
-        columns[f"predicted_{name}"] = pa.array(values)
+        written[f"predicted_{name}"] = pa.array(values)
     names = [*(task.name for task in scored.layout.tasks), *scored.layout.outcomes]
     for name, values in zip(names, [*scored.labels.T, *scored.outcomes.values()], strict=True):
-        columns[f"label_{name}"] = pa.array(values, from_pandas=True)
-    columns["score"] = pa.array(from_logs(scored.score))
+        written[f"label_{name}"] = pa.array(values, from_pandas=True)
+    written["score"] = pa.array(from_logs(scored.score))
     if scored.weights is not None:
-        columns["weight"] = pa.array(scored.weights)
+        written["weight"] = pa.array(scored.weights)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / FILE) as path:
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        pq.write_table(pa.table(written), path, compression="zstd")

@@ -163,14 +163,15 @@ class Results:
         """For the terminal: tables, verdicts, notes and warnings."""
         from mmoe_rec.evaluation.judging.compare import told_of
         from mmoe_rec.evaluation.judging.table import differences_table
-        from mmoe_rec.evaluation.notes import told
+        from mmoe_rec.evaluation.notes import are_alone, told
         from mmoe_rec.evaluation.table import results_table
 
         yield results_table(self.summaries)
         if self.comparison is not None:
             yield differences_table(self.comparison)
             yield from told_of(self.comparison)
-            if not all("catalogue" in each for each in self.summaries.values()):
+            alone = all(map(are_alone, self.summaries.values()))
+            if not alone and not all("catalogue" in each for each in self.summaries.values()):
                 yield "note: without candidates it can't be told whether labels belong to the same rows of a request"
         yield from (f"note: {note}" for note in told(list(self.summaries.values())))
         for each in self.findings:

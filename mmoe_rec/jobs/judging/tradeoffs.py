@@ -63,6 +63,11 @@ def tune_weights(settings: Settings, address: str, goal: str | None, margins: Ma
     kept = {name: margins.get(name, settings.evaluation.margin) for name in tasks if name != goal}
     found, resamples = find_model(address, settings.tracking.address), settings.evaluation.resamples
     validation, test = (scored_rows(settings, found, address, split) for split in ("validation", "test"))
+    if not (validation.ranks and test.ranks):
+        raise UserError(
+            "every request of the validation or test rows has one row, which no weights can rank: weights of tasks are "
+            "for candidate lists (columns.request, or columns.user with columns.time)"
+        )
     deployed = normalised([task.score_weight for task in validation.layout.tasks])
     weights, names = grid(len(tasks), deployed), [task.name for task in validation.layout.tasks]
     number = choose(Sweep(names, lists_of(validation), weights), goal, kept, resamples)

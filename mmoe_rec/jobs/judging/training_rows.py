@@ -26,8 +26,9 @@ ACTIVITY = 10  # groups of users of equal size, by how many training rows they h
 @dataclass(frozen=True)
 class TrainingRows:
     """How many training rows there are of each user and candidate: (U,) ids and (U,) int64 of either, None where the
-    log has no such ids."""
+    log has no such ids; fingerprint: of the features that they are of."""
 
+    fingerprint: str
     users: tuple[pa.Array, np.ndarray] | None
     candidates: tuple[pa.Array, np.ndarray] | None
 
@@ -39,6 +40,7 @@ class TrainingRows:
             return None
         columns, folder = settings.columns, prepared.split("train")
         return TrainingRows(
+            prepared.manifest["fingerprint"],
             _counts(folder, "user") if columns.has_user else None,
             _counts(folder, "candidate") if columns.has_candidate else None,
         )

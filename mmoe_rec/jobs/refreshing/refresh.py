@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.aliases import Version, describe, holder_of, point
 from mmoe_rec.build.added.tables import Tables, taken_by
 from mmoe_rec.build.checks import check_apart
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, tables_from_log
 from mmoe_rec.jobs.refreshing.provisional import Provisional
+from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.registry import local_model
@@ -133,6 +134,8 @@ def _registered(settings: Settings, served: Served, made: Tables, artifact: Path
             number = tracking.registered_before(run, artifact, version.name)
             if number is None:
                 number = tracking.register(run, artifact, version.name, tags=tags)
+            told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
+            describe(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
             now = holder_of(version.name, served.alias, uri)
             if now == version:
                 point(version.name, served.alias, number, uri)

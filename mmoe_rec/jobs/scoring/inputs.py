@@ -12,7 +12,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import open_parquet
 from mmoe_rec.log.files import find_files, path_values
 from mmoe_rec.schema import Remembering, Schema
-from mmoe_rec.serving.ranking import key_columns, prediction_columns
+from mmoe_rec.serving.ranking import ROW, key_columns, prediction_columns
 
 ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]
@@ -54,9 +54,10 @@ def label_column(task: str) -> str:
 
 def check_names(pipeline: FeaturePipeline) -> None:
     """Raises UserError where a key of the log is called like a column that scoring adds."""
+    added = ADDED if pipeline.schema.columns.has_candidate else (*ADDED, ROW)
     for name in key_columns(pipeline.schema):
         predicted = prediction_columns(pipeline.layout)
-        if name in {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *ADDED}:
+        if name in {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *added}:
             raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
 
 

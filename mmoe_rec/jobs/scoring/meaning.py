@@ -27,7 +27,7 @@ class Meaning:
     as_of: AsOf
     first: int | None
     events: Sequence[str]
-    tables_as_of: str
+    tables_as_of: str | None
     exact_from: int | None
     freshness: Freshness
     lacking: Sequence[str]

@@ -72,7 +72,7 @@ class RequestColumns:
         if actual is None:
             valid = [*(each.name for each in self._columns.values() if each.role == role)]
             near = difflib.get_close_matches(name, [*self._columns, *self._unread], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid)})"
+            hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid) or 'it has none'})"
             raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}{hint}")
         if actual != role:
             raise RequestError(

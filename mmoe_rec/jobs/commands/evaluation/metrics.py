@@ -67,9 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked, rules = asked_by_settings(settings), settings.evaluation
         is_weighed = any(each.startswith("weight=") for each in arguments.columns)
         if settings.training.sampling_correction == "weights" and not is_weighed:
+            weight = settings.columns.weight
+            what = "1" if weight is None else f"'{weight}'"
             raise UserError(
-                "the settings weigh rows by 1 / their sampling rate (training.sampling_correction): name a column that "
-                "holds these weights with --columns weight=COLUMN, or set --training.sampling_correction to none"
+                f"the settings weigh rows by {what} / their sampling rate (training.sampling_correction): name a "
+                "column that holds these weights with --columns weight=COLUMN, or set "
+                "--training.sampling_correction to none"
             )
         how = How(settings.evaluation.resamples, 0, settings.data.engine, settings.data.workers)
     how = how if arguments.resamples is None else replace(how, resamples=arguments.resamples)
