@@ -106,7 +106,8 @@ def placement_figure(records: Sequence[Mapping[str, Any]], kinds: Mapping[str, s
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            spans_decades = heights.max() > 5 * heights.min()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if spans_decades else MaxNLocator(5))
         axes.set_ylabel(f"{task}\n{'odds' if is_odds else 'added'}")
     names = [str(each["value"]) for each in records]
     slanted = max(map(len, names)) > 3
