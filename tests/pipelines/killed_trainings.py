@@ -84,7 +84,7 @@ class Training:
     def validation(self) -> list[tuple[Any, ...]]:
         """Metrics of all validations, each as often as it was logged."""
         return self.query(
-            "select key, step, value from metrics where key like 'validation.%' or key like 'best.%' order by 1, 2, 3"
+            "select key, step, value from metrics where key like 'validation/%' or key like 'best/%' order by 1, 2, 3"
         )
 
 

@@ -83,6 +83,6 @@ def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_pa
     assert "local_rank: 1" in said, "torchrun names it"
     assert "model: " in said
     assert training.query("select status from runs") == [("FINISHED",)]
-    steps = training.query("select max(step) from metrics where key = 'learning_rate'")
-    assert steps == whole.query("select max(step) from metrics where key = 'learning_rate'")
+    steps = training.query("select max(step) from metrics where key = 'train/learning_rate'")
+    assert steps == whole.query("select max(step) from metrics where key = 'train/learning_rate'")
     assert len(training.validation()) == len(whole.validation())
