@@ -15,6 +15,7 @@ from mmoe_rec.auc import FEWEST
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 TOO_GOOD = 0.995  # AUC of a model above which a feature holds the outcome, more likely than not
+OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
 FEWEST_BINS = 5
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
 _NOTHING = {"value": None, "low": None, "high": None}
@@ -76,6 +77,12 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
             f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
             "training.calibration corrects them, and so may longer training",
         )
+    elif _is_off(task):
+        yield (
+            "calibration",
+            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), though right in sum: "
+            f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
+        )
     one_each = task.get("positives", 0) == task.get("requests")  # rows of a request are not independent
     deviation = task.get("calibration_deviation")
     if deviation is not None and task["positives"] >= FEWEST and not one_each and _too_close(deviation):
@@ -84,6 +91,27 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
             "fitted on these rows",
         )
+
+
+def _is_off(task: Mapping[str, Any]) -> bool:
+    """Whether probabilities are far from what was observed in most rows, by bins whose intervals leave no doubt."""
+    bins = task.get("calibration_bins") or ()
+    total = sum(each["weight"] for each in bins)
+    off = sum(each["weight"] for each in bins if _is_outside(each))
+    return bool(task.get("ece") is not None and task["ece"] >= OFF and off >= total / 2 > 0)
+
+
+def _is_outside(each: Mapping[str, Any]) -> bool:
+    return each["low"] is not None and not each["low"] <= each["mean_predicted"] <= each["high"]
+
+
+def _which_way(task: Mapping[str, Any]) -> str:
+    first, last = (task["calibration_bins"][place] for place in (0, -1))
+    if first["mean_predicted"] > first["observed_rate"] and last["mean_predicted"] < last["observed_rate"]:
+        return "they differ too little from each other, as after a short training"
+    if first["mean_predicted"] < first["observed_rate"] and last["mean_predicted"] > last["observed_rate"]:
+        return "they differ too much from each other, as of a model that knows its training rows too well"
+    return "too high in one range and too low in another"
 
 
 def _too_close(deviation: Mapping[str, float]) -> bool:

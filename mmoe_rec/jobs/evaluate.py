@@ -185,8 +185,10 @@ def _facts(settings: Settings, scored: Scored, split: str) -> dict[str, str]:
         facts["rows count"] = f"by column '{settings.columns.weight}'"
     for task in scored.layout.tasks:
         label = scored.labels[:, [each.name for each in scored.layout.tasks].index(task.name)]
-        known = label[~np.isnan(label)]
-        mean = f", mean {known.mean():.4g}" if len(known) else ""
+        seen = ~np.isnan(label)
+        known, weights = label[seen], None if scored.weights is None else scored.weights[seen]
+        of = "" if weights is None else " by weights"
+        mean = f", mean{of} {np.average(known, weights=weights):.4g}" if len(known) else ""
         facts[f"labels of {task.name}"] = f"{len(known):,} of {len(label):,} rows observed{mean}"
     of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
     facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"

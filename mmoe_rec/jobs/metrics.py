@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.results import Measured, Results, check_names, check_out, short_names
-from mmoe_rec.jobs.measuring.asked import Asked
+from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.locks import writing
@@ -131,6 +131,8 @@ def _present(asked: Asked, files: list[Footer]) -> Asked:
         asked = replace(asked, score="score")
     if asked.candidate is None and asked.usual_candidate in there:
         asked = replace(asked, candidate=asked.usual_candidate)
+    if asked.weight == asked.usual_weight and asked.weight not in there and WEIGHT in there:
+        asked = replace(asked, weight=WEIGHT)  # as `score --labels` and `evaluate --predictions` call it
     if asked.score is None and len(asked.tasks) > 1:
         raise UserError(
             f"'{first}' has no column 'score', by which the candidates of a request are ranked; name it with "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmoe_rec.settings import Settings
     from mmoe_rec.training.validation import Validation
 
+FEW_STEPS = 50
 _COLUMNS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
 
 
@@ -26,6 +27,12 @@ def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
     checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
     if checkpoint is not None:
         yield validations_table(checkpoint.state.history, trained.best_step)
+        if checkpoint.state.step < FEW_STEPS:
+            steps = f"{checkpoint.state.step:,} step{'s' * (checkpoint.state.step != 1)}"
+            yield (
+                f"warning: the training had {steps}, of training.batch_size {settings.training.batch_size:,}: a model "
+                "learns little in so few; take a smaller batch size, or more training.epochs"
+            )
     yield from why_chosen(trained.best, trained.best_step, settings.training.select_by)
     for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
         yield f"warning: {warning}"

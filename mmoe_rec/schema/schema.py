@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -284,8 +285,10 @@ class Schema(Section):
         roles = set()
         for column in feature.reads():
             if column not in self.column_roles:
+                near = get_close_matches(column, self.column_roles, 1)
+                meant = f" (did you mean '{near[0]}'?)" if near else ""
                 raise ValueError(
-                    f"feature '{name}' reads column '{column}', which has no role; list it under roles.user, "
+                    f"feature '{name}' reads column '{column}', which has no role{meant}; list it under roles.user, "
                     "roles.candidate, roles.context or roles.placement"
                 )
             roles.add(self.column_roles[column])

@@ -117,8 +117,10 @@ class Passes:
         order = np.lexsort((-log_scores, rows.of))
         names = self.pipeline.schema.columns
         ids = rows.column(names.candidate).to_pylist()
-        unknown = np.bincount(rows.of, rows.unknown(names.candidate), len(asked)).astype(int).tolist()
-        unknown_users = rows.shared.unknown(names.user).astype(int).tolist()
+        # Of a plain table there are no ids to be known.
+        new = rows.unknown(names.candidate) & names.has_candidate
+        unknown = np.bincount(rows.of, new, len(asked)).astype(int).tolist()
+        unknown_users = (rows.shared.unknown(names.user) & names.has_user).astype(int).tolist()
         best = scored.values[order].astype(np.float64)
         lists = {name: each.tolist() for name, each in with_outcomes(best, self._about.layout).items()}
         scores = from_logs(log_scores[order]).tolist()

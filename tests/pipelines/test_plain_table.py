@@ -86,6 +86,7 @@ def test_rows_are_told_by_their_number(world: World, scored: pd.DataFrame) -> No
     assert not any("\0" in name for name in scored.columns)
     for task in ("label", "other"):
         np.testing.assert_array_equal(scored[f"label_{task}"], world.table[task].to_numpy(float))
+    np.testing.assert_array_equal(scored["weight"], world.table["weight"])
     assert (scored["rank"] == 1).all()
 
 
@@ -133,7 +134,7 @@ def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> 
     for name, only in (("all", ""), ("named", "weight=weight")):
         folder, out = world.folder / f"given_{name}", world.folder / f"measured_{name}"
         folder.mkdir()
-        scored.assign(weight=world.table["weight"]).to_parquet(folder / "0.parquet")
+        scored.to_parquet(folder / "0.parquet")
         words = ["--config", str(world.config), "--predictions", str(folder), "--out", str(out)]
         metrics.main([*words, *(["--columns", only] if only else [])])
         found[name] = json.loads((out / "metrics.json").read_text())
@@ -147,7 +148,7 @@ def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> 
 def test_measuring_needs_the_weights(world: World, scored: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
     folder = world.folder / "unweighted"
     folder.mkdir()
-    scored.to_parquet(folder / "0.parquet")
+    scored.drop(columns="weight").to_parquet(folder / "0.parquet")
     out = world.folder / "none"
     with pytest.raises(SystemExit):
         metrics.main(["--config", str(world.config), "--predictions", str(folder), "--out", str(out)])
@@ -174,6 +175,7 @@ def test_requests_give_what_scoring_gives(world: World, scored: pd.DataFrame) ->
         np.testing.assert_allclose(ranking.predictions[task], given, rtol=1e-5)
     np.testing.assert_allclose(ranking.scores, np.sort(expected["score"].to_numpy())[::-1], rtol=1e-4)
     assert ranking.warnings == []
+    assert ranking.unknown_ids == {"user": 0, "candidate": 0}
     assert ranking.tables_as_of is None
     assert "1970" not in (world.model / "model.json").read_text()
     assert json.dumps(ranking.to_dict())
@@ -425,3 +427,44 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
         evaluate.main(["--config", str(tmp_path / "timed.yaml"), "--model", str(world.model)])
     said = capsys.readouterr().err
     assert "trained on a log that has no times, a plain table, and that of the settings has (columns.time)" in said
+
+
+def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
+    """As files of this project call them, whatever the log does; a log's own name comes first."""
+    table = plain_table(3, 1_000).rename_columns(
+        ["how much" if name == "weight" else name for name in plain_table(3, 4).column_names]
+    )
+    settings = plain_settings(tmp_path / "work", table, columns={"weight": "how much"})
+    (tmp_path / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    frame = table.to_pandas().assign(row=range(1_000), predicted_label=0.5, predicted_other=0.5, score=0.25)
+    frame["predicted_label"] = np.random.default_rng(0).random(1_000)
+    frame = frame.rename(columns={"label": "label_label", "other": "label_other"})
+    areas = []
+    for number, given in enumerate(
+        (
+            frame,
+            frame.rename(columns={"how much": "weight"}),
+            frame.assign(weight=1.0),
+            frame.assign(**{"how much": 1.0}),
+        )
+    ):
+        (tmp_path / f"{number}").mkdir()
+        given.to_parquet(tmp_path / f"{number}" / "0.parquet")
+        words = ["--config", str(tmp_path / "settings.yaml"), "--predictions", str(tmp_path / f"{number}")]
+        metrics.main([*words, "--out", str(tmp_path / f"out{number}")])
+        areas.append(
+            json.loads((tmp_path / f"out{number}" / "metrics.json").read_text())["tasks"]["label"]["auc"]["value"]
+        )
+    assert areas[0] == areas[1] == areas[2] != areas[3]
+    expected = roc_auc_score(frame["label_label"], frame["predicted_label"], sample_weight=frame["how much"])
+    assert areas[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_training_of_few_steps_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    World(tmp_path / "few", training={"batch_size": 4096, "device": "cpu", "precision": "fp32"})
+    assert "warning: the training had 1 step, of training.batch_size 4,096" in capsys.readouterr().out
+
+
+def test_a_column_that_is_nearly_one_with_a_role(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reads column 'wrd', which has no role \(did you mean 'word'\?\); list it"):
+        plain_settings(tmp_path, features={"w": {"kind": "id", "column": "wrd"}})

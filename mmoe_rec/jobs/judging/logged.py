@@ -57,7 +57,10 @@ def log_evaluation(
                 run.log_figure(figure, f"{place}/calibration_{task.name}.png")
         assert scored.experts is not None, "a model scored the rows"
         draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
-    if split == "test" and (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
+    first = next(iter(results.models.values()))
+    if split != "test" or first.seen:  # what it has learnt says nothing of it
+        return
+    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
         report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": "; ".join(results.verdicts)}
         version = version_of(registered[1], registered[2], uri)
         describe(version, "", report, uri)

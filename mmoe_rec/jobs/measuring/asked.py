@@ -14,7 +14,7 @@ from mmoe_rec.serving.ranking import ROW
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.sections import ErrorOrKeep
 
-JOINED = "+"
+JOINED, WEIGHT = "+", "weight"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Asked:
 
     request: one column, or several whose values together tell requests apart; score, candidate: None where nothing was
     said of them, so that the files need not have them; usual_candidate: the column that is taken then, if it is there;
+    usual_weight: the log's name of weights, which files of this project call `WEIGHT`;
     predicted, labels: task -> column; optional: tasks that are measured where the files have their columns; duplicates:
     whether a request may hold a candidate twice; slices: by what rows are sliced.
     """
@@ -34,6 +35,7 @@ class Asked:
     candidate: str | None = None
     usual_candidate: str = "candidate"
     weight: str | None = None
+    usual_weight: str | None = None
     predicted: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
@@ -105,6 +107,7 @@ def asked_by_settings(settings: Settings) -> Asked:
         request=request,
         usual_candidate=names.candidate,
         weight=names.weight,
+        usual_weight=names.weight,
         duplicates=settings.data.duplicates,
     )
 

@@ -102,7 +102,9 @@ def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labe
             "features": features,
             "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
             "events": schema.events if as_of == "log" else {},
-            "columns": schema.columns.model_copy(update={"sampling_rate": None, "weight": None}),
+            "columns": schema.columns.model_copy(
+                update={"sampling_rate": None, "weight": schema.columns.weight if labels else None}
+            ),
             "split": None,
         }
     )

@@ -22,6 +22,7 @@ from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.build.requests import OneTimeReader
 from mmoe_rec.build.results import ResultExchange, ResultReader
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.measuring.asked import WEIGHT
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.jobs.scoring.inputs import label_column
 from mmoe_rec.jobs.scoring.known import known_rows
@@ -136,6 +137,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
             if job.labels_known_by is not None:
                 for name, values in labels_of(rows, job.labels_known_by).items():
                     table = table.append_column(label_column(name), pa.array(values, from_pandas=True))
+                if (weight := rows.schema.columns.weight) is not None:
+                    table = table.append_column(WEIGHT, pa.array(rows.numbers(weight)))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
             sender.add(rows.request_hashes(), log_scores, numbers)
