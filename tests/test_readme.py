@@ -169,13 +169,18 @@ EXERCISED_BY = {
     "--split validation --predictions data/complete_journey/predictions": (
         "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
     ),
-    "python -m pipelines.ingest_census_income --source census --out data/census_income": (
-        "pipelines/test_ingest_census_income.py::test_people_and_labels"
-    ),
     "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
         "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"
     ),
 }
+
+FRAME = """
+import numpy as np, pandas as pd
+labels = np.arange(200) // 5 % 2
+predicted = np.clip(0.3 + 0.4 * labels + np.random.default_rng(1).uniform(-0.25, 0.25, 200), 0, 1)
+columns = {"user": np.arange(200) // 20, "request": np.arange(200) // 10}
+frame = pd.DataFrame({**columns, "label_bought": labels, "predicted_bought": predicted})
+"""
 
 # Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
 DRIVER = """
@@ -342,11 +347,13 @@ def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str],
 
 
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
-    trained, scored, _ = blocks("python")
+    trained, measured, scored, _ = blocks("python")
     rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
     assert re.fullmatch(r"\d+ rows", rows)
     assert "'value': 0." in auc
     assert sorted(json.loads(candidates)) == [29789, 826249]
+    area = shell(shlex.join(["python", "-c", FRAME + measured]), folder).splitlines()[-1]
+    assert 0.9 < float(area) <= 1
     shell(shlex.join(["python", "-c", scored]), folder)
     log, found = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
     assert found["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(found)]

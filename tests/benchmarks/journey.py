@@ -8,9 +8,9 @@ features    a peer with our features less the same peer without
 model       ours less a peer with our features
 
 as differences of AUC with 95% intervals from a paired bootstrap over households, in the report of an evaluation
-(`--work`/report/report.html). The peers can't leave out labels that are not known: they learn them as 0, and what they
-predict for `rebought` is ranked among the rows that were bought, as ours is. Their state after the best of --epochs
-epochs, by validation, counts. A run that was stopped goes on.
+(`--work`/report/report.html). The peers can't leave out labels that are not known, so a training of their own on the
+rows that were bought predicts `rebought`. Their state after the best of --epochs epochs, by validation, counts. A run
+that was stopped goes on.
 
 The last line is JSON: task -> comparison -> value, low and high.
 """

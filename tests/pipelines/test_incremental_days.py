@@ -173,7 +173,7 @@ def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> No
     before = next(line for line in lines if line.startswith("validation of the model that it was started from: "))
     client = mlflow.MlflowClient(days.uri)
     run_id = client.get_model_version("learnable", "2").run_id
-    found = [client.get_metric_history(run_id, f"validation.{task}.auc") for task in ("click", "liked")]
+    found = [client.get_metric_history(run_id, f"validation/{task}.auc") for task in ("click", "liked")]
     assert {each[0].step for each in found} == {0}
     assert f"click.auc {found[0][0].value:.4f}, liked.auc {found[1][0].value:.4f}" in before
     first, *later = (click.value + liked.value for click, liked in zip(*found, strict=True))

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _text(validation: Validation) -> str:
-    return ", ".join(f"{name.removeprefix('validation.')} {value:.4f}" for name, value in validation.flat().items())
+    return ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in validation.flat().items())
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
