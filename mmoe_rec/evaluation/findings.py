@@ -33,6 +33,20 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
 
 
 def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ranking = list(_ranking(name, task))
+    yield from ranking
+    yield from _calibration(name, task)
+    if (
+        not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task)
+    ):  # else what is said is the cause
+        yield (
+            "calibration",
+            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), though right in sum: "
+            f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
+        )
+
+
+def _ranking(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     auc, by_request = task.get("auc", _NOTHING), task.get("gauc_request", _NOTHING)
     at_least = auc["value"] if auc["low"] is None else auc["low"]
     if auc["value"] is not None and at_least <= 0.5:
@@ -53,7 +67,6 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"than by chance (GAUC {_interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
             "joined to rows of other requests",
         )
-    yield from _calibration(name, task)
 
 
 def _why(task: Mapping[str, Any]) -> str:
@@ -76,12 +89,6 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
             "calibration",
             f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
             "training.calibration corrects them, and so may longer training",
-        )
-    elif _is_off(task):
-        yield (
-            "calibration",
-            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), though right in sum: "
-            f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
         )
     one_each = task.get("positives", 0) == task.get("requests")  # rows of a request are not independent
     deviation = task.get("calibration_deviation")
