@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.benchmarks.peers.mixtures import deepctr_mixture, rechub_mixture
 from tests.benchmarks.training_rows import (
     BATCH,
     DIM,
-    EXPERT_UNITS,
-    EXPERTS,
     ID_NAMES,
     NUMBER_NAMES,
     TASKS,
-    TOWER_UNITS,
     Clock,
     TrainingRows,
     draw,
@@ -35,20 +33,13 @@ from tests.benchmarks.training_rows import (
 def rechub(rows: TrainingRows, table_rows: int, seconds: float) -> float:
     """Rows a second of torch-rechub."""
     from torch_rechub.basic.features import DenseFeature, SparseFeature
-    from torch_rechub.models.multi_task import MMOE
     from torch_rechub.trainers import MTLTrainer
     from torch_rechub.utils.data import DataGenerator
 
     features = [SparseFeature(name, vocab_size=table_rows, embed_dim=DIM) for name in ID_NAMES]
     features += [DenseFeature(name) for name in NUMBER_NAMES]
     columns = rows.by_name()
-    model = MMOE(
-        features,
-        ["classification"] * TASKS,
-        EXPERTS,
-        expert_params={"dims": list(EXPERT_UNITS)},
-        tower_params_list=[{"dims": list(TOWER_UNITS)} for _ in range(TASKS)],
-    )
+    model = rechub_mixture(features, TASKS)
     few = {name: column[:BATCH] for name, column in columns.items()}
     loader, _, _ = DataGenerator(columns, rows.labels).generate_dataloader(
         few, rows.labels[:BATCH], few, rows.labels[:BATCH], batch_size=BATCH
@@ -63,22 +54,10 @@ def rechub(rows: TrainingRows, table_rows: int, seconds: float) -> float:
 def deepctr(rows: TrainingRows, table_rows: int, seconds: float) -> float:
     """Rows a second of DeepCTR-Torch; one short training tells how many rows the time allows."""
     from deepctr_torch.inputs import DenseFeat, SparseFeat
-    from deepctr_torch.models import MMOE
 
     features: list[Any] = [SparseFeat(name, vocabulary_size=table_rows, embedding_dim=DIM) for name in ID_NAMES]
     features += [DenseFeat(name, 1) for name in NUMBER_NAMES]
-    model = MMOE(
-        features,
-        num_experts=EXPERTS,
-        expert_dnn_hidden_units=EXPERT_UNITS,
-        gate_dnn_hidden_units=(),
-        tower_dnn_hidden_units=TOWER_UNITS,
-        l2_reg_linear=0,
-        l2_reg_embedding=0,
-        task_types=["binary"] * TASKS,
-        task_names=[f"task{index}" for index in range(TASKS)],
-    )
-    model.compile("adam", ["binary_crossentropy"] * TASKS)
+    model = deepctr_mixture(features, [f"task{index}" for index in range(TASKS)])
 
     def fit(count: int) -> float:
         columns = {name: column[:count] for name, column in rows.by_name().items()}

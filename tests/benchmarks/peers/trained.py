@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from tests.benchmarks.peers.mixtures import deepctr_mixture, rechub_mixture
+from tests.benchmarks.training_rows import DIM
+
 SPLITS = ("train", "validation", "test")
-DIM, EXPERTS, EXPERT_UNITS, TOWER_UNITS = 16, 8, (128, 64), (32,)
 Epoch = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
@@ -70,7 +72,6 @@ class Rows:
 def rechub(rows: Rows, batch: int) -> Epoch:
     """torch-rechub: `MTLTrainer.fit`, an epoch at a time."""
     from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
-    from torch_rechub.models.multi_task import MMOE
     from torch_rechub.trainers import MTLTrainer
     from torch_rechub.utils.data import DataGenerator
 
@@ -83,8 +84,7 @@ def rechub(rows: Rows, batch: int) -> Epoch:
     if rows.numbers:
         features.append(DenseFeature("numbers", rows.numbers))
     kinds = ["classification"] * len(rows.tasks)
-    towers = [{"dims": list(TOWER_UNITS)} for _ in kinds]
-    model = MMOE(features, kinds, EXPERTS, {"dims": list(EXPERT_UNITS)}, towers)
+    model = rechub_mixture(features, len(rows.tasks))
     trainer = MTLTrainer(model, kinds, n_epoch=1, model_path=tempfile.mkdtemp())
     train, validation, test = DataGenerator(rows.columns["train"], rows.learnt("train")).generate_dataloader(
         rows.columns["validation"],
@@ -106,7 +106,6 @@ def rechub(rows: Rows, batch: int) -> Epoch:
 def deepctr(rows: Rows, batch: int) -> Epoch:
     """DeepCTR-Torch: `fit`, an epoch at a time."""
     from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
-    from deepctr_torch.models import MMOE
 
     features: list[Any] = []
     for name, shared, size, is_list in rows.tables():
@@ -116,19 +115,7 @@ def deepctr(rows: Rows, batch: int) -> Epoch:
         features.append(feature)
     if rows.numbers:
         features.append(DenseFeat("numbers", rows.numbers))
-    model = MMOE(
-        features,
-        num_experts=EXPERTS,
-        expert_dnn_hidden_units=EXPERT_UNITS,
-        gate_dnn_hidden_units=(),
-        tower_dnn_hidden_units=TOWER_UNITS,
-        l2_reg_linear=0,
-        l2_reg_embedding=0,
-        task_types=["binary"] * len(rows.tasks),
-        task_names=rows.tasks,
-        seed=torch.initial_seed(),
-    )
-    model.compile("adam", ["binary_crossentropy"] * len(rows.tasks))
+    model = deepctr_mixture(features, rows.tasks, seed=torch.initial_seed())
 
     def epoch() -> tuple[np.ndarray, np.ndarray]:
         model.fit(dict(rows.columns["train"]), rows.learnt("train"), batch_size=batch, epochs=1, verbose=0)
