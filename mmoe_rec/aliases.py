@@ -11,6 +11,7 @@ from mmoe_rec.progress import say
 from mmoe_rec.recording import shortened
 
 _REPLACED = "replaced"  # tag of a version: which one held an alias before it
+_LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,6 @@ def replaced_by(version: Version, alias: str, uri: str) -> str | None:
         tags = mlflow.MlflowClient().get_model_version(version.name, version.number).tags
     found = tags.get(f"{_REPLACED}.{alias}")
     return None if found is None else str(found)
-
-
-_LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 
 
 def describe(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:

@@ -19,6 +19,7 @@ from mmoe_rec.progress import say
 
 NOTE = "mlflow.note.content"
 """The tag that MLflow shows as a run's description, in Markdown."""
+_LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,6 @@ def _input(entities: Any, values: Mapping[str, Any]) -> Any:
     )
     tags = {"mlflow.data.context": values["context"], "split": values["split"]}
     return entities.DatasetInput(data_set, [entities.InputTag(*each) for each in tags.items()])
-
-
-_LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 
 
 def shortened(markdown: str, most: int) -> str:

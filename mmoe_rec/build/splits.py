@@ -138,13 +138,15 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
 
 def sampling_rates(rows: LogRows) -> np.ndarray:
     """(N,) float64, the rate at which rows like each were kept; 1 where the log has no such column."""
-    name = rows.schema.columns.sampling_rate
-    return np.ones(len(rows)) if name is None else rows.numbers(name)
+    return _numbers_or_ones(rows, rows.schema.columns.sampling_rate)
 
 
 def given_weights(rows: LogRows) -> np.ndarray:
     """(N,) float64, what each row counts; 1 where the log has no such column."""
-    name = rows.schema.columns.weight
+    return _numbers_or_ones(rows, rows.schema.columns.weight)
+
+
+def _numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 

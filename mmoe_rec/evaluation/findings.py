@@ -36,9 +36,8 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ranking = list(_ranking(name, task))
     yield from ranking
     yield from _calibration(name, task)
-    if (
-        not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task)
-    ):  # else what is said is the cause
+    # Where more is wrong, that is the cause.
+    if not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task):
         yield (
             "calibration",
             f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), though right in sum: "

@@ -66,11 +66,15 @@ def evaluate_model(
             raise UserError(f"'{known[folder]}' and '{each}' are the same model, {model.address}")
         known[folder] = each
     named = dict(zip(short_names(list(found)), found.values(), strict=True))
-    place = "evaluation" if split == "test" else f"evaluation_{split}"
-    evaluated = evaluate_found(settings, named, out, place, split)
+    evaluated = evaluate_found(settings, named, out, place_of(split), split)
     if predictions is not None:
         write_predictions(evaluated.scored, settings.columns, predictions)
     return evaluated
+
+
+def place_of(split: str) -> str:
+    """The folder, in `data.work` and among a run's files, of what is measured on a split."""
+    return "evaluation" if split == "test" else f"evaluation_{split}"
 
 
 def evaluate_found(

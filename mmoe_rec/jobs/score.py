@@ -315,8 +315,7 @@ class _Scoring:
 
     def _meaning(self, first: int | None) -> Meaning:
         events = [log.name for log in self.logs.events]
-        times = first if self.has_time else None, self.tables_as_of, self.exact_from
-        return Meaning(self.as_of, times[0], events, *times[1:], self.freshness, self.lacking, self.has_time)
+        return Meaning(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
 
 
 def microseconds(time: str) -> int:

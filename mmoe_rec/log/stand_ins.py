@@ -37,8 +37,10 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     """Canonical columns of rows, with users and candidates where the log has none; first_row: number of the first."""
     columns, numbers = schema.columns, pa.array(np.arange(first_row, first_row + len(table)))
     if not columns.has_user:
-        of_requests = columns.request and hash_column(one_array(table.column(columns.request))).view(np.int64)
-        table = table.append_column(columns.user, pa.array(of_requests) if columns.request else numbers)
+        users = numbers
+        if columns.request is not None:
+            users = pa.array(hash_column(one_array(table.column(columns.request))).view(np.int64))
+        table = table.append_column(columns.user, users)
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 

@@ -42,6 +42,11 @@ def write_log_file(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
+def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a command that makes a log. command: as it is typed; doc: its docstring, which `--help` shows."""
+    return argparse.ArgumentParser(prog=command, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def non_negative(text: str) -> int:
     """Read a command-line integer of at least zero."""
     if not text.isdecimal():

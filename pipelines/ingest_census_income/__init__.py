@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.data_sets.sampled_log import non_negative, print_summary, write_log_file
+from pipelines.data_sets.sampled_log import command_parser, non_negative, print_summary, write_log_file
 
 COLUMNS: dict[str, pa.DataType] = {
     "age": pa.int64(),
@@ -189,11 +189,7 @@ def _split(table: pa.Table, split: np.ndarray[Any, Any]) -> pa.Table:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest_census_income",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m pipelines.ingest_census_income", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder that holds census-income.data and census-income.test")
     add("--out", type=Path, required=True, help="folder to write log/ into; a table that is there is replaced")

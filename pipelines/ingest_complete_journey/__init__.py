@@ -49,6 +49,7 @@ from pipelines.data_sets.parquet_source import read_keyed, read_table
 from pipelines.data_sets.sampled_log import (
     REQUEST_TIME,
     IntArray,
+    command_parser,
     non_negative,
     print_summary,
     sample_others,
@@ -294,11 +295,7 @@ def _positive(text: str) -> int:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest_complete_journey",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m pipelines.ingest_complete_journey", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
     add("--source", type=Path, help="folder of the package's Parquet files (default: the installed package)")

@@ -34,6 +34,7 @@ from mmoe_rec.progress import bar
 from pipelines.data_sets.sampled_log import (
     REQUEST_TIME,
     IntArray,
+    command_parser,
     non_negative,
     print_summary,
     sample_others,
@@ -312,11 +313,7 @@ def _require_known(what: str, ids: IntArray, known: pa.ChunkedArray, path: Path)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest_movielens",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m pipelines.ingest_movielens", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder that holds ratings.dat, users.dat and movies.dat")
     add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")

@@ -41,7 +41,7 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
-from pipelines.data_sets.sampled_log import IntArray, non_negative, print_summary
+from pipelines.data_sets.sampled_log import IntArray, command_parser, non_negative, print_summary
 from pipelines.data_sets.synthetic_rows import DAYS, LOG, START, Catalogue, Plan, make_rows, position_bias
 
 DEFAULT_OUT = Path("data/synthetic/log")
@@ -157,11 +157,7 @@ def next_command(plan: Plan, out: Path) -> str:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.make_synthetic_log",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m pipelines.make_synthetic_log", __doc__)
 
     def number(name: str, default: int, what: str) -> None:
         parser.add_argument(name, type=non_negative, default=default, metavar="N", help=f"{what} (default: {default})")

@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pathlib import Path
 
-    from mmoe_rec.jobs.evaluate import evaluate_model
+    from mmoe_rec.jobs.evaluate import evaluate_model, place_of
 
-    name = "evaluation" if arguments.split == "test" else f"evaluation_{arguments.split}"
-    out, asked = Path(arguments.out or Path(settings.data.work) / name), arguments.predictions
+    out = Path(arguments.out or Path(settings.data.work) / place_of(arguments.split))
+    asked = arguments.predictions
     predictions = None if asked is None else Path(asked)
     show(evaluate_model(settings, arguments.model, out, arguments.against, arguments.split, predictions).results.told())
     if predictions is not None:

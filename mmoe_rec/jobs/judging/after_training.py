@@ -93,11 +93,11 @@ def promote(
     mine = Version(name, number, run.run_id)
     if verdict.better:
         point(name, alias, number, uri, holder)
-        describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
+    describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
+    if verdict.better:
         said = f"'{alias}' is version {number} now, this model"
         return Promotion(f"models:/{name}@{alias}", True, (verdict.reason, said))
     assert holder is not None, "without a holder the new model is better"
-    describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
     stays = f"'{alias}' stays version {holder.number}"
     if alias == CHALLENGER:
         return Promotion(Version(name, number, run.run_id).address, False, (verdict.reason, stays))

@@ -55,10 +55,12 @@ def users_in_both(settings: Settings, artifact: Path, scored: Scored, training: 
     """
     from mmoe_rec.serving.artifact import read_artifact
 
-    if training is None or read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
+    if training is None or settings.split.column is None:
+        return []
+    if read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
         return []
     both, users = training.of_users_in_both(scored)
-    if settings.split.column is None or not both:
+    if not both:
         return []
     return [
         f"was trained on rows of {both:,} of the {users:,} users that it is measured on, as column "

@@ -20,8 +20,8 @@ class Meaning:
     """What is known before rows are scored.
 
     first: time of the log's first request, microseconds, None where tables are asked; events: names of the logs of
-    events; tables_as_of, exact_from, freshness: of the model's tables; lacking: columns that the model completes;
-    has_time: whether the log has times.
+    events; tables_as_of, exact_from, freshness: of the model's tables, the first of which is None where it was trained
+    on a log without times; lacking: columns that the model completes.
     """
 
     as_of: AsOf
@@ -31,11 +31,10 @@ class Meaning:
     exact_from: int | None
     freshness: Freshness
     lacking: Sequence[str]
-    has_time: bool = True
 
     def of(self, whole: PartScored) -> str:
         """Of all rows that were scored."""
-        if not self.has_time:
+        if self.tables_as_of is None:
             return "the model was trained on a plain table: its features know nothing but the row itself"
         if self.as_of == "log":
             assert self.first is not None
