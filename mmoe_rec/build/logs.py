@@ -16,7 +16,7 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.schema import Schema
 from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
 
-_NEVER = np.iinfo(np.int64).max
+_NEVER = int(np.iinfo(np.int64).max)
 Source = TypeVar("Source", Log, EventRows)
 
 
@@ -37,6 +37,11 @@ class BuildOptions:
     def unchecked(self) -> list[str]:
         """Settings by which a build does not look for rows that most logs hold only by mistake."""
         return [name for name in ("duplicates", "future_times") if getattr(self, name) == "keep"]
+
+    @property
+    def now(self) -> int | None:
+        """The moment, microseconds, that no time of the log may lie after; None is the clock's."""
+        return None if self.future_times == "error" else _NEVER
 
     def asked_from(self, last: int) -> int:
         """The moment from which on requests can ask memories of a log whose last request was at `last`; both in
@@ -61,9 +66,8 @@ class Logs:
     ) -> None:
         self.schema, self.options = schema, options
         skip = options.skip_bad_files
-        now = None if options.future_times == "error" else _NEVER
         of_log, *of_events = types or [{}] * (1 + len(schema.events))
-        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=now)
+        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=options.now)
         self.events = [
             EventRows(name, self.log, skip_bad_files=skip, types=each)
             for name, each in zip(schema.events, of_events, strict=True)

@@ -11,12 +11,13 @@ import numpy as np
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
+from mmoe_rec.jobs.judging.log_columns import LogColumns
 from mmoe_rec.jobs.judging.logged import log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
 from mmoe_rec.jobs.judging.placement import placement_told
 from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictions
 from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
-from mmoe_rec.jobs.judging.training_rows import TrainingRows, distinct
+from mmoe_rec.jobs.judging.training_rows import TrainingRows
 from mmoe_rec.locks import writing
 from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
@@ -92,13 +93,18 @@ def evaluate_found(
 
 def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str) -> Evaluated:
     measured: dict[str, Measured] = {}
-    training = TrainingRows.of(settings)
+    training, columns = TrainingRows.of(settings), LogColumns.of(settings)
     for number, (name, each) in enumerate(found.items()):
         scored = scored_rows(settings, each, name, split)
         if not number:
             its = scored
-        measured[name] = _measured(settings, scored, each, name, training)
-    title = f"Evaluation of {settings.name}" + ("" if split == "test" else f" on {split} rows")
+            in_log = None if columns is None else columns.read(scored)
+        slices = {} if training is None else training.slices(scored)
+        for by, rows in ({} if in_log is None else in_log.of(scored)).items():
+            slices[f"column {by}" if by in slices else by] = rows
+        measured[name] = _measured(settings, scored, each, training, slices)
+    what = "Promotion" if place == "promotion" else "Evaluation"
+    title = f"{what} of {settings.name}" + ("" if split == "test" else f" on {split} rows")
     results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
     evaluated = Evaluated(its, results)
     evaluated.results.write(out)
@@ -114,7 +120,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
 
 def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> Measured:
     """A model's metrics on the test rows, without slices."""
-    return _measured(settings, scored_rows(settings, found, name), found, name, None)
+    return _measured(settings, scored_rows(settings, found, name), found, None, {})
 
 
 def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
@@ -133,7 +139,11 @@ def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "
 
 
 def _measured(
-    settings: Settings, scored: Scored, found: FoundModel, name: str, training: TrainingRows | None
+    settings: Settings,
+    scored: Scored,
+    found: FoundModel,
+    training: TrainingRows | None,
+    slices: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Measured:
     from mmoe_rec.evaluation.closed import closed
     from mmoe_rec.evaluation.summary import summarise
@@ -147,16 +157,16 @@ def _measured(
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
     grouped = whole.users > len(whole.tables["ranking"])
-    slices = {
-        (by, value): closed(scored.take(rows).measure(), grouped=grouped)
-        for by, of_rows in ({} if training is None else training.slices(scored)).items()
-        for value, rows in distinct(of_rows)
+    sliced = {
+        (by, name): closed(scored.take(rows).measure(), grouped=grouped)
+        for by, named in slices.items()
+        for name, rows in named.items()
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
     seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
     placement = placement_told(scored, found.folder / "features")
     tradeoffs = _tradeoffs(scored, settings)
-    return Measured(sums, summary, found.address, of_tasks, seen, users, slices, tradeoffs, placement)
+    return Measured(sums, summary, found.address, of_tasks, seen, users, sliced, tradeoffs, placement)
 
 
 def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:

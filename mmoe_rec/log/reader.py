@@ -238,6 +238,7 @@ class Log(_Files[LogReader]):
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
         skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
         types: required types of columns, in words; by default those of most files.
+        more: further columns that all files must have, and what they are read as.
         now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
 
     Raises:
@@ -253,10 +254,11 @@ class Log(_Files[LogReader]):
         skip_bad_files: bool = False,
         types: Mapping[str, str] | None = None,
         now: int | None = None,
+        more: Mapping[str, Use] | None = None,
     ) -> None:
         self.source = source
         self.schema = schema
-        self.uses = column_uses(schema)
+        self.uses = column_uses(schema) | dict(more or {})
         self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
         self._open(find_files(source), skip_bad_files, types or {})
         if not self.rows:

@@ -146,6 +146,11 @@ class Evaluation(Section):
         gt=1,
         description="factor by which a model's probabilities may be off, unless the other model's are further off",
     )
+    slices: tuple[str, ...] | None = Field(
+        None,
+        description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "
+        "bucket(COLUMN, N) of a number; null takes the columns of placement",
+    )
 
 
 class Serving(Section):

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.evaluation.slicing import MISSING, OTHERS, SliceBy
 from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
-from mmoe_rec.jobs.measuring.slicing import MISSING, OTHERS, SliceBy
 from tests.jobs.test_planted_bugs import rows
 
 
@@ -83,7 +83,7 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
     for word, told in (
         (
             "id",
-            r"column 'id' has more than 1,000 values, such as '0': too many to slice by; --slices 'bucket\(id, 10\)'",
+            r"column 'id' has more than 1,000 values, such as '0': too many to slice by; slice by 'bucket\(id, 10\)'",
         ),
         ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices\)"),
         ("tags", r"in/0.parquet': column 'tags' holds list<.*>, which rows can't be sliced by \(--slices\)"),

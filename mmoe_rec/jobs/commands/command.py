@@ -12,6 +12,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.program import TEMPLATE, spelled
 from mmoe_rec.settings import Settings, describe, load_settings
 
+SLICES = "parts of the rows that are measured too: by the values of a COLUMN, or 'bucket(COLUMN, N)' of a number"
+
 
 def read_command(
     doc: str, argv: Sequence[str] | None = None, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None

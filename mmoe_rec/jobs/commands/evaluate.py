@@ -7,6 +7,8 @@ from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in t
 `--predictions DIR` writes the rows with what the model predicts for them, as `metrics` reads them, for metrics of your
 own.
 
+`--slices` measures parts of the rows too, by columns of the log, in place of `evaluation.slices`.
+
 With `--against` it scores the same rows with other models, prints the differences of all metrics with intervals, and
 says whether the model is better: by `evaluation.decide_by`, with no loss for any task (`evaluation.margin`).
 """
@@ -17,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 
 from mmoe_rec.errors import exit_with_message
-from mmoe_rec.jobs.commands.command import read_command, show
+from mmoe_rec.jobs.commands.command import SLICES, read_command, show
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--against", nargs="+", default=[], metavar="M", help="other models to compare it with")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="rows to measure (test)")
+    parser.add_argument("--slices", nargs="+", metavar="S", help=SLICES)
     parser.add_argument("--predictions", metavar="DIR", help="new or empty folder for the rows with their predictions")
     parser.add_argument(
         "--out", metavar="DIR", help="where metrics.json goes (default: data.work/evaluation, or evaluation_validation)"
@@ -36,6 +39,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
+    if arguments.slices is not None:
+        rules = settings.evaluation.model_copy(update={"slices": tuple(arguments.slices)})
+        settings = settings.model_copy(update={"evaluation": rules})
     from pathlib import Path
 
     from mmoe_rec.jobs.evaluate import evaluate_model, place_of

@@ -52,8 +52,8 @@ class TrainingRows:
         users = pc.unique(scored.users)
         return int((_seen(users, self.users) > 0).sum()), len(users)
 
-    def slices(self, scored: Scored) -> dict[str, np.ndarray]:
-        """What rows are sliced by -> (N,) str, the slice of each of N scored rows."""
+    def slices(self, scored: Scored) -> dict[str, dict[str, np.ndarray]]:
+        """What rows are sliced by -> slice -> (n,) numbers of its rows among those that were scored."""
         found = {}
         for name, ids, known in (
             ("user", scored.users, self.users),
@@ -63,7 +63,7 @@ class TrainingRows:
                 found[name] = np.where(_seen(ids, known) > 0, "returning", "new")
         if self.users is not None:
             found["training rows of the user"] = _by_size(_seen(scored.users, self.users))
-        return found
+        return {by: dict(_distinct(names)) for by, names in found.items()}
 
 
 def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:
@@ -102,7 +102,7 @@ def _by_size(rows: np.ndarray) -> np.ndarray:
     return names.astype(str)
 
 
-def distinct(slices: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _distinct(slices: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Each value with the places of its rows, in the order in which they are best read: numbers by size."""
     values, place = np.unique(slices, return_inverse=True)
 

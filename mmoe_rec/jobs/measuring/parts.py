@@ -18,10 +18,10 @@ from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums, closed
 from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
+from mmoe_rec.evaluation.slicing import Counts, SliceBy, Slices
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.jobs.measuring.reading import rows_of
-from mmoe_rec.jobs.measuring.slicing import Counts, SliceBy, Slices
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import LogPart
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.jobs.commands.command import at_least, parsed, show
+from mmoe_rec.jobs.commands.command import SLICES, at_least, parsed, show
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of columns: user, request (several joined by +), candidate, score, weight (by which rows count "
         "in metrics of tasks), predicted_TASK, label_TASK",
     )
-    parser.add_argument(
-        "--slices",
-        nargs="+",
-        default=[],
-        metavar="S",
-        help="parts of the rows that are measured too: by the values of a COLUMN, or 'bucket(COLUMN, N)' of a number",
-    )
+    parser.add_argument("--slices", nargs="+", default=[], metavar="S", help=SLICES)
     parser.add_argument("--keep-duplicates", action="store_true", help="a request may hold a candidate more than once")
     parser.add_argument("--out", default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
     parser.add_argument("--resamples", type=at_least(20), metavar="N", help="redraws of the users, for the intervals")
@@ -53,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
     from pathlib import Path
 
+    from mmoe_rec.evaluation.slicing import SliceBy
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
-    from mmoe_rec.jobs.measuring.slicing import SliceBy
     from mmoe_rec.jobs.metrics import How, measure_predictions
     from mmoe_rec.settings import load_settings
     from mmoe_rec.settings.sections import Evaluation

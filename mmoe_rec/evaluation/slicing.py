@@ -1,5 +1,4 @@
-"""Slices of predictions in files: by the values of a column, or by buckets of a number that hold about equally many
-rows."""
+"""Slices of rows: by the values of a column, or by buckets of a number that hold about equally many rows."""
 
 from __future__ import annotations
 
@@ -27,40 +26,50 @@ Counts = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class SliceBy:
-    """name: as it was asked for; column: of the files; buckets: how many, None for the column's values."""
+    """name: as it was asked for; column: of the rows; buckets: how many, None for the column's values."""
 
     name: str
     column: str
     buckets: int | None = None
 
     @staticmethod
-    def of(word: str) -> SliceBy:
-        """From `COLUMN` or `bucket(COLUMN, N)`. Raises UserError for a number of buckets that there can't be."""
+    def of(word: str, option: str = "--slices") -> SliceBy:
+        """From `COLUMN` or `bucket(COLUMN, N)`; option: that named it.
+
+        Raises UserError for a number of buckets that there can't be.
+        """
         found = _BUCKET.fullmatch(word.strip())
         if found is None:
             return SliceBy(word, word)
         if not 2 <= int(found[2]) <= 100:
-            raise UserError(f"--slices {word}: expected 2 to 100 buckets")
+            raise UserError(f"{option} {word}: expected 2 to 100 buckets")
         return SliceBy(word, found[1], int(found[2]))
 
     def read(self, values: pa.Array) -> pa.Array:
-        """Values of a file as strings, or numbers as float64; null where they are missing.
+        """Values as strings, or numbers as float64; null where they are missing.
 
         Raises ValueError, which says what the column holds, where it can't be sliced by.
         """
         values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
+        if pt.is_null(values.type):
+            return pa.nulls(len(values), self._type)
+        if pt.is_floating(values.type):
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
         if self.buckets is None:
             if pt.is_nested(values.type) or pt.is_binary(values.type):
                 raise ValueError(f"holds {values.type}, which rows can't be sliced by")
             return values.cast(pa.string())
         if not (pt.is_integer(values.type) or pt.is_floating(values.type) or pt.is_boolean(values.type)):
             raise ValueError(f"holds {values.type}, and buckets are of numbers")
-        numbers = values.cast(pa.float64(), safe=False)
-        return pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.float64()), numbers)
+        return values.cast(pa.float64(), safe=False)
+
+    @property
+    def _type(self) -> pa.DataType:
+        return pa.string() if self.buckets is None else pa.float64()
 
     def count(self, values: Sequence[pa.Array]) -> Counts:
         """Of several parts. Raises UserError where there are too many values."""
-        joined = pa.chunked_array(values, pa.string() if self.buckets is None else pa.float64())
+        joined = pa.chunked_array(values, self._type)
         counted = joined.drop_null().value_counts()
         names, rows = counted.field("values"), counted.field("counts").to_numpy()
         return self._joined(names.to_numpy(zero_copy_only=False), rows)
@@ -76,7 +85,7 @@ class SliceBy:
         if self.buckets is None and len(distinct) > MOST_VALUES:
             raise UserError(
                 f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {str(distinct[0])!r}: too many "
-                f"to slice by; --slices 'bucket({self.column}, 10)' makes slices of a number"
+                f"to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
             )
         return _thinned(distinct, counts) if self.buckets is not None else (distinct, counts)
 

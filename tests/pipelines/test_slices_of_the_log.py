@@ -1,0 +1,142 @@
+"""Slices by columns of the log, features or not, beside pandas and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.slicing import MISSING
+from mmoe_rec.jobs.evaluate import evaluate_model
+from mmoe_rec.settings import load_settings
+from pipelines import evaluate
+from tests.pipelines.learnable_log import learnable_log, settings_tree
+from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
+from tests.report.parsed import Page
+
+
+def log_of(rows: int) -> pa.Table:
+    """With columns that no feature reads; no row lies where sorting by time would put it."""
+    log, random = learnable_log(rows=rows), np.random.default_rng(3)
+    device = np.array(["phone", "tablet", None], object)[random.choice(3, rows, p=[0.5, 0.3, 0.2])]
+    stock = np.where(random.random(rows) < 0.1, np.nan, random.gamma(2.0, size=rows))
+    log = log.append_column("device", pa.array(device)).append_column("stock", pa.array(stock))
+    log = log.append_column("words", pa.array([["a"]] * rows)).append_column("number", pa.array(np.arange(rows)))
+    return log.take(pa.array(random.permutation(rows)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("slices")
+    (folder / "log").mkdir()
+    log = log_of(6_000)
+    for number in range(3):
+        pq.write_table(log.slice(number * 2_000, 2_000), folder / "log" / f"{number}.parquet", row_group_size=700)
+    tree = settings_tree(folder, split=FIRST_DAY, training=SMALL | RATES, evaluation=LENIENT)
+    (folder / "first.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    world = World(folder)
+    world.train()
+    return world
+
+
+def evaluated(world: World, *words: str, out: Path) -> pd.DataFrame:
+    config = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"]
+    evaluate.main([*config, "--out", str(out), *words])
+    return pd.read_parquet(out / "slices.parquet")
+
+
+def areas(table: pd.DataFrame, by: str, task: str = "click") -> dict[str, float]:
+    mine = table[(table["by"] == by) & (table["metric"] == "auc") & (table["group"] == task)]
+    return dict(zip(mine["slice"], mine["value"], strict=True))
+
+
+def joined(world: World, predictions: Path) -> pd.DataFrame:
+    """The rows that were measured, with the log's columns, by another join."""
+    log = pd.concat(pd.read_parquet(each) for each in sorted((world.folder / "log").glob("*.parquet")))
+    rows = pd.read_parquet(predictions).rename(columns={"candidate": "item"})
+    return rows.merge(log[["request", "item", "device", "stock", "slot"]], on=["request", "item"], validate="1:1")
+
+
+def area(rows: pd.DataFrame) -> float:
+    return float(roc_auc_score(rows["label_click"], rows["predicted_click"]))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_rows_are_sliced_by_columns_that_no_feature_reads(world: World, split: str, tmp_path: Path) -> None:
+    words = ("--slices", "device", "bucket(stock, 3)", "--split", split, "--predictions", str(tmp_path / "rows"))
+    table, rows = evaluated(world, *words, out=tmp_path / "out"), joined(world, tmp_path / "rows")
+    of_device = {name: area(each) for name, each in rows.groupby("device")}
+    assert areas(table, "device") == pytest.approx(of_device | {MISSING: area(rows[rows["device"].isna()])}, abs=1e-9)
+    counts = table[(table["by"] == "device") & (table["group"] == "click") & (table["metric"] == "auc")]
+    assert counts["rows"].sum() == len(rows)
+    known = rows[rows["stock"].notna()].sort_values("stock", ignore_index=True)
+    ends = [math.ceil(len(known) * third / 3) for third in range(4)]
+    thirds = [area(known[first:last]) for first, last in pairwise(ends)]
+    assert list(areas(table, "bucket(stock, 3)").values())[:3] == pytest.approx(thirds, abs=1e-9)
+
+
+def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World, tmp_path: Path) -> None:
+    table = evaluated(world, "--predictions", str(tmp_path / "rows"), out=tmp_path / "out")
+    rows = joined(world, tmp_path / "rows")
+    assert areas(table, "slot") == pytest.approx({str(n): area(each) for n, each in rows.groupby("slot")}, abs=1e-9)
+    assert {"user", "candidate", "training rows of the user"} < set(table["by"])
+    assert "slot: 0" in Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words
+    without = evaluated(world, "--evaluation.slices", "[]", out=tmp_path / "none")
+    assert "slot" not in set(without["by"])
+
+
+def test_a_model_that_is_compared_is_sliced_alike(world: World, tmp_path: Path) -> None:
+    """A copy has the same numbers in every slice: no difference anywhere."""
+    shutil.copytree(world.folder / "work" / "model", tmp_path / "copy")
+    words = ("--slices", "device", "--against", str(tmp_path / "copy"))
+    table = evaluated(world, *words, out=tmp_path / "out")
+    beside = table[(table["by"] == "device") & (table["beside"].str.endswith("copy"))]
+    assert (beside["apart"] == 0).sum() >= 3
+    assert not (beside["apart"].abs() > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("slices", "told"),
+    [
+        ("colour", r"0\.parquet' has no column 'colour'; it has .* \(evaluation\.slices\)"),
+        ("words", "column 'words' must hold integers, numbers or strings.*evaluation.slices"),
+        ("number", "column 'number' has more than 1,000 values"),
+        ("bucket(device, 3)", "column 'device' of the log holds string, and buckets are of numbers"),
+        ("bucket(stock, 1)", r"evaluation\.slices bucket\(stock, 1\): expected 2 to 100 buckets"),
+    ],
+)
+def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, tmp_path: Path) -> None:
+    settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", f'["{slices}"]'])
+    with pytest.raises(UserError, match=told):
+        evaluate_model(settings, "models:/learnable@champion", tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) -> None:
+    """Encoded rows outlive the files of a log."""
+    from mmoe_rec.jobs.evaluate import scored_rows
+    from mmoe_rec.jobs.judging.log_columns import LogColumns
+    from mmoe_rec.registry import find_model
+
+    settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", '["device"]'])
+    scored = scored_rows(settings, find_model("models:/learnable@champion", world.uri), "it")
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"log": str(tmp_path / "log")})})
+    (tmp_path / "log").mkdir()
+    log = pq.read_table(world.folder / "log")
+    last = log.filter(pa.compute.equal(log["request"], pa.compute.max(log["request"])))
+    pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
+    columns = LogColumns.of(other)
+    assert columns is not None
+    count = f"{len(scored.users):,}"
+    with pytest.raises(UserError, match=f"no longer has the {count} rows that are measured"):
+        columns.read(scored)
