@@ -18,7 +18,7 @@ from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.notes import are_alone, told
 from mmoe_rec.report.evaluation_figures import calibration_figure, placement_figure, tradeoff_figure
-from mmoe_rec.report.explanations import EVALUATION
+from mmoe_rec.report.explanations import EVALUATION, EVALUATION_OF_ROWS
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.style import svg
 
@@ -66,7 +66,7 @@ def page(report: Mapping[str, Any]) -> str:
     summaries = {name: each["summary"] for name, each in report["models"].items()}
     comparison = report["comparison"]
     findings = [each | {"severity": _SEVERITY.get(each["check"], "problem")} for each in report["findings"]]
-    first = next(iter(summaries.values()))
+    first, alone = next(iter(summaries.values())), all(map(are_alone, summaries.values()))
     values = {
         "title": report["title"],
         "models": {name: each["address"] for name, each in report["models"].items()},
@@ -76,7 +76,7 @@ def page(report: Mapping[str, Any]) -> str:
         "judged": None if comparison is None else comparison["objective"],
         "guards": _guards(comparison),
         "alone": told_alone(first),
-        "redrawn": "rows" if all(map(are_alone, summaries.values())) else "users",
+        "redrawn": "rows" if alone else "users",
         "findings": findings,
         "notes": told(list(summaries.values())),
         "groups": list(_groups(summaries, comparison)),
@@ -88,7 +88,7 @@ def page(report: Mapping[str, Any]) -> str:
         "more_slices": slices[_SHOWN_SLICES:],
         "few": len({(each["by"], each["slice"], each["group"]) for each in report["slices"] if each["value"] is None}),
         "facts": report["facts"],
-        "measures": EVALUATION,
+        "measures": EVALUATION_OF_ROWS if alone else EVALUATION,
     }
     return render("evaluation.html.j2", values)
 

@@ -140,3 +140,23 @@ EVALUATION = {
         "the difference on the same slice tells more."
     ),
 }
+
+_OF_REQUESTS = ("NDCG, MRR, MAP, recall, hit rate", "coverage, Gini, novelty")
+EVALUATION_OF_ROWS = {name: text for name, text in EVALUATION.items() if name not in _OF_REQUESTS} | {
+    "Intervals": (
+        "95%, from redrawing rows; of more than 4,096, groups of rows are redrawn. Of a metric they are percentiles; "
+        "of a difference Student's, as models see the same redrawn rows."
+    ),
+    "AUC, average precision": "Exact, over all rows with an observed label.",
+}
+"""Where each row is a user and a request of its own, as in a plain table."""
+
+TRAININGS = {
+    "Mean and interval": (
+        "The mean over trainings, on the same rows. It errs by the seeds, with the variance of the trainings / their "
+        "number, and by the users, with that of the mean when users are redrawn; the interval is Student's, with "
+        "degrees of freedom by Welch and Satterthwaite."
+    ),
+    "Between trainings": "The standard deviation of the trainings: how far another seed is from this one, typically.",
+    "Between users": "The standard error of the mean from the choice of users, by redrawing them.",
+}

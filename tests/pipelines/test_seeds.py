@@ -15,6 +15,7 @@ from mmoe_rec.jobs.judging import seeds
 from mmoe_rec.registry import FoundModel
 from mmoe_rec.settings import load_settings
 from tests.pipelines.short_trainings import World, dying_after
+from tests.report.parsed import Page
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,43 @@ def test_a_training_that_died_in_the_middle_goes_on(tmp_path: Path, capsys: pyte
     assert {each.info.status for each in runs} == {"FINISHED"}
 
 
+def test_trainings_side_by_side_are_those_one_after_the_other(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The same models, and a page that shows each of them. Only the number of threads could differ, and it is given."""
+    together = World.of(tmp_path)
+    together.train("--seeds", "3", "--at-once", "2")
+    printed = capsys.readouterr().out
+    assert f"report: {together.folder / 'work' / 'seeds' / 'report.html'}" in printed
+    world.train("--seeds", "3", "--resume")
+    one, other = (json.loads((each.folder / "work" / "seeds" / "seeds.json").read_text()) for each in (world, together))
+    for task in ("click", "liked"):
+        assert other[task]["auc"]["values"] == pytest.approx(one[task]["auc"]["values"], abs=1e-4)
+        assert len(set(other[task]["auc"]["values"])) == 3
+    page = Page((together.folder / "work" / "seeds" / "report.html").read_text(encoding="utf-8"))
+    words = " ".join(page.words.split())
+    assert "Seeds 17, 18, 19" in words
+    assert "one training's auc differs by" in words
+    for value in other["click"]["auc"]["values"]:
+        assert f"{value:.4f}" in words
+    client = mlflow.MlflowClient(together.uri, together.uri)
+    runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
+    (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
+    assert len(runs) == 4
+    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert "one training's auc differs by" in parent.data.tags["mlflow.note.content"]
+    assert {each.path for each in client.list_artifacts(parent.info.run_id)} == {"report.html", "seeds.json"}
+    log = together.folder / "work" / "seeds" / "18" / "training.log"
+    assert "MLflow run" in log.read_text()
+
+
 def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words, told in (
         (("--seeds", "1"), "must be 2 or more"),
         (("--seeds", "2", "--from", "models:/x/1"), "--seeds trains from random weights; leave --from out"),
         (("--seeds", "2"), "start it without torchrun"),
+        (("--at-once", "2"), "--at-once says how many trainings of --seeds run at a time; give --seeds as well"),
     ):
         with pytest.raises(SystemExit) as ended:
             world.train(*words)

@@ -7,7 +7,7 @@ Satterthwaite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,26 @@ def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) ->
         values_of = np.array([each[group, metric][0] for each in once])
         summary.setdefault(group, {})[metric] = _joined(values_of, np.concatenate(found), units)
     return summary
+
+
+def larger(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Of each task, which of the two is the larger uncertainty of one training, as a sentence. summary: of
+    `over_trainings`."""
+    for group, metrics in summary.items():
+        metric = "auc" if "auc" in metrics else "r2"
+        each = metrics.get(metric)
+        if each is None or each["between_users"] is None:
+            continue
+        seeds, users = each["between_trainings"], each["between_users"]
+        which = (
+            "another seed would change it more than other users"
+            if seeds > users
+            else "other users would change it more"
+        )
+        yield (
+            f"{group}: one training's {metric} differs by {seeds:.2g} from seed to seed, and by {users:.2g} from users "
+            f"to users: {which}"
+        )
 
 
 def _joined(values: np.ndarray, redrawn: np.ndarray, units: int) -> dict[str, Any]:

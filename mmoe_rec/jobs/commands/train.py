@@ -18,7 +18,7 @@ end with exit code 75. So does a training whose model could not be registered be
 
 --seeds trains with `training.seed` and those after it, in data.work/seeds, and prints the mean of all metrics on the
 test rows, with an interval over trainings and users, and how far trainings are apart. None of these models is
-registered.
+registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each.
 
 The model takes over the alias if it is shown to be better on the validation rows than the one that holds it; otherwise
 it is registered as challenger. One process trains in a `data.work` at a time.
@@ -48,10 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if arguments.start is not None:
             raise UserError("--seeds trains from random weights; leave --from out")
-        found = train_seeds(settings, arguments.seeds, arguments.resume)
+        found = train_seeds(settings, arguments.seeds, arguments.resume, arguments.at_once or 1)
         show(told(found))
         print(f"all values: {found.file}")
+        print(f"report: {found.report}")
         return
+    if arguments.at_once is not None:
+        raise UserError("--at-once says how many trainings of --seeds run at a time; give --seeds as well")
     from rich.console import Console
 
     from mmoe_rec.jobs.train import train_model
@@ -89,3 +92,4 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=at_least(2), metavar="N", help="train N times, and tell what the settings are worth on average"
     )
+    parser.add_argument("--at-once", type=at_least(1), metavar="N", help="of --seeds, how many run at a time (1)")

@@ -1,7 +1,7 @@
 """One setting trained with several seeds: what it is worth on average, and how far one training is from another.
 
     <data.work>/seeds/SEED/     checkpoints and model of each, with the features of `data.work`
-    <data.work>/seeds/seeds.json
+    <data.work>/seeds/seeds.json    and report.html, which shows it
 
 The trainings are runs within one of MLflow's; none of their models is registered.
 """
@@ -14,17 +14,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
+from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.judging.side_by_side import side_by_side
 from mmoe_rec.jobs.places import features_in_use
+from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import writing
-from mmoe_rec.progress import say
+from mmoe_rec.progress import bar, say
 from mmoe_rec.registry import FoundModel
 from mmoe_rec.settings import Settings
 
@@ -41,14 +45,19 @@ class Seeds:
     summary: dict[str, dict[str, dict[str, Any]]]
     file: Path
 
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.file.with_name("report.html")
 
-def train_seeds(settings: Settings, number: int, resume: bool = False) -> Seeds:
+
+def train_seeds(settings: Settings, number: int, resume: bool = False, at_once: int = 1) -> Seeds:
     """Trains with `training.seed` and those after it, measures all on the test rows, and writes `seeds.json`.
 
-    resume: go on with what an earlier run has left; trainings that have ended stay. Raises UserError where several
-    processes train, or where there are no test rows.
+    resume: go on with what an earlier run has left; trainings that have ended stay; at_once: how many run at a time.
+    Raises UserError where several processes train, or where there are no test rows.
     """
-    from mmoe_rec.evaluation.judging.trainings import over_trainings
+    from mmoe_rec.evaluation.judging.trainings import larger, over_trainings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--seeds trains in one process: start it without torchrun")
@@ -61,23 +70,76 @@ def train_seeds(settings: Settings, number: int, resume: bool = False) -> Seeds:
         prepared.require_rows("train", "validation", "test")
         key = _key(settings, seeds, prepared.manifest["fingerprint"])
         with tracking.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
+            own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
+            if at_once > 1:
+                models = _side_by_side(own, at_once, resume, run.run_id)
+            else:
+                models = list(_one_by_one(own, resume, run.run_id))
             sums, rows = [], 0
-            for seed in seeds:
-                say(f"seed {seed}, {seeds.index(seed) + 1} of {number}")
-                mine = _with_seed(settings, seed, folder, prepared.folder)
-                trained = train_model(mine, resume=resume, parent=run.run_id, register=False)
-                assert trained is not None, "one process trains"
-                found = FoundModel(str(trained.artifact), trained.artifact, None)
-                measured = measured_on_test_rows(settings, found, f"seed {seed}")
+            for seed, model in zip(seeds, models, strict=True):
+                measured = measured_on_test_rows(settings, FoundModel(str(model), model, None), f"seed {seed}")
                 sums.append(measured.closed)
                 rows = measured.summary["rows"]
             summary = over_trainings(sums, settings.evaluation.resamples)
-            file = folder / "seeds.json"
-            with atomic_file(file) as path:
-                path.write_text(json.dumps({"seeds": seeds, "rows": rows, **summary}, indent=1), encoding="utf-8")
-            run.log_artifact(file)
+            found = Seeds(seeds, rows, summary, folder / "seeds.json")
+            _write(found, settings)
+            run.log_artifact(found.file)
+            run.log_artifact(found.report)
             run.log_metrics(dict(_flat(summary)))
-    return Seeds(seeds, rows, summary, file)
+            run.describe("Trainings", "\n\n".join([as_code(command()), *larger(summary)]))
+    return found
+
+
+def _write(found: Seeds, settings: Settings) -> None:
+    from mmoe_rec.report.trainings import page
+
+    title = f"{len(found.seeds)} trainings of {settings.name}"
+    facts = {"log": settings.data.log, "rows": f"{found.rows:,} test rows"}
+    facts |= {"resamples of users": f"{settings.evaluation.resamples:,}", "command": command()}
+    found.report.unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
+    tree = {"seeds": found.seeds, "rows": found.rows, **found.summary}
+    with atomic_file(found.file) as path:
+        path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    with atomic_file(found.report) as path:
+        path.write_text(page(title, found.seeds, found.rows, found.summary, facts), encoding="utf-8")
+
+
+def _trained(settings: Settings, resume: bool, parent: str | None) -> Path:
+    trained = train_model(settings, resume=resume, parent=parent, register=False)
+    assert trained is not None, "one process trains"
+    return trained.artifact
+
+
+def _one_by_one(own: Sequence[Settings], resume: bool, parent: str | None) -> Iterator[Path]:
+    for number, settings in enumerate(own, 1):
+        say(f"training {number} of {len(own)}, with seed {settings.training.seed}")
+        yield _trained(settings, resume, parent)
+
+
+def _side_by_side(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> list[Path]:
+    logs = [Path(each.data.work) / "training.log" for each in own]
+    asked, models = [_sharing(each, at_once) for each in own], dict[int, Path]()
+    with bar() as progress:
+        task = progress.add_task(f"trainings, {at_once} at a time", total=len(own))
+        train = partial(_train_apart, resume=resume, parent=parent)
+        for number, text in side_by_side(train, asked, logs, at_once):
+            models[number] = Path(text)
+            say(f"trained with seed {own[number].training.seed}")
+            progress.advance(task)
+    return [models[number] for number in range(len(own))]
+
+
+def _train_apart(settings: Settings, resume: bool, parent: str | None) -> str:
+    """In a process of its own."""
+    return str(_trained(settings, resume, parent))
+
+
+def _sharing(settings: Settings, at_once: int) -> Settings:
+    """Settings by which so many trainings at a time do not ask for more threads than there are cores."""
+    if settings.training.threads is not None:
+        return settings
+    training = settings.training.model_copy(update={"threads": max(1, usable_cores() // at_once)})
+    return settings.model_copy(update={"training": training})
 
 
 def told(found: Seeds) -> Iterator[Table | str]:
@@ -85,6 +147,7 @@ def told(found: Seeds) -> Iterator[Table | str]:
     from rich.table import Table
     from rich.text import Text
 
+    from mmoe_rec.evaluation.judging.trainings import larger
     from mmoe_rec.evaluation.metrics import registered
 
     table = Table(title=f"{len(found.seeds)} trainings, {found.rows:,} test rows", title_justify="left")
@@ -105,7 +168,7 @@ def told(found: Seeds) -> Iterator[Table | str]:
             table.add_row(f"  {metric.label}", *_cells(metric, each), end_section=metric == shown[-1])
     table.caption = "between trainings: their standard deviation; between users: the standard error of the mean"
     yield table
-    yield from _larger(found)
+    yield from larger(found.summary)
 
 
 def _cells(metric: Any, each: Mapping[str, Any]) -> list[str]:
@@ -115,25 +178,6 @@ def _cells(metric: Any, each: Mapping[str, Any]) -> list[str]:
         "-" if each[name] is None else metric.shown(each[name]) for name in ("between_trainings", "between_users")
     ]
     return [values[0] or "-", interval, *spreads]
-
-
-def _larger(found: Seeds) -> Iterator[str]:
-    """Which of the two is the larger uncertainty of one training."""
-    for group, metrics in found.summary.items():
-        each = metrics.get("auc") or metrics.get("r2")
-        if each is None or each["between_users"] is None:
-            continue
-        seeds, users = each["between_trainings"], each["between_users"]
-        which = (
-            "another seed would change it more than other users"
-            if seeds > users
-            else "other users would change it more"
-        )
-        metric = "auc" if "auc" in metrics else "r2"
-        yield (
-            f"{group}: one training's {metric} differs by {seeds:.2g} from seed to seed, and by {users:.2g} from users "
-            f"to users: {which}"
-        )
 
 
 def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> Settings:

@@ -1,0 +1,84 @@
+"""Several trainings of one setting as a page of its own: what they are worth on average, and how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mmoe_rec.evaluation.judging.trainings import larger
+from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.report.explanations import TRAININGS
+from mmoe_rec.report.pages import render
+from mmoe_rec.report.style import COLOURS, SERIES, blank, plain, svg
+
+Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
+SCORE = "score"
+
+
+def page(title: str, seeds: Sequence[int], rows: int, summary: Summary, facts: Mapping[str, str]) -> str:
+    """The whole page. rows: that were measured; summary: of `over_trainings`; facts: name -> text."""
+    groups = [each for each in (_group(name, found, seeds) for name, found in summary.items()) if each["rows"]]
+    values = {
+        "title": title,
+        "seeds": list(seeds),
+        "measured": rows,
+        "means": [f"{each['name']}: {each['headline']}" for each in groups if each["headline"]],
+        "larger": list(larger(summary)),
+        "groups": groups,
+        "facts": facts,
+        "measures": TRAININGS,
+    }
+    return render("trainings.html.j2", values)
+
+
+def _group(group: str, metrics: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    found = [
+        (metric, metrics[metric.name])
+        for metric in registered.METRICS
+        if metric.is_shown(group == SCORE) and metrics.get(metric.name, {}).get("mean") is not None
+    ]
+    rows = [{"label": metric.label, "cells": list(_cells(metric, each))} for metric, each in found]
+    headline, figure = "", ""
+    if found:
+        metric, each = found[0]
+        mean, interval, *_ = _cells(metric, each)
+        headline = f"{metric.label} {mean} on average" + ("" if interval == "–" else f" ({interval})")  # noqa: RUF001
+        label = f"{metric.label} of {group} by training"
+        figure = svg(trainings_figure(metric.label, seeds, each), label, {})
+    return {"name": group, "rows": rows, "headline": headline, "figure": figure}
+
+
+def _cells(metric: Named, each: Mapping[str, Any]) -> Iterator[str]:
+    """Mean, interval, spread between trainings, error by users, and the trainings' values."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else metric.shown(value)  # noqa: RUF001 - stands for a number that does not exist
+
+    yield shown(each["mean"])
+    yield "–" if each["low"] is None else f"{shown(each['low'])} to {shown(each['high'])}"  # noqa: RUF001
+    yield shown(each["between_trainings"])
+    yield shown(each["between_users"])
+    yield from map(shown, each["values"])
+
+
+def trainings_figure(label: str, seeds: Sequence[int], each: Mapping[str, Any]) -> Figure:
+    """A metric of each training as a point, beside their mean as a line with its interval.
+
+    each: of `over_trainings`.
+    """
+    figure = blank(max(3.6, 1.8 + 0.32 * len(seeds)), 2.6)
+    axes = figure.subplots()
+    plain(axes)
+    places = np.arange(len(seeds))
+    if each["low"] is not None:
+        axes.axhspan(each["low"], each["high"], color=COLOURS["soft"], zorder=0)
+    axes.axhline(each["mean"], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(places, each["values"], "o", color=SERIES[0], markersize=6)
+    axes.set_xticks(places, [str(seed) for seed in seeds])
+    axes.set_xlabel("seed")
+    axes.set_ylabel(label)
+    return figure

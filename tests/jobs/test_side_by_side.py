@@ -1,0 +1,119 @@
+"""Work in processes side by side: signals, failures and deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.jobs.judging.side_by_side import side_by_side
+from mmoe_rec.training.stop import StopRequest
+
+
+def saving(folder: str) -> str:
+    """Works until a signal comes, and saves for longer than signals are apart."""
+    with StopRequest() as stop:
+        Path(folder, f"{os.getpid()}.begun").touch()
+        while stop.asked is None:
+            time.sleep(0.01)
+        time.sleep(1.2)
+        Path(folder, f"{os.getpid()}.saved").touch()
+        raise StoppedError(f"{stop.asked} came")
+
+
+def told(word: str) -> str:
+    """By the word."""
+    print(f"said {word}", flush=True)
+    if word == "wrong":
+        raise UserError("the word is wrong")
+    if word == "broken":
+        raise ZeroDivisionError("by a word")
+    if word == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "/" in word:
+        return saving(word)
+    return f"{word} on card {os.environ['LOCAL_RANK']}"
+
+
+def run(words: list[str], folder: Path, at_once: int = 2) -> dict[int, str]:
+    return dict(side_by_side(told, words, [folder / f"{number}.log" for number in range(len(words))], at_once))
+
+
+def test_each_gives_its_result_and_prints_to_its_file(tmp_path: Path) -> None:
+    found = run(["a", "b", "c", "d", "e"], tmp_path)
+    assert [found[number][0] for number in range(5)] == ["a", "b", "c", "d", "e"]
+    assert {each[-1] for each in found.values()} == {"0", "1"}
+    assert [(tmp_path / f"{number}.log").read_text() for number in range(5)] == [f"said {each}\n" for each in "abcde"]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("wrong", "the word is wrong"),
+        ("broken", r"a process ended without a result \(exit code 1\).*1\.log'; --resume goes on"),
+        ("killed", r"a process ended without a result \(exit code -9\), as where memory runs out"),
+    ],
+)
+def test_one_that_fails_ends_the_others_who_save(tmp_path: Path, word: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        run([f"{tmp_path}/", word, "never begun"], tmp_path)
+    saved = list(tmp_path.glob("*.saved"))
+    assert len(saved) == len(list(tmp_path.glob("*.begun")))
+    assert not (tmp_path / "2.log").exists()
+    assert ("ZeroDivisionError" in (tmp_path / "1.log").read_text()) == (word == "broken")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mmoe_rec.errors import exit_with_message
+from tests.jobs.test_side_by_side import run
+if __name__ == "__main__":
+    with exit_with_message():
+        run([sys.argv[1] + "/"] * 2, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("way", ["command", "all", "killed"])
+def test_a_signal_lets_all_save(tmp_path: Path, way: str) -> None:
+    """Whether it comes to the command, to all of its processes (as from a terminal or a cluster), or kills the command
+    alone."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        if way == "command":
+            process.terminate()
+        elif way == "all":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        process.wait()
+        if way != "killed":
+            assert process.returncode == 75
+            assert process.stderr is not None
+            assert "came; what there was is saved, go on with --resume" in process.stderr.read()
+    if way == "killed":
+        while len(list(tmp_path.glob("*.saved"))) < 2:
+            time.sleep(0.05)
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+    for begun in tmp_path.glob("*.begun"):
+        _wait_for_end(int(begun.stem))
+
+
+def _wait_for_end(number: int) -> None:
+    """Until there is no process of that number: a test that hangs here has found one that stays."""
+    while Path(f"/proc/{number}").exists() and "Z" not in Path(f"/proc/{number}/stat").read_text().split()[2]:
+        time.sleep(0.05)
