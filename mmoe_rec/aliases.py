@@ -28,21 +28,26 @@ class Version:
         return f"models:/{self.name}/{self.number}"
 
 
-def holder_of(name: str, alias: str, uri: str) -> Version | None:
-    """The version that holds an alias, None where none does. Raises UserError where MLflow does not answer."""
+def aliases_of(name: str, uri: str) -> dict[str, str]:
+    """Alias -> number of the version that holds it, of a registered model; none where there is no such model.
+
+    Raises UserError where MLflow does not answer.
+    """
     mlflow = connect(uri)
     with limits(BRIEF), calling(uri):
-        client = mlflow.MlflowClient()
         try:
-            number = client.get_registered_model(name).aliases.get(alias)
+            found = mlflow.MlflowClient().get_registered_model(name).aliases
         except Exception as error:
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-                return None
+                return {}
             raise
-        if number is None:
-            return None
-        found = client.get_model_version(name, str(number))
-    return Version(name, str(number), found.run_id)
+    return {str(alias): str(number) for alias, number in found.items()}
+
+
+def holder_of(name: str, alias: str, uri: str) -> Version | None:
+    """The version that holds an alias, None where none does. Raises UserError where MLflow does not answer."""
+    number = aliases_of(name, uri).get(alias)
+    return None if number is None else version_of(name, number, uri)
 
 
 def version_of(name: str, number: str, uri: str) -> Version:

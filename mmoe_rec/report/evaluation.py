@@ -203,7 +203,7 @@ def _row(
     cells = [_cell(metric, each.get(metric.name)) for each in mine]
     against = {} if comparison is None else comparison["against"]
     others = _others(group, comparison)
-    apart = [_apart(metric, against[other]["groups"].get(group, {}).get(metric.name)) for other in others]
+    apart = [apart_cell(metric, against[other]["groups"].get(group, {}).get(metric.name)) for other in others]
     of_lists = group not in (SCORE, CATALOGUE) and getattr(metric, "of_lists", False)
     return {"label": metric.label, "main": metric.is_headline and not of_lists, "cells": cells, "apart": apart}
 
@@ -216,7 +216,8 @@ def _cell(metric: Named, value: Any) -> dict[str, str]:
     return {"value": metric.shown(each["value"]), "interval": interval}
 
 
-def _apart(metric: Named, apart: Mapping[str, Any] | None) -> dict[str, str]:
+def apart_cell(metric: Named, apart: Mapping[str, Any] | None) -> dict[str, str]:
+    """A difference of a metric for a table: `value`, `interval`, and the class of its `badge` where it is shown."""
     if apart is None or apart["value"] is None:
         return {"value": "–", "interval": "", "badge": ""}  # noqa: RUF001
     interval = "" if apart["low"] is None else f"{number(apart['low'])} to {number(apart['high'])}"

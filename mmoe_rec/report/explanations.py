@@ -157,6 +157,11 @@ TRAININGS = {
         "number, and by the users, with that of the mean when users are redrawn; the interval is Student's, with "
         "degrees of freedom by Welch and Satterthwaite."
     ),
+    "Other settings": (
+        "The difference of the means: its variance is that of either's trainings / their number, and that of the "
+        "difference when the same users are redrawn for both. It is coloured where it is shown, corrected by Holm's "
+        "method for how many are looked at."
+    ),
     "Between trainings": "The standard deviation of the trainings: how far another seed is from this one, typically.",
     "Between users": "The standard error of the mean from the choice of users, by redrawing them.",
 }

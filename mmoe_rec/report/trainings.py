@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmoe_rec.evaluation.judging.trainings import larger
+from mmoe_rec.evaluation.judging.differences import Difference
+from mmoe_rec.evaluation.judging.trainings import larger, told_apart
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.report.evaluation import apart_cell
 from mmoe_rec.report.explanations import TRAININGS
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.style import COLOURS, SERIES, blank, plain, svg
@@ -19,15 +21,32 @@ Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
 SCORE = "score"
 
 
-def page(title: str, seeds: Sequence[int], rows: int, summary: Summary, facts: Mapping[str, str]) -> str:
-    """The whole page. rows: that were measured; summary: of `over_trainings`; facts: name -> text."""
-    groups = [each for each in (_group(name, found, seeds) for name, found in summary.items()) if each["rows"]]
+class Found(Protocol):
+    """What was found of trainings. seeds: theirs; rows: that were measured; summary: of `over_trainings`; against: of
+    `apart_over_trainings`."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def summary(self) -> Summary: ...
+    @property
+    def against(self) -> Mapping[str, Mapping[str, Mapping[str, Difference]]]: ...
+
+
+def page(title: str, found: Found, facts: Mapping[str, str]) -> str:
+    """The whole page. facts: name -> text."""
+    groups = [_group(name, found) for name in found.summary]
+    groups = [each for each in groups if each["rows"]]
     values = {
         "title": title,
-        "seeds": list(seeds),
-        "measured": rows,
+        "seeds": list(found.seeds),
+        "others": list(found.against),
+        "measured": found.rows,
         "means": [f"{each['name']}: {each['headline']}" for each in groups if each["headline"]],
-        "larger": list(larger(summary)),
+        "larger": list(larger(found.summary)),
+        "apart": list(told_apart(found.against)),
         "groups": groups,
         "facts": facts,
         "measures": TRAININGS,
@@ -35,20 +54,30 @@ def page(title: str, seeds: Sequence[int], rows: int, summary: Summary, facts: M
     return render("trainings.html.j2", values)
 
 
-def _group(group: str, metrics: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+def _group(group: str, trainings: Found) -> dict[str, Any]:
+    metrics = trainings.summary[group]
     found = [
         (metric, metrics[metric.name])
         for metric in registered.METRICS
         if metric.is_shown(group == SCORE) and metrics.get(metric.name, {}).get("mean") is not None
     ]
-    rows = [{"label": metric.label, "cells": list(_cells(metric, each))} for metric, each in found]
+    rows = [
+        {
+            "label": metric.label,
+            "cells": list(_cells(metric, each)),
+            "apart": [
+                apart_cell(metric, other.get(group, {}).get(metric.name)) for other in trainings.against.values()
+            ],
+        }
+        for metric, each in found
+    ]
     headline, figure = "", ""
     if found:
         metric, each = found[0]
         mean, interval, *_ = _cells(metric, each)
-        headline = f"{metric.label} {mean} on average" + ("" if interval == "–" else f" ({interval})")  # noqa: RUF001
-        label = f"{metric.label} of {group} by training"
-        figure = svg(trainings_figure(metric.label, seeds, each), label, {})
+        headline = f"{metric.name} {mean} on average" + ("" if interval == "–" else f" ({interval})")  # noqa: RUF001
+        label = f"{metric.name} of {group} by training"
+        figure = svg(trainings_figure(metric.name, trainings.seeds, each), label, {})
     return {"name": group, "rows": rows, "headline": headline, "figure": figure}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 from simulated_log import Log, simulate
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums, closed
-from mmoe_rec.evaluation.judging.trainings import over_trainings
+from mmoe_rec.evaluation.judging.trainings import apart_over_trainings, over_trainings
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 SPENT = MeasuredTask("spent", "regression")
@@ -52,6 +53,49 @@ def test_the_interval_of_both_holds_the_truth_as_often_as_it_says() -> None:
         found = over_trainings(sums, 150)["spent"]["mae"]
         covered += found["low"] <= 5 <= found["high"]
     assert 0.90 <= covered / 150 <= 0.99
+
+
+def test_settings_that_differ_for_all_users_are_told_apart_as_by_welch() -> None:
+    labels = np.full(50, 5.0) + np.arange(50) * 1e-9
+    random = np.random.default_rng(2)
+    mine, its = random.normal(0.5, 0.3, size=6), random.normal(0, 0.1, size=4)
+    sums = [[trained(labels, each) for each in shifts] for shifts in (mine, its)]
+    found = apart_over_trainings(sums[0], {"it": sums[1]}, 100)["it"]["spent"]["mae"]
+    welch = ttest_ind(5 - mine, 5 - its, equal_var=False)
+    low, high = welch.confidence_interval()
+    assert found["value"] == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
+    assert found["p"] == pytest.approx(welch.pvalue, rel=1e-6)
+
+
+def test_what_users_have_in_common_cancels_between_settings() -> None:
+    """Labels differ by 1 from user to user, and every model errs by them alike."""
+    labels = np.random.default_rng(0).normal(5, 1, size=300)
+    sums = [[trained(labels, shift + each) for each in (-0.001, 0.0, 0.001)] for shift in (0.0, 0.01)]
+    found = apart_over_trainings(sums[0], {"it": sums[1]}, 200)["it"]["spent"]["mae"]
+    assert found["value"] == pytest.approx(0.01, rel=1e-6)
+    assert found["low"] > 0.006
+    alone = over_trainings(sums[0], 200)["spent"]["mae"]
+    assert alone["high"] - alone["low"] > 0.1
+
+
+def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
+    apart = 0
+    for number in range(120):
+        random = np.random.default_rng(number)
+        labels = random.normal(5, 1, size=60)
+        sides = [[trained(labels, shift) for shift in random.normal(0, 0.1, size=4)] for _ in range(2)]
+        found = apart_over_trainings(sides[0], {"it": sides[1]}, 60)["it"]["spent"]["mae"]
+        apart += not found["low"] <= 0 <= found["high"]
+    assert apart / 120 <= 0.11  # three standard errors above .05
+    assert apart
+
+
+def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
+    labels = np.random.default_rng(0).normal(5, 1, size=40)
+    sums = [[trained(each, 0.0)] * 2 for each in (labels, labels + 1)]
+    with pytest.raises(UserError, match="'this setting' and 'it' were not measured on the same rows"):
+        apart_over_trainings(sums[0], {"it": sums[1]}, 20)
 
 
 def test_what_is_undefined_is_none() -> None:

@@ -158,7 +158,7 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
         (("--challenger", "99"), "99"),
         (
             ("--challenger", "nobody"),
-            "no version of 'learnable' holds the alias 'nobody'; give the number of a version",
+            "no version of 'learnable' holds the alias 'nobody': those that are held are ",
         ),
         ((), "give the version that is to be promoted with --challenger, or --rollback alone"),
         (("--challenger", "2", "--rollback"), "or --rollback alone"),

@@ -110,12 +110,39 @@ def test_trainings_side_by_side_are_those_one_after_the_other(
     assert "MLflow run" in log.read_text()
 
 
+def test_other_settings_are_compared_over_their_trainings(world: World, capsys: pytest.CaptureFixture) -> None:
+    """By as many trainings as each has; the differences are those of the means."""
+    world.train("--seeds", "2", "--resume")
+    other = str(world.folder / "other")
+    words = ["--data.work", other, "--training.table_learning_rate", "0.001", "--against", str(world.folder / "work")]
+    capsys.readouterr()
+    world.train("--seeds", "2", *words)
+    printed = capsys.readouterr().out
+    first, second = (
+        json.loads((world.folder / each / "seeds" / "seeds.json").read_text()) for each in ("work", "other")
+    )
+    apart = second["against"]["work"]["click"]["auc"]
+    assert apart["value"] == pytest.approx(second["click"]["auc"]["mean"] - first["click"]["auc"]["mean"], abs=1e-9)
+    assert apart["low"] < apart["value"] < apart["high"]
+    assert "click: the mean auc is " in printed
+    words = " ".join(Page((Path(other) / "seeds" / "report.html").read_text(encoding="utf-8")).words.split())
+    assert "minus work" in words
+    for against, told in (
+        (str(world.folder / "log"), "holds no trainings that have ended, of --seeds"),
+        (str(world.folder / "work"), "is the folder of these trainings"),
+    ):
+        with pytest.raises(SystemExit):
+            world.train("--seeds", "2", "--against", against)
+        assert told in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words, told in (
         (("--seeds", "1"), "must be 2 or more"),
         (("--seeds", "2", "--from", "models:/x/1"), "--seeds trains from random weights; leave --from out"),
         (("--seeds", "2"), "start it without torchrun"),
+        (("--against", "x"), "--against compares trainings of --seeds; models are compared by evaluate --against"),
         (("--at-once", "2"), "--at-once says how many trainings of --seeds run at a time; give --seeds as well"),
     ):
         with pytest.raises(SystemExit) as ended:

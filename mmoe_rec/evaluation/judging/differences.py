@@ -56,7 +56,7 @@ def differences(
     """
     mine, others = models[model], [name for name in models if name != model]
     for other in others:
-        _check_same_rows(model, mine, other, models[other])
+        check_same_rows(model, mine, other, models[other])
     groups = {name: sums_by_user(sums) for name, sums in models.items()}
 
     def at(name: str, counts: np.ndarray) -> Values:
@@ -89,10 +89,10 @@ def differences(
             for key in once[model]
             if key in once[other] and (same_truth or not _is_of_score(key, objective))
         }
-        found[other] = {"objective": paired.pop(_OBJECTIVE, _told(None)), "groups": {}}
+        found[other] = {"objective": paired.pop(_OBJECTIVE, told_as(None)), "groups": {}}
         for (group, metric), each in paired.items():
             found[other]["groups"].setdefault(group, {})[metric] = each
-    _correct(mine, found)
+    correct(mine, found)
     told = None if objective is None else asdict(objective) | {"name": objective.name}
     return {
         "model": model,
@@ -135,36 +135,38 @@ def difference(
     many."""
     apart, defined = value - other, (redrawn - others)[np.isfinite(redrawn) & np.isfinite(others)]
     if not np.isfinite(apart):
-        return _told(None)
+        return told_as(None)
     rounding = _ROUNDING * max(abs(value), abs(other))
     apart = 0.0 if abs(apart) <= rounding else float(apart)
     if not defined_well(defined, len(redrawn), units):
-        return _told(apart)
+        return told_as(apart)
     error = float(defined.std()) * np.sqrt(units / (units - 1))
     if error <= rounding:
         # What differs and does not vary rests on too few resamples, or users, to say how sure it is.
-        return _told(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else _told(apart)
+        return told_as(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else told_as(apart)
     if (freedom := effective - 1) < _LEAST_FREEDOM:
-        return _told(apart)
+        return told_as(apart)
     reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
     p = 2 * student.sf(abs(apart) / error, freedom)
-    return _told(apart, float(error), float(reach * error), float(p), float((reach + extra) * error))
+    return told_as(apart, float(error), float(reach * error), float(p), float((reach + extra) * error))
 
 
-def _told(
+def told_as(
     value: float | None,
     error: float | None = None,
     reach: float | None = None,
     p: float | None = None,
     detectable: float | None = None,
 ) -> Difference:
+    """A difference with its standard error, and how far its interval reaches to either side."""
     low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
     told = {"value": value, "low": low, "high": high, "error": error}
     return {**told, "p": p, "p_corrected": None, "detectable": detectable}
 
 
-def _correct(base: ClosedSums, found: Mapping[str, Any]) -> None:
-    """Adds the corrected p-values of the metrics that tables show."""
+def correct(base: ClosedSums, found: Mapping[str, Any]) -> None:
+    """Adds the corrected p-values of the metrics that tables show. found: name of each other model -> `objective` and
+    `groups`, as `differences` gives them."""
     kinds = {task.name: task.kind for task in base.tasks}
     shown = {
         group: {each.name for each in metrics_of(kinds.get(group, SCORE)) if each.is_shown(group == SCORE)}
@@ -184,7 +186,8 @@ def _correct(base: ClosedSums, found: Mapping[str, Any]) -> None:
             each["p_corrected"] = corrected
 
 
-def _check_same_rows(name: str, sums: ClosedSums, against: str, base: ClosedSums) -> None:
+def check_same_rows(name: str, sums: ClosedSums, against: str, base: ClosedSums) -> None:
+    """Raises UserError where two models were not measured on the same rows with the same labels."""
     tables = ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]
     for table in tables:
         mine, its = (

@@ -18,7 +18,8 @@ end with exit code 75. So does a training whose model could not be registered be
 
 --seeds trains with `training.seed` and those after it, in data.work/seeds, and prints the mean of all metrics on the
 test rows, with an interval over trainings and users, and how far trainings are apart. None of these models is
-registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each.
+registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each. --against compares
+them with those that other settings have given in their `data.work`, on the same test rows.
 
 The model takes over the alias if it is shown to be better on the validation rows than the one that holds it; otherwise
 it is registered as challenger. One process trains in a `data.work` at a time.
@@ -48,15 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if arguments.start is not None:
             raise UserError("--seeds trains from random weights; leave --from out")
-        found = train_seeds(settings, arguments.seeds, arguments.resume, arguments.at_once or 1)
+        found = train_seeds(settings, arguments.seeds, arguments.resume, arguments.at_once or 1, arguments.against)
         show(told(found))
         print(f"all values: {found.file}")
         print(f"report: {found.report}")
         return
     if arguments.at_once is not None:
         raise UserError("--at-once says how many trainings of --seeds run at a time; give --seeds as well")
+    if arguments.against:
+        raise UserError("--against compares trainings of --seeds; models are compared by evaluate --against")
     from rich.console import Console
 
+    from mmoe_rec.jobs.finished import CHALLENGER
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
 
@@ -76,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for sentence in trained.compared:
         print(sentence)
     print(f"model: {trained.artifact}, registered as {trained.address}")
+    if trained.address.endswith(f"@{CHALLENGER}"):
+        again = shlex.join(["--config", arguments.config, "--challenger", CHALLENGER, *arguments.overrides])
+        print(spelled(f"to ask again, by the test rows: python -m pipelines.evaluation.promote {again}"))
     options = shlex.join(["--config", arguments.config, "--model", trained.address, *arguments.overrides])
     print(spelled(f"next: python -m pipelines.evaluate {options}"))
 
@@ -93,3 +100,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=at_least(2), metavar="N", help="train N times, and tell what the settings are worth on average"
     )
     parser.add_argument("--at-once", type=at_least(1), metavar="N", help="of --seeds, how many run at a time (1)")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="W", help="of --seeds: data.work of other settings to compare with"
+    )

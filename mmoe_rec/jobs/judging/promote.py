@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.aliases import Version, holder_of, point, replaced_by, tag, version_of
+from mmoe_rec.aliases import Version, aliases_of, holder_of, point, replaced_by, tag, version_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
@@ -147,7 +147,9 @@ def _version(name: str, asked: str, uri: str) -> Version:
         return version_of(name, asked, uri)
     found = holder_of(name, asked, uri)
     if found is None:
-        raise UserError(f"no version of '{name}' holds the alias '{asked}'; give the number of a version")
+        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(aliases_of(name, uri).items()))
+        others = f"those that are held are {held}" if held else "none is held"
+        raise UserError(f"no version of '{name}' holds the alias '{asked}': {others}; or give the number of a version")
     return found
 
 

@@ -191,7 +191,7 @@ def _check_ours(against: Path) -> None:
 def short_names(addresses: Sequence[str]) -> list[str]:
     """Names for files and folders, by the ends of their paths that tell them apart; other addresses are names."""
     parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
-    for length in range(1, max(map(len, parts)) + 1):
+    for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names

@@ -23,6 +23,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.judging.results import Measured, check_names, short_names
 from mmoe_rec.jobs.judging.side_by_side import side_by_side
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.run_page import as_code, command
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seeds:
-    """What was found. seeds: of the trainings; rows: measured; summary: of `over_trainings`; file: that holds it."""
+    """What was found. seeds: of the trainings; rows: measured; summary: of `over_trainings`; against: of
+    `apart_over_trainings`; file: that holds it."""
 
     seeds: tuple[int, ...]
     rows: int
     summary: dict[str, dict[str, dict[str, Any]]]
+    against: dict[str, dict[str, dict[str, Any]]]
     file: Path
 
     @property
@@ -51,17 +54,21 @@ class Seeds:
         return self.file.with_name("report.html")
 
 
-def train_seeds(settings: Settings, number: int, resume: bool = False, at_once: int = 1) -> Seeds:
+def train_seeds(
+    settings: Settings, number: int, resume: bool = False, at_once: int = 1, against: Sequence[str] = ()
+) -> Seeds:
     """Trains with `training.seed` and those after it, measures all on the test rows, and writes `seeds.json`.
 
-    resume: go on with what an earlier run has left; trainings that have ended stay; at_once: how many run at a time.
-    Raises UserError where several processes train, or where there are no test rows.
+    resume: go on with what an earlier run has left; trainings that have ended stay; at_once: how many run at a time;
+    against: `data.work` of other settings, whose trainings of several seeds these are compared with. Raises UserError
+    where several processes train, where there are no test rows, or no such trainings.
     """
-    from mmoe_rec.evaluation.judging.trainings import larger, over_trainings
+    from mmoe_rec.evaluation.judging.trainings import apart_over_trainings, larger, over_trainings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--seeds trains in one process: start it without torchrun")
     folder, uri = Path(settings.data.work) / "seeds", settings.tracking.address
+    others = _models_of(against, folder)
     seeds = tuple(range(settings.training.seed, settings.training.seed + number))
     with (
         features_in_use(settings, "trainings with several seeds") as prepared,
@@ -75,13 +82,12 @@ def train_seeds(settings: Settings, number: int, resume: bool = False, at_once: 
                 models = _side_by_side(own, at_once, resume, run.run_id)
             else:
                 models = list(_one_by_one(own, resume, run.run_id))
-            sums, rows = [], 0
-            for seed, model in zip(seeds, models, strict=True):
-                measured = measured_on_test_rows(settings, FoundModel(str(model), model, None), f"seed {seed}")
-                sums.append(measured.closed)
-                rows = measured.summary["rows"]
-            summary = over_trainings(sums, settings.evaluation.resamples)
-            found = Seeds(seeds, rows, summary, folder / "seeds.json")
+            measured = [_measured(settings, each) for each in models]
+            sums, resamples = [each.closed for each in measured], settings.evaluation.resamples
+            summary = over_trainings(sums, resamples)
+            theirs = {name: [_measured(settings, each).closed for each in its] for name, its in others.items()}
+            apart = apart_over_trainings(sums, theirs, resamples)
+            found = Seeds(seeds, measured[0].summary["rows"], summary, apart, folder / "seeds.json")
             _write(found, settings)
             run.log_artifact(found.file)
             run.log_artifact(found.report)
@@ -98,10 +104,34 @@ def _write(found: Seeds, settings: Settings) -> None:
     facts |= {"resamples of users": f"{settings.evaluation.resamples:,}", "command": command()}
     found.report.unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
     tree = {"seeds": found.seeds, "rows": found.rows, **found.summary}
+    tree |= {"against": found.against} if found.against else {}
     with atomic_file(found.file) as path:
         path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
     with atomic_file(found.report) as path:
-        path.write_text(page(title, found.seeds, found.rows, found.summary, facts), encoding="utf-8")
+        path.write_text(page(title, found, facts), encoding="utf-8")
+
+
+def _models_of(against: Sequence[str], mine: Path) -> dict[str, list[Path]]:
+    """Name of each other setting -> its models. Raises UserError where it has none of several seeds."""
+    check_names(list(against), "--against")
+    found = {}
+    for name, work in zip(short_names(list(against)), against, strict=True):
+        folder = Path(work) / "seeds"
+        if not (folder / "seeds.json").is_file():
+            raise UserError(
+                f"--against '{work}' holds no trainings that have ended, of --seeds (no '{folder}/seeds.json')"
+            )
+        if folder.resolve() == mine.resolve():
+            raise UserError(f"--against '{work}' is the folder of these trainings (data.work); give that of others")
+        seeds = json.loads((folder / "seeds.json").read_text(encoding="utf-8"))["seeds"]
+        found[name] = [folder / str(seed) / "model" for seed in seeds]
+        if gone := next((each for each in found[name] if not each.is_dir()), None):
+            raise UserError(f"--against '{work}': there is no model '{gone}', although it has been trained")
+    return found
+
+
+def _measured(settings: Settings, model: Path) -> Measured:
+    return measured_on_test_rows(settings, FoundModel(str(model), model, None), str(model))
 
 
 def _trained(settings: Settings, resume: bool, parent: str | None) -> Path:
@@ -147,7 +177,7 @@ def told(found: Seeds) -> Iterator[Table | str]:
     from rich.table import Table
     from rich.text import Text
 
-    from mmoe_rec.evaluation.judging.trainings import larger
+    from mmoe_rec.evaluation.judging.trainings import larger, told_apart
     from mmoe_rec.evaluation.metrics import registered
 
     table = Table(title=f"{len(found.seeds)} trainings, {found.rows:,} test rows", title_justify="left")
@@ -169,6 +199,7 @@ def told(found: Seeds) -> Iterator[Table | str]:
     table.caption = "between trainings: their standard deviation; between users: the standard error of the mean"
     yield table
     yield from larger(found.summary)
+    yield from told_apart(found.against)
 
 
 def _cells(metric: Any, each: Mapping[str, Any]) -> list[str]:
