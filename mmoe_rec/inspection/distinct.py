@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+_MOST = np.iinfo(np.uint64).max
+
 
 class DistinctCount:
     """Different 64-bit hashes seen: exact while fewer than `keep`, estimated from the `keep` smallest beyond.
@@ -28,6 +30,14 @@ class DistinctCount:
     def exact(self) -> bool:
         """Whether `count` is the exact number."""
         return len(self.smallest) < self.keep
+
+    def share_in(self, other: DistinctCount) -> float | None:
+        """Which share of the different hashes the other one has seen as well, or its estimate; None where there are
+        none."""
+        # Below this bound both hold all that they have seen: hashes are as good as random, so it is a fair sample.
+        bound = min(_MOST if each.exact else each.smallest[-1] for each in (self, other))
+        mine = self.smallest[self.smallest <= bound]
+        return float(np.isin(mine, other.smallest).mean()) if len(mine) else None
 
     def count(self) -> int:
         """The number of different hashes, or its estimate."""

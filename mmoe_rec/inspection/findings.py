@@ -31,7 +31,7 @@ Finding = dict[str, Any]
 def find(health: Health) -> list[Finding]:
     """All findings, problems first, the costliest of each first, with what it is about and which check found it."""
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
-    found += [*_files(health), *_labels(health)]
+    found += [*_files(health), *_labels(health), *_users(health)]
     for feature in health["features"]:
         found += [*_constants(feature), *_coverage(feature), *_unknown(feature)]
     found += [*_drifts(health), *_empty_tables(health)]
@@ -68,6 +68,16 @@ def _files(health: Health) -> Iterator[Finding]:
         such_as = ", such as" if len(left_out) > 1 else ":"
         message = f"{files} could not be used{such_as} '{left_out[0]['file']}' ({left_out[0]['reason']})"
         yield _finding("problem", "files", "files left out", message)
+
+
+def _users(health: Health) -> Iterator[Finding]:
+    share, column = (health["overview"].get(name) for name in ("users_in_both", "split_column"))
+    if share:
+        message = (
+            f"{share:.1%} of the users of test rows have training rows as well, as column '{column}' splits rows of "
+            "the same users"
+        )
+        yield _finding("warning", "users", "users in training and test", message, share)
 
 
 def _labels(health: Health) -> Iterator[Finding]:

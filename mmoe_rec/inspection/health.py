@@ -38,7 +38,7 @@ def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, in
     sums, manifest = collect(prepared, schema), prepared.manifest
     health = {
         "name": name,
-        "overview": overview(manifest, sums),
+        "overview": overview(manifest, sums, schema),
         "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
         "tables": _tables(sums, dims),
         "weeks": weeks(manifest, sums),

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.sums import Labels, SplitSums, Sums
+from mmoe_rec.schema import Schema
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -15,9 +16,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMES = ("first_request", "last_request", "labels_known_by")
 
 
-def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
+def overview(manifest: Mapping[str, Any], sums: Sums, schema: Schema) -> dict[str, Any]:
     """Files, rows and times of the log (None where it has none), files left out, and for each split its rows, different
-    users, and labels."""
+    users, and labels. Where a column splits rows of users, also which share of the test users training knows."""
     told = manifest.get("splits", {})
     splits = {name: _split(each, sums.layout, told.get(name, {})) for name, each in sums.splits.items()}
     if manifest.get("first_request") is None:
@@ -34,8 +35,18 @@ def overview(manifest: Mapping[str, Any], sums: Sums) -> dict[str, Any]:
             {"file": str(each["file"]), "reason": str(each["reason"])} for each in manifest.get("left_out", [])
         ],
         "requests": manifest.get("requests"),
+        "split_column": None if schema.split is None else schema.split.column,
+        "users_in_both": _users_in_both(sums, schema),
         "splits": splits,
     }
+
+
+def _users_in_both(sums: Sums, schema: Schema) -> float | None:
+    """None where times split rows: then users are in both by right."""
+    if schema.split is None or not schema.columns.has_user:
+        return None
+    train, test = (sums.splits[name].who["user"] for name in ("train", "test"))
+    return test.share_in(train)
 
 
 def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:

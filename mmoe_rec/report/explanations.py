@@ -19,6 +19,11 @@ CHECKS = {
         "Tasks without labels",
         "Labels that mature late are unobserved until then: move the ends of the splits back, or wait.",
     ),
+    "users": (
+        "Users in training and test rows",
+        "What is measured then tells nothing of how users that training has not seen are predicted. Give all rows of a "
+        "user one split, or split by time.",
+    ),
     "rate": (
         "Label rates that change",
         f"More than {RATE_CHANGE:g} times between splits. Look at the rates by week: a step is often a change "

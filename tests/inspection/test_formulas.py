@@ -63,3 +63,17 @@ def test_distinct_values_are_exact_then_estimated():
     at_once = DistinctCount(4096)
     at_once.add(hashes)
     np.testing.assert_array_equal(large.smallest, at_once.smallest)
+
+
+@pytest.mark.parametrize("keep", [100_000, 2_000])
+def test_the_share_of_values_that_another_count_has_seen(keep):
+    """Exact, or estimated: 10,000 values, of which 3,000 are among 50,000 others."""
+    hashes = np.random.default_rng(4).integers(0, 2**64, 57_000, np.uint64)
+    one, other, empty = (DistinctCount(keep) for _ in range(3))
+    for part in np.array_split(hashes[:10_000], 7):
+        one.add(part)
+    other.add(hashes[7_000:])
+    assert one.share_in(other) == pytest.approx(0.3, abs=1e-12 if keep > 60_000 else 0.08)
+    assert one.share_in(one) == 1
+    assert one.share_in(empty) == 0
+    assert empty.share_in(one) is None

@@ -28,7 +28,7 @@ from mmoe_rec.serving.writing import write_artifact
 from mmoe_rec.settings import Settings, load_settings
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
-from pipelines import evaluate, features, refresh, score, train
+from pipelines import evaluate, features, inspect, refresh, score, train
 from pipelines.evaluation import baselines, metrics, tune_weights
 from tests.log.plain_tables import plain_settings, plain_table
 from tests.report.parsed import Page
@@ -275,8 +275,13 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
     told = "The model was trained on rows of 20 of the 20 users that it is measured on, as column 'fold' splits rows"
     assert told in words
     assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
+    inspect.main(["--config", str(world.config)])
+    told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits rows of the same users"
+    assert told in " ".join(capsys.readouterr().out.split())
     by_user = World(tmp_path / "apart", columns={"user": "group"})
     by_user.evaluated("out")
+    inspect.main(["--config", str(by_user.config)])
+    assert "users of test rows" not in " ".join(capsys.readouterr().out.split())
     words = Page((by_user.folder / "out" / "report.html").read_text(encoding="utf-8")).words
     assert "rows of the same users" not in " ".join(words.split())
     # Of a model of other training rows it can't be told.

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from jinja2 import UndefinedError
 
-from mmoe_rec.report import evaluation, health
+from mmoe_rec.jobs.judging.seeds import Seeds
+from mmoe_rec.report import evaluation, health, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
 from tests.report import evaluations
@@ -51,7 +52,25 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
         "evaluation.html.j2": judged,
+        "trainings.html.j2": trainings.page(f"{EVIL}new", of_trainings(), {f"{EVIL}log": EVIL}),
     }
+
+
+def of_trainings() -> Seeds:
+    """Two trainings, beside those of another setting."""
+    each = {"mean": 0.7, "low": 0.6, "high": 0.8, "values": [0.69, 0.71], "between_trainings": 0.01}
+    apart = {
+        "value": 0.1,
+        "low": 0.05,
+        "high": 0.15,
+        "error": 0.02,
+        "p": 0.001,
+        "p_corrected": 0.002,
+        "detectable": 0.1,
+    }
+    task = f"{EVIL}click"
+    summary = {task: {"auc": each | {"between_users": 0.02}}}
+    return Seeds((17, 18), 1_000, summary, {f"{EVIL}old": {task: {"auc": apart}}}, Path("seeds.json"))
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
@@ -75,6 +94,7 @@ def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
     names = {
         "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),
         "evaluation.html.j2": ("new", "old"),
+        "trainings.html.j2": ("new", "old", "click", "log"),
     }
     for template, text in pages.items():
         page = Page(text)
