@@ -17,7 +17,9 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slicing import MISSING
-from mmoe_rec.jobs.evaluate import evaluate_model
+from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
+from mmoe_rec.jobs.judging.log_columns import LogColumns
+from mmoe_rec.registry import find_model
 from mmoe_rec.settings import load_settings
 from pipelines import evaluate
 from tests.pipelines.learnable_log import learnable_log, settings_tree
@@ -95,6 +97,13 @@ def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World,
     assert "slot" not in set(without["by"])
 
 
+def test_a_column_of_placement_that_no_feature_reads_need_not_be_there(world: World) -> None:
+    settings = load_settings(str(world.folder / "first.yaml"), ["--roles.placement", "[slot, nowhere]"])
+    columns = LogColumns.of(settings)
+    assert columns is not None
+    assert [each.column for each in columns.by] == ["slot"]
+
+
 def test_a_model_that_is_compared_is_sliced_alike(world: World, tmp_path: Path) -> None:
     """A copy has the same numbers in every slice: no difference anywhere."""
     shutil.copytree(world.folder / "work" / "model", tmp_path / "copy")
@@ -124,10 +133,6 @@ def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, 
 
 def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) -> None:
     """Encoded rows outlive the files of a log."""
-    from mmoe_rec.jobs.evaluate import scored_rows
-    from mmoe_rec.jobs.judging.log_columns import LogColumns
-    from mmoe_rec.registry import find_model
-
     settings = load_settings(str(world.folder / "first.yaml"), ["--evaluation.slices", '["device"]'])
     scored = scored_rows(settings, find_model("models:/learnable@champion", world.uri), "it")
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"log": str(tmp_path / "log")})})

@@ -53,7 +53,9 @@ class LogColumns:
         Raises UserError for columns that the log does not have, or can't be sliced by.
         """
         asked, schema, options = settings.evaluation.slices, settings.schema_, build_options(settings)
-        words = schema.roles.placement if asked is None else asked
+        uses = column_uses(schema)
+        usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
+        words = usual if asked is None else asked
         by = tuple(SliceBy.of(word, OPTION) for word in words)
         if not by:
             return None
@@ -64,7 +66,6 @@ class LogColumns:
                 f"{OPTION} needs columns.candidate where files may be left out (data.skip_bad_files): without it rows "
                 f"are told apart by their number in the log; set {OPTION} to []"
             )
-        uses = column_uses(schema)
         for each in by:
             if uses.get(each.column) in ("keys", "vector"):
                 raise UserError(f"{OPTION}: column '{each.column}' holds lists, which rows can't be sliced by")
