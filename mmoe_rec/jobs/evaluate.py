@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.serving.loaded import LoadedRanker
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def evaluate_found(
 
 def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str) -> Evaluated:
     measured: dict[str, Measured] = {}
-    training, columns = TrainingRows.of(settings), LogColumns.of(settings)
+    (first, *_) = found.values()
+    training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
     for number, (name, each) in enumerate(found.items()):
         scored = scored_rows(settings, each, name, split)
         if not number:
@@ -108,7 +111,6 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
     results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
     evaluated = Evaluated(its, results)
     evaluated.results.write(out)
-    (first, *_) = found.values()
     try:
         log_evaluation(settings, first, evaluated.scored, results, out, place, split)
     except UnreachableError as error:
@@ -118,24 +120,47 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
     return evaluated
 
 
-def measured_on_test_rows(settings: Settings, found: FoundModel, name: str) -> Measured:
-    """A model's metrics on the test rows, without slices."""
-    return _measured(settings, scored_rows(settings, found, name), found, None, {})
+def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[Measured]:
+    """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
+    once."""
+    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.serving.ranker import Ranker
+
+    measured = []
+    with ExitStack() as held:
+        rows, fingerprint = None, None
+        for each in models:
+            ranker = Ranker.load(each.folder)
+            if rows is None:
+                rows, fingerprint = (
+                    held.enter_context(rows_to_measure(settings, each.folder, ranker)),
+                    ranker.about.fingerprint,
+                )
+            if ranker.about.fingerprint != fingerprint:
+                raise UserError(f"'{each.address}' and '{models[0].address}' have other features than each other")
+            measured.append(_measured(settings, _scored(settings, ranker, rows, each.address), each, None, {}))
+    return measured
 
 
 def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
-    from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.jobs.truth import rows_to_measure, score_by
+    from mmoe_rec.jobs.truth import rows_to_measure
     from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
     with rows_to_measure(settings, found.folder, ranker, split) as folder:
-        try:
-            return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration)
-        except NotFiniteError:
-            raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
+        return _scored(settings, ranker, folder, name)
+
+
+def _scored(settings: Settings, ranker: LoadedRanker, rows: Path, name: str) -> Scored:
+    from mmoe_rec.evaluation.scoring import NotFiniteError
+    from mmoe_rec.jobs.truth import score_by
+
+    try:
+        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    except NotFiniteError:
+        raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
 
 
 def _measured(

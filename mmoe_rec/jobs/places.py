@@ -29,6 +29,14 @@ def build_options(settings: Settings) -> BuildOptions:
     return BuildOptions(**{name: getattr(settings.data, name) for name in names})
 
 
+def read_by(settings: Settings, schema: Schema) -> Schema:
+    """The schema of a model, as it reads the settings' logs."""
+    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
+    of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
+    columns = schema.columns.model_copy(update=of_rows)
+    return schema.model_copy(update={"events": events, "columns": columns, "split": settings.split.by_column})
+
+
 def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None) -> Logs:
     """The settings' logs, to be read by the features of a model that may have been trained on logs elsewhere, with
     other rates, weights and splits of rows.
@@ -42,10 +50,8 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
             f"the model was trained on a log that {ways[schema.columns.has_time]}, and that of the settings "
             f"{'has' if settings.columns.has_time else 'has none'} (columns.time): the model's features can't read it"
         )
-    events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
-    of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
-    columns = schema.columns.model_copy(update=of_rows)
-    schema = schema.model_copy(update={"events": events, "columns": columns, "split": settings.split.by_column})
+    schema = read_by(settings, schema)
+    events = schema.events
     if types is None:
         # The time column of events may be named like a key of the log.
         kinds = pipeline.key_types

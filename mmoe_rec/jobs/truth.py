@@ -33,7 +33,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, sp
     artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks mean
     something else than those of the settings.
     """
-    _check_tasks(settings, ranker.pipeline.schema)
+    check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
     with reading(work / "features", what):
         prepared = existing(*log_and_place(settings))
@@ -75,7 +75,8 @@ def score_by(
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 
 
-def _check_tasks(settings: Settings, schema: Schema) -> None:
+def check_tasks(settings: Settings, schema: Schema) -> None:
+    """Raises UserError where a model's schema has other tasks than the settings, or ones that mean something else."""
     if set(schema.tasks) != set(settings.tasks):
         raise UserError(f"the model predicts {', '.join(schema.tasks)}; the settings have {', '.join(settings.tasks)}")
     its, ours = ({"tasks": each.identity()["tasks"]} for each in (schema, settings.schema_))

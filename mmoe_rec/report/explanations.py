@@ -156,17 +156,18 @@ EVALUATION_OF_ROWS = {name: text for name, text in EVALUATION.items() if name no
 }
 """Where each row is a user and a request of its own, as in a plain table."""
 
-TRAININGS = {
+TRAININGS = {  # in which UNITS are users, or rows
     "Mean and interval": (
         "The mean over trainings, on the same rows. It errs by the seeds, with the variance of the trainings / their "
-        "number, and by the users, with that of the mean when users are redrawn; the interval is Student's, with "
+        "number, and by the UNITS, with that of the mean when UNITS are redrawn; the interval is Student's, with "
         "degrees of freedom by Welch and Satterthwaite."
     ),
+    "Between trainings": "Their standard deviation: how far one training is from the mean of many, typically.",
+    "Between UNITS": "The standard error of the mean from the choice of UNITS, by redrawing them.",
     "Other settings": (
         "The difference of the means: its variance is that of either's trainings / their number, and that of the "
-        "difference when the same users are redrawn for both. It is coloured where it is shown, corrected by Holm's "
-        "method for how many are looked at."
+        "difference when the same UNITS are redrawn for both. `evaluation.decide_by`, which was chosen before, decides "
+        "by its p-value, corrected for the number of other settings. Other metrics are coloured where their difference "
+        "is shown although so many are looked at, by Holm's method; an interval is that of its difference alone."
     ),
-    "Between trainings": "The standard deviation of the trainings: how far another seed is from this one, typically.",
-    "Between users": "The standard error of the mean from the choice of users, by redrawing them.",
 }

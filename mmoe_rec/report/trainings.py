@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmoe_rec.evaluation.judging.differences import Difference
-from mmoe_rec.evaluation.judging.trainings import larger, told_apart
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.report.evaluation import apart_cell
@@ -21,40 +19,54 @@ Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
 SCORE = "score"
 
 
-class Found(Protocol):
-    """What was found of trainings. seeds: theirs; rows: that were measured; summary: of `over_trainings`; against: of
-    `apart_over_trainings`."""
+class Trainings(Protocol):
+    """What was found of trainings. title: of the page; seeds: theirs; rows: that were measured; units: that were
+    redrawn, `users` or `rows`; summary: of `over_trainings`; against: of `apart_over_trainings`; sentences: what comes
+    first; warnings: what is suspicious; facts: name -> text."""
 
+    @property
+    def title(self) -> str: ...
     @property
     def seeds(self) -> tuple[int, ...]: ...
     @property
     def rows(self) -> int: ...
     @property
+    def units(self) -> str: ...
+    @property
     def summary(self) -> Summary: ...
     @property
-    def against(self) -> Mapping[str, Mapping[str, Mapping[str, Difference]]]: ...
+    def against(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def sentences(self) -> Sequence[str]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+    @property
+    def facts(self) -> Mapping[str, str]: ...
 
 
-def page(title: str, found: Found, facts: Mapping[str, str]) -> str:
-    """The whole page. facts: name -> text."""
+def page(found: Trainings) -> str:
+    """The whole page."""
     groups = [_group(name, found) for name in found.summary]
     groups = [each for each in groups if each["rows"]]
     values = {
-        "title": title,
+        "title": found.title,
         "seeds": list(found.seeds),
+        "units": found.units,
         "others": list(found.against),
         "measured": found.rows,
         "means": [f"{each['name']}: {each['headline']}" for each in groups if each["headline"]],
-        "larger": list(larger(found.summary)),
-        "apart": list(told_apart(found.against)),
+        "sentences": found.sentences,
+        "warnings": found.warnings,
         "groups": groups,
-        "facts": facts,
-        "measures": TRAININGS,
+        "facts": found.facts,
+        "measures": {
+            name.replace("UNITS", found.units): text.replace("UNITS", found.units) for name, text in TRAININGS.items()
+        },
     }
     return render("trainings.html.j2", values)
 
 
-def _group(group: str, trainings: Found) -> dict[str, Any]:
+def _group(group: str, trainings: Trainings) -> dict[str, Any]:
     metrics = trainings.summary[group]
     found = [
         (metric, metrics[metric.name])

@@ -84,7 +84,7 @@ def settings_of(work: Path, pair: str, structure: str) -> Settings:
 
 def train(work: Path, pair: str, structure: str, seeds: int) -> None:
     """Trains a structure with all seeds, or goes on with what is there; prints its metric as JSON."""
-    from mmoe_rec.jobs.judging.seeds import train_seeds
+    from mmoe_rec.jobs.seeds.train import train_seeds
 
     settings = settings_of(work, pair, structure)
     Path(settings.data.work).mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,13 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import yaml
 
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
-from mmoe_rec.jobs.judging import seeds
+from mmoe_rec.jobs.seeds import train as seeds
 from mmoe_rec.registry import FoundModel
 from mmoe_rec.settings import load_settings
+from pipelines import train
 from tests.pipelines.short_trainings import World, dying_after
 from tests.report.parsed import Page
 
@@ -26,13 +28,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    train, begun = seeds.train_model, []
+    whole, begun = seeds.train_model, []
 
     def stopped(settings: Any, **options: Any) -> Any:
         begun.append(settings.training.seed)
         if len(begun) == 2:
             raise KeyboardInterrupt
-        return train(settings, **options)
+        return whole(settings, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(seeds, "train_model", stopped)
@@ -43,14 +45,14 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     printed = capsys.readouterr().out
     assert "2 trainings, " in printed
     assert "between trainings" in printed
-    assert "click: one training's auc differs by " in printed
+    assert "click: the auc of one training has a standard deviation of " in printed
     found = json.loads((world.folder / "work" / "seeds" / "seeds.json").read_text())
     assert found["seeds"] == [17, 18]
     settings = load_settings(world.folder / "first.yaml", [])
     areas = []
     for seed in found["seeds"]:
         artifact = world.folder / "work" / "seeds" / str(seed) / "model"
-        measured = measured_on_test_rows(settings, FoundModel(str(artifact), artifact, None), "it")
+        (measured,) = measured_on_test_rows(settings, [FoundModel(str(artifact), artifact, None)])
         areas.append(measured.summary["tasks"]["click"]["auc"]["value"])
     assert areas[0] != areas[1]
     assert found["click"]["auc"]["values"] == pytest.approx(areas, abs=1e-9)
@@ -96,7 +98,8 @@ def test_trainings_side_by_side_are_those_one_after_the_other(
     page = Page((together.folder / "work" / "seeds" / "report.html").read_text(encoding="utf-8"))
     words = " ".join(page.words.split())
     assert "Seeds 17, 18, 19" in words
-    assert "one training's auc differs by" in words
+    assert "the auc of one training has a standard deviation of" in words
+    assert "precision fp32" in words
     for value in other["click"]["auc"]["values"]:
         assert f"{value:.4f}" in words
     client = mlflow.MlflowClient(together.uri, together.uri)
@@ -104,7 +107,7 @@ def test_trainings_side_by_side_are_those_one_after_the_other(
     (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
     assert len(runs) == 4
     assert {each.info.status for each in runs} == {"FINISHED"}
-    assert "one training's auc differs by" in parent.data.tags["mlflow.note.content"]
+    assert "the auc of one training has a standard deviation of" in parent.data.tags["mlflow.note.content"]
     assert {each.path for each in client.list_artifacts(parent.info.run_id)} == {"report.html", "seeds.json"}
     log = together.folder / "work" / "seeds" / "18" / "training.log"
     assert "MLflow run" in log.read_text()
@@ -121,19 +124,53 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     first, second = (
         json.loads((world.folder / each / "seeds" / "seeds.json").read_text()) for each in ("work", "other")
     )
-    apart = second["against"]["work"]["click"]["auc"]
+    apart = second["against"]["work"]["groups"]["click"]["auc"]
     assert apart["value"] == pytest.approx(second["click"]["auc"]["mean"] - first["click"]["auc"]["mean"], abs=1e-9)
     assert apart["low"] < apart["value"] < apart["high"]
-    assert "click: the mean auc is " in printed
+    decides = second["against"]["work"]["objective"]
+    means = [[each[task]["auc"]["mean"] for task in ("click", "liked")] for each in (first, second)]
+    assert decides["value"] == pytest.approx(np.mean(means[1]) - np.mean(means[0]), abs=1e-9)
+    assert "mean auc of click, liked differs by" in " ".join(printed.split())
     words = " ".join(Page((Path(other) / "seeds" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "minus work" in words
     for against, told in (
-        (str(world.folder / "log"), "holds no trainings that have ended, of --seeds"),
+        (str(world.folder / "log"), "holds no trainings of several seeds that have all ended"),
         (str(world.folder / "work"), "is the folder of these trainings"),
     ):
         with pytest.raises(SystemExit):
             world.train("--seeds", "2", "--against", against)
         assert told in capsys.readouterr().err
+    # Trainings that were begun anew there are none that have ended.
+    with dying_after(10):
+        world.train("--seeds", "2", "--data.work", other)
+    with pytest.raises(SystemExit):
+        world.train("--seeds", "2", "--resume", "--against", other)
+    assert "holds no trainings of several seeds that have all ended" in capsys.readouterr().err
+
+
+def test_other_settings_that_have_seen_the_rows_are_told_of(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their split ends later; and other tasks are told before anything is trained."""
+    world.train("--seeds", "2", "--resume")
+    later = ["--data.work", str(tmp_path / "later"), "--split.train_end", "2024-03-08T12:00"]
+    world.train("--seeds", "2", *later, "--split.validation_end", "2024-03-08T18:00")
+    capsys.readouterr()
+    world.train("--seeds", "2", "--resume", "--against", str(tmp_path / "later"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: models of 'later' were trained by settings by which each was trained on requests before" in said
+    page = Page((world.folder / "work" / "seeds" / "report.html").read_text(encoding="utf-8"))
+    assert "it has seen labels that it is measured by" in " ".join(page.words.split())
+    config = world.folder / "first.yaml"
+    one_task = yaml.safe_load(config.read_text())
+    del one_task["tasks"]["liked"]
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(one_task))
+    words = ["--config", str(tmp_path / "one.yaml"), "--data.work", str(tmp_path / "one"), "--seeds", "2"]
+    with pytest.raises(SystemExit):
+        train.main([*words, "--against", str(world.folder / "work")])
+    told = f"error: --against '{world.folder / 'work'}': the model predicts click, liked; the settings have click"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "one" / "seeds").exists()
 
 
 def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -99,7 +99,7 @@ def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World,
 
 def test_a_column_of_placement_that_no_feature_reads_need_not_be_there(world: World) -> None:
     settings = load_settings(str(world.folder / "first.yaml"), ["--roles.placement", "[slot, nowhere]"])
-    columns = LogColumns.of(settings)
+    columns = LogColumns.of(settings, world.folder / "work" / "model")
     assert columns is not None
     assert [each.column for each in columns.by] == ["slot"]
 
@@ -117,11 +117,11 @@ def test_a_model_that_is_compared_is_sliced_alike(world: World, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("slices", "told"),
     [
-        ("colour", r"0\.parquet' has no column 'colour'; it has .* \(evaluation\.slices\)"),
-        ("words", "column 'words' must hold integers, numbers or strings.*evaluation.slices"),
+        ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
+        ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
         ("number", "column 'number' has more than 1,000 values"),
         ("bucket(device, 3)", "column 'device' of the log holds string, and buckets are of numbers"),
-        ("bucket(stock, 1)", r"evaluation\.slices bucket\(stock, 1\): expected 2 to 100 buckets"),
+        ("bucket(stock, 1)", r"slices bucket\(stock, 1\): expected 2 to 100 buckets"),
     ],
 )
 def test_columns_that_cannot_be_sliced_by(world: World, slices: str, told: str, tmp_path: Path) -> None:
@@ -140,8 +140,13 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     log = pq.read_table(world.folder / "log")
     last = log.filter(pa.compute.equal(log["request"], pa.compute.max(log["request"])))
     pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
-    columns = LogColumns.of(other)
+    model = world.folder / "work" / "model"
+    columns = LogColumns.of(other, model)
     assert columns is not None
-    count = f"{len(scored.users):,}"
-    with pytest.raises(UserError, match=f"no longer has the {count} rows that are measured"):
+    with pytest.raises(UserError, match=f"of the {len(scored.users):,} rows that are measured, the log '.*' has "):
         columns.read(scored)
+    # Where nobody has asked for slices, there are none.
+    rules = other.evaluation.model_copy(update={"slices": None})
+    usual = LogColumns.of(other.model_copy(update={"evaluation": rules}), model)
+    assert usual is not None
+    assert usual.read(scored) is None

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from jinja2 import UndefinedError
 
-from mmoe_rec.jobs.judging.seeds import Seeds
+from mmoe_rec.jobs.seeds.found import Found
 from mmoe_rec.report import evaluation, health, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
@@ -52,11 +52,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
         "evaluation.html.j2": judged,
-        "trainings.html.j2": trainings.page(f"{EVIL}new", of_trainings(), {f"{EVIL}log": EVIL}),
+        "trainings.html.j2": trainings.page(of_trainings()),
     }
 
 
-def of_trainings() -> Seeds:
+def of_trainings() -> Found:
     """Two trainings, beside those of another setting."""
     each = {"mean": 0.7, "low": 0.6, "high": 0.8, "values": [0.69, 0.71], "between_trainings": 0.01}
     apart = {
@@ -70,7 +70,9 @@ def of_trainings() -> Seeds:
     }
     task = f"{EVIL}click"
     summary = {task: {"auc": each | {"between_users": 0.02}}}
-    return Seeds((17, 18), 1_000, summary, {f"{EVIL}old": {task: {"auc": apart}}}, Path("seeds.json"))
+    old = {"objective": apart, "name": "auc", "better": "higher", "groups": {task: {"auc": apart}}}
+    told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
+    return Found(f"{EVIL}new", (17, 18), 1_000, "users", summary, Path("seeds"), **told)
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:

@@ -28,7 +28,7 @@ LEVEL, POWER = 0.05, 0.9
 _ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
 _LEAST_FREEDOM = 0.5  # below, an interval is no news
 _SAME = ["user", "rows", "requests", "digest"]
-_OBJECTIVE = ("objective", "objective")
+OBJECTIVE = ("objective", "objective")
 
 Difference = dict[str, float | None]
 
@@ -62,7 +62,7 @@ def differences(
     def at(name: str, counts: np.ndarray) -> Values:
         values = evaluate(groups[name], counts)
         if objective is not None and all((each, objective.metric) in values for each in objective.groups):
-            values[_OBJECTIVE] = objective.of_values(values)
+            values[OBJECTIVE] = objective.of_values(values)
         return values
 
     units, effective = len(mine.tables["ranking"]), effective_users(mine)
@@ -84,12 +84,12 @@ def differences(
                 resampled[model][key],
                 resampled[other][key],
                 units,
-                _effective(key, effective, objective),
+                effective_of(key, effective, objective),
             )
             for key in once[model]
             if key in once[other] and (same_truth or not _is_of_score(key, objective))
         }
-        found[other] = {"objective": paired.pop(_OBJECTIVE, told_as(None)), "groups": {}}
+        found[other] = {"objective": paired.pop(OBJECTIVE, told_as(None)), "groups": {}}
         for (group, metric), each in paired.items():
             found[other]["groups"].setdefault(group, {})[metric] = each
     correct(mine, found)
@@ -123,8 +123,8 @@ def effective_users(sums: ClosedSums) -> dict[str, float]:
     return found
 
 
-def _effective(key: tuple[str, str], effective: Mapping[str, float], objective: Objective | None) -> float:
-    groups = objective.groups if key == _OBJECTIVE and objective is not None else key[:1]
+def effective_of(key: tuple[str, str], effective: Mapping[str, float], objective: Objective | None) -> float:
+    groups = objective.groups if key == OBJECTIVE and objective is not None else key[:1]
     return min(effective[group] for group in groups)
 
 
@@ -136,19 +136,29 @@ def difference(
     apart, defined = value - other, (redrawn - others)[np.isfinite(redrawn) & np.isfinite(others)]
     if not np.isfinite(apart):
         return told_as(None)
-    rounding = _ROUNDING * max(abs(value), abs(other))
+    rounding = rounding_of(value, other)
     apart = 0.0 if abs(apart) <= rounding else float(apart)
     if not defined_well(defined, len(redrawn), units):
         return told_as(apart)
     error = float(defined.std()) * np.sqrt(units / (units - 1))
+    return by_student(apart, float(error), effective - 1, rounding)
+
+
+def rounding_of(*values: float) -> float:
+    """Up to which size a difference of such values is none."""
+    return _ROUNDING * max(map(abs, values))
+
+
+def by_student(apart: float, error: float, freedom: float, rounding: float) -> Difference:
+    """A difference with its standard error and the degrees of freedom of that."""
     if error <= rounding:
         # What differs and does not vary rests on too few resamples, or users, to say how sure it is.
         return told_as(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else told_as(apart)
-    if (freedom := effective - 1) < _LEAST_FREEDOM:
+    if freedom < _LEAST_FREEDOM:
         return told_as(apart)
     reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
     p = 2 * student.sf(abs(apart) / error, freedom)
-    return told_as(apart, float(error), float(reach * error), float(p), float((reach + extra) * error))
+    return told_as(apart, error, float(reach * error), float(p), float((reach + extra) * error))
 
 
 def told_as(
@@ -216,7 +226,7 @@ def _what_differs(table: str, sums: ClosedSums, base: ClosedSums) -> str:
 
 
 def _is_of_score(key: tuple[str, str], objective: Objective | None) -> bool:
-    return SCORE in (objective.groups if key == _OBJECTIVE and objective is not None else key[:1])
+    return SCORE in (objective.groups if key == OBJECTIVE and objective is not None else key[:1])
 
 
 def _weights(sums: ClosedSums) -> dict[str, float]:

@@ -16,14 +16,18 @@ from scipy.stats import t as student
 from mmoe_rec.evaluation.closed import ClosedSums
 from mmoe_rec.evaluation.judging.differences import (
     LEVEL,
-    POWER,
+    OBJECTIVE,
     Difference,
+    by_student,
     check_same_rows,
     correct,
+    effective_of,
     effective_users,
+    rounding_of,
     told_as,
 )
-from mmoe_rec.evaluation.metrics.resampling import defined_well, user_counts
+from mmoe_rec.evaluation.judging.objective import Objective
+from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, user_counts
 from mmoe_rec.evaluation.summary import evaluate, sums_by_user
 
 
@@ -41,77 +45,94 @@ def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) ->
 
 
 def apart_over_trainings(
-    sums: Sequence[ClosedSums], others: Mapping[str, Sequence[ClosedSums]], resamples: int, seed: int = 0
-) -> dict[str, dict[str, dict[str, Difference]]]:
-    """Name of each other setting -> task or `score` -> metric -> the difference of the means over trainings, as those
-    of `differences`: its variance is that of either's trainings / their number, and that of the difference on the same
-    redrawn users.
+    sums: Sequence[ClosedSums],
+    others: Mapping[str, Sequence[ClosedSums]],
+    objective: Objective | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Name of each other setting -> `objective`, `name` of that and `groups`: task or `score` -> metric -> the
+    difference of the means over trainings, as those of `differences`. Its variance is that of either's trainings /
+    their number, and that of the difference on the same redrawn users.
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
-    units, mine = len(sums[0].tables["ranking"]), _redrawn(sums, resamples, seed)
+    units, mine = len(sums[0].tables["ranking"]), _redrawn(sums, resamples, seed, objective)
     effective, found = effective_users(sums[0]), dict[str, Any]()
     for name, its in others.items():
         for each in its:
-            check_same_rows("this setting", sums[0], name, each)
-        theirs = _redrawn(its, resamples, seed)
+            check_same_rows("these settings", sums[0], name, each)
+        theirs = _redrawn(its, resamples, seed, objective)
         groups: dict[str, dict[str, Difference]] = {}
-        for group, metric in (key for key in mine if key in theirs):
-            pair = (*mine[group, metric], *theirs[group, metric])
-            groups.setdefault(group, {})[metric] = _apart(*pair, units, effective[group])
-        found[name] = {"objective": told_as(None), "groups": groups}
+        for key in (key for key in mine if key in theirs):
+            apart = _apart(*mine[key], *theirs[key], units, effective_of(key, effective, objective))
+            groups.setdefault(key[0], {})[key[1]] = apart
+        (decides,) = groups.pop(OBJECTIVE[0], {"": told_as(None)}).values()
+        found[name] = {"objective": decides, "groups": groups}
+        found[name] |= {"name": None if objective is None else objective.name}
+        found[name] |= {"better": None if objective is None else objective.better}
     correct(sums[0], found)
-    return {name: each["groups"] for name, each in found.items()}
+    return found
 
 
 def _redrawn(
-    sums: Sequence[ClosedSums], resamples: int, seed: int
+    sums: Sequence[ClosedSums], resamples: int, seed: int, objective: Objective | None = None
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """Task or `score` and metric -> (S,) values of the trainings, and (R,) their means when users are redrawn."""
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
-    once = [evaluate(each, np.ones((units, 1))) for each in groups]
+
+    def at(counts: np.ndarray) -> list[Values]:
+        values = [evaluate(each, counts) for each in groups]
+        if objective is not None:
+            for each in values:
+                each[OBJECTIVE] = objective.of_values(each)
+        return values
+
+    once = at(np.ones((units, 1)))
     redrawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in once[0]}
     for counts in user_counts(units, resamples, seed):
-        values = [evaluate(each, counts) for each in groups]
+        values = at(counts)
         for key, found in redrawn.items():
             found.append(np.mean([each[key] for each in values], axis=0))
     return {key: (np.array([each[key][0] for each in once]), np.concatenate(found)) for key, found in redrawn.items()}
 
 
-def larger(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Of each task, which of the two is the larger uncertainty of one training, as a sentence. summary: of
-    `over_trainings`."""
+def larger(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], units: str = "users") -> Iterator[str]:
+    """Of each task, which of the two is the larger uncertainty of one training, as a sentence.
+
+    summary: of `over_trainings`; units: what was redrawn.
+    """
     for group, metrics in summary.items():
         metric = "auc" if "auc" in metrics else "r2"
         each = metrics.get(metric)
         if each is None or each["between_users"] is None:
             continue
         seeds, users = each["between_trainings"], each["between_users"]
-        which = (
-            "another seed would change it more than other users"
-            if seeds > users
-            else "other users would change it more"
-        )
+        which = f"another seed changes it more than other {units}" if seeds > users else f"other {units} change it more"
         yield (
-            f"{group}: one training's {metric} differs by {seeds:.2g} from seed to seed, and by {users:.2g} from one "
-            f"draw of users to another: {which}"
+            f"{group}: the {metric} of one training has a standard deviation of {seeds:.2g} over seeds, and one of "
+            f"{users:.2g} over the choice of {units}: {which}"
         )
 
 
-def told_apart(against: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> Iterator[str]:
-    """Of each other setting and task, whether this one is better on average, as a sentence. against: of
+def told_apart(against: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Beside each other setting, whether this one is better on average, by what decides. against: of
     `apart_over_trainings`."""
-    for other, groups in against.items():
-        for group, metrics in groups.items():
-            metric = "auc" if "auc" in metrics else "r2"
-            each = metrics.get(metric)
-            if each is None or each["value"] is None or each["low"] is None:
-                continue
-            p, apart = each["p_corrected"], each["value"]
-            which = "higher" if apart > 0 else "lower"
-            is_shown = p is not None and p < LEVEL
-            told = f"{which} by {abs(apart):.2g} than" if is_shown else "not shown to differ from"
-            yield f"{group}: the mean {metric} is {told} that of '{other}' ({each['low']:+.2g} to {each['high']:+.2g})"
+    for other, each in against.items():
+        apart, name = each["objective"], each["name"]
+        if apart["value"] is None or apart["low"] is None:
+            yield f"it can't be told how the trainings differ from those of '{other}': too few labels, or users"
+            continue
+        interval = f"({apart['low']:+.2g} to {apart['high']:+.2g})"
+        if apart["p_corrected"] < LEVEL:
+            which = "better" if (apart["value"] > 0) == (each["better"] == "higher") else "worse"
+            told = f"{name} differs by {apart['value']:+.2g} {interval}"
+            yield f"on average these settings are {which} than '{other}': {told}"
+        else:
+            yield (
+                f"no difference from '{other}' is shown on average: {name} differs by {apart['value']:+.2g} "
+                f"{interval}; nine of ten such comparisons would show one of {apart['detectable']:.2g}"
+            )
 
 
 def _joined(values: np.ndarray, redrawn: np.ndarray, units: int) -> dict[str, Any]:
@@ -140,16 +161,16 @@ def _apart(
 ) -> Difference:
     if not (np.isfinite(mine).all() and np.isfinite(its).all()):
         return told_as(None)
+    rounding = rounding_of(mine.mean(), its.mean())
     apart, of_users = float(mine.mean() - its.mean()), _of_users(redrawn - its_redrawn, units)
-    if of_users is None or effective <= 1:
+    apart = 0.0 if abs(apart) <= rounding else apart
+    if of_users is None:
         return told_as(apart)
+    if by_student(apart, of_users, effective - 1, rounding)["low"] is None and of_users > rounding:
+        return told_as(apart)  # a few users decide nearly alone
     of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
     error, freedom = _welch((*of_seeds, of_users**2), (len(mine) - 1, len(its) - 1, effective - 1))
-    if error == 0:  # the same models on both sides
-        return told_as(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else told_as(apart)
-    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
-    p = 2 * student.sf(abs(apart) / error, freedom)
-    return told_as(apart, error, float(reach * error), float(p), float((reach + extra) * error))
+    return by_student(apart, error, freedom, rounding)
 
 
 def _of_users(redrawn: np.ndarray, units: int) -> float | None:

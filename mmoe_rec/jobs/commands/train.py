@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if arguments.seeds is not None:
-        from mmoe_rec.jobs.judging.seeds import told, train_seeds
+        from mmoe_rec.jobs.seeds.train import train_seeds
 
         if arguments.start is not None:
             raise UserError("--seeds trains from random weights; leave --from out")
         found = train_seeds(settings, arguments.seeds, arguments.resume, arguments.at_once or 1, arguments.against)
-        show(told(found))
+        show(found.told())
         print(f"all values: {found.file}")
         print(f"report: {found.report}")
         return

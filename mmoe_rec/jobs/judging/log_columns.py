@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,21 +18,23 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slicing import MOST_VALUES, SliceBy
-from mmoe_rec.jobs.places import build_options
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.jobs.places import build_options, read_by
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import Noticed
 from mmoe_rec.log.reader import Log
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.progress import bar
+from mmoe_rec.progress import bar, say
 from mmoe_rec.schema import Use
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
 
-OPTION = "evaluation.slices"
+OPTION = "slices"
+_ADVICE = "leave slices by columns of the log out (--evaluation.slices '[]')"
 BUCKETS = 10
 """Of a number that describes placement and has too many values, where nothing was asked for."""
 
@@ -47,12 +50,15 @@ class LogColumns:
     skips: bool
 
     @staticmethod
-    def of(settings: Settings) -> LogColumns | None:
+    def of(settings: Settings, artifact: Path) -> LogColumns | None:
         """Those of `evaluation.slices`, in files that have them; None where there are none.
 
-        Raises UserError for columns that the log does not have, or can't be sliced by.
+        artifact: folder of the model, by whose keys rows are known. Raises UserError for columns that the log does not
+        have, or can't be sliced by.
         """
-        asked, schema, options = settings.evaluation.slices, settings.schema_, build_options(settings)
+        asked, options = settings.evaluation.slices, build_options(settings)
+        pipeline = FeaturePipeline.load(artifact / "features", memories=False)
+        schema = read_by(settings, pipeline.schema)
         uses = column_uses(schema)
         usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
         words = usual if asked is None else asked
@@ -62,22 +68,34 @@ class LogColumns:
         if twice := next((each.name for each in by if [one.name for one in by].count(each.name) > 1), None):
             raise UserError(f"{OPTION} names '{twice}' twice")
         if not schema.columns.has_candidate and options.skip_bad_files:
-            raise UserError(
-                f"{OPTION} needs columns.candidate where files may be left out (data.skip_bad_files): without it rows "
-                f"are told apart by their number in the log; set {OPTION} to []"
+            told = (
+                "slices by columns of the log need columns.candidate where files may be left out "
+                "(data.skip_bad_files): without it rows are told apart by their number in the log"
             )
+            _leave_out(told, asked is None)
+            return None
         for each in by:
             if uses.get(each.column) in ("keys", "vector"):
-                raise UserError(f"{OPTION}: column '{each.column}' holds lists, which rows can't be sliced by")
+                raise UserError(f"column '{each.column}' holds lists, which rows can't be sliced by ({OPTION})")
         more: dict[str, Use] = {each.column: "any" for each in by if each.column not in uses}
         try:
-            log = Log(settings.data.log, schema, skip_bad_files=options.skip_bad_files, now=options.now, more=more)
+            log = Log(
+                settings.data.log,
+                schema,
+                skip_bad_files=options.skip_bad_files,
+                types=pipeline.key_types,
+                now=options.now,
+                more=more,
+            )
         except BadFile as error:
             raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
         return LogColumns(log, by, asked is None, options.skip_bad_files)
 
-    def read(self, scored: Scored) -> SlicedRows:
-        """The slices of rows. Raises UserError where the log has other rows by now, or a column too many values."""
+    def read(self, scored: Scored) -> SlicedRows | None:
+        """The slices of rows; None where they can't be told, and nothing was asked for.
+
+        Raises UserError where the log has other rows by now, or a column too many values.
+        """
         wanted, keys, parts = np.sort(_keys(scored)), list[np.ndarray](), list[pa.Table]()
         with bar() as progress:
             task = progress.add_task("slicing", total=self.log.rows)
@@ -89,11 +107,14 @@ class LogColumns:
         found = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = np.argsort(found, kind="stable")
         if not np.array_equal(found[order], wanted):
-            raise UserError(
-                f"the log '{self.log.source}' no longer has the {len(wanted):,} rows that are measured, but "
-                f"{len(found):,} with their requests and candidates, so it can't be told what slices they are in: "
-                f"build the features again, or set {OPTION} to []"
+            skipped = self.log.left_out
+            why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
+            told = (
+                f"of the {len(wanted):,} rows that are measured, the log '{self.log.source}' has {len(found):,}{why}, "
+                "so it can't be told what slices they are in"
             )
+            _leave_out(told, self.usual)
+            return None
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
         return SlicedRows(wanted, dict(self._sliced(table)))
 
@@ -119,7 +140,7 @@ class LogColumns:
             try:
                 values = by.read(given)
             except (ValueError, pa.ArrowNotImplementedError) as error:
-                raise UserError(f"{OPTION}: column '{each.column}' of the log {error}") from None
+                raise UserError(f"column '{each.column}' of the log {error} ({OPTION})") from None
             yield by.name, dict(by.slices(by.count([values])).rows(values))
 
 
@@ -136,8 +157,15 @@ class SlicedRows:
         keys = _keys(scored)
         order = np.argsort(keys, kind="stable")
         if not np.array_equal(keys[order], self.keys):
-            raise UserError("models are measured on other rows than each other, so their slices can't be compared")
+            raise UserError("the models were not measured on the same rows, so their slices can't be compared")
         return {by: {name: np.sort(order[rows]) for name, rows in each.items()} for by, each in self.places.items()}
+
+
+def _leave_out(told: str, usual: bool) -> None:
+    """Says why rows are not sliced by columns, where nobody has asked for it. Raises UserError where somebody has."""
+    if not usual:
+        raise UserError(f"{told}; {_ADVICE}")
+    say(f"{told}: the report has no slices by placement")
 
 
 def _keys(scored: Scored) -> np.ndarray:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (arguments.config is None) == (arguments.tasks is None):
         raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
     if arguments.skip_bad_files:
-        raise UserError("--skip-bad-files is for logs: metrics of some of the predictions would be those of other rows")
+        raise UserError("--skip-bad-files is for logs: predictions are measured as a whole, or not at all")
     from pathlib import Path
 
     from mmoe_rec.evaluation.slicing import SliceBy

@@ -84,11 +84,14 @@ def _result(ended: _Running) -> str:
     if kind == "stopped":
         raise StoppedError(text)
     if kind == "refused":
-        raise UserError(text)
-    raise UserError(
-        f"a process ended without a result (exit code {ended.process.exitcode}), as where memory runs out; its last "
-        f"words are in '{ended.log}'; --resume goes on, and a lower --at-once takes less memory"
+        raise UserError(f"{text} ('{ended.log}' has what came before)")
+    code = ended.process.exitcode or 0
+    how = (
+        f"was killed by signal {-code}, as where memory runs out (a lower --at-once takes less)"
+        if code < 0
+        else "failed"
     )
+    raise UserError(f"a process {how}; its last words are in '{ended.log}', and --resume goes on")
 
 
 def _end(running: Sequence[_Running]) -> None:

@@ -1,0 +1,159 @@
+"""What several trainings of a setting are worth: the files that say it, and what a terminal shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.notes import are_alone
+from mmoe_rec.jobs.run_page import command
+from mmoe_rec.jobs.seeds.measuring import FILE, warnings_of
+from mmoe_rec.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmoe_rec.jobs.judging.results import Measured
+
+_PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found. title: of the page; seeds: of the trainings; rows: measured; units: what was redrawn for the
+    intervals, such as `users`; summary: of `over_trainings`; against: name of each other setting -> differences, of
+    `apart_over_trainings`; warnings: what is suspicious; facts: what a reader wants to know; folder: for the files."""
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: int
+    units: str
+    summary: dict[str, dict[str, dict[str, Any]]]
+    folder: Path
+    against: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        settings: Settings,
+        seeds: tuple[int, ...],
+        mine: Sequence[Measured],
+        others: Mapping[str, Sequence[Measured]],
+        precision: str,
+    ) -> Found:
+        """By what was measured of these trainings, and of those of other settings. Raises UserError where they were
+        not measured on the same rows."""
+        from mmoe_rec.evaluation.judging.objective import Objective
+        from mmoe_rec.evaluation.judging.trainings import apart_over_trainings, over_trainings
+
+        rules, sums, first = settings.evaluation, [each.closed for each in mine], mine[0].summary
+        units = "rows" if are_alone(first) else "users"
+        facts = {"log": settings.data.log, "rows": f"{first['rows']:,} test rows", "precision": precision}
+        facts |= {f"resamples of {units}": f"{rules.resamples:,}", "command": command()}
+        warnings = warnings_of("these settings", mine)
+        for name, each in others.items():
+            warnings += warnings_of(f"'{name}'", each)
+        found = Found(
+            f"{len(seeds)} trainings of {settings.name}",
+            seeds,
+            first["rows"],
+            units,
+            over_trainings(sums, rules.resamples),
+            Path(settings.data.work) / "seeds",
+            warnings=warnings,
+            facts=facts,
+        )
+        if not others:
+            return found
+        theirs = {name: [one.closed for one in each] for name, each in others.items()}
+        try:
+            objective = Objective.of(rules.decide_by, sums[0], list(settings.tasks))
+            return found.beside(apart_over_trainings(sums, theirs, objective, rules.resamples))
+        except UserError:
+            found.write()  # what these settings are worth was found all the same
+            raise
+
+    def beside(self, against: Mapping[str, Mapping[str, Any]]) -> Found:
+        """The same with the differences from other settings."""
+        return Found(**{**self.__dict__, "against": against})
+
+    @property
+    def file(self) -> Path:
+        """That holds all numbers."""
+        return self.folder / FILE
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.folder / _PAGE
+
+    @property
+    def sentences(self) -> list[str]:
+        """Beside which settings these are better, and what one training is worth."""
+        from mmoe_rec.evaluation.judging.trainings import larger, told_apart
+
+        return [*told_apart(self.against), *larger(self.summary, self.units)]
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Removes the files of an earlier run."""
+        for name in (FILE, _PAGE):
+            (folder / name).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Writes the files, the page last."""
+        from mmoe_rec.report.trainings import page
+
+        Found.forget(self.folder)
+        tree = {"seeds": self.seeds, "rows": self.rows, **self.summary}
+        tree |= {"against": self.against} if self.against else {}
+        tree |= {"warnings": list(self.warnings)} if self.warnings else {}
+        with atomic_file(self.file) as path:
+            path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+        with atomic_file(self.report) as path:
+            path.write_text(page(self), encoding="utf-8")
+
+    def told(self) -> Iterator[Table | str]:
+        """For the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        from mmoe_rec.evaluation.metrics import registered
+
+        table = Table(title=f"{len(self.seeds)} trainings, {self.rows:,} test rows", title_justify="left")
+        table.add_column("", no_wrap=True)
+        for name in ("mean", "95% interval", "between\ntrainings", f"between\n{self.units}"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for group, metrics in self.summary.items():
+            shown = [
+                each
+                for each in registered.METRICS
+                if each.is_shown(group == "score") and metrics.get(each.name, {}).get("mean") is not None
+            ]
+            if not shown:
+                continue
+            table.add_row(Text(group, style="bold"))
+            for metric in shown:
+                each = metrics[metric.name]
+                table.add_row(f"  {metric.label}", *_cells(metric, each), end_section=metric == shown[-1])
+        table.caption = (
+            f"between trainings: their standard deviation; between {self.units}: the standard error of the mean"
+        )
+        yield table
+        yield from self.sentences
+        yield from (f"warning: {each}" for each in self.warnings)
+
+
+def _cells(metric: Any, each: Mapping[str, Any]) -> list[str]:
+    values = [None if each[name] is None else metric.shown(each[name]) for name in ("mean", "low", "high")]
+    interval = "-" if values[1] is None else f"{values[1]} to {values[2]}"
+    spreads = [
+        "-" if each[name] is None else metric.shown(each[name]) for name in ("between_trainings", "between_users")
+    ]
+    return [values[0] or "-", interval, *spreads]
