@@ -236,7 +236,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
     """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
 
     state: folder of the fitted features; windows: of validation or test. Counters and histories remember the log that
-    is encoded. Raises UserError for a split without rows.
+    is encoded. Files that are left out are said. Raises UserError for a split without rows.
     """
     with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
         counted = steps.count(statistics=False)
@@ -245,6 +245,8 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         last = counted.last[0]
         steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None, lasting=False)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
+        for each in (left for log in steps.logs.all for left in log.left_out):
+            say(f"left out: {each.reason}")
         for name in windows:
             if counts[name].rows == 0:
                 start, end = {"validation": ("train", "validation"), "test": ("validation", "test")}[name]

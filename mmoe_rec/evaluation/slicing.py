@@ -40,6 +40,8 @@ class SliceBy:
         """
         found = _BUCKET.fullmatch(word.strip())
         if found is None:
+            if word.startswith("bucket("):
+                raise UserError(f"{option} {word}: expected 'bucket(COLUMN, N)', such as 'bucket(price, 10)'")
             return SliceBy(word, word)
         if not 2 <= int(found[2]) <= 100:
             raise UserError(f"{option} {word}: expected 2 to 100 buckets")
@@ -105,7 +107,7 @@ class SliceBy:
 @dataclass(frozen=True)
 class Slices:
     """The slices of a column. values: of those that are shown; edges: last value of each bucket but the last; ends: the
-    least and the largest value."""
+    least and the largest value. A bucket (1, 2] holds what is above 1 and at most 2."""
 
     by: SliceBy
     values: tuple[str, ...]
@@ -116,14 +118,15 @@ class Slices:
     def names(self) -> list[str]:
         """Of all, in the order in which they are best read."""
         if self.by.buckets is None:
-            shown = [f"'{each}'" if each in (MISSING, OTHERS) else each for each in self.values]
+            shown = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in self.values]
             return [*shown, OTHERS, MISSING]
         bounds = [self.ends[0], *self.edges]
         tops = [*self.edges, self.ends[1]]
         if not self.edges:
             return ["all", MISSING]
         for digits in (6, 9, 12, 17):  # as many as tell them apart
-            names = [f"{low:.{digits}g} to {top:.{digits}g}" for low, top in zip(bounds, tops, strict=True)]
+            ends = [(f"{low:.{digits}g}", f"{top:.{digits}g}") for low, top in zip(bounds, tops, strict=True)]
+            names = [f"{'(' if place else '['}{low}, {top}]" for place, (low, top) in enumerate(ends)]
             if len(set(names)) == len(names):
                 break
         return [*names, MISSING]

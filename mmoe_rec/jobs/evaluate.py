@@ -13,7 +13,7 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.judging.log_columns import LogColumns
-from mmoe_rec.jobs.judging.logged import log_evaluation
+from mmoe_rec.jobs.judging.logged import PROMOTION, log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
 from mmoe_rec.jobs.judging.placement import placement_told
 from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictions
@@ -106,7 +106,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
         for by, rows in ({} if in_log is None else in_log.of(scored)).items():
             slices[f"column {by}" if by in slices else by] = rows
         measured[name] = _measured(settings, scored, each, training, slices)
-    what = "Promotion" if place == "promotion" else "Evaluation"
+    what = "Promotion" if place == PROMOTION else "Evaluation"
     title = f"{what} of {settings.name}" + ("" if split == "test" else f" on {split} rows")
     results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
     evaluated = Evaluated(its, results)

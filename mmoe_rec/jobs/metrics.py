@@ -127,6 +127,7 @@ def _present(asked: Asked, files: list[Footer]) -> Asked:
     # What one file has, all must have: a task, or the score, would else be of some of the rows.
     lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} & there]
     asked = asked.without(lacking)
+    asked = asked.by_usual_names(there)
     if asked.score is None and "score" in there:
         asked = replace(asked, score="score")
     if asked.candidate is None and asked.usual_candidate in there:

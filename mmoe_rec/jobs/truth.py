@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.build.prepare import Prepared, encode_with, existing
+from mmoe_rec.build.logs import Logs
+from mmoe_rec.build.prepare import Prepared, encode_with, existing, fingerprint_of
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.places import log_and_place, logs_for
+from mmoe_rec.jobs.places import build_options, log_and_place, logs_for
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import say
 from mmoe_rec.schema import Schema
@@ -51,6 +52,19 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, sp
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
         encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
+
+
+def are_its_own(settings: Settings, artifact: Path) -> bool:
+    """Whether the settings have the very log and split that a model was trained with, so that their test rows are those
+    of its training."""
+    from mmoe_rec.serving.artifact import read_artifact
+
+    fingerprint = read_artifact(artifact, verify=False).fingerprint
+    prepared = existing(*log_and_place(settings))
+    if prepared is not None and prepared.manifest["fingerprint"] == fingerprint:
+        return True
+    logs = Logs(settings.data.log, settings.schema_, build_options(settings))
+    return fingerprint_of(logs, settings.split.windows()) == fingerprint
 
 
 def score_by(

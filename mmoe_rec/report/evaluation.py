@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.evaluation.judging.differences import LEVEL
-from mmoe_rec.evaluation.judging.slices import ALL, worst_first
+from mmoe_rec.evaluation.judging.slices import ALL, is_worse, worst_first
 from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
@@ -285,8 +285,8 @@ def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The worst, then others, with what they are compared with."""
     found = []
     for each in worst_first(records, LEVEL):
-        worse = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] < 0
-        better = each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] > 0
+        worse = is_worse(each, LEVEL)
+        better = not worse and each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] != 0
         interval = "" if each["low"] is None else f"{number(each['low'])} to {number(each['high'])}"
         beside = ALL if each["beside"] == ALL else f"'{each['beside']}' there"
         found.append(

@@ -142,7 +142,8 @@ EVALUATION = {
     ),
     "Slices": (
         "A slice's AUC may be low because its rows are alike, not because the model is worse there: between models, "
-        "the difference on the same slice tells more."
+        "the difference on the same slice tells more. Where slices hold parts of requests, their NDCG is that of these "
+        "shorter lists, and is compared between models alone. A range (1, 2] holds what is above 1 and at most 2."
     ),
 }
 

@@ -42,7 +42,7 @@ def rate(value: float | None, kind: str) -> str:
 def labels_told(task: str, kind: str, label_sum: float, observed: int) -> str:
     """The observed labels of a task: how many are positive, or the mean of a regression's."""
     if kind == "binary":
-        return f"{task} {label_sum:,.0f} of {observed:,} observed"
+        return f"{task} {label_sum:,.0f} positive of {observed:,} observed"
     return f"{task} {observed:,} observed" + (f", mean {rate(label_sum / observed, kind)}" if observed else "")
 
 

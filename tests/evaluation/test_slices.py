@@ -10,7 +10,7 @@ from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.closed import closed
-from mmoe_rec.evaluation.judging.slices import ALL, SlicedModel, sliced, worst_first
+from mmoe_rec.evaluation.judging.slices import ALL, SlicedModel, sliced, told_of_slices, worst_first
 
 
 def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
@@ -96,3 +96,42 @@ def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyP
     records = sliced({"ours": SlicedModel(closed(log.measure()), slices)}, "ours", 100)
     expected = [each["value"] for each in sliced({"ours": model(log, of_rows)}, "ours", 20)]
     assert [each["value"] for each in records] == pytest.approx(expected, nan_ok=True)
+
+
+def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> None:
+    """A column of noise: parts of lists are ranked better by chance alone, as they are shorter."""
+    noise = np.random.default_rng(5).integers(3, size=len(log.score))
+    records = sliced({"ours": model(log, noise)}, "ours", 100)
+    ranked = [each for each in records if each["metric"] == "ndcg_at_10"]
+    assert len(ranked) >= 3
+    for each in ranked:
+        assert each["value"] > 0
+        assert each["requests"] >= 50
+        assert each["apart"] is each["p_corrected"] is None
+    whole = sliced({"ours": model(log, log.users % 3)}, "ours", 100)
+    assert all(each["apart"] is not None for each in whole if each["metric"] == "ndcg_at_10")
+    two = sliced({"ours": model(log, noise), "old": model(log, noise)}, "ours", 100)
+    beside = [each for each in two if each["metric"] == "ndcg_at_10"]
+    assert {each["beside"] for each in beside} == {"old"}
+    assert all(each["apart"] == 0 for each in beside)
+
+
+def test_few_requests_are_not_judged(log: Log) -> None:
+    requests = np.unique(log.requests)
+    few = np.where(np.isin(log.requests, requests[:40]), "few", "many")
+    records = sliced({"ours": model(log, few)}, "ours", 50)
+    (found,) = (each for each in records if (each["slice"], each["group"]) == ("few", "score"))
+    assert found["requests"] <= 40
+    assert found["value"] is found["apart"] is None
+
+
+def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
+    of_rows = (log.users % 4).astype(str)
+    doubled = np.where(of_rows == "2", np.clip(2.5 * log.predictions["bought"], 0, 1), log.predictions["bought"])
+    records = sliced(
+        {"ours": model(replace(log, predictions=log.predictions | {"bought": doubled}), of_rows)}, "ours", 200
+    )
+    shown = [each for each in worst_first(records, 0.05) if each["metric"] == "calibration"]
+    assert ("2", "bought") in {(each["slice"], each["group"]) for each in shown}
+    told = list(told_of_slices(records, 0.05))
+    assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)

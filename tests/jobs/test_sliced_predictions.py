@@ -64,8 +64,8 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     assert [by_price[name] for name in names] == pytest.approx(
         [area(known[quarters == each]) for each in range(4)], abs=0.003
     )
-    assert names[0].startswith(f"{known['price'].min():.6g} to ")
-    assert names[-1].endswith(f" to {known['price'].max():.6g}")
+    assert names[0].startswith(f"[{known['price'].min():.6g}, ")
+    assert names[-1].endswith(f", {known['price'].max():.6g}]")
     often = found["shop"].value_counts()
     shops = areas(table, "shop")
     assert len(shops) == 21
@@ -88,6 +88,7 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
         ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices\)"),
         ("tags", r"in/0.parquet': column 'tags' holds list<.*>, which rows can't be sliced by \(--slices\)"),
         ("bucket(device, 3)", r"column 'device' holds .*string, and buckets are of numbers"),
+        ("bucket(price)", r"--slices bucket\(price\): expected 'bucket\(COLUMN, N\)', such as 'bucket\(price, 10\)'"),
         ("bucket(price, 1)", r"--slices bucket\(price, 1\): expected 2 to 100 buckets"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -51,9 +51,7 @@ def test_the_rows_of_a_split_with_their_predictions(
         area = roc_auc_score(known[f"label_{task}"], known[f"predicted_{task}"])
         assert mine["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
     words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(tmp_path / "rows")]
-    metrics.main(
-        [*words, "--out", str(tmp_path / "out"), "--columns", "user=user", "request=request", "candidate=candidate"]
-    )
+    metrics.main([*words, "--out", str(tmp_path / "out")])  # though the log calls its candidates otherwise
     theirs = found(tmp_path / "out")
     for task in ("click", "liked"):
         for name in ("auc", "gauc_request", "logloss", "ndcg_at_5"):

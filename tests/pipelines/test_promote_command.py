@@ -257,15 +257,22 @@ def test_what_is_undefined_by_now_does_not_stay_in_the_run(world: World) -> None
     run_id = client(world).get_model_version(NAME, "2").run_id
     words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
     evaluate.main(words)
+    of_training = client(world).get_run(run_id).data.metrics
+    words += ["--data.work", str(world.folder / "few")]
+    evaluate.main([*words, "--split.validation_end", "2024-03-08T12:00"])
     before = client(world).get_run(run_id).data.metrics
-    assert before["test/liked.auc"] > 0
-    evaluate.main([*words, "--split.validation_end", "2024-03-08T23:35", "--data.work", str(world.folder / "few")])
+    assert before["other_test_rows/liked.auc"] > 0
+    evaluate.main([*words, "--split.validation_end", "2024-03-08T23:35"])
     after = client(world).get_run(run_id).data.metrics
-    assert after["test/rows"] < 100
+    assert after["other_test_rows/rows"] < 100
     assert after.keys() >= before.keys()
+    # Those of the training's own test rows stay.
+    assert {name: after[name] for name in of_training if name.startswith("test/")} == {
+        name: value for name, value in of_training.items() if name.startswith("test/")
+    }
     found = json.loads((world.folder / "few" / "evaluation" / "metrics.json").read_text())["tasks"]
     assert any(each["auc"]["low"] is None for each in found.values())
     for name, task in found.items():
         for end in ("low", "high"):
-            value = after[f"test/intervals/{name}.auc.{end}"]
+            value = after[f"other_test_rows/intervals/{name}.auc.{end}"]
             assert np.isnan(value) if task["auc"][end] is None else value == pytest.approx(task["auc"][end])

@@ -51,9 +51,9 @@ def apart_over_trainings(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Name of each other setting -> `objective`, `name` of that and `groups`: task or `score` -> metric -> the
-    difference of the means over trainings, as those of `differences`. Its variance is that of either's trainings /
-    their number, and that of the difference on the same redrawn users.
+    """Name of each other setting -> `objective`, with its `name` and which values are `better`; `groups`: task or
+    `score` -> metric -> the difference of the means over trainings, as those of `differences`; and `means`, of the
+    other one. A difference's variance is that of either's trainings / their number, and that on the same redrawn users.
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
@@ -69,9 +69,18 @@ def apart_over_trainings(
             groups.setdefault(key[0], {})[key[1]] = apart
         (decides,) = groups.pop(OBJECTIVE[0], {"": told_as(None)}).values()
         found[name] = {"objective": decides, "groups": groups}
+        found[name]["means"] = _means(theirs)
         found[name] |= {"name": None if objective is None else objective.name}
         found[name] |= {"better": None if objective is None else objective.better}
     correct(sums[0], found)
+    return found
+
+
+def _means(redrawn: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
+    for (group, metric), (values, _) in redrawn.items():
+        if (group, metric) != OBJECTIVE:
+            found.setdefault(group, {})[metric] = float(values.mean()) if np.isfinite(values).all() else None
     return found
 
 

@@ -32,12 +32,14 @@ def parsed(
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     config: bool = True,
     engine: bool = False,
+    log: bool = True,
 ) -> argparse.Namespace:
     """The arguments of a command, whose settings are not read yet.
 
     doc: the command's docstring, which begins with `python -m MODULE`, shown by `--help` above all settings. config:
     whether `--config` must be given; overrides without it are an error. engine: whether the command takes `--engine`
-    itself where no settings are given. The parsed arguments hold the overrides, as they were written, in `overrides`.
+    itself where no settings are given; log: whether it reads a log, of which files may be left out. The parsed
+    arguments hold the overrides, as they were written, in `overrides`.
     """
     parser = SentenceParser(
         prog=spelled(" ".join(doc.split()[:3])),
@@ -51,11 +53,12 @@ def parsed(
     if add_arguments is not None:
         add_arguments(parser)
     parser.add_argument("--engine", metavar="E", help="short for --data.engine: local or ray")
-    parser.add_argument("--skip-bad-files", action="store_true", help="short for --data.skip_bad_files true")
+    if log:
+        parser.add_argument("--skip-bad-files", action="store_true", help="short for --data.skip_bad_files true")
     arguments, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if arguments.engine and not (engine and arguments.config is None):
         overrides += ["--data.engine", arguments.engine]
-    overrides += ["--data.skip_bad_files", "true"] if arguments.skip_bad_files else []
+    overrides += ["--data.skip_bad_files", "true"] if log and arguments.skip_bad_files else []
     if overrides and arguments.config is None:
         parser.error(f"'{overrides[0]}' is no argument of this command, or a setting, for which --config is missing")
     arguments.overrides = overrides

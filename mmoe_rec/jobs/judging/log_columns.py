@@ -20,7 +20,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slicing import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options, read_by
-from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.checks import BadFile, word_of
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import Noticed
@@ -77,6 +77,8 @@ class LogColumns:
         for each in by:
             if uses.get(each.column) in ("keys", "vector"):
                 raise UserError(f"column '{each.column}' holds lists, which rows can't be sliced by ({OPTION})")
+            if asked is not None and each.column in {task.label for task in schema.tasks.values()}:
+                say(f"'{each.column}' is a label: slices by it are by what happened, not by what was known before")
         more: dict[str, Use] = {each.column: "any" for each in by if each.column not in uses}
         try:
             log = Log(
@@ -89,6 +91,11 @@ class LogColumns:
             )
         except BadFile as error:
             raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
+        for each in by:
+            if each.buckets is not None and word_of(log.types.get(each.column, pa.null())) == "string":
+                raise UserError(
+                    f"column '{each.column}' of the log holds strings, and buckets are of numbers ({OPTION})"
+                )
         return LogColumns(log, by, asked is None, options.skip_bad_files)
 
     def read(self, scored: Scored) -> SlicedRows | None:

@@ -13,17 +13,24 @@ from mmoe_rec.build.prepare import existing
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
+from mmoe_rec.jobs.truth import are_its_own
+from mmoe_rec.mlflow_client import shown
 from mmoe_rec.registry import FoundModel
 from mmoe_rec.settings import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
 
+PROMOTION = "promotion"
+"""Folder of a run's files, of what `promote` measures."""
+_OF_ROWS = ("log", "rows", "requests", "caution")
+
 
 def log_evaluation(
     settings: Settings, found: FoundModel, scored: Scored, results: Results, out: Path, place: str, split: str
 ) -> None:
-    """Logs to the run of a model, or to a new one where that is not known.
+    """Logs to the run of a model, or to a new one where that is not known. Metrics of other rows than those of its
+    training's log and split get sections of their own, beside those of the training's.
 
     scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
     files; split: of the rows. Raises UnreachableError where MLflow does not answer.
@@ -37,8 +44,12 @@ def log_evaluation(
         prepared = existing(*log_and_place(settings))
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))
-        run.describe("Evaluation" if split == "test" else f"Evaluation on {split} rows", _described(results, place))
+        heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
+        if not are_its_own(settings, found.folder):
+            heading, section = f"{heading} of another log or split", f"other_{split}_rows"
+            place = f"{place}_of_other_rows" if place != PROMOTION else place
+        run.describe(heading, _described(results, place))
         numbers = dict(_named(flatten(summary), section))
         run.log_metrics(numbers)
         run.forget_metrics(f"{section}/", numbers)
@@ -61,7 +72,9 @@ def log_evaluation(
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
-        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": "; ".join(results.verdicts)}
+        rows = f"{summary['rows']:,} rows of {shown(settings.data.log)}"
+        told = f"{'; '.join(results.verdicts)} ({rows})"
+        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": told}
         version = version_of(registered[1], registered[2], uri)
         describe(version, "", report, uri)
 
@@ -75,4 +88,5 @@ def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float
 def _described(results: Results, place: str) -> str:
     """What an evaluation found, in Markdown."""
     found = quoted([*results.verdicts, *(each["message"] for each in results.findings)])
-    return f"{found}\n\nReport: `{place}/report.html` of the artifacts.\n\n{as_code(command())}"
+    facts = "\n".join(f"- {name}: {fact}" for name, fact in results.facts.items() if name in _OF_ROWS)
+    return f"{found}\n\n{facts}\n\nReport: `{place}/report.html` of the artifacts.\n\n{as_code(command())}"

@@ -18,6 +18,7 @@ from mmoe_rec.aliases import Version, aliases_of, holder_of, point, replaced_by,
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
+from mmoe_rec.jobs.judging.logged import PROMOTION
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.registry import FoundModel, local_model
 from mmoe_rec.settings import Settings
@@ -80,7 +81,7 @@ def _judged(
     names = _named(challenger), _named(holder)
     found = {_named(each): _found(each, uri) for each in (challenger, holder)}
     try:
-        results = evaluate_found(settings, found, out, "promotion").results
+        results = evaluate_found(settings, found, out, PROMOTION).results
     except NotFiniteError as error:
         if error.name == names[0]:
             return _refused(challenger, asked, (str(error),), uri)

@@ -162,6 +162,8 @@ class Results:
     def told(self) -> Iterator[Table | str]:
         """For the terminal: tables, verdicts, notes and warnings."""
         from mmoe_rec.evaluation.judging.compare import told_of
+        from mmoe_rec.evaluation.judging.differences import LEVEL
+        from mmoe_rec.evaluation.judging.slices import told_of_slices
         from mmoe_rec.evaluation.judging.table import differences_table
         from mmoe_rec.evaluation.notes import are_alone, told
         from mmoe_rec.evaluation.table import results_table
@@ -174,6 +176,9 @@ class Results:
             if not alone and not all("catalogue" in each for each in self.summaries.values()):
                 yield "note: without candidates it can't be told whether labels belong to the same rows of a request"
         yield from (f"note: {note}" for note in told(list(self.summaries.values())))
+        if caution := self.facts.get("caution"):
+            yield f"note: {caution}"
+        yield from told_of_slices(self.slices, LEVEL)
         for each in self.findings:
             of = f"'{each['model']}': " if len(self.models) > 1 else ""
             yield f"warning: {of}{each['message']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
@@ -23,7 +23,8 @@ class Asked:
 
     request: one column, or several whose values together tell requests apart; score, candidate: None where nothing was
     said of them, so that the files need not have them; usual_candidate: the column that is taken then, if it is there;
-    usual_weight: the log's name of weights, which files of this project call `WEIGHT`;
+    usual_weight: the log's name of weights, which files of this project call `WEIGHT`; by_log: whether users, requests
+    and candidates are called as in the log, so that files which call them `user`, `request` and `candidate` are meant;
     predicted, labels: task -> column; optional: tasks that are measured where the files have their columns; duplicates:
     whether a request may hold a candidate twice; slices: by what rows are sliced.
     """
@@ -36,6 +37,7 @@ class Asked:
     usual_candidate: str = "candidate"
     weight: str | None = None
     usual_weight: str | None = None
+    by_log: bool = False
     predicted: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
@@ -63,9 +65,9 @@ class Asked:
 
     def _with(self, part: str, column: str) -> Asked:
         if part in ("user", "score", "candidate", "weight"):
-            return replace(self, **{part: column})  # type: ignore[arg-type]
+            return replace(self, **{part: column}, by_log=self.by_log and part in ("score", "weight"))  # type: ignore[arg-type]
         if part == "request":
-            return replace(self, request=tuple(column.split(JOINED)))
+            return replace(self, request=tuple(column.split(JOINED)), by_log=False)
         for kind in ("predicted", "label"):
             task = part.removeprefix(f"{kind}_")
             if task != part and task in self.predicted:
@@ -77,6 +79,13 @@ class Asked:
         near = get_close_matches(part, parts, 1)
         meant = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(parts)}"
         raise UserError(f"--columns {part}={column}: rows have no part '{part}'{meant}")
+
+    def by_usual_names(self, there: Collection[str]) -> Asked:
+        """For files with these columns: where they lack the log's, by the names that `evaluate --predictions` gives."""
+        lacking = {self.user, *self.request} - set(there)
+        if not (self.by_log and lacking and {"user", "request"} <= set(there)):
+            return self
+        return replace(self, user="user", request=("request",), usual_candidate="candidate")
 
     def without(self, tasks: Sequence[str]) -> Asked:
         """Without some of the tasks."""
@@ -109,6 +118,7 @@ def asked_by_settings(settings: Settings) -> Asked:
         weight=names.weight,
         usual_weight=names.weight,
         duplicates=settings.data.duplicates,
+        by_log=True,
     )
 
 

@@ -56,6 +56,10 @@ class Found:
         units = "rows" if are_alone(first) else "users"
         facts = {"log": settings.data.log, "rows": f"{first['rows']:,} test rows", "precision": precision}
         facts |= {f"resamples of {units}": f"{rules.resamples:,}", "command": command()}
+        if others:  # whatever they rank by, what a row is worth is the same for all
+            facts["relevance"] = ", ".join(
+                f"{weight:g} x {name}" for name, weight in first["relevance_weights"].items()
+            )
         warnings = warnings_of("these settings", mine)
         for name, each in others.items():
             warnings += warnings_of(f"'{name}'", each)

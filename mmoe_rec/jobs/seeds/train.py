@@ -82,6 +82,7 @@ def _trained(own: Sequence[Settings], at_once: int, resume: bool, parent: str | 
 def _side_by_side(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> list[Path]:
     logs = [Path(each.data.work) / "training.log" for each in own]
     asked, models = [_sharing(each, at_once) for each in own], dict[int, Path]()
+    say(f"{len(own)} trainings, {at_once} at a time; each prints to training.log in '{logs[0].parent.parent}'/SEED")
     with bar() as progress:
         task = progress.add_task(f"trainings, {at_once} at a time", total=len(own))
         for number, text in side_by_side(partial(_train, resume=resume, parent=parent), asked, logs, at_once):

@@ -42,11 +42,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    arguments = parsed(__doc__ or "", argv, _add_arguments, config=False, engine=True)
+    arguments = parsed(__doc__ or "", argv, _add_arguments, config=False, engine=True, log=False)
     if (arguments.config is None) == (arguments.tasks is None):
         raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
-    if arguments.skip_bad_files:
-        raise UserError("--skip-bad-files is for logs: predictions are measured as a whole, or not at all")
     from pathlib import Path
 
     from mmoe_rec.evaluation.slicing import SliceBy
