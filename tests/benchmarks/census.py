@@ -11,7 +11,8 @@ cgc        shared experts and some of each task       ple    the same, two level
 
 and beside them torch-rechub and DeepCTR-Torch (their own loops, on the same encoded rows, best of --epochs epochs by
 validation; mean and range of their seeds), gradient-boosted trees (on the same rows), and what the paper says. The
-state that is measured is chosen on validation rows; intervals join seeds and rows. A run that was stopped goes on.
+state that is measured is chosen on validation rows; intervals join seeds and rows. The mixture is compared with the
+other structures of both tasks over all seeds, on the same redrawn rows. A run that was stopped goes on.
 
 The last line is JSON: pair -> model -> mean, low and high of the test AUC of income or education.
 """
@@ -92,6 +93,19 @@ def train(work: Path, pair: str, structure: str, seeds: int) -> None:
     print(json.dumps(found.summary[pair]["auc"]))
 
 
+def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
+    """How the mixture's mean AUC differs from that of each other structure of both tasks, as sentences."""
+    from mmoe_rec.jobs.seeds.train import train_seeds
+
+    others = [each for each in STRUCTURES if each not in ("mmoe", "single")]
+    against = [settings_of(work, pair, each).data.work for each in others]
+    found = train_seeds(settings_of(work, pair, "mmoe"), seeds, resume=True, against=against)
+    for name, each in found.against.items():
+        apart = each["groups"][pair]["auc"]
+        interval = "no interval" if apart["low"] is None else f"{apart['low']:+.5f} to {apart['high']:+.5f}"
+        yield f"{pair}: mmoe less {name} {apart['value']:+.5f} ({interval}; p corrected {apart['p_corrected']})"
+
+
 def trees(work: Path, pair: str) -> dict[str, float]:
     """Gradient-boosted trees on the same encoded rows."""
     from mmoe_rec.jobs.judging.baselines import TREES, measure_baselines
@@ -162,6 +176,8 @@ def benchmark(work: Path, pairs: Sequence[str], seeds: int, peer_seeds: int, epo
     for (pair, structure), each in zip(asked, made, strict=True):
         found[pair][structure] = each
     for pair in pairs:
+        for sentence in differences(work, pair, seeds):
+            print(sentence, flush=True)
         found[pair]["trees"] = trees(work, pair)
     if peer_seeds:
         python = peers_environment()
