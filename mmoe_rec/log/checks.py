@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,10 @@ def _footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _F
                 )
             continue
         if column not in arrow.names:
-            has = f"it has {', '.join(sorted(arrow.names))}" if arrow.names else "it has no columns at all"
+            names = sorted({*arrow.names, *paths})
+            near = get_close_matches(column, names, 1)
+            meant = f" (did you mean '{near[0]}'?)" if near else ""
+            has = f"it has {', '.join(names)}{meant}" if names else "it has no columns at all"
             return BadFile(f"'{address}' has no column '{column}'; {has}", address)
         if (times := arrow.names.count(column)) > 1:
             return BadFile(f"'{address}' has {times} columns called '{column}'; rename all but one", address)

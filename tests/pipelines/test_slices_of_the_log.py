@@ -118,6 +118,7 @@ def test_a_model_that_is_compared_is_sliced_alike(world: World, tmp_path: Path) 
     ("slices", "told"),
     [
         ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
+        ("divice", r"has no column 'divice'; it has .* \(did you mean 'device'\?\) \(slices\)"),
         ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
         ("number", "column 'number' has more than 1,000 values"),
         ("bucket(device, 3)", "column 'device' of the log holds strings, and buckets are of numbers"),
