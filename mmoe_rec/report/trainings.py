@@ -78,7 +78,8 @@ def _group(group: str, trainings: Trainings) -> dict[str, Any]:
             "label": metric.label,
             "cells": list(_cells(metric, each)),
             "apart": [
-                apart_cell(metric, other.get(group, {}).get(metric.name)) for other in trainings.against.values()
+                apart_cell(metric, other["groups"].get(group, {}).get(metric.name))
+                for other in trainings.against.values()
             ],
         }
         for metric, each in found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mmoe_rec.evaluation.judging.verdict import number
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.seeds import train as seeds
 from mmoe_rec.registry import FoundModel
@@ -133,6 +134,7 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     assert "mean auc of click, liked differs by" in " ".join(printed.split())
     words = " ".join(Page((Path(other) / "seeds" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "minus work" in words
+    assert f"{number(apart['value'])}{number(apart['low'])} to {number(apart['high'])}" in words
     for against, told in (
         (str(world.folder / "log"), "holds no trainings of several seeds that have all ended"),
         (str(world.folder / "work"), "is the folder of these trainings"),

@@ -92,6 +92,10 @@ def test_pages_stand_alone_and_are_well_formed(pages: dict[str, str]) -> None:
         assert len(page.ids) == len(set(page.ids)), "figures of a page share an id"
 
 
+def test_differences_from_other_trainings_are_shown(pages: dict[str, str]) -> None:
+    assert "+0.1000+0.0500 to +0.1500" in " ".join(Page(pages["trainings.html.j2"]).words.split())
+
+
 def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
     names = {
         "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),

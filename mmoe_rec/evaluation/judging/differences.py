@@ -60,10 +60,7 @@ def differences(
     groups = {name: sums_by_user(sums) for name, sums in models.items()}
 
     def at(name: str, counts: np.ndarray) -> Values:
-        values = evaluate(groups[name], counts)
-        if objective is not None and all((each, objective.metric) in values for each in objective.groups):
-            values[OBJECTIVE] = objective.of_values(values)
-        return values
+        return with_objective(evaluate(groups[name], counts), objective)
 
     units, effective = len(mine.tables["ranking"]), effective_users(mine)
     once = {name: at(name, np.ones((units, 1))) for name in models}
@@ -103,6 +100,13 @@ def differences(
         "objective": told,
         "against": found,
     }
+
+
+def with_objective(values: Values, objective: Objective | None) -> Values:
+    """Values of metrics, with that of what decides where all of its parts are there."""
+    if objective is not None and all((each, objective.metric) in values for each in objective.groups):
+        values[OBJECTIVE] = objective.of_values(values)
+    return values
 
 
 def holm(p: Sequence[float]) -> list[float]:

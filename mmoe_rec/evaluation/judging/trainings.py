@@ -25,6 +25,7 @@ from mmoe_rec.evaluation.judging.differences import (
     effective_users,
     rounding_of,
     told_as,
+    with_objective,
 )
 from mmoe_rec.evaluation.judging.objective import Objective
 from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, user_counts
@@ -91,11 +92,7 @@ def _redrawn(
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
 
     def at(counts: np.ndarray) -> list[Values]:
-        values = [evaluate(each, counts) for each in groups]
-        if objective is not None:
-            for each in values:
-                each[OBJECTIVE] = objective.of_values(each)
-        return values
+        return [with_objective(evaluate(each, counts), objective) for each in groups]
 
     once = at(np.ones((units, 1)))
     redrawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in once[0]}
