@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,18 +125,12 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
     from mmoe_rec.jobs.truth import rows_to_measure
     from mmoe_rec.serving.ranker import Ranker
 
-    measured = []
-    with ExitStack() as held:
-        rows, fingerprint = None, None
+    measured, (first, *_) = [], models
+    with rows_to_measure(settings, first.folder, one := Ranker.load(first.folder)) as rows:
         for each in models:
-            ranker = Ranker.load(each.folder)
-            if rows is None:
-                rows, fingerprint = (
-                    held.enter_context(rows_to_measure(settings, each.folder, ranker)),
-                    ranker.about.fingerprint,
-                )
-            if ranker.about.fingerprint != fingerprint:
-                raise UserError(f"'{each.address}' and '{models[0].address}' have other features than each other")
+            ranker = one if each is first else Ranker.load(each.folder)
+            if ranker.about.fingerprint != one.about.fingerprint:
+                raise UserError(f"'{each.address}' and '{first.address}' have other features than each other")
             measured.append(_measured(settings, _scored(settings, ranker, rows, each.address), each, None, {}))
     return measured
 

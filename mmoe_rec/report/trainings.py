@@ -67,16 +67,11 @@ def page(found: Trainings) -> str:
 
 
 def _group(group: str, trainings: Trainings) -> dict[str, Any]:
-    metrics = trainings.summary[group]
-    found = [
-        (metric, metrics[metric.name])
-        for metric in registered.METRICS
-        if metric.is_shown(group == SCORE) and metrics.get(metric.name, {}).get("mean") is not None
-    ]
+    found = shown_metrics(group, trainings.summary[group])
     rows = [
         {
             "label": metric.label,
-            "cells": list(_cells(metric, each)),
+            "cells": list(cells(metric, each)),
             "apart": [
                 apart_cell(metric, other["groups"].get(group, {}).get(metric.name))
                 for other in trainings.against.values()
@@ -87,21 +82,31 @@ def _group(group: str, trainings: Trainings) -> dict[str, Any]:
     headline, figure = "", ""
     if found:
         metric, each = found[0]
-        mean, interval, *_ = _cells(metric, each)
+        mean, interval, *_ = cells(metric, each)
         headline = f"{metric.name} {mean} on average" + ("" if interval == "–" else f" ({interval})")  # noqa: RUF001
         label = f"{metric.name} of {group} by training"
         figure = svg(trainings_figure(metric.name, trainings.seeds, each), label, {})
     return {"name": group, "rows": rows, "headline": headline, "figure": figure}
 
 
-def _cells(metric: Named, each: Mapping[str, Any]) -> Iterator[str]:
-    """Mean, interval, spread between trainings, error by users, and the trainings' values."""
+def shown_metrics(group: str, metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[Named, Mapping[str, Any]]]:
+    """Those of a group that tables show and that have a mean, in their order."""
+    return [
+        (metric, metrics[metric.name])
+        for metric in registered.METRICS
+        if metric.is_shown(group == SCORE) and metrics.get(metric.name, {}).get("mean") is not None
+    ]
+
+
+def cells(metric: Named, each: Mapping[str, Any], nothing: str = "–") -> Iterator[str]:  # noqa: RUF001
+    """Mean, interval, spread between trainings, error by users, and the trainings' values; nothing: stands for a number
+    that does not exist."""
 
     def shown(value: float | None) -> str:
-        return "–" if value is None else metric.shown(value)  # noqa: RUF001 - stands for a number that does not exist
+        return nothing if value is None else metric.shown(value)
 
     yield shown(each["mean"])
-    yield "–" if each["low"] is None else f"{shown(each['low'])} to {shown(each['high'])}"  # noqa: RUF001
+    yield nothing if each["low"] is None else f"{shown(each['low'])} to {shown(each['high'])}"
     yield shown(each["between_trainings"])
     yield shown(each["between_users"])
     yield from map(shown, each["values"])

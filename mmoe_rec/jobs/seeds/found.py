@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,36 +129,22 @@ class Found:
         from rich.table import Table
         from rich.text import Text
 
-        from mmoe_rec.evaluation.metrics import registered
+        from mmoe_rec.report.trainings import cells, shown_metrics
 
         table = Table(title=f"{len(self.seeds)} trainings, {self.rows:,} test rows", title_justify="left")
         table.add_column("", no_wrap=True)
         for name in ("mean", "95% interval", "between\ntrainings", f"between\n{self.units}"):
             table.add_column(name, justify="right", no_wrap=True)
         for group, metrics in self.summary.items():
-            shown = [
-                each
-                for each in registered.METRICS
-                if each.is_shown(group == "score") and metrics.get(each.name, {}).get("mean") is not None
-            ]
-            if not shown:
+            if not (shown := shown_metrics(group, metrics)):
                 continue
             table.add_row(Text(group, style="bold"))
-            for metric in shown:
-                each = metrics[metric.name]
-                table.add_row(f"  {metric.label}", *_cells(metric, each), end_section=metric == shown[-1])
+            for metric, each in shown:
+                told = islice(cells(metric, each, "-"), len(table.columns) - 1)
+                table.add_row(f"  {metric.label}", *told, end_section=metric is shown[-1][0])
         table.caption = (
             f"between trainings: their standard deviation; between {self.units}: the standard error of the mean"
         )
         yield table
         yield from self.sentences
         yield from (f"warning: {each}" for each in self.warnings)
-
-
-def _cells(metric: Any, each: Mapping[str, Any]) -> list[str]:
-    values = [None if each[name] is None else metric.shown(each[name]) for name in ("mean", "low", "high")]
-    interval = "-" if values[1] is None else f"{values[1]} to {values[2]}"
-    spreads = [
-        "-" if each[name] is None else metric.shown(each[name]) for name in ("between_trainings", "between_users")
-    ]
-    return [values[0] or "-", interval, *spreads]
