@@ -13,7 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.schema import Schema
+from mmoe_rec.schema import Schema, Use
 from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
 
 _NEVER = int(np.iinfo(np.int64).max)
@@ -56,18 +56,23 @@ class Logs:
     """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`;
     events_alone: whether rows of events suffice then.
 
-    types: of the columns of each of them, as `Log` takes them.
+    types: of the columns of each of them, and more: further columns of the interaction log, as `Log` takes them.
     """
 
     only_new, events_alone = False, False
 
     def __init__(
-        self, source: str, schema: Schema, options: BuildOptions, types: Sequence[Mapping[str, str]] | None = None
+        self,
+        source: str,
+        schema: Schema,
+        options: BuildOptions,
+        types: Sequence[Mapping[str, str]] | None = None,
+        more: Mapping[str, Use] | None = None,
     ) -> None:
         self.schema, self.options = schema, options
         skip = options.skip_bad_files
         of_log, *of_events = types or [{}] * (1 + len(schema.events))
-        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=options.now)
+        self.log = Log(source, schema, skip_bad_files=skip, types=of_log, now=options.now, more=more)
         self.events = [
             EventRows(name, self.log, skip_bad_files=skip, types=each)
             for name, each in zip(schema.events, of_events, strict=True)

@@ -19,6 +19,7 @@ from mmoe_rec.jobs.judging.results import Measured, Results, check_names, check_
 from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
+from mmoe_rec.jobs.scoring.folder import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
@@ -118,7 +119,7 @@ def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: Ho
     summary["files"] = len(files)
     summary["columns"] = asked.told()
     summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
-    return Measured(sums, summary, source, slices=slices)
+    return Measured(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
 
 
 def _present(asked: Asked, files: list[Footer]) -> Asked:

@@ -23,7 +23,8 @@ from mmoe_rec.features.memories.files import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
-from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, logs_to_score
+from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, columns_of_all, logs_to_score
+from mmoe_rec.jobs.scoring.learnt import Learnt
 from mmoe_rec.jobs.scoring.meaning import Meaning
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
@@ -136,14 +137,16 @@ class _Scoring:
             )
         self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
         options = build_options(settings)
-        self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels)
+        self.learnt = Learnt.of(settings.split, columns_of_all(source)) if labels else None
+        column = None if self.learnt is None else self.learnt.column
+        self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels, column)
         check_names(self.pipeline)
         about = read_artifact(found.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.exact_from = exact_from(found.folder / "features")
         self.constants = {"model": found.address, "model_version": self.version}
         known = self.tables_as_of, self.exact_from
-        more = ["labels"] if labels else []
+        more = ["labels", settings.split.model_dump(mode="json")] if labels else []
         self.fingerprint = fingerprint_of(self.logs, self.constants, known, as_of, window, *more)
 
     def run(self) -> ScoredLog:
@@ -243,6 +246,7 @@ class _Scoring:
             known_until=self.freshness.known,
             exact_from=self.exact_from,
             labels_known_by=known["last"] if self.labels else None,
+            learnt=self.learnt,
             scores=self._by_request,
             scored=self.out.scored,
         )
@@ -302,6 +306,7 @@ class _Scoring:
             "known_from": format_time(known["first"]) if self.has_time and known["first"] is not None else None,
             "labels_known_by": format_time(known["last"]) if self.has_time and self.labels else None,
             "meaning": self._meaning(known["first"]).of(whole),
+            "learnt": None if self.learnt is None else self.learnt.told(whole.learnt, whole.rows),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
             "events": {log.name: [file.address for file in log.files] for log in self.logs.events},

@@ -18,6 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.score import microseconds
 from mmoe_rec.jobs.scoring.folder import RANKS, SCORES
 from mmoe_rec.jobs.scoring.ranks import RankJob, rank_partition
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -79,6 +80,25 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     assert sizes.max() > 3
     assert (found.groupby("request").time.nunique() == 1).all()
     assert "in the log that was given" in done.manifest["meaning"]
+
+
+def test_rows_that_the_model_has_learnt_from_are_counted(small: SmallModel, tmp_path: Path, fine: None) -> None:
+    log = with_requests(random_log(5, rows=900), seed=5)
+    source = write_finely(tmp_path / "log", log.slice(0, 400), log.slice(400))
+    split = small.settings.split
+    _, begin = split.windows()["validation"]
+    assert begin is not None
+    found, done = scored(small.folder, source, tmp_path / "all", labels=True)
+    times = found["time"].to_numpy().astype("datetime64[us]").astype(np.int64)
+    learnt = int((times < begin).sum())
+    assert 100 < learnt < len(found) - 100
+    assert f"when {learnt:,} of the {len(found):,} rows were requested" in done.manifest["learnt"]
+    said = done.manifest["learnt"].partition("score with --start ")[2]
+    _, done = scored(small.folder, source, tmp_path / "test", labels=True, window=(microseconds(said), None))
+    assert done.manifest["learnt"] is None
+    assert done.manifest["rows"] == len(found) - learnt
+    _, done = scored(small.folder, source, tmp_path / "unlabelled")
+    assert done.manifest["learnt"] is None
 
 
 def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_path: Path, fine: None) -> None:

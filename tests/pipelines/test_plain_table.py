@@ -145,6 +145,41 @@ def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> 
             assert each["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
 
 
+def test_rows_that_the_model_has_learnt_from_are_told(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By the column of the split, whatever its type; also where their metrics are measured."""
+    folds = world.table["fold"].to_numpy()
+    new = np.where(folds == 4, 5, folds)  # a value that the settings do not list
+    words = {each: pa.array([str(fold) for fold in new]) for each in ("text", "coded")}
+    words["coded"] = words["coded"].dictionary_encode()
+    for name, column in {"numbers": pa.array(new), "short": pa.array(new, pa.int8()), **words}.items():
+        table = pa.Table.from_pandas(world.table)
+        _write(tmp_path / name, table.set_column(table.column_names.index("fold"), "fold", column))
+    _write(tmp_path / "test", pa.Table.from_pandas(world.table[folds == 4]))
+    _write(tmp_path / "without", pa.Table.from_pandas(world.table.drop(columns="fold")))
+    learnt = f"on rows with 1, 2, 3 in column 'fold', as {int((folds < 4).sum()):,} of the {ROWS:,} rows are that were"
+    lacking = "column 'fold' splits, which the input lacks: metrics of such rows flatter it"
+    said = dict.fromkeys(("numbers", "short", "text", "coded"), learnt) | {"test": None, "without": lacking}
+    for name, sentence in said.items():
+        out = tmp_path / f"scored_{name}"
+        score.main(["--model", str(world.model), "--input", str(tmp_path / name), "--output", str(out), "--labels"])
+        for_score = capsys.readouterr().out
+        measured = ["--config", str(world.config), "--predictions", str(out), "--out", str(tmp_path / f"of_{name}")]
+        metrics.main(measured)
+        for each in (for_score, capsys.readouterr().out):
+            printed = " ".join(each.split())
+            if sentence is None:
+                assert "flatter" not in printed
+            else:
+                assert printed.count("warning: the model was trained") == printed.count(sentence) == 1
+
+
+def _write(folder: Path, table: pa.Table) -> None:
+    folder.mkdir()
+    pq.write_table(table, folder / "0.parquet")
+
+
 def test_measuring_needs_the_weights(world: World, scored: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
     folder = world.folder / "unweighted"
     folder.mkdir()

@@ -62,4 +62,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("these rows were already scored, by the same model and settings")
     print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
     print(f"note: {about['meaning']}")
+    if about["learnt"] is not None:
+        print(f"warning: the model {about['learnt']}")
     print(f"scores: {done.folder}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,13 @@ class Output:
     def forget(self) -> None:
         """Removes the working folder."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def learnt_from(files: Iterable[str]) -> list[str]:
+    """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
+    folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
+    told = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
+    return [each for each in told if each is not None]
 
 
 def fingerprint_of(logs: Logs, *settings: object) -> str:

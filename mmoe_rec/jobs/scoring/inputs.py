@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Literal
 
 from mmoe_rec.build.logs import BuildOptions, Logs
@@ -27,12 +28,14 @@ def logs_to_score(
     as_of: AsOf,
     lacking: Collection[str] = (),
     labels: bool = False,
+    split_column: str | None = None,
 ) -> Logs:
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
     pipeline: the model's features; schema: theirs, with the paths of the logs of events; lacking: columns that the
-    model completes, as `attributes_lacking` gives them; labels: whether those of all tasks are read. Raises UserError
-    for a log that is not there, has no rows, or lacks another column, the columns of labels among them.
+    model completes, as `attributes_lacking` gives them; labels: whether those of all tasks are read; split_column:
+    one to be read besides. Raises UserError for a log that is not there, has no rows, or lacks another column, the
+    columns of labels among them.
     """
     find_files(source, "--input")  # in words of this command
     read = read_schema(schema, as_of, lacking, labels)
@@ -43,8 +46,9 @@ def logs_to_score(
     options = replace(options, skip_bad_files=False, future_times=future_times)
     kinds = pipeline.key_types
     # The time column of events may be named like a key of the log.
-    types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
-    return Logs(source, read, options, types)
+    of_log = {name: each for name, each in kinds.items() if name != split_column}  # no feature reads that one
+    types = [of_log, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
+    return Logs(source, read, options, types, None if split_column is None else {split_column: "any"})
 
 
 def label_column(task: str) -> str:
@@ -73,6 +77,11 @@ def attributes_lacking(source: str, schema: Schema) -> list[str]:
         there = _columns(file.address)
         left = [name for name in left if name not in there]
     return left
+
+
+def columns_of_all(source: str) -> set[str]:
+    """Those that all files of a log have."""
+    return reduce(set.intersection, (_columns(file.address) for file in find_files(source, "--input")))
 
 
 def _columns(address: str) -> set[str]:

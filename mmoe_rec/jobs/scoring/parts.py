@@ -26,6 +26,7 @@ from mmoe_rec.jobs.measuring.asked import WEIGHT
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.jobs.scoring.inputs import label_column
 from mmoe_rec.jobs.scoring.known import known_rows
+from mmoe_rec.jobs.scoring.learnt import Learnt
 from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
@@ -47,7 +48,8 @@ class ScoreJob:
     counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
     score; known_until: time of the last request that the tables know, microseconds; exact_from: from when on the tables
     know what was known then, None for any time; labels_known_by: the moment as of which labels are written,
-    microseconds, None for no labels; scores: exchange by request; scored: folder that gets a file a part.
+    microseconds, None for no labels; learnt: how rows are told that the model has learnt from, None where nobody asks;
+    scores: exchange by request; scored: folder that gets a file a part.
     """
 
     model: Path
@@ -59,6 +61,7 @@ class ScoreJob:
     known_until: int
     exact_from: int | None
     labels_known_by: int | None
+    learnt: Learnt | None
     scores: Exchange
     scored: Path
 
@@ -66,19 +69,20 @@ class ScoreJob:
 @dataclass
 class PartScored:
     """Rows of parts that were scored; early: of these, requested no later than what the tables know; inexact: requested
-    before what the tables still know as it was then; first, last: request times, microseconds. Parts are merged in any
-    order."""
+    before what the tables still know as it was then; learnt: that the model has learnt from; first, last: request
+    times, microseconds. Parts are merged in any order."""
 
     rows: int = 0
     early: int = 0
     inexact: int = 0
+    learnt: int = 0
     first: int = _GREATEST
     last: int = -_GREATEST
 
     def merge(self, other: PartScored) -> None:
         """Adds other parts."""
         self.rows, self.early = self.rows + other.rows, self.early + other.early
-        self.inexact += other.inexact
+        self.inexact, self.learnt = self.inexact + other.inexact, self.learnt + other.learnt
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
 
     @staticmethod
@@ -145,7 +149,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
             times = rows.times()
             early = int((times <= job.known_until).sum())
             inexact = 0 if job.exact_from is None else int((times < job.exact_from).sum())
-            found.merge(PartScored(len(rows), early, inexact, int(times.min()), int(times.max())))
+            learnt = 0 if job.learnt is None else job.learnt.count(rows)
+            found.merge(PartScored(len(rows), early, inexact, learnt, int(times.min()), int(times.max())))
         if writer is not None:
             writer.close()
     sender.flush()
