@@ -91,7 +91,12 @@ def test_it_opens_in_a_browser_and_fits(report: dict[str, Any], width: int, dark
         (title,) = opened.texts("h1")
         assert title == "Evaluation of bought"
         assert len(opened.texts("tbody tr")) > 20
-        assert opened.run("return document.querySelectorAll('svg').length") == 3
+        assert opened.run("return [...document.querySelectorAll('svg')].map(e => e.getAttribute('aria-label'))") == [
+            "predicted against observed probabilities of bought by new",
+            "predicted against observed probabilities of bought by old",
+            "NDCG@10 of bought and spent by weights in the score",
+            "what values of position do to each task",
+        ]
         assert opened.run("return document.documentElement.scrollWidth <= window.innerWidth"), "the page is too wide"
         assert opened.run(
             "return [...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().width > 200)"
