@@ -40,7 +40,7 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task):
         yield (
             "calibration",
-            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), though right in sum: "
+            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), {_in_sum(task)}: "
             f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
         )
 
@@ -69,10 +69,14 @@ def _ranking(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _why(task: Mapping[str, Any]) -> str:
-    ratio = task.get("calibration", _NOTHING)
-    if task.get("positives", 0) < FEWEST or ratio["value"] is None or abs(math.log(max(ratio["value"], 1e-9))) > 0.1:
+    if task.get("positives", 0) < FEWEST or not _is_right_in_sum(task):
         return ""
     return ", although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
+
+
+def _is_right_in_sum(task: Mapping[str, Any]) -> bool:
+    ratio = task.get("calibration", _NOTHING)["value"]
+    return ratio is not None and abs(math.log(max(ratio, 1e-9))) <= 0.1
 
 
 def _tells_users_apart(task: Mapping[str, Any]) -> bool:
@@ -109,6 +113,13 @@ def _is_off(task: Mapping[str, Any]) -> bool:
 
 def _is_outside(each: Mapping[str, Any]) -> bool:
     return each["low"] is not None and not each["low"] <= each["mean_predicted"] <= each["high"]
+
+
+def _in_sum(task: Mapping[str, Any]) -> str:
+    if _is_right_in_sum(task):
+        return "though right in sum"
+    ratio = task.get("calibration", _NOTHING)["value"]
+    return "where nothing was observed" if ratio is None else f"and in sum {ratio:.2f} times what was observed"
 
 
 def _which_way(task: Mapping[str, Any]) -> str:

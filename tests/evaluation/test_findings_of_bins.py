@@ -10,12 +10,12 @@ from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 
-def found(slope: float, rows: int, seed: int) -> list[str]:
-    """What is said of a model whose logits are so many times what they should be."""
+def found(slope: float, rows: int, seed: int, shift: float = 0.0) -> list[str]:
+    """What is said of a model whose logits are so many times what they should be, and shifted."""
     random = np.random.default_rng(seed)
     logit = random.normal(0, 1.5, rows)
     label = random.random(rows) < 1 / (1 + np.exp(-logit))
-    predicted = 1 / (1 + np.exp(-slope * logit))
+    predicted = 1 / (1 + np.exp(-slope * logit - shift))
     users, requests = np.arange(rows) // 3, np.arange(rows)
     task = MeasuredTask("it", "binary", 1.0)
     summary = summarise(measure([task], users, requests, {"it": predicted}, {"it": label}, score=predicted), 100)
@@ -35,6 +35,12 @@ def test_probabilities_that_are_off_in_bins(rows: int, slope: float, why: str) -
     (message,) = found(slope, rows, seed=0)
     assert "on average (ece), though right in sum" in message
     assert why in message
+
+
+def test_what_is_off_in_sum_is_not_called_right() -> None:
+    """Although by too little to be called too high."""
+    (message,) = found(0.5, 20_000, seed=0, shift=0.35)
+    assert "on average (ece), and in sum 1.1" in message
 
 
 @pytest.mark.parametrize("rows", [150, 1_000, 20_000])
