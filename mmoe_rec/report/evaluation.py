@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.evaluation.judging.differences import LEVEL
+from mmoe_rec.evaluation.judging.numbers import numbers
 from mmoe_rec.evaluation.judging.slices import ALL, is_worse, worst_first
-from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE, number
+from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE
 from mmoe_rec.evaluation.metrics import registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.notes import are_alone, told
@@ -220,11 +221,11 @@ def apart_cell(metric: Named, apart: Mapping[str, Any] | None) -> dict[str, str]
     """A difference of a metric for a table: `value`, `interval`, and the class of its `badge` where it is shown."""
     if apart is None or apart["value"] is None:
         return {"value": "–", "interval": "", "badge": ""}  # noqa: RUF001
-    interval = "" if apart["low"] is None else f"{number(apart['low'])} to {number(apart['high'])}"
+    value, *ends = numbers(*(apart[name] for name in ("value", "low", "high") if apart[name] is not None))
     shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
     gain = (apart["value"] > 0) == (metric.better == "higher")
     badge = "" if not shown or metric.better == "one" else "good" if gain else "problem"
-    return {"value": number(apart["value"]), "interval": interval, "badge": badge}
+    return {"value": value, "interval": " to ".join(ends), "badge": badge}
 
 
 def _curves(summaries: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, str]]:
@@ -287,7 +288,7 @@ def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for each in worst_first(records, LEVEL):
         worse = is_worse(each, LEVEL)
         better = not worse and each["p_corrected"] is not None and each["p_corrected"] < LEVEL and each["apart"] != 0
-        interval = "" if each["low"] is None else f"{number(each['low'])} to {number(each['high'])}"
+        apart, *ends = numbers(*(each[name] for name in ("apart", "low", "high") if each[name] is not None)) or ["–"]  # noqa: RUF001
         beside = ALL if each["beside"] == ALL else f"'{each['beside']}' there"
         found.append(
             {
@@ -297,8 +298,8 @@ def _slices(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "rows": each["rows"],
                 "value": f"{each['value']:.4f}",
                 "beside": beside,
-                "apart": number(each["apart"]) if each["apart"] is not None else "–",  # noqa: RUF001
-                "interval": interval,
+                "apart": apart,
+                "interval": " to ".join(ends),
                 "badge": "problem" if worse else "good" if better else "",
             }
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.evaluation.judging.verdict import Rule, number, verdict
+from mmoe_rec.evaluation.judging.numbers import number, numbers
+from mmoe_rec.evaluation.judging.verdict import Rule, verdict
 
 
 def apart(value: float | None, reach: float | None = None, p: float | None = None) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def test_probabilities_may_not_be_far_off_where_they_were_not() -> None:
 def test_what_is_not_shown_says_what_would_have_been() -> None:
     told = verdict(compared(apart(0.0007, 0.0012)), "old", SAME, [], Rule())
     assert told["sentence"] == (
-        "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.00070 (-0.00050 to "
+        "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.0007 (-0.0005 to "
         "+0.0019); nine of ten evaluations like this one would show a gain of 0.0020"
     )
     # 3.24 standard errors of the objective alone; with a guardrail, each has to fail in 5% of the cases only.
@@ -112,6 +113,23 @@ def test_what_is_not_shown_says_what_would_have_been() -> None:
     assert verdict(nothing, "old", SAME, [], Rule())["sentence"] == (
         "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"
     )
+
+
+def test_a_gain_that_is_not_shown_once_corrected_says_so() -> None:
+    """Its interval lies above 0, which would else contradict the verdict."""
+    told = verdict(compared(apart(0.0013, 0.0012) | {"p_corrected": 0.07}), "old", SAME, [], Rule())
+    assert told["kind"] == "not shown"
+    assert "between 'new' and 'old', once corrected for the number of comparisons: mean auc" in told["sentence"]
+
+
+def test_numbers_that_stand_together_have_as_many_decimals() -> None:
+    assert numbers(0.0003, -0.000015, 0.00061) == ["+0.00030", "-0.00002", "+0.00061"]
+    assert numbers(0.0083, 0.000024, 0.0155) == ["+0.00830", "+0.00002", "+0.01550"]
+    assert numbers(0.0043, 0.0, 0.0052, sign=False) == ["0.0043", "0", "0.0052"]
+    assert numbers(-1234.5, 0.25) == ["-1,234", "+0"]
+    assert numbers(2e-8, 1.5e-9) == ["+2.0e-08", "+1.5e-09"]
+    assert numbers(0.0, 0.0) == ["0", "0"]
+    assert numbers() == []
 
 
 def test_numbers_keep_two_digits_at_least() -> None:

@@ -125,8 +125,8 @@ def test_what_decides_is_corrected_for_settings_alone() -> None:
     assert far["p_corrected"] == pytest.approx(min(1, 2 * far["p"]))
     assert same["value"] == 0
     told = list(told_apart(found))
-    assert told[0].startswith("on average these settings are worse than 'far': mae of spent differs by +0.1 (")
-    assert told[1].startswith("no difference from 'same' is shown on average: mae of spent differs by +0 (")
+    assert told[0].startswith("on average these settings are worse than 'far': mae of spent differs by +0.1000 (")
+    assert told[1].startswith("no difference from 'same' is shown on average: mae of spent differs by 0 (")
 
 
 def test_what_is_undefined_is_none() -> None:

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation.judging.differences import LEVEL
+from mmoe_rec.evaluation.judging.numbers import number, numbers
 from mmoe_rec.evaluation.judging.objective import SCORE
-from mmoe_rec.evaluation.judging.verdict import number
 from mmoe_rec.evaluation.metrics import registered
 
 
@@ -55,7 +55,7 @@ def _cell(apart: Mapping[str, Any] | None, better: str) -> Text:
     shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
     is_gain = (apart["value"] > 0) == (better == "higher")
     style = "" if not shown else "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
-    text = Text(number(apart["value"]), style=style)
-    if apart["high"] is not None:
-        text.append(f" ±{number(apart['high'] - apart['value'], sign=False)}", style="not bold dim")
-    return text
+    if apart["high"] is None:
+        return Text(number(apart["value"]), style=style)
+    value, half = numbers(apart["value"], apart["high"] - apart["value"])
+    return Text(value, style=style).append(f" ±{half.removeprefix('+')}", style="not bold dim")

@@ -27,6 +27,7 @@ from mmoe_rec.evaluation.judging.differences import (
     told_as,
     with_objective,
 )
+from mmoe_rec.evaluation.judging.numbers import number, once_corrected, with_interval
 from mmoe_rec.evaluation.judging.objective import Objective
 from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, user_counts
 from mmoe_rec.evaluation.summary import evaluate, sums_by_user
@@ -129,15 +130,15 @@ def told_apart(against: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if apart["value"] is None or apart["low"] is None:
             yield f"it can't be told how the trainings differ from those of '{other}': too few labels, or users"
             continue
-        interval = f"({apart['low']:+.2g} to {apart['high']:+.2g})"
         if apart["p_corrected"] < LEVEL:
             which = "better" if (apart["value"] > 0) == (each["better"] == "higher") else "worse"
-            told = f"{name} differs by {apart['value']:+.2g} {interval}"
+            told = f"{name} differs by {with_interval(apart)}"
             yield f"on average these settings are {which} than '{other}': {told}"
         else:
             yield (
-                f"no difference from '{other}' is shown on average: {name} differs by {apart['value']:+.2g} "
-                f"{interval}; nine of ten such comparisons would show one of {apart['detectable']:.2g}"
+                f"no difference from '{other}' is shown on average{once_corrected(apart)}: {name} differs by "
+                f"{with_interval(apart)}; nine of ten such comparisons would show one of "
+                f"{number(apart['detectable'], sign=False)}"
             )
 
 

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.judging.differences import LEVEL, POWER
+from mmoe_rec.evaluation.judging.numbers import number, numbers, once_corrected, with_interval
 from mmoe_rec.settings.sections import Evaluation
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
@@ -78,14 +79,15 @@ def verdict(
                 **told,
             }
         sentence = (
-            f"no difference is shown between '{name}' and '{against}': {what} differs by {number(apart['value'])} "
-            f"({number(apart['low'])} to {number(apart['high'])}); nine of ten evaluations like this one would show "
-            f"a gain of {number(detectable, sign=False)}{_besides(objective, summaries[name], judged)}"
+            f"no difference is shown between '{name}' and '{against}'{once_corrected(apart)}: {what} differs by "
+            f"{with_interval(apart)}; nine of ten evaluations like this one would show a gain of "
+            f"{number(detectable, sign=False)}{_besides(objective, summaries[name], judged)}"
         )
         return {"kind": NOT_SHOWN, "sentence": sentence, **told}
     which = "higher" if apart["value"] > 0 else "lower"
     ends = sorted(abs(each) for each in (apart["low"], apart["high"]))
-    size = f"{number(abs(gain), sign=False)} ({' to '.join(number(each, sign=False) for each in ends)})"
+    size, *shown = numbers(abs(gain), *ends, sign=False)
+    size = f"{size} ({' to '.join(shown)})"
     if gain < 0:
         return {"kind": WORSE, "sentence": f"'{name}' is worse than '{against}': {what} is {which} by {size}", **told}
     if failed := [guard["sentence"] for guard in guards if not guard["passed"]]:
@@ -122,15 +124,6 @@ def _detectable(
     return float(max(sizes))
 
 
-def number(value: float, sign: bool = True) -> str:
-    """A difference, in a sentence."""
-    if value == 0:
-        return "0"
-    form = "+,.0f" if abs(value) >= 1000 else "+.4f" if abs(value) >= 0.00095 else "+#.2g"
-    shown = format(value, form)
-    return shown if sign else shown.removeprefix("+")
-
-
 def _besides(objective: Mapping[str, Any], summary: Mapping[str, Any], judged: Sequence[str]) -> str:
     """What else may hold a model back, where guardrails are of another metric than the objective."""
     metrics = {_GUARDED[summary["tasks"][task]["kind"]] for task in judged} - {objective["metric"]}
@@ -146,9 +139,7 @@ def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule:
         limit = f"a loss of more than {rule.margin:g} (evaluation.margin) can't be ruled out"
         return {**told, "passed": False, "sentence": f"the difference in {metric} of {task} {missing}, so {limit}"}
     passed = apart["low"] >= -rule.margin
-    changes = (
-        f"{metric} of {task} changes by {number(apart['value'])} ({number(apart['low'])} to {number(apart['high'])})"
-    )
+    changes = f"{metric} of {task} changes by {with_interval(apart)}"
     limit = f"loss of more than {rule.margin:g} (evaluation.margin)"
     shown = f"which is a {limit}" if apart["high"] < -rule.margin else f"so a {limit} can't be ruled out"
     end = f"so a {limit} is ruled out" if passed else shown

@@ -87,15 +87,14 @@ def tune_weights(settings: Settings, address: str, goal: str | None, margins: Ma
 
 def told(choice: Choice) -> list[str]:
     """For people."""
-    from mmoe_rec.evaluation.judging.verdict import number
+    from mmoe_rec.evaluation.judging.numbers import with_interval
 
     lines = []
     for task, each in choice.apart.items():
         if each["value"] is None:
             lines.append(f"{task}: no request of the test rows ranks anything")
             continue
-        interval = "" if each["low"] is None else f" ({number(each['low'])} to {number(each['high'] or 0.0)})"
-        lines.append(f"{task}: NDCG@{CUTOFF} changes by {number(each['value'])}{interval} on the test rows")
+        lines.append(f"{task}: NDCG@{CUTOFF} changes by {with_interval(each)} on the test rows")
     kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
     if not choice.changes:
         return [f"no weights serve {choice.goal} better without a loss of {kept} or more: keep those of the model"]
