@@ -103,7 +103,7 @@ def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
     for name, each in found.against.items():
         apart = each["groups"][pair]["auc"]
         interval = "no interval" if apart["low"] is None else f"{apart['low']:+.5f} to {apart['high']:+.5f}"
-        yield f"{pair}: mmoe less {name} {apart['value']:+.5f} ({interval}; p corrected {apart['p_corrected']})"
+        yield f"{pair}: mmoe less {name} {apart['value']:+.5f} ({interval}; p corrected {apart['p_corrected']:.2g})"
 
 
 def trees(work: Path, pair: str) -> dict[str, float]:
