@@ -102,8 +102,10 @@ def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
     found = train_seeds(settings_of(work, pair, "mmoe"), seeds, resume=True, against=against)
     for name, each in found.against.items():
         apart = each["groups"][pair]["auc"]
-        interval = "no interval" if apart["low"] is None else f"{apart['low']:+.5f} to {apart['high']:+.5f}"
-        yield f"{pair}: mmoe less {name} {apart['value']:+.5f} ({interval}; p corrected {apart['p_corrected']:.2g})"
+        told = "no interval"
+        if apart["low"] is not None:
+            told = f"{apart['low']:+.5f} to {apart['high']:+.5f}; p {apart['p_corrected']:.2g}, corrected"
+        yield f"{pair}: mmoe less {name} {apart['value']:+.5f} ({told})"
 
 
 def trees(work: Path, pair: str) -> dict[str, float]:
