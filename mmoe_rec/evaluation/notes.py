@@ -27,27 +27,30 @@ def are_alone(summary: Mapping[str, Any]) -> bool:
     return bool(summary["users"] == summary["rows"])
 
 
-def task_note(task: Mapping[str, Any], users: int, alone: bool = False) -> str | None:
+def task_note(task: Mapping[str, Any], users: int, alone: bool = False, few: float | None = None) -> str | None:
     """Of a task: `kind`, `rows`, a binary one's `positives`, and its metrics as `value`, `low` and `high`.
 
-    alone: whether each row is a user of its own, for which the whole summary has a note.
+    alone: whether each row is a user of its own, for which the whole summary has a note; few: how many users alike
+    would tell as much of the metric that most rests on few of them, None where these are enough.
     """
     rows = task["rows"]
     if rows == 0:
         return "No row has an observed label: all metrics are undefined."
-    return _joined([*_undefined(task["kind"], task, alone), *_without_interval(task, users)])
+    return _joined([*_undefined(task["kind"], task, alone), *_without_interval(task, users, few)])
 
 
-def score_note(score: Mapping[str, Any], requests: int, users: int, least: float) -> str | None:
+def score_note(
+    score: Mapping[str, Any], requests: int, users: int, least: float, few: float | None = None
+) -> str | None:
     """Of the score: NDCG and MRR, and the requests that they leave out (`LEFT_OUT`).
 
-    least: the NDCG@10 of the worst order, summed over the requests that are not left out.
+    least: the NDCG@10 of the worst order, summed over the requests that are not left out; few: as of `task_note`.
     """
     single, irrelevant, equal = (score[name] for name in LEFT_OUT)
     ranked = requests - single - irrelevant - equal
     if ranked > 0:
         flat = [_SAME_IN_ANY_ORDER] if least / ranked > SAME_IN_ANY_ORDER else []
-        return _joined([*flat, *_undefined("score", score), *_without_interval(score, users)])
+        return _joined([*flat, *_undefined("score", score), *_without_interval(score, users, few)])
     if single == requests:
         why = "Every request has one row, and a list of one ranks nothing"
     elif not equal:
@@ -83,14 +86,24 @@ def _undefined(kind: str, group: Mapping[str, Any], alone: bool = False) -> list
     return list(dict.fromkeys(each.why_undefined(group) for each, value in values if value is None))
 
 
-def _without_interval(metrics: Mapping[str, Any], users: int) -> list[str]:
-    """What is defined, but not in enough of the resamples; with one user nothing has an interval."""
+def _without_interval(metrics: Mapping[str, Any], users: int, few: float | None) -> list[str]:
+    """What is defined, but not in enough of the resamples, or rests on too few users; with one user nothing has an
+    interval."""
     intervals = {name: each for name, each in metrics.items() if isinstance(each, dict) and "low" in each}
     bare = [name for name, each in intervals.items() if each["value"] is not None and each["low"] is None]
-    if users < 2 or not bare:
+    if users < 2:
         return []
-    verb = "has" if len(bare) == 1 else "have"
-    return [f"{', '.join(bare)} {verb} no interval: undefined in more than 5% of the resamples of users."]
+    found = []
+    if few is not None:
+        found.append(
+            f"Few users have most of the rows, of the weight or of the positive labels: for some metrics all tell as "
+            f"much as {few:.1f} users alike, so intervals are wide, or there are none."
+        )
+    if bare:
+        verb, why = "has" if len(bare) == 1 else "have", "undefined in more than 5% of the resamples of users"
+        why = why if few is None else f"{why}, or one user decides nearly alone"
+        found.append(f"{', '.join(bare)} {verb} no interval: {why}.")
+    return found
 
 
 def _joined(sentences: list[str]) -> str | None:

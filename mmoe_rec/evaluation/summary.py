@@ -1,6 +1,6 @@
 """Sums -> a nested plain dict of metrics with intervals, ready for JSON, MLflow, tables and figures."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from mmoe_rec.evaluation.closed import ClosedSums, as_closed
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.resampling import Values, intervals
+from mmoe_rec.evaluation.metrics.resampling import FEW_USERS, Values, intervals
 from mmoe_rec.evaluation.notes import EACH_ALONE, LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
@@ -37,7 +37,8 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     groups = sums_by_user(sums)
     ranking = sums.tables["ranking"]
     users, units = sums.users, len(ranking)
-    headline = intervals(lambda counts: evaluate(groups, counts), units, resamples, seed)
+    effective = effective_by_metric(groups)
+    headline = intervals(lambda counts: evaluate(groups, counts), units, resamples, seed, effective)
 
     def more(kind: str, name: str) -> dict[str, Any]:
         """What has no interval."""
@@ -54,13 +55,15 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     rest = more("score", "score")
     rows = _total(ranking["rows"])
     alone = rows == users
-    note = None if alone else score_note(score | rest, requests, users, float(np.sum(ranking["least_ndcg"])))
+    few = {name: _few(group.effective_users, headline[name], units) for name, group in groups.items()}
+    least = float(np.sum(ranking["least_ndcg"]))
+    note = None if alone else score_note(score | rest, requests, users, least, few["score"])
     score |= _noted(note) | rest
     tasks = {}
     for task in sums.tasks:
         described = _describe(sums, task) | headline[task.name]
         rest = more(task.kind, task.name)
-        tasks[task.name] = described | _noted(task_note(described | rest, users, alone)) | rest
+        tasks[task.name] = described | _noted(task_note(described | rest, users, alone, few[task.name])) | rest
     summary = {
         "rows": rows,
         "users": users,
@@ -111,6 +114,11 @@ def sums_by_user(sums: Sums, names: Collection[str] | None = None) -> dict[str, 
     return groups | {"score": UserSums(asked("score"), sums.tables, None)}
 
 
+def effective_by_metric(groups: dict[str, UserSums]) -> dict[tuple[str, str], float]:
+    """Task or `score` and metric -> how many users alike would tell as much as those there are, by their sizes."""
+    return {(name, metric): found for name, group in groups.items() for metric, found in group.effective_users.items()}
+
+
 def evaluate(groups: dict[str, UserSums], counts: np.ndarray) -> Values:
     """All metrics that have intervals in R resamples, which draw the users `counts` (U, R) float64 times."""
     return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
@@ -121,6 +129,14 @@ def _describe(sums: ClosedSums, task: MeasuredTask) -> dict[str, Any]:
     table = sums.tables[f"{task.name}.users"]
     counts = ("positives", "requests") if task.kind == "binary" else ()
     return {"kind": task.kind, "rows": _total(table["rows"])} | {name: _total(table[name]) for name in counts}
+
+
+def _few(effective: Mapping[str, float], headline: Mapping[str, Any], units: int) -> float | None:
+    """Of the metric that most rests on few users, how many alike would tell as much; None where they are enough, or all
+    that there are. headline: the metrics."""
+    defined = [users for metric, users in effective.items() if headline[metric]["value"] is not None]
+    least = min(defined, default=np.inf)
+    return least if least < min(FEW_USERS, units / 2) else None
 
 
 def _noted(note: str | None) -> dict[str, str]:

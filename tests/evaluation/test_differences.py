@@ -9,10 +9,12 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import closed
+from mmoe_rec.evaluation.judging.compare import compare, told_of
 from mmoe_rec.evaluation.judging.differences import differences, holm
 from mmoe_rec.evaluation.judging.objective import Objective
+from mmoe_rec.evaluation.judging.verdict import Rule
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
 
 
@@ -170,6 +172,40 @@ def test_users_that_hold_most_rows_tell_little() -> None:
         mae = result["against"]["b"]["groups"]["spent"]["mae"]
         shown += mae["p"] is not None and mae["p"] < 0.05
     assert shown <= 6
+
+
+FEW = {
+    "weight": (300, lambda user, random: (random.random(len(user)) < 0.3, np.where(user < 3, 400.0, 1.0))),
+    "positive labels": (300, lambda user, random: (random.random(len(user)) < np.where(user < 3, 0.6, 0.004), None)),
+}
+"""What three of the users have nearly all of -> how many there are, and the labels and weights of their rows."""
+
+
+@pytest.mark.parametrize("few", FEW)
+def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str) -> None:
+    """Equal models are not told apart more often than promised, and it says that few decide."""
+    users, drawn = FEW[few]
+    shown, effective = 0, []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        user = np.repeat(np.arange(users), np.where(np.arange(users) < 3, 40, 8))
+        label, weight = drawn(user, random)
+        sums = {}
+        for name in "ab":
+            logit = 0.5 * label - 1 + 0.8 * random.normal(size=users)[user] + 0.3 * random.normal(size=len(user))
+            predicted, rows = 1 / (1 + np.exp(-logit)), np.arange(len(user))
+            task = MeasuredTask("it", "binary", 1.0)
+            scored = measure([task], user, rows, {"it": predicted}, {"it": label}, score=predicted, weight=weight)
+            sums[name] = closed(scored)
+        summaries = {name: {"tasks": {"it": {"kind": "binary"}}} for name in sums}
+        result = compare(sums, "a", summaries, ["it"], "auc", Rule(), 100)
+        auc = result["against"]["b"]["groups"]["it"]["auc"]
+        shown += auc["p"] < 0.05
+        effective.append(auc["effective_users"])
+        assert any("few users" in each for each in told_of(result))
+        assert "Few users have most" in summarise(sums["a"], 10)["tasks"]["it"]["note"]
+    assert shown <= 7, "chance gives 8 or more once in 100 times"
+    assert 1.5 < np.median(effective) < 8
 
 
 def test_a_difference_that_does_not_vary_is_not_sure(log: Log) -> None:

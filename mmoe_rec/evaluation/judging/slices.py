@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.closed import ClosedSums
-from mmoe_rec.evaluation.judging.differences import difference, effective_users, holm
+from mmoe_rec.evaluation.judging.differences import difference, holm
+from mmoe_rec.evaluation.judging.influence import Resampling
 from mmoe_rec.evaluation.judging.objective import SCORE, rarer
 from mmoe_rec.evaluation.metrics.resampling import Values, user_counts
-from mmoe_rec.evaluation.summary import evaluate, sums_by_user
+from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 
 _NDCG = "ndcg_at_10"
 METRICS = ("auc", "calibration", "r2", _NDCG)
@@ -121,12 +122,16 @@ def _records(
         for side, sums in sides.items()
     }
 
-    def at(counts: np.ndarray) -> dict[tuple[str, str], Values]:
-        return {side: evaluate(groups[side], np.ascontiguousarray(counts[places[side]])) for side in sides}
+    def at(side: tuple[str, str], counts: np.ndarray) -> Values:
+        return evaluate(groups[side], np.ascontiguousarray(counts[places[side]]))
 
-    once, effective = at(np.ones((len(units), 1))), effective_users(here)
-    redrawn = [at(counts) for counts in user_counts(len(units), resamples, seed)]
-    for group, metric in once[model, key[1]]:
+    effective = effective_by_metric(groups[model, key[1]])
+    resampling = {side: Resampling(at(side, np.ones((len(units), 1))), len(units)) for side in sides}
+    for counts in user_counts(len(units), resamples, seed):
+        for side, each in resampling.items():
+            each.add(counts, at(side, counts))
+    found = {side: each.found() for side, each in resampling.items()}
+    for group, metric in found[model, key[1]]:
         labels = None if group == SCORE else rarer(here, group)
         table = here.tables["ranking" if group == SCORE else f"{group}.users"]
         rows, ranks = int(table["rows"].to_numpy().sum()), metric == _NDCG
@@ -135,16 +140,13 @@ def _records(
         told |= {"requests": requests}
         is_judged = min(each for each in (labels, requests, FEWEST) if each is not None) >= FEWEST
         for other in sides:
-            if other == (model, key[1]) or (group, metric) not in once[other]:
+            if other == (model, key[1]) or (group, metric) not in found[other]:
                 continue
             if ranks and cut and other == (model, ALL) and len(sides) > 2:
                 continue  # another model is what it can be compared with
-            pair = [(model, key[1]), other]
-            values = [float(once[side][group, metric][0]) for side in pair]
-            resampled = [np.concatenate([each[side][group, metric] for each in redrawn]) for side in pair]
-            count = len(here.tables["ranking"])
-            apart = difference(values[0], values[1], resampled[0], resampled[1], count, effective[group])
-            value = values[0]
+            its, beside = (found[side][group, metric] for side in ((model, key[1]), other))
+            apart = difference(its, beside, effective[group, metric], len(here.tables["ranking"]))
+            value = its.value
             is_compared = is_judged and not (ranks and cut and other == (model, ALL))
             yield {
                 **told,

@@ -17,8 +17,10 @@ import pyarrow as pa
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import units_of
 from mmoe_rec.evaluation.judging.differences import Difference, difference
+from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
+from mmoe_rec.evaluation.metrics.metric import alike
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
-from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
+from mmoe_rec.evaluation.metrics.resampling import Values, user_counts, with_interval
 from mmoe_rec.model.score import SMALLEST_VALUE
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Sweep:
         self._sums = np.zeros((len(weights), len(tasks), self.units))
         self._counts = np.zeros((len(tasks), self.units))
         rows = np.bincount(units, minlength=self.units).astype(np.float64)
-        self.effective = float(rows.sum() ** 2 / (rows**2).sum())
+        by_rows = alike(rows)
         ranked: list[np.ndarray] = []
         for number, each in enumerate(weights):
             order = RankedLists.of(request, lists.logs @ np.array(each), np.zeros(len(request)), requests)
@@ -75,14 +77,22 @@ class Sweep:
                     self._counts[task] = np.bincount(unit_of_request[ranked[task]], minlength=self.units)
                 found = np.where(ranked[task], ndcg(mine, CUTOFF), 0.0)
                 self._sums[number, task] = np.bincount(unit_of_request, found, self.units)
+        self.effective = [min(by_rows, alike(counts)) for counts in self._counts]
 
-    def values(self, resamples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(P, T) values, and (P, T, R) in resamples of the users; NaN where no request ranks anything for a task."""
-        once = _ratio(self._sums @ np.ones((self.units, 1)), self._counts @ np.ones((self.units, 1)))
-        redrawn = [
-            _ratio(self._sums @ counts, self._counts @ counts) for counts in user_counts(self.units, resamples, seed)
-        ]
-        return once[:, :, 0], np.concatenate(redrawn, axis=2)
+    def resampled(self, resamples: int, seed: int = 0) -> list[list[Resampled]]:
+        """P of T, in resamples of the users; NaN where no request ranks anything for a task."""
+
+        def at(counts: np.ndarray) -> Values:
+            found = _ratio(self._sums @ counts, self._counts @ counts)
+            return {
+                (str(p), task): each for p, of in enumerate(found) for task, each in zip(self.tasks, of, strict=True)
+            }
+
+        resampling = Resampling(at(np.ones((self.units, 1))), self.units)
+        for counts in user_counts(self.units, resamples, seed):
+            resampling.add(counts, at(counts))
+        found = resampling.found()
+        return [[found[str(p), task] for task in self.tasks] for p in range(len(self.weights))]
 
 
 def grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
@@ -110,12 +120,13 @@ def normalised(weights: Sequence[float]) -> Weights:
 def told_of_sweep(sweep: Sweep, resamples: int, seed: int = 0) -> list[dict[str, Any]]:
     """A record for each weights, in their order: `weights`, by task; `values`, task -> NDCG@10 with its interval; and
     `dominated_by`, the number of another record that is better for one task and worse for none, None on the front."""
-    once, redrawn = sweep.values(resamples, seed)
+    found = sweep.resampled(resamples, seed)
+    once = np.array([[each.value for each in of] for of in found])
     records = []
     for number, each in enumerate(sweep.weights):
         values = {
-            task: with_interval(float(once[number, place]), redrawn[number, place], sweep.units)
-            for place, task in enumerate(sweep.tasks)
+            task: with_interval(of.value, of.redrawn, sweep.units)
+            for task, of in zip(sweep.tasks, found[number], strict=True)
         }
         weights = dict(zip(sweep.tasks, each, strict=True))
         records.append({"weights": weights, "values": values, "dominated_by": _dominated_by(number, once)})
@@ -124,8 +135,8 @@ def told_of_sweep(sweep: Sweep, resamples: int, seed: int = 0) -> list[dict[str,
 
 def apart_from_first(sweep: Sweep, number: int, resamples: int, seed: int = 0) -> dict[str, Difference]:
     """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
-    once, redrawn = sweep.values(resamples, seed)
-    return _apart(sweep, number, once, redrawn)
+    found = sweep.resampled(resamples, seed)
+    return _apart(sweep, found[number], found[0])
 
 
 def choose(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int, seed: int = 0) -> int:
@@ -133,21 +144,19 @@ def choose(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int
 
     margins: task -> NDCG@10 that it may lose: the interval of its loss must not reach further.
     """
-    once, redrawn = sweep.values(resamples, seed)
+    found = sweep.resampled(resamples, seed)
     place, best = sweep.tasks.index(goal), 0
     for number in range(1, len(sweep.weights)):
-        if once[number, place] > once[best, place]:
-            apart = _apart(sweep, number, once, redrawn)
+        if found[number][place].value > found[best][place].value:
+            apart = _apart(sweep, found[number], found[0])
             best = number if all(_at_least(apart[task], -margin) for task, margin in margins.items()) else best
     return best
 
 
-def _apart(sweep: Sweep, number: int, once: np.ndarray, redrawn: np.ndarray) -> dict[str, Difference]:
+def _apart(sweep: Sweep, mine: Sequence[Resampled], first: Sequence[Resampled]) -> dict[str, Difference]:
     return {
-        task: difference(
-            float(once[number, t]), float(once[0, t]), redrawn[number, t], redrawn[0, t], sweep.units, sweep.effective
-        )
-        for t, task in enumerate(sweep.tasks)
+        task: difference(each, its, effective)
+        for task, each, its, effective in zip(sweep.tasks, mine, first, sweep.effective, strict=True)
     }
 
 

@@ -22,15 +22,15 @@ from mmoe_rec.evaluation.judging.differences import (
     check_same_rows,
     correct,
     effective_of,
-    effective_users,
     rounding_of,
     told_as,
     with_objective,
 )
+from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
 from mmoe_rec.evaluation.judging.numbers import number, once_corrected, with_interval
 from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, user_counts
-from mmoe_rec.evaluation.summary import evaluate, sums_by_user
+from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, defined_well, of_few, user_counts
+from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 
 
 def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
@@ -39,10 +39,10 @@ def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) ->
 
     sums: of two or more trainings, measured on the same rows. What is undefined is None.
     """
-    units = len(sums[0].tables["ranking"])
+    effective = effective_by_metric(sums_by_user(sums[0]))
     summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for (group, metric), (values, redrawn) in _redrawn(sums, resamples, seed).items():
-        summary.setdefault(group, {})[metric] = _joined(values, redrawn, units)
+    for (group, metric), (values, mean) in _redrawn(sums, resamples, seed).items():
+        summary.setdefault(group, {})[metric] = _joined(values, mean, effective[group, metric])
     return summary
 
 
@@ -59,15 +59,15 @@ def apart_over_trainings(
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
-    units, mine = len(sums[0].tables["ranking"]), _redrawn(sums, resamples, seed, objective)
-    effective, found = effective_users(sums[0]), dict[str, Any]()
+    mine = _redrawn(sums, resamples, seed, objective)
+    effective, found = effective_by_metric(sums_by_user(sums[0])), dict[str, Any]()
     for name, its in others.items():
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
         theirs = _redrawn(its, resamples, seed, objective)
         groups: dict[str, dict[str, Difference]] = {}
         for key in (key for key in mine if key in theirs):
-            apart = _apart(*mine[key], *theirs[key], units, effective_of(key, effective, objective))
+            apart = _apart(*mine[key], *theirs[key], effective_of(key, effective, objective))
             groups.setdefault(key[0], {})[key[1]] = apart
         (decides,) = groups.pop(OBJECTIVE[0], {"": told_as(None)}).values()
         found[name] = {"objective": decides, "groups": groups}
@@ -78,7 +78,7 @@ def apart_over_trainings(
     return found
 
 
-def _means(redrawn: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, float | None]]:
+def _means(redrawn: Mapping[tuple[str, str], tuple[np.ndarray, Resampled]]) -> dict[str, dict[str, float | None]]:
     found: dict[str, dict[str, float | None]] = {}
     for (group, metric), (values, _) in redrawn.items():
         if (group, metric) != OBJECTIVE:
@@ -88,20 +88,21 @@ def _means(redrawn: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> 
 
 def _redrawn(
     sums: Sequence[ClosedSums], resamples: int, seed: int, objective: Objective | None = None
-) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """Task or `score` and metric -> (S,) values of the trainings, and (R,) their means when users are redrawn."""
+) -> dict[tuple[str, str], tuple[np.ndarray, Resampled]]:
+    """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
 
     def at(counts: np.ndarray) -> list[Values]:
         return [with_objective(evaluate(each, counts), objective) for each in groups]
 
+    def mean(values: list[Values]) -> Values:
+        return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
+
     once = at(np.ones((units, 1)))
-    redrawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in once[0]}
+    resampling = Resampling(mean(once), units)
     for counts in user_counts(units, resamples, seed):
-        values = at(counts)
-        for key, found in redrawn.items():
-            found.append(np.mean([each[key] for each in values], axis=0))
-    return {key: (np.array([each[key][0] for each in once]), np.concatenate(found)) for key, found in redrawn.items()}
+        resampling.add(counts, mean(at(counts)))
+    return {key: (np.array([each[key][0] for each in once]), of) for key, of in resampling.found().items()}
 
 
 def larger(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], units: str = "users") -> Iterator[str]:
@@ -142,37 +143,33 @@ def told_apart(against: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
-def _joined(values: np.ndarray, redrawn: np.ndarray, units: int) -> dict[str, Any]:
+def _joined(values: np.ndarray, redrawn: Resampled, effective: float) -> dict[str, Any]:
     told = [float(each) if np.isfinite(each) else None for each in values]
     names = ("mean", "low", "high", "between_trainings", "between_users")
     nothing = {**dict.fromkeys(names), "values": told}
     if not np.isfinite(values).all():
         return nothing
     mean, spread = float(values.mean()), float(values.std(ddof=1))
-    of_users = _of_users(redrawn, units)
-    if of_users is None:
+    of_users, effective = _of_users(redrawn, effective)
+    if of_users is None or effective - 1 < LEAST_FREEDOM:
         return nothing | {"mean": mean, "between_trainings": spread}
-    error, freedom = _welch((spread**2 / len(values), of_users**2), (len(values) - 1, units - 1))
+    error, freedom = _welch((spread**2 / len(values), of_users**2), (len(values) - 1, effective - 1))
     reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
     ends = {"low": mean - reach, "high": mean + reach}
     return nothing | {"mean": mean, **ends, "between_trainings": spread, "between_users": of_users}
 
 
 def _apart(
-    mine: np.ndarray,
-    redrawn: np.ndarray,
-    its: np.ndarray,
-    its_redrawn: np.ndarray,
-    units: int,
-    effective: float,
+    mine: np.ndarray, redrawn: Resampled, its: np.ndarray, its_redrawn: Resampled, effective: float
 ) -> Difference:
     if not (np.isfinite(mine).all() and np.isfinite(its).all()):
         return told_as(None)
     rounding = rounding_of(mine.mean(), its.mean())
-    apart, of_users = float(mine.mean() - its.mean()), _of_users(redrawn - its_redrawn, units)
+    apart, (of_users, effective) = float(mine.mean() - its.mean()), _of_users(redrawn.less(its_redrawn), effective)
     apart = 0.0 if abs(apart) <= rounding else apart
     if of_users is None:
         return told_as(apart)
+    of_users = 0.0 if of_users <= rounding else of_users
     if by_student(apart, of_users, effective - 1, rounding)["low"] is None and of_users > rounding:
         return told_as(apart)  # a few users decide nearly alone
     of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
@@ -180,12 +177,14 @@ def _apart(
     return by_student(apart, error, freedom, rounding)
 
 
-def _of_users(redrawn: np.ndarray, units: int) -> float | None:
-    """The standard error from the choice of users; None where too few redraws are defined."""
-    defined = redrawn[np.isfinite(redrawn)]
-    if not defined_well(defined, len(redrawn), units):
-        return None
-    return float(defined.std()) * float(np.sqrt(units / (units - 1)))
+def _of_users(redrawn: Resampled, effective: float) -> tuple[float | None, float]:
+    """The standard error from the choice of users, None where too few redraws are defined, and how many users alike
+    would tell as much. effective: by their sizes."""
+    defined = redrawn.redrawn[np.isfinite(redrawn.redrawn)]
+    if not defined_well(defined, len(redrawn.redrawn), len(redrawn.influence)):
+        return None, effective
+    effective = min(effective, redrawn.effective_users)
+    return float(defined.std()) * of_few(effective), effective
 
 
 def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float, float]:
@@ -194,5 +193,5 @@ def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float,
     total = sum(variances)
     if total == 0:
         return 0.0, np.inf
-    joint = total**2 / sum(each**2 / free for each, free in zip(variances, freedom, strict=True))
+    joint = total**2 / sum(each**2 / free for each, free in zip(variances, freedom, strict=True) if each)
     return float(np.sqrt(total)), float(joint)

@@ -108,17 +108,17 @@ def _detectable(
     The objective and all guardrails of its metric have to hold at once, so each has to fail that much more rarely; and
     where several models are looked at, the first p-value has to be that much smaller.
     """
-    objective, effective = compared["objective"], compared["effective_users"]
+    objective = compared["objective"]
     guarded = [
-        (found["groups"][task][metric]["error"], effective[task])
+        (found["groups"][task][metric]["error"], found["groups"][task][metric]["effective_users"])
         for task in judged
         if (metric := _GUARDED[summary["tasks"][task]["kind"]]) == objective["metric"]
         and found["groups"].get(task, {}).get(metric, {}).get("error")
     ]
     power = 1 - (1 - POWER) / (1 + len(guarded))
     own = found["objective"]["error"]
-    freedom = min(effective[group] for group in objective["groups"]) - 1
-    sizes = [own * sum(student.ppf([1 - LEVEL / len(compared["against"]) / 2, power], freedom))] if own else [0.0]
+    levels = [1 - LEVEL / len(compared["against"]) / 2, power]
+    sizes = [own * sum(student.ppf(levels, found["objective"]["effective_users"] - 1))] if own else [0.0]
     # What the guardrail of a task asks for.
     sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - rule.margin for error, users in guarded]
     return float(max(sizes))

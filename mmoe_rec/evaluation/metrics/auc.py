@@ -33,7 +33,15 @@ def _without_group(gauc: Metric[Any], group: Mapping[str, Any]) -> str:
     return "No user has rows of both labels: GAUC by user is undefined."
 
 
-class Auc(Metric[TaskRows]):
+class _OfBothClasses(Metric[TaskRows]):
+    """A metric that needs rows of either label."""
+
+    def sizes(self, sums: UserSums) -> list[np.ndarray]:
+        positive = sums.column("label")
+        return [positive, sums.column("weight") - positive]
+
+
+class Auc(_OfBothClasses):
     """Area under the ROC curve over all observed rows."""
 
     name, kinds, better, totals = "auc", ("binary",), "higher", ()
@@ -43,7 +51,7 @@ class Auc(Metric[TaskRows]):
         return drawn.sums.once(Bins).resampled(auc_of_counts, drawn)
 
 
-class AveragePrecision(Metric[TaskRows]):
+class AveragePrecision(_OfBothClasses):
     """Area under the curve of precision by recall, in steps, over all observed rows."""
 
     name, kinds, better, totals = "average_precision", ("binary",), "higher", ()

@@ -89,6 +89,10 @@ class Metric(Named, Generic[Measured]):
         """What else the summary says."""
         return {}
 
+    def sizes(self, sums: "UserSums") -> list[np.ndarray]:
+        """How much each user tells, (U,) from 0 on: of what is divided by, or of what there has to be some of."""
+        return [sums.column("weight" if "weight" in sums.table.column_names else "rows")]
+
     def before_merging(self, parts: pa.Table) -> pa.Table:
         """Readies sums of parts of the rows, some of the same user, for merging."""
         return parts
@@ -96,6 +100,9 @@ class Metric(Named, Generic[Measured]):
 
 class Ratio(Metric[Measured]):
     """A metric that is the ratio of its two `totals`."""
+
+    def sizes(self, sums: "UserSums") -> list[np.ndarray]:
+        return [sums.column(self.totals[1])]
 
     def summarise(self, drawn: "Drawn") -> np.ndarray:
         return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
@@ -183,6 +190,17 @@ class UserSums:
         # One product for the sums of all metrics reads the counts once.
         return Drawn(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
 
+    @property
+    def effective_rows(self) -> float:
+        """How many users of equal numbers of rows would tell as much as those there are, 1 or more."""
+        return alike(self.column("rows"))
+
+    @property
+    def effective_users(self) -> dict[str, float]:
+        """Name of each metric that has an interval -> the same by rows, or by what it divides by, whichever is less."""
+        by_rows = self.effective_rows
+        return {metric.name: min([by_rows, *map(alike, metric.sizes(self))]) for metric in self._metrics}
+
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""
         drawn = self.drawn(counts)
@@ -202,6 +220,12 @@ class Drawn:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.totals[name]
+
+
+def alike(sizes: np.ndarray) -> float:
+    """How many of equal size would tell as much as those of these sizes (Kish, 1965), 1 or more."""
+    squares = float((sizes**2).sum())
+    return float(sizes.sum()) ** 2 / squares if squares else 1.0
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
