@@ -80,6 +80,13 @@ def replaced_by(version: Version, alias: str, uri: str) -> str | None:
     return None if found is None else str(found)
 
 
+def forget_replaced(version: Version, alias: str, uri: str) -> None:
+    """Of a version that an alias has left for the one before: if it comes back, it comes in another way."""
+    mlflow = connect(uri)
+    with limits(BRIEF), calling(uri):
+        mlflow.MlflowClient().delete_model_version_tag(version.name, version.number, f"{_REPLACED}.{alias}")
+
+
 def describe(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
     mlflow = connect(uri)

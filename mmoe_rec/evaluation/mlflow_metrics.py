@@ -75,7 +75,9 @@ class _Computed:
         def computed(predictions: Any, targets: Any) -> MetricValue:
             from mlflow.metrics import MetricValue
 
-            found = self._summary(np.asarray(predictions, np.float64), np.asarray(targets, np.float64))[name]
+            given = np.asarray(predictions)
+            given = given if given.dtype == np.float32 else given.astype(np.float64)  # its precision tells what 0 is
+            found = self._summary(given, np.asarray(targets, np.float64))[name]
             ends = found if isinstance(found, dict) else {"value": found}
             return MetricValue(aggregate_results={end: each for end, each in ends.items() if each is not None})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +11,16 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import canonical
-from mmoe_rec.log.files import first_line
+from mmoe_rec.log.files import first_line, path_values
 from mmoe_rec.schema import Use
+
+
+def with_path_values(table: pa.Table, address: str, names: Iterable[str]) -> pa.Table:
+    """A file's columns, with those that stand in its path instead, of these names, as strings."""
+    for name, value in path_values(address).items():
+        if name in set(names) - set(table.column_names):
+            table = table.append_column(name, pa.array([value] * len(table), pa.string()))
+    return table
 
 
 def next_batch(batches: Iterator[pa.RecordBatch], address: str, schema: pa.Schema) -> pa.RecordBatch | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -116,6 +118,41 @@ def test_rows_without_a_label_are_left_out() -> None:
     gone = np.arange(4000) % 3 == 0
     partly = Shown(shown.users, shown.propensity, shown.target, np.where(gone, np.nan, shown.label))
     assert estimate(partly, 20)["rows"] == (~gone).sum()
-    assert estimate(partly, 20) == estimate(shown.take(np.flatnonzero(~gone)), 20)
+    found = estimate(partly, 20)
+    assert found == estimate(shown.take(np.flatnonzero(~gone)), 20) | {"without_label": int(gone.sum())}
     none = Shown(shown.users, shown.propensity, shown.target, np.full(4000, np.nan))
     assert estimate(none, 20) == {"rows": 0, "refused": "no row has an observed label"}
+
+
+def test_what_may_never_have_been_shown_is_told() -> None:
+    """A tenth of what the target chooses was never logged; whether the log is long enough to refuse is chance."""
+    told = refused = 0
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        action, rows = random.integers(10, size=4000), np.arange(4000)
+        shown = Shown(pa.array(rows), np.full(4000, 0.1), np.where(action < 2, 0.45, 0.0), random.random(4000) < 0.1)
+        found = estimate(replace(shown, label=shown.label.astype(float)), 100)
+        outside = not found["mean_weight"]["low"] <= 1 <= found["mean_weight"]["high"]
+        refused += found["refused"] is not None
+        if found["refused"] is None:
+            assert bool(found["warnings"]) == outside
+            told += any(
+                "may never have been shown, and the estimates say nothing" in each for each in found["warnings"]
+            )
+    assert told + refused > 15
+    assert told > 5
+
+
+def test_few_rows_are_too_few() -> None:
+    bandit = Bandit()
+    assert estimate(bandit.log(bandit.uniform, bandit.learnt, 60, 0), 20)["refused"] == (
+        "60 rows have a label, and 100 are needed"
+    )
+
+
+def test_few_users_with_most_rows_have_wide_intervals() -> None:
+    bandit = Bandit()
+    shown = bandit.log(bandit.uniform, bandit.uniform, 4000, 0)
+    one = replace(shown, users=pa.array(np.where(np.arange(4000) < 3900, np.arange(4000) % 3, np.arange(4000))))
+    wide, narrow = (estimate(each, 200)["estimates"][0]["snips"] for each in (one, shown))
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -14,6 +15,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.commands.evaluation.baselines import main
 from mmoe_rec.jobs.judging import baselines
+from tests.log.small_logs import BASE, random_log
 from tests.serving.small_model import SmallModel
 
 
@@ -57,13 +59,30 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
 
 
+def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
+    """As they do in the metrics: popularity is right in sum where candidates have many rows."""
+    random, log = np.random.default_rng(0), random_log(0, rows=3000)
+    rate = np.where(log["click"].to_numpy() == 1, 1.0, 0.2)
+    kept = log.append_column("rate", pa.array(rate)).filter(pa.array(random.random(len(log)) < rate))
+    model = SmallModel(
+        tmp_path,
+        log=[kept],
+        columns={**BASE["columns"], "sampling_rate": "rate"},
+        training={"sampling_correction": "weights"},
+    )
+    out = run(model)
+    found = json.loads((out / "against" / "1" / "metrics.json").read_text())["tasks"]["click"]["calibration"]
+    assert found["low"] <= 1.05
+    assert 0.8 < found["value"] < 1.25
+
+
 def test_of_many_rows_the_last_ones_are_taken(model: SmallModel) -> None:
     layout = model.prepared.layout
     rows = EncodedRows(model.prepared.split("train"), layout)
-    whole = baselines._Matrix.of(rows, layout)
+    whole = baselines._Matrix.of(rows, layout, False)
     assert len(whole.x) == rows.rows
     for most in (1, 7, rows.rows - 1, rows.rows, 10**9):
-        found = baselines._Matrix.of(rows, layout, most)
+        found = baselines._Matrix.of(rows, layout, False, most)
         taken = min(most, rows.rows)
         np.testing.assert_array_equal(found.x, whole.x[-taken:])
         np.testing.assert_array_equal(found.labels, whole.labels[-taken:])

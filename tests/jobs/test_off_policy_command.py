@@ -83,17 +83,46 @@ def test_without_support_a_sentence_says_so(tmp_path: Path, capsys: pytest.Captu
     assert "estimates" not in json.loads((tmp_path / "out" / "off_policy.json").read_text())["tasks"]["clicked"]
 
 
+MODELLED = ("target=p_new", "predicted_clicked=q", "expected_clicked=v")
+
+
+def test_what_contradicts_itself_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What a model expects of another policy than the target; the parts of a log in its path; labels that lack."""
+    bandit = Bandit()
+    rows = frame(bandit, bandit.uniform, "random", 3)
+    rows.loc[::10, "label_clicked"] = np.nan
+    rows["v"] = float((bandit.chance * 0.9).mean())
+    (tmp_path / "log" / "policy=random").mkdir(parents=True)
+    rows.drop(columns="policy").to_parquet(tmp_path / "log" / "policy=random" / "0.parquet", index=False)
+    assert run(tmp_path, "--columns", *MODELLED, "--where", "policy=random") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5,400 rows (600 more have no label)" in printed
+    assert "warning: clicked: the doubly robust estimate is 0." in printed
+    assert "what the model expects may be of another policy than the target" in printed
+    (tmp_path / "named").mkdir()
+    written(tmp_path / "named", rows.rename(columns={"q": "predicted_clicked", "v": "expected_clicked"}))
+    assert run(tmp_path / "named", "--columns", "target=p_new") == 0
+    assert "warning: clicked: the doubly robust estimate is 0." in " ".join(capsys.readouterr().out.split())
+    assert run(tmp_path / "named", "--columns", "target=p_new", "--where", "polcy=random") == 2
+    assert "has no column 'polcy'; did you mean 'policy'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "words", "told"),
     [
         ({}, [], "has no column 'target'; name another one with --columns target=COLUMN"),
         ({}, ["target=p_new", "user=nobody"], "has no column 'nobody'; name another one with --columns user=COLUMN"),
-        ({}, ["target=p_new", "predicted_clicked=q"], "needs both predicted_clicked (of what was shown) and"),
+        ({}, ["target=p_new", "predicted_clicked=q"], "has no column 'expected_clicked'; name another one with"),
+        ({"q": 60.0}, [*MODELLED], "column 'q' of "),
         ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, of the parts "),
-        ({"propensity": 0.0}, ["target=p_new"], "column 'propensity' must hold a probability above 0; row 0 does not"),
-        ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, 0 to 1; row 0 does not"),
+        (
+            {"propensity": 0.0},
+            ["target=p_new"],
+            "column 'propensity' must hold a probability above 0, found 0 in row 0",
+        ),
+        ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, 0 to 1, found 1.5 in row 0"),
         ({"label_clicked": np.inf}, ["target=p_new"], "column 'label_clicked' must hold a finite number"),
-        ({"user": None}, ["target=p_new"], "column 'user' must hold an id, not null; row 0 does not"),
+        ({"user": None}, ["target=p_new"], "column 'user' must hold an id, not null, found null in row 0"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -76,6 +76,38 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     assert devices["rows"].sum() == len(found)
 
 
+def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A rank is each model's own: what a model shows first is better by construction than what another one shows."""
+    sides = {}
+    for seed, name in enumerate(("mine", "theirs")):
+        found = frame()
+        noise = np.random.default_rng(seed).normal(size=len(found))
+        found["score"] = found["predicted_bought"] = 1 / (1 + np.exp(-noise - found["label_bought"]))
+        found["rank"] = found.groupby("request")["score"].rank(ascending=False, method="first").astype(int)
+        (tmp_path / name).mkdir()
+        found.to_parquet(tmp_path / name / "0.parquet", index=False)
+        sides[name] = str(tmp_path / name)
+    words = ["--predictions", sides["mine"], "--against", sides["theirs"], "--tasks", "bought", "--resamples", "20"]
+    main([*words, "--out", str(tmp_path / "out"), "--slices", "rank", "device"])
+    table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
+    assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
+    assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: slices by rank hold other rows for other models, so these are not compared there" in printed
+
+
+def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
+    found = frame()
+    found["device"] = found["device"].fillna("none")
+    expected = {name: area(each) for name, each in found.groupby("device")}
+    for name, each in found.groupby("device"):
+        (tmp_path / "in" / f"device={name}").mkdir(parents=True)
+        each.drop(columns="device").to_parquet(tmp_path / "in" / f"device={name}" / "0.parquet", index=False)
+    words = ["--predictions", str(tmp_path / "in"), "--tasks", "bought", "--resamples", "20", "--slices", "device"]
+    main([*words, "--out", str(tmp_path / "out")])
+    assert areas(pd.read_parquet(tmp_path / "out" / "slices.parquet"), "device") == pytest.approx(expected)
+
+
 def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found = frame()
     found["id"] = np.arange(len(found))

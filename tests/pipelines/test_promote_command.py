@@ -70,7 +70,9 @@ def tags(world: World, version: str) -> dict[str, str]:
     return found
 
 
-def test_a_better_version_takes_the_alias_and_gives_it_back(world: World, capsys: pytest.CaptureFixture) -> None:
+def test_a_better_version_takes_the_alias_and_gives_it_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     assert run(world, "--challenger", "2") == 0
     printed = capsys.readouterr().out
     assert holder(world) == "2"
@@ -84,11 +86,22 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(world: World, capsys
     assert "promotion/report.html" in [each.path for each in client(world).list_artifacts(run_id, "promotion")]
     assert run(world, "--challenger", "models:/learnable/2") == 0
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        # Another process promotes while the version is loaded.
+        patch.setattr(promote, "_loaded", lambda version, uri: aliases.point(NAME, "champion", "1", uri))
+        assert run(world, "--rollback") == 2
+    assert holder(world) == "1"
+    assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
+    aliases.point(NAME, "champion", "2", world.uri)
     assert run(world, "--rollback") == 0
     assert holder(world) == "1"
     assert "'champion' is version 1 again, which held it before version 2" in capsys.readouterr().out
     assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
     assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
+    aliases.point(NAME, "champion", "2", world.uri)  # by hand
+    assert run(world, "--rollback") == 2, "what was before is not taken from a holding that has ended"
+    assert "it is not known which version" in capsys.readouterr().err
+    aliases.point(NAME, "champion", "1", world.uri)
 
 
 def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -200,12 +213,15 @@ def test_logged_requests_are_ranked_by_both(world: World, tmp_path: Path, capsys
 
 
 def test_agreement_by_hand() -> None:
-    request = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1])
-    mine = np.array([3.0, 2, 1, 9, 8, 7, 6, 5, 4])
-    its = np.array([1.0, 2, 3, 9, 4, 5, 6, 7, 8])
-    same, shared = _agreement(request, mine, its)
-    assert same == 0.5
-    assert shared == pytest.approx((1 + 4 / 5) / 2)
+    request = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 2])
+    mine = np.array([3.0, 2, 1, 9, 8, 7, 6, 5, 4, 1])
+    its = np.array([1.0, 2, 3, 9, 4, 5, 6, 7, 8, 1])
+    assert _agreement(request, mine, its) == (2, 0.5, pytest.approx(4 / 5))
+    assert _agreement(np.array([0, 1]), np.ones(2), np.ones(2)) == (0, None, None)
+    ties = np.repeat(np.arange(4000), 4)
+    compared, same, shared = _agreement(ties, np.tile([4.0, 3, 2, 1], 4000), np.ones(16_000))
+    assert (compared, shared) == (4000, None)
+    assert same == pytest.approx(1 / 4, abs=0.03), "nothing is gained by equal scores"
 
 
 def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

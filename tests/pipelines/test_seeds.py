@@ -150,6 +150,16 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     assert "holds no trainings of several seeds that have all ended" in capsys.readouterr().err
 
 
+def test_a_refused_run_leaves_what_was_found(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.train("--seeds", "2", "--resume")
+    files = [world.folder / "work" / "seeds" / name for name in ("seeds.json", "report.html")]
+    before = [each.read_bytes() for each in files]
+    with pytest.raises(SystemExit):
+        world.train("--seeds", "2", "--resume", "--training.learning_rate", "0.5")
+    assert "training.learning_rate" in capsys.readouterr().err
+    assert [each.read_bytes() for each in files] == before
+
+
 def test_other_settings_that_have_seen_the_rows_are_told_of(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ where few rows have nearly all of the weight, these decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +54,15 @@ def estimate(shown: Shown, resamples: int, seed: int = 0) -> dict[str, Any]:
     """Estimates of the mean label under the target policy.
 
     Returns:
-        `rows` with an observed label, and their `users`; `logged`, the mean label as it was logged; `mean_weight`, with
-        its interval, which has to hold 1; `effective_rows`, (sum of w)^2 / sum of w^2; `refused`, a sentence, or None;
-        and where it is None, `estimates`: one for each cap, with `cap`, `clipped` (share of the weight that the cap
-        takes away), `effective_rows`, `snips`, and `doubly_robust` where there is a model. All but counts and shares
-        are `value`, `low`, `high`.
+        `rows` with an observed label, those `without_label`, and their `users`; `logged`, the mean label as it was
+        logged; `mean_weight`, with its interval, which has to hold 1; `effective_rows`, (sum of w)^2 / sum of w^2;
+        `refused`, a sentence, or None; and where it is None, `warnings`, sentences, and `estimates`: one for each cap,
+        with `cap`, `clipped` (share of the weight that the cap takes away), `effective_rows`, `snips`, and
+        `doubly_robust` where there is a model. All but counts and shares are `value`, `low`, `high`.
     """
     known = shown.take(np.flatnonzero(~np.isnan(shown.label)))
     rows = len(known.label)
-    told: dict[str, Any] = {"rows": rows, "refused": None}
+    told: dict[str, Any] = {"rows": rows, "without_label": len(shown.label) - rows, "refused": None}
     if not rows:
         return {**told, "refused": "no row has an observed label"}
     weight = known.target / known.propensity
@@ -79,6 +79,7 @@ def estimate(shown: Shown, resamples: int, seed: int = 0) -> dict[str, Any]:
     told["effective_rows"] = _effective(weight)
     told["refused"] = _refusal(told)
     if told["refused"] is None:
+        told["warnings"] = list(_warnings(values[None]))
         told["estimates"] = [
             {
                 "cap": cap,
@@ -91,10 +92,32 @@ def estimate(shown: Shown, resamples: int, seed: int = 0) -> dict[str, Any]:
     return told
 
 
+def _warnings(values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What is suspicious of the estimates with all weights as they are."""
+    mean, apart = values["weight"], values.get("apart")
+    if not mean["low"] <= 1 <= mean["high"]:
+        what = f"target / propensity is {mean['value']:.3f} on average ({mean['low']:.3f} to {mean['high']:.3f})"
+        if mean["value"] < 1:
+            most = f"up to {1 - mean['low']:.0%} of what the target chooses may never have been shown"
+            yield f"{what}, below 1: {most}, and the estimates say nothing of it"
+        else:
+            yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
+    if apart is not None and apart["low"] is not None:
+        reach = _SURELY * max(apart["high"] - apart["value"], apart["value"] - apart["low"])
+        if abs(apart["value"]) > reach:
+            yield (
+                f"the doubly robust estimate is {abs(apart['value']):.4f} {'above' if apart['value'] > 0 else 'below'} "
+                "SNIPS, by more than chance explains: what the model expects may be of another policy than the "
+                "target, or of other rows"
+            )
+
+
 def _refusal(told: Mapping[str, Any]) -> str | None:
     mean = told["mean_weight"]
     if mean["value"] == 0 or told["effective_rows"] == 0:
         return "the target policy never chooses what was shown"
+    if told["rows"] < LEAST_EFFECTIVE:
+        return f"{told['rows']:,} rows have a label, and {LEAST_EFFECTIVE:g} are needed"
     if told["effective_rows"] < LEAST_EFFECTIVE:
         return (
             f"{told['rows']:,} rows tell as much as {told['effective_rows']:,.0f} of equal weight, and "
@@ -144,6 +167,7 @@ def _at(sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         found = {"logged": labels / rows, "weight": weights / rows, "snips": weighted / weights}
         if model:
             found["doubly_robust"] = model[1] / rows + model[0] / weights
+            found["apart"] = found["doubly_robust"] - found["snips"]
     return found
 
 

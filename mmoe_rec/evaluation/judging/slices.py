@@ -1,9 +1,9 @@
 """How well a model does on parts of the rows: what it gives some users while the mean hides it.
 
-A slice is compared with all rows, by the same redraws of users, or with another model on the rows of the slice. Slices
-with fewer than FEWEST rows of either label, or requests that rank anything, are counted, not judged; p-values are
-corrected for all that are. Where slices cut requests, their lists are shorter than those of all rows, whose NDCG is no
-measure for theirs: they are compared between models alone.
+A slice is compared with all rows, by the same redraws of users, or with another model on the rows of the slice, where
+these are the same for it. Slices with fewer than FEWEST rows of either label, or requests that rank anything, are
+counted, not judged; p-values are corrected for all that are. Where slices cut requests, their lists are shorter than
+those of all rows, whose NDCG is no measure for theirs: they are compared between models alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mmoe_rec.auc import FEWEST
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums
-from mmoe_rec.evaluation.judging.differences import difference, holm
+from mmoe_rec.evaluation.judging.differences import check_same_rows, difference, holm
 from mmoe_rec.evaluation.judging.influence import Resampling
 from mmoe_rec.evaluation.judging.objective import SCORE, rarer
 from mmoe_rec.evaluation.metrics.resampling import Values, user_counts
@@ -97,6 +98,24 @@ def _off(ratio: float) -> float:
     return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 
+def of_other_rows(models: Mapping[str, SlicedModel], model: str) -> Iterator[str]:
+    """What slices are by that hold other rows for another model, as those of a rank do, so that it is not compared."""
+    for by in dict.fromkeys(by for by, _ in models[model].slices):
+        mine = {key: sums for key, sums in models[model].slices.items() if key[0] == by}
+        others = (each.slices for name, each in models.items() if name != model)
+        if not all(_has_the_rows_of(sums, each.get(key)) for each in others for key, sums in mine.items()):
+            yield by
+
+
+def _has_the_rows_of(sums: ClosedSums, other: ClosedSums | None) -> bool:
+    try:
+        if other is not None:
+            check_same_rows("", sums, "", other)
+    except UserError:
+        return False
+    return other is not None
+
+
 def _that_cut_requests(model: SlicedModel) -> set[str]:
     """What slices are by whose requests are more than there are, together."""
     requests: dict[str, int] = {}
@@ -114,7 +133,9 @@ def _records(
     here = mine.slices[key]
     units = mine.whole.tables["ranking"]["user"].combine_chunks()
     sides = {(model, ALL): mine.whole} | {
-        (name, key[1]): each.slices[key] for name, each in models.items() if key in each.slices
+        (name, key[1]): each.slices[key]
+        for name, each in models.items()
+        if _has_the_rows_of(here, each.slices.get(key))
     }
     groups = {side: sums_by_user(sums, METRICS) for side, sums in sides.items()}
     places = {

@@ -69,9 +69,10 @@ def _predicted(settings: Settings, prepared: Prepared) -> dict[str, Scored]:
     train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
     if train.rows > MOST_ROWS:
         say(f"the baselines learn from the last {MOST_ROWS:,} of {train.rows:,} training rows")
-    learnt, held_out = _Matrix.of(train, layout, MOST_ROWS), _Matrix.of(validation, layout, MOST_ROWS)
+    weighted = settings.training.sampling_correction == "weights"
+    learnt, held_out = (_Matrix.of(rows, layout, weighted, MOST_ROWS) for rows in (train, validation))
     test = _test_rows(settings, prepared)
-    inputs = _Matrix.of(EncodedRows(prepared.split("test"), layout), layout)
+    inputs = _Matrix.of(EncodedRows(prepared.split("test"), layout), layout, weighted)
     popularity, trees = [], []
     with bar() as progress:
         step = progress.add_task(TREES, total=len(layout.tasks))
@@ -131,15 +132,15 @@ def _test_rows(settings: Settings, prepared: Prepared) -> Scored:
 
 
 class _Matrix:
-    """Inputs (N, F) float32, labels (N, T) float64, candidates (N,) and, where the log has a column of weights, weights
-    (N,) of encoded rows: all inputs but placement and lists."""
+    """Inputs (N, F) float32, labels (N, T) float64, candidates (N,) and, where rows do not count alike, weights (N,) of
+    encoded rows: all inputs but placement and lists."""
 
     def __init__(self, x: np.ndarray, labels: np.ndarray, candidates: pa.Array, weights: np.ndarray | None) -> None:
         self.x, self.labels, self.candidates, self.weights = x, labels, candidates, weights
 
     @staticmethod
-    def of(rows: EncodedRows, layout: Layout, most: int | None = None) -> _Matrix:
-        """Of all rows, or of the last ones."""
+    def of(rows: EncodedRows, layout: Layout, weighted: bool, most: int | None = None) -> _Matrix:
+        """Of all rows, or of the last ones. weighted: whether rows count by the rate at which they were sampled."""
         dense = [index for index, each in enumerate(layout.dense) if not each.placement]
         names, taken = _columns(layout), min(rows.rows, most or rows.rows)
         x = np.empty((taken, len(dense) + len(names)), np.float32)
@@ -147,7 +148,7 @@ class _Matrix:
         candidates: list[pa.Array] = []
         start = taken - rows.rows  # of rows before the first that is taken, below 0
         weights: list[np.ndarray] = []
-        for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate", *rows.weighing(False))):
+        for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate", *rows.weighing(weighted))):
             end = start + len(part)
             skip = max(0, min(-start, len(part)))
             if skip < len(part):

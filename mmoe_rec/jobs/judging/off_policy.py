@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.off_policy import Shown, estimate
 from mmoe_rec.log.checks import BadFile, open_parquet
-from mmoe_rec.log.files import find_files
-from mmoe_rec.log.values import file_column
+from mmoe_rec.log.files import find_files, path_values
+from mmoe_rec.log.values import file_column, with_path_values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +41,7 @@ class Asked:
         """By the words of a command line. Raises UserError for others."""
         columns = {name: name for name in ("user", "propensity", "target")}
         columns |= {f"label_{task}": f"label_{task}" for task in tasks}
-        model = {f"{kind}_{task}" for task in tasks for kind in ("predicted", "expected")}
+        model = {part for task in tasks for part in _of_model(task)}
         for word in words:
             part, equals, column = word.partition("=")
             if not equals or part not in {*columns, *model} or not column:
@@ -48,14 +49,19 @@ class Asked:
                     f"--columns {word}: expected PART=COLUMN, of the parts {', '.join(sorted({*columns, *model}))}"
                 )
             columns[part] = column
-        modelled = frozenset(task for task in tasks if {f"predicted_{task}", f"expected_{task}"} <= columns.keys())
-        for task in tasks:
-            if task not in modelled and {f"predicted_{task}", f"expected_{task}"} & columns.keys():
-                raise UserError(
-                    f"a doubly robust estimate of '{task}' needs both predicted_{task} (of what was shown) and "
-                    f"expected_{task} (of what the target would show); --columns names one"
-                )
-        return Asked(tuple(tasks), columns, dict(_condition(word) for word in where), modelled)
+        asked = Asked(tuple(tasks), columns, dict(_condition(word) for word in where))
+        return asked.modelling(task for task in tasks if not columns.keys().isdisjoint(_of_model(task)))
+
+    def modelling(self, tasks: Iterable[str]) -> Asked:
+        """The same with a model's expectations for these tasks too, by their usual names where nothing was said."""
+        modelled = self.modelled.union(tasks)
+        more = {part: part for task in sorted(modelled) for part in _of_model(task)}
+        return replace(self, columns=more | self.columns, modelled=modelled)
+
+
+def _of_model(task: str) -> tuple[str, str]:
+    """What a model expects of what was shown, and of what the target would show."""
+    return f"predicted_{task}", f"expected_{task}"
 
 
 def _condition(word: str) -> tuple[str, str]:
@@ -70,7 +76,9 @@ def estimate_policy(asked: Asked, source: str, out: Path, resamples: int) -> dic
 
     Raises UserError for a wrong file, column or value, or where no row is left.
     """
-    parts = [part for part in _parts(asked, source) if len(part)]
+    files = [(each.address, _there(each.address)) for each in find_files(source, "--log")]
+    asked = asked.modelling(t for t in asked.tasks if all(there.issuperset(_of_model(t)) for _, there in files))
+    parts = [part for part in _parts(asked, files) if len(part)]
     if not parts:
         conditions = " and ".join(f"{name} = {value}" for name, value in asked.where.items())
         raise UserError(f"'{source}' holds no row{f' with {conditions}' if conditions else ''}")
@@ -80,11 +88,26 @@ def estimate_policy(asked: Asked, source: str, out: Path, resamples: int) -> dic
     for task in asked.tasks:
         shown = Shown(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], numbers[f"label_{task}"])
         if task in asked.modelled:
+            _check_model(asked, task, numbers, source)
             shown = replace(shown, predicted=numbers[f"predicted_{task}"], expected=numbers[f"expected_{task}"])
         found[task] = estimate(shown, resamples)
     with atomic_file(out / "off_policy.json") as file:
         file.write_text(json.dumps({"log": source, "where": asked.where, "tasks": found}, indent=1), encoding="utf-8")
     return found
+
+
+def _check_model(asked: Asked, task: str, numbers: Mapping[str, np.ndarray], source: str) -> None:
+    """Raises UserError where labels are 0 and 1, and a model expects something else than probabilities of them."""
+    labels = numbers[f"label_{task}"]
+    if not np.isin(labels[~np.isnan(labels)], (0, 1)).all():
+        return
+    for part in _of_model(task):
+        wrong = (numbers[part] < 0) | (numbers[part] > 1)
+        if wrong.any():
+            raise UserError(
+                f"column '{asked.columns[part]}' of '{source}' holds {numbers[part][wrong][0]:g}, but what a model "
+                f"expects of '{task}', whose labels are 0 and 1, is a probability"
+            )
 
 
 def told(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table | str]:
@@ -96,8 +119,16 @@ def told(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table | str]:
         if each["refused"] is not None:
             yield f"{task}: no estimate, as {each['refused']}"
             continue
-        table = Table(title=f"{task}: mean label of the target policy, {each['rows']:,} rows", title_justify="left")
-        for name in ("weights up to", "SNIPS", "doubly robust", "rows they tell as much as", "weight clipped"):
+        rows = f"{each['rows']:,} rows"
+        rows += f" ({each['without_label']:,} more have no label)" if each["without_label"] else ""
+        table = Table(title=f"{task}: mean label of the target policy, {rows}", title_justify="left")
+        for name in (
+            "weights up to",
+            "SNIPS",
+            "doubly robust",
+            "rows of equal weight\nthat tell as much",
+            "weight clipped",
+        ):
             table.add_column(name, justify="right")
         for row in each["estimates"]:
             cap = "all" if row["cap"] is None else f"{row['cap']:g}"
@@ -105,6 +136,7 @@ def told(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table | str]:
             table.add_row(Text(cap), *cells, f"{row['effective_rows']:,.0f}", f"{row['clipped']:.1%}")
         table.caption = f"as it was logged: {_interval(each['logged'])}; mean weight {_interval(each['mean_weight'])}"
         yield table
+        yield from (f"warning: {task}: {sentence}" for sentence in each["warnings"])
 
 
 def _interval(value: Mapping[str, float | None] | None) -> str:
@@ -117,17 +149,24 @@ def _interval(value: Mapping[str, float | None] | None) -> str:
     )
 
 
-def _parts(asked: Asked, source: str) -> Iterator[pa.Table]:
-    for found in find_files(source, "--log"):
-        with open_parquet(found.address) as parquet:
-            names = [*dict.fromkeys([*asked.columns.values(), *asked.where])]
-            for name in names:
-                if parquet.schema_arrow.get_field_index(name) < 0:
-                    part = next((part for part, column in asked.columns.items() if column == name), None)
-                    hint = "" if part is None else f"; name another one with --columns {part}=COLUMN"
-                    raise BadFile(f"'{found.address}' has no column '{name}'{hint}", found.address)
-            table = parquet.read(columns=names)
-        yield _checked(asked, table, found.address)
+def _there(address: str) -> set[str]:
+    with open_parquet(address) as parquet:
+        return {*parquet.schema_arrow.names, *path_values(address)}
+
+
+def _parts(asked: Asked, files: Sequence[tuple[str, set[str]]]) -> Iterator[pa.Table]:
+    names = [*dict.fromkeys([*asked.columns.values(), *asked.where])]
+    for address, there in files:
+        for name in names:
+            if name not in there:
+                part = next((part for part, column in asked.columns.items() if column == name), None)
+                near = get_close_matches(name, there, 1)
+                meant = f"; did you mean '{near[0]}'?" if near else ""
+                hint = meant if part is None else f"; name another one with --columns {part}=COLUMN"
+                raise BadFile(f"'{address}' has no column '{name}'{hint}", address)
+        with open_parquet(address) as parquet:
+            table = parquet.read(columns=[name for name in names if name in parquet.schema_arrow.names])
+        yield _checked(asked, with_path_values(table, address, names), address)
 
 
 def _checked(asked: Asked, table: pa.Table, address: str) -> pa.Table:
@@ -148,7 +187,8 @@ def _checked(asked: Asked, table: pa.Table, address: str) -> pa.Table:
             continue
         values = file_column(address, name, "number", given, None, 0)
         numbers = np.full(len(values), np.nan) if pt.is_null(values.type) else values.to_numpy(zero_copy_only=False)
-        _refuse(address, name, _wrong(part, numbers) & kept, _EXPECTED.get(part, "a finite number"))
+        wrong = _wrong(part, numbers) & kept
+        _refuse(address, name, wrong, _EXPECTED.get(part, "a finite number"), numbers)
         columns[part] = numbers[kept]
     return pa.table(columns)
 
@@ -164,7 +204,8 @@ def _wrong(part: str, values: np.ndarray) -> np.ndarray:
     return np.isinf(values) if part.startswith("label_") else ~np.isfinite(values)
 
 
-def _refuse(address: str, name: str, wrong: np.ndarray, expected: str) -> None:
+def _refuse(address: str, name: str, wrong: np.ndarray, expected: str, values: np.ndarray | None = None) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise BadFile(f"'{address}': column '{name}' must hold {expected}; row {row:,} does not", address)
+        found = "null" if values is None or np.isnan(values[row]) else f"{values[row]:g}"
+        raise BadFile(f"'{address}': column '{name}' must hold {expected}, found {found} in row {row:,}", address)

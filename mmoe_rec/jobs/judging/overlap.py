@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from mmoe_rec.jobs.judging.training_rows import TrainingRows
+from mmoe_rec.jobs.scoring.learnt import text_of
 from mmoe_rec.settings import Settings
 from mmoe_rec.settings.split import Split
 
@@ -25,7 +26,7 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
         tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
         split = Split.model_validate(tree["split"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return []
+        return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
     begin = settings.split.validation_end
     if settings.split.column != split.column:
         ways = ["times" if each is None else f"column '{each}'" for each in (split.column, settings.split.column)]
@@ -71,7 +72,8 @@ def users_in_both(settings: Settings, artifact: Path, scored: Scored, training: 
 
 def _by_column(now: Split, its: Split) -> Iterator[str]:
     for values, what in ((its.train, "trained"), (its.validation, "chosen and calibrated")):
-        if both := [each for each in now.test if each in values]:
+        known = {text_of(each) for each in values}
+        if both := [each for each in now.test if text_of(each) in known]:
             yield (
                 f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those that "
                 "it is measured on: it has seen labels that it is measured by"

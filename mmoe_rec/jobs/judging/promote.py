@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.aliases import Version, aliases_of, holder_of, point, replaced_by, tag, version_of
+from mmoe_rec.aliases import Version, aliases_of, forget_replaced, holder_of, point, replaced_by, tag, version_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
@@ -102,7 +102,7 @@ def _judged(
 def roll_back(name: str, alias: str, uri: str) -> Decision:
     """Gives an alias back to the version that held it before the one that holds it now.
 
-    Raises UserError where that is unknown, or can't be served any more.
+    Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
     """
     holder = holder_of(name, alias, uri)
     if holder is None:
@@ -116,7 +116,10 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
     version = version_of(name, before, uri)
     if isinstance(trouble := _loaded(version, uri), Trouble):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {trouble.why}")
+    if holder_of(name, alias, uri) != holder:
+        raise UserError(f"'{alias}' has moved meanwhile: run the command again")
     point(name, alias, before, uri)
+    forget_replaced(holder, alias, uri)
     tag(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
     tag(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
     return Decision(

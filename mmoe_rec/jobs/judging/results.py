@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mmoe_rec.evaluation.closed import ClosedSums
+    from mmoe_rec.evaluation.judging.slices import SlicedModel
     from mmoe_rec.evaluation.summary import Sums
 
 RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
@@ -94,11 +95,16 @@ class Results:
     @cached_property
     def slices(self) -> list[dict[str, Any]]:
         """Records of all slices, see `sliced`."""
-        from mmoe_rec.evaluation.judging.slices import SlicedModel, sliced
+        from mmoe_rec.evaluation.judging.slices import sliced
 
-        models = {name: SlicedModel(each.closed, each.slices) for name, each in self.models.items()}
-        (model, *_) = models
-        return sliced(models, model, min(self.models[model].summary["resamples"], RESAMPLES_OF_SLICES))
+        (model, *_) = self.models
+        return sliced(self._sliced, model, min(self.models[model].summary["resamples"], RESAMPLES_OF_SLICES))
+
+    @property
+    def _sliced(self) -> dict[str, SlicedModel]:
+        from mmoe_rec.evaluation.judging.slices import SlicedModel
+
+        return {name: SlicedModel(each.closed, each.slices) for name, each in self.models.items()}
 
     @property
     def findings(self) -> list[dict[str, str]]:
@@ -163,7 +169,7 @@ class Results:
         """For the terminal: tables, verdicts, notes and warnings."""
         from mmoe_rec.evaluation.judging.compare import told_of
         from mmoe_rec.evaluation.judging.differences import LEVEL
-        from mmoe_rec.evaluation.judging.slices import told_of_slices
+        from mmoe_rec.evaluation.judging.slices import of_other_rows, told_of_slices
         from mmoe_rec.evaluation.judging.table import differences_table
         from mmoe_rec.evaluation.notes import are_alone, told
         from mmoe_rec.evaluation.table import results_table
@@ -179,6 +185,10 @@ class Results:
         if caution := self.facts.get("caution"):
             yield f"note: {caution}"
         yield from told_of_slices(self.slices, LEVEL)
+        if others := list(of_other_rows(self._sliced, next(iter(self.models)))):
+            yield (
+                f"note: slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
+            )
         for each in self.findings:
             of = f"'{each['model']}': " if len(self.models) > 1 else ""
             yield f"warning: {of}{each['message']}"

@@ -13,10 +13,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.measuring.asked import Asked
 from mmoe_rec.log.checks import BadFile, LogFile, open_parquet
 from mmoe_rec.log.columns import canonical_type
-from mmoe_rec.log.files import FoundFile
+from mmoe_rec.log.files import FoundFile, path_values
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import Piece
-from mmoe_rec.log.values import file_column, first_row, next_batch
+from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.schema import Use
 
 
@@ -34,7 +34,11 @@ class Footer:
             metadata = parquet.metadata
             rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
             file = LogFile(found.address, sum(rows), found.bytes, found.version, rows)
-            return Footer(file, parquet.schema_arrow)
+            schema = parquet.schema_arrow
+        for name in path_values(found.address):
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, pa.string()))
+        return Footer(file, schema)
 
 
 def rows_of(asked: Asked, piece: Piece, at_a_time: int) -> Iterator[pa.Table]:
@@ -42,9 +46,11 @@ def rows_of(asked: Asked, piece: Piece, at_a_time: int) -> Iterator[pa.Table]:
     reading, columns = _Reading(asked, piece.address), [*uses_of(asked), *(each.column for each in asked.slices)]
     with open_parquet(piece.address) as parquet:
         start = sum(parquet.metadata.row_group(number).num_rows for number in range(piece.groups[0]))
-        batches = parquet.iter_batches(at_a_time, row_groups=list(piece.groups), columns=list(dict.fromkeys(columns)))
+        held = [name for name in dict.fromkeys(columns) if name in parquet.schema_arrow.names]
+        batches = parquet.iter_batches(at_a_time, row_groups=list(piece.groups), columns=held)
         while (batch := next_batch(batches, piece.address, parquet.schema_arrow)) is not None:
-            yield reading.rows(pa.Table.from_batches([batch]), start)
+            table = with_path_values(pa.Table.from_batches([batch]), piece.address, columns)
+            yield reading.rows(table, start)
             start += len(batch)
 
 

@@ -12,7 +12,13 @@ import pyarrow.types as pt
 
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.schema import Scalar
 from mmoe_rec.settings.split import Split
+
+
+def text_of(value: Scalar) -> str:
+    """A value of a column of splits, so that numbers equal the same as text."""
+    return value if isinstance(value, str) else str(int(value))
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,7 @@ class Learnt:
     @property
     def values(self) -> list[str]:
         """Those of the column, as text, by which rows were trained on or chose the best state."""
-        listed = (*self.split.train, *self.split.validation)
-        return [each if isinstance(each, str) else str(int(each)) for each in listed]
+        return [text_of(each) for each in (*self.split.train, *self.split.validation)]
 
     def count(self, rows: LogRows) -> int:
         """How many rows it has learnt from, as far as that can be told."""

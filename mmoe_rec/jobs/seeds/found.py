@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -110,6 +111,23 @@ class Found:
         """Removes the files of an earlier run."""
         for name in (FILE, _PAGE):
             (folder / name).unlink(missing_ok=True)
+
+    @staticmethod
+    @contextmanager
+    def put_away(folder: Path, models: Callable[[], object]) -> Iterator[None]:
+        """Removes the files of an earlier run while others are trained, for whose they would be taken; where these are
+        refused and the models are as they were, the files come back. models: what tells them from others."""
+        before = models()
+        kept = {name: (folder / name).read_bytes() for name in (FILE, _PAGE) if (folder / name).is_file()}
+        Found.forget(folder)
+        try:
+            yield
+        except UserError:
+            if models() == before:
+                for name, content in kept.items():
+                    with atomic_file(folder / name) as path:
+                        path.write_bytes(content)
+            raise
 
     def write(self) -> None:
         """Writes the files, the page last."""

@@ -28,6 +28,7 @@ from mmoe_rec.jobs.seeds.side_by_side import side_by_side
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import bar, say
+from mmoe_rec.serving.artifact import version_of
 from mmoe_rec.settings import Settings
 
 
@@ -57,9 +58,9 @@ def train_seeds(
         theirs = {name: measured(settings, each) for name, each in others.items()}
         key = _key(settings, seeds, prepared.manifest["fingerprint"])
         with tracking.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
-            Found.forget(folder)  # it would be taken for that of the models that come now
             own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
-            models = _trained(own, at_once, resume, run.run_id)
+            with Found.put_away(folder, lambda: [_version(each) for each in own]):
+                models = _trained(own, at_once, resume, run.run_id)
             found = Found.of(settings, seeds, measured(settings, Trainings(folder, models)), theirs, _computed(own))
             found.write()
             run.log_artifact(found.file)
@@ -97,6 +98,13 @@ def _train(settings: Settings, resume: bool, parent: str | None) -> str:
     trained = train_model(settings, resume=resume, parent=parent, register=False)
     assert trained is not None, "one process trains"
     return str(trained.artifact)
+
+
+def _version(settings: Settings) -> str | None:
+    """Of the model in a training's folder, None where there is none."""
+    with suppress(UserError):
+        return version_of(Path(settings.data.work) / "model")
+    return None
 
 
 def _sharing(settings: Settings, at_once: int) -> Settings:
