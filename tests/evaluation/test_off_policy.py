@@ -121,7 +121,7 @@ def test_rows_without_a_label_are_left_out() -> None:
     found = estimate(partly, 20)
     assert found == estimate(shown.take(np.flatnonzero(~gone)), 20) | {"without_label": int(gone.sum())}
     none = Shown(shown.users, shown.propensity, shown.target, np.full(4000, np.nan))
-    assert estimate(none, 20) == {"rows": 0, "refused": "no row has an observed label"}
+    assert estimate(none, 20) == {"rows": 0, "without_label": 4000, "refused": "no row has an observed label"}
 
 
 def test_what_may_never_have_been_shown_is_told() -> None:
