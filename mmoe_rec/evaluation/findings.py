@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from scipy.stats import chi2, norm
 
 from mmoe_rec.auc import FEWEST
+from mmoe_rec.evaluation.judging.objective import SCORE
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 TOO_GOOD = 0.995  # AUC of a model above which a feature holds the outcome, more likely than not
@@ -25,17 +27,32 @@ Finding = dict[str, str]
 
 def findings(summary: Mapping[str, Any]) -> list[Finding]:
     """Of all tasks of a summary (`summary.summarise`), task by task."""
-    return [
+    found: list[Finding] = [
         {"check": check, "task": name, "message": message}
         for name, task in summary["tasks"].items()
         for check, message in _of_task(name, task)
     ]
+    return found + [{"check": "score", "task": SCORE, "message": message} for message in _of_score(summary)]
+
+
+def _of_score(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Whether it ranks the wrong way round, although a task's predictions do not."""
+    ndcg, random = summary["score"].get("ndcg_at_10", _NOTHING), summary["score"].get("random_ndcg_at_10")
+    tasks = [
+        name for name, task in summary["tasks"].items() if (task.get("gauc_request", _NOTHING)["low"] or 0.0) > 0.5
+    ]
+    if random is not None and ndcg["high"] is not None and ndcg["high"] < random and tasks:
+        yield (
+            f"the score ranks the rows of requests worse than chance (NDCG@10 {_interval(ndcg, 3)}, by chance "
+            f"{random:.3f}), and the predictions of {', '.join(tasks)} do not: larger scores have to be better, unlike "
+            "those of a rank"
+        )
 
 
 def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ranking = list(_ranking(name, task))
     yield from ranking
-    yield from _calibration(name, task)
+    yield from _calibration(name, task, is_fine=not ranking)
     # Where more is wrong, that is the cause.
     if not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task):
         yield (
@@ -83,7 +100,7 @@ def _tells_users_apart(task: Mapping[str, Any]) -> bool:
     return task["auc"]["low"] is not None and task["auc"]["low"] > task["gauc_request"]["high"]
 
 
-def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _calibration(name: str, task: Mapping[str, Any], is_fine: bool) -> Iterator[tuple[str, str]]:
     ratio = task.get("calibration", _NOTHING)
     if _is_far(ratio):
         interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
@@ -95,7 +112,7 @@ def _calibration(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
         )
     one_each = task.get("positives", 0) == task.get("requests")  # rows of a request are not independent
     deviation = task.get("calibration_deviation")
-    if deviation is not None and task["positives"] >= FEWEST and not one_each and _too_close(deviation):
+    if is_fine and deviation is not None and task["positives"] >= FEWEST and not one_each and _too_close(deviation):
         yield (
             "fitted",
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
@@ -123,7 +140,11 @@ def _in_sum(task: Mapping[str, Any]) -> str:
 
 
 def _which_way(task: Mapping[str, Any]) -> str:
-    first, last = (task["calibration_bins"][place] for place in (0, -1))
+    bins = task["calibration_bins"]
+    signs = {np.sign(each["mean_predicted"] - each["observed_rate"]) for each in bins if _is_outside(each)}
+    if len(signs) == 1:
+        return f"too {'high' if signs == {1.0} else 'low'} in all ranges that tell"
+    first, last = (bins[place] for place in (0, -1))
     if first["mean_predicted"] > first["observed_rate"] and last["mean_predicted"] < last["observed_rate"]:
         return "they differ too little from each other, as after a short training"
     if first["mean_predicted"] < first["observed_rate"] and last["mean_predicted"] > last["observed_rate"]:

@@ -57,6 +57,8 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     alone = rows == users
     few = {name: _few(group.effective_users, headline[name], units) for name, group in groups.items()}
     least = float(np.sum(ranking["least_ndcg"]))
+    if (ranked := _total(ranking["ranked_requests"])) and "random_ndcg" in ranking.column_names:
+        score["random_ndcg_at_10"] = float(np.sum(ranking["random_ndcg"])) / ranked
     note = None if alone else score_note(score | rest, requests, users, least, few["score"])
     score |= _noted(note) | rest
     tasks = {}

@@ -25,7 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask, Rows, check_rows
 from mmoe_rec.evaluation.metrics.catalogue import shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows, UserRows
-from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ranks_nothing
+from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing
 from mmoe_rec.evaluation.metrics.registered import CUTOFFS, metrics_of
 from mmoe_rec.log.hashing import combine, hash_column
 
@@ -49,8 +49,8 @@ class EvaluationSums:
             `ranking`, one row a user: `rows`, `requests`; `digest`, which tells other requests, candidates and
             weights apart; how many of these rank nothing, each counted under the first
             that holds: `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`; the
-            others, `ranked_requests`, and over them the sums of the metrics of the score, and of `least_ndcg`, the
-            NDCG@10 of their worst orders.
+            others, `ranked_requests`, and over them the sums of the metrics of the score, and of `least_ndcg` and
+            `random_ndcg`, the NDCG@10 of their worst orders and the mean of that of all orders.
 
             `TASK.users`, one row a user with an observed label: `rows`; `digest`, as above with the labels; the
             weighted sums `weight`, `label` and `prediction`, of a binary task `positives`; of its requests, ranked by
@@ -237,7 +237,8 @@ def _of_lists(kind: str, lists: RankedLists, taken: Collection[str]) -> dict[str
     left_out = ranks_nothing(lists)
     ranked = ~np.any(list(left_out.values()), axis=0)
     counted = {f"requests_{why}": each for why, each in left_out.items()} | {"ranked_requests": ranked}
-    measured = {"least_ndcg": least_ndcg(lists, NOTED_CUTOFF)}
+    least, random = least_and_random_ndcg(lists, NOTED_CUTOFF)
+    measured = {"least_ndcg": least, "random_ndcg": random}
     metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
     measured |= _measured(metrics, lists, {*taken, *counted, *measured})
     found = {name: each.astype(np.int64) for name, each in counted.items()}

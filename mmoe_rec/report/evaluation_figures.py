@@ -38,7 +38,8 @@ def calibration_figure(summary: Mapping[str, Any], task: str) -> Figure:
     plain(axes)
     plain(ratio_axes)
     _draw_reliability(axes, predicted, observed, low, high)
-    _draw_points(ratio_axes, predicted, observed / predicted, low / predicted, high / predicted)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a prediction of 0 has no ratio
+        _draw_points(ratio_axes, predicted, observed / predicted, low / predicted, high / predicted)
     ratio_axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     ratio_axes.set_ylabel("observed /\npredicted")
     ratio_axes.set_xlabel("mean predicted probability")

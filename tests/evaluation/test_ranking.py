@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_ndcg, ndcg, reciprocal_rank
+from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ndcg, reciprocal_rank
 
 GROUPS = 40
 
@@ -27,16 +27,19 @@ def test_ndcg_is_that_of_scikit_learn(levels: int, cutoff: int) -> None:
     gain = label * np.random.default_rng(9).uniform(0.1, 3, size=len(label))
     gain[group == 5] = 0
     lists = RankedLists.of(group, score, gain, GROUPS)
-    found, least = ndcg(lists, cutoff), least_ndcg(lists, cutoff)
+    found, (least, random) = ndcg(lists, cutoff), least_and_random_ndcg(lists, cutoff)
     for index in range(GROUPS):
         rows = group == index
         if gain[rows].sum() == 0:
             assert np.isnan(found[index])
             assert np.isnan(least[index])
+            assert np.isnan(random[index])
         elif rows.sum() > 1:  # scikit-learn refuses lists of one
             worst = np.argsort(np.argsort(-gain[rows]))
             assert least[index] == pytest.approx(ndcg_score([gain[rows]], [worst], k=cutoff), abs=1e-12)
             assert found[index] == pytest.approx(ndcg_score([gain[rows]], [score[rows]], k=cutoff), abs=1e-12)
+            tied = ndcg_score([gain[rows]], [np.zeros(rows.sum())], k=cutoff)
+            assert random[index] == pytest.approx(tied, abs=1e-12)
 
 
 def test_reciprocal_rank_by_hand() -> None:

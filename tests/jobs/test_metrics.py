@@ -324,7 +324,7 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
         (["--tasks", "a", "a"], "--tasks names 'a' twice"),
         (["--tasks", "a", "--columns", "usr=who"], "rows have no part 'usr'; did you mean 'user'"),
         (["--tasks", "a", "--columns", "user"], "PART=COLUMN, such as user=customer_id; found 'user'"),
-        ([], "give the tasks, either by --config C or by --tasks"),
+        ([], "give the tasks by --config C or by --tasks, one of the two"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
     ],
 )

@@ -70,6 +70,25 @@ def test_a_leaked_label_column(tmp_path: Path) -> None:
     assert "too good to be true: a feature may hold the outcome" in words
 
 
+def test_a_score_the_wrong_way_round(tmp_path: Path) -> None:
+    """A rank given as the score, of which 1 is best."""
+    frame = rows()
+    right = frame.assign(score=frame["predicted_bought"])
+    assert checks(report(right, tmp_path / "right" / "in")[0]) == []
+    wrong = right.assign(score=frame.groupby("request")["predicted_bought"].rank(ascending=False))
+    results, words = report(wrong, tmp_path / "wrong" / "in")
+    assert checks(results) == ["score"]
+    assert "ranks the rows of requests worse than chance" in words
+
+
+def test_probabilities_of_another_unit(tmp_path: Path) -> None:
+    frame = rows()
+    frame["predicted_bought"] *= 0.8
+    (found,) = report(frame, tmp_path / "in")[0].findings
+    assert found["message"].endswith("training.calibration corrects them, and so may longer training")
+    assert "too low in all ranges that tell" in found["message"]
+
+
 def test_shuffled_labels(tmp_path: Path) -> None:
     frame = rows()
     frame["label_bought"] = frame["label_bought"].sample(frac=1, random_state=0).to_numpy()

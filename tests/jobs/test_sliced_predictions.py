@@ -96,6 +96,22 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: 
     assert "note: slices by rank hold other rows for other models, so these are not compared there" in printed
 
 
+def test_another_score_of_the_same_predictions_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What decides is the same, and what is ranked by is not."""
+    for name, sign in (("mine", 1.0), ("theirs", -1.0)):
+        found = frame()
+        found["score"] = sign * found["predicted_bought"]
+        (tmp_path / name).mkdir()
+        found.to_parquet(tmp_path / name / "0.parquet", index=False)
+    words = ["--predictions", str(tmp_path / "mine"), "--against", str(tmp_path / "theirs"), "--tasks", "bought"]
+    main([*words, "--resamples", "50", "--out", str(tmp_path / "out")])
+    printed = " ".join(capsys.readouterr().out.split())
+    told = (
+        "'mine' and 'theirs' do not differ in what decides, though in ndcg_at_5 of the score, ndcg_at_10 of the score"
+    )
+    assert f"{told} and 1 more: auc of bought is the same" in printed
+
+
 def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
     found = frame()
     found["device"] = found["device"].fillna("none")

@@ -209,6 +209,9 @@ def _what_differs(table: str, sums: ClosedSums, base: ClosedSums) -> str:
     of = "" if table == "ranking" else f" with a label of '{table.removesuffix('.users')}'"
     if rows[0] != rows[1] or sums.users != base.users:
         return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
+    kinds = [each["user"].type for each in (mine, its)]
+    if kinds[0] != kinds[1]:
+        return f"users are {kinds[0]} in one, and {kinds[1]} in the other"
     if not mine["user"].equals(its["user"]):
         return f"the users of rows{of} differ"
     apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())

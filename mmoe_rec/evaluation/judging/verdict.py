@@ -16,6 +16,7 @@ from scipy.stats import t as student
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation.judging.differences import LEVEL, POWER
 from mmoe_rec.evaluation.judging.numbers import number, numbers, once_corrected, with_interval
+from mmoe_rec.evaluation.judging.objective import SCORE
 from mmoe_rec.settings.sections import Evaluation
 
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
@@ -75,7 +76,7 @@ def verdict(
         if apart["low"] == apart["high"] == 0:
             return {
                 "kind": NOT_SHOWN,
-                "sentence": f"'{name}' and '{against}' do not differ: {what} is the same",
+                "sentence": f"'{name}' and '{against}' do not differ{_others(found)}: {what} is the same",
                 **told,
             }
         sentence = (
@@ -122,6 +123,18 @@ def _detectable(
     # What the guardrail of a task asks for.
     sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - rule.margin for error, users in guarded]
     return float(max(sizes))
+
+
+def _others(found: Mapping[str, Any]) -> str:
+    """Which other metrics are shown to differ where what decides is the same."""
+    shown = [
+        f"{metric} of {'the score' if group == SCORE else group}"
+        for group, metrics in found["groups"].items()
+        for metric, each in metrics.items()
+        if each["p_corrected"] is not None and each["p_corrected"] < LEVEL
+    ]
+    more = f" and {len(shown) - 2} more" if len(shown) > 2 else ""
+    return f" in what decides, though in {', '.join(shown[:2])}{more}" if shown else ""
 
 
 def _besides(objective: Mapping[str, Any], summary: Mapping[str, Any], judged: Sequence[str]) -> str:

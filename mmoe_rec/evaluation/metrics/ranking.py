@@ -122,11 +122,19 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
     return np.divide(dcg, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0)
 
 
-def least_ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
-    """(Q,) float64 in [0, 1]: the `ndcg` of the worst order; NaN for a request without a relevant row."""
+def least_and_random_ndcg(lists: RankedLists, cutoff: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Q,) float64 in [0, 1] each: the `ndcg` of the worst order, and the mean of that of all orders; NaN for a request
+    without a relevant row."""
     ideal = _dcg_by(-lists.gain, lists, cutoff)
     worst = _dcg_by(lists.gain, lists, cutoff)
-    return np.divide(worst, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0)
+    rows = np.bincount(lists.request, minlength=lists.requests)
+    gain = np.bincount(lists.request, lists.gain, lists.requests)
+    discount = _discount_before(cutoff)[np.minimum(rows, cutoff)]
+    random = np.divide(gain * discount, rows, out=np.zeros(lists.requests), where=rows > 0)
+    worst, random = (
+        np.divide(each, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0) for each in (worst, random)
+    )
+    return worst, random
 
 
 def _discount_before(cutoff: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.program import TEMPLATE, spelled
 from mmoe_rec.settings import Settings, describe, load_settings
 
+_WIDE = 160  # columns
 SLICES = "parts of the rows that are measured too: by the values of a COLUMN, or 'bucket(COLUMN, N)' of a number"
 
 
@@ -76,7 +78,8 @@ def show(parts: Iterable[Any]) -> None:
     """Prints sentences, one a line however long, and tables of rich."""
     from rich.console import Console
 
-    console = Console()
+    # A table in a file or a pipe is not cut as on a narrow terminal.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
     for part in parts:
         if isinstance(part, str):
             print(part)

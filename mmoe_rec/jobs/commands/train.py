@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained is None:
         return
     if trained.before:
-        print("this training has already ended; without --resume a new one begins")
+        print("this training has already ended, and what follows was so then; without --resume a new one begins")
     if trained.started_from is not None:
         print(f"validation of the model that it was started from: {_text(trained.started_from)}")
     for part in told_of(trained, settings):

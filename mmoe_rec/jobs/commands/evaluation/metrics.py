@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import SLICES, at_least, parsed, show
+from mmoe_rec.progress import say
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments = parsed(__doc__ or "", argv, _add_arguments, config=False, engine=True, log=False)
     if (arguments.config is None) == (arguments.tasks is None):
-        raise UserError("give the tasks, either by --config C or by --tasks; --help says how")
+        given = "neither is given" if arguments.tasks is None else "both are given"
+        raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     from pathlib import Path
 
     from mmoe_rec.evaluation.slicing import SliceBy
@@ -73,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = asked.with_columns(arguments.columns)
     asked = replace(asked, duplicates="keep") if arguments.keep_duplicates else asked
     asked = replace(asked, slices=tuple(SliceBy.of(each) for each in arguments.slices))
+    if arguments.config is not None and settings.evaluation.slices and not arguments.slices:
+        say("evaluation.slices of the settings are those of evaluate; --slices names some here")
     results = measure_predictions(asked, arguments.predictions, arguments.out, how, arguments.against, rules)
     show(results.told())
     for name, summary in results.summaries.items():
