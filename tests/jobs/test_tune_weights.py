@@ -39,11 +39,11 @@ def test_logs_are_those_of_the_served_score(model: SmallModel) -> None:
 
 
 def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:
-    assert run(model, "--goal", "click", "--keep", "liked=1", "spent=1") == 0
+    assert run(model, "--goal", "click", "--keep", "liked=100", "spent=100") == 0  # few users rule out little
     printed = capsys.readouterr().out
     found = json.loads((Path(model.settings.data.work) / "tradeoffs" / "tradeoffs.json").read_text())
     assert found["goal"] == "click"
-    assert found["margins"] == {"liked": 1.0, "spent": 1.0}
+    assert found["margins"] == {"liked": 100.0, "spent": 100.0}
     by_weights = {tuple(each["weights"].values()): each["values"]["click"]["value"] for each in found["records"]}
     before, after = (by_weights[tuple(found[name].values())] for name in ("before", "weights"))
     assert found["apart"]["click"]["value"] == pytest.approx(after - before)
