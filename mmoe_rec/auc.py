@@ -10,6 +10,8 @@ import numpy as np
 FEWEST = 50
 """Rows of the rarer label below which an AUC says little: at 50, one of .75 has a standard error of about .03 (Hanley
 and McNeil, 1982), more than states of one training differ by."""
+TOO_GOOD = 0.995
+"""AUC of a model above which a feature holds the outcome, more likely than not."""
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import chi2, norm
 
-from mmoe_rec.auc import FEWEST
+from mmoe_rec.auc import FEWEST, TOO_GOOD
 from mmoe_rec.evaluation.judging.objective import SCORE
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
-TOO_GOOD = 0.995  # AUC of a model above which a feature holds the outcome, more likely than not
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
 FEWEST_BINS = 5
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed

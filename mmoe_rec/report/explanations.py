@@ -111,8 +111,9 @@ MEASURES = {
 EVALUATION = {
     "Intervals": (
         "95%, from redrawing whole users, as rows of one user are alike; of more than 4,096 users, groups of users "
-        "are redrawn. Of a metric they are percentiles; of a difference Student's, as models see the same redrawn "
-        "users."
+        "are redrawn. Of a metric they are percentiles, or Student's where few users tell; of a difference Student's, "
+        "as models see the same redrawn users. Where few have most of the rows, the weight, the positive labels or the "
+        "influence, degrees of freedom are those of as many users alike."
     ),
     "Verdict": (
         "A model is better where the interval of `evaluation.decide_by` lies above that of the other model, and no "

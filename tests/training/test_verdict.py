@@ -44,6 +44,9 @@ def test_nothing_is_wrong_with_a_good_validation() -> None:
 
 
 def test_an_auc_below_chance_is_told_of() -> None:
+    (good,) = warnings_of(found(auc={"click": 0.998, "like": 0.8}, rarer={"click": 500, "like": 500}))
+    assert "the validation AUC of 'click' is 0.9980, too good to be true" in good
+    assert warnings_of(found(auc={"click": 0.998}, rarer={"click": 13})) == []
     (few,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 13, "like": 500}))
     assert few.startswith("the validation AUC of 'click' is 0.478, below .5; with 13 rows of its rarer label")
     (many,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 9000, "like": 500}))

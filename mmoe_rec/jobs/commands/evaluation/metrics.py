@@ -82,5 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, summary in results.summaries.items():
         if summary["columns"]["score"] is None:
             print(f"note: without a column of scores in '{name}', the prediction ranks the candidates of a request")
+        if summary["columns"]["candidate"] is None and summary["rows"] > summary["requests"]:
+            print(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
     print(f"metrics: {Path(arguments.out) / 'metrics.json'}")
     print(f"report: {Path(arguments.out) / 'report.html'}")
