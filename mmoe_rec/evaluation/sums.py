@@ -274,9 +274,9 @@ def _task_tables(task: MeasuredTask, rows: Rows, keys: np.ndarray, precision: fl
     by_value = {name: each for name, each in sums.items() if name != "weight"} | {"negative": weight * (1 - label)}
     own = _measured([each for each in metrics_of(task.kind) if not each.of_lists], known, sums)
     own |= known.at_first_rows(_of_lists(task.kind, lists, {*sums, *own, "digest"}))
-    # Labels are the same that single precision has the same; -0 is 0.
-    known_label = (label.astype(np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    own["digest"] = _digest(combine([keys[observed], known_label]))
+    # Fractions are the same that single precision has the same; whole numbers, such as moments, are not. -0 is 0.
+    known_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
+    own["digest"] = _digest(combine([keys[observed], known_label.view(np.uint64)]))
     tables = {f"{task.name}.users": pa.table({"user": users, **_complete(task.kind, sums | own)})}
     if task.kind == "binary":
         tables[f"{task.name}.values"] = pa.table({"user": users, "value": prediction, **by_value})

@@ -21,6 +21,7 @@ from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_reques
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.jobs.scoring.folder import learnt_from
 from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
 from mmoe_rec.progress import bar
@@ -63,7 +64,13 @@ def measure_predictions(
     found = {each: find_files(each, _option(each, source)) for each in (source, *against)}
     _check_places(found, out)
     files = {each: [Footer.read(file) for file in those] for each, those in found.items()}
-    present = {each: _present(asked, found) for each, found in files.items()}
+    present = {source: _present(asked, files[source])}
+    for each in against:
+        try:
+            present[each] = _present(asked, files[each])
+        except BadFile as error:
+            told = f"{error}; those of --against are read by the same names, so rename the column there if need be"
+            raise BadFile(told, error.address) from None
     _check_columns(present)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         names = dict(zip(files, short_names(list(files)), strict=True))

@@ -220,6 +220,15 @@ def test_labels_of_other_precision_are_the_same(log: Log) -> None:
     assert found(replace(log, labels=single), log, 20)["groups"]["bought"]["auc"]["value"] == 0
 
 
+def test_large_labels_that_single_precision_has_the_same_are_others(log: Log) -> None:
+    """Such as moments in seconds."""
+    moments = 1.7e9 + np.random.default_rng(0).integers(60, size=(2, len(log.score)))
+    assert (moments[0].astype(np.float32) == moments[1].astype(np.float32)).mean() > 0.9
+    one, two = (replace(log, labels=log.labels | {"spent": each}) for each in moments)
+    with pytest.raises(UserError, match="labels of 'spent' of 60 of 60 users differ"):
+        found(one, two, 20)
+
+
 def test_equal_models_are_rarely_told_apart_and_detectable_gains_mostly_are() -> None:
     """A small copy of `tests/benchmarks/judge.py`, which makes 1,000 comparisons of each kind."""
     counts, size = verdicts(NOISE, number=120, users=250, resamples=100)

@@ -415,6 +415,16 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
         compared(source, str(written(frame.head(2000), tmp_path / "fewer")), out)
     with pytest.raises(UserError, match="has no column 'candidate', and the predictions that it is compared with have"):
         compared(source, str(written(frame.drop(columns="candidate"), tmp_path / "without")), out)
+    renamed = written(frame.rename(columns={"predicted_bought": "p_bought"}), tmp_path / "renamed")
+    with pytest.raises(
+        UserError, match=r"'predicted_bought'.*; those of --against are read by the same names, so rename"
+    ):
+        compared(source, str(renamed), out)
+    strings = written(frame.assign(user=frame["user"].astype(str)), tmp_path / "strings")
+    with pytest.raises(
+        UserError, match=r"not measured on the same rows \(users are \w+ in one, and \w+ in the other\)"
+    ):
+        compared(source, str(strings), out)
     with pytest.raises(UserError, match="is compared with itself; give other models with --against"):
         compared(source, source, out)
     assert not (out / "metrics.json").exists()
