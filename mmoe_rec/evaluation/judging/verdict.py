@@ -64,8 +64,10 @@ def verdict(
     ]
     told: dict[str, Any] = {"guards": guards, "detectable": None}
     if objective is None or apart["p"] is None:
-        enough = f"no task has labels enough ({FEWEST} rows of either)"
-        why = enough if objective is None else f"{objective['name']} is undefined, or has no interval"
+        why = f"no task has labels enough ({FEWEST} rows of either)"
+        if objective is not None:
+            alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
+            why = f"{objective['name']} {'is undefined' if apart['value'] is None else alone}"
         return {"kind": UNDECIDED, "sentence": f"'{name}' and '{against}' can't be told apart: {why}", **told}
     gain, low, high = apart["value"], apart["low"], apart["high"]
     if objective["better"] == "lower":
