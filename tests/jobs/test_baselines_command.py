@@ -42,6 +42,7 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     printed = capsys.readouterr().out
     assert "gradient boosting" in printed
     assert "report: " in printed
+    assert "hold other rows" not in printed, "baselines are not sliced"
 
 
 def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:

@@ -102,7 +102,10 @@ def of_other_rows(models: Mapping[str, SlicedModel], model: str) -> Iterator[str
     """What slices are by that hold other rows for another model, as those of a rank do, so that it is not compared."""
     for by in dict.fromkeys(by for by, _ in models[model].slices):
         mine = {key: sums for key, sums in models[model].slices.items() if key[0] == by}
-        others = (each.slices for name, each in models.items() if name != model)
+        # Of a model that is not sliced by it, nothing was asked.
+        others = [
+            each.slices for name, each in models.items() if name != model and any(by == key[0] for key in each.slices)
+        ]
         if not all(_has_the_rows_of(sums, each.get(key)) for each in others for key, sums in mine.items()):
             yield by
 
