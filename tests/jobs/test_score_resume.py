@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from mmoe_rec.build import engines
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.jobs import score
+from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.jobs.scoring import parts
 from mmoe_rec.serving.writing import seal
@@ -123,6 +125,18 @@ def test_with_something_else_a_killed_run_starts_anew(
     assert "scoring starts anew" in capsys.readouterr().err.replace("\n", " ")
     score_log(model, log, tmp_path / "expected", as_of)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_scores_of_an_earlier_version_are_taken_as_they_are(
+    small: SmallModel, source: Path, tmp_path: Path, fine: None, capsys: pytest.CaptureFixture
+) -> None:
+    """Their manifest does not say which rows the model has learnt from."""
+    manifest = score_log(small.folder, source, tmp_path / "out").folder / "_manifest.json"
+    tree = json.loads(manifest.read_text(encoding="utf-8"))
+    del tree["learnt"]
+    manifest.write_text(json.dumps(tree), encoding="utf-8")
+    main(["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")])
+    assert "these rows were already scored" in capsys.readouterr().out
 
 
 def test_scores_are_replaced_once_new_ones_are_whole(

@@ -62,6 +62,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("these rows were already scored, by the same model and settings")
     print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
     print(f"note: {about['meaning']}")
-    if about["learnt"] is not None:
-        print(f"warning: the model {about['learnt']}")
+    if learnt := about.get("learnt"):  # scores of before there was it do not say
+        print(f"warning: the model {learnt}")
     print(f"scores: {done.folder}")
