@@ -12,6 +12,10 @@ FEWEST = 50
 and McNeil, 1982), more than states of one training differ by."""
 TOO_GOOD = 0.995
 """AUC of a model above which a feature holds the outcome, more likely than not."""
+WHY_TOO_GOOD = (
+    "too good to be true: a feature may hold the outcome, or what was written after it; mmoe-rec inspect tells how "
+    "well each feature ranks alone"
+)
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import chi2, norm
 
-from mmoe_rec.auc import FEWEST, TOO_GOOD
+from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
 from mmoe_rec.evaluation.judging.objective import SCORE
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
@@ -72,8 +72,7 @@ def _ranking(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif auc["value"] is not None and auc["value"] > TOO_GOOD:
         yield (
             "too good",
-            f"the AUC of '{name}' is {_interval(auc, 4)}, too good to be true: a feature may hold the outcome, or what "
-            "was written after it; mmoe-rec inspect tells how well each feature ranks alone",
+            f"the AUC of '{name}' is {_interval(auc, 4)}, {WHY_TOO_GOOD}",
         )
     elif by_request["low"] is not None and by_request["low"] <= 0.5 and _tells_users_apart(task):
         yield (

@@ -1,6 +1,6 @@
 """Sums -> a nested plain dict of metrics with intervals, ready for JSON, MLflow, tables and figures."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from mmoe_rec.evaluation.closed import ClosedSums, as_closed
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.resampling import FEW_USERS, Values, intervals
+from mmoe_rec.evaluation.metrics.resampling import Values, are_few, intervals
 from mmoe_rec.evaluation.notes import EACH_ALONE, LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
 
@@ -55,7 +55,10 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> dict[str, Any
     rest = more("score", "score")
     rows = _total(ranking["rows"])
     alone = rows == users
-    few = {name: _few(group.effective_users, headline[name], units) for name, group in groups.items()}
+    few = {
+        name: _few([effective[name, metric] for metric, each in found.items() if each["value"] is not None], units)
+        for name, found in headline.items()
+    }
     least = float(np.sum(ranking["least_ndcg"]))
     if (ranked := _total(ranking["ranked_requests"])) and "random_ndcg" in ranking.column_names:
         score["random_ndcg_at_10"] = float(np.sum(ranking["random_ndcg"])) / ranked
@@ -133,12 +136,11 @@ def _describe(sums: ClosedSums, task: MeasuredTask) -> dict[str, Any]:
     return {"kind": task.kind, "rows": _total(table["rows"])} | {name: _total(table[name]) for name in counts}
 
 
-def _few(effective: Mapping[str, float], headline: Mapping[str, Any], units: int) -> float | None:
-    """Of the metric that most rests on few users, how many alike would tell as much; None where they are enough, or all
-    that there are. headline: the metrics."""
-    defined = [users for metric, users in effective.items() if headline[metric]["value"] is not None]
-    least = min(defined, default=np.inf)
-    return least if least < min(FEW_USERS, units / 2) else None
+def _few(effective: Sequence[float], units: int) -> float | None:
+    """Of several metrics, how many users alike would tell as much of the one that most rests on few; None where these
+    are enough, or all that there are."""
+    least = min(effective, default=np.inf)
+    return least if are_few(least, units) else None
 
 
 def _noted(note: str | None) -> dict[str, str]:

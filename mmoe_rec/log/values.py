@@ -9,10 +9,16 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line, path_values
 from mmoe_rec.schema import Use
+
+
+def columns_of(address: str) -> set[str]:
+    """Those of a file, with those that stand in its path. Raises BadFile where it is no Parquet file."""
+    with open_parquet(address) as parquet:
+        return {*parquet.schema_arrow.names, *path_values(address)}
 
 
 def with_path_values(table: pa.Table, address: str, names: Iterable[str]) -> pa.Table:

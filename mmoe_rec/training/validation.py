@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmoe_rec.auc import FEWEST, TOO_GOOD, auc_of_counts
+from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
@@ -216,10 +216,7 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
             )
             found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
         elif auc > TOO_GOOD and best.rarer.get(task, FEWEST) >= FEWEST:
-            found.append(
-                f"the validation AUC of '{task}' is {auc:.4f}, too good to be true: a feature may hold the outcome, or "
-                "what was written after it; mmoe-rec inspect tells how well each feature ranks alone"
-            )
+            found.append(f"the validation AUC of '{task}' is {auc:.4f}, {WHY_TOO_GOOD}")
     for task, ratio in best.calibration.items():
         if task not in calibrated and _far(ratio, best.rarer.get(task, 0)):
             too = "high" if ratio > 1 else "low"

@@ -12,7 +12,7 @@ from mmoe_rec.evaluation.closed import ClosedSums
 from mmoe_rec.evaluation.judging.differences import differences
 from mmoe_rec.evaluation.judging.objective import Objective, rarer
 from mmoe_rec.evaluation.judging.verdict import Rule, verdict
-from mmoe_rec.evaluation.metrics.resampling import FEW_USERS
+from mmoe_rec.evaluation.metrics.resampling import are_few
 
 
 def compare(
@@ -47,11 +47,7 @@ def told_of(compared: Mapping[str, Any]) -> list[str]:
         f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
         for task, rows in compared["left_out"].items()
     ]
-    few = {
-        name: users
-        for name, users in compared["effective_users"].items()
-        if users < min(FEW_USERS, compared["units"] / 2)
-    }
+    few = {name: users for name, users in compared["effective_users"].items() if are_few(users, compared["units"])}
     found += [
         f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
         "differences are wide"
@@ -62,7 +58,7 @@ def told_of(compared: Mapping[str, Any]) -> list[str]:
         fewest = min(
             (each["objective"]["effective_users"] or np.inf for each in compared["against"].values()), default=np.inf
         )
-        if not few and fewest < min(FEW_USERS, compared["units"] / 2):
+        if not few and are_few(fewest, compared["units"]):
             found.append(
                 f"few users decide on {what}, by their rows, weight, positive labels or influence: all tell as much as "
                 f"{fewest:.1f} alike, by which intervals of differences are wide"

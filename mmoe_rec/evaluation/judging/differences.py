@@ -5,8 +5,8 @@ deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-va
 freedom. Where few users have most of the rows, of the weight, or of the positive labels, they decide alone: so U is the
 number of users alike that would tell as much: by their sizes, (sum of sizes)^2 / sum of sizes^2 (Kish, 1965), which are
 their rows and what the metric divides by; or by their influence on this very difference
-(`mmoe_rec.evaluation.judging.influence`), whichever is least. p-values are corrected
-for how many differences are looked at by Holm's method (1979).
+(`mmoe_rec.evaluation.judging.influence`), whichever is least. p-values are corrected for how many differences are
+looked at by Holm's method (1979).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmoe_rec.evaluation.closed import ClosedSums
 from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
 from mmoe_rec.evaluation.judging.objective import SCORE, Objective
 from mmoe_rec.evaluation.metrics.registered import metrics_of
-from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, defined_well, of_few, user_counts
+from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, user_counts
 from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 
 LEVEL, POWER = 0.05, 0.9
@@ -49,10 +49,10 @@ def differences(
         `objective` (`name`, `metric`, `groups`, `better`; or None), and `against`: name of each other model ->
         `objective` -> the difference, model - other, and `groups` -> task or `score` -> metric -> the difference. That
         is `value`, `low`, `high`; `error`, its standard error; `effective_users`, how many users alike would tell as
-        much; `p`, two-sided; `p_corrected` for all headline metrics
-        and all others, None for further metrics; and `detectable`, the size that nine of ten evaluations like this one
-        would show, by an interval without 0. What is undefined is None. There is no `score` of a model that weighs
-        relevance differently, as its truth is another one, nor are there tasks that one of the two lacks.
+        much; `p`, two-sided; `p_corrected` for all headline metrics and all others, None for further metrics; and
+        `detectable`, the size that nine of ten evaluations like this one would show, by an interval without 0. What is
+        undefined is None. There is no `score` of a model that weighs relevance differently, as its truth is another
+        one, nor are there tasks that one of the two lacks.
 
     Raises:
         UserError: two models were not measured on the same rows with the same labels.
@@ -123,16 +123,13 @@ def effective_of(
 def difference(mine: Resampled, other: Resampled, effective: float, units: int | None = None) -> Difference:
     """Of one metric of two models. effective: how many users alike would tell as much by their sizes; units: of those
     that are redrawn, how many have rows, None for all."""
-    apart, units = mine.less(other), len(mine.influence) if units is None else units
+    apart = mine.less(other)
     if not np.isfinite(apart.value):
         return told_as(None)
     rounding = rounding_of(mine.value, other.value)
     value = 0.0 if abs(apart.value) <= rounding else apart.value
-    defined = apart.redrawn[np.isfinite(apart.redrawn)]
-    if not defined_well(defined, len(apart.redrawn), units):
-        return told_as(value)
-    effective = min(effective, apart.effective_users)
-    return by_student(value, float(defined.std()) * of_few(effective), effective - 1, rounding)
+    error, effective = apart.error(effective, units)
+    return told_as(value) if error is None else by_student(value, error, effective - 1, rounding)
 
 
 def rounding_of(*values: float) -> float:

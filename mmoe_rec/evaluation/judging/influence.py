@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.evaluation.metrics.resampling import Values
+from mmoe_rec.evaluation.metrics.resampling import Values, defined_well, of_few
 
 Key = tuple[str, str]
 _FEW = 0.45  # what four users give
@@ -33,16 +34,32 @@ class Resampled:
         """The difference from another one in the same resamples."""
         return Resampled(self.value - other.value, self.redrawn - other.redrawn, self.influence - other.influence)
 
+    @cached_property
+    def defined(self) -> np.ndarray:
+        """(D,) of the resamples, those in which it is."""
+        return self.redrawn[np.isfinite(self.redrawn)]
+
     @property
     def effective_users(self) -> float:
         """From 1 to U; U where nothing varies."""
-        users, defined = len(self.influence), self.redrawn[np.isfinite(self.redrawn)]
-        variance = float(defined.var()) if len(defined) else 0.0
+        users, resamples = len(self.influence), len(self.defined)
+        variance = float(self.defined.var()) if resamples else 0.0
         if not variance:
             return float(users)
         # Covariances of R resamples err by the deviation / sqrt(R), which adds to the fourth powers.
-        noise = (6 + 3 * users / len(defined)) / len(defined)
+        noise = (6 + 3 * users / resamples) / resamples
         return min(float(users), _users_of(float((self.influence**4).sum()) / variance**2 - noise))
+
+    def error(self, effective: float, units: int | None = None) -> tuple[float | None, float]:
+        """The standard error from the choice of users, None where too few resamples are defined, and how many users
+        alike would tell as much.
+
+        effective: how many would by their sizes; units: how many of the U have rows, None for all.
+        """
+        if not defined_well(self.defined, len(self.redrawn), len(self.influence) if units is None else units):
+            return None, effective
+        effective = min(effective, self.effective_users)
+        return float(self.defined.std()) * of_few(effective), effective
 
 
 def _users_of(share: float) -> float:

@@ -177,5 +177,4 @@ def _alike(sums: np.ndarray) -> float:
 
 
 def _effective(weight: np.ndarray) -> float:
-    squares = float((weight**2).sum())
-    return float(weight.sum()) ** 2 / squares if squares else 0.0
+    return alike(weight) if weight.any() else 0.0

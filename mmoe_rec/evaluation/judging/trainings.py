@@ -29,7 +29,7 @@ from mmoe_rec.evaluation.judging.differences import (
 from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
 from mmoe_rec.evaluation.judging.numbers import number, once_corrected, with_interval
 from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, defined_well, of_few, user_counts
+from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, user_counts
 from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 
 
@@ -150,7 +150,7 @@ def _joined(values: np.ndarray, redrawn: Resampled, effective: float) -> dict[st
     if not np.isfinite(values).all():
         return nothing
     mean, spread = float(values.mean()), float(values.std(ddof=1))
-    of_users, effective = _of_users(redrawn, effective)
+    of_users, effective = redrawn.error(effective)
     if of_users is None or effective - 1 < LEAST_FREEDOM:
         return nothing | {"mean": mean, "between_trainings": spread}
     error, freedom = _welch((spread**2 / len(values), of_users**2), (len(values) - 1, effective - 1))
@@ -165,7 +165,7 @@ def _apart(
     if not (np.isfinite(mine).all() and np.isfinite(its).all()):
         return told_as(None)
     rounding = rounding_of(mine.mean(), its.mean())
-    apart, (of_users, effective) = float(mine.mean() - its.mean()), _of_users(redrawn.less(its_redrawn), effective)
+    apart, (of_users, effective) = float(mine.mean() - its.mean()), redrawn.less(its_redrawn).error(effective)
     apart = 0.0 if abs(apart) <= rounding else apart
     if of_users is None:
         return told_as(apart)
@@ -175,16 +175,6 @@ def _apart(
     of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
     error, freedom = _welch((*of_seeds, of_users**2), (len(mine) - 1, len(its) - 1, effective - 1))
     return by_student(apart, error, freedom, rounding)
-
-
-def _of_users(redrawn: Resampled, effective: float) -> tuple[float | None, float]:
-    """The standard error from the choice of users, None where too few redraws are defined, and how many users alike
-    would tell as much. effective: by their sizes."""
-    defined = redrawn.redrawn[np.isfinite(redrawn.redrawn)]
-    if not defined_well(defined, len(redrawn.redrawn), len(redrawn.influence)):
-        return None, effective
-    effective = min(effective, redrawn.effective_users)
-    return float(defined.std()) * of_few(effective), effective
 
 
 def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float, float]:

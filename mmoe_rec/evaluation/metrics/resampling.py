@@ -69,6 +69,11 @@ def defined_well(defined: np.ndarray, resamples: int, users: int) -> bool:
     return users >= 2 and len(defined) >= _DEFINED_SHARE * resamples
 
 
+def are_few(effective: float, users: int) -> bool:
+    """Whether so few users alike tell as much as those there are that one has to know of it."""
+    return effective < min(FEW_USERS, users / 2)
+
+
 def of_few(effective: float) -> float:
     """By which the deviation of what so many users tell is too small, as it is that from what these very users tell."""
     return float(np.sqrt(effective / (effective - 1))) if effective > 1 else 1.0

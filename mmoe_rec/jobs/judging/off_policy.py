@@ -18,8 +18,8 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.judging.off_policy import Shown, estimate
 from mmoe_rec.log.checks import BadFile, open_parquet
-from mmoe_rec.log.files import find_files, path_values
-from mmoe_rec.log.values import file_column, with_path_values
+from mmoe_rec.log.files import find_files
+from mmoe_rec.log.values import columns_of, file_column, with_path_values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ def estimate_policy(asked: Asked, source: str, out: Path, resamples: int) -> dic
 
     Raises UserError for a wrong file, column or value, or where no row is left.
     """
-    files = [(each.address, _there(each.address)) for each in find_files(source, "--log")]
+    files = [(each.address, columns_of(each.address)) for each in find_files(source, "--log")]
     asked = asked.modelling(t for t in asked.tasks if all(there.issuperset(_of_model(t)) for _, there in files))
     parts = [part for part in _parts(asked, files) if len(part)]
     if not parts:
@@ -147,11 +147,6 @@ def _interval(value: Mapping[str, float | None] | None) -> str:
         if value["low"] is None
         else f"{value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
     )
-
-
-def _there(address: str) -> set[str]:
-    with open_parquet(address) as parquet:
-        return {*parquet.schema_arrow.names, *path_values(address)}
 
 
 def _parts(asked: Asked, files: Sequence[tuple[str, set[str]]]) -> Iterator[pa.Table]:

@@ -10,8 +10,8 @@ from typing import Literal
 from mmoe_rec.build.logs import BuildOptions, Logs
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.checks import open_parquet
-from mmoe_rec.log.files import find_files, path_values
+from mmoe_rec.log.files import find_files
+from mmoe_rec.log.values import columns_of
 from mmoe_rec.schema import Remembering, Schema
 from mmoe_rec.serving.ranking import ROW, key_columns, prediction_columns
 
@@ -74,19 +74,14 @@ def attributes_lacking(source: str, schema: Schema) -> list[str]:
     for file in find_files(source, "--input"):
         if not left:
             break
-        there = _columns(file.address)
+        there = columns_of(file.address)
         left = [name for name in left if name not in there]
     return left
 
 
 def columns_of_all(source: str) -> set[str]:
     """Those that all files of a log have."""
-    return reduce(set.intersection, (_columns(file.address) for file in find_files(source, "--input")))
-
-
-def _columns(address: str) -> set[str]:
-    with open_parquet(address) as parquet:
-        return {*parquet.schema_arrow.names, *path_values(address)}
+    return reduce(set.intersection, (columns_of(file.address) for file in find_files(source, "--input")))
 
 
 def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labels: bool = False) -> Schema:
@@ -122,7 +117,7 @@ def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labe
 def _check_labels(source: str, schema: Schema) -> None:
     """Raises UserError where the first file of a log has no labels to count."""
     first = find_files(source)[0].address
-    there = _columns(first)
+    there = columns_of(first)
     for column, feature in _labels(schema):
         if column not in there:
             raise UserError(
