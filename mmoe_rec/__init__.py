@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.features import build_features
     from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
-    from mmoe_rec.registry import Ranker
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
+    from mmoe_rec.tracking.registry import Ranker
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "score", "train"]
 
 _PLACES = {
-    "Ranker": ("mmoe_rec.registry", "Ranker"),
+    "Ranker": ("mmoe_rec.tracking.registry", "Ranker"),
     "build_features": ("mmoe_rec.jobs.features", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
-    "load_settings": ("mmoe_rec.settings", "load_settings"),
+    "load_settings": ("mmoe_rec.settings.load", "load_settings"),
     "score": ("mmoe_rec.jobs.score", "score_log"),
     "train": ("mmoe_rec.jobs.train", "train_model"),
 }

@@ -19,20 +19,20 @@ _LONG = [
     "training/test_resume_on_ranks",
     "pipelines/test_mlflow_away",
     "pipelines/test_commands",
-    "build/test_prepare",
+    "preprocessing/test_prepare",
     "training/test_loop",
     "training/test_checkpoint",
     "point_in_time/test_drawn_logs",
     "training/test_task_weights",
     "training/test_ranks",
-    "serving/test_server",
+    "inference/test_server",
     "pipelines/test_tune",
     "training/test_warm_start",
     "pipelines/test_resumed_trainings",
     "pipelines/test_promotion",
     "features/test_added_kind",
     "model/test_added_rule",
-    "tables/test_without_torchrec",
+    "training/test_without_torchrec",
 ]
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
-from mmoe_rec.schema import Schema, Use
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 
 DAY = 86_400_000_000
 CANDIDATES = 6  # of a request

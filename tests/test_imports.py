@@ -1,166 +1,114 @@
-"""Imports run one way: schema -> log -> features -> settings -> build -> batches -> model -> training."""
+"""Imports run one way, along a row's way from settings to commands, and never in a circle."""
+
+from __future__ import annotations
 
 import ast
-import itertools
 from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path("mmoe_rec")
-LEAVES = {"errors", "auc", "program", "allocation", "atomic", "progress", "devices", "settings", "schema", "locks"}
-LOG = {"log", "point_in_time"}
-MAY_IMPORT = {
-    "program": set(),
-    "errors": {"program"},
-    "atomic": {"errors"},
-    "auc": set(),
-    "progress": set(),
-    "locks": {"errors", "progress"},
-    "allocation": set(),
-    "devices": {"errors", "settings"},
-    "schema": {"errors"},
-    "routing": set(),
-    "settings": {"errors", "program", "schema", "features", "routing"},
-    "point_in_time": set(),
-    "log": {"errors", "schema", "point_in_time"},
-    "features": {"errors", "atomic", "schema", *LOG},
-    "journal": {"errors", "atomic", "progress", "schema", "features", *LOG},
-    "build": LEAVES | LOG | {"features"},
-    "batches": LEAVES | LOG | {"features"},
-    "inspection": LEAVES | LOG | {"features", "build", "batches"},
-    "model": LEAVES | {"features", "batches", "point_in_time", "routing"},
-    "tables": LEAVES | {"features", "batches", "model"},
-    "choices": {"allocation", "devices", "settings", "batches", "features", "model", "tables"},
-    "training": LEAVES | {"features", "build", "batches", "model", "routing", "tables", "choices", "tracking"},
-    "request_log": {"errors", "atomic", "features", *LOG},
-    "serving": LEAVES | LOG | {"features", "build", "batches", "model", "journal", "request_log"},
-    "server": {"errors", "settings", "schema", "journal", "serving", "request_log", *LOG},
-    "outcomes": LEAVES | LOG | {"build", "request_log"},
-    "evaluation": LEAVES | LOG | {"features", "batches", "model"},
-    "report": {"errors", "atomic", "inspection", "evaluation"},
+ORDER = [
+    {"errors", "auc", "program", "allocation", "atomic", "progress", "devices", "locks"},
+    {"settings"},
+    {"point_in_time"},
+    {"log"},
+    {"features"},
+    {"preprocessing"},
+    {"batches"},
+    {"model"},
+    {"journal", "request_log"},
+    {"training", "evaluation", "inspection", "inference"},
+    {"report", "outcomes"},
+    {"server"},
+    {"tracking"},
+    {"jobs"},
+    {"__init__", "__main__"},
+]
+"""Rooms, and files that belong to none: each may import those of earlier lines; files of the first, each other."""
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+OWN_SECTIONS = {"mmoe_rec.features.kinds", "mmoe_rec.model.routing_rule", "mmoe_rec.model.routing_rules"}
+"""They hold the sections of their own settings, which `settings` puts together, and import nothing heavy."""
+ONLY_IN = {
+    "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference", "mmoe_rec/evaluation/mlflow_metrics.py"},
+    "jinja2": {"mmoe_rec/report"},
+    "matplotlib": {"mmoe_rec/report"},
+    "torchrec": {"mmoe_rec/batches", "mmoe_rec/model", "mmoe_rec/training", "mmoe_rec/jobs/commands/doctor.py"},
+    **{name: {"mmoe_rec/server"} for name in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client")},
 }
-"""Stage -> other stages. A stage that is not listed, such as `tracking`, is held to the absence of cycles only."""
-
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = {".".join(path.with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def _imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, wherever in the file."""
-    found = set()
+def read_imports(path: Path) -> set[str]:
+    """Full names of all that a file imports, wherever in the file."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {each.name for each in node.names}
+            names |= {each.name for each in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import; write the full name"
-            found |= {f"{node.module}.{each.name}" for each in node.names}
-    return found
+            names |= {f"{node.module}.{each.name}" for each in node.names}
+    return names
 
 
-def _stage(module: str) -> str | None:
+def room_of(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
 
 
-def _stage_of(path: Path) -> str:
-    return _stage(".".join(path.with_suffix("").parts)) or ""
+def test_imports_run_one_way() -> None:
+    for module, path in FILES.items():
+        room = room_of(module) or ""
+        assert room in RANK, f"{path} is in no line of ORDER"
+        for name in read_imports(path):
+            assert not name.startswith(("pipelines", "tests")), f"{path} imports {name}"
+            other = room_of(name)
+            if other in (None, room, "__version__") or (room == "settings" and name.rpartition(".")[0] in OWN_SECTIONS):
+                continue
+            assert RANK[other] < RANK[room] or RANK[other] == RANK[room] == 0, f"{path} imports {name}"
 
 
-def _graph() -> dict[str, set[str]]:
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        stages = {stage for stage in map(_stage, _imports(path)) if stage is not None}
-        graph.setdefault(_stage_of(path), set()).update(stages - {_stage_of(path)})
-    return graph
+def test_what_belongs_to_one_place_is_imported_there_alone() -> None:
+    for path in FILES.values():
+        for name in read_imports(path):
+            places = ONLY_IN.get(name.partition(".")[0])
+            assert places is None or any(path.is_relative_to(place) for place in places), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_imports_earlier_stages_only(path):
-    stage = _stage_of(path)
-    for module in _imports(path):
-        other = _stage(module)
-        if other not in (None, stage) and stage in MAY_IMPORT:
-            assert other in MAY_IMPORT[stage], f"{path} imports {module}, but {stage} comes before {other}"
-        assert not module.startswith(("pipelines", "tests")), f"{path} imports {module}"
-        if other == "tracking":
-            assert stage in ("training", "jobs"), f"{path} imports {module}; only jobs and training track"
-        if module.split(".")[0] == "mlflow":
-            allowed = stage in ("tracking", "registry", "mlflow_client", "serving")
-            assert allowed or path.name == "mlflow_metrics.py", f"{path} imports {module}; see mmoe_rec/tracking.py"
-        if module.split(".")[0] in ("jinja2", "matplotlib"):
-            assert stage == "report", f"{path} imports {module}; see mmoe_rec/report"
-        if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client"):
-            assert stage == "server", f"{path} imports {module}; see mmoe_rec/server"
-        if module.split(".")[0] == "torchrec":
-            assert stage != "serving", f"{path} imports {module}; serving runs without torchrec"
+def check_circles(files: dict[str, Path]) -> None:
+    """Raises CycleError where files import each other in a circle."""
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {}
+    for module, path in modules.items():
+        names = read_imports(path)
+        others = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = (others & modules.keys()) - {module}
+    TopologicalSorter(graph).prepare()
 
 
-def test_stages_have_no_cycle():
-    graph = _graph()
-    assert graph["features"] >= {"schema", "errors"}
-    done: set[str] = set()
-    while len(done) < len(graph):
-        ready = {stage for stage in graph if stage not in done and graph[stage] & set(graph) <= done}
-        assert ready, f"a cycle among {sorted(set(graph) - done)}"
-        done |= ready
+def test_no_files_import_each_other_in_a_circle() -> None:
+    check_circles(FILES)
 
 
-def test_the_test_sees_imports_within_functions(tmp_path):
-    file = tmp_path / "x.py"
-    file.write_text("def f():\n    from mmoe_rec.training import losses\n    import mmoe_rec.model.mmoe\n")
-    assert {_stage(module) for module in _imports(file)} == {"training", "model"}
-
-
-# A folder can be taken in: few files, and few of them on top of each other.
-
-MOST_FILES, MOST_FLOORS = 16, 9
-
-
-def _floors(paths: list[Path]) -> int:
-    """The longest chain of files that import each other, within a folder."""
-    modules = {".".join(path.with_suffix("").parts): path for path in paths if path.stem != "__init__"}
-    imports = {
-        name: {other for other in modules if any(f"{each}.".startswith(f"{other}.") for each in _imports(path))}
-        for name, path in modules.items()
+def test_a_circle_is_seen_within_functions_too(tmp_path: Path) -> None:
+    texts = {
+        "room.a": "from room import b\n",
+        "room.b": "from room.c import x\n",
+        "room.c": "def f():\n    import room.a\n",
     }
-    heights: dict[str, int] = {}
-
-    def height(name: str, above: tuple[str, ...] = ()) -> int:
-        assert name not in above, f"files import each other in a circle: {' -> '.join((*above, name))}"
-        if name not in heights:
-            heights[name] = 1 + max((height(each, (*above, name)) for each in imports[name] - {name}), default=0)
-        return heights[name]
-
-    return max(map(height, modules), default=0)
-
-
-FOLDERS = sorted({path.parent for path in (*FILES, *Path("pipelines").rglob("*.py"))})
+    files = {}
+    for name, text in texts.items():
+        files[name] = tmp_path / name
+        files[name].write_text(text)
+    with pytest.raises(CycleError):
+        check_circles(files)
+    files["room.c"].write_text("x = 1\n")
+    check_circles(files)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=str)
-def test_a_folder_is_small(folder):
-    files = sorted(folder.glob("*.py"))
-    assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files"
-    assert _floors(files) <= MOST_FLOORS, f"{folder} has {_floors(files)} floors of imports"
-    assert (folder / "__init__.py").is_file(), f"{folder} is no package"
-
-
-def test_the_test_counts_floors_and_sees_circles(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    room = Path("room")
-    room.mkdir()
-    names = [f"f{number}" for number in range(4)]
-    for name, above in itertools.pairwise(names):
-        (room / f"{name}.py").write_text(f"from room.{above} import x\n")
-    (room / "f3.py").write_text("x = 1\n")
-    files = sorted(room.glob("*.py"))
-    assert _floors(files) == 4
-    (room / "f3.py").write_text("def later():\n    import room.f1\n")
-    with pytest.raises(AssertionError, match=r"circle: room\.f1 -> room\.f2 -> room\.f3 -> room\.f1"):
-        _floors(files[1:])
-
-
-def test_files_of_tests_have_names_of_their_own():
+def test_files_of_tests_have_names_of_their_own() -> None:
     """pytest imports them by these alone: of two in one process, the second one would be the first."""
     names = Counter(path.name for path in Path("tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []

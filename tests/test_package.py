@@ -87,7 +87,7 @@ def test_an_installed_package_has_the_template(tmp_path: Path) -> None:
         shutil.copy(ROOT / source, tmp_path / target)
     printed = package.run("""
 from mmoe_rec.program import TEMPLATE
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
 print(load_settings(TEMPLATE).name)
 try:
     load_settings("no.yaml")

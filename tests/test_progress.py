@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mmoe_rec import progress
-from mmoe_rec.build.prepare import prepare
+from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 

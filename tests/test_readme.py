@@ -21,8 +21,8 @@ import pytest
 
 from mmoe_rec.jobs.commands import doctor
 from mmoe_rec.jobs.machine import Installer
-from mmoe_rec.settings import load_settings
-from tests.serving.running_server import free_port, running_program
+from mmoe_rec.settings.load import load_settings
+from tests.inference.running_server import free_port, running_program
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ EXERCISED_BY = {
     "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": SHOP,
     "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
     "python -m pipelines.features --config configs/shop.yaml --engine ray": (
-        "build/test_prepare.py::test_ray_changes_no_byte"
+        "preprocessing/test_prepare.py::test_ray_changes_no_byte"
     ),
     "python -m pipelines.features --config configs/shop.yaml --extend": (
         "pipelines/test_incremental_days.py::test_the_command_says_what_was_added"
@@ -432,7 +432,7 @@ def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
 
 
 def test_the_request_and_its_reply_agree(said: dict[str, str], folder: Path) -> None:
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.ranker import Ranker
 
     request, reply = (json.loads(each) for each in blocks("json"))
     (given,), (shown,) = request["inputs"], reply["predictions"]

@@ -3,7 +3,7 @@ from pydantic import ValidationError
 
 from mmoe_rec.features import kinds
 from mmoe_rec.log.columns import column_uses
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 TREE = {
     "columns": {"user": "u", "candidate": "c", "time": "t", "request": "r", "sampling_rate": "s"},

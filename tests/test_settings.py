@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
-from mmoe_rec.schema import Section
-from mmoe_rec.settings import Settings, describe, load_settings, parse_overrides
+from mmoe_rec.settings.columns import Section
+from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import load_settings, parse_overrides
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import dump_yaml
 
 _TIME = "2024-01-31T18:00:00"
@@ -586,8 +588,7 @@ def test_the_templates_defaults_are_the_defaults():
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys; from mmoe_rec.settings import describe, load_settings; describe();"
-        "load_settings('configs/template.yaml');"
+        "import sys; from mmoe_rec.settings import help, load; help.describe(); load.load_settings('configs/template.yaml');"
         "print(*(n for n in ('torch','torchrec','mlflow','pandas','ray','sklearn','matplotlib')"
         " if n in sys.modules))"
     )

@@ -17,7 +17,8 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.point_in_time.search import AnyLookUps
-from mmoe_rec.schema import Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Schema
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
 # Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.

@@ -6,7 +6,8 @@ import typing
 from dataclasses import dataclass
 
 from mmoe_rec.features.encoder import Encoder, MemoryEncoder
-from mmoe_rec.schema import CHOICES, Feature, Remembering
+from mmoe_rec.settings.columns import CHOICES
+from mmoe_rec.settings.schema import Feature, Remembering
 
 
 @dataclass(frozen=True)

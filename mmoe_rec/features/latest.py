@@ -16,7 +16,7 @@ from mmoe_rec.log.request_rows import Stored, StoredColumn
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.index import KeyIndex
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 
 class LatestParts:

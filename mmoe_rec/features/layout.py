@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.schema import outcome_name
+from mmoe_rec.settings.columns import outcome_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DenseInput(_OfFeature):
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """One logit a row; `kind` and `given` as in `mmoe_rec.schema.Task`.
+    """One logit a row; `kind` and `given` as in `mmoe_rec.settings.columns.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
     decide how much a task counts, and predicts in the label's own unit.

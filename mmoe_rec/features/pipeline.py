@@ -32,7 +32,8 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import NO_CANDIDATE, NO_USER, Schema
+from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
+from mmoe_rec.settings.schema import Schema
 
 FORMAT = 9
 
@@ -41,7 +42,8 @@ class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
     Fitting goes through `learn` over training rows, `finish`, then for counters and histories through memories:
-    their `learn_results` over training rows, `finish_results`. `mmoe_rec.build.prepare` does so for logs of any size.
+    their `learn_results` over training rows, `finish_results`. `mmoe_rec.preprocessing.prepare` does so for
+    logs of any size.
     """
 
     def __init__(self, schema: Schema) -> None:

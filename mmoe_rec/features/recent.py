@@ -21,7 +21,7 @@ from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.log.request_rows import Stored
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 Values = tuple[Any, ...]
 _Recent = tuple[int, Values | None]

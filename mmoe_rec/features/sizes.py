@@ -7,7 +7,7 @@ from dataclasses import replace
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 
 def largest_layout(schema: Schema) -> Layout:

@@ -19,7 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
-from mmoe_rec.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
+from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 if TYPE_CHECKING:
     import pandas as pd

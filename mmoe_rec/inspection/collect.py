@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.inputs import feature_inputs
 from mmoe_rec.inspection.numbers import grid_edges
 from mmoe_rec.inspection.sums import COLUMNS, Sums
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 SPLITS = ("train", "validation", "test")
 _SAMPLE, _SAMPLED_GROUPS = 65_536, 16

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.inspection.collect import collect
 from mmoe_rec.inspection.findings import find
@@ -24,7 +23,8 @@ from mmoe_rec.inspection.inputs import FeatureInputs, NumberInput
 from mmoe_rec.inspection.names import row_names
 from mmoe_rec.inspection.overview import overview, weeks
 from mmoe_rec.inspection.sums import Sums
-from mmoe_rec.schema import Meaning, Schema
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.schema import Meaning, Schema
 
 SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row

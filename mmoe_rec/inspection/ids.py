@@ -7,7 +7,7 @@ import numpy as np
 from mmoe_rec.inspection.binary_labels import BinaryLabels
 from mmoe_rec.inspection.formulas import auc, auc_of_scores, smoothed_rates
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import Meaning
+from mmoe_rec.settings.schema import Meaning
 
 FREQUENT = 50  # most frequent table rows that drift is measured in
 _SCORE_BINS = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.schema import Meaning, Schema
+from mmoe_rec.settings.schema import Meaning, Schema
 
 
 @dataclass(frozen=True)

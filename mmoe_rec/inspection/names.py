@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.schema import Meaning
+from mmoe_rec.settings.schema import Meaning
 
 
 def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path) -> list[str]:

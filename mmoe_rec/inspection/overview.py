@@ -8,7 +8,7 @@ from typing import Any
 
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inspection.sums import Labels, SplitSums, Sums
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -19,14 +19,14 @@ from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictio
 from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows
 from mmoe_rec.locks import writing
-from mmoe_rec.outbox import UnreachableError
 from mmoe_rec.progress import say
-from mmoe_rec.registry import FoundModel, find_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
 def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[Measured]:
     """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
     once."""
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.truth import rows_to_measure
-    from mmoe_rec.serving.ranker import Ranker
 
     measured, (first, *_) = [], models
     with rows_to_measure(settings, first.folder, one := Ranker.load(first.folder)) as rows:
@@ -138,8 +138,8 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
 def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.truth import rows_to_measure
-    from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(found.folder)
     with rows_to_measure(settings, found.folder, ranker, split) as folder:

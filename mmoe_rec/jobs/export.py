@@ -12,14 +12,14 @@ from rich.table import Table
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.locks import writing
-from mmoe_rec.registry import FoundModel, find_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.serving.export.compare import Answers
-    from mmoe_rec.serving.export.small import Dense
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.export.compare import Answers
+    from mmoe_rec.inference.export.small import Dense
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 REPORT = "export.json"
 
@@ -33,9 +33,9 @@ def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None
     found = _find(address, settings)
     with writing(out, "an export", "name another folder with --out"):
         _check_place(out, found)
-        from mmoe_rec.serving.export.compare import Answers, agreement, drawn_requests
-        from mmoe_rec.serving.export.small import write_small
-        from mmoe_rec.serving.ranker import Ranker
+        from mmoe_rec.inference.export.compare import Answers, agreement, drawn_requests
+        from mmoe_rec.inference.export.small import write_small
+        from mmoe_rec.inference.ranker import Ranker
 
         ranker = Ranker.load(found.folder)
         with atomic_folder(out) as made:
@@ -59,7 +59,7 @@ def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None
 
 
 def export_onnx(address: str, out: Path, settings: Settings | None = None) -> dict[str, Any]:
-    """Writes the model at an address to a folder as `mmoe_rec.serving.export.onnx_model` says, and `export.json`.
+    """Writes the model at an address to a folder as `mmoe_rec.inference.export.onnx_model` says, and `export.json`.
 
     Raises UserError where a package is missing, the file does not compute what the model does, or the folder holds
     something else.
@@ -67,9 +67,9 @@ def export_onnx(address: str, out: Path, settings: Settings | None = None) -> di
     found = _find(address, settings)
     with writing(out, "an export", "name another folder with --out"):
         _check_place(out, found)
-        from mmoe_rec.serving.export.compare import Answers, agreement, drawn_requests
-        from mmoe_rec.serving.export.onnx_model import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
-        from mmoe_rec.serving.ranker import Ranker
+        from mmoe_rec.inference.export.compare import Answers, agreement, drawn_requests
+        from mmoe_rec.inference.export.onnx_model import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
+        from mmoe_rec.inference.ranker import Ranker
 
         check_packages()
         ranker = Ranker.load(found.folder)
@@ -131,8 +131,8 @@ def _write_report(made: Path, report: dict[str, Any]) -> None:
 
 def _bytes(folder: Path) -> dict[str, int]:
     """Bytes of the tables' weights and of all others, of their file, and of all files of a model: its features too."""
-    from mmoe_rec.serving.artifact import read_manifest, read_stored
-    from mmoe_rec.serving.export.small import WEIGHTS
+    from mmoe_rec.inference.artifact import read_manifest, read_stored
+    from mmoe_rec.inference.export.small import WEIGHTS
 
     sizes = {"tables": 0, "dense": 0}
     for name, weight in read_stored(folder / WEIGHTS).items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mmoe_rec.build.added.extend import Extended, extend
-from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.added.extend import Extended, extend
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.sections import Settings
 
 
 def build_features(settings: Settings) -> Prepared:

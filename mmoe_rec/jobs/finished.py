@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.origin import Origin
 
 if TYPE_CHECKING:

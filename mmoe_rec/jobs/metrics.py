@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.build.engines import Engine, open_engine
-from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.evaluation.judging.objective import check_objective
@@ -24,6 +22,8 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
+from mmoe_rec.preprocessing.engines import Engine, open_engine
+from mmoe_rec.preprocessing.exchange import Exchange
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName, Evaluation
 

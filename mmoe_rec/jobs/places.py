@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from mmoe_rec.build.logs import BuildOptions, Logs
-from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
 from mmoe_rec.point_in_time.windows import Window
-from mmoe_rec.schema import Schema
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 
 
 def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
@@ -64,7 +64,7 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
     """Features, newly built or existing, that nobody replaces meanwhile.
 
     what: uses them, such as "a training"; going_on: whether a model goes on from these features, see
-    `mmoe_rec.build.prepare.prepare`.
+    `mmoe_rec.preprocessing.prepare.prepare`.
     """
     while True:
         prepared = prepare(*log_and_place(settings), going_on=going_on)

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmoe_rec.build.logs import Logs
-from mmoe_rec.build.prepare import Prepared, existing, fingerprint_of, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import Finished
 from mmoe_rec.jobs.places import features_in_use, log_and_place
 from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.prepare import Prepared, existing, fingerprint_of, prepare
 from mmoe_rec.progress import say
-from mmoe_rec.registry import find_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import find_model
 from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
 
 
@@ -54,7 +54,7 @@ def resolve(address: str, settings: Settings) -> Start:
 
     Raises UserError where there is none, or one that is not as it was written.
     """
-    from mmoe_rec.serving.artifact import read_artifact
+    from mmoe_rec.inference.artifact import read_artifact
 
     found = find_model(address, settings.tracking.address)
     weights = found.folder / "weights.safetensors"

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.mlflow_client import first_line, machine_monitors, shown
 from mmoe_rec.program import is_installed_command
 from mmoe_rec.progress import say
-from mmoe_rec.recording import DataSet, Run
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.client import first_line, machine_monitors, shown
+from mmoe_rec.tracking.recording import DataSet, Run
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout

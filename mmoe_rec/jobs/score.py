@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.engines import Engine, open_engine
-from mmoe_rec.build.exchange import Exchange
-from mmoe_rec.build.logs import Logs
-from mmoe_rec.build.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.memories.files import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
+from mmoe_rec.inference.freshness import Freshness
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
 from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, columns_of_all, logs_to_score
@@ -31,13 +29,14 @@ from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.preprocessing.engines import Engine, open_engine
+from mmoe_rec.preprocessing.exchange import Exchange
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar, say
-from mmoe_rec.registry import FoundModel, find_model
-from mmoe_rec.serving.artifact import iso_time, read_artifact, version_of
-from mmoe_rec.serving.freshness import Freshness
-from mmoe_rec.settings import Settings, load_settings
-from mmoe_rec.settings.load import parse_overrides
-from mmoe_rec.settings.sections import Tracking
+from mmoe_rec.settings.load import load_settings, parse_overrides
+from mmoe_rec.settings.sections import Settings, Tracking
+from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.jobs.scoring.parts import PartScored, ScoreJob
@@ -171,8 +170,8 @@ class _Scoring:
 
     def _scored(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
-        from mmoe_rec.choices.using import threads
         from mmoe_rec.jobs.scoring.parts import forget_ranker
+        from mmoe_rec.training.using import threads
 
         parts, known = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
@@ -210,8 +209,8 @@ class _Scoring:
 
     def _products(self) -> str:
         """What multiplies; for the setting `auto` it is measured."""
-        from mmoe_rec.choices.using import threads
         from mmoe_rec.jobs.scoring.parts import ranker_of
+        from mmoe_rec.training.using import threads
 
         if self.settings.serving.products != "auto":
             return self.settings.serving.products

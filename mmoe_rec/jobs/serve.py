@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.registry import find_model, local_model, permanent_address
-from mmoe_rec.serving.artifact import MANIFEST
+from mmoe_rec.inference.artifact import MANIFEST
+from mmoe_rec.tracking.registry import find_model, local_model, permanent_address
 
 if TYPE_CHECKING:
     from mmoe_rec.journal.journal import Journal
@@ -82,7 +82,7 @@ def serve_model(
     """Serves until SIGTERM or SIGINT. Gives the exit code: 0 if all that was accepted was answered.
 
     Args:
-        address: as `mmoe_rec.registry.find_model` takes it, at MLflow's `uri`.
+        address: as `mmoe_rec.tracking.registry.find_model` takes it, at MLflow's `uri`.
         port: 0 takes a free one.
         poll: seconds between looks at whether the alias has moved; 0 does not look.
         grace: seconds from SIGTERM to the end at the latest.
@@ -167,7 +167,7 @@ def _say_which(folder: Path, journal: Journal | Replica, is_new: bool) -> None:
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:
     """The limits in the settings that a model was trained with, and in what overrides them. Raises UserError."""
     from mmoe_rec.server.limits import Limits
-    from mmoe_rec.settings import load_settings, parse_overrides
+    from mmoe_rec.settings.load import load_settings, parse_overrides
 
     settings = load_settings(folder / "settings.yaml", overrides)
     given = set[str]()

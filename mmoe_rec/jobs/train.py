@@ -9,29 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec import tracking
-from mmoe_rec.build.prepare import Prepared, existing
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, draw_gates, name_of_training, quoted
-from mmoe_rec.mlflow_client import shown
-from mmoe_rec.outbox import runs_waiting
+from mmoe_rec.preprocessing.prepare import Prepared, existing
 from mmoe_rec.progress import say
-from mmoe_rec.recording import Run
-from mmoe_rec.registry import check_address, local_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.client import shown
+from mmoe_rec.tracking.outbox import runs_waiting
+from mmoe_rec.tracking.recording import Run
+from mmoe_rec.tracking.registry import check_address, local_model
 from mmoe_rec.training.origin import checksum, result_settings
 
 if TYPE_CHECKING:
     import torch
 
-    from mmoe_rec.choices.choices import Choices
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.origin import Origin
     from mmoe_rec.training.validation import Validation
@@ -69,7 +69,7 @@ def train_model(
     device = pick_device(settings.training.device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 or {settings.training.tables, settings.training.products} != {"auto"}:
-        from mmoe_rec.choices.using import check_offered
+        from mmoe_rec.training.using import check_offered
 
         check_offered(settings.training, device.type, ranks)
     with (
@@ -91,7 +91,7 @@ def _ask_mlflow(settings: Settings, resume: bool) -> None:
     if int(os.environ.get("RANK", "0")) or (ended and not runs_waiting(work / "unsent")):
         return
     names = (settings.experiment, settings.registered_model, settings.tracking.alias)
-    tracking.check(settings.tracking.address, *names, unsent=work / "unsent")
+    runs.check(settings.tracking.address, *names, unsent=work / "unsent")
 
 
 def _train(
@@ -106,8 +106,8 @@ def _train(
     import torch.distributed as dist
 
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.tables.installed import note, torchrec_installed
     from mmoe_rec.training.checkpoint import latest_checkpoint
+    from mmoe_rec.training.installed import note, torchrec_installed
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.origin import Origin, fixed_settings
 
@@ -126,7 +126,7 @@ def _train(
         warm_start = _warm_start(settings, prepared, local_model(start.exact, settings.tracking.address))
     if first and checkpoint is None:
         key = training_key(checkpoints, origin, new=not resume)
-    with tracking.open_run(
+    with runs.open_run(
         settings.tracking.address,
         settings.experiment,
         run_id=run_id,
@@ -183,9 +183,9 @@ def _log_choices(run: Run, choices: Choices, first: bool) -> None:
 
 
 def _warm_start(settings: Settings, prepared: Prepared, folder: Path) -> WarmStart:
+    from mmoe_rec.inference.artifact import read_artifact
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.serving.artifact import read_artifact
-    from mmoe_rec.settings import Model
+    from mmoe_rec.settings.model import Model
     from mmoe_rec.training.warm_start import WarmStart
 
     # The first rank has checked its files: all ranks read theirs from one place.
@@ -214,10 +214,10 @@ def _finish(
     origin: Origin,
     register: bool,
 ) -> Trained:
+    from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.serving.writing import write_artifact
-    from mmoe_rec.tables.loading import load_plain
+    from mmoe_rec.training.loading import load_plain
 
     work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"
@@ -243,7 +243,7 @@ def _finish(
     chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{_table_of(best)}"
     if register:
         about = f"{as_code(command())}\n\n{_rows_told(prepared.manifest)}\n\n{chosen}"
-        with tracking.or_later(run, work / "model"):
+        with runs.or_later(run, work / "model"):
             promotion = promote(run, settings, prepared, model, work / "model", about)
     run.describe("Result", f"{quoted(promotion.compared)}\n\n{chosen}\n\nModel: `{promotion.address}`")
     before = dict(result.history).get(0)

@@ -8,22 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.build.logs import Logs
-from mmoe_rec.build.prepare import Prepared, encode_with, existing, fingerprint_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import build_options, log_and_place, logs_for
 from mmoe_rec.locks import reading, writing
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
-from mmoe_rec.schema import Schema
-from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.serving.loaded import LoadedRanker
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, sp
 def are_its_own(settings: Settings, artifact: Path) -> bool:
     """Whether the settings have the very log and split that a model was trained with, so that their test rows are those
     of its training."""
-    from mmoe_rec.serving.artifact import read_artifact
+    from mmoe_rec.inference.artifact import read_artifact
 
     fingerprint = read_artifact(artifact, verify=False).fingerprint
     prepared = existing(*log_and_place(settings))

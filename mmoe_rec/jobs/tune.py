@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.outbox import PATIENCE_SECONDS, UnreachableError
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import say
-from mmoe_rec.recording import Run
-from mmoe_rec.settings import Search, Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.tuning import Search
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
+from mmoe_rec.tracking.recording import Run
 
 Values = dict[str, Any]
 FAILURES_IN_A_ROW = 3
@@ -106,9 +107,7 @@ class Study:
             UserError: no trial ended well, or several in a row failed or were not valid.
         """
         uri, experiment = self.settings.tracking.address, self.settings.experiment
-        with tracking.open_run(
-            uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self._unsent
-        ) as run:
+        with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self._unsent) as run:
             assert run.run_id is not None
             self._take_up_killed()
             in_a_row = {"not valid": 0, "failed": 0}
@@ -147,7 +146,7 @@ class Study:
         states = self._optuna.trial.TrialState
         for trial in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             if _RUN in trial.user_attrs:
-                tracking.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
+                runs.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
             kills = trial.user_attrs.get(_KILLS, 0) + 1
             if kills < KILLS_OF_ONE_TRIAL:
                 self._put_back(trial, kills)
@@ -216,11 +215,11 @@ class Study:
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
         """What the training reached; None where it was cut short."""
-        from mmoe_rec.choices.using import check_offered
         from mmoe_rec.devices import pick_device
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import process_group
+        from mmoe_rec.training.using import check_offered
         from mmoe_rec.training.validation import Validation
 
         device = pick_device(settings.training.device)
@@ -231,7 +230,7 @@ class Study:
         uri, experiment = settings.tracking.address, settings.experiment
         with (
             process_group(device, settings.training.timeout_minutes),
-            tracking.open_run(
+            runs.open_run(
                 uri,
                 experiment,
                 run_name=f"trial {trial.number + 1}",

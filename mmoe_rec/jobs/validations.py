@@ -11,7 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mmoe_rec.jobs.finished import Trained
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
     from mmoe_rec.training.validation import Validation
 
 FEW_STEPS = 50
@@ -20,7 +20,7 @@ _COLUMNS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibrati
 
 def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
     """The table of all validations of a training that has ended, why its state was chosen, and warnings."""
-    from mmoe_rec.serving.artifact import read_calibration
+    from mmoe_rec.inference.artifact import read_calibration
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.validation import warnings_of, why_chosen
 

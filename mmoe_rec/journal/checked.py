@@ -27,7 +27,8 @@ from mmoe_rec.log.given import microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.schema import Remembering, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Remembering, Schema
 
 MOST_ROWS = 10_000
 TOLERANCE_MICROSECONDS = 60_000_000

@@ -23,7 +23,7 @@ from mmoe_rec.journal.follower import Follower
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.segments import segment_numbers, segment_path
 from mmoe_rec.progress import say
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 _NAME = re.compile(r"duplicates-([0-9]{8})\.npz", re.ASCII)
 _NEWEST = "/newest"

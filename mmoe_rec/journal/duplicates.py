@@ -30,7 +30,8 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.schema import Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Schema
 
 FORGET_AFTER_DAYS = 30
 _NEVER, _FOREVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max

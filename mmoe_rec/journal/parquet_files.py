@@ -26,7 +26,8 @@ from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.files import is_remote, local_path
 from mmoe_rec.log.local_files import MAGIC, find_local, would_find
-from mmoe_rec.schema import Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Schema
 
 _NAME = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
 _COLUMNS = b"mmoe_rec.columns"

@@ -12,7 +12,7 @@ import pyarrow.types as pt
 from mmoe_rec.journal.known import Known
 from mmoe_rec.log.hashing import combine, hash_column, mix
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 EVENT_ID = "event_id"
 """The column in which a caller may give an event's id, where the log has no column of that name."""

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import canonical_type
 from mmoe_rec.log.files import FoundFile, first_line, is_remote, open_file, path_values
-from mmoe_rec.schema import Use
+from mmoe_rec.settings.columns import Use
 
 _OPEN_AT_ONCE = 16
 PathColumns = tuple[tuple[str, int | str | None], ...]

@@ -19,7 +19,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.schema import Remembering, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Remembering, Schema
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 

@@ -16,7 +16,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical
-from mmoe_rec.schema import Use
+from mmoe_rec.settings.columns import Use
 
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}

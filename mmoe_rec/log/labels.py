@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmoe_rec.log.rows import LogRows, maturity
-from mmoe_rec.schema import outcome_name
+from mmoe_rec.settings.columns import outcome_name
 
 _FOREVER = np.iinfo(np.int64).max
 

@@ -33,7 +33,8 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.log.values import file_column, first_row, next_batch
-from mmoe_rec.schema import EVENT, Schema, Use
+from mmoe_rec.settings.columns import EVENT, Use
+from mmoe_rec.settings.schema import Schema
 
 ROWS_AT_A_TIME = 131_072
 ROWS_PER_PART = 262_144
@@ -267,7 +268,7 @@ class Log(_Files[LogReader]):
 
 
 class EventRows(_Files[EventReader]):
-    """The files of a further log of events, see `mmoe_rec.schema.EventLog`. Key columns must have the log's types.
+    """The files of a further log of events, see `EventLog`. Key columns must have the log's types.
 
     Args and errors: as `Log`, whose `now` it shares.
     """

@@ -12,7 +12,7 @@ import pyarrow as pa
 from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.search import UnsortedLookUps
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 Function = Callable[[pa.Array], np.ndarray]
 

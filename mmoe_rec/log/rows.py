@@ -17,7 +17,8 @@ from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.search import AnyLookUps
-from mmoe_rec.schema import Schema, Task
+from mmoe_rec.settings.columns import Task
+from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 

@@ -7,7 +7,7 @@
 | a time | the place of its split among `SPLITS`, microseconds; 0 where a log is not split |
 
 So a row of a plain table is a user and a request of its own, splits lie in different moments, and nothing that reads
-rows has to know about it. Features can't read these columns (`mmoe_rec.schema.Schema`), and no output holds them.
+rows has to know about it. Features can't read these columns (see `Schema`), and no output holds them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
-from mmoe_rec.schema import Schema, SplitColumn
+from mmoe_rec.settings.columns import SplitColumn
+from mmoe_rec.settings.schema import Schema
 
 
 def with_times(table: pa.Table, schema: Schema) -> pa.Table:

@@ -12,7 +12,8 @@ import pyarrow.types as pt
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import places_of
-from mmoe_rec.schema import Schema, SplitColumn
+from mmoe_rec.settings.columns import SplitColumn
+from mmoe_rec.settings.schema import Schema
 
 _LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
 

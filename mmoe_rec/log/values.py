@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line, path_values
-from mmoe_rec.schema import Use
+from mmoe_rec.settings.columns import Use
 
 
 def columns_of(address: str) -> set[str]:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 # Years in which a time of any log is likely to lie; all databases have rules up to the latter.
 FIRST, LAST = "1970-01-01", "2037-12-31"

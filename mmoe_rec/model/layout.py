@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.schema import CHOICES
+from mmoe_rec.settings.columns import CHOICES
 
 if TYPE_CHECKING:
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EmbeddingTable(Table):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.schema.TaskSettings`.
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.columns.TaskSettings`.
 
     Of a task, the log has a `Task` (where its label is) and encoded rows a `TaskOutput` (what is learnt of it):
     features are built and identified by these two. What is chosen for a model is added in `TaskSettings` and here, so

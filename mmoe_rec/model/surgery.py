@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings import Model
 from mmoe_rec.settings.messages import explain
+from mmoe_rec.settings.model import Model
 
 State = dict[str, Tensor]
 # As a share of each weight: soft gates' outputs change by twice its square.

@@ -1,7 +1,7 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
-`mmoe_rec.tables.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, by input
+`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, by input
 name and once they are read by `by_name`, the mean of an input's ids (no id gives zeros). The state of the latter is as
 wide as kernels need it, see `stored_width`, and it adds ids up, since kernels that average them are several times as
 slow on some processors; `by_name` divides.
@@ -78,7 +78,7 @@ def plain_tables(layout: ModelLayout, seed: int = 0) -> PlainTables:
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
-    Weights are zeros until `mmoe_rec.tables.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
+    Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
     KeyedJaggedTensor and gives sums, a KeyedTensor or what is read like one; read it by `by_name`, as its order follows
     the sharding plan.
     """

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
@@ -33,10 +32,11 @@ from mmoe_rec.outcomes.partition import KEY, ORDER, Partition, each_once, hash_o
 from mmoe_rec.outcomes.plan import Plan, plan_of
 from mmoe_rec.outcomes.reading import Source, microseconds_of
 from mmoe_rec.outcomes.runs import BEGIN, Runs, State, open_runs
+from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 from mmoe_rec.progress import bar, say
 from mmoe_rec.request_log import names
-from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.sections import Settings
 
 ROWS_TOGETHER = 262_144
 """Rows of a partition, and of a file, on average."""

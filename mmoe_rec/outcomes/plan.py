@@ -14,9 +14,9 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.outcomes.reading import Source, has_column
 from mmoe_rec.request_log import names
-from mmoe_rec.schema import Role, Use
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.outcomes import OutcomeEvents, Outcomes, label_columns
+from mmoe_rec.settings.sections import Settings
 
 EVENT_ID = "event_id"
 

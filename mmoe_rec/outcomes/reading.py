@@ -14,7 +14,7 @@ from mmoe_rec.log.checks import LeftOut, LogFile, check_files, open_parquet
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.values import file_column, next_batch
-from mmoe_rec.schema import Use
+from mmoe_rec.settings.columns import Use
 
 ROWS_AT_A_TIME = 131_072
 

@@ -64,7 +64,7 @@ class Seen:
 
 
 class Reply(Protocol):
-    """What is logged of a reply: see `mmoe_rec.serving.ranking.Ranking`."""
+    """What is logged of a reply: see `mmoe_rec.inference.ranking.Ranking`."""
 
     @property
     def scores(self) -> list[float]:

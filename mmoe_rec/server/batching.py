@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 
+from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.envelope import ranked_calls
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.sharing.passes import Passes
-from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.envelope import ranked_calls
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
@@ -177,7 +177,7 @@ def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     """What the thread does, until there is no task but None."""
     import torch
 
-    # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.serving.mlflow_model`.
+    # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.inference.mlflow_model`.
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:
         try:

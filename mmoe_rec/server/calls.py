@@ -13,6 +13,9 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from mmoe_rec.inference.errors import RequestError, quoted
+from mmoe_rec.inference.experts import LostExpert
+from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.request_log import names
 from mmoe_rec.request_log.writer import RequestLog
 from mmoe_rec.server.batching import Answers, Batcher
@@ -22,9 +25,6 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
 from mmoe_rec.server.sharing.passes import Passes
-from mmoe_rec.serving.errors import RequestError, quoted
-from mmoe_rec.serving.experts import LostExpert
-from mmoe_rec.serving.ranking import Ranking
 
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""

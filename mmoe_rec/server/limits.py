@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
 
 MOST_CHARACTERS = 400
 MEBIBYTE = 2**20

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.inference.example import ExampleScores
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.envelope import ranked
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.serving.example import ExampleScores
-from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.envelope import ranked
 
 if TYPE_CHECKING:
+    from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.server.live.learning import Learning
-    from mmoe_rec.serving.loaded import LoadedRanker
 
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
@@ -114,7 +114,7 @@ class Models:
         self.current = served
 
     def _loaded(self, source: Source) -> Served:
-        from mmoe_rec.serving.ranker import Ranker
+        from mmoe_rec.inference.ranker import Ranker
 
         try:
             ranker = Ranker.load(source.folder)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmoe_rec.serving.ranking import UNSENT, Ranking
-from mmoe_rec.serving.requests.envelope import Envelope
+from mmoe_rec.inference.ranking import UNSENT, Ranking
+from mmoe_rec.inference.requests.envelope import Envelope
 
 ARROW = "application/vnd.apache.arrow.stream"
 TEMPLATE = "#/components/schemas/{model}"

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
+from mmoe_rec.inference.errors import RequestError, quoted
+from mmoe_rec.inference.requests.request import OPTIONS
 from mmoe_rec.server.limits import Limits, Refused
-from mmoe_rec.serving.errors import RequestError, quoted
-from mmoe_rec.serving.requests.request import OPTIONS
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 LONGEST_KEY = 256

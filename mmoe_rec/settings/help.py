@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.schema import EventLog, Section, TaskSettings
+from mmoe_rec.settings.columns import EventLog, Section, TaskSettings
 from mmoe_rec.settings.messages import feature_kinds, without_none
 from mmoe_rec.settings.outcomes import LabelSource, OutcomeEvents, Outcomes
 from mmoe_rec.settings.sections import Data, Settings

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmoe_rec.features.kinds import KINDS
-from mmoe_rec.schema import Section
+from mmoe_rec.settings.columns import Section
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import load_yaml
 

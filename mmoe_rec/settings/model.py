@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmoe_rec.routing.rule import RoutingRule
-from mmoe_rec.routing.rules import RULES, rule_named
-from mmoe_rec.schema import Section
+from mmoe_rec.model.routing_rule import RoutingRule
+from mmoe_rec.model.routing_rules import RULES, rule_named
+from mmoe_rec.settings.columns import Section
 
 if TYPE_CHECKING:
     RoutingName = str

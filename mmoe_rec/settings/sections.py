@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.features.kinds import FeatureSettings, schema_of
-from mmoe_rec.schema import CHOICES, Columns, EventLog, Roles, Schema, Section, TaskSettings
+from mmoe_rec.settings.columns import CHOICES, Columns, EventLog, Roles, Section, TaskSettings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.outcomes import Outcomes
+from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.split import Split
 from mmoe_rec.settings.tuning import Tuning
 from mmoe_rec.settings.yaml_text import dump_yaml

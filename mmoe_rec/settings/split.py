@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmoe_rec.schema import SPLITS, Columns, Scalar, Section, SplitColumn
+from mmoe_rec.settings.columns import SPLITS, Columns, Scalar, Section, SplitColumn
 
 
 def _as_time(value: Any) -> datetime | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.schema import CHOICES, Section
+from mmoe_rec.settings.columns import CHOICES, Section
 
 
 class Search(Section):

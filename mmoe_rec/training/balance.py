@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.routing.rule import Routing, balance_loss, expert_loads, z_loss
-from mmoe_rec.settings import Model
+from mmoe_rec.model.routing_rule import Routing, balance_loss, expert_loads, z_loss
+from mmoe_rec.settings.model import Model
 
 
 @dataclass(frozen=True)

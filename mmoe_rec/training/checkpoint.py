@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.batches.position import Position
-from mmoe_rec.choices.choices import Choices
 from mmoe_rec.errors import UserError
+from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
 

@@ -24,18 +24,14 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import OnDemand, Prefetch
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.choices.choices import Choices
-from mmoe_rec.choices.measure import SOME_ROWS, Chooser
-from mmoe_rec.choices.using import kept, set_compute, threads
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.multiply import set_products
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar
-from mmoe_rec.settings import Model, Training
-from mmoe_rec.tables.installed import torchrec_installed
-from mmoe_rec.tables.sharding import Sharded, shard, training_tables
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
@@ -45,12 +41,17 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
+from mmoe_rec.training.choices import Choices
+from mmoe_rec.training.installed import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
+from mmoe_rec.training.measure import SOME_ROWS, Chooser
 from mmoe_rec.training.meter import Meter
 from mmoe_rec.training.optimizers import Optimizers
 from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.sharding import Sharded, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.using import kept, set_compute, threads
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, start_at
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mmoe_rec.settings import Training
-from mmoe_rec.tables.sharding import Sharded
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.losses import LOG_VARIANCES
+from mmoe_rec.training.sharding import Sharded
 
 
 class Optimizers:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.schema import SPLITS
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.columns import SPLITS
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.sections import Settings
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {

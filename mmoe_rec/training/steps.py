@@ -36,10 +36,10 @@ from mmoe_rec.devices import fp32_products
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.settings import Training
-from mmoe_rec.tables.sharding import Sharded
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import log_variances, masked_loss
+from mmoe_rec.training.sharding import Sharded
 from mmoe_rec.training.stop import StopRequest
 from mmoe_rec.training.tables_last import TablesLast, nothing
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -29,8 +28,9 @@ from mmoe_rec.model.int8 import some_in_int8
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.tables import used_tables
-from mmoe_rec.settings import Model
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.model import Model
 
 # Settings without a weight of their own, by the last part of their name.
 _FREE = frozenset({"dropout", "given"})

@@ -19,7 +19,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import exit_with_message
 
 if TYPE_CHECKING:
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
 
 CONFIG = "configs/complete_journey.yaml"
 FAST_HOUSEHOLDS = 300
@@ -36,7 +36,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings of the quickstart: those of Complete Journey, in another folder, smaller for a slice."""
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
 
     paths = [
         "--data.log",
@@ -105,7 +105,7 @@ def ingest_log(out: Path, fast: bool) -> None:
 
 
 def _rank_example(artifact: Path) -> tuple[dict[str, Any], list[tuple[object, float]]]:
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.ranker import Ranker
 
     ranker = Ranker.load(artifact)
     request = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from tests.benchmarks.http_load import Client
 from tests.benchmarks.serving import Running, by_mlflow, by_ours
 

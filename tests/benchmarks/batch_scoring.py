@@ -30,7 +30,7 @@ ROWS_PER_REQUEST = 20
 
 
 def _settings(work: Path) -> Any:
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
     from tests.benchmarks.training_rows import DIM, EXPERT_UNITS, EXPERTS, ID_NAMES, NUMBER_NAMES, TOWER_UNITS
 
     features: dict[str, Any] = {n: {"kind": "id", "column": n, "dim": DIM, "min_count": 1} for n in ID_NAMES}
@@ -64,11 +64,11 @@ def write(rows: int, work: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mmoe_rec.build.prepare import prepare
+    from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.serving.writing import write_artifact
+    from mmoe_rec.preprocessing.prepare import prepare
     from tests.benchmarks.training_rows import draw
 
     drawn, chance = draw(rows, TABLE_ROWS), np.random.default_rng(1)

@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
 from tests.benchmarks.peers.environment import PEERS, peers_environment, run
 
 CONFIG = "configs/census_income.yaml"

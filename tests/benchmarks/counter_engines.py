@@ -29,8 +29,8 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.schema import Schema
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 from tests.benchmarks.sources import LOG
 
 THREADS = 2

@@ -34,9 +34,9 @@ import pyarrow as pa
 from mmoe_rec.jobs.replay.client import Client, place
 from mmoe_rec.jobs.replay.own_server import OwnServer
 from mmoe_rec.journal.follower import Follower
+from tests.inference.small_model import SmallModel
 from tests.processes import children, fork_server, until
 from tests.server.test_events import later_log
-from tests.serving.small_model import SmallModel
 
 CALLERS, WORKERS, BATCH = 4, 2, 20
 BATCHES = 20_000

@@ -33,7 +33,7 @@ from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.model import levels as levels_module
 from mmoe_rec.model.levels import Experts, Level
 from mmoe_rec.model.products import Dispatch
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 
 ROWS, WIDTH, TASKS = 4096, 256, 2
 WAYS = ("grouped", "dense")

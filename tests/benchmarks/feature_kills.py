@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.build.killed_builds import killed_builds
+from tests.preprocessing.killed_builds import killed_builds
 
 
 def main() -> None:

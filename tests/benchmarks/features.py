@@ -42,8 +42,9 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features.kinds.history import HistoryFeature
 from mmoe_rec.features.kinds.id import IdFeature
-from mmoe_rec.schema import Schema
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 from tests.benchmarks import counter_engines
 from tests.benchmarks.memory import measure
 from tests.benchmarks.sources import LOG, source_columns, source_files

@@ -94,7 +94,7 @@ class Benchmark:
     """model: an artifact folder; frozen: the same with tables as of the start of the test rows."""
 
     def __init__(self, model: Path, scratch: Path) -> None:
-        from mmoe_rec.settings import load_settings
+        from mmoe_rec.settings.load import load_settings
 
         self.settings, self.model, self.scratch = load_settings(CONFIG), model, scratch
         start, end = self.settings.split.windows()["test"]
@@ -133,8 +133,8 @@ class Benchmark:
 
     def _accuracy(self, period: Any, logs: Any) -> dict[str, Any]:
         """AUC and calibration of all ways."""
+        from mmoe_rec.inference.loaded import LoadedRanker
         from mmoe_rec.jobs.replay.offline import score_period
-        from mmoe_rec.serving.loaded import LoadedRanker
 
         ranker = LoadedRanker.read(self.frozen)
         predicted = {"fresh": score_period(ranker, period.rows)[0], **self._by_live(ranker, period, logs)}
@@ -146,8 +146,8 @@ class Benchmark:
 
     def _by_live(self, ranker: Any, period: Any, logs: Any) -> dict[str, np.ndarray]:
         """Predictions by tables as of the start together with what was learnt since, day by day."""
-        from mmoe_rec.choices.using import threads
         from mmoe_rec.features.memories.live import Live
+        from mmoe_rec.training.using import threads
 
         pipeline = ranker.pipeline
         nothing = daily = live = Live.none(pipeline.memory_encoders)

@@ -52,8 +52,8 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.settings import load_settings
-    from mmoe_rec.tables.loading import load_plain
+    from mmoe_rec.settings.load import load_settings
+    from mmoe_rec.training.loading import load_plain
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
 
@@ -111,7 +111,7 @@ def run(name: str, overrides: Sequence[str], seed: int, ks: Sequence[int] = (), 
 def benchmark(seeds: int) -> Found:
     """All trainings, two at a time."""
     from mmoe_rec.jobs.features import build_features
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
 
     build_features(load_settings(CONFIG, []))
     several = range(3)

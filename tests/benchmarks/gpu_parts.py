@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.score import predictions
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.settings import Model
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.model import Model
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.benchmarks.gpu import Sizes

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.requests.request import Request
 from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.serving.loaded import LoadedRanker
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.requests.request import Request
 from tests.benchmarks.serving_bodies import Bodies
 
 TURNS = 200

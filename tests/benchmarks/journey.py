@@ -30,7 +30,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.judging.results import Measured, Results
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.train import train_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from pipelines.quickstart import ingest_log, quickstart_settings
 from tests.benchmarks.peers.environment import PEERS, peers_environment, run
 from tests.benchmarks.peers.rows import write_rows

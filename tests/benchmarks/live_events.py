@@ -124,10 +124,10 @@ def _take_turns(asker: _Asker, senders: _Senders, batch: int, seconds: float, pa
 def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     """Milliseconds that a request of `CANDIDATES` takes longer, the median, once events were learnt. Each request is of
     the time of the last event."""
-    from mmoe_rec.choices.using import threads
+    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.requests.envelope import ranked_calls
     from mmoe_rec.log.rows import LogRows
-    from mmoe_rec.serving.loaded import LoadedRanker
-    from mmoe_rec.serving.requests.envelope import ranked_calls
+    from mmoe_rec.training.using import threads
 
     rankers = plain, learnt = LoadedRanker.read(model), LoadedRanker.read(model)
     elements = Bodies(model).elements(CANDIDATES, 1)

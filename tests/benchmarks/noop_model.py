@@ -1,4 +1,4 @@
-"""The no-op ranker as MLflow serves it: the same request and reply as `mmoe_rec/serving/mlflow_model.py`."""
+"""The no-op ranker as MLflow serves it: the same request and reply as `mmoe_rec/inference/mlflow_model.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mmoe_rec.serving.mlflow_model import RankingRequest, Reply
-from mmoe_rec.serving.requests.envelope import ranked
+from mmoe_rec.inference.mlflow_model import RankingRequest, Reply
+from mmoe_rec.inference.requests.envelope import ranked
 from tests.benchmarks.noop_ranker import NoopRanker
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mmoe_rec.serving.artifact import read_artifact
-from mmoe_rec.serving.example import ExampleScores
-from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.request import Request
+from mmoe_rec.inference.artifact import read_artifact
+from mmoe_rec.inference.example import ExampleScores
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.request import Request
 
 
 class NoopRanker:
@@ -57,7 +57,7 @@ def main() -> None:
     from mmoe_rec.server.options import Options, listening_socket
     from mmoe_rec.server.reloading import Source
     from mmoe_rec.server.running import Server
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
 
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     limits = Limits.of(load_settings(folder / "settings.yaml"))

@@ -46,7 +46,7 @@ from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.steps import learning_rate_share
 from tests.benchmarks.paired_ratio import ratio_of_means

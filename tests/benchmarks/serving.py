@@ -33,7 +33,7 @@ import numpy as np
 from tests.benchmarks.http_load import Client, latencies, processor_seconds, requests_a_second
 from tests.benchmarks.serving_bodies import Bodies
 from tests.benchmarks.serving_models import save_pyfunc, save_rechub
-from tests.serving.running_server import free_port, running_program
+from tests.inference.running_server import free_port, running_program
 
 BEFORE = "5889222"
 MODEL = Path("data/complete_journey/work/model")

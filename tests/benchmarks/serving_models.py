@@ -12,7 +12,7 @@ def save_pyfunc(model: Path, target: Path, noop: bool) -> None:
     """Writes the MLflow model of an artifact, or the no-op one that replies as it does."""
     import mlflow
 
-    from mmoe_rec.serving.mlflow_package import arguments
+    from mmoe_rec.inference.mlflow_package import arguments
 
     with tempfile.TemporaryDirectory() as scratch:
         told = arguments(model, Path(scratch))
@@ -26,7 +26,7 @@ def save_rechub(model: Path, target: Path, peers: Path) -> None:
     import mlflow
 
     from mmoe_rec.features.vocabulary import VocabularyFeature
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.ranker import Ranker
     from tests.benchmarks.peers.environment import peers_environment
 
     python = peers_environment(peers)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.settings.sections import Settings
 
 TOP = ["--model.gates.routing", "top_k", "--model.gates.top_k", "2"]
 WAYS = {
@@ -40,7 +40,7 @@ def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.tables.loading import load_plain
+    from mmoe_rec.training.loading import load_plain
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
 
@@ -68,7 +68,7 @@ def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
 
 def logs(folder: Path, rows: int) -> Iterator[tuple[str, Callable[[Sequence[str]], Settings]]]:
     """Each log's name, and what makes its settings of overrides."""
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
     from pipelines import make_synthetic_log
     from pipelines.data_sets.complete_journey import packaged_folder
     from pipelines.ingest_complete_journey import Selection, ingest

@@ -3,7 +3,7 @@
 from glob import glob
 from pathlib import Path
 
-from mmoe_rec.schema import Remembering, Schema
+from mmoe_rec.settings.schema import Remembering, Schema
 
 LOG = "(log)"
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.model.mmoe import build_mixture
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 from tests.benchmarks.correlated_tasks import NOISE_VARIANCE, CorrelatedTasks
 from tests.benchmarks.many_trainings import ManyTrainings
 

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 import yaml
 
-from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.devices import pick_device
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
-from mmoe_rec.settings import Model, Training
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.splits import SplitCounts
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.benchmarks.training_rows import (

@@ -27,7 +27,8 @@ from mmoe_rec.features.kinds.history import HistoryFeature
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.numeric import NumericFeature
 from mmoe_rec.features.kinds.time import TimeFeature
-from mmoe_rec.schema import Schema, Task
+from mmoe_rec.settings.columns import Task
+from mmoe_rec.settings.schema import Schema
 from tests.benchmarks.sources import LOG, source_columns, source_files, source_times
 
 DAY = 86_400_000_000

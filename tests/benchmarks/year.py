@@ -142,8 +142,8 @@ class Grown:
 
     def take(self, day: int, measured: bool) -> None:
         """Takes in the log up to a day; `measured`: whether its rows count for the AUC."""
-        from mmoe_rec.build.added.extend import extend
-        from mmoe_rec.build.prepare import prepare
+        from mmoe_rec.preprocessing.added.extend import extend
+        from mmoe_rec.preprocessing.prepare import prepare
 
         started = time.perf_counter()
         end = START + (day + 1) * DAY
@@ -216,7 +216,7 @@ def _mb(count: int) -> float:
 def served(folder: Path) -> float:
     """MB that a process takes to answer requests by features, beyond what the code takes."""
     from mmoe_rec.features.pipeline import FeaturePipeline
-    from mmoe_rec.serving.requests.request import Request, RequestReader
+    from mmoe_rec.inference.requests.request import Request, RequestReader
 
     def held() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
@@ -258,7 +258,7 @@ def main() -> None:
 
     from rich.progress import Progress
 
-    from mmoe_rec.build import steps
+    from mmoe_rec.preprocessing import steps
     from mmoe_rec.progress import bar
 
     with tempfile.TemporaryDirectory(prefix="year-") as folder:

@@ -14,8 +14,8 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.jobs.judging.placement import placement_told
 from mmoe_rec.log.reader import Log
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS
-from tests.serving.small_model import SmallModel
 
 
 @pytest.fixture(scope="module")

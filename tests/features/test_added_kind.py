@@ -25,7 +25,8 @@ from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
 from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Embedded, Feature, Meaning, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 
 class RemainderFeature(Feature):
@@ -67,8 +68,8 @@ KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
 SCRIPT = """
 import json
 from mmoe_rec.jobs.commands import evaluate, features, inspect, plan, train
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.settings import describe
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.settings.help import describe
 
 assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe()
 words = ["--config", "settings.yaml"]

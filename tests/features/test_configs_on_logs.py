@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build.logs import BuildOptions
-from mmoe_rec.build.prepare import Prepared, prepare
-from mmoe_rec.settings import load_settings
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.load import load_settings
 from pipelines.ingest_movielens import LOG as MOVIELENS
 from tests.log.small_logs import DAY, write_log
 

@@ -23,8 +23,8 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Remembering, Schema
-from mmoe_rec.settings import describe
+from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.schema import Remembering, Schema
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log, schema_of
 
 ITEM = {"item": {"kind": "id", "column": "item", "min_count": 1, "max_size": 50}}

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.build import prepare as build
-from mmoe_rec.build.added.extend import extend
-from mmoe_rec.build.prepare import Prepared, existing, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing import prepare as build
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.settings.sections import Settings
+from tests.inference.small_model import small_settings
 from tests.log.small_logs import ALL_KINDS, BASE, random_log, write_log
-from tests.serving.small_model import small_settings
 
 EVENTS = {"seen": {"kind": "counter", "events": "views", "by": ["item"], "outputs": ["rows"]}}
 

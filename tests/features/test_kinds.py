@@ -18,7 +18,7 @@ from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import IdCounts
 from mmoe_rec.log.hashing import combine, hash_column
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, fit, log_rows, random_log, schema_of
 
 ROLES = {"user": [], "candidate": ["x", "y"], "context": [], "placement": []}

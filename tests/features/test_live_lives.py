@@ -22,8 +22,7 @@ from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.live import levels
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Schema
-from tests.build.growing_log import FEATURES, schema_with_purchases
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     DAY,
     START,
@@ -36,6 +35,7 @@ from tests.log.small_logs import (
     times_of,
 )
 from tests.point_in_time.naive_features import NaiveFeatures
+from tests.preprocessing.growing_log import FEATURES, schema_with_purchases
 
 REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
 LIMITS: dict[str, dict[str, dict[str, Any]]] = {

@@ -11,11 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import IDS
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.health import inspect
+from mmoe_rec.preprocessing.prepare import Prepared
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}
 STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}

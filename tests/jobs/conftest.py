@@ -1,9 +1,9 @@
 import pytest
 
 from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from tests.inference.small_model import SmallModel
 from tests.jobs.scored import cut_finely
 from tests.log.small_logs import BASE, random_log, with_requests
-from tests.serving.small_model import SmallModel
 
 TASKS = {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "given": "click", "score_weight": 0.7}}
 

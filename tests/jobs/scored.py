@@ -14,8 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.build import steps
 from mmoe_rec.jobs.score import ScoredLog, score_log
+from mmoe_rec.preprocessing import steps
 
 
 def cut_finely(setattr: Callable[[Any, str, Any], None]) -> None:

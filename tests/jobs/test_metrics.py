@@ -13,11 +13,11 @@ import pytest
 from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.prepare import encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
@@ -25,11 +25,11 @@ from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
 from mmoe_rec.jobs.metrics import How
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.settings.sections import Evaluation
+from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import DAY, START, random_log, with_requests
-from tests.serving.small_model import SmallModel
 
 TASKS = ["bought", "stars:regression=0.2"]
 

@@ -19,8 +19,8 @@ from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.jobs.measuring.asked import asked_by_words
 from mmoe_rec.jobs.metrics import How, measure_predictions
 from mmoe_rec.settings.sections import Split
+from tests.inference.small_model import SmallModel
 from tests.report.parsed import Page
-from tests.serving.small_model import SmallModel
 
 USERS, REQUESTS, CANDIDATES = 300, 1500, 8
 

@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.exchange import Exchange, partition_of
-from mmoe_rec.build.prepare import encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import microseconds
@@ -23,10 +22,11 @@ from mmoe_rec.jobs.scoring.folder import RANKS, SCORES
 from mmoe_rec.jobs.scoring.ranks import RankJob, rank_partition
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.score import with_outcomes
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.preprocessing.exchange import Exchange, partition_of
+from mmoe_rec.preprocessing.prepare import encode_with
+from tests.inference.small_model import SmallModel, as_request
 from tests.jobs.scored import read, scored, write_finely
 from tests.log.small_logs import BASE, DAY, START, random_log, with_requests
-from tests.serving.small_model import SmallModel, as_request
 
 PREDICTED = ["predicted_click", "predicted_liked", "predicted_spent", "predicted_click_and_liked"]
 

@@ -14,9 +14,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.jobs.scoring.inputs import AsOf
+from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import at_times, random_log, times_of, with_requests
-from tests.serving.small_model import SmallModel
 
 
 def good() -> pa.Table:

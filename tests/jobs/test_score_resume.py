@@ -10,16 +10,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build import engines
 from mmoe_rec.errors import StoppedError
+from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.jobs.scoring import parts
-from mmoe_rec.serving.writing import seal
+from mmoe_rec.preprocessing import engines
+from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
-from tests.serving.small_model import SmallModel
 
 
 @pytest.fixture(scope="module")

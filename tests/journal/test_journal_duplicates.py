@@ -13,7 +13,7 @@ from mmoe_rec.journal.duplicates import Counts, Duplicates
 from mmoe_rec.journal.known import Known
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, schema_of
 
 FEATURES = {

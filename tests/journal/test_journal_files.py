@@ -22,9 +22,9 @@ from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Schema
-from tests.build.growing_log import Growing
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, files_of, times_of
+from tests.preprocessing.growing_log import Growing
 
 _UTC = pa.timestamp("us", tz="UTC")
 

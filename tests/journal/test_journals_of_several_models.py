@@ -26,7 +26,7 @@ from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.parquet_files import write_files
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, START, schema_of
 
 LOGS = ("purchases", "returns")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from tests.log.small_logs import write_log
 
 SPLIT_VALUES = {"train": [1, 2], "validation": [3], "test": [4]}

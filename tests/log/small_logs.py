@@ -19,7 +19,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.point_in_time.windows import Window, in_window
-from mmoe_rec.schema import Schema
+from mmoe_rec.settings.schema import Schema
 
 DAY = 86_400_000_000
 START = 1_700_000_000_000_000

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build import steps
-from mmoe_rec.build.logs import BuildOptions
-from mmoe_rec.build.prepare import prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile, LeftOut, format_time
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.schema import Schema
+from mmoe_rec.preprocessing import steps
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import prepare
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

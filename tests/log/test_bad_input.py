@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.reader import Log
-from mmoe_rec.schema import Schema
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, DAY, START, assert_same, fit, log_rows, random_log, schema_of, write_log
 
 SCHEMA = schema_of(ALL_KINDS)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     BASE,
     DAY,

@@ -18,8 +18,6 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.build.added.taken import Taken
-from mmoe_rec.build.logs import DEFAULTS, Logs
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile
@@ -27,7 +25,10 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import EventRows, Log, LogReader
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import EVENT, Schema
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.logs import DEFAULTS, Logs
+from mmoe_rec.settings.columns import EVENT
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, log_rows, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

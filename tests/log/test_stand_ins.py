@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.features import build_features, extend_features
 from mmoe_rec.log.reader import Log
-from mmoe_rec.schema import NO_CANDIDATE, NO_USER, Schema
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
 from tests.log.small_logs import write_log
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build.logs import BuildOptions, Logs
-from mmoe_rec.build.prepare import prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import Log, LogReader
-from mmoe_rec.schema import Schema
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.prepare import prepare
+from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, schema_of, write_log
 
 TASKS = {"click": {"label": "click", "objective": "engagement"}}

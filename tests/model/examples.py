@@ -12,7 +12,7 @@ from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 
 LAYOUT = ModelLayout(
     # Widths and sizes differ so that a sharding plan moves the tables out of layout order.

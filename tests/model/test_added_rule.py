@@ -33,8 +33,9 @@ from pathlib import Path
 import torch
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.commands import train
-from mmoe_rec.serving.loaded import LoadedRanker
-from mmoe_rec.settings import describe, load_settings
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import load_settings
 
 refused = []
 for setting, value in (("routing", "above_averag"), ("random_top_k", "true"), ("balance", "bias")):
@@ -69,8 +70,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a package that has a rule more."""
     folder = tmp_path_factory.mktemp("added")
     package = AddedPackage(folder)
-    package.replace("routing/rules.py", RULES, f"{RULE}\n\n{RULES}")
-    package.replace("routing/rules.py", "    SharedRoute(),", "    SharedRoute(),\n    AboveAverage(),")
+    package.replace("model/routing_rules.py", RULES, f"{RULE}\n\n{RULES}")
+    package.replace("model/routing_rules.py", "    SharedRoute(),", "    SharedRoute(),\n    AboveAverage(),")
     model = {
         "bottom": {"units": [16], "cross_layers": 1, "cross_rank": 8},
         "experts": {"count": EXPERTS, "units": [8], "compute": "grouped"},

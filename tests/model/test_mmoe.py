@@ -18,7 +18,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 
 Weights = dict[str, np.ndarray]

@@ -23,7 +23,8 @@ from mmoe_rec.model.multiply import (
     set_products,
 )
 from mmoe_rec.model.products import StackedLinear, grouped_linear
-from mmoe_rec.settings import Model, Training
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Training
 
 pytestmark = pytest.mark.skipif(not onednn_offered(), reason="this build of torch has no oneDNN")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmoe_rec.routing.rule import Gated, RoutingRule
-from mmoe_rec.routing.rules import RULES, rule_named
-from mmoe_rec.settings import describe
+from mmoe_rec.model.routing_rule import Gated, RoutingRule
+from mmoe_rec.model.routing_rules import RULES, rule_named
+from mmoe_rec.settings.help import describe
 
 
 def test_names_are_unique_and_in_the_help() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.mmoe import Mixture, build_mixture
 from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
-from mmoe_rec.settings import Model
+from mmoe_rec.settings.model import Model
 from tests.model.examples import small_settings
 
 TASKS, WIDTH = 2, 6

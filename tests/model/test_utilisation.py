@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing_rule import Routing
+from mmoe_rec.model.routing_rules import rule_named
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
-from mmoe_rec.routing.rule import Routing
-from mmoe_rec.routing.rules import rule_named
 
 
 def outputs(weights: Tensor, selected: Tensor | None = None) -> Outputs:

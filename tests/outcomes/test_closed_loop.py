@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.build.prepare import prepare
+from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.request_log.folder import LogOptions
-from mmoe_rec.serving.writing import write_artifact
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
 from pipelines import features, join_outcomes, train
 from tests.pipelines.imports import ROOT
 from tests.pipelines.learnable_log import settings_tree, write_files

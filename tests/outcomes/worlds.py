@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 
 HOUR = 3_600_000_000
 START = 1_700_000_000_000_000

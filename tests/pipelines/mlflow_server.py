@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.serving.running_server import free_port, running_program
+from tests.inference.running_server import free_port, running_program
 
 
 class Door:

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, holder_of, point
+from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.registry import local_model
-from mmoe_rec.serving.artifact import Artifact, read_artifact
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.aliases import Version, holder_of, point
+from mmoe_rec.tracking.registry import local_model
 from pipelines import refresh
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of, with_requests
-from tests.serving.small_model import SmallModel
 
 NAME = "small"
 
@@ -38,8 +38,8 @@ class RefreshedModel:
         self.log = Path(self.settings.data.log)
         self.config = folder / "settings.yaml"
         self.config.write_text(self.settings.to_yaml(), encoding="utf-8")
-        with tracking.open_run(self.uri, NAME, run_name="training") as run:
-            tracking.register(run, small.folder, NAME, "champion")
+        with runs.open_run(self.uri, NAME, run_name="training") as run:
+            runs.register(run, small.folder, NAME, "champion")
             self.run_id = run.run_id
 
     def _days(self, start: float, end: float) -> pa.Table:

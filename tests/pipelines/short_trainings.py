@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.aliases import Version, holder_of
+from mmoe_rec.tracking.aliases import Version, holder_of
 from mmoe_rec.training.loop import Trainer
 from pipelines import features, train
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec import registry
+from mmoe_rec.tracking import registry
 from pipelines import evaluate, features, inspect, train
 from tests.pipelines.learnable_log import learnable_log, write_files
 

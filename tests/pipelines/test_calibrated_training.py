@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmoe_rec import registry
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.settings import load_settings
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking import registry
 from pipelines import evaluate, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 

@@ -23,13 +23,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec import registry
 from mmoe_rec.evaluation import scoring
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.log.reader import Log
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.writing import seal
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking import registry
 from pipelines import evaluate, features, train
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 

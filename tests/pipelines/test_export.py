@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.inference.artifact import check_files, write_manifest
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.int8 import Int8Bag
-from mmoe_rec.serving.artifact import check_files, write_manifest
-from mmoe_rec.serving.ranker import Ranker
 from pipelines import export
-from tests.serving.small_model import SmallModel
+from tests.inference.small_model import SmallModel
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.judging.after_training import Promotion
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import lock_file, reading, writing
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
 from pipelines import edit_experts, evaluate, features, inspect, sweep_experts, train, tune
 from tests.pipelines.short_trainings import World
 

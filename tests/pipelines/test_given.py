@@ -13,7 +13,7 @@ import pytest
 import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.inference.ranker import Ranker
 from pipelines import evaluate, train
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 
@@ -111,10 +111,10 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.jobs.train import _calibrate
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.settings.load import load_settings
 
     ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
     rows = EncodedRows(prepared.split("validation"), ranker.layout)
@@ -138,11 +138,11 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
 
 def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
     """Its log variances are no part of it, as its optimizers are none."""
-    from mmoe_rec.build.prepare import Prepared
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.settings.load import load_settings
     from mmoe_rec.training.warm_start import WarmStart
 
     settings = load_settings(folder / "settings.yaml")

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec import registry
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.tracking import registry
 from pipelines import evaluate, features, inspect, train
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree

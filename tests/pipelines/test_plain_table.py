@@ -14,6 +14,9 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.features import build_features
 from mmoe_rec.jobs.finished import Finished
 from mmoe_rec.jobs.replay.run import Asked, replay
@@ -22,10 +25,8 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.outcomes.join import join_outcomes
-from mmoe_rec.serving.errors import RequestError
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.writing import write_artifact
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
 from pipelines import evaluate, features, inspect, refresh, score, train

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.features.sizes import largest_layout
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
 from pipelines import plan
 
 CONFIG = "configs/cluster.yaml"
@@ -130,8 +130,8 @@ def test_the_time_of_a_part_is_estimated_once_for_each_size(monkeypatch: pytest.
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables
-    from mmoe_rec.settings import load_settings
-    from mmoe_rec.tables.planning import GIB, Machines, planner, sharders
+    from mmoe_rec.settings.load import load_settings
+    from mmoe_rec.training.planning import GIB, Machines, planner, sharders
 
     settings = load_settings("configs/cluster.yaml", ["--features.viewer.max_size", "1000003"])
     layout = ModelLayout.of(largest_layout(settings.schema_), settings)

@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec import aliases
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
+from mmoe_rec.inference.errors import OtherScoresError
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.evaluation.promote import main
 from mmoe_rec.jobs.judging import promote
 from mmoe_rec.jobs.judging.shadow import _agreement
-from mmoe_rec.registry import local_model
 from mmoe_rec.request_log import names
-from mmoe_rec.serving.errors import OtherScoresError
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.tracking import aliases
+from mmoe_rec.tracking.registry import local_model
 from pipelines import evaluate
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page

@@ -14,13 +14,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec import aliases, tracking
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.inference.artifact import write_manifest
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.judging import after_training as promotion
-from mmoe_rec.registry import local_model
-from mmoe_rec.serving.artifact import write_manifest
-from mmoe_rec.serving.ranker import Ranker
+from mmoe_rec.tracking import aliases, runs
+from mmoe_rec.tracking.registry import local_model
 from tests.pipelines.short_trainings import World
 
 # Which learn next to nothing.
@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same, in which registering a model, which takes longer than to train it, is to count up."""
 
-    def register(run: tracking.Run, artifact: Path, name: str, **_: Any) -> str:
+    def register(run: runs.Run, artifact: Path, name: str, **_: Any) -> str:
         versions = client(template).search_model_versions(f"name='{NAME}'")
         source = f"{versions[0].source}"
         return str(client(template).create_model_version(name, source, run_id=run.run_id).version)
@@ -246,7 +246,7 @@ def test_an_outage_during_the_comparison_decides_nothing(
     aliases.point(NAME, "champion", "1", world.uri)
 
     def away(address: str, uri: str) -> Path:
-        raise tracking.UnreachableError("MLflow does not answer")
+        raise runs.UnreachableError("MLflow does not answer")
 
     with monkeypatch.context() as patch:
         patch.setattr(promotion, "local_model", away)

@@ -17,22 +17,22 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec import tracking
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.inference.artifact import iso_time, version_of
+from mmoe_rec.inference.export.small import write_small
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
-from mmoe_rec.serving.artifact import iso_time, version_of
-from mmoe_rec.serving.export.small import write_small
-from mmoe_rec.serving.ranker import Ranker
-from tests.build.test_tables_of_models import assert_same_tables
+from mmoe_rec.tracking import runs
+from tests.inference.running_server import free_port, running_program
+from tests.inference.small_model import ITEMS, USER
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.pipelines.imports import ROOT
 from tests.pipelines.refreshed_model import NAME, RefreshedModel, rewritten
+from tests.preprocessing.test_tables_of_models import assert_same_tables
 from tests.processes import until
 from tests.server.test_processes import Running
-from tests.serving.running_server import free_port, running_program
-from tests.serving.small_model import ITEMS, USER
 
 ADDRESS = f"models:/{NAME}@champion"
 
@@ -198,14 +198,14 @@ def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.Captur
 def test_an_alias_that_a_person_moved_meanwhile_stays(
     model: RefreshedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register = tracking.register
+    register = runs.register
 
     def and_meanwhile(*arguments: Any, **more: Any) -> str:
         number = register(*arguments, **more)
         model.point("2")
         return number
 
-    with tracking.open_run(model.uri, NAME) as run:
+    with runs.open_run(model.uri, NAME) as run:
         register(run, model.folder_of("1"), NAME)
     model.add(9, 10)
     with monkeypatch.context() as patch:
@@ -235,8 +235,8 @@ def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
     ("place", "name", "after", "versions"),
     [
         (job, "advanced_tables", True, 2),
-        (tracking, "registered_before", True, 2),
-        (tracking, "register", True, 2),
+        (runs, "registered_before", True, 2),
+        (runs, "register", True, 2),
         (job, "point", False, 2),
         (job, "point", True, 2),
     ],
@@ -295,7 +295,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half(model: RefreshedModel) -> None
 
 
 def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
-    from mmoe_rec.serving.writing import seal
+    from mmoe_rec.inference.writing import seal
 
     folder = model.folder / "old"
     shutil.copytree(model.folder_of("1"), folder)
@@ -306,8 +306,8 @@ def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsy
         del tree[name]
     (folder / "model.json").write_text(json.dumps(tree))
     seal(folder)
-    with tracking.open_run(model.uri, NAME) as run:
-        tracking.register(run, folder, NAME, "champion")
+    with runs.open_run(model.uri, NAME) as run:
+        runs.register(run, folder, NAME, "champion")
     model.add(9, 10)
     assert "does not say which files its tables hold" in refused(capsys, model)
     model.refresh("--anew")
@@ -369,8 +369,8 @@ def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
     small = model.folder / "int8"
     small.mkdir()
     write_small(model.folder_of("1"), small, "bfloat16")
-    with tracking.open_run(model.uri, NAME) as run:
-        tracking.register(run, small, NAME, "champion")
+    with runs.open_run(model.uri, NAME) as run:
+        runs.register(run, small, NAME, "champion")
     model.add(9, 10)
     model.refresh()
     three = model.folder_of(model.holder().number)

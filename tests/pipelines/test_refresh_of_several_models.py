@@ -12,12 +12,12 @@ from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.server.app import Application
+from tests.inference.small_model import ITEMS
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _served
 from tests.server.asking import ask
 from tests.server.test_events import as_json
-from tests.serving.small_model import ITEMS
 
 
 def _returns(first: int, last: int) -> pa.Table:

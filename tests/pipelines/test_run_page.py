@@ -13,9 +13,9 @@ import pytest
 
 from mmoe_rec.jobs import run_page
 from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
-from mmoe_rec.outbox import runs_waiting
-from mmoe_rec.recording import DataSet, Run
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking.outbox import runs_waiting
+from mmoe_rec.tracking.recording import DataSet, Run
 from pipelines import evaluate
 from tests.pipelines.short_trainings import World
 
@@ -127,41 +127,41 @@ def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.Mlflo
 
 
 def test_an_experiment_of_before_gets_its_kind(tmp_path: Path) -> None:
-    from mmoe_rec import tracking
+    from mmoe_rec.tracking import runs
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
     client.create_experiment("old")
     client.create_experiment("its own", tags={"mlflow.experimentKind": "genai_development"})
     for name in ("old", "its own"):
-        with tracking.open_run(uri, name):
+        with runs.open_run(uri, name):
             pass
     kinds = [client.get_experiment_by_name(name).tags["mlflow.experimentKind"] for name in ("old", "its own")]
     assert kinds == ["custom_model_development", "genai_development"]
 
 
 def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
-    from mmoe_rec import tracking
+    from mmoe_rec.tracking import runs
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with tracking.open_run(uri, "notes") as run:
+    with runs.open_run(uri, "notes") as run:
         run.describe("One", "first\n\n#### of it")
         run.describe("Two", "second")
-    with tracking.open_run(uri, "notes", run_id=run.run_id) as again:
+    with runs.open_run(uri, "notes", run_id=run.run_id) as again:
         again.describe("One", "anew")
     said = mlflow.MlflowClient(uri, uri).get_run(run.run_id).data.tags["mlflow.note.content"]
     assert said == "### One\n\nanew\n\n### Two\n\nsecond"
 
 
 def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> None:
-    from mmoe_rec import tracking
+    from mmoe_rec.tracking import runs
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
-    with tracking.open_run(uri, "notes") as run:
+    with runs.open_run(uri, "notes") as run:
         pass
     client.set_tag(run.run_id, "mlflow.note.content", "Do not delete: the paper's run.\n\n## mine")
-    with tracking.open_run(uri, "notes", run_id=run.run_id) as again:
+    with runs.open_run(uri, "notes", run_id=run.run_id) as again:
         for name in ("Training", "Resumed", "Result", "Evaluation"):
             again.describe(name, f"verdict of {name}\n\n```sh\n{'x' * 9_000}\n```")
     said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
@@ -174,14 +174,14 @@ def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> No
 def test_a_server_that_refuses_data_sets_gets_all_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from mmoe_rec import tracking
+    from mmoe_rec.tracking import runs
 
     def refuse(*_: object, **__: object) -> None:
         raise mlflow.exceptions.MlflowException("no such endpoint", error_code=400)
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refuse)
-    with tracking.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
+    with runs.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
         run.log_inputs([DataSet("log", "digest", "folder", 3, "training", "train")])
         run.log_metrics({"train/a.loss": 1.0}, 1)
     assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err

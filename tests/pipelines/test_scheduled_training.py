@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.aliases import Version, holder_of
-from mmoe_rec.build.added.tables import taken_by
-from mmoe_rec.build.added.taken import Taken
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.jobs.refreshing import training as job
-from mmoe_rec.registry import local_model
-from mmoe_rec.serving.artifact import Artifact, read_artifact
+from mmoe_rec.preprocessing.added.tables import taken_by
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.tracking.aliases import Version, holder_of
+from mmoe_rec.tracking.registry import local_model
 from pipelines import features, refresh, train
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree

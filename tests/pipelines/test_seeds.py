@@ -14,8 +14,8 @@ import yaml
 from mmoe_rec.evaluation.judging.verdict import number
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.seeds import train as seeds
-from mmoe_rec.registry import FoundModel
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking.registry import FoundModel
 from pipelines import train
 from tests.pipelines.short_trainings import World, dying_after
 from tests.report.parsed import Page

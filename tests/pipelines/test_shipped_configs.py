@@ -13,14 +13,15 @@ import torch
 from mmoe_rec.features.kinds.cross import CrossFeature
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import IdsFeature
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.features import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.serving.ranker import Ranker
-from mmoe_rec.serving.writing import write_artifact
-from mmoe_rec.settings import Settings, load_settings
-from mmoe_rec.tables.loading import load_plain
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.loading import load_plain
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.fitting_log import write_fitting_logs

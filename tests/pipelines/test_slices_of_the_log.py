@@ -19,8 +19,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slicing import MISSING
 from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
 from mmoe_rec.jobs.judging.log_columns import LogColumns
-from mmoe_rec.registry import find_model
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking.registry import find_model
 from pipelines import evaluate
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World

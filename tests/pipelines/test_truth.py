@@ -12,11 +12,11 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import truth
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.serving.ranker import Ranker
+from tests.inference.small_model import SmallModel, small_settings
 from tests.log.small_logs import BASE, log_rows, random_log, write_log
-from tests.serving.small_model import SmallModel, small_settings
 
 
 @pytest.fixture(scope="module")

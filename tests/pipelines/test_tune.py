@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import mlflow
 import pytest
 
-from mmoe_rec import tracking
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.jobs.commands import tune as tune_command
 from mmoe_rec.jobs.tune import NOT_VALID_IN_A_ROW, Study
-from mmoe_rec.settings import Settings, load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
 from mmoe_rec.training.loop import Trainer
 from pipelines import train, tune
 from tests.pipelines.learnable_log import write_files
@@ -36,7 +37,7 @@ def search_in(folder: Path, search: dict[str, Any] | None = None) -> Path:
     return write_files(folder, tuning={"search": SEARCH if search is None else search, "startup_trials": 2})
 
 
-def runs(folder: Path) -> list[Any]:
+def runs_in(folder: Path) -> list[Any]:
     """All runs, the oldest first."""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'learnable'")
@@ -73,7 +74,7 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
     tune.main(["--config", str(config), "--trials", "8"])
     said = capsys.readouterr()
     assert "8 trials, of which " in said.out
-    parent, *trials = runs(tmp_path)
+    parent, *trials = runs_in(tmp_path)
     assert parent.info.run_name == "tuning"
     assert parent.info.status == "FINISHED"
     assert [each.info.status for each in trials] == ["FINISHED"] * 2 + ["KILLED", "KILLED"] + ["FINISHED"] * 6
@@ -107,7 +108,7 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
 
     # Enough trials: nothing is tried again.
     tune.main(["--config", str(config), "--trials", "8"])
-    assert len([each for each in runs(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 10
+    assert len([each for each in runs_in(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 10
 
 
 def trained(values: dict[str, float]) -> Callable[..., Any]:
@@ -223,7 +224,7 @@ def test_a_trial_that_is_killed_comes_again_but_not_for_ever(
 
 def test_a_trial_waits_for_mlflow(capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]) -> None:
     def away(*_: Any) -> float:
-        raise tracking.UnreachableError("MLflow does not answer")
+        raise runs.UnreachableError("MLflow does not answer")
 
     code, _, err = study(capsys, EXPERTS, 2, away)
     assert code == 2
@@ -250,7 +251,7 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
     config = search_in(tmp_path, {"tasks.liked.loss_weight": {"choices": [0.01]}})
     options = ["--training.select_by", "loss", "--tasks.liked.loss_weight", "3", "--training.epochs", "1"]
     tune.main(["--config", str(config), "--trials", "1", *options])
-    parent, trial = runs(tmp_path)
+    parent, trial = runs_in(tmp_path)
     losses = {task: trial.data.metrics[f"best/{task}.loss"] for task in ("click", "liked")}
     assert parent.data.metrics["best/objective"] == pytest.approx(-(losses["click"] + 3 * losses["liked"]))
 

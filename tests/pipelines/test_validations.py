@@ -12,7 +12,7 @@ from mmoe_rec.jobs.finished import Trained
 from mmoe_rec.jobs.validations import told_of, validations_table
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.validation import Validation
-from tests.serving.small_model import SmallModel
+from tests.inference.small_model import SmallModel
 
 EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 

@@ -14,12 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from mmoe_rec.build import count, request_summaries, requests, splits, steps
-from mmoe_rec.build import prepare as build
-from mmoe_rec.build import results as answers
-from mmoe_rec.build.added.extend import extend
-from mmoe_rec.build.logs import BuildOptions
-from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
@@ -31,6 +25,12 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.preprocessing import count, request_summaries, requests, splits, steps
+from mmoe_rec.preprocessing import prepare as build
+from mmoe_rec.preprocessing import results as answers
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.point_in_time.naive_features import DAY, NaiveFeatures

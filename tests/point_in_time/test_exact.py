@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.build.added.extend import extend
-from mmoe_rec.build.logs import BuildOptions
-from mmoe_rec.build.prepare import prepare
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.exact import ExactSums, units_of
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import CounterMemory
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     DAY,
     START,

@@ -14,7 +14,8 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.live import levels
-from mmoe_rec.schema import EVENT, Schema
+from mmoe_rec.settings.columns import EVENT
+from mmoe_rec.settings.schema import Schema
 from tests.point_in_time.drawn_logs import DAY, DrawnLog, draw
 from tests.point_in_time.naive_features import NaiveFeatures, Row
 

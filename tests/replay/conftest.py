@@ -2,9 +2,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.inference.small_model import SmallModel
 from tests.replay.fake_server import FakeServer, served
 from tests.replay.replayed_log import FROM, model_of
-from tests.serving.small_model import SmallModel
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,15 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.envelope import ranked
 from mmoe_rec.log.columns import canonical, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import EVENT
-from mmoe_rec.serving.loaded import LoadedRanker
-from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.envelope import ranked
+from mmoe_rec.settings.columns import EVENT
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import log_rows
-from tests.serving.small_model import SmallModel
 
 Trouble = Callable[[str], int | None]
 """The status with which a page is refused; 0 closes the connection once all was done, None answers."""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
-from tests.serving.small_model import SmallModel
 
 FROM, TO = START + 6 * DAY, START + 9 * DAY
 FEATURES: dict[str, Any] = {

@@ -13,10 +13,10 @@ import pytest
 from mmoe_rec.jobs.commands.live.replay import main
 from mmoe_rec.jobs.replay.run import MISMATCHES, REPORT, Asked, replay
 from mmoe_rec.log.rows import LogRows
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY
 from tests.replay.fake_server import FakeServer
 from tests.replay.replayed_log import FROM
-from tests.serving.small_model import SmallModel
 
 TO = FROM + DAY
 

@@ -19,11 +19,11 @@ from mmoe_rec.jobs.replay.feeding import Requests, steps
 from mmoe_rec.jobs.replay.offline import Period, read_period
 from mmoe_rec.jobs.replay.run import Asked, replay
 from mmoe_rec.log.reader import EventRows, Log
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY, random_log, write_log
 from tests.replay.fake_server import FakeServer
 from tests.replay.replayed_log import FROM, TO, model_of
 from tests.replay.test_comparing import replayed, wrong
-from tests.serving.small_model import SmallModel
 
 
 @pytest.fixture(scope="module")

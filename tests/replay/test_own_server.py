@@ -19,12 +19,12 @@ from mmoe_rec.jobs.commands.live.replay import main
 from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
 from mmoe_rec.jobs.replay.own_server import OwnServer
 from mmoe_rec.jobs.replay.run import Asked, replay
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY
 from tests.processes import children, fork_server, is_running, until
 from tests.replay.replayed_log import FROM, TO, model_of
 from tests.replay.test_comparing import PREDICTED, wrong
-from tests.serving.small_model import SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and journals of POSIX")
 

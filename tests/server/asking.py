@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from tests.serving.small_model import CONTEXT, ITEMS, USER
+from tests.inference.small_model import CONTEXT, ITEMS, USER
 
 
 @dataclass(frozen=True)

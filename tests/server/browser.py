@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.inference.running_server import free_port, running_program
 from tests.processes import until
-from tests.serving.running_server import free_port, running_program
 
 WITHIN_S = 120
 DRIVER = shutil.which("chromedriver")

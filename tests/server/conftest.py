@@ -6,7 +6,7 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
-from tests.serving.small_model import SmallModel
+from tests.inference.small_model import SmallModel
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.jobs.commands.serve import main
-from mmoe_rec.serving.loaded import LoadedRanker
 
 SLOW_USER = 999
 

@@ -15,10 +15,10 @@ from mmoe_rec.server.live import following
 from mmoe_rec.server.live.learning import Learning
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY, START
 from tests.server.asking import Answer, ask
 from tests.server.test_events import as_json, asked, later_log
-from tests.serving.small_model import SmallModel
 
 
 def server(small: SmallModel, work: Path) -> Application:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.server.live.background import step_back
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY, START
 from tests.processes import until
 from tests.server.asking import ask
 from tests.server.test_after import positions, server
 from tests.server.test_events import asked
-from tests.serving.small_model import SmallModel
 
 
 def _priority() -> int:

@@ -15,8 +15,8 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.batching import JOINT_CANDIDATES
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
+from tests.inference.small_model import ITEMS
 from tests.server.asking import Answer, ask, element, reply
-from tests.serving.small_model import ITEMS
 
 POISON = 666
 

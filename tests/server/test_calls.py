@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.envelope import OPTIONS
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import written
 from mmoe_rec.server.limits import Limits, Refused
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.serving.artifact import version_of
-from mmoe_rec.serving.ranking import Ranking
-from mmoe_rec.serving.requests.envelope import OPTIONS
+from tests.inference.small_model import SmallModel
 from tests.server.asking import ask, element
-from tests.serving.small_model import SmallModel
 
 GOOD = json.dumps({"inputs": [element()]}).encode()
 MARK = "never seen again"

@@ -22,10 +22,10 @@ from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.reloading import Source
+from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
 from tests.processes import until
 from tests.server.asking import Answer, ask, reply
-from tests.serving.small_model import ITEMS, SmallModel
 
 USERS = [-7, 0, 5]
 EXPLAIN = {"explain": True}
@@ -85,7 +85,7 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
     pipeline = FeaturePipeline.load(small.folder / "features")
     for encoder in pipeline.memory_encoders.values():
         encoder.memory = encoder.extended(encoder.memory, encoder.events(events))
-    from mmoe_rec.serving.requests.request import Request, RequestReader
+    from mmoe_rec.inference.requests.request import Request, RequestReader
 
     reader = RequestReader(pipeline, small.folder / "features", 50)
     numbers, lists = pipeline.found(reader.rows([Request(**asked(time, user))]))

@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows
 from tests.processes import until
 from tests.server.test_events import as_json, asked, expected, later_log
 from tests.server.test_processes import Running, served
-from tests.serving.small_model import ITEMS, SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 TIME = START + 30 * DAY

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.inference.small_model import SmallModel
 from tests.journal.journals import every_batch
 from tests.journal.kafka.mock_brokers import mock_brokers
 from tests.processes import until
 from tests.server.test_events import as_json, later_log
 from tests.server.test_events_and_processes import ASKED, _asked, _check, _ready, _sent
 from tests.server.test_processes import Running, served
-from tests.serving.small_model import SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.request_log.sampling import is_logged
+from tests.inference.small_model import ITEMS, SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element
 from tests.server.logging_server import logged
 from tests.server.test_processes import Running, served
-from tests.serving.small_model import ITEMS, SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 

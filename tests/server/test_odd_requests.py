@@ -14,16 +14,16 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from mmoe_rec.inference.errors import LONGEST_QUOTE, quoted
 from mmoe_rec.server import parsing
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.protocol import protocol
-from mmoe_rec.serving.errors import LONGEST_QUOTE, quoted
+from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE
 from tests.server.asking import Answer, ask, element, reply
 from tests.server.test_processes import GOOD, everything, served
-from tests.serving.small_model import SmallModel
 
 LONG = "never seen again" * 12
 BODY = json.dumps(GOOD).encode()

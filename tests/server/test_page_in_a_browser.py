@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import uvicorn
 
+from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.serving.ranking import Ranking
+from tests.inference.small_model import SmallModel
 from tests.server.asking import ask
 from tests.server.browser import CHROMIUM, DRIVER, Browser, browser
-from tests.serving.small_model import SmallModel
 
 needs_browser = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chromium and chromedriver")
 TOKEN = "open sesame"
@@ -136,7 +136,7 @@ def columns(page: Browser) -> dict[str, list[str]]:
 
 
 def expected(small: SmallModel, call: Any) -> Ranking:
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.ranker import Ranker
 
     return Ranker.load(small.folder).rank(**call["inputs"][0], explain=True)
 

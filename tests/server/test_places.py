@@ -11,10 +11,10 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.settings import describe
+from mmoe_rec.settings.help import describe
+from tests.inference.small_model import SmallModel
 from tests.server.asking import element, reply
 from tests.server.test_events import as_json, later_log
-from tests.serving.small_model import SmallModel
 
 
 @pytest.mark.parametrize("full", ["/invocations", "/events"])

@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 
+from tests.inference.other_weights import other_weights
+from tests.inference.running_server import free_port, running_program
+from tests.inference.small_model import SmallModel
 from tests.pipelines.imports import ROOT
 from tests.processes import PATIENCE, children, fork_server, is_running, until
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
-from tests.serving.other_weights import other_weights
-from tests.serving.running_server import free_port, running_program
-from tests.serving.small_model import SmallModel
 
 GOOD = {"inputs": [element()]}
 SLOW = {"inputs": [element(user={"user": SLOW_USER})]}

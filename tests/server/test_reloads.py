@@ -25,9 +25,9 @@ from mmoe_rec.server.reloading import NotFoundError, Reloads, Source, Watch
 from mmoe_rec.server.running import Reloading
 from mmoe_rec.server.sharing.passes import Mark
 from mmoe_rec.server.worker import _Talk
+from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import ask, element
-from tests.serving.small_model import SmallModel
 
 
 class Address:

@@ -25,12 +25,12 @@ from mmoe_rec.request_log import writer
 from mmoe_rec.request_log.digest import digests
 from mmoe_rec.request_log.folder import LogOptions, check_folder, make_room
 from mmoe_rec.request_log.sampling import is_logged, new_id
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log
 from tests.processes import until
 from tests.server.asking import ask, element
 from tests.server.logging_server import logged, logging_app, outcomes
 from tests.server.test_events import as_json, later_log
-from tests.serving.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: 
 
 
 def test_a_server_that_does_not_log_gives_no_id_and_keeps_nothing(with_ids: SmallModel) -> None:
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.ranker import Ranker
 
     ranking = Ranker.load(with_ids.folder).rank({"user": USER}, {**CONTEXT, "page": "x"}, {"item": ITEMS})
     assert ranking.seen is None

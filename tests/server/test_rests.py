@@ -8,8 +8,8 @@ import pytest
 
 from mmoe_rec.server.live import following
 from mmoe_rec.server.live.following import Following
+from tests.inference.small_model import SmallModel
 from tests.server.test_after import server
-from tests.serving.small_model import SmallModel
 
 WAITING = (None, None, None)
 WITHIN_SECONDS = 1.0

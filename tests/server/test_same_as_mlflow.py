@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
+from mmoe_rec.inference.mlflow_model import ARTIFACT, RankingPythonModel
 from mmoe_rec.server.app import Application
-from mmoe_rec.serving.mlflow_model import ARTIFACT, RankingPythonModel
+from tests.inference.small_model import CONTEXT, ITEMS, SmallModel, as_request
 from tests.server.asking import ask, element
-from tests.serving.small_model import CONTEXT, ITEMS, SmallModel, as_request
 
 NAMES = ("brand", "price", "tags")
 

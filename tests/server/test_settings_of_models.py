@@ -16,8 +16,8 @@ from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing import arrays
+from tests.inference.small_model import SmallModel
 from tests.server.asking import ask, element
-from tests.serving.small_model import SmallModel
 
 
 class Serving:

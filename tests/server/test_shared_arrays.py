@@ -19,6 +19,9 @@ from torch import nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.memories.together import MemoriesTogether
 from mmoe_rec.features.vocabulary import Vocabulary
+from mmoe_rec.inference.export.compare import drawn_requests
+from mmoe_rec.inference.export.small import write_small
+from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.log.request_rows import StoredColumn
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.server.limits import Limits
@@ -26,11 +29,8 @@ from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.options import Options
 from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing import arrays, preparing
-from mmoe_rec.serving.export.compare import drawn_requests
-from mmoe_rec.serving.export.small import write_small
-from mmoe_rec.serving.loaded import LoadedRanker
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE, random_log
-from tests.serving.small_model import SmallModel
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from mmoe_rec.inference import artifact
+from mmoe_rec.inference.artifact import MANIFEST, StoredFile, read_manifest
+from mmoe_rec.inference.example import EXAMPLE
 from mmoe_rec.server.sharing import starting
-from mmoe_rec.serving import artifact
-from mmoe_rec.serving.artifact import MANIFEST, StoredFile, read_manifest
-from mmoe_rec.serving.example import EXAMPLE
+from tests.inference.running_server import free_port
+from tests.inference.small_model import SmallModel
 from tests.pipelines.imports import ROOT
 from tests.processes import PATIENCE, children, fork_server, is_running, until
 from tests.server.test_processes import GOOD, Running, Sending, changed, model_count, served
-from tests.serving.running_server import free_port
-from tests.serving.small_model import SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 

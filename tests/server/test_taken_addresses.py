@@ -14,10 +14,10 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.options import listen, listening_socket
+from tests.inference.running_server import free_port
+from tests.inference.small_model import SmallModel
 from tests.pipelines.imports import ROOT
 from tests.processes import PATIENCE, until
-from tests.serving.running_server import free_port
-from tests.serving.small_model import SmallModel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems tell later, once the model is loaded")
 TAKEN = "can't be listened on: Address already in use"

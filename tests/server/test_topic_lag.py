@@ -19,13 +19,13 @@ from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
+from tests.inference.small_model import SmallModel
 from tests.journal.journals import every_batch
 from tests.journal.kafka.mock_brokers import Brokers, mock_brokers
 from tests.log.small_logs import DAY, START
 from tests.processes import PATIENCE, until
 from tests.server.asking import Answer, ask
 from tests.server.test_events import as_json, asked, later_log
-from tests.serving.small_model import SmallModel
 
 Machine = Callable[..., Application]
 

@@ -26,12 +26,12 @@ from mmoe_rec.server.sharing import passes
 from mmoe_rec.server.sharing.passes import Mark, Passes, marks
 from mmoe_rec.server.worker import run_worker
 from mmoe_rec.server.workers import _Parent
+from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply
 from tests.server.ranking_process import rank
 from tests.server.test_after import server
 from tests.server.test_batching import Watched
-from tests.serving.small_model import SmallModel
 
 
 @pytest.fixture

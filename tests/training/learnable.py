@@ -14,15 +14,16 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.encoded import Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.settings import Model, Training
-from mmoe_rec.tables.loading import load_plain
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.splits import SplitCounts
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Training
+from mmoe_rec.training.loading import load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, random_rows

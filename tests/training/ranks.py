@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
-from mmoe_rec.tables.sharding import shard
-from mmoe_rec.tables.ways import Way
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
+from mmoe_rec.training.sharding import shard
+from mmoe_rec.training.ways import Way
 from tests.forked import start_server
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.saving import save_weights

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mmoe_rec.build.prepare import Prepared
-from mmoe_rec.settings import Model
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.special import expit, logit
 
-from mmoe_rec.build.splits import SplitCounts
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.mmoe import Towers
+from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.warm_start import base_rates, start_at

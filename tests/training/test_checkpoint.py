@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training import loop
 from mmoe_rec.training.checkpoint import Checkpoint, latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult

@@ -21,9 +21,9 @@ from mmoe_rec.model import levels
 from mmoe_rec.model.grouped_mm import Sent
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, Towers
+from mmoe_rec.model.routing_rules import RULES
 from mmoe_rec.model.score import fuse
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.routing.rules import RULES
 from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.losses import add_log_variances
 from mmoe_rec.training.ranks import process_group

@@ -15,10 +15,10 @@ import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.settings import Model
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.model import Model
 from mmoe_rec.training import loop
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.meter import Meter

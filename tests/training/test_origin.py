@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
 from tests.pipelines.learnable_log import settings_tree
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from tests.model.examples import LAYOUT
 from tests.training.learnable import MODEL, write_prepared

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.preprocessing.prepare import Prepared
 from tests.training.learnable import LAYOUTS, ROWS, Trained, learnable_rows, scores, trained, write_prepared
 
 # Without placement, which would hold a part of the mean.

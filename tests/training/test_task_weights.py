@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from mmoe_rec.build.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss

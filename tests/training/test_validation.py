@@ -14,8 +14,8 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.log.hashing import mix
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.routing_rule import Routing
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.routing.rule import Routing
 from mmoe_rec.training import own_labels
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, validate

@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.build.added.extend import extend
-from mmoe_rec.build.prepare import Prepared, prepare
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import Log
@@ -24,13 +22,15 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
-from mmoe_rec.settings import Model
-from mmoe_rec.tables.loading import load_plain
-from mmoe_rec.tables.sharding import shard
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.model import Model
+from mmoe_rec.training.loading import load_plain
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharding import shard
 from mmoe_rec.training.warm_start import WarmStart
+from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
-from tests.serving.small_model import SmallModel
 from tests.training.ranks import join, spawn
 from tests.training.saving import save_weights
 

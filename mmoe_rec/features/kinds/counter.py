@@ -23,7 +23,8 @@ from mmoe_rec.point_in_time.live.layers import AnyCounter
 from mmoe_rec.point_in_time.memory import NEVER, CounterFound, CounterMemory
 from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion
-from mmoe_rec.schema import Days, Meaning, Remembering, Schema, Use, each_once
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Days, Meaning, Remembering, Schema, each_once
 
 _FOREVER = np.iinfo(np.int64).max
 _ROUNDING = 1e-12

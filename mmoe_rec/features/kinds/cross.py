@@ -12,7 +12,8 @@ from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
 from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Schema, Use, each_once
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Schema, each_once
 
 
 class CrossFeature(Feature):

@@ -21,7 +21,8 @@ from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.live.layers import LayeredHistory
 from mmoe_rec.point_in_time.search import AnyLookUps
-from mmoe_rec.schema import Meaning, Remembering, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Meaning, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
 

@@ -13,7 +13,8 @@ from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Embedded, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Embedded
 
 
 class IdFeature(VocabularyFeature):

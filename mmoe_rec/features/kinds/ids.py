@@ -16,7 +16,8 @@ from mmoe_rec.features.kinds.id import IdEncoder
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import Embedded, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Embedded
 
 
 class IdsFeature(VocabularyFeature):

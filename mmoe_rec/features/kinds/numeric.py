@@ -15,7 +15,8 @@ from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import Standardiser
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Embedded, Feature, Meaning, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 
 class NumericFeature(Feature):

@@ -19,7 +19,8 @@ from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.schema import Feature, Meaning, Schema, Use, each_once
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Feature, Meaning, Schema, each_once
 
 _CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
 _MICROSECONDS = 1_000_000

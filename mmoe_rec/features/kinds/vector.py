@@ -17,7 +17,8 @@ from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.numbers import Standardiser
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.schema import Feature, Meaning, Schema, Use
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.schema import Feature, Meaning, Schema
 
 
 class VectorFeature(Feature):

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.program import TEMPLATE, spelled
-from mmoe_rec.settings import Settings, describe, load_settings
+from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
 
 _WIDE = 160  # columns
 SLICES = "parts of the rows that are measured too: by the values of a COLUMN, or 'bucket(COLUMN, N)' of a number"

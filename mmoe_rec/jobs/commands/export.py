@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import parsed
-from mmoe_rec.settings import load_settings
+from mmoe_rec.settings.load import load_settings
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

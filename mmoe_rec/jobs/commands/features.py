@@ -21,8 +21,8 @@ from mmoe_rec.jobs.commands.command import read_command
 from mmoe_rec.program import spelled
 
 if TYPE_CHECKING:
-    from mmoe_rec.build.prepare import Prepared
-    from mmoe_rec.settings import Settings
+    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.settings.sections import Settings
 
 
 @exit_with_message()
@@ -68,7 +68,7 @@ def _champion(settings: Settings) -> str:
 
 def _no_model_can_be_trained(prepared: Prepared) -> bool:
     """Says so of features whose added days left a split without rows."""
-    from mmoe_rec.build.checks import empty_split
+    from mmoe_rec.preprocessing.checks import empty_split
 
     empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
     if empty:

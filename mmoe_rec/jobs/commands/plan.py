@@ -23,8 +23,8 @@ from mmoe_rec.program import spelled
 
 if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.settings import Settings
-    from mmoe_rec.tables.planning import Machines, PaperPlan
+    from mmoe_rec.settings.sections import Settings
+    from mmoe_rec.training.planning import Machines, PaperPlan
 
 GIB = 2**30
 MOST_RANKS = 16_384  # the planner's time grows with them; a plan for so many takes about half a minute
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if arguments.world_size > MOST_RANKS:
         raise UserError(f"--world-size {arguments.world_size} is more than a plan is made for, {MOST_RANKS:,}")
-    from mmoe_rec.tables.installed import require_torchrec
+    from mmoe_rec.training.installed import require_torchrec
 
     require_torchrec("a plan")
     import torch
 
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables
-    from mmoe_rec.tables.planning import Machines, plan_on_paper
+    from mmoe_rec.training.planning import Machines, plan_on_paper
 
     layout, where = _layout(settings)
     machines = Machines(
@@ -107,7 +107,7 @@ def _layout(settings: Settings) -> tuple[ModelLayout, str]:
 
 def _print_tables(layout: ModelLayout) -> None:
     from mmoe_rec.model.tables import used_tables
-    from mmoe_rec.tables.planning import table_bytes
+    from mmoe_rec.training.planning import table_bytes
 
     tables = used_tables(layout)
     for table in sorted(tables, key=table_bytes, reverse=True):
@@ -116,7 +116,7 @@ def _print_tables(layout: ModelLayout) -> None:
 
 
 def _print_ranks(plan: PaperPlan, machines: Machines, dense_ms: float) -> None:
-    from mmoe_rec.tables.planning import alike
+    from mmoe_rec.training.planning import alike
 
     said = []
     for each in plan.ranks:

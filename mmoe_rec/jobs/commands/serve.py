@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import SentenceParser, count, number_between
 from mmoe_rec.program import spelled
-from mmoe_rec.settings import describe, parse_overrides
+from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import parse_overrides
 
 if TYPE_CHECKING:
     from mmoe_rec.request_log.folder import LogOptions
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.journal.opening import topic_of
     from mmoe_rec.server.options import end_process
     from mmoe_rec.server.security import read_token
-    from mmoe_rec.settings import Tracking
+    from mmoe_rec.settings.sections import Tracking
 
     code = serve_model(
         arguments.model,

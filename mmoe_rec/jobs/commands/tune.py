@@ -21,7 +21,9 @@ from pathlib import Path
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import count, read_command
 from mmoe_rec.program import spelled
-from mmoe_rec.settings import Search, Settings, load_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.tuning import Search
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 
@@ -41,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return load_settings(arguments.config, [*arguments.overrides, *chosen])
 
     _check_values(search, with_values)
-    from mmoe_rec import tracking
-    from mmoe_rec.build.prepare import existing
     from mmoe_rec.jobs.places import features_in_use, log_and_place
     from mmoe_rec.locks import writing
+    from mmoe_rec.preprocessing.prepare import existing
+    from mmoe_rec.tracking import runs
 
     existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
     from mmoe_rec.jobs.tune import Study
 
-    tracking.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    runs.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
     with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
         prepared.require_rows("train", "validation")

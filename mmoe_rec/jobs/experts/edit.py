@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, describe
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.run_page import as_code, command
-from mmoe_rec.registry import find_model
-from mmoe_rec.settings import Model, Settings
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.aliases import Version, describe
+from mmoe_rec.tracking.registry import find_model
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
-    tracking.check_names(settings.experiment, settings.registered_model)
+    runs.check_names(settings.experiment, settings.registered_model)
     found = find_model(address, settings.tracking.address)
     folder = found.folder
+    from mmoe_rec.inference.artifact import read_artifact, read_weights
+    from mmoe_rec.inference.writing import rewrite_artifact
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
-    from mmoe_rec.serving.artifact import read_artifact, read_weights
-    from mmoe_rec.serving.writing import rewrite_artifact
 
     about = read_artifact(folder)
     model = Model.model_validate(about.model)
@@ -62,9 +63,9 @@ def edit_model(
         assert mask is not None, "one of the three is given"
         state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
     rewrite_artifact(folder, out, model, state)
-    with tracking.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
+    with runs.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
         run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
-        version = tracking.register(run, out, settings.registered_model, CHALLENGER)
+        version = runs.register(run, out, settings.registered_model, CHALLENGER)
         made = Version(settings.registered_model, version, run.run_id)
         told = f"{address}: {done}, by\n\n{as_code(command())}"
         run.describe("Experts", told)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from mmoe_rec import tracking
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.registry import find_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.batches.batch import Batch
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 REQUEST_ROWS = 500
 RESAMPLES = 100
@@ -42,9 +42,9 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
     """Scores test rows with fewer and fewer experts, then without each; writes table and plot. rows: how many."""
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.truth import rows_to_measure
     from mmoe_rec.report.evaluation_figures import sweep_figure
-    from mmoe_rec.serving.ranker import Ranker
 
     ranker = Ranker.load(model.folder)
     with rows_to_measure(settings, model.folder, ranker) as folder:
@@ -57,7 +57,7 @@ def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) 
         [each.k for each in by_k], [each.milliseconds for each in by_k], [each.tasks for each in by_k]
     )
     figure.savefig(out / "sweep.png")
-    with tracking.open_run(
+    with runs.open_run(
         settings.tracking.address, settings.experiment, run_name="sweep_experts", run_id=model.run_id
     ) as run:
         run.log_artifact(out / "sweep.json", "experts")

@@ -22,26 +22,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, describe, holder_of, point
-from mmoe_rec.build.prepare import Prepared, encode_with
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.truth import score_by
-from mmoe_rec.outbox import UnreachableError
+from mmoe_rec.preprocessing.prepare import Prepared, encode_with
 from mmoe_rec.progress import say
-from mmoe_rec.recording import Run
-from mmoe_rec.registry import local_model
-from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.aliases import Version, describe, holder_of, point
+from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.recording import Run
+from mmoe_rec.tracking.registry import local_model
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
-    from mmoe_rec.serving.loaded import LoadedRanker
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 
@@ -79,7 +79,7 @@ def promote(
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = tracking.registered_before(run, artifact, name) or tracking.register(run, artifact, name, tags=tags)
+    number = runs.registered_before(run, artifact, name) or runs.register(run, artifact, name, tags=tags)
     comparison = Comparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
@@ -118,8 +118,8 @@ class Comparison:
     def with_holder(self, holder: Version | None) -> Verdict:
         """Whether the new model is better than the one that holds the alias."""
         from mmoe_rec.evaluation.scoring import NotFiniteError
-        from mmoe_rec.serving.errors import OtherScoresError
-        from mmoe_rec.serving.ranker import Ranker
+        from mmoe_rec.inference.errors import OtherScoresError
+        from mmoe_rec.inference.ranker import Ranker
 
         alias = self.settings.tracking.alias
         if holder is None:
@@ -170,7 +170,7 @@ class Comparison:
 
     @cached_property
     def _own(self) -> Scored:
-        from mmoe_rec.serving.artifact import read_calibration
+        from mmoe_rec.inference.artifact import read_calibration
 
         rows, calibration = self.prepared.split("validation"), read_calibration(self.artifact)
         return self._scored(self.model, self.layout, rows, calibration)
@@ -203,7 +203,7 @@ class Comparison:
         """The holder and its layout on the training's features, where these grew from its own: the same outputs."""
         from mmoe_rec.model.mmoe import build_model
         from mmoe_rec.model.tables import plain_tables
-        from mmoe_rec.settings import Model
+        from mmoe_rec.settings.model import Model
         from mmoe_rec.training.warm_start import WarmStart
 
         structure = Model.model_validate(ranker.about.model)

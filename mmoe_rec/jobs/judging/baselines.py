@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.judging.results import Measured, Results, check_out
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar, say
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

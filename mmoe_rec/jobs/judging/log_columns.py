@@ -27,8 +27,8 @@ from mmoe_rec.log.parts import Noticed
 from mmoe_rec.log.reader import Log
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.progress import bar, say
-from mmoe_rec.schema import Use
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

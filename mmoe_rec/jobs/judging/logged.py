@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec import tracking
-from mmoe_rec.aliases import describe, version_of
-from mmoe_rec.build.prepare import existing
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.truth import are_its_own
-from mmoe_rec.mlflow_client import shown
-from mmoe_rec.registry import FoundModel
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.prepare import existing
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.aliases import describe, version_of
+from mmoe_rec.tracking.client import shown
+from mmoe_rec.tracking.registry import FoundModel
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
@@ -40,7 +40,7 @@ def log_evaluation(
 
     layout, summary = scored.layout, next(iter(results.summaries.values()))
     uri, name = settings.tracking.address, f"evaluate {found.address}"
-    with tracking.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
+    with runs.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
         prepared = existing(*log_and_place(settings))
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))

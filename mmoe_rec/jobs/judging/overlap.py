@@ -10,7 +10,7 @@ import yaml
 
 from mmoe_rec.jobs.judging.training_rows import TrainingRows
 from mmoe_rec.jobs.scoring.learnt import text_of
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.split import Split
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def users_in_both(settings: Settings, artifact: Path, scored: Scored, training: 
 
     training: rows of the settings' split, which only a model of the same features was trained on.
     """
-    from mmoe_rec.serving.artifact import read_artifact
+    from mmoe_rec.inference.artifact import read_artifact
 
     if training is None or settings.split.column is None:
         return []

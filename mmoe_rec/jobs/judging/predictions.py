@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.schema import Columns
-from mmoe_rec.serving.ranking import ROW
+from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.settings.columns import Columns
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

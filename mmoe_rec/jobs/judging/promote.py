@@ -14,17 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.aliases import Version, aliases_of, forget_replaced, holder_of, point, replaced_by, tag, version_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
 from mmoe_rec.jobs.judging.logged import PROMOTION
 from mmoe_rec.jobs.judging.results import Results
-from mmoe_rec.registry import FoundModel, local_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.aliases import (
+    Version,
+    aliases_of,
+    forget_replaced,
+    holder_of,
+    point,
+    replaced_by,
+    tag,
+    version_of,
+)
+from mmoe_rec.tracking.registry import FoundModel, local_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 _CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
 
@@ -178,8 +187,8 @@ def _loaded(version: Version, uri: str) -> LoadedRanker | Trouble:
 
     Raises UserError where its files can't be fetched, which says nothing about it.
     """
-    from mmoe_rec.serving.errors import OtherScoresError
-    from mmoe_rec.serving.ranker import Ranker
+    from mmoe_rec.inference.errors import OtherScoresError
+    from mmoe_rec.inference.ranker import Ranker
 
     folder = local_model(version.address, uri)
     try:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.files import is_remote
-from mmoe_rec.settings import Settings
-from mmoe_rec.settings.sections import Evaluation
+from mmoe_rec.settings.sections import Evaluation, Settings
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,7 @@ from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.request_log import names
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 FIRST = 5  # rows of a list that are compared
 MOST_ROWS = 200_000

@@ -21,8 +21,8 @@ from mmoe_rec.evaluation.judging.tradeoffs import (
     told_of_sweep,
 )
 from mmoe_rec.jobs.evaluate import scored_rows
-from mmoe_rec.registry import find_model
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import find_model
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.build.prepare import existing
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.prepare import existing
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

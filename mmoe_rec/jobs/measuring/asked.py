@@ -9,10 +9,9 @@ from difflib import get_close_matches
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.checked_rows import MeasuredTask
 from mmoe_rec.evaluation.slicing import SliceBy
-from mmoe_rec.schema import outcome_name
-from mmoe_rec.serving.ranking import ROW
-from mmoe_rec.settings import Settings
-from mmoe_rec.settings.sections import ErrorOrKeep
+from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.settings.columns import outcome_name
+from mmoe_rec.settings.sections import ErrorOrKeep, Settings
 
 JOINED, WEIGHT = "+", "weight"
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.build.exchange import Exchange, partition_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.closed import ClosedSums, closed
 from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
@@ -24,6 +23,7 @@ from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.jobs.measuring.reading import rows_of
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import LogPart
+from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 
 ROWS = "rows"  # the channel
 ROWS_AT_A_TIME = 131_072

@@ -17,7 +17,7 @@ from mmoe_rec.log.files import FoundFile, path_values
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import Piece
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
-from mmoe_rec.schema import Use
+from mmoe_rec.settings.columns import Use
 
 
 @dataclass(frozen=True)

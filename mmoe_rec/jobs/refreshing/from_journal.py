@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.build.added.held import HeldRows
-from mmoe_rec.build.added.tables import taken_by
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.provisional import Provisional
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
+from mmoe_rec.preprocessing.added.held import HeldRows
+from mmoe_rec.preprocessing.added.tables import taken_by
 from mmoe_rec.progress import say
-from mmoe_rec.schema import Schema
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from mmoe_rec.journal.kafka.settings import KafkaTopic

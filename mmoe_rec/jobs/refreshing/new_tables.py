@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.build.added.tables import ANEW, Tables, advanced, made_anew, taken_by
-from mmoe_rec.build.added.taken import Taken
-from mmoe_rec.build.logs import Logs
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.preprocessing.added.tables import ANEW, Tables, advanced, made_anew, taken_by
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
-from mmoe_rec.serving.artifact import Artifact, read_artifact
-from mmoe_rec.settings import Settings
 from mmoe_rec.settings.differences import differences
+from mmoe_rec.settings.sections import Settings
 
 
 def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: Path) -> Tables:
@@ -109,7 +109,7 @@ def _scratch(out: Path) -> Path:
 
 
 def _write(artifact: Path, out: Path, tables: Path, made: Tables, journal: Mapping[str, Any] | None) -> None:
-    from mmoe_rec.serving.writing import write_with_tables  # which imports torch
+    from mmoe_rec.inference.writing import write_with_tables  # which imports torch
 
     write_with_tables(
         artifact,

@@ -18,10 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.added.held import HeldRows
-from mmoe_rec.build.added.taken import Taken, of_journal
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.files import FoundFile, find_files
+from mmoe_rec.preprocessing.added.held import HeldRows
+from mmoe_rec.preprocessing.added.taken import Taken, of_journal
 from mmoe_rec.progress import say
 
 

@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec import tracking
-from mmoe_rec.aliases import Version, describe, holder_of, point
-from mmoe_rec.build.added.tables import Tables, taken_by
-from mmoe_rec.build.checks import check_apart
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, version_of
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, tables_from_log
 from mmoe_rec.jobs.refreshing.provisional import Provisional
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
-from mmoe_rec.outbox import UnreachableError
-from mmoe_rec.registry import local_model
-from mmoe_rec.serving.artifact import Artifact, iso_time, read_artifact, version_of
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.added.tables import Tables, taken_by
+from mmoe_rec.preprocessing.checks import check_apart
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.aliases import Version, describe, holder_of, point
+from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.registry import local_model
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Jo
     """
     uri, work = settings.tracking.address, Path(settings.data.work)
     check_apart(settings.data.log, settings.schema_, work)
-    tracking.check_names(settings.experiment)
+    runs.check_names(settings.experiment)
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
@@ -128,12 +128,12 @@ def _registered(settings: Settings, served: Served, made: Tables, artifact: Path
         "tables_as_of": after,
     }
     try:
-        with tracking.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
+        with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
             run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
-            number = tracking.registered_before(run, artifact, version.name)
+            number = runs.registered_before(run, artifact, version.name)
             if number is None:
-                number = tracking.register(run, artifact, version.name, tags=tags)
+                number = runs.register(run, artifact, version.name, tags=tags)
             told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
             describe(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
             now = holder_of(version.name, served.alias, uri)

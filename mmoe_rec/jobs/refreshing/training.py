@@ -22,9 +22,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from mmoe_rec.atomic import atomic_file, atomic_folder
-from mmoe_rec.build.added.tables import taken_by
-from mmoe_rec.build.added.taken import Taken
-from mmoe_rec.build.prepare import ADVICE, BUILD, Prepared, existing
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.features import extend_features
 from mmoe_rec.jobs.finished import Finished
@@ -35,9 +32,12 @@ from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.outbox import runs_waiting
-from mmoe_rec.settings import Settings
+from mmoe_rec.preprocessing.added.tables import taken_by
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
+from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.split import Split
+from mmoe_rec.tracking.outbox import runs_waiting
 
 _KEPT, _SPLIT = "before_training", "split.json"
 

@@ -18,10 +18,10 @@ from mmoe_rec.features.kinds.counter import CounterEncoder, CounterFeature
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import iso_time
 from mmoe_rec.jobs.replay.offline import Period
 from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.point_in_time.lists import SharedRagged
-from mmoe_rec.serving.artifact import iso_time
 
 TOLERANCE = 1e-5
 """Of predictions and scores, times their size where that is above 1: how products are summed depends on the library."""

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.inference.requests.columns import PARTS
 from mmoe_rec.jobs.replay.client import Accepted, Client
 from mmoe_rec.jobs.replay.comparing import Comparison, Served
 from mmoe_rec.jobs.replay.offline import Happened, Period
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.progress import bar
-from mmoe_rec.schema import Schema
-from mmoe_rec.serving.requests.columns import PARTS
+from mmoe_rec.settings.schema import Schema
 
 ROWS_AT_A_TIME = 2_000
 """Events of a batch, at most."""

@@ -16,9 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.build.logs import Logs
-from mmoe_rec.build.results import ResultReader
-from mmoe_rec.build.steps import Steps, kept_reader, kept_results
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -29,11 +26,14 @@ from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.results import ResultReader
+from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar
-from mmoe_rec.schema import EVENT
+from mmoe_rec.settings.columns import EVENT
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 EVENT_ID = "event_id"
 """The column by which a server knows an event of a named log that is sent again."""
@@ -183,8 +183,8 @@ def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
 
 def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (N, T) and scores (N,) float64 of rows that come with what counters and histories say of them."""
-    from mmoe_rec.choices.using import threads
     from mmoe_rec.model.score import from_logs
+    from mmoe_rec.training.using import threads
 
     values, logs = [], []
     with threads(1), bar() as progress:

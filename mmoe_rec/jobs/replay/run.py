@@ -17,6 +17,7 @@ from typing import Any
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.replay.client import Client
 from mmoe_rec.jobs.replay.comparing import TOLERANCE, Comparison
@@ -28,10 +29,9 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.given import microseconds
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import say
-from mmoe_rec.registry import FoundModel, find_model
 from mmoe_rec.server.security import read_token
-from mmoe_rec.serving.artifact import read_artifact, version_of
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import FoundModel, find_model
 
 REPORT, MISMATCHES = "replay.json", "mismatches.parquet"
 Between = Callable[[int, OwnServer | None], None]
@@ -97,7 +97,7 @@ class _Replay:
         self.folder, self.token, self.between = folder, token, between
 
     def run(self) -> dict[str, Any]:
-        from mmoe_rec.serving.loaded import LoadedRanker
+        from mmoe_rec.inference.loaded import LoadedRanker
 
         pipeline = FeaturePipeline.load(self.found.folder / "features", memories=False)
         window = self.asked.start, self.asked.end

@@ -7,13 +7,13 @@ from dataclasses import replace
 from functools import reduce
 from typing import Literal
 
-from mmoe_rec.build.logs import BuildOptions, Logs
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.values import columns_of
-from mmoe_rec.schema import Remembering, Schema
-from mmoe_rec.serving.ranking import ROW, key_columns, prediction_columns
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.settings.schema import Remembering, Schema
 
 ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmoe_rec.build.requests import OneTimeReader
-from mmoe_rec.build.results import ResultReader, take
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import Window, in_window
+from mmoe_rec.preprocessing.requests import OneTimeReader
+from mmoe_rec.preprocessing.results import ResultReader, take
 
 ROWS_AT_A_TIME = 16_384
 

@@ -12,7 +12,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.schema import Scalar
+from mmoe_rec.settings.columns import Scalar
 from mmoe_rec.settings.split import Split
 
 

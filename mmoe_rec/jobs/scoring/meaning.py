@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mmoe_rec.inference.artifact import iso_time
+from mmoe_rec.inference.freshness import Freshness
 from mmoe_rec.jobs.scoring.inputs import AsOf
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.serving.artifact import iso_time
-from mmoe_rec.serving.freshness import Freshness
 
 if TYPE_CHECKING:
     from mmoe_rec.jobs.scoring.parts import PartScored

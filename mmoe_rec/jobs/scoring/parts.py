@@ -18,10 +18,9 @@ import pyarrow as pa
 import torch
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.exchange import Exchange, partition_of
-from mmoe_rec.build.requests import OneTimeReader
-from mmoe_rec.build.results import ResultExchange, ResultReader
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranking import scored_table
 from mmoe_rec.jobs.measuring.asked import WEIGHT
 from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.jobs.scoring.inputs import label_column
@@ -33,8 +32,9 @@ from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.multiply import Products
 from mmoe_rec.point_in_time.windows import Window
-from mmoe_rec.serving.loaded import LoadedRanker
-from mmoe_rec.serving.ranking import scored_table
+from mmoe_rec.preprocessing.exchange import Exchange, partition_of
+from mmoe_rec.preprocessing.requests import OneTimeReader
+from mmoe_rec.preprocessing.results import ResultExchange, ResultReader
 
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max

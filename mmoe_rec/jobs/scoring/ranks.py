@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.build.exchange import Exchange
 from mmoe_rec.jobs.scoring.folder import RANKS, SCORES, finished_name, scored_file
+from mmoe_rec.preprocessing.exchange import Exchange
 
 ROWS_PER_GROUP = 131_072
 

@@ -15,7 +15,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.notes import are_alone
 from mmoe_rec.jobs.run_page import command
 from mmoe_rec.jobs.seeds.measuring import FILE, warnings_of
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,8 @@ from pathlib import Path
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.judging.results import Measured, check_names, short_names
-from mmoe_rec.registry import FoundModel
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import FoundModel
 
 FILE = "seeds.json"
 

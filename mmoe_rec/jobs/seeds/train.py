@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec import tracking
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.jobs.seeds.found import Found
@@ -28,8 +28,8 @@ from mmoe_rec.jobs.seeds.side_by_side import side_by_side
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import bar, say
-from mmoe_rec.serving.artifact import version_of
-from mmoe_rec.settings import Settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
 
 
 def train_seeds(
@@ -57,7 +57,7 @@ def train_seeds(
         # Known before hours of training, where it can't be compared with.
         theirs = {name: measured(settings, each) for name, each in others.items()}
         key = _key(settings, seeds, prepared.manifest["fingerprint"])
-        with tracking.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
+        with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
             own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
             with Found.put_away(folder, lambda: [_version(each) for each in own]):
                 models = _trained(own, at_once, resume, run.run_id)

@@ -40,9 +40,9 @@ from mmoe_rec.server.parsing import parse_json
 from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
+    from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.learning import Learning
-    from mmoe_rec.serving.loaded import LoadedRanker
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import last_segments
 from mmoe_rec.journal.checkpoints import duplicates_after, removed_files
 from mmoe_rec.journal.duplicates import Duplicates, Taken
 from mmoe_rec.journal.folder import origin_of
@@ -30,13 +31,12 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.schema import Schema
 from mmoe_rec.server.live.held import HeldRequests
 from mmoe_rec.server.reloading import ReplicaBehindError
-from mmoe_rec.serving.artifact import last_segments
+from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
-    from mmoe_rec.serving.loaded import LoadedRanker
+    from mmoe_rec.inference.loaded import LoadedRanker
 
 _BEHIND_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2

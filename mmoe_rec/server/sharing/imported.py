@@ -15,11 +15,6 @@ import prometheus_client.multiprocess  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import safetensors.torch  # noqa: F401
 
-import mmoe_rec.server.running
-import mmoe_rec.server.sharing.arrays
-import mmoe_rec.server.worker
-import mmoe_rec.serving.loaded  # noqa: F401
-
 
 def _end_at_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -12,7 +12,7 @@ from tests.benchmarks.abuse.server import seconds_until, served
 from tests.benchmarks.abuse.strategies import valid
 from tests.benchmarks.abuse.wire import Sent
 from tests.benchmarks.memory import tree_bytes
-from tests.serving.other_weights import other_weights
+from tests.inference.other_weights import other_weights
 
 TIMES = 100
 CLIENTS = 3

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.abuse.wire import PATIENCE, Reply, Sent, Wire
+from tests.inference.running_server import free_port, running_program
 from tests.processes import children, fork_server, until
-from tests.serving.running_server import free_port, running_program
 
 ROOT = Path(__file__).parents[3]
 WORKERS = 2

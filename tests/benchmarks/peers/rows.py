@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.build.prepare import Prepared
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.schema import SPLITS, Remembering, Schema
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.columns import SPLITS
+from mmoe_rec.settings.schema import Remembering, Schema
 
 LONGEST = 20
 """Of a list, the last so many ids: all of the shipped settings' histories."""

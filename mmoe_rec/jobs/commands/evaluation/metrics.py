@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.evaluation.slicing import SliceBy
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
     from mmoe_rec.jobs.metrics import How, measure_predictions
-    from mmoe_rec.settings import load_settings
+    from mmoe_rec.settings.load import load_settings
     from mmoe_rec.settings.sections import Evaluation
 
     rules = Evaluation()

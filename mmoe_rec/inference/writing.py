@@ -1,0 +1,182 @@
+"""How an artifact folder (see `artifact`) is written: whole or not at all, with what tells if it changed.
+
+When all other files are there, the model scores its example once from the folder, as a server would: what it gives is
+what every later load has to give again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_folder
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import FORMAT, Artifact, iso_time, read_artifact, read_manifest, write_manifest
+from mmoe_rec.inference.example import EXAMPLE, SCORES, example_request
+from mmoe_rec.model.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.settings.model import Model
+    from mmoe_rec.settings.sections import Settings
+
+
+def write_artifact(
+    folder: Path,
+    *,
+    settings: Settings,
+    prepared: Prepared,
+    state_dict: Mapping[str, Tensor],
+    calibration: Calibration | None = None,
+) -> None:
+    """Writes an artifact folder; an existing one is replaced.
+
+    Args:
+        prepared: the features that the model was trained on.
+        state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        calibration: of the model's tasks; None leaves their logits as they are.
+
+    Raises:
+        UserError: a weight, or a prediction for the example, is not a finite number.
+    """
+    from mmoe_rec.preprocessing.added.taken import Taken  # which no server needs
+
+    taken = Taken.read(prepared.folder)
+    about = Artifact(
+        name=settings.name,
+        model=settings.model.model_dump(mode="json"),
+        layout=ModelLayout.of(prepared.layout, settings),
+        max_candidates=settings.serving.max_candidates,
+        products=settings.serving.products,
+        stale_after_days=settings.serving.stale_after_days,
+        fingerprint=prepared.manifest["fingerprint"],
+        tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
+        files=taken.digest,
+        journal=taken.journal,
+    )
+    with atomic_folder(folder) as target:
+        _write_weights(target / "weights.safetensors", state_dict)
+        shutil.copytree(prepared.serving, target / "features")
+        shutil.copyfile(prepared.folder / "files.json", target / "features" / "files.json")
+        if (prepared.folder / "requests").is_dir():
+            shutil.copytree(prepared.folder / "requests", target / "features" / "requests")
+        (target / "layout.json").write_text(about.layout.to_json(), encoding="utf-8")
+        (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        _write_about(target, about)
+        if calibration is not None and calibration.tasks:
+            _write_json(target / "calibration.json", calibration.to_dict())
+        _write_json(target / EXAMPLE, example_request(target / "features", about.tables_as_of))
+        seal(target)
+
+
+def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes the artifact of a folder with another structure and other weights; an existing target is replaced.
+
+    model: the `model` section that the weights fit. A calibration stays. Raises UserError for a folder that is not as
+    it was written, and as `write_artifact` does.
+    """
+    from mmoe_rec.settings.load import load_settings
+
+    about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
+    settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
+    with atomic_folder(target) as made:
+        for name in read_manifest(folder):
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, made / name)
+        _write_weights(made / "weights.safetensors", state_dict)
+        (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        _write_about(made, about)
+        seal(made)
+
+
+def write_with_tables(
+    folder: Path,
+    target: Path,
+    features: Path,
+    *,
+    tables_as_of: int,
+    files: str | None,
+    journal: Mapping[str, Any] | None,
+) -> None:
+    """Writes the artifact of a folder with other tables; an existing target is replaced.
+
+    features: a folder that `mmoe_rec.preprocessing.added.tables` has written for the model; tables_as_of: microseconds
+    of the last request that it knows; files, journal: as in `Artifact`.
+
+    Raises UserError for a folder that is not as it was written, and where the model can't score its example.
+    """
+    about, moment = read_artifact(folder), iso_time(tables_as_of)
+    trained = about.trained_as_of or about.tables_as_of
+    about = replace(
+        about,
+        tables_as_of=moment,
+        trained_as_of=None if trained == moment else trained,
+        files=files,
+        journal=None if journal is None else dict(journal),
+    )
+    with atomic_folder(target) as made:
+        for name in read_manifest(folder):
+            if not name.startswith("features/"):
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, made / name)
+        shutil.copytree(features, made / "features")
+        _write_about(made, about)
+        _write_json(made / EXAMPLE, example_request(made / "features", about.tables_as_of))
+        seal(made)
+
+
+def seal(folder: Path) -> None:
+    """Scores the example with the model in a folder, and writes what it gave and the manifest.
+
+    For a folder whose other files are all there, or were changed on purpose. Raises UserError for a model that can't be
+    loaded or that can't score its example.
+    """
+    from mmoe_rec.inference.loaded import LoadedRanker
+
+    try:
+        scores = LoadedRanker.unchecked(folder).example_scores(folder)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the model can't score its own example: {reason}; where training diverged, lower the learning rates"
+        ) from None
+    _write_json(folder / SCORES, scores.to_dict())
+    write_manifest(folder)
+
+
+def _write_about(folder: Path, about: Artifact) -> None:
+    tree = asdict(about)
+    del tree["layout"]  # which is a file of its own
+    _write_json(folder / "model.json", {"format": FORMAT, **tree})
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    weights = {}
+    for name, weight in state_dict.items():
+        # A copy of its own: safetensors refuses tensors that share memory.
+        weights[name] = weight.detach().cpu().float().contiguous().clone()
+        if not weights[name].isfinite().all():
+            raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
+    write_tensors(weights, path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a file of tensors that everyone may read who may read other new files: safetensors leaves it to its owner
+    alone, and a server may run as someone else."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    path.chmod(mode)

@@ -1,0 +1,197 @@
+"""What a routing rule is, what it chooses from and what it makes of it, and the losses on where gates sent rows.
+
+A gate's softmax comes first. The weights of the chosen are divided by their sum, but not where a model trains at k = 1:
+the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does; a model
+that trains only at k = 1 never does, so that towers read what they were trained on. Outside training a model may be
+asked for fewer experts than it was trained with: then every rule takes the k largest (V-MoE: Riquelme et al., NeurIPS
+2021).
+
+Shapes: B rows, G gates, E experts, R routers: what chooses experts, one per gate, or one for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a rule chooses from: what gates made of B rows.
+
+    gates: (B, G, E) float32 logits; routers: (B, R, E) float32, the gates' logits less what holds back experts that are
+    being let in, or the logits of the one router that chooses for all tasks, less the same; both are minus infinity for
+    an expert that one does not see. probabilities: (B, R, E) float32, the routers' softmax over the experts that may be
+    used, in training with noise and dropout. allowed: (R, E) bool, these experts; bias: (E,) float32, the selection
+    bias; k: experts per row and router, None for a rule that takes no k.
+    """
+
+    gates: Tensor
+    routers: Tensor
+    probabilities: Tensor
+    allowed: Tensor
+    bias: Tensor
+    k: int | None
+
+
+class Routing(NamedTuple):
+    """Where a level's gates sent B rows.
+
+    weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
+    float32, the softmax that experts were chosen by; selected: (B, R, E) bool, the chosen ones, or None where all are;
+    logits: (B, R, E) float32 of the routers, minus infinity for an expert that one does not see; at_most: experts that
+    a router chose for a row, at most; None where that is not known beforehand.
+    """
+
+    weights: Tensor
+    probabilities: Tensor
+    selected: Tensor | None
+    logits: Tensor
+    at_most: int | None = None
+
+    def used(self) -> Tensor | None:
+        """(B, E) bool, the experts that some gate chose for a row; None where all are."""
+        return None if self.selected is None else self.selected.any(1)
+
+    def loads(self, counted: Tensor | None = None) -> Tensor:
+        """(R, E) float32: the share of a router's choices that fall on each expert, without gradient.
+
+        Where every expert is used the mean probability takes the place of that share. counted: (B,) float32, 1 for a
+        row that counts and 0 for another; None is 1 for all.
+        """
+        import torch
+
+        if self.selected is None:
+            probabilities = self.probabilities.detach()
+            if counted is None:
+                return probabilities.mean(0)
+            return torch.tensordot(counted, probabilities, dims=1) / counted.sum().clamp(min=1)
+        selected = self.selected.float()
+        chosen = selected.sum(0) if counted is None else torch.tensordot(counted, selected, dims=1)
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+
+
+class RoutingRule(ABC):
+    """How gates choose experts and weigh them.
+
+    A rule is a subclass, which says its name, its summary and what it selects, and a line in the list `RULES` of
+    `mmoe_rec.model.routing_rules`. It has no state: what is set, and learnt, is in the gates.
+    """
+
+    mixes_all = False
+    """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
+    takes_k = True
+    """`gates.top_k` says how many experts each row gets in training."""
+    takes_bias = False
+    """`Gated.bias` moves what is selected, so that `gates.balance: bias` can even loads."""
+    rows_compete = False
+    """A row's experts depend on the batch's other rows: the rule is for training, and scoring takes the k largest."""
+    k_a_row = False
+    """A router selects at most `Gated.k` experts for a row, so that a GPU can make room for them beforehand."""
+    one_router = False
+    """One router chooses for all tasks, which then see the same experts."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What settings call it."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """What the help says of it after "mix"."""
+
+    @abstractmethod
+    def select(self, gated: Gated) -> Tensor | None:
+        """(B, R, E) bool, the experts of each row; None for all. Never one of probability 0."""
+
+    def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:
+        """(B, G, E) float32, each gate's weights of the selected experts, 0 elsewhere.
+
+        renormalise: whether the weights of a row sum to 1, or to the probability of what was selected.
+        """
+        return gated.probabilities if selected is None else kept(gated.probabilities, selected, renormalise)
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed entries of the last dimension, 0 elsewhere; all 0 where none is allowed."""
+    some = allowed.any(-1, keepdim=True)
+    # Where nothing is allowed, a plain softmax in place of one over nothing, which would be NaN.
+    return _softmax(logits.masked_fill(~(allowed | ~some), float("-inf"))) * some
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension. Rows next to each other are computed together: on a CPU 8 entries take a tenth so."""
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous()
+
+
+def largest(gated: Gated) -> Tensor:
+    """(B, R, E) bool: each router's k experts of largest log probability plus bias. Never one of probability 0."""
+    import torch
+
+    assert gated.k is not None, "this rule takes a k"
+    probabilities = gated.probabilities
+    chosen = _places_of_largest(probabilities.log() + gated.bias, min(gated.k, probabilities.shape[-1]))
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
+
+
+def _places_of_largest(values: Tensor, k: int) -> Tensor:
+    """(..., k) int64. On a CPU a few maxima, one after the other, take half as long as `topk`."""
+    import torch
+
+    if k > 3 or values.is_cuda:
+        return values.topk(k, dim=-1, sorted=False).indices
+    found = [values.argmax(-1, keepdim=True)]
+    for _ in range(1, k):
+        values = values.scatter(-1, found[-1], float("-inf"))
+        found.append(values.argmax(-1, keepdim=True))
+    return torch.cat(found, dim=-1)
+
+
+def kept(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
+    """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
+    import torch
+
+    weights = probabilities * selected
+    if not renormalise:
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+# Losses that keep experts in use, on what the gates of one level did.
+#
+# shares: (B,) float32, how much each row counts in a mean over rows; by default all count 1 / B.
+
+
+def expert_loads(routing: Routing, counted: Tensor | None = None) -> Tensor:
+    """(E,) float32: each expert's share of all routers' choices together, without gradient; they sum to 1.
+
+    Summed over tasks: evenness within each task would forbid tasks to use different experts. counted: as in
+    `Routing.loads`.
+    """
+    return routing.loads(counted).mean(0)
+
+
+def balance_loss(routing: Routing, loads: Tensor, shares: Tensor | None = None) -> Tensor:
+    """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even.
+
+    loads: (E,) of `expert_loads`, over all ranks; a constant, so that gradients go to the mean probability alone.
+    """
+    importance = _mean_over_rows(routing.probabilities.mean(1), shares)
+    return importance.shape[0] * (loads * importance).sum()
+
+
+def z_loss(routing: Routing, shares: Tensor | None = None) -> Tensor:
+    """Mean squared logsumexp of the routers' logits (Zoph et al., 2022, eq. 5), which keeps logits small."""
+    return _mean_over_rows(routing.logits.logsumexp(-1).square().mean(1), shares)
+
+
+def _mean_over_rows(values: Tensor, shares: Tensor | None) -> Tensor:
+    """Of (B,) or (B, E)."""
+    import torch
+
+    return values.mean(0) if shares is None else torch.tensordot(shares, values, dims=1)

@@ -1,0 +1,142 @@
+"""New tables for an existing model: what its counters and histories remember, and latest values, of another moment.
+
+A model's features as they are served (`<artifact>/features`) are what it was trained on (vocabularies, statistics) and
+tables: memories, latest attributes, and which files of the log these hold. `advanced` makes the tables go on with new
+files; `made_anew` makes them of all files, or of all rows before a moment. Both encode by the model's own features: an
+id that has become frequent meanwhile stays in its hashed bucket. From the same rows both give the same files, to the
+last byte of what they hold, with two exceptions. Where a model's features were extended, a history that went on keeps
+an item in the bucket that it was in before its id got a row of its own, as training saw it, and one that is made anew
+has that row. And with `max_keys`, a key that was dropped and came back has begun anew in tables that went on, as in a
+server that learns live, while those made anew know all of it, as a build does; which keys stay is the same, unless
+events of dropped ones come late. Nothing else changes, so weights and calibration stay right.
+
+    <features>/
+        pipeline.json, NAME.KEY.parquet    what encoders have learnt
+        NAME.memory/                       what counters and histories remember
+        latest.{user,candidate}.parquet    latest values; their times are in latest.{user,candidate}.times.parquet
+        files.json                         the files that the tables hold (see `mmoe_rec.preprocessing.added.taken`)
+        requests/                          their requests, so that rows of one that come later have its time
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.preprocessing.added.new_files import Holder, NewFiles
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.saved import add_latest, save_latest
+from mmoe_rec.preprocessing.steps import Steps
+
+ANEW = "make the tables anew with --anew, which reads all files of the log"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was made. files: that were read; rows: of the interaction log, events: of its logs of events, that were
+    added; as_of: microseconds of the last request that the tables know; digest: tells the files that they hold from any
+    others, None where these are not known; journal: what of a journal they hold, see `Taken.journal`; gone: files that
+    the tables before hold and the log does not."""
+
+    files: int
+    rows: int
+    events: int
+    as_of: int
+    digest: str | None
+    journal: Mapping[str, Any] | None
+    gone: Sequence[str] = ()
+
+
+def taken_by(features: Path) -> Taken | None:
+    """The files that the tables in a folder hold; None where an earlier version wrote it, or they were made as of a
+    moment. Raises UserError for a damaged record."""
+    return Taken.read(features) if (features / "files.json").is_file() else None
+
+
+def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> Tables | None:
+    """Writes features whose tables go on with the new files of logs into an empty folder; None where none has a row.
+
+    Args:
+        features: of the model.
+        last: microseconds of the last request that its tables know.
+        logs: to be read by the model's schema, with the types of `taken`.
+
+    Raises:
+        UserError: a file has changed that the tables hold, new requests are not later than old ones, new events may be
+            those of a file that is gone, or new files can't be used.
+    """
+    holder = Holder("the model's tables", "the model's tables", ANEW, last)
+    files = NewFiles(logs, taken, holder)
+    if not files.any or not any(_new_rows(files)):
+        return None
+    with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
+        counted = files.count(steps, statistics=False, kept=out / "requests", before=_requests(features, logs))
+        as_of = max(last, counted.last[0])
+        _remember(steps, features, out, as_of, before=features.resolve())
+        add_latest(counted, logs.schema, features, last)
+        save_latest(counted, out)
+        taken = taken.with_new(steps.logs, counted.spans)
+        return _ended(steps, counted, out, as_of, taken, files.gone)
+
+
+def made_anew(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
+    """Writes features with tables of all rows of logs into an empty folder.
+
+    features: of the model, without a need for its tables; until: requests and events at or after that moment
+    (microseconds) don't count, None for none. Tables as of a moment don't know their files, so they don't go on.
+
+    Raises UserError where the log can't be used, or has no request before that moment.
+    """
+    with Steps(logs, {}, out / "scratch", until) as steps:
+        kept = out / "requests" if until is None else None
+        counted = steps.count(statistics=False, kept=kept)
+        if until is not None and counted.last[0] < counted.first[0]:
+            raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
+        _remember(steps, features, out, counted.last[0], before=None)
+        save_latest(counted, out)
+        taken = None if until is not None else Taken.of(steps.logs, counted.spans)
+        return _ended(steps, counted, out, counted.last[0], taken, [])
+
+
+def _new_rows(files: NewFiles) -> list[int]:
+    return [
+        file.rows
+        for log, changes in zip(files.logs.all, files.changes, strict=True)
+        for file in log.files
+        if file.address in changes.new
+    ]
+
+
+def _requests(features: Path, logs: Logs) -> Path:
+    folder = features / "requests"
+    if logs.schema.columns.request is not None and not folder.is_dir():
+        raise UserError(f"'{folder}', the requests that the model's tables hold, is missing; {ANEW}")
+    return folder
+
+
+def _remember(steps: Steps, features: Path, out: Path, as_of: int, before: Path | None) -> None:
+    """Writes memories as of just after the last request, and what was fitted."""
+    pipeline = FeaturePipeline.load(features, memories=False)
+    steps.look_up(pipeline, out, end=steps.logs.options.asked_from(as_of), training=None, before=before)
+    pipeline.save(out)
+
+
+def _ended(steps: Steps, counted: Counted, out: Path, as_of: int, taken: Taken | None, gone: Sequence[str]) -> Tables:
+    for log in steps.logs.all:
+        log.check_unchanged()
+    shutil.rmtree(out / "scratch", ignore_errors=True)
+    if taken is not None:
+        taken.write(out)
+    files = sum(len(log.files) for log in steps.logs.all)
+    rows = counted.seen[None]
+    events = sum(counted.seen.values()) - rows
+    digest, journal = (None, None) if taken is None else (taken.digest, taken.journal)
+    return Tables(files, rows, events, as_of, digest, journal, gone)

@@ -1,0 +1,228 @@
+"""Which files features hold, `files.json`: so that days can be added, and features be recognised after files are gone.
+
+Counters, histories and vocabularies hold what was counted of a file for good, and no file is read again. So a file that
+is gone, as old ones are where a log is kept for some weeks only, changes nothing. One that was written again does: its
+old rows were counted. A file that was left out was not; it counts as new once it has been mended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.log.checks import LeftOut, words_of
+from mmoe_rec.log.files import FoundFile
+from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.preprocessing.logs import Logs
+
+_OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
+Span = tuple[int, int]
+Spans = Mapping[tuple[str | None, str], Span]
+"""(name of a log of events or None, file) -> first and last time of its rows, microseconds."""
+
+
+@dataclass(frozen=True)
+class TakenFile:
+    """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
+    microseconds, None without rows."""
+
+    address: str
+    bytes: int
+    version: str
+    partition: tuple[tuple[str, int | str | None], ...]
+    rows: int
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class LeftOutFile:
+    """A file that was left out, as it was then."""
+
+    address: str
+    bytes: int
+    version: str
+    reason: str
+
+
+@dataclass
+class TakenLog:
+    """The files of one log by address, and the types of its columns in words."""
+
+    files: dict[str, TakenFile] = field(default_factory=dict)
+    left_out: dict[str, LeftOutFile] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files.values())
+
+    def unchanged(self, log: Log | EventRows) -> dict[str, TakenFile]:
+        """Files that were taken in and that the log holds as they were then."""
+        there = {address: file for address, file in self.files.items() if address in log.found}
+        return {address: file for address, file in there.items() if _same(file, log.found[address])}
+
+    def left_out_of(self, log: Log | EventRows) -> list[str]:
+        """Files that were left out and that the log holds as they were then."""
+        return [
+            address
+            for address, file in self.left_out.items()
+            if address in log.found and _same(file, log.found[address])
+        ]
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the names, sizes and row counts of all files that were taken in."""
+        files = [file for _, file in sorted(self.files.items())]
+        text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Changes:
+    """What has become of one log's files. gone: taken in before; new: to be read; mended: those left out before."""
+
+    gone: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    new: set[str] = field(default_factory=set)
+    mended: set[str] = field(default_factory=set)
+    bad: list[LeftOut] = field(default_factory=list)
+    """New files that can't be used."""
+
+
+@dataclass
+class Taken:
+    """The files of the interaction log, and then of each log of events."""
+
+    logs: list[TakenLog]
+
+    @staticmethod
+    def of(logs: Logs, spans: Spans) -> Taken:
+        """All files of logs that were read, and those left out."""
+        return Taken([TakenLog() for _ in logs.all]).with_new(logs, spans)
+
+    @staticmethod
+    def read(folder: Path) -> Taken:
+        """What `write` wrote. Raises UserError where it is missing, damaged or of another version."""
+        try:
+            found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+            return Taken([_log_from(each) for each in found["logs"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"the features in '{folder}' have no record of the log's files (files.json) that this version reads; "
+                "build them anew, without --extend"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Writes `files.json`."""
+        logs = [
+            {
+                "files": [asdict(log.files[address]) for address in sorted(log.files)],
+                "left_out": [asdict(log.left_out[address]) for address in sorted(log.left_out)],
+                "types": dict(sorted(log.types.items())),
+            }
+            for log in self.logs
+        ]
+        (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
+
+    def changes(self, logs: Logs) -> list[Changes]:
+        """What has become of the files of each log; of those that are in both, should the settings have changed."""
+        return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
+
+    def left_out_of(self, logs: Logs) -> list[str]:
+        """Files that were left out and that the logs hold as they were then."""
+        return [address for taken, log in zip(self.logs, logs.all, strict=False) for address in taken.left_out_of(log)]
+
+    def with_new(self, logs: Logs, spans: Spans) -> Taken:
+        """With the files that `logs` reads, and those that are left out as long as they are there."""
+        return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
+
+    @property
+    def digest(self) -> str:
+        """What tells all files that were taken in from any others, as they were then: 16 hexadecimal digits."""
+        files = [sorted((file.address, file.bytes, file.version) for file in log.files.values()) for log in self.logs]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+    @property
+    def journal(self) -> dict[str, Any] | None:
+        """What of a journal of live events the files hold, by their names: the journal's "id", and the last segment
+        "through" which they do; None for nothing. Of several journals, the one with the latest rows."""
+        found: dict[str, tuple[int, int]] = {}
+        for file in (file for log in self.logs for file in log.files.values()):
+            if (named := _OF_A_JOURNAL.fullmatch(PurePath(file.address).name)) is not None:
+                latest, through = found.get(named[1], (0, 0))
+                found[named[1]] = max(latest, file.last or 0), max(through, int(named[2]))
+        if not found:
+            return None
+        newest = max(found, key=lambda each: found[each])
+        return {"id": newest, "through": found[newest][1]}
+
+    def last_segments(self, journal: str, events: Iterable[str]) -> dict[str | None, int]:
+        """Log, None for the interaction log, -> the last segment of a journal, by its id, of which a file was taken in;
+        0 for none. events: names of the logs of events, in their order."""
+        found: dict[str | None, int] = {}
+        for source, log in zip((None, *events), self.logs, strict=False):
+            named = (_OF_A_JOURNAL.fullmatch(PurePath(address).name) for address in log.files)
+            found[source] = max((int(each[2]) for each in named if each is not None and each[1] == journal), default=0)
+        return found
+
+    @property
+    def left_out(self) -> list[LeftOutFile]:
+        """All files that were left out, each once, though it may belong to several logs."""
+        found = {file.address: file for log in reversed(self.logs) for file in log.left_out.values()}
+        return [found[address] for address in sorted(found)]
+
+
+def of_journal(address: str) -> bool:
+    """Whether a file holds rows of a server's journal, by its name."""
+    return _OF_A_JOURNAL.fullmatch(PurePath(address).name) is not None
+
+
+def _log_from(tree: Mapping[str, Any]) -> TakenLog:
+    files = [TakenFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
+    left_out = [LeftOutFile(**each) for each in tree["left_out"]]
+    return TakenLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
+
+
+def _changes(taken: TakenLog, log: Log | EventRows) -> Changes:
+    found, usable = Changes(), {file.address: file for file in log.files}
+    for address, file in taken.files.items():
+        if address not in log.found:
+            found.gone.append(address)
+        elif not _same(file, log.found[address]) or (address in usable and usable[address].in_path != file.partition):
+            found.changed.append(address)
+    for address in log.found.keys() - taken.files.keys():
+        before = taken.left_out.get(address)
+        if address in usable and (before is None or not _same(before, log.found[address])):
+            found.new.add(address)
+            if before is not None:
+                found.mended.add(address)
+    recorded: Collection[str] = taken.files.keys() | taken.left_out.keys()
+    found.bad = [each for each in log.left_out if each.address not in recorded]
+    return found
+
+
+def _same(before: TakenFile | LeftOutFile, now: FoundFile) -> bool:
+    return (before.bytes, before.version) == (now.bytes, now.version)
+
+
+def _with_new(taken: TakenLog, log: Log | EventRows, spans: Spans) -> TakenLog:
+    name = log.name if isinstance(log, EventRows) else None
+    files = dict(taken.files)
+    for file in log.files:
+        first, last = spans.get((name, file.address), (None, None))
+        files[file.address] = TakenFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
+    left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
+    for each in log.left_out:
+        now = log.found.get(each.address)
+        if now is not None and each.address not in taken.files:
+            left_out[each.address] = LeftOutFile(each.address, now.bytes, now.version, each.reason)
+    left_out = {address: file for address, file in left_out.items() if address not in files}
+    return TakenLog(files, left_out, taken.types | words_of(log.types))

@@ -1,0 +1,217 @@
+"""Checks of what a log holds as a whole, before a model is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.files import is_remote, local_path
+from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.reader import Log
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.stand_ins import with_ids, with_times
+from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange
+from mmoe_rec.preprocessing.requests import Clash, Requests
+from mmoe_rec.preprocessing.splits import SplitCounts
+from mmoe_rec.settings.columns import SplitColumn
+from mmoe_rec.settings.schema import Schema
+
+_YEAR = 365 * 86_400_000_000
+# One of each kind of Parquet file that is written to `data.work`.
+_WRITTEN = (
+    "features/counts/x.parquet",
+    "features/encoded/train/part-00000.parquet",
+    "features/requests/part-00000.parquet",
+    "features/serving/latest.user.parquet",
+    "features/serving/x.memory/part-00000.parquet",
+    "model/features/latest.user.parquet",
+    "model/features/x.memory/part-00000.parquet",
+    "before_training/features/serving/latest.user.parquet",
+    "refreshed/model/features/latest.user.parquet",
+    "refreshed/model/features/x.memory/part-00000.parquet",
+    "evaluation/sums/ranking.parquet",
+    "evaluation/encoded/test/part-00000.parquet",
+    "champion/validation/part-00000.parquet",
+)
+
+
+def check_apart(log_source: str, schema: Schema, work: Path) -> None:
+    """Raises UserError where a log would read what is written to the folder `work`."""
+    sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    for setting, source in sources.items():
+        if not is_remote(source) and would_find(local_path(source), [work / each for each in _WRITTEN]):
+            raise UserError(
+                f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
+                "the log; set `data.work` to a folder that lies outside"
+            )
+
+
+def check_readings(log: Log) -> None:
+    """Raises UserError where a feature or a task can't read columns of such types: tried on no rows, before all are
+    read."""
+    columns = {column: pa.array([], log.types.get(column, pa.null())) for column in log.uses}
+    rows = LogRows(with_ids(with_times(pa.table(columns), log.schema), log.schema, 0), log.schema)
+    readers: dict[str, Callable[[], object]] = {
+        f"feature '{name}'": partial(encoder.learn, rows, 0)
+        for name, encoder in FeaturePipeline(log.schema).encoders.items()
+    }
+    readers |= {f"task '{name}'": partial(rows.labels, task, 0) for name, task in log.schema.tasks.items()}
+    for name, read in readers.items():
+        try:
+            read()
+        except UserError as error:
+            raise UserError(f"{name} can't be read from the log '{log.source}': {error}") from None
+
+
+def check_times(log: Log, counted: Counted) -> None:
+    """Raises UserError where some times are of 1970 and others are not: they were written in different units."""
+    (first, first_row), (last, last_row) = counted.first, counted.last
+    if first < _YEAR and last > 20 * _YEAR:
+        raise UserError(
+            f"column '{log.schema.columns.time}' goes from {format_time(first)} ({place(log, first_row)}) to "
+            f"{format_time(last)} ({place(log, last_row)}); write all times in one unit, that of columns.time_unit"
+        )
+
+
+def check_requests(log: Log, requests: Requests) -> None:
+    """Raises UserError where a request has several users, or several times where an example of that was looked for."""
+    columns = log.schema.columns
+    if (clash := requests.users_clash) is not None:
+        raise UserError(
+            f"{_clash(log, clash, columns.user, 'user')}; {_have(requests.several_users)} rows of several users, but "
+            "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
+            "are a user's own"
+        )
+    clash, split = requests.times_clash, log.schema.split
+    if clash is not None and split is not None:
+        raise UserError(
+            f"{_clash(log, clash, split.column, 'split')}; {_have(requests.several_times)} rows of several splits, but "
+            "a request is ranked as a whole: give all its rows one split"
+        )
+    if clash is not None:
+        raise UserError(
+            f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
+            "the request's time into all its rows, or set data.several_times to first, which takes the first for all"
+        )
+
+
+def _have(requests: int) -> str:
+    return f"{requests:,} request{'s have' if requests > 1 else ' has'}"
+
+
+def _clash(log: Log, clash: Clash, column: str, what: str) -> str:
+    request = log.schema.columns.request
+    assert request is not None
+    other = _row(log, clash.other)
+    first = f"another {what} in the files before"
+    if clash.first is not None:
+        first = f"{what} {_shown(_row(log, clash.first)[column])} in {place(log, clash.first)}"
+    return (
+        f"request {_shown(other[request])} (column '{request}') has {first} and {what} {_shown(other[column])} in "
+        f"{place(log, clash.other)}"
+    )
+
+
+def _row(log: Log, number: int) -> dict[str, Any]:
+    """The values of a row by column."""
+    part = next(part for part in log.parts() if number < part.start + part.rows)
+    start = part.start
+    for rows in log.reader.read(part):
+        if number < start + len(rows):
+            break
+        start += len(rows)
+    values: dict[str, Any] = rows.table.slice(number - start, 1).to_pylist()[0]
+    return values
+
+
+def _shown(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else repr(value)
+
+
+def place(log: Log, row: int) -> str:
+    """Where a row of a log stands, for messages."""
+    for file in log.files:
+        if row < file.rows:
+            return f"row {row} of '{file.address}'"
+        row -= file.rows
+    raise AssertionError("a row beyond the log")
+
+
+def check_splits(
+    counted: Counted, windows: Mapping[str, Window], source: str, split: SplitColumn | None = None
+) -> None:
+    """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
+    for name in windows:
+        if counted.rows[name] == 0 and split is not None:
+            listed = ", ".join(map(repr, split.values[name]))
+            raise UserError(
+                f"the {name} split is empty: no row of the log '{source}' has {listed} in column '{split.column}'; "
+                f"list its values under split.{name}"
+            )
+        if counted.rows[name] == 0:
+            raise UserError(
+                f"the {name} split is empty: the log '{source}' has requests from {format_time(counted.first[0])} to "
+                f"{format_time(counted.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
+                "inside (and `columns.time_unit`, if these times are wrong)"
+            )
+
+
+def empty_split(split: str, folder: Path) -> str:
+    """What to say of features without rows of a split, which only an extension leaves behind."""
+    return (
+        f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
+        "and none of these lies in that split. Set `split` around the requests of the next new files before you add "
+        "them with --extend, or set another `data.work`, where features are built anew from all files of the log"
+    )
+
+
+def check_classes(schema: Schema, counts: SplitCounts) -> None:
+    """Raises UserError where a task has nothing to learn from in the training rows."""
+    for name, task in schema.tasks.items():
+        observed, positive = counts.observed[name], counts.label_sum[name]
+        if observed == 0:
+            reasons = [f"column '{task.label}' is null in all training rows"]
+            if task.observed_when is not None:
+                reasons.append(f"column '{task.observed_when.column}' never equals {task.observed_when.equals!r}")
+            if task.given is not None:
+                reasons.append(f"task '{task.given}' never happened where it has a value")
+            if task.matures_after_days:
+                reasons.append(
+                    f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
+                )
+            raise UserError(
+                f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
+                "give it labels, train on a longer period, or remove the task"
+            )
+        if task.kind == "binary" and positive in (0, observed):
+            raise UserError(
+                f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
+                f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
+            )
+
+
+def repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] | None]:
+    """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
+    table = exchange.receive_all(DUPLICATES, partition)
+    if table is None:
+        return 0, None
+    key = table["key"].to_numpy()
+    in_order = np.sort(key)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return 0, None
+    order = np.argsort(key, kind="stable")
+    repeated = np.flatnonzero(in_order[1:] == in_order[:-1])
+    row = table["row"].to_numpy()[order]
+    first = repeated[np.argmin(row[repeated + 1])]
+    return len(repeated), (int(row[first]), int(row[first + 1]))

@@ -1,0 +1,315 @@
+"""From a log to encoded rows: fits the features, encodes each split, keeps both until what they depend on changes.
+
+    <work>/features/
+        manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
+                               each split
+        files.json             the files of the logs that were taken in or left out (see `added.taken`)
+        serving/               fitted features, what requests after the log's end can ask for, latest attributes
+        counts/                what was counted to fit them, so that days can be added (`added.extend`)
+        requests/              times and users of requests, so that rows of one that come with later days are recognised
+        encoded/layout.json    order of the rows' inputs and labels
+        encoded/{train,validation,test}/part-00000.parquet
+
+The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.atomic import atomic_folder, flush_tree, one_at_a_time
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.stand_ins import told_of_stand_ins
+from mmoe_rec.log.zones import zone_rules
+from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.preprocessing.saved import describe, save_counts, save_latest, vocabularies
+from mmoe_rec.preprocessing.splits import SplitCounts
+from mmoe_rec.preprocessing.steps import Steps
+from mmoe_rec.progress import say
+from mmoe_rec.settings.schema import Schema
+
+# For those that come while features are built, and for those who would build them while they are read.
+BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder of fitted features and encoded rows."""
+
+    folder: Path
+
+    @property
+    def layout(self) -> Layout:
+        """Order of the rows' inputs and labels."""
+        return Layout.read(self.folder / "encoded")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was built from what."""
+        return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def serving(self) -> Path:
+        """Folder of the fitted features, with what they remember and latest attributes."""
+        return self.folder / "serving"
+
+    def split(self, name: str) -> Path:
+        """Folder of a split's encoded rows."""
+        return self.folder / "encoded" / name
+
+    def is_built_from(self, fingerprint: str) -> bool:
+        """Whether the folder is there and of this fingerprint, or was extended to what a build of it would cover."""
+        manifest = self._manifest_or_none
+        return fingerprint in (manifest.get("fingerprint"), manifest.get("extends", {}).get("stands_for"))
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether days were added, so that there may be no log from which these features could be built anew."""
+        return "extends" in self._manifest_or_none
+
+    def still_holds(self, logs: Logs, windows: dict[str, Window]) -> bool:
+        """Whether these are features of the log by this schema and these splits that hold all its files as they are.
+
+        Files that are gone, or that were left out, don't matter.
+        """
+        manifest = self._manifest_or_none
+        if manifest.get("settings") != settings_of(logs.schema, windows) or manifest.get("log") != logs.log.source:
+            return False
+        try:
+            changes = Taken.read(self.folder).changes(logs)
+        except UserError:
+            return False
+        return not any(each.changed or each.new - each.mended for each in changes)
+
+    def gone(self, logs: Logs) -> list[str]:
+        """Files that these features hold and the logs don't."""
+        try:
+            return [address for each in Taken.read(self.folder).changes(logs) for address in each.gone]
+        except UserError:  # no features
+            return []
+
+    def left_out(self, logs: Logs) -> list[str]:
+        """Files that these features left out and the logs hold as they were then."""
+        try:
+            return Taken.read(self.folder).left_out_of(logs)
+        except UserError:  # no features
+            return []
+
+    def require_rows(self, *splits: str) -> None:
+        """Raises UserError where a split has no rows, as it may be after an extension."""
+        counts = self.manifest["splits"]
+        for name in splits:
+            if name in counts and not counts[name]["rows"]:
+                raise UserError(empty_split(name, self.folder))
+
+    def exact_from_later(self, options: BuildOptions) -> tuple[int, int] | None:
+        """From when on memories are exact and from when on they should be, microseconds, where the former is later."""
+        found = exact_from(self.serving)
+        asked = options.asked_from(self.manifest["request_microseconds"][1])
+        return None if found is None or found <= asked else (found, asked)
+
+    def say_exact_from(self, options: BuildOptions) -> None:
+        """Tells people where memories are exact from a later moment on only than they should be."""
+        if (later := self.exact_from_later(options)) is not None:
+            found, asked = map(format_time, later)
+            say(
+                f"counters and histories know what was known when from {found} on, and not from {asked} on, as "
+                "data.as_of_days asks: what was known before that was dropped when these features were built"
+            )
+
+    @property
+    def _manifest_or_none(self) -> dict[str, Any]:
+        try:
+            manifest = self.manifest
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
+
+
+def prepare(
+    log_source: str,
+    schema: Schema,
+    windows: dict[str, Window],
+    work: Path,
+    options: BuildOptions = DEFAULTS,
+    *,
+    going_on: bool = False,
+) -> Prepared:
+    """Fits and encodes, or takes what is there if log, schema and split are the same.
+
+    Features to which days were added stay where files have gone since, as `existing` says; others are built anew, and
+    so are those whose memories can't be asked as of all the days that `options` want.
+
+    Args:
+        windows: request times [start, end) in microseconds of each split.
+        going_on: whether a model goes on from the existing features, so that these stay although files are gone.
+
+    Raises:
+        UserError: the log can't be read or would take in what is built, a split is empty, a binary task has one class
+            in training, or features would be replaced that hold rows of files that are gone.
+    """
+    check_apart(log_source, schema, work)
+    logs = Logs(log_source, schema, options)
+    if (told := told_of_stand_ins(schema)) is not None:
+        say(told)
+    fingerprint = fingerprint_of(logs, windows)
+    prepared = Prepared(work / "features")
+
+    def stand() -> bool:
+        may_lack_files = going_on or prepared.is_extended
+        built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
+        return built and _may_stand(prepared, logs) and not _knows_too_little(prepared, logs, fingerprint)
+
+    if not stand():
+        with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
+            # Another process may have built them while this one waited.
+            if not stand():
+                _check_replaceable(prepared, logs)
+                with atomic_folder(prepared.folder) as folder:
+                    _build(logs, windows, folder, fingerprint)
+    prepared.say_exact_from(logs.options)
+    return prepared
+
+
+def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
+    """Raises UserError where files are gone that extended features hold; for others it only says so."""
+    gone = prepared.gone(logs)
+    if gone and not prepared.is_extended:
+        such_as = f"({len(gone):,}, such as '{gone[0]}')"
+        say(f"files that the features hold are gone {such_as}: the features are built anew without them")
+    elif gone:
+        raise UserError(
+            f"the features in '{prepared.folder}' are not of this log and these settings, and hold rows of files that "
+            f"are gone ({len(gone):,}, such as '{gone[0]}'), which building them anew would lose. To go on from them, "
+            "add new files with --extend, or restore the settings; to build features from the log as it is, remove "
+            "that folder first"
+        )
+
+
+def existing(
+    log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
+) -> Prepared | None:
+    """Features of this schema and these splits that hold all files of the log as they are, or None.
+
+    They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
+    """
+    check_apart(log_source, schema, work)
+    prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
+    built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
+    return prepared if built and _may_stand(prepared, logs) else None
+
+
+def _may_stand(prepared: Prepared, logs: Logs) -> bool:
+    """Whether features may stay; if not, a new build says which rows, requests or files of the log are at fault.
+
+    A file that an extension left out may be fine by now but for its times, and would be no reason to lose days.
+    """
+    options, manifest = logs.options, prepared.manifest
+    if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
+        return False
+    if not set(manifest["unchecked"]) <= set(options.unchecked):
+        return False
+    return options.skip_bad_files or prepared.is_extended or not prepared.left_out(logs)
+
+
+def _knows_too_little(prepared: Prepared, logs: Logs, fingerprint: str) -> bool:
+    """Whether a build of the same files would give memories that can be asked as of more days.
+
+    Features that were extended, or hold rows of files that are gone, have another fingerprint: they stay as they are.
+    """
+    return prepared.manifest["fingerprint"] == fingerprint and prepared.exact_from_later(logs.options) is not None
+
+
+def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
+    """Encodes splits of a log with features that were fitted to another one, as `folder`/SPLIT.
+
+    state: folder of the fitted features; windows: of validation or test. Counters and histories remember the log that
+    is encoded. Files that are left out are said. Raises UserError for a split without rows.
+    """
+    with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
+        counted = steps.count(statistics=False)
+        memories = encoded / "scratch" / "compacted"
+        memories.mkdir(parents=True)
+        last = counted.last[0]
+        steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None, lasting=False)
+        counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
+        for each in (left for log in steps.logs.all for left in log.left_out):
+            say(f"left out: {each.reason}")
+        for name in windows:
+            if counts[name].rows == 0:
+                start, end = {"validation": ("train", "validation"), "test": ("validation", "test")}[name]
+                raise UserError(
+                    f"the {name} split is empty: the log '{logs.log.source}' has no request between "
+                    f"split.{start}_end and split.{end}_end"
+                )
+    return counts
+
+
+def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
+    """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
+    the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
+    found = [
+        [
+            [(file.address, file.bytes, file.version, file.in_path) for file in each.files],
+            [left.address for left in each.left_out],
+        ]
+        for each in logs.all
+    ]
+    # Keys in the order of the settings: that of features and tasks is the order of the layout.
+    text = json.dumps([FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
+    """A fingerprint of all that features depend on besides the logs."""
+    text = json.dumps([FORMAT, zone_rules(schema), schema.identity(), windows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
+    _, end = windows["train"]
+    assert end is not None
+    serving, counts = folder / "serving", folder / "counts"
+    for each in (serving, counts):
+        each.mkdir()
+    with Steps(logs, windows, folder / "scratch") as steps:
+        counted = steps.count(statistics=True, kept=folder / "requests")
+        logs = steps.logs
+        taken = Taken.of(logs, counted.spans)
+        check_splits(counted, windows, logs.log.source, logs.schema.split)
+        pipeline = FeaturePipeline(logs.schema)
+        pipeline.merge(counted.counts, counted.key_types)
+        pipeline.finish()
+        steps.beside(save_counts, pipeline, counts)
+        steps.beside(save_latest, counted, serving)
+        asked_from = logs.options.asked_from(counted.last[0])
+        dropped = steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
+        pipeline.finish_results()
+        pipeline.save(serving)
+        steps.beside(flush_tree, serving)
+        # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
+        known_by = {"train": end, "validation": counted.last[0], "test": counted.last[0]}
+        splits = steps.encode(serving, folder / "encoded", known_by)
+        steps.beside(flush_tree, folder / "encoded")
+    check_classes(logs.schema, splits["train"])
+    taken.write(folder)
+    manifest = {
+        "fingerprint": fingerprint,
+        "settings": settings_of(logs.schema, windows),
+        **describe(logs, taken, counted, steps.requests, splits),
+        "vocabularies": vocabularies(pipeline),
+        "dropped_keys": dropped,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Last step of a feature build: encodes the rows of each split into Parquet files that training and evaluation read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.features.encoded import arrow_columns, label_types
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.labels import labels_of, unmatured
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import LogReader
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import Window, in_window
+from mmoe_rec.preprocessing.look_up import fitted
+from mmoe_rec.preprocessing.requests import OneTimeReader
+from mmoe_rec.preprocessing.results import ResultExchange, ResultReader
+
+ROWS_PER_GROUP = 32_768
+
+
+@dataclass
+class SplitCounts:
+    """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
+    of weights says, and with that / their rate of sampling; and the labels that had not matured.
+
+    known_by: when labels must have matured to count, microseconds.
+    """
+
+    rows: int = 0
+    observed: dict[str, int] = field(default_factory=dict)
+    label_sum: dict[str, float] = field(default_factory=dict)
+    given_weight: dict[str, float] = field(default_factory=dict)
+    given_sum: dict[str, float] = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    weighted_sum: dict[str, float] = field(default_factory=dict)
+    unmatured: dict[str, int] = field(default_factory=dict)
+    known_by: int | None = None
+
+    def add(
+        self, labels: Mapping[str, np.ndarray], given: np.ndarray, rates: np.ndarray, unmatured: Mapping[str, int]
+    ) -> None:
+        """Counts the labels of N rows: task -> (N,), NaN where unobserved; given: (N,) their weights; rates: (N,) at
+        which they were sampled; unmatured: task -> how many of the labels had not matured."""
+        for task, values in labels.items():
+            observed = ~np.isnan(values)
+            found, own = values[observed], given[observed]
+            weights = own / rates[observed]
+            # No `@`: for a while after it BLAS keeps its threads, and the cores, busy.
+            self.merge(
+                SplitCounts(
+                    observed={task: len(found)},
+                    label_sum={task: float(found.sum())},
+                    given_weight={task: float(own.sum())},
+                    given_sum={task: float((own * found).sum())},
+                    weight={task: float(weights.sum())},
+                    weighted_sum={task: float((weights * found).sum())},
+                )
+            )
+        self.merge(SplitCounts(rows=len(given), unmatured=dict(unmatured)))
+
+    def merge(self, other: SplitCounts) -> None:
+        """Adds what another one counted."""
+        self.rows += other.rows
+        for name in ("observed", "label_sum", "given_weight", "given_sum", "weight", "weighted_sum", "unmatured"):
+            mine = getattr(self, name)
+            for task, each in getattr(other, name).items():
+                mine[task] = mine.get(task, 0) + each
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What the tasks of this step share.
+
+    state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
+    labels must have matured to count (both in microseconds); results: of counters and histories; encoded: the folder
+    that gets a folder for each split.
+    """
+
+    state: Path
+    windows: Mapping[str, Window]
+    known_by: Mapping[str, int]
+    results: ResultExchange
+    encoded: Path
+
+
+def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
+    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
+    number, part = task
+    pipeline = fitted(job.state)
+    results = ResultReader(job.results, list(pipeline.key_groups))
+    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_names}
+    counts = {name: SplitCounts() for name in job.windows}
+    writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
+    row = part.start
+    for rows in reader.read(part):
+        for name, window in job.windows.items():
+            wanted = in_window(rows.times(), window)
+            if wanted.any():
+                its = results.of(row, wanted)
+                assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
+                inside = LogRows(rows.filter(wanted).table, rows.schema, its)
+                labels = labels_of(inside, job.known_by[name])
+                counts[name].add(
+                    labels, given_weights(inside), sampling_rates(inside), unmatured(inside, job.known_by[name])
+                )
+                writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
+        row += len(rows)
+    for writer in writers.values():
+        writer.close()
+    return counts
+
+
+def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels: dict[str, np.ndarray]) -> pa.Table:
+    """Encoded rows as Arrow: `id.*`, `dense.*`, `label.*` (null is unobserved), user, request, time and so on."""
+    encoded = pipeline.inputs(rows)
+    columns = arrow_columns(encoded.ids, encoded.dense, layout)  # a matrix of numbers would only be taken apart again
+    inputs = set(columns)
+    types = label_types(layout)
+    for task, values in labels.items():
+        columns[f"label.{task}"] = pa.array(values, types[task], mask=np.isnan(values))
+    names = rows.schema.columns
+    columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
+    columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
+    columns["sampling_rate"] = pa.array(sampling_rates(rows).astype(np.float32))
+    if names.weight is not None:
+        columns["weight"] = pa.array(given_weights(rows))
+    # Columns declared to have no nulls are written and read faster.
+    fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def sampling_rates(rows: LogRows) -> np.ndarray:
+    """(N,) float64, the rate at which rows like each were kept; 1 where the log has no such column."""
+    return _numbers_or_ones(rows, rows.schema.columns.sampling_rate)
+
+
+def given_weights(rows: LogRows) -> np.ndarray:
+    """(N,) float64, what each row counts; 1 where the log has no such column."""
+    return _numbers_or_ones(rows, rows.schema.columns.weight)
+
+
+def _numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
+    return np.ones(len(rows)) if name is None else rows.numbers(name)
+
+
+class _SplitWriter:
+    """Writes a file in row groups of one size (the last one smaller); no rows, no file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        """Appends rows."""
+        self._waiting.append(table)
+        rows = sum(map(len, self._waiting))
+        if rows >= ROWS_PER_GROUP:
+            waiting = pa.concat_tables(self._waiting)
+            full = rows - rows % ROWS_PER_GROUP
+            self._append(waiting.slice(0, full))
+            self._waiting = [waiting.slice(full)]
+
+    def _append(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A dictionary of inputs, which are numbers, costs time and gains little; LZ4 is read fastest.
+            keys = ["user", "candidate", "request", "time", "sampling_rate"]
+            options = {"compression": "lz4", "use_dictionary": keys, "write_statistics": False}
+            self._writer = pq.ParquetWriter(self.path, table.schema, **options)
+        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+
+    def close(self) -> None:
+        """Writes the last rows."""
+        if any(map(len, self._waiting)):
+            self._append(pa.concat_tables(self._waiting))
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,306 @@
+"""The steps of a feature build, each a job of independent tasks on an engine: requests, count, look up, encode.
+
+    requests parts of the log      -> one time for each request (see `mmoe_rec.preprocessing.requests`)
+    count    parts of the logs     -> counts, merged here; events and look-ups, to partitions of keys through files
+    look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
+    encode   parts of the log      -> encoded rows
+
+Arrow tables are exchanged. On the way there: (key, time, row, labels) of each look-up, once for all counters
+and histories that ask by the same columns, and (key, known, value) of each event that is not a look-up by its label. On
+the way back: (row, results). Everything else stays with the worker that read it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmoe_rec.atomic import flush_files
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import MemoryEncoder
+from mmoe_rec.features.memory_limits import drop_keys
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
+from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, place, repeats
+from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part
+from mmoe_rec.preprocessing.engines import Engine, open_engine
+from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, look_ups_of
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up_partition
+from mmoe_rec.preprocessing.requests import OneTimeReader, Requests, RequestsJob, find_requests
+from mmoe_rec.preprocessing.results import Blocks, ResultExchange
+from mmoe_rec.preprocessing.splits import EncodeJob, SplitCounts, encode_part
+from mmoe_rec.progress import bar, say
+
+# Fewer rows are done before further processes have started.
+ROWS_FOR_PROCESSES = 500_000
+_FIRST_TIMES, _RESULTS = "first_times", "results"  # folders
+Result = TypeVar("Result")
+
+
+def kept_reader(folder: Path, log: Log, parts: Sequence[LogPart], moved: int) -> LogReader | OneTimeReader:
+    """Reads parts of a log after the steps that found its requests, see `Steps.keep`. moved: as in `Requests`."""
+    blocks = Blocks.of(parts)
+    return OneTimeReader(log.reader, Exchange(folder / _FIRST_TIMES, len(blocks)), blocks) if moved else log.reader
+
+
+def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
+    """What counters and histories knew of the rows, see `Steps.keep`."""
+    return ResultExchange(folder / _RESULTS, Blocks.of(parts))
+
+
+class Steps:
+    """The steps of one build, in a scratch folder that is removed at the end. Use it as a context.
+
+    logs: as they are read, without files that turned out to be bad; until: as in `CountJob`; requests: what was found
+    out about them.
+    """
+
+    def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path, until: int | None = None) -> None:
+        self.logs, self.windows, self.scratch, self.until = logs, windows, scratch, until
+        self._stack = ExitStack()
+        self._counted = Counted()
+        self.requests = Requests()
+
+    def __enter__(self) -> Steps:
+        options = self.logs.options
+        few = self.logs.rows < ROWS_FOR_PROCESSES
+        in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
+        engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
+        self._thread = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
+        self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+        self._engine: Engine = self._stack.enter_context(engine)
+        self._beside: list[Future[None]] = []
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if error == (None, None, None):
+            for done in self._beside:
+                done.result()
+
+    def beside(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has a thread do what no step waits for, until the end of the context, which raises what it raised."""
+        self._beside.append(self._thread.submit(function, *arguments))
+
+    @property
+    def _partitions(self) -> int:
+        # A row of the log is both an event and a look-up.
+        return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
+
+    def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Counted:
+        """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped.
+
+        statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
+        before: such a folder of the files that are not read.
+
+        Raises UserError for a bad file, unless such files are skipped, for rows that occur twice, and for requests of
+        several users, or times where that is wanted.
+        """
+        check_readings(self.logs.log)
+        while (counted := self._read_all(statistics, kept, before)).bad:
+            self.leave_out(counted.bad)
+        self._counted = counted
+        check_times(self.logs.log, counted)
+        check_requests(self.logs.log, self.requests)
+        if DUPLICATES in counted.sent:
+            self._check_duplicates()
+        return counted
+
+    def find_requests(self) -> None:
+        """Only finds the times of requests, for rows whose counters and histories are known elsewhere.
+
+        Raises UserError for a bad file, and as `count` does for requests of several users or times.
+        """
+        self.requests = find_requests(self._requests_job(None, None), self.logs.log, self.parts, self._run)
+        if self.requests.bad:
+            raise self.requests.bad[0].explained()
+        check_requests(self.logs.log, self.requests)
+
+    def keep(self, folder: Path) -> None:
+        """Moves what `kept_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
+        of the same file system and is there."""
+        for name in (_FIRST_TIMES, _RESULTS):
+            if (self.scratch / name).is_dir():
+                (self.scratch / name).rename(folder / name)
+
+    def leave_out(self, bad: Sequence[BadFile]) -> None:
+        """Forgets what was counted, and reads without further files from now on."""
+        self.logs = self.logs.without(bad)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Counted:
+        self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self.parts, self._run)
+        bad = self.requests.bad
+        if bad and not self.logs.options.skip_bad_files:
+            raise bad[0].explained()
+        counted = self._count(statistics)  # which finds further bad files at once
+        return Counted(bad=[*bad, *counted.bad]) if bad else counted
+
+    def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
+        runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self.parts)
+        first_times = Exchange(self.scratch / _FIRST_TIMES, len(blocks))
+        # Without times a request's rows of several splits have several.
+        one_time = self.logs.options.several_times == "error" or not self.logs.schema.columns.has_time
+        return RequestsJob(runs, first_times, blocks, before, kept, one_time)
+
+    @property
+    def _reader(self) -> LogReader | OneTimeReader:
+        job, reader = self._requests_job(None, None), self.logs.log.reader
+        return OneTimeReader(reader, job.first_times, job.blocks) if self.requests.moved else reader
+
+    def _count(self, statistics: bool) -> Counted:
+        options = self.logs.options
+        look = options.duplicates == "error" and self.logs.schema.columns.has_candidate
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
+        readers: dict[str | None, Reader] = {None: self._reader}
+        parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
+        for events in self.logs.events:
+            readers[events.name] = events.reader
+            parts += [(events.name, part) for part in events.parts()]
+        counted = Counted()
+        for part in self._run(partial(count_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
+            if part.bad and not options.skip_bad_files:
+                raise part.bad[0].explained()
+            counted.merge(part)
+        return counted
+
+    @property
+    def parts(self) -> list[LogPart]:
+        """The parts of the interaction log, each a task, whatever runs them."""
+        # Enough of them for many workers to end at about the same time.
+        return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
+
+    def _check_duplicates(self) -> None:
+        partitions = range(self._partitions)
+        sizes = self._counted.sent[DUPLICATES].tolist()
+        found = list(self._run(partial(repeats, self._events), partitions, sizes, "looking for duplicates"))
+        if repeated := sum(count for count, _ in found):
+            columns, log = self.logs.schema.columns, self.logs.log
+            first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
+            names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+            if not columns.has_time and not columns.request:
+                names = f"'{columns.user}', within a split,"
+            raise UserError(
+                f"{second} repeats request and candidate (columns {names} and '{columns.candidate}') of {first}; "
+                f"{repeated:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"
+            )
+
+    def look_up(
+        self,
+        pipeline: FeaturePipeline,
+        folder: Path,
+        end: int,
+        training: Window | None,
+        before: Path | None = None,
+        lasting: bool = True,
+    ) -> dict[str, int]:
+        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder; gives the number of keys
+        that were dropped of each feature with `max_keys`.
+
+        pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
+        before: folder with memories to go on from; lasting: whether anything will be asked of the memories.
+        """
+        pipeline.note_units(self._counted.label_units)
+        state = self.scratch / "state"
+        state.mkdir(parents=True)
+        pipeline.save(state)
+        options, partitions = self.logs.options, self._partitions
+        job = LookUpJob(
+            state=state,
+            before=before,
+            windows=self.windows,
+            training=training,
+            memories=folder,
+            end=end,
+            events=self._events,
+            results=self._results,
+            rows_in_memory=options.rows_in_memory,
+            scratch=self.scratch / "pieces",
+        )
+        tasks = [
+            Partition(name, number, self._sent(group, number))
+            for name, group in pipeline.key_groups.items()
+            for number in range(partitions)
+        ]
+        tasks.sort(key=lambda task: -task.rows)  # so that workers end at about the same time
+        encoders = pipeline.memory_encoders
+        done = self._run(
+            partial(look_up_partition, job), tasks, [task.rows for task in tasks], "counters and histories"
+        )
+        for features in done:
+            for name, counts in features.items():
+                for result, mine in encoders[name].result_counts.items():
+                    mine.merge(counts[result])
+        self.beside(self._events.remove)
+        return _drop_keys(pipeline, folder) if lasting else {}
+
+    @property
+    def _events(self) -> Exchange:
+        return Exchange(self.scratch / "events", self._partitions)
+
+    @property
+    def _results(self) -> ResultExchange:
+        return ResultExchange(self.scratch / _RESULTS, Blocks.of(self.parts))
+
+    def _sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
+        """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
+        sent = self._counted.sent
+        look_ups, *events = (
+            int(sent[channel][partition]) if channel in sent else 0
+            for channel in (look_ups_of(group[0].name), *(events_of(encoder.name) for encoder in group))
+        )
+        return look_ups + max(events)
+
+    def encode(self, state: Path, folder: Path, known_by: Mapping[str, int]) -> dict[str, SplitCounts]:
+        """Encodes the rows of each split into `folder`/SPLIT, and writes the layout beside them.
+
+        state: folder of the fitted pipeline; known_by: when a split's labels must have matured to count.
+
+        Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
+        """
+        job = EncodeJob(state, self.windows, known_by, self._results, folder)
+        tasks = list(enumerate(self.parts))
+        counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
+        function = partial(encode_part, job, self._reader)
+        sizes = [part.rows for _, part in tasks]
+        for (number, _), part in zip(tasks, self._run(function, tasks, sizes, "encoding"), strict=True):
+            for name, each in part.items():
+                counts[name].merge(each)
+            # While others are encoded: at the end the whole build would wait for the disk.
+            self.beside(flush_files, list(folder.glob(f"*/part-{number:05d}.parquet")))
+        for log in self.logs.all:
+            log.check_unchanged()
+        folder.mkdir(exist_ok=True)
+        layout = fitted(state).layout
+        (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
+        return counts
+
+    def _run(
+        self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
+    ) -> Iterator[Result]:
+        if not tasks:
+            return
+        with bar() as progress:
+            task = progress.add_task(what, total=sum(sizes))
+            for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
+                progress.advance(task, size)
+                yield result
+
+
+def _drop_keys(pipeline: FeaturePipeline, folder: Path) -> dict[str, int]:
+    dropped = {}
+    for name, encoder in pipeline.memory_encoders.items():
+        if (most := encoder.feature.max_keys) is not None:
+            dropped[name] = drop_keys(folder, name, most)
+            if dropped[name]:
+                say(f"feature '{name}' has more than {most:,} keys: the {dropped[name]:,} with the oldest events go")
+    return dropped

@@ -1,0 +1,219 @@
+"""Columns, roles and tasks of a log: the sections `columns`, `roles`, `tasks` and `data.events` of a settings file.
+
+What tasks mean stands apart from what a model makes of them, objectives and the weights of losses and of the score: no
+encoded row depends on the latter, so to change one takes a new training, not new features.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+Scalar = bool | int | float | str
+Role = Literal["user", "candidate", "context", "placement"]
+Use = Literal["key", "keys", "number", "vector", "time", "any"]
+"""What a column is read as: see `mmoe_rec.log.columns`."""
+
+SPLITS = ("train", "validation", "test")
+
+
+# What the columns of a plain table are called that it does not have; no log has columns of such names.
+NO_USER, NO_CANDIDATE, NO_TIME = "\0user", "\0candidate", "\0time"
+
+
+def _read(stand_in: str) -> BeforeValidator:
+    return BeforeValidator(lambda name: stand_in if name is None else name)
+
+
+def _write(stand_in: str) -> PlainSerializer:
+    return PlainSerializer(lambda name: None if name == stand_in else name)
+
+
+_User = Annotated[str, _read(NO_USER), _write(NO_USER)]
+_Candidate = Annotated[str, _read(NO_CANDIDATE), _write(NO_CANDIDATE)]
+_Time = Annotated[str, _read(NO_TIME), _write(NO_TIME)]
+
+
+class Section(BaseModel):
+    """A strict, immutable part of the settings: an unknown key is an error, and so is a value of another type.
+
+    Text, true and false are never converted; a whole number may stand where any number may.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_as_tuples(cls, values: Any) -> Any:
+        # YAML and JSON have lists only.
+        if isinstance(values, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return values
+
+
+class Columns(Section):
+    """The columns that give a row its place in the log.
+
+    A plain table, say one row a person, may lack users, candidates and times: then these names are those of columns
+    that `mmoe_rec.log.stand_ins` adds to its rows as they are read, and features can't read them.
+    """
+
+    user: _User = Field(
+        None,
+        validate_default=True,
+        description="column with the user's id (integer or string); null in a plain table: each request is a user",
+    )
+    candidate: _Candidate = Field(
+        None,
+        validate_default=True,
+        description="column with the candidate's id (integer or string); null in a plain table: each row is another",
+    )
+    time: _Time = Field(
+        None,
+        validate_default=True,
+        description="column with the request's time (a timestamp, or integers with `time_unit`); null in a plain "
+        "table, which `split.column` splits",
+    )
+    request: str | None = Field(
+        None, description="column with the request's id; without one, a user's rows of one instant form a request"
+    )
+    request_scope: Literal["log", "user"] = Field(
+        "log",
+        description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3",
+    )
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"
+    )
+    sampling_rate: str | None = Field(
+        None, description="column with the probability at which the row was kept when the log was sampled (0 to 1]"
+    )
+    weight: str | None = Field(
+        None, description="column with what the row counts in losses and metrics, such as a survey's weight (above 0)"
+    )
+
+    @property
+    def has_user(self) -> bool:
+        """Whether there is a column of users."""
+        return self.user != NO_USER
+
+    @property
+    def has_candidate(self) -> bool:
+        """Whether there is a column of candidates."""
+        return self.candidate != NO_CANDIDATE
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there is a column of times."""
+        return self.time != NO_TIME
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of request, user, candidate and time that there are."""
+        found = (self.request, self.user, self.candidate, self.time)
+        return tuple(name for name in found if name not in (None, NO_USER, NO_CANDIDATE, NO_TIME))
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Columns without weights are identified as before there were any."""
+        return {name: each for name, each in values_of(self).items() if each is not None or name != "weight"}
+
+
+class SplitColumn(Section):
+    """A column that says to which split a row belongs, with its values for each of `SPLITS`."""
+
+    column: str
+    train: tuple[Scalar, ...]
+    validation: tuple[Scalar, ...]
+    test: tuple[Scalar, ...]
+
+    @property
+    def values(self) -> dict[str, tuple[Scalar, ...]]:
+        """The values of each split, in the order of `SPLITS`."""
+        return {name: getattr(self, name) for name in SPLITS}
+
+
+class Roles(Section):
+    """Which columns describe what. Every column that a feature reads belongs to one role."""
+
+    user: tuple[str, ...] = Field((), description="columns that describe the user")
+    candidate: tuple[str, ...] = Field((), description="columns that describe the candidate")
+    context: tuple[str, ...] = Field((), description="columns that describe the request's circumstances")
+    placement: tuple[str, ...] = Field(
+        (), description="columns that describe where a candidate was shown; used in training, absent in serving"
+    )
+
+
+class EventLog(Section):
+    """A further log of what happened, shown by this system or not, such as all purchases or page views.
+
+    Counters and histories may read it. Its key columns have the names and types that they have in the interaction log.
+    A row is an event that is known from its time on.
+    """
+
+    path: str = Field(description="a folder of Parquet files, one file, or a glob; a path or an s3:// address")
+    time: str = Field(description="column with the event's time (in `columns.time_unit`, if integers)")
+
+
+# Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
+CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim"})}
+
+
+def without_choices(section: str, tree: Any) -> Any:
+    """The section `tasks` or `features` of a settings file, name -> keys, without what a model makes of each."""
+    if not isinstance(tree, dict):
+        return tree
+    choices = CHOICES[section]
+    return {
+        name: {key: value for key, value in each.items() if key not in choices} if isinstance(each, dict) else each
+        for name, each in tree.items()
+    }
+
+
+class ObservedWhen(Section):
+    """A row's label counts only where another column has a given value."""
+
+    column: str = Field(description="column to look at")
+    equals: Scalar = Field(description="value at which the label is known")
+
+
+class Task(Section):
+    """One predicted behaviour. A null label is always unobserved."""
+
+    label: str = Field(description="column with the label; null means unobserved")
+    kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
+    observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
+    given: str | None = Field(
+        None, description="binary task without which this one cannot happen; both are learnt from all rows (ESMM 2018)"
+    )
+    matures_after_days: float = Field(
+        0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
+    )
+
+
+# A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.
+EVENT = Task(label="\0event", kind="binary")
+
+
+class TaskSettings(Task):
+    """One predicted behaviour. A null label is always unobserved."""
+
+    objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
+    loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
+    score_weight: float = Field(
+        1.0, ge=0, description="weight in the score exp(sum of weight x log probability); 0 leaves the task out"
+    )
+
+
+def outcome_name(given: str, task: str) -> str:
+    """Name of the outcome that a task and the one it is `given` both happened; it stands beside names of tasks."""
+    return f"{given}_and_{task}"

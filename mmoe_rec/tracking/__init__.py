@@ -1,0 +1,1 @@
+"""Runs, metrics and the model registry: the only room that talks to MLflow."""

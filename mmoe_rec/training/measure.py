@@ -1,0 +1,224 @@
+"""Chooses what a training computes with, by timing steps of the model's own shapes on drawn inputs.
+
+Three rules keep noise from making choices. Options run in turns, and the fastest run of each counts. The default, which
+is fp32, fbgemm's kernels and a thread a core, gives way only to what is a fifth faster (torch's BLAS library to what is
+a twentieth faster, as the two differ by rounding alone). And ranks decide together, each option by the time of the
+slowest of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmoe_rec.allocation import freed_memory_kept
+from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import Mixture
+from mmoe_rec.model.multiply import Products, onednn_offered, products_of
+from mmoe_rec.model.tables import stored_width, used_tables
+from mmoe_rec.settings.sections import Training
+from mmoe_rec.training.choices import Choices, Compute, Precision, faster
+from mmoe_rec.training.timing import milliseconds
+from mmoe_rec.training.trial import trial
+from mmoe_rec.training.using import computed, multiplied, ranks
+from mmoe_rec.training.ways import Way, way_of, ways_on_offer
+
+SECONDS = 0.025
+"""For each choice, besides the runs that are not counted."""
+CLEARLY = 1.2
+"""How many times as long as the best the default has to take to be left."""
+BY_ROUNDING = 1.05
+"""The same where results are equal but for rounding and what is timed is a whole step."""
+_OPERATIONS = 1.6e9
+"""Of a step that is timed: some milliseconds in fp32 on two cores."""
+SOME_ROWS = 1024
+"""Of a batch, by which ways of tables are timed."""
+_TABLE_ROWS = 20_000
+_TABLE_WEIGHTS = 16_000_000
+"""At most, of each way's tables together: 64 MB."""
+_FIRST_ROWS = 64
+_HOPELESS = 4.0
+"""bf16 that takes so many times as long as fp32 for a few rows is not tried on more."""
+
+
+class Chooser:
+    """Makes the choices for a model that is about to be trained.
+
+    mixture: its dense part, on the CPU, as it will be trained; it is left as it is, and so are random states.
+    rows: of a rank's batch; ids: of such a batch, or of the first `SOME_ROWS` of it.
+    """
+
+    def __init__(self, mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int, ids: KeyedIds) -> None:
+        self._layout, self._device, self._ids = layout, device, ids
+        # A copy where the device is another: products are to run there, and the model moves later.
+        self._mixture = mixture if device.type == "cpu" else copy.deepcopy(mixture).to(device)
+        weights = sum(parameter.numel() for parameter in mixture.parameters())
+        self._rows = int(min(rows, max(_FIRST_ROWS, _OPERATIONS // (6 * max(1, weights)))))
+        widths = layout.width(placement=False), layout.width(placement=True)
+        generator = torch.Generator().manual_seed(0)
+        self._inputs = [torch.randn(self._rows, width, generator=generator).to(device) for width in widths]
+        self._times: dict[str, dict[str, float]] = {}
+
+    def choose(self, settings: Training) -> Choices:
+        """What is `auto` in the settings is measured, the rest is taken as it is set. A collective call.
+
+        Raises UserError where the way of tables that is set is not on offer.
+        """
+        way = way_of(settings.tables, self._device.type, ranks())
+        products = products_of(settings.products, self._device.type)
+        with _random_states_kept(self._device), freed_memory_kept():  # as in training
+            precision, products = self._multiplied(settings, products)
+            with multiplied(self._mixture, products):
+                experts = self._experts(precision)
+                if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
+                    way = self._way(way)
+                threads = self._threads(settings.threads, precision, way)
+        return Choices(precision, way, experts, threads, products, self._times)
+
+    def _multiplied(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
+        """Precision of products and the library of those in fp32, from the same times: bf16 competes with the fp32
+        that would be taken instead of it.
+        """
+        precisions = self._precisions(by_default) if settings.precision == "auto" else [settings.precision]
+        libraries: list[Products] = [by_default]
+        if settings.products == "auto" and self._device.type == "cpu" and "fp32" in precisions:
+            libraries = list(get_args(Products))
+        if len(precisions) == len(libraries) == 1:
+            return precisions[0], by_default
+        options: dict[str, Callable[[], object]] = {}
+        for each in libraries:
+            if each == "blas" or onednn_offered():
+                options[each] = self._option("fp32", each, self._rows)
+        if "bf16" in precisions:
+            options["bf16"] = self._option("bf16", by_default, self._rows)
+        times = self._timed(options, SECONDS, [*libraries, *precisions[1:]])
+        fp32 = {name: time for name, time in times.items() if name != "bf16"}
+        products = next(each for each in libraries if each == faster(fp32, by_default, BY_ROUNDING))
+        if len(fp32) > 1:
+            self._times["products"] = fp32
+        if "bf16" not in times:
+            return "fp32", products
+        self._times["precision"] = {"fp32": fp32[products], "bf16": times["bf16"]}
+        if faster(self._times["precision"], "fp32", CLEARLY) == "fp32":
+            return "fp32", products
+        return "bf16", by_default  # as it was timed: the products of gates stay in fp32
+
+    def _precisions(self, products: Products) -> list[Precision]:
+        """Those that are worth a step to be timed: where bf16 is emulated it takes seconds, so few rows tell first."""
+        few = self._timed({each: self._option(each, products, _FIRST_ROWS) for each in get_args(Precision)}, 0)
+        if few["bf16"] <= _HOPELESS * few["fp32"]:
+            return ["fp32", "bf16"]
+        self._times["precision"] = few
+        return ["fp32"]
+
+    def _option(self, precision: Precision, products: Products, rows: int) -> Callable[[], object]:
+        def run() -> None:
+            with multiplied(self._mixture, products):
+                self._step(precision, rows)
+
+        return run
+
+    def _experts(self, precision: Precision) -> Compute:
+        """`auto`, which goes by the share of experts in use, unless one way is clearly faster for this model."""
+        groups = [each for each in self._mixture.modules() if isinstance(each, Experts)]
+        if self._device.type != "cpu" or any(each.compute != "auto" for each in groups) or not self._selects:
+            return "auto"
+
+        def option(compute: Compute) -> Callable[[], object]:
+            def run() -> None:
+                with computed(self._mixture, compute):
+                    self._step(precision, self._rows)
+
+            return run
+
+        names: tuple[Compute, ...] = ("auto", "dense", "grouped")
+        times = self._timed({name: option(name) for name in names}, SECONDS)
+        self._times["experts"] = times
+        taken = faster(times, "auto", CLEARLY)
+        return "dense" if taken == "dense" else "grouped" if taken == "grouped" else "auto"
+
+    @property
+    def _selects(self) -> bool:
+        return not all(gates.rule.mixes_all for gates in self._mixture.gates)
+
+    def _way(self, by_default: Way) -> Way:
+        offered = ways_on_offer()
+        options = {str(way): self._trial(way) for way in offered}
+        times = self._timed(options, SECONDS, get_args(Way))
+        if len(times) < 2:
+            return by_default
+        self._times["tables"] = times
+        taken = faster(times, by_default, CLEARLY)
+        return next(way for way in offered if way == taken)
+
+    def _trial(self, way: Way) -> Callable[[], object]:
+        widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
+        return trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
+
+    def _threads(self, wanted: int | None, precision: Precision, way: Way) -> int:
+        if self._device.type != "cpu":
+            return 0
+        if wanted is not None:
+            return wanted
+        now = torch.get_num_threads()
+        # Set by hand, or by torchrun for each of its processes.
+        if "OMP_NUM_THREADS" in os.environ or now == 1 or ranks() > 1:
+            return now
+        tables = self._trial(way)
+
+        def option(count: int) -> Callable[[], object]:
+            def run() -> None:
+                torch.set_num_threads(count)
+                self._step(precision, self._rows)
+                tables()
+
+            return run
+
+        # Cores may be two halves of one, and memory may be what a step waits for.
+        counts = [count for count in (now, now // 2, now // 4) if count]
+        try:
+            times = self._timed({str(count): option(count) for count in counts}, SECONDS)
+        finally:
+            torch.set_num_threads(now)
+        self._times["threads"] = times
+        return int(faster(times, str(now), CLEARLY))
+
+    def _step(self, precision: Precision, rows: int) -> None:
+        """Forward and backward pass of the dense part."""
+        inputs, placement = (each[:rows].requires_grad_() for each in self._inputs)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits: Tensor = self._mixture(inputs, placement).logits
+        weights = [each for each in self._mixture.parameters() if each.requires_grad]
+        torch.autograd.grad(logits.float().square().mean(), [inputs, *weights], allow_unused=True)
+
+    def _timed(
+        self, options: Mapping[str, Callable[[], object]], seconds: float, names: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Milliseconds of each option on the slowest rank, of those that every rank has.
+
+        names: of all that a rank may have, where machines differ; by default those of the options.
+        """
+        wait = torch.cuda.synchronize if self._device.type == "cuda" else lambda: None
+        times = milliseconds(options, seconds, wait)
+        if ranks() == 1:
+            return times
+        asked = list(names or options)
+        values = torch.tensor([times.get(name, math.inf) for name in asked], dtype=torch.float64, device=self._device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return {name: time for name, time in zip(asked, values.tolist(), strict=True) if math.isfinite(time)}
+
+
+@contextlib.contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

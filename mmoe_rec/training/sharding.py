@@ -1,0 +1,159 @@
+"""Sharded training: the sharding plan, and tables spread over the ranks.
+
+One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs under torchrun do, and leaves out only what
+sends ids and embeddings to other ranks (`direct`). Where torchrec is not installed, one process trains on tables in
+plain PyTorch instead.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
+from mmoe_rec.training.installed import torchrec_installed
+from mmoe_rec.training.one_process import OneProcess, OneProcessTables, RowWiseAdagrad
+from mmoe_rec.training.ways import Way, use_way, way_of
+
+FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
+"""Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A model spread over the ranks.
+
+    model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
+    row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
+    at `zero_grad()` and `step()`; plan: one line per table, saying how and where it is stored; way: how tables are
+    looked up and updated.
+    """
+
+    model: Any
+    table_optimizer: Any
+    plan: str
+    way: Way
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether torchrec's pipeline takes the model: there are tables, on other ranks or on another device."""
+        if isinstance(self.model, OneProcess):
+            return False
+        elsewhere = dist.get_world_size() > 1 or self.model.device.type != "cpu"
+        return bool(self.plan) and elsewhere
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is not a table: what a dense optimizer steps."""
+        named = self.model.module.named_parameters()
+        return {name: parameter for name, parameter in named if not name.startswith("tables.")}
+
+
+def training_tables(layout: ModelLayout) -> nn.Module:
+    """What `shard` takes as tables of a model: those of torchrec where it is installed."""
+    return torchrec_tables(layout, torch.device("meta")) if torchrec_installed() else OneProcessTables(layout)
+
+
+def shard(
+    model: nn.Module,
+    layout: ModelLayout,
+    device: torch.device,
+    *,
+    batch_size: int,
+    table_learning_rate: float,
+    seed: int = 0,
+    first_rows: FirstRows | None = None,
+    way: Literal["auto"] | Way = "auto",
+) -> Sharded:
+    """Spreads a model over `training_tables` over the ranks of the current process group.
+
+    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`,
+    whatever the plan. way: see `ways`. A layout without tables gives plain data parallelism. Raises UserError when the
+    tables do not fit into memory, or the way is not on offer.
+    """
+    first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
+    way = way_of(way, device.type, dist.get_world_size())
+    if not torchrec_installed():
+        return _one_process(model, layout, table_learning_rate, first_rows)
+
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.types import ShardingPlan
+    from torchrec.streamable import Pipelineable
+
+    from mmoe_rec.batches.batch import Batch
+    from mmoe_rec.training.direct import look_up_directly
+    from mmoe_rec.training.planning import plan_text, sharders, update_in_backward
+
+    Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
+    plan = ShardingPlan({})
+    if used_tables(layout):
+        update_in_backward(model, table_learning_rate)
+        plan = _plan(model, layout, device, batch_size)
+    with warnings.catch_warnings():
+        # An argument that torchrec hands to torch, deprecated there.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
+        alone = device.type == "cpu" and dist.get_world_size() == 1
+        parallel = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders(), init_data_parallel=not alone
+        )
+    if device.type == "cpu":
+        use_way(parallel, way)
+    if alone and plan.plan:
+        look_up_directly(parallel)
+    _fill_tables(parallel, layout, first_rows)
+    return Sharded(parallel, parallel.fused_optimizer, plan_text(plan), way)
+
+
+def _one_process(model: nn.Module, layout: ModelLayout, rate: float, first_rows: FirstRows) -> Sharded:
+    tables = model.get_submodule("tables")
+    assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
+    one = OneProcess(model)
+    _fill_tables(one, layout, first_rows)
+    plan = "\n".join(f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout))
+    return Sharded(one, RowWiseAdagrad(tables, rate), plan, "torch")
+
+
+def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
+    from torchrec.distributed.planner.types import PlannerError
+
+    from mmoe_rec.training.planning import Machines, does_not_fit, planner, sharders
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind: Any = device.type
+    machines = Machines(dist.get_world_size(), local, kind, *_memory(device))
+    try:
+        return planner(layout, machines, batch_size).collective_plan(model, sharders(), dist.group.WORLD)
+    except PlannerError:
+        raise does_not_fit(layout, machines) from None
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a rank's card, and of the machine's main memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return card, host
+
+
+@torch.no_grad()
+def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
+    state = parallel.state_dict()
+    for table in used_tables(layout):
+        for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
+            weights.copy_(to_stored(first_rows(table, first, first + len(weights))))
+
+
+def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
+    """First row and tensor of each part of a table that this rank holds; the tensor is the storage itself."""
+    if not hasattr(weights, "local_shards"):
+        yield 0, weights
+        return
+    for part in weights.local_shards():
+        yield part.metadata.shard_offsets[0], part.tensor

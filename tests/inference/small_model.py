@@ -1,0 +1,106 @@
+"""A small log, its features, and an artifact with random weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.writing import write_artifact
+from mmoe_rec.jobs.places import build_options
+from mmoe_rec.log.reader import Log
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.model.calibration import Calibration
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.sections import Settings
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
+
+USER = 5
+ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
+CONTEXT = {"time": "2023-11-29T12:00:00+01:00", "born": "2022-01-02T03:04:05"}
+
+
+def small_settings(work: Path, **sections: Any) -> Settings:
+    """Settings of a random log, with every kind of feature."""
+    day = [np.datetime64(START + days * DAY, "us").item().isoformat() for days in (6, 8)]
+    return Settings.model_validate(
+        {
+            "name": "small",
+            "data": {"log": str(work / "log"), "work": str(work)},
+            **BASE,
+            "features": ALL_KINDS,
+            "split": {"train_end": day[0], "validation_end": day[1]},
+            "model": {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}},
+            "serving": {"max_candidates": 50, "products": "blas"},
+            **sections,
+        }
+    )
+
+
+class SmallModel:
+    """Settings, prepared features, model and artifact folder in `work`; of a random log, unless tables are given, each
+    of which becomes a file."""
+
+    def __init__(self, work: Path, strings: bool = False, log: Sequence[pa.Table] = (), **sections: Any) -> None:
+        self.settings = small_settings(work, **sections)
+        write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
+        schema = self.settings.schema_
+        options = build_options(self.settings)
+        self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work, options)
+        self.model_layout = layout = ModelLayout.of(self.prepared.layout, self.settings)
+        self.model: RankingModel = build_model(layout, self.settings.model, plain_tables(layout))
+        generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before
+        for parameter in self.model.tables.parameters():
+            # Initial embeddings are so small that a wrong one would go unnoticed.
+            parameter.data.normal_(0.0, 0.5, generator=generator)
+        self.model.eval()
+        self.folder = work / "model"
+        self.write(self.folder)
+
+    def write(self, folder: Path, calibration: Calibration | None = None) -> None:
+        """The artifact, calibrated or not."""
+        write_artifact(
+            folder,
+            settings=self.settings,
+            prepared=self.prepared,
+            state_dict=self.model.state_dict(),
+            calibration=calibration,
+        )
+
+    def config(self) -> Path:
+        """A settings file, for commands."""
+        file = Path(self.settings.data.work) / "settings.yaml"
+        file.write_text(self.settings.to_yaml(), encoding="utf-8")
+        return file
+
+    def full_pipeline(self) -> FeaturePipeline:
+        """The features with the whole past, as batch jobs use them."""
+        pipeline = FeaturePipeline.load(self.prepared.serving)
+        remember(pipeline, list(Log(self.settings.data.log, self.settings.schema_).stream()))
+        return pipeline
+
+    def later_rows(self, rows: int = 20) -> tuple[pa.Table, LogRows]:
+        """Logged rows after the log's end, by one user at one time, as a log has them and in canonical types."""
+        table = random_log(7, rows=rows)
+        start = pa.array([START + 15 * DAY] * rows).cast(table["time"].type)
+        born = pa.array([START - 900 * DAY] * rows).cast(table["born"].type)
+        columns = {"user": pa.array([USER] * rows), "time": start, "born": born, "age": pa.array([2] * rows)}
+        for name, values in columns.items():
+            table = table.set_column(table.column_names.index(name), name, values)
+        return table, log_rows(table, self.settings.schema_)
+
+
+def as_request(table: pa.Table) -> dict[str, Any]:
+    """Logged rows of one request as JSON values, with all their attributes."""
+    first = table.slice(0, 1).to_pylist()[0]
+    return {
+        "user": {"user": first["user"], "age": first["age"]},
+        "context": {"time": first["time"].isoformat(), "born": first["born"].isoformat()},
+        "candidates": {name: table[name].to_pylist() for name in ("item", "brand", "price", "tags")},
+    }

@@ -1,0 +1,227 @@
+"""Requests before the end of the model's log: what counters and histories answer, and as of when they say they do."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmoe_rec.features.encoder import Inputs
+from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import Artifact, iso_time
+from mmoe_rec.inference.freshness import Freshness
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
+from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
+from tests.log.small_logs import (
+    ALL_KINDS,
+    BASE,
+    DAY,
+    START,
+    assert_same_inputs,
+    at_times,
+    log_rows,
+    random_log,
+    raw_results,
+    times_of,
+)
+from tests.point_in_time.naive_features import NaiveFeatures
+
+SPLIT = {
+    "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),
+    "validation_end": np.datetime64(START + 6 * DAY, "us").item().isoformat(),
+}
+AS_OF_DAYS = 3
+FUTURE = "they know its future"
+LOG = random_log(3, rows=900)
+LAST = int(times_of(LOG).max())
+FLOOR = LAST + 1 - AS_OF_DAYS * DAY
+
+
+def small_model(work: Path, log: pa.Table = LOG, as_of_days: float = AS_OF_DAYS) -> SmallModel:
+    data = {"log": str(work / "log"), "work": str(work), "as_of_days": as_of_days}
+    return SmallModel(work, log=[log], split=SPLIT, data=data)
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """A model that can be asked as of three days before its log's end."""
+    return small_model(tmp_path_factory.mktemp("dated"))
+
+
+@pytest.fixture(scope="module")
+def ranker(dated: SmallModel) -> LoadedRanker:
+    return Ranker.load(dated.folder)
+
+
+def moments(seed: int, count: int) -> list[int]:
+    """Request times from the first that is exact to the log's end, of rows and between them."""
+    rng = np.random.default_rng(seed)
+    times = times_of(LOG)
+    drawn = [*rng.integers(FLOOR, LAST, count), *rng.choice(times[times >= FLOOR], count)]
+    return [FLOOR, FLOOR + 1, *(int(each) for each in drawn), LAST]
+
+
+def asked_at(moment: int, seed: int) -> list[dict[str, Any]]:
+    """A request of each user at a moment, with all attributes of users and candidates."""
+    requests = []
+    for user in (-(2**63), -7, 0, USER, 2**62):
+        table = random_log(seed, rows=40)
+        born, age = pa.array([START] * 40).cast(table["born"].type), pa.array([2] * 40)
+        for name, values in {"user": pa.array([user] * 40), "born": born, "age": age}.items():
+            table = table.set_column(table.column_names.index(name), name, values)
+        requests.append(as_request(at_times(table, np.full(40, moment))))
+    return requests
+
+
+def served(ranker: LoadedRanker, requests: list[dict[str, Any]]) -> list[Inputs]:
+    return list(ranker.pipeline.request_inputs(ranker.reader.rows([Request(**each) for each in requests])))
+
+
+def assert_same(ours: list[Inputs], theirs: list[Inputs]) -> None:
+    """To the last bit."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert_same_inputs(one, other)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_what_is_served_as_of_a_moment_is_what_a_build_until_then_serves(
+    number: int, ranker: LoadedRanker, tmp_path: Path
+) -> None:
+    moment = moments(number, 1)[(0, 2, 3, -1)[number]]
+    requests = asked_at(moment, seed=number)
+    then = small_model(tmp_path, LOG.filter(pa.array(times_of(LOG) < moment)), as_of_days=0)
+    until = Ranker.load(then.folder)
+    expected = served(until, requests)
+    assert_same(served(ranker, requests), expected)
+    # What came later would be seen.
+    at_the_end = Ranker.load(small_model(tmp_path / "end", as_of_days=0).folder)
+    with pytest.raises(AssertionError):
+        assert_same(served(at_the_end, requests), expected)
+
+
+def test_counters_and_histories_as_of_any_moment_equal_loops_over_the_log(dated: SmallModel) -> None:
+    frame = LOG.drop_columns(["time", "born", "tags"]).to_pandas().assign(time=times_of(LOG))
+    naive = NaiveFeatures({**BASE, "features": ALL_KINDS}, frame, {})
+    asking = naive.later(25, moments(1, 12))
+    table = pa.concat_tables([LOG.slice(0, 25)] * len(moments(1, 12)))
+    rows: LogRows = log_rows(at_times(table, np.array([row["time"] for row in asking])), dated.settings.schema_)
+    compared = 0
+    for name, encoder in FeaturePipeline.load(dated.prepared.serving).memory_encoders.items():
+        found = raw_results(encoder, rows)
+        feature = ALL_KINDS[name]
+        if feature["kind"] == "history":
+            items = list(dict.fromkeys(LOG["item"].to_pylist()))
+            places = dict(zip(items, encoder.owner.encode(pa.array(items)).tolist(), strict=True))  # type: ignore[attr-defined]
+            lists = found[name]
+            assert isinstance(lists, Ragged)
+            expected = naive.history(name, places, asking)
+            ends = np.cumsum(lists.lengths)
+            assert [lists.values[a:b].tolist() for a, b in zip(ends - lists.lengths, ends, strict=True)] == expected
+            compared += len(expected)
+            continue
+        counted = naive.counter(name, encoder.prior, asking)  # type: ignore[attr-defined]
+        for days in feature.get("window_days", [None]):
+            suffix = "" if days is None else f"_{days:g}d".replace(".", "p")
+            for output in feature["outputs"]:
+                if output == "recency" and days is not None:
+                    continue
+                result = f"{name}_{output}" + ("" if output == "recency" else suffix)
+                values = [each[output, days] for each in counted]
+                one = np.asarray(found[result]).astype(np.float32)
+                other = np.array([np.nan if value is None else value for value in values]).astype(np.float32)
+                if name == "brand_spent":  # whose labels are fractions, rounded before they are added
+                    np.testing.assert_allclose(one, other, rtol=0, atol=1e-3, err_msg=result)
+                else:
+                    np.testing.assert_array_equal(one, other, err_msg=result)
+                compared += len(values)
+    assert compared > 5000
+
+
+def at(ranker: LoadedRanker, moment: int, **given: Any) -> Any:
+    candidates = {"item": ITEMS, **given.pop("candidates", {})}
+    return ranker.rank({"user": USER, **given}, {"time": iso_time(moment)}, candidates, explain=True)
+
+
+def test_replies_warn_before_the_first_exact_moment_only(dated: SmallModel, ranker: LoadedRanker) -> None:
+    assert exact_from(dated.prepared.serving) == FLOOR
+    assert ranker.exact_from == iso_time(FLOOR)
+    assert ranker.about.tables_as_of == iso_time(LAST)
+    names = set(ranker.pipeline.memory_encoders)
+    for moment in (FLOOR, FLOOR + 1, LAST - DAY, LAST, LAST + 1, LAST + DAY):
+        found = at(ranker, moment)
+        assert found.warnings == []
+        for each in found.explanations:
+            assert each.as_of == dict.fromkeys(names, iso_time(moment))
+    for moment in (FLOOR - 1, FLOOR - DAY, START - DAY):
+        found = at(ranker, moment)
+        (told,) = found.warnings
+        assert FUTURE in told
+        assert f"time {iso_time(moment)} is before {iso_time(FLOOR)}, from when on" in told
+        assert found.request_time == iso_time(moment)
+        for each in found.explanations:
+            assert each.as_of == dict.fromkeys(names, iso_time(FLOOR))
+
+
+def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: LoadedRanker) -> None:
+    before, then = at(ranker, FLOOR - DAY // 2), at(ranker, FLOOR)
+    for one, other in zip(_by_place(before), _by_place(then), strict=True):
+        assert (one.counters, one.histories) == (other.counters, other.histories)
+    later = at(ranker, LAST)
+    assert any(a.counters != b.counters for a, b in zip(_by_place(then), _by_place(later), strict=True))
+
+
+def _by_place(ranking: Any) -> list[Any]:
+    return [each for _, each in sorted(zip(ranking.order, ranking.explanations, strict=True), key=lambda pair: pair[0])]
+
+
+def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> None:
+    ranker = Ranker.load(dated.folder)
+    encoders = ranker.pipeline.memory_encoders
+    brand, liked = encoders["brand_spent"], encoders["liked_items"]
+    # Memories of other ages, as live ones may be.
+    brand.memory = brand.compacted(brand.memory, LAST - DAY)
+    liked.memory = liked.compacted(liked.memory, LAST - 2 * DAY)
+    assert ranker.exact_from == iso_time(LAST - DAY)
+    moment = LAST - int(1.5 * DAY)
+    all_of_brand = {name: [0.5] * len(ITEMS) for name in brand.result_names}
+    one_of_brand = {name: all_of_brand[name] for name in brand.result_names[:1]}
+    for given, warned in ({}, True), (one_of_brand, True), (all_of_brand, False):
+        found = at(ranker, moment, candidates=given)
+        assert bool(found.warnings) == warned
+        (as_of,) = {json.dumps(each.as_of) for each in found.explanations}
+        expected = dict.fromkeys(encoders, iso_time(moment)) | {"brand_spent": iso_time(LAST - DAY)}
+        if not warned:
+            del expected["brand_spent"]
+        assert json.loads(as_of) == expected
+    (told,) = at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand).warnings
+    assert f"before {iso_time(LAST - 2 * DAY)}, from" in told
+    assert at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand, liked_items=[]).warnings == []
+    every = {name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_names if each is not liked}
+    every.pop("clicked")
+    found = at(ranker, START, candidates=every, liked_items=[], clicked=[])
+    assert found.warnings == []
+    assert {json.dumps(each.as_of) for each in found.explanations} == {"{}"}
+
+
+def test_what_is_known_may_move_on(ranker: LoadedRanker) -> None:
+    about: Artifact = ranker.about
+    fresh = Freshness.of(about)
+    assert fresh.up_to(fresh.known - 1) is fresh
+    moved = fresh.up_to(fresh.known + 30 * DAY)
+    late = fresh.known + int(timedelta(days=20) / timedelta(microseconds=1))
+    assert "they are stale" in fresh.warnings(late, [FLOOR])[0]
+    assert fresh.warnings(late, []) == []
+    assert moved.warnings(late, [FLOOR, None]) == []
+    assert moved.warnings(FLOOR, [FLOOR, None]) == []
+    assert FUTURE in moved.warnings(FLOOR - 1, [None, FLOOR])[0]
+    assert moved.warnings(START, [None]) == []

@@ -1,0 +1,188 @@
+"""What `explain` adds to a reply, against the trained model run by hand and loops over the log."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.features.vocabulary import Vocabulary
+from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.ranking import Explanation, Ranking
+from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+from tests.inference.test_passes import assert_same, drawn
+from tests.log.small_logs import DAY, START
+
+CALIBRATION = Calibration({"click": TaskCalibration.line(0.6, -1.5)})
+TASKS = ("click", "liked", "spent")
+
+
+@pytest.fixture(scope="module")
+def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> LoadedRanker:
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    small.write(folder, CALIBRATION)
+    return Ranker.load(folder)
+
+
+def by_hand(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, T) and gates (N, T, E) of the model that was trained, by the whole past's features."""
+    batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
+    with torch.inference_mode():
+        outputs = small.model(batch)
+    return outputs.logits.numpy(), outputs.routings[-1].weights.numpy()
+
+
+def explained(ranking: Ranking) -> list[Explanation]:
+    assert ranking.explanations is not None
+    assert len(ranking.explanations) == len(ranking.order)
+    return ranking.explanations
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_calibration_and_gates_equal_the_model_run_by_hand(
+    small: SmallModel, calibrated: LoadedRanker, top_k: int | None
+) -> None:
+    table, rows = small.later_rows()
+    logits, gates = by_hand(small, rows)
+    ranking = calibrated.rank(**as_request(table), explain=True, top_k=top_k)
+    assert len(ranking.order) == (top_k or len(rows))
+    for place, each in zip(ranking.order, explained(ranking), strict=True):
+        before = [*(1 / (1 + np.exp(-logits[place, :2]))), logits[place, 2]]
+        after = [1 / (1 + np.exp(1.5 - 0.6 * logits[place, 0])), *before[1:]]
+        np.testing.assert_allclose([each.uncalibrated[name] for name in TASKS], before, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose([each.calibrated[name] for name in TASKS], after, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose([each.gates[name] for name in TASKS], gates[place], atol=1e-6)
+    for name in TASKS:
+        assert [each.calibrated[name] for each in explained(ranking)] == ranking.predictions[name]
+
+
+def test_gates_of_fewer_experts(ranker: LoadedRanker) -> None:
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, mask_experts=[1], gate_top_k=1, explain=True)
+    for each in explained(ranking):
+        for weights in each.gates.values():
+            assert weights[1] == 0
+            assert sorted(weights) == pytest.approx([0, 0, 1])
+
+
+def test_one_gate_for_all_tasks_is_shown_for_each(tmp_path: Any) -> None:
+    plain = {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}}
+    small = SmallModel(tmp_path, model={**plain, "gates": {"per_task": False}})
+    (first, *_) = explained(Ranker.load(small.folder).rank({"user": USER}, CONTEXT, {"item": ITEMS}, explain=True))
+    assert first.gates["click"] == first.gates["liked"] == first.gates["spent"]
+    assert sum(first.gates["click"]) == pytest.approx(1)
+
+
+def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, ranker: LoadedRanker) -> None:
+    log = pq.read_table(f"{small.settings.data.log}/0.parquet").to_pylist()
+    table, _ = small.later_rows()
+    request = as_request(table)
+    moment = table["time"][0].as_py()
+    training = [row for row in log if row["time"].timestamp() * 1e6 < START + 6 * DAY]
+
+    def mean(rows: list[dict[str, Any]], label: str) -> float:
+        return float(np.mean([row[label] for row in rows if row[label] is not None]))
+
+    def rate(rows: list[dict[str, Any]], label: str) -> float:
+        known = [row[label] for row in rows if row[label] is not None]
+        return (sum(known) + 20 * mean(training, label)) / (len(known) + 20)
+
+    clicked = [row["item"] for row in log if row["user"] == USER and row["click"] == 1]
+    ranking = ranker.rank(**request, explain=True)
+    brands = 0
+    for place, each in zip(ranking.order, explained(ranking), strict=True):
+        item, brand = (request["candidates"][name][place] for name in ("item", "brand"))
+        of_item = [row for row in log if row["item"] == item]
+        positive = [row["time"] for row in of_item if row["click"] == 1]
+        observed = [row for row in of_item if row["click"] is not None]
+        expected: dict[str, float | None] = {
+            "item_click_positives": math.log1p(len(positive)),
+            "item_click_rows": math.log1p(len(observed)),
+            "item_click_rate": rate(of_item, "click"),
+            "item_click_recency": None,
+            "item_click_positives_1d": 0.0,
+        }
+        if positive:
+            expected["item_click_recency"] = math.log1p((moment - max(positive)).total_seconds() / 86_400)
+        if brand is not None:
+            brands += 1
+            expected["brand_spent_rate"] = rate([row for row in log if row["brand"] == brand], "spent")
+        for name, value in expected.items():
+            assert each.counters[name] == pytest.approx(value, rel=1e-9), name
+        assert each.histories["clicked"] == clicked[-3:]
+    assert brands > 3
+
+
+def test_given_values_are_shown_and_nothing_found_is_null(ranker: LoadedRanker) -> None:
+    unknown = 10**17 + 1
+    user = {"user": 12345, "clicked": [1, None, ITEMS[0], unknown, 4]}
+    candidates = {"item": [unknown, ITEMS[0]], "brand_spent_rate": [0.25, None]}
+    ranking = ranker.rank(user, CONTEXT, candidates, explain=True)
+    by_place = dict(zip(ranking.order, explained(ranking), strict=True))
+    assert by_place[0].counters["brand_spent_rate"] == 0.25
+    assert by_place[1].counters["brand_spent_rate"] is None
+    assert by_place[0].counters["item_click_recency"] is None
+    assert by_place[0].counters["item_click_positives"] == 0
+    assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None}
+    reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
+    assert set(reply["explanations"][0]) == {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of"}
+    encoders = ranker.pipeline.memory_encoders.values()
+    shown = {*by_place[0].counters, *by_place[0].histories}
+    assert shown == {name for encoder in encoders for name in encoder.result_names}
+
+
+def test_ids_of_rows_are_those_that_were_encoded() -> None:
+    import pyarrow as pa
+
+    vocabulary = Vocabulary(pa.array(["b", "a", "c"]), oov_buckets=2)
+    rows = vocabulary.encode(pa.array(["a", None, "new", "c", "b", "a"]))
+    assert vocabulary.decode(rows) == ["a", None, None, "c", "b", "a"]
+    assert Vocabulary(pa.array([], pa.int64()), 2).decode(np.array([0, 2])) == [None, None]
+
+
+def test_without_explain_nothing_is_added_or_computed(ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("computed unasked")
+
+    monkeypatch.setattr(type(ranker.pipeline), "found", refuse)
+    for options in ({}, {"explain": False}, {"explain": None}):
+        ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **options)
+        assert ranking.explanations is None
+        assert "explanations" not in ranking.to_dict()
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, []])
+def test_explain_is_true_or_false(ranker: LoadedRanker, wrong: Any) -> None:
+    with pytest.raises(RequestError, match="explain must be true or false"):
+        ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, explain=wrong)
+
+
+def test_neighbours_that_explain_or_do_not_change_nothing(ranker: LoadedRanker) -> None:
+    random = np.random.default_rng(11)
+    requests = [
+        Request(**{**vars(drawn(random)), "explain": [None, False, True][random.integers(3)]}) for _ in range(60)
+    ]
+    together = ranker.rank_many(requests)
+    for request, answer in zip(requests, together, strict=True):
+        (alone,) = ranker.rank_many([request])
+        assert_same(answer, alone)
+        assert isinstance(answer, Ranking)
+        assert isinstance(alone, Ranking)
+        assert (answer.explanations is not None) == (request.explain is True)
+        found, expected = (dict(zip(each.order, each.explanations or (), strict=False)) for each in (answer, alone))
+        for place in found.keys() & expected.keys():
+            one, other = found[place], expected[place]
+            assert (one.counters, one.histories, one.as_of) == (other.counters, other.histories, other.as_of)
+            for name in TASKS:
+                np.testing.assert_allclose(one.gates[name], other.gates[name], atol=1e-6)
+                np.testing.assert_allclose(one.uncalibrated[name], other.uncalibrated[name], rtol=1e-5, atol=1e-6)

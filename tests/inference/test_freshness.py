@@ -1,0 +1,112 @@
+"""Replies say where a request's time does not fit what counters and histories know, and which model they come from."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe_rec.inference.artifact import read_artifact, version_of
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.writing import seal
+from tests.inference.small_model import ITEMS, USER, SmallModel
+from tests.log.small_logs import ALL_KINDS
+
+BEFORE, STALE = "they know its future", "they are stale"
+
+
+def asked(ranker: LoadedRanker, later: timedelta, **given: Any) -> list[str]:
+    """Warnings for a request so much later than `tables_as_of`."""
+    moment = datetime.fromisoformat(ranker.about.tables_as_of) + later
+    candidates = {"item": ITEMS, **given.pop("candidates", {})}
+    return ranker.rank({"user": USER, **given}, {"time": moment.isoformat()}, candidates).warnings
+
+
+@pytest.mark.parametrize(
+    ("later", "sentence"),
+    [
+        (timedelta(days=-400), BEFORE),
+        (timedelta(microseconds=-1), BEFORE),
+        (timedelta(0), BEFORE),  # of which the labels are known
+        (timedelta(microseconds=1), None),
+        (timedelta(minutes=1), None),
+        (timedelta(days=7), None),
+        (timedelta(days=7, microseconds=1), STALE),
+        (timedelta(days=4000), STALE),
+    ],
+    ids=str,
+)
+def test_a_time_that_does_not_fit_is_told_once(ranker: LoadedRanker, later: timedelta, sentence: str | None) -> None:
+    found = asked(ranker, later)
+    if sentence is None:
+        assert found == []
+        return
+    (told,) = found
+    assert sentence in told
+    known = datetime.fromisoformat(ranker.about.tables_as_of)
+    known_or_exact = known if sentence == STALE else known + timedelta(microseconds=1)
+    assert f"{known_or_exact.isoformat()}," in told
+    assert f"the request's time {(known + later).isoformat()} is" in told
+
+
+@pytest.mark.parametrize("days", [0.5, None])
+def test_the_setting_travels_with_the_artifact(tmp_path: Path, days: float | None) -> None:
+    small = SmallModel(tmp_path, serving={"products": "blas", "stale_after_days": days})
+    assert read_artifact(small.folder).stale_after_days == days
+    ranker = Ranker.load(small.folder)
+    assert asked(ranker, timedelta(hours=11)) == []
+    (told,) = asked(ranker, timedelta(hours=13)) or ["never"]
+    assert ("more than 0.5 days after" in told) == (days is not None)
+    assert bool(asked(ranker, timedelta(days=4000))) == (days is not None)
+    assert BEFORE in asked(ranker, -timedelta(seconds=1))[0]
+
+
+def test_an_artifact_of_before_the_setting_has_its_default(small: SmallModel, tmp_path: Path) -> None:
+    small.write(tmp_path / "model")
+    tree = json.loads((tmp_path / "model" / "model.json").read_text())
+    del tree["stale_after_days"]
+    (tmp_path / "model" / "model.json").write_text(json.dumps(tree))
+    seal(tmp_path / "model")
+    assert read_artifact(tmp_path / "model").stale_after_days == 7
+    assert STALE in asked(Ranker.load(tmp_path / "model"), timedelta(days=8))[0]
+
+
+def test_a_model_that_remembers_nothing_does_not_warn(tmp_path: Path) -> None:
+    kinds = {name: each for name, each in ALL_KINDS.items() if each["kind"] not in ("counter", "history")}
+    ranker = Ranker.load(SmallModel(tmp_path, features=kinds).folder)
+    for days in (-100, 100):
+        assert asked(ranker, timedelta(days=days)) == []
+
+
+def test_what_is_given_is_not_out_of_date(ranker: LoadedRanker) -> None:
+    encoders = ranker.pipeline.memory_encoders.values()
+    columns = {name: use for encoder in encoders for name, (use, _) in encoder.precomputed().items()}
+    histories = {name: [] for name, use in columns.items() if use == "keys"}
+    counters = {name: [0.5] * len(ITEMS) for name, use in columns.items() if use == "number"}
+    for days in (-100, 100):
+        later = timedelta(days=days)
+        assert asked(ranker, later, **histories, candidates=counters) == []
+        assert len(asked(ranker, later, candidates=counters)) == 1
+        for name in counters:
+            some = {each: values for each, values in counters.items() if each != name}
+            assert len(asked(ranker, later, **histories, candidates=some)) == 1
+
+
+def test_each_request_of_a_pass_has_its_own_warning(ranker: LoadedRanker) -> None:
+    known = datetime.fromisoformat(ranker.about.tables_as_of)
+    times = [known + timedelta(days=days) for days in (-1, 1, 9)]
+    requests = [Request({"user": USER}, {"time": each.isoformat()}, {"item": ITEMS}) for each in times]
+    first, second, third = (each.warnings for each in ranker.rank_many(requests))  # type: ignore[union-attr]
+    assert (BEFORE in first[0], second, STALE in third[0]) == (True, [], True)
+
+
+def test_replies_name_the_model(small: SmallModel, ranker: LoadedRanker) -> None:
+    example = json.loads((small.folder / "example_request.json").read_text())
+    ranking = ranker.rank(**example)
+    assert ranking.model == {"name": "small", "version": version_of(small.folder)}
+    assert ranking.warnings == []

@@ -1,0 +1,231 @@
+"""What a ranker has learnt live against features that were extended by the same rows, and built anew from files."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import write_artifact
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.live import levels
+from mmoe_rec.preprocessing.added.extend import extend
+from tests.inference.small_model import ITEMS, USER, SmallModel
+from tests.log.small_logs import DAY, START, log_rows, random_log, write_log
+
+LATER = 10.5  # days from the log's start on
+NEW_USER, NEW_ITEM, NEW_BRAND_ITEM = 41, 98, -(10**17)
+TIMES = ["2023-11-28T12:00:00.5+00:00", "2023-12-01T03:00:00+00:00", "2023-12-20T00:00:00+00:00"]
+
+
+def later_log(seed: int, rows: int = 120) -> pa.Table:
+    """Rows of the days after the small model's log, some by a new user, some of a new item; attributes change."""
+    table, random = random_log(seed, rows=rows, days=3.0), np.random.default_rng(seed)
+    times = np.sort(START + (LATER * DAY + random.choice(np.linspace(0, 3 * DAY, 25), rows)).astype(np.int64))
+    users = table["user"].to_numpy().copy()
+    users[random.random(rows) < 0.1] = NEW_USER
+    # Of one instant a user sees an item once.
+    items = np.array([(place % 12 - 4) * 10**17 for place in range(rows)])
+    items[[5, 60]] = NEW_ITEM
+    columns = {"time": pa.array(times).cast(UTC_MICROSECONDS), "user": pa.array(users), "item": pa.array(items)}
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
+
+
+class Extended:
+    """A model, its ranker, and that of the same model over features that were extended by further files."""
+
+    def __init__(self, work: Path, further: list[pa.Table]) -> None:
+        self.small, other = SmallModel(work / "before"), SmallModel(work / "after")
+        write_log(work / "more", *further)
+        for file in (work / "more").glob("*.parquet"):
+            shutil.copyfile(file, work / "after" / "log" / f"later-{file.name}")
+        windows = other.settings.split.windows()
+        extended = extend(other.settings.data.log, other.settings.schema_, windows, work / "after")
+        assert extended is not None
+        assert not any(extended.new_ids.values())  # else the model would have to be trained again
+        write_artifact(
+            work / "after" / "model",
+            settings=other.settings,
+            prepared=extended.prepared,
+            state_dict=self.small.model.state_dict(),
+            calibration=None,
+        )
+        self.expected = Ranker.load(work / "after" / "model")
+
+    def ranker(self) -> LoadedRanker:
+        return Ranker.load(self.small.folder)
+
+
+def answers(ranker: LoadedRanker) -> list[dict[str, Any]]:
+    """What a ranker says of some requests, but for its name and the time of its tables."""
+    found = []
+    for user in (USER, -7, NEW_USER, 77):
+        for time in TIMES:
+            ranking = ranker.rank({"user": user}, {"time": time}, {"item": [*ITEMS, NEW_ITEM]}, explain=True)
+            tree = ranking.to_dict() | {"unknown": ranking.unknown_ids}
+            found.append(
+                {name: tree[name] for name in ("candidates", "scores", "predictions", "explanations", "unknown")}
+            )
+    return found
+
+
+def scores(ranker: LoadedRanker, small: SmallModel) -> list[float]:
+    table, _ = small.later_rows()
+    times = np.repeat(START + 16 * DAY, len(table))
+    place = table.column_names.index("time")
+    table = table.set_column(place, "time", pa.array(times).cast(UTC_MICROSECONDS))
+    return ranker.score(log_rows(table, small.settings.schema_))[1].tolist()
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Extended:
+    return Extended(tmp_path_factory.mktemp("extended"), [later_log(3)])
+
+
+@pytest.mark.parametrize("size", [1, 7, 120])
+def test_a_ranker_that_learns_answers_as_one_over_extended_features(
+    extended: Extended, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of rows, and the size of batches."""
+    monkeypatch.setattr(levels, "SMALLEST", 100)
+    monkeypatch.setattr(levels, "_MANY", 200)
+    ranker, random = extended.ranker(), np.random.default_rng(size)
+    table = later_log(3)
+    before = answers(ranker)
+    assert before != answers(extended.expected)
+    mixed = table.take(pa.array(random.permutation(len(table))))
+    for start in range(0, len(mixed), size):
+        ranker.learn(mixed.slice(start, size))
+    assert ranker.live_rows == len(table)
+    assert answers(ranker) == answers(extended.expected)
+    assert scores(ranker, extended.small) == scores(extended.expected, extended.small)
+    table, rows = extended.small.later_rows()
+    assert ranker.reader.completed(log_rows_without(rows, "brand", "price")).table.equals(
+        extended.expected.reader.completed(log_rows_without(rows, "brand", "price")).table
+    )
+
+
+def log_rows_without(rows: LogRows, *names: str) -> LogRows:
+    return LogRows(rows.table.drop_columns(list(names)), rows.schema)
+
+
+def test_the_server_shares_a_ranker_that_has_learnt(extended: Extended) -> None:
+    """Pickled and taken up by another process, it answers and learns as before."""
+    ranker, table = extended.ranker(), later_log(3)
+    ranker.learn(table.slice(0, 70))
+    other: LoadedRanker = pickle.loads(pickle.dumps(ranker, protocol=5))
+    assert answers(other) == answers(ranker)
+    other.learn(table.slice(70))
+    assert answers(other) == answers(extended.expected)
+    assert answers(ranker) != answers(other)
+
+
+def test_memories_stay_as_they_are(extended: Extended) -> None:
+    ranker = extended.ranker()
+    columns = [
+        column for each in ranker.pipeline.memory_encoders.values() for column in each.memory.to_columns().values()
+    ]
+    before = [column.copy() for column in columns]
+    for column in columns:
+        column.flags.writeable = False
+    ranker.learn(later_log(3))
+    answers(ranker)
+    for column, was in zip(columns, before, strict=True):
+        np.testing.assert_array_equal(column, was)
+
+
+def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extended) -> None:
+    """Else what was taken in between would be lost without a word, as where two threads learn."""
+    ranker = extended.ranker()
+    rows = log_rows(later_log(3), extended.small.settings.schema_)
+    one, other = (ranker.prepared({None: rows}) for _ in range(2))
+    ranker.take(one)
+    known = answers(ranker)
+    with pytest.raises(ValueError, match="something else was learnt since this was prepared"):
+        ranker.take(other)
+    assert (ranker.live_rows, answers(ranker)) == (len(rows), known)
+    ranker.take(ranker.prepared({None: rows}))
+    assert ranker.live_rows == 2 * len(rows)
+
+
+def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extended) -> None:
+    ranker, (_, rows) = extended.ranker(), extended.small.later_rows()
+    first = ranker.score(rows)[1]
+    ranker.learn(later_log(3))
+    second = ranker.score(rows)[1]
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(ranker.score(LogRows(rows.table, rows.schema))[1], second)
+    assert rows.results == {}
+
+
+def one_row(**values: Any) -> pa.Table:
+    row = {"user": USER, "item": 0, "time": START + 11 * DAY, "click": 1.0, "liked": None, "spent": 2.5}
+    row |= {"age": 2, "brand": "b", "price": 3.0, "tags": ["x"]} | values
+    table = pa.Table.from_pylist([row])
+    return table.set_column(table.column_names.index("time"), "time", table["time"].cast(UTC_MICROSECONDS))
+
+
+def known(ranker: LoadedRanker, item: int) -> dict[str, Any]:
+    rows = LogRows(pa.table({"user": [USER], "item": [item]}), ranker.pipeline.schema)
+    return ranker.reader.completed(rows).table.to_pylist()[0]
+
+
+def test_latest_attributes_move_on_with_later_rows_alone(extended: Extended) -> None:
+    ranker = extended.ranker()
+    before = known(ranker, 0)
+    ranker.learn(one_row(time=START, brand="early", price=-1.0))
+    assert known(ranker, 0) == before
+    ranker.learn(one_row(brand="late", price=7.0))
+    assert (known(ranker, 0)["brand"], known(ranker, 0)["price"]) == ("late", 7.0)
+    ranker.learn(one_row(time=START + 11 * DAY - 1, brand="between"))
+    assert known(ranker, 0)["brand"] == "late"
+    ranker.learn(one_row(brand="kate", price=9.0))  # of one instant the greatest values count
+    assert known(ranker, 0)["brand"] == "late"
+    ranker.learn(one_row(brand="later"))
+    assert known(ranker, 0)["brand"] == "later"
+    ranker.learn(one_row(time=START + 12 * DAY, brand=None))  # not known any more
+    assert known(ranker, 0)["brand"] is None
+    ranker.learn(one_row(time=START + 13 * DAY).drop_columns(["brand"]))  # not told: as before
+    assert (known(ranker, 0)["brand"], known(ranker, 0)["price"]) == (None, 3.0)
+
+
+def test_early_rows_add_new_ids(extended: Extended) -> None:
+    ranker = extended.ranker()
+    request = ({"user": 1234}, {"time": TIMES[0]}, {"item": [NEW_ITEM, 0]})
+    assert ranker.rank(*request).unknown_ids == {"user": 1, "candidate": 1}
+    ranker.learn(one_row(user=1234, item=NEW_ITEM, time=START + 2 * DAY, brand="a"))
+    assert ranker.rank(*request).unknown_ids == {"user": 0, "candidate": 0}
+    assert known(ranker, NEW_ITEM)["brand"] == "a"
+    ranker.learn(one_row(user=1234, item=NEW_ITEM, time=START + DAY, brand="c"))
+    assert known(ranker, NEW_ITEM)["brand"] == "a"
+    ranker.learn(one_row(user=1234, item=NEW_ITEM, time=START + 3 * DAY, brand="d"))
+    assert known(ranker, NEW_ITEM)["brand"] == "d"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (one_row().drop_columns(["click"]), "there is no column 'click'"),
+        (one_row(user="ann"), "column 'user' must hold int64, as in the log; found string"),
+        (one_row(user=None), "column 'user' is null in 1 rows; every row needs one"),
+        (one_row(click=0.5), "label column 'click' of binary task 'click' holds 0.5"),
+        (one_row(time=START + 10**4 * DAY), "a time later than the server"),
+        (one_row(brand=["b"]), "column 'brand' must hold"),
+    ],
+)
+def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extended, row: pa.Table, told: str) -> None:
+    ranker = extended.ranker()
+    with pytest.raises(UserError, match=told):
+        ranker.learn(pa.concat_tables([row]))
+    assert ranker.live_rows == 0
+    with pytest.raises(UserError, match="there is no log of events 'views'; there are: none"):
+        ranker.learn(one_row(), log="views")

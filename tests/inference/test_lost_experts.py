@@ -1,0 +1,197 @@
+"""A request is answered whatever becomes of an expert: masked, with weights that are not numbers, or raising."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.writing import seal
+from mmoe_rec.model.levels import Experts
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
+
+EXPERTS = 3
+WAYS = {
+    "soft": {},
+    "top_k": {"gates": {"routing": "top_k", "top_k": 2}},
+    "task experts": {"experts": {"count": 1, "task_count": 1, "units": [8]}},
+    "two levels": {"experts": {"count": 1, "task_count": 1, "levels": 2, "units": [8]}},
+}
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    plain = {"bottom": {"units": [16]}, "experts": {"count": EXPERTS, "units": [8]}, "towers": {"units": [4]}}
+    return SmallModel(tmp_path_factory.mktemp("small"), model={**plain, **WAYS[request.param]})
+
+
+@pytest.fixture(scope="module")
+def ranker(small: SmallModel) -> Ranker:
+    return Ranker.load(small.folder)
+
+
+def rank(ranker: Ranker, **options: Any) -> Ranking:
+    return ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **options)
+
+
+def values(ranking: Ranking) -> np.ndarray:
+    """(N, T) predictions in the request's order."""
+    best_first = np.array(list(ranking.predictions.values())).T
+    return best_first[np.argsort(ranking.order)]
+
+
+def experts_of(small: SmallModel) -> int:
+    return int(small.model.visible_experts.shape[1])
+
+
+def test_each_expert_may_be_masked(small: SmallModel, ranker: Ranker) -> None:
+    whole = values(rank(ranker))
+    changed = []
+    for expert in range(experts_of(small)):
+        ranking = rank(ranker, mask_experts=[expert])
+        assert ranking.warnings == []
+        assert np.isfinite(ranking.scores).all()
+        changed.append(not np.allclose(values(ranking), whole, atol=1e-7))
+    assert all(changed)
+    np.testing.assert_array_equal(values(rank(ranker)), whole)
+
+
+def test_masking_renormalises_the_other_weights(small: SmallModel, ranker: Ranker) -> None:
+    gates = ranker.model.mixture.gates[-1]
+    gates.masked[0] = True
+    permanent = values(rank(ranker))
+    gates.masked[0] = False
+    if len(ranker.model.mixture.gates) == 1:
+        np.testing.assert_allclose(values(rank(ranker, mask_experts=[0])), permanent, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_each_expert_may_have_weights_that_are_no_numbers(small: SmallModel, tmp_path: Path, bad: float) -> None:
+    whole = Ranker.load(small.folder)
+    levels = whole.model.mixture.each_level()
+    for expert in range(experts_of(small)):
+        folder = tmp_path / f"{bad}{expert}"
+        shutil.copytree(small.folder, folder)
+        state = load_file(folder / "weights.safetensors")
+        # The expert's own weight in the group that holds it.
+        group, place = _place(levels[-1], expert)
+        state[f"mixture.levels.{len(levels) - 1}.experts.{group}.layers.0.weight"][place, 0, 0] = bad
+        save_file(state, folder / "weights.safetensors")
+        seal(folder)
+        ranking = rank(Ranker.load(folder))
+        assert np.isfinite(values(ranking)).all()
+        assert any(f"expert {expert} has weights that are not finite" in each for each in ranking.warnings)
+        np.testing.assert_allclose(values(ranking), values(rank(whole, mask_experts=[expert])), atol=1e-6)
+
+
+def _place(level: Any, expert: int) -> tuple[int, int]:
+    for group, experts in enumerate(level.experts):
+        if expert < experts.count:
+            return group, expert
+        expert -= experts.count
+    raise AssertionError
+
+
+@pytest.mark.parametrize("fault", ["raises", "gives NaN"])
+def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    ranker = Ranker.load(small.folder)
+    levels = ranker.model.mixture.each_level()
+    for expert in range(experts_of(small)):
+        group, place = _place(levels[-1], expert)
+        experts = levels[-1].experts[group]
+        expected = values(rank(ranker, mask_experts=[expert]))
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "forward", _faulty_forward(experts, place, fault))
+            patch.setattr(experts, "sent", _faulty_sent(experts, place, fault))
+            ranking = rank(ranker)
+        assert np.isfinite(ranking.scores).all()
+        reason = "out of order" if fault == "raises" else "its values are not finite numbers"
+        assert f"expert {expert} failed and was left out: {reason}" in ranking.warnings
+        np.testing.assert_allclose(values(ranking), expected, atol=1e-6)
+        assert rank(ranker).warnings == []
+
+
+def test_what_fails_before_the_experts_is_not_put_on_them(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = Ranker.load(small.folder)
+    bottom = ranker.model.mixture.bottom
+    monkeypatch.setattr(bottom, "forward", lambda inputs: type(bottom).forward(bottom, inputs) * math.nan)
+    with pytest.raises(RuntimeError, match="what experts and gates read has values that are not finite numbers"):
+        rank(ranker)
+
+
+def _faulty_forward(experts: Experts, place: int, fault: str) -> Any:
+    def forward(hidden: Tensor) -> Tensor:
+        if fault == "raises":
+            raise IndexError("out of order")
+        return Experts.forward(experts, hidden).index_fill(1, torch.tensor([place]), math.nan)
+
+    return forward
+
+
+def _faulty_sent(experts: Experts, place: int, fault: str) -> Any:
+    def sent(hidden: Tensor, dispatch: Any) -> Tensor:
+        if fault == "raises" and dispatch.counts[place]:
+            raise RuntimeError("out of order")
+        outputs = list(Experts.sent(experts, hidden, dispatch).split(dispatch.counts))
+        outputs[place] = torch.full_like(outputs[place], math.nan)
+        return torch.cat(outputs)
+
+    return sent
+
+
+def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: Ranker) -> None:
+    ranking = rank(ranker, mask_experts=list(range(experts_of(small))))
+    found = values(ranking)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-5)
+    assert (np.ptp(values(rank(ranker)), axis=0) > 1e-4).all(), "with experts, candidates differ"
+    assert ranking.warnings == [
+        f"no expert is left for '{task}': its prediction is the same for every candidate"
+        for task in ranker.guarded.tasks
+    ]
+
+
+def test_what_fails_without_experts_is_an_error(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("no towers")
+
+    monkeypatch.setattr(ranker.model.mixture.towers, "forward", broken)
+    with pytest.raises(RuntimeError, match="no towers"):
+        rank(ranker)
+
+
+def test_fewer_experts_serve_when_asked_for(small: SmallModel, ranker: Ranker) -> None:
+    seen = int(small.model.visible_experts[0].sum())
+    whole = values(rank(ranker))
+    one = values(rank(ranker, gate_top_k=1))
+    assert not np.allclose(one, whole, atol=1e-7)
+    # The shared gate of a first level sees more experts than a task does.
+    if small.settings.model.gates.routing == "soft" and small.settings.model.experts.levels == 1:
+        np.testing.assert_allclose(values(rank(ranker, gate_top_k=seen)), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_top_k": 0}, "gate_top_k must be an integer of at least 1, found 0"),
+        ({"gate_top_k": True}, "gate_top_k must be an integer"),
+        ({"gate_top_k": 1000}, "gate_top_k is 1000, and the model has"),
+        ({"mask_experts": 1}, "mask_experts must be a list of experts' numbers"),
+        ({"mask_experts": ["a"]}, "mask_experts must be a list of experts' numbers"),
+        ({"mask_experts": [77]}, "mask_experts names expert 77; the model has 0 to"),
+        ({"mask_experts": [-1]}, "mask_experts names expert -1"),
+    ],
+)
+def test_wrong_options_are_named(ranker: Ranker, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        rank(ranker, **options)

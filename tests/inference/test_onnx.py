@@ -1,0 +1,202 @@
+"""A model as an ONNX file, run by onnxruntime, against the ranker that it was made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.export import onnx_model
+from mmoe_rec.inference.export.compare import Answers, drawn_requests
+from mmoe_rec.inference.export.onnx_model import OnnxModel, check_equal, inputs_of, write_onnx
+from mmoe_rec.inference.export.small import write_small
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import rewrite_artifact, seal
+from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.settings.model import Model
+from tests.inference.small_model import SmallModel
+
+CALIBRATION = Calibration(
+    {
+        "click": TaskCalibration((-0.3, 0.0, 0.02, 0.4), (-1.0, -0.5, 0.1, 0.2), 0.7),
+        "liked": TaskCalibration.line(1.3, 0.1),
+    }
+)
+TOWERS = {"units": [4]}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "soft": {
+        "bottom": {"units": [16, 12], "dropout": 0.1, "cross_layers": 2, "cross_rank": 3},
+        "experts": {"count": 3, "units": [8]},
+    },
+    "one gate": {
+        "bottom": {"units": [], "cross_layers": 0},
+        "experts": {"count": 3, "units": [8, 6], "normalise": True, "activation": "relu"},
+        "gates": {"per_task": False},
+    },
+    "top_k": {
+        "bottom": {"units": [16], "piecewise": False, "cross_layers": 0},
+        "experts": {"count": 5, "units": [8], "compute": "grouped", "raw_inputs": True},
+        "gates": {"routing": "top_k", "top_k": 2, "balance": "bias"},
+    },
+    "shared_route": {
+        "bottom": {"units": [16]},
+        "experts": {"count": 6, "units": [8]},
+        "gates": {"routing": "shared_route", "top_k": 1, "serving_top_k": 4},
+    },
+    "levels": {
+        "bottom": {"units": [16]},
+        "experts": {"count": 2, "task_count": 1, "levels": 2, "units": [8]},
+        "gates": {"routing": "expert_choice", "top_k": 2, "serving_top_k": 2},
+        "towers": {"units": []},
+    },
+}
+
+
+def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> LoadedRanker:
+    """The small model's features under other settings of the model, whose weights are drawn, calibrated."""
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import plain_tables
+
+    settings = Model.model_validate({"towers": TOWERS, **section})
+    layout = ModelLayout.read(small.folder)
+    model = build_model(layout, settings, plain_tables(layout))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if name.startswith("tables") else 1.5 * parameter.shape[-1] ** -0.5
+        parameter.data.normal_(0.0, scale, generator=generator)
+    for level in model.mixture.each_level():
+        level.gates.masked[1] = True
+        level.gates.selection_bias.normal_(0.0, 0.3, generator=generator)
+    rewrite_artifact(small.folder, folder, settings, model.state_dict())
+    (folder / "calibration.json").write_text(json.dumps(CALIBRATION.to_dict()), encoding="utf-8")
+    seal(folder)
+    return Ranker.load(folder)
+
+
+def pairs(folder: Path, ranker: LoadedRanker, made: Path) -> list[tuple[Answers, Answers]]:
+    """What the ranker and the file give for requests that the ranker knows."""
+    model = OnnxModel(made)
+    return [
+        (Answers.of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
+        for request in drawn_requests(folder, ranker, 8)
+    ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: str) -> None:
+    ranker = variant(small, VARIANTS[name], tmp_path / "model")
+    made = tmp_path / "onnx"
+    made.mkdir()
+    write_onnx(tmp_path / "model", ranker, made)
+    for one, other in pairs(tmp_path / "model", ranker, made):
+        assert one.predictions.keys() == other.predictions.keys()
+        for task, values in one.predictions.items():
+            assert np.std(values) > 1e-4
+            np.testing.assert_allclose(other.predictions[task], values, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(other.scores, one.scores, rtol=1e-5, atol=1e-5)
+    random = np.random.default_rng(0)
+    for rows in (1, 2, 700):
+        inputs = torch.from_numpy(random.normal(size=(rows, ranker._passes.inputs.width)).astype(np.float32))
+        scored = ranker.scorer.score(inputs)
+        found = OnnxModel(made).answers(inputs)
+        for place, task in enumerate(ranker.names):
+            np.testing.assert_allclose(found.predictions[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoadedRanker, Path]:
+    """A model in int8 with a task that is given another one, and without a regression: its folder, and ONNX of it."""
+    work = tmp_path_factory.mktemp("given")
+    tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
+    del tasks["spent"]
+    tasks["liked"] |= {"given": "click", "score_weight": 0.5}
+    features = small.settings.model_dump(mode="json", exclude_unset=True)["features"]
+    del features["brand_spent"]
+    model = SmallModel(work, tasks=tasks, features=features)
+    for name in ("int8", "onnx"):
+        (work / name).mkdir()
+    write_small(model.folder, work / "int8", "bfloat16")
+    ranker = Ranker.load(work / "int8")
+    write_onnx(work / "int8", ranker, work / "onnx")
+    return work / "int8", ranker, work / "onnx"
+
+
+def test_gives_both_of_two_tasks(given: tuple[Path, LoadedRanker, Path]) -> None:
+    folder, ranker, made = given
+    for one, other in pairs(folder, ranker, made):
+        assert list(other.predictions) == ["click", "liked", "click_and_liked"]
+        for task, values in one.predictions.items():
+            np.testing.assert_allclose(other.predictions[task], values, rtol=1e-5)
+        np.testing.assert_allclose(other.scores, one.scores, rtol=1e-5)
+
+
+def test_a_stranger_finds_the_inputs(given: tuple[Path, LoadedRanker, Path]) -> None:
+    """Inputs put together by `inputs.json` and the tables alone, from rows of ids and numbers."""
+    folder, ranker, made = given
+    tables, about = load_file(made / "tables.safetensors"), json.loads((made / "inputs.json").read_text())
+    (request,) = drawn_requests(folder, ranker, 1)
+    rows = ranker.reader.rows([onnx_model.Request(request["user"], request["context"], request["candidates"])])
+    shared, own = ranker.pipeline.request_inputs(rows)
+    count = len(request["candidates"]["item"])
+    inputs = np.full((count, about["inputs"]["width"]), np.nan, np.float32)
+    for column in about["inputs"]["columns"]:
+        place = slice(column["first"], column["end"])
+        of = own if column["name"] in {**own.ids, **own.dense} else shared
+        if "table" not in column:
+            inputs[:, place] = np.broadcast_to(of.dense[column["name"]], count)[:, None]
+            continue
+        table = tables[column["table"]]
+        assert list(table.shape) == about["tables"][column["table"]]
+        ids = of.ids[column["name"]]
+        lists = np.split(ids.values, ids.offsets[1:-1]) if column["many"] else [[each] for each in ids]
+        means = [table[each].mean(0) if len(each) else np.zeros(table.shape[1]) for each in lists]
+        inputs[:, place] = np.broadcast_to(np.array(means), (count, table.shape[1]))
+    np.testing.assert_allclose(inputs, inputs_of(ranker, request).numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_readme_runs(given: tuple[Path, LoadedRanker, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = given[2]
+    text = (made / "README.md").read_text(encoding="utf-8")
+    assert "columns `click`, `liked`, `click_and_liked`. The last of them" in text
+    monkeypatch.chdir(made)
+    exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
+
+
+def test_another_value_is_refused() -> None:
+    random = np.random.default_rng(0)
+    one = Answers({"x": random.random(2000)}, 1e6 * random.random(2000))
+    check_equal([(one, replace(one, scores=one.scores * (1 + 5e-6)))], chooses=False)
+    wrong = {"x": one.predictions["x"].copy()}
+    wrong["x"][7] += 1e-4
+    with pytest.raises(UserError, match=r"1 of 2,000 candidates are off, by 0\.0001 at most"):
+        check_equal([(one, replace(one, predictions=wrong))], chooses=False)
+    check_equal([(one, replace(one, predictions=wrong))], chooses=True)
+    wrong["x"][:3] = np.nan
+    with pytest.raises(UserError, match="4 of 2,000 candidates are off"):
+        check_equal([(one, replace(one, predictions=wrong))], chooses=True)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_model, "_PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match="ONNX needs no_such_package, which is not installed: install the extra onnx"):
+        onnx_model.check_packages()
+
+
+def test_a_model_that_the_exporter_can_not_follow_is_refused(
+    ranker: LoadedRanker, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs if inputs.sum() > 0 else -inputs
+
+    monkeypatch.setattr(onnx_model.Served, "forward", forward)
+    with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
+        write_onnx(small.folder, ranker, tmp_path)

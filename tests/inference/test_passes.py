@@ -1,0 +1,140 @@
+"""Requests answered together against each of them alone; what is looked up once against a row for each candidate."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.inference import passes, scorer
+from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.log.rows import LogRows
+from tests.inference.small_model import CONTEXT, ITEMS
+
+WRONG = [
+    Request({"user": "5"}, CONTEXT, {"item": ITEMS}),
+    Request({}, CONTEXT, {"item": ITEMS}),
+    Request({"user": 5}, CONTEXT, {"item": []}),
+    Request({"user": 5}, CONTEXT, {"item": ITEMS, "price": [1.0]}),
+    Request({"user": 5}, CONTEXT, {"item": ITEMS}, top_k=0),
+    Request({"user": 5}, {"time": "soon"}, {"item": ITEMS}),
+]
+
+
+def drawn(random: np.random.Generator) -> Request:
+    """A request with some of the columns that it may give, some of them null."""
+    count = int(random.integers(1, 8))
+    user: dict[str, Any] = {"user": int(random.integers(0, 12))}
+    context: dict[str, Any] = {"time": f"2023-11-{random.integers(20, 30)}T{random.integers(0, 24):02}:00:00"}
+    candidates: dict[str, Any] = {"item": [int(each) * 10**17 for each in random.integers(-5, 12, count)]}
+    if random.random() < 0.3:
+        user["age"] = [None, 30, 41.5][random.integers(3)]
+    if random.random() < 0.3:
+        user["clicked"] = [int(each) * 10**17 for each in random.integers(0, 5, random.integers(0, 5))]
+    if random.random() < 0.3:
+        context["born"] = [None, "2001-02-03"][random.integers(2)]
+    if random.random() < 0.3:
+        candidates["price"] = [None if random.random() < 0.3 else float(each) for each in random.normal(size=count)]
+    if random.random() < 0.2:
+        candidates["item_click_rate"] = random.random(count).tolist()
+    options: dict[str, Any] = {}
+    if random.random() < 0.3:
+        options["top_k"] = int(random.integers(1, 9))
+    if random.random() < 0.3:
+        options["task_weights"] = {"click": float(random.random())}
+    if random.random() < 0.2:
+        options["mask_experts"] = [int(random.integers(3))]
+    return Request(user, context, candidates, **options)
+
+
+def assert_same(answer: Ranking | RequestError, alone: Ranking | RequestError) -> None:
+    """Equal but for the last bits, which differ with the number of rows."""
+    assert type(answer) is type(alone)
+    if isinstance(answer, RequestError) or isinstance(alone, RequestError):
+        assert str(answer) == str(alone)
+        return
+    np.testing.assert_allclose(answer.scores, alone.scores, rtol=1e-5)
+    # Candidates that are equal but for the last bits may change places.
+    found, expected = _by_place(answer), _by_place(alone)
+    for place in found.keys() & expected.keys():
+        assert found[place][0] == expected[place][0]
+        np.testing.assert_allclose(found[place][1:], expected[place][1:], rtol=1e-5, atol=1e-6)
+    assert (answer.request_time, answer.tables_as_of) == (alone.request_time, alone.tables_as_of)
+    assert answer.warnings == alone.warnings
+
+
+def _by_place(ranking: Ranking) -> dict[int, tuple[Any, ...]]:
+    rows = zip(ranking.candidates, ranking.scores, *ranking.predictions.values(), strict=True)
+    return dict(zip(ranking.order, rows, strict=True))
+
+
+@pytest.mark.parametrize("rows_at_a_time", [7, passes.ROWS_AT_A_TIME])
+def test_answers_do_not_depend_on_neighbours(
+    ranker: LoadedRanker, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(rows_at_a_time)
+    requests = [drawn(random) for _ in range(60)]
+    for place, wrong in zip(random.integers(0, 60, len(WRONG)), WRONG, strict=True):
+        requests.insert(int(place), wrong)
+    alone = [ranker.rank_many([request])[0] for request in requests]
+    assert sum(isinstance(each, RequestError) for each in alone) == len(WRONG)
+    monkeypatch.setattr(passes, "ROWS_AT_A_TIME", rows_at_a_time)
+    monkeypatch.setattr(scorer, "PIECE", min(rows_at_a_time, scorer.PIECE))
+    for answer, expected in zip(ranker.rank_many(requests), alone, strict=True):
+        assert_same(answer, expected)
+
+
+def test_requests_alike_share_one_pass(ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    score = scorer.Scorer.score
+
+    def counted(self: scorer.Scorer, inputs: torch.Tensor, *choice: Any) -> scorer.Scored:
+        runs.append(len(inputs))
+        return score(self, inputs, *choice)
+
+    monkeypatch.setattr(scorer.Scorer, "score", counted)
+    ranker.rank_many([Request({"user": user}, CONTEXT, {"item": ITEMS}) for user in range(20)])
+    assert runs == [20 * len(ITEMS)]
+
+
+def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
+    ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request's numbers must not take an expert from its neighbours."""
+    alike = [Request({"user": user}, CONTEXT, {"item": ITEMS[:2], "price": [1.0, 2.0]}) for user in range(5)]
+    alone = [ranker.rank_many([request])[0] for request in alike]
+    poisoned = Request({"user": 3}, CONTEXT, {"item": ITEMS[:2], "price": [1e30, 2.0]})
+    model = ranker.model.of_inputs
+
+    def fails(inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        outputs = model(inputs, *rest, **options)
+        usable = options.get("usable")
+        if (inputs == 10).any() and (usable is None or usable[1]):  # the largest number that a standardised one can be
+            return outputs._replace(logits=outputs.logits * torch.nan)
+        return outputs
+
+    monkeypatch.setattr(ranker.model, "of_inputs", fails)
+    *others, last = ranker.rank_many([*alike, poisoned])
+    for answer, expected in zip(others, alone, strict=True):
+        assert_same(answer, expected)
+    assert isinstance(last, Ranking)
+    assert any("expert 1 failed" in sentence for sentence in last.warnings)
+
+
+def test_what_is_looked_up_once_equals_a_row_for_each_candidate(ranker: LoadedRanker) -> None:
+    random = np.random.default_rng(5)
+    for _ in range(20):
+        requests = [
+            Request({"user": int(user)}, CONTEXT, drawn(random).candidates) for user in random.integers(0, 12, 4)
+        ]
+        columns = {tuple(request.candidates) for request in requests}
+        for same in columns:
+            rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
+            found = ranker._passes.inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
+            batch = make_batch(ranker.pipeline.encode(LogRows(rows.table, rows.schema)), ranker.layout, torchrec=False)
+            expected = ranker.model.side_by_side(batch)[0].detach()
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

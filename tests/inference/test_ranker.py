@@ -1,0 +1,277 @@
+"""The Ranker against the offline path, what a request may leave out or give, and the order of the reply."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
+from mmoe_rec.features.encoded import label_types
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.model.score import fuse, predictions
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+
+KINDS = ["binary", "binary", "regression"]
+
+
+def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions and log scores by the whole past's features and the model that was trained."""
+    batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
+    with torch.inference_mode():
+        logits = small.model(batch).logits
+    weights = [task.score_weight for task in small.settings.tasks.values()]
+    return predictions(logits, KINDS).numpy(), fuse(logits, KINDS, weights).numpy()
+
+
+def in_request_order(ranking: object, ranker: Ranker) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions (N, T) and scores (N,) of a whole ranking in the order in which candidates were given."""
+    tree = ranking.to_dict()  # type: ignore[attr-defined]
+    back = np.argsort(tree["order"])
+    values = np.array([tree["predictions"][task.name] for task in ranker.about.tasks]).T
+    return values[back], np.array(tree["scores"])[back]
+
+
+def test_score_equals_offline_path(small: SmallModel, ranker: Ranker) -> None:
+    _, rows = small.later_rows()
+    values, log_scores = ranker.score(rows)
+    expected, expected_scores = offline(small, rows)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(log_scores, expected_scores, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(ranker.score(rows.table)[1], log_scores)
+
+
+def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranker) -> None:
+    """Types that say the same, such as pandas writes, give the same scores; what is missing is named."""
+    _, rows = small.later_rows()
+    expected = ranker.score(rows)[1]
+    same = {
+        pa.string(): pa.large_string(),
+        pa.int64(): pa.int64(),
+        pa.timestamp("us", "UTC"): pa.timestamp("ns", "UTC"),
+    }
+    columns = {name: rows.table[name] for name in rows.table.column_names}
+    other = pa.table({name: each.cast(same.get(each.type, each.type)) for name, each in columns.items()})
+    np.testing.assert_array_equal(ranker.score(other)[1], expected)
+    coded = pa.table(
+        {n: e.combine_chunks().dictionary_encode() if e.type == pa.string() else e for n, e in columns.items()}
+    )
+    np.testing.assert_array_equal(ranker.score(coded)[1], expected)
+    (label, *_) = {task.label for task in ranker.pipeline.schema.tasks.values()}
+    unread = other.drop_columns([label] if label in other.column_names else [])
+    unread = unread.append_column(label, pa.array(["not read"] * len(other)))
+    np.testing.assert_array_equal(ranker.score(unread)[1], expected)
+    key = ranker.pipeline.schema.columns.candidate
+    with pytest.raises(UserError, match=f"the rows have no column '{key}', which the model's features read"):
+        ranker.score(other.drop_columns([key]))
+    number = pa.array(np.arange(len(other)) / 7)
+    with pytest.raises(UserError, match=f"column '{key}' must hold integers or strings, found double"):
+        ranker.score(other.set_column(other.column_names.index(key), key, number))
+
+
+CALIBRATION = Calibration(
+    {"click": TaskCalibration.line(0.6, -1.5), "liked": TaskCalibration((-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0), 2.0)}
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    small.write(folder, CALIBRATION)
+    return Ranker.load(folder)
+
+
+def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> None:
+    table, rows = small.later_rows()
+    plain, _ = offline(small, rows)
+    x = np.log(plain[:, :2] / (1 - plain[:, :2]))
+    beyond = 2 * (np.minimum(x[:, 1] + 0.2, 0) + np.maximum(x[:, 1] - 0.5, 0))
+    liked = np.interp(x[:, 1], (-0.2, 0.1, 0.5), (-2.0, -1.9, 1.0)) + beyond
+    expected = np.stack([*(1 / (1 + np.exp(-each)) for each in (0.6 * x[:, 0] - 1.5, liked)), plain[:, 2]], axis=1)
+    values, log_scores = calibrated.score(rows)
+    np.testing.assert_allclose(values, expected, atol=2e-6)
+    weights = [task.score_weight for task in small.settings.tasks.values()]
+    np.testing.assert_allclose(log_scores, np.log(np.maximum(expected, 1e-6)) @ weights, atol=1e-4)
+    served, scores = in_request_order(calibrated.rank(**json.loads(json.dumps(as_request(table)))), calibrated)
+    np.testing.assert_allclose(served, values, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(log_scores), rtol=1e-5)
+
+
+def test_a_calibrated_model_answers_as_offline_evaluation(
+    small: SmallModel, calibrated: Ranker, tmp_path: Path
+) -> None:
+    table, rows = small.later_rows()
+    columns = small.full_pipeline().encode(rows).to_arrow(calibrated.layout)
+    columns |= {f"label.{name}": pa.nulls(len(rows), type_) for name, type_ in label_types(calibrated.layout).items()}
+    columns |= {name: pa.array(range(len(rows))) for name in COLUMNS}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    encoded = EncodedRows(tmp_path, calibrated.layout)
+    scored = score_rows(calibrated.model, calibrated.layout, encoded, 7, calibration=calibrated.calibration)
+    values, scores = in_request_order(calibrated.rank(**as_request(table)), calibrated)
+    np.testing.assert_allclose(values, scored.predictions, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(scored.score), rtol=1e-5)
+    plain = score_rows(calibrated.model, calibrated.layout, encoded, 7)
+    assert (np.abs(values - plain.predictions)[:, :2].max(axis=0) > 0.1).all()
+
+
+def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rows = small.later_rows()
+    whole = ranker.score(rows)[0]
+    monkeypatch.setattr("mmoe_rec.inference.loaded.ROWS_AT_A_TIME", 7)
+    np.testing.assert_allclose(ranker.score(rows)[0], whole, atol=1e-6)
+    assert ranker.score(rows.table.slice(0, 0))[0].shape == (0, 3)
+
+
+def test_logged_rows_as_json_equal_offline_path(small: SmallModel, ranker: Ranker) -> None:
+    table, rows = small.later_rows()
+    request = json.loads(json.dumps(as_request(table)))
+    values, scores = in_request_order(ranker.rank(**request), ranker)
+    expected, expected_scores = offline(small, rows)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(expected_scores), rtol=1e-5)
+
+
+def test_ids_alone_equal_offline_rows_with_latest_values(small: SmallModel, ranker: Ranker) -> None:
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS})
+    latest = {}
+    for row in pq.read_table(f"{small.settings.data.log}/0.parquet").to_pylist():
+        latest["item", row["item"]] = row
+        latest["user", row["user"]] = row
+    unknown = {"brand": None, "price": None, "tags": None}
+    given = [latest.get(("item", item), unknown) for item in ITEMS]
+    table = pa.table(
+        {
+            "user": pa.array([USER] * len(ITEMS)),
+            "item": pa.array(ITEMS),
+            "age": pa.array([latest["user", USER]["age"]] * len(ITEMS)),
+            "time": _times(CONTEXT["time"], len(ITEMS)),
+            "born": _times(CONTEXT["born"] + "+00:00", len(ITEMS)),
+            **{name: pa.array([row[name] for row in given]) for name in unknown},
+        }
+    )
+    expected, expected_scores = offline(small, LogRows(table, small.settings.schema_))
+    values, scores = in_request_order(ranking, ranker)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(expected_scores), rtol=1e-5)
+    assert ranking.request_time == "2023-11-29T11:00:00+00:00"
+
+
+def _times(text: str, rows: int) -> pa.Array:
+    return pa.array([datetime.fromisoformat(text).astimezone(UTC)] * rows, UTC_MICROSECONDS)
+
+
+def encoded_inputs(ranker: Ranker, **request: object) -> dict[str, list]:
+    """What the model is given, by name of the input, for the first candidate."""
+    rows = ranker.reader.rows([Request(**request)])  # type: ignore[arg-type]
+    table = ranker.pipeline.encode(rows).to_arrow(ranker.layout)
+    return {name: values.to_pylist() for name, values in table.items()}
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "changed"),
+    [
+        ("candidates", {"price": [123.0, None]}, ["dense.price", "dense.price_log", "id.price_bucket"]),
+        ("candidates", {"tags": [["x"], []]}, ["id.tags"]),
+        ("candidates", {"item_click_rate": [0.9, 0.1]}, ["dense.item_click_rate"]),
+        ("candidates", {"user_brand_liked_recency": [None, 1.0]}, ["dense.user_brand_liked_recency"]),
+        ("user", {"clicked": [0, 0, 0, 10**17, 2 * 10**17, 3 * 10**17]}, ["id.clicked"]),
+        ("user", {"clicked": []}, ["id.clicked"]),
+        ("context", {"born": "2001-01-01"}, ["id.born_weekday", "dense.born_age"]),
+    ],
+)
+def test_given_values_win(ranker: Ranker, part: str, given: dict, changed: list[str]) -> None:
+    plain = {"user": {"user": USER}, "context": {"time": CONTEXT["time"]}, "candidates": {"item": ITEMS[:2]}}
+    before = encoded_inputs(ranker, **plain)
+    after = encoded_inputs(ranker, **{**plain, part: {**plain[part], **given}})  # type: ignore[dict-item]
+    different = {name.removesuffix("_missing") for name in before if before[name] != after[name]}
+    assert different == set(changed)
+
+
+def test_a_given_history_keeps_its_last_candidates(ranker: Ranker) -> None:
+    items = [10**17 * i for i in (1, 2, 3, 4, 5)]
+    request = {"context": {}, "candidates": {"item": [0]}}
+    long = encoded_inputs(ranker, user={"user": 1, "clicked": [*items, None]}, **request)
+    short = encoded_inputs(ranker, user={"user": 1, "clicked": items[-3:]}, **request)
+    assert long["id.clicked"] == short["id.clicked"]
+    assert len(long["id.clicked"][0]) == 3
+
+
+def test_best_first_and_top_k(ranker: Ranker) -> None:
+    items = [ITEMS[0], ITEMS[1], ITEMS[0], *ITEMS]
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": items})
+    assert ranking.scores == sorted(ranking.scores, reverse=True)
+    assert [items[i] for i in ranking.order] == ranking.candidates
+    twins = [i for i in ranking.order if items[i] == ITEMS[0]]
+    assert twins == sorted(twins)
+    top = ranker.rank({"user": USER}, CONTEXT, {"item": items}, top_k=2)
+    assert top.order == ranking.order[:2]
+    assert top.scores == pytest.approx(ranking.scores[:2])
+    assert ranker.rank({"user": USER}, CONTEXT, {"item": items}, top_k=500).order == ranking.order
+
+
+def test_request_time_is_now_unless_given(ranker: Ranker) -> None:
+    now = np.datetime64("now")
+    ranking = ranker.rank({"user": USER}, {}, {"item": ITEMS})
+    assert 0 <= (np.datetime64(ranking.request_time[:19]) - now).astype(int) < 60
+    moment = datetime(2023, 11, 29, 11)
+    assert ranker.rank({"user": USER}, {"time": moment}, {"item": ITEMS}).request_time == "2023-11-29T11:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        (None, [1.0, 1.0, 1.0]),
+        ({}, [1.0, 1.0, 1.0]),
+        ({"satisfaction": 0.5}, [1.0, 0.5, 1.0]),
+        ({"engagement": 0, "click": 3}, [0.0, 1.0, 0.0]),
+        ({"engagement": 2, "click": 3}, [6.0, 1.0, 2.0]),
+        ({"click": 0, "liked": 0.25, "spent": 0}, [0.0, 0.25, 0.0]),
+    ],
+)
+def test_task_weights(ranker: Ranker, given: dict | None, weights: list[float]) -> None:
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, task_weights=given)
+    values = np.array(list(ranking.predictions.values())).T
+    values[:, 2] = np.maximum(values[:, 2], 1e-6)
+    np.testing.assert_allclose(ranking.scores, np.prod(values ** np.array(weights), axis=1), rtol=1e-4)
+
+
+def test_huge_weights_still_rank(ranker: Ranker) -> None:
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, task_weights={"click": 1e6})
+    reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
+    assert sorted(reply["order"]) == list(range(len(ITEMS)))
+    clicks = in_request_order(ranking, ranker)[0][:, 0]
+    assert (np.diff(clicks[reply["order"]]) < 1e-5).all()
+    assert np.ptp(clicks) > 1e-4
+
+
+def test_string_ids(tmp_path: Path) -> None:
+    ranker = Ranker.load(SmallModel(tmp_path, strings=True).folder)
+    ranking = ranker.rank({"user": "id 5"}, CONTEXT, {"item": ["id 0", "nobody knows", "ünknown ✓"]})
+    assert sorted(ranking.candidates) == ["id 0", "nobody knows", "ünknown ✓"]
+
+
+def test_needs_no_training_library(small: SmallModel) -> None:
+    code = (
+        "import sys, json; from mmoe_rec.inference.ranker import Ranker; "
+        f"r = Ranker.load({str(small.folder)!r}); "
+        "print(json.dumps([m for m in ('torchrec', 'fbgemm_gpu', 'mlflow', 'sklearn') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
+    assert json.loads(done.stdout) == []
+
+
+def _root() -> Path:
+    return Path(__file__).parents[2]

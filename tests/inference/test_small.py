@@ -1,0 +1,152 @@
+"""A model in int8: served like any other, by what its rounded weights say, and refused where rounding would harm."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import read_manifest, read_weights, write_manifest
+from mmoe_rec.inference.export.compare import Answers, agreement, drawn_requests
+from mmoe_rec.inference.export.small import Dense, write_small
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.writing import rewrite_artifact
+from mmoe_rec.model.int8 import Int8Bag
+from mmoe_rec.training.warm_start import WarmStart
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
+
+REQUEST = {
+    "user": {"user": USER},
+    "context": CONTEXT,
+    "candidates": {"item": ITEMS, "tags": [["a"], [], None, ["b", "a"], ["c"]], "price": [1.0, None, 3.5, 0.1, 2.0]},
+}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "int8", "float32"])
+def dense(request: pytest.FixtureRequest) -> Dense:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(small: SmallModel, dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("small") / "int8"
+    made.mkdir()
+    write_small(small.folder, made, dense)
+    return made
+
+
+def test_is_near_the_model(folder: Path, small: SmallModel, ranker: Ranker) -> None:
+    """All kinds of features, by requests and by rows."""
+    served = Ranker.load(folder)
+    one, other = (Answers.of(each.rank(**REQUEST)) for each in (ranker, served))
+    assert one.predictions.keys() == other.predictions.keys()
+    differs = False
+    for name, values in one.predictions.items():
+        np.testing.assert_allclose(other.predictions[name], values, rtol=2e-3)
+        differs |= bool((other.predictions[name] != values).any())
+    assert differs
+    rows = small.later_rows()[0]
+    for before, now in zip(ranker.score(rows), served.score(rows), strict=True):
+        np.testing.assert_allclose(now, before, rtol=2e-3)
+
+
+def test_computes_with_the_weights_that_it_holds(folder: Path, small: SmallModel, tmp_path: Path) -> None:
+    """A model of these weights as floats, such as editing experts would write, gives the same."""
+    rewrite_artifact(folder, tmp_path / "floats", small.settings.model, read_weights(folder / "weights.safetensors"))
+    served, plain = Ranker.load(folder), Ranker.load(tmp_path / "floats")
+    assert {each.dtype for each in load_file(tmp_path / "floats" / "weights.safetensors").values()} == {torch.float32}
+    assert served.rank(**REQUEST).order == plain.rank(**REQUEST).order
+    for name, values in plain.rank(**REQUEST).predictions.items():
+        np.testing.assert_allclose(served.rank(**REQUEST).predictions[name], values, rtol=1e-6)
+    rows = small.later_rows()[0]
+    np.testing.assert_allclose(served.score(rows)[0], plain.score(rows)[0], rtol=1e-6)
+
+
+def test_tables_stay_int8_in_memory(folder: Path, small: SmallModel, dense: Dense) -> None:
+    tables = Ranker.load(folder).model.tables.embedding_bags
+    assert tables
+    assert all(isinstance(each, Int8Bag) and each.codes.dtype == torch.int8 for each in tables.values())
+    stored, before = load_file(folder / "weights.safetensors"), load_file(small.folder / "weights.safetensors")
+    sizes = [sum(each.nbytes for name, each in file.items() if "tables." in name) for file in (stored, before)]
+    assert sizes[0] <= 0.3 * sizes[1]
+    kept = {name for name, each in stored.items() if each.dtype == torch.float32}
+    assert all(".gates." in name or not name.endswith("weight") for name in kept) or dense == "float32"
+    assert all(torch.equal(stored[name], before[name]) for name in kept)
+
+
+def test_who_may_read_the_model_may_read_its_weights(folder: Path) -> None:
+    assert (folder / "weights.safetensors").stat().st_mode == (folder / "model.json").stat().st_mode
+
+
+def test_is_no_model_to_round_again(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is in int8 already"):
+        write_small(folder, tmp_path, "bfloat16")
+
+
+def test_is_no_model_to_train_on(folder: Path, small: SmallModel) -> None:
+    layout = Ranker.load(folder).layout
+    with pytest.raises(UserError, match="is an export in int8, which is too coarse to be trained on"):
+        WarmStart(folder, small.settings.model, small.prepared, layout, small.settings.model)
+
+
+def test_weights_that_are_not_finite_are_named(small: SmallModel, tmp_path: Path) -> None:
+    broken, name = tmp_path / "broken", "tables.embedding_bags.brand.weight"
+    shutil.copytree(small.folder, broken)
+    weights = load_file(broken / "weights.safetensors")
+    weights[name][0, 0] = torch.nan
+    save_file(weights, broken / "weights.safetensors")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(UserError, match=f"weight '{name}' holds NaN or infinity"):
+        write_small(broken, tmp_path / "made", "bfloat16")
+
+
+def test_a_table_without_its_scales_is_damage(small: SmallModel, tmp_path: Path) -> None:
+    write_small(small.folder, tmp_path, "bfloat16")
+    weights = load_file(tmp_path / "weights.safetensors")
+    del weights["tables.embedding_bags.brand.weight.scales"]
+    save_file(weights, tmp_path / "weights.safetensors")
+    write_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"can't be loaded .*brand\.weight\.scales"):
+        Ranker.load(tmp_path)
+
+
+def test_holds_the_files_of_the_model(folder: Path, small: SmallModel) -> None:
+    assert read_manifest(folder).keys() == read_manifest(small.folder).keys()
+
+
+def test_drawn_requests_are_answered(small: SmallModel, ranker: Ranker) -> None:
+    requests = list(drawn_requests(small.folder, ranker, 5))
+    assert requests == list(drawn_requests(small.folder, ranker, 5))
+    answers = [Answers.of(ranker.rank(**each)) for each in requests]
+    found = agreement([(each, each) for each in answers])
+    assert (found.requests, found.neighbours_in_order, found.top_10_shared) == (5, 1.0, 1.0)
+    assert set(found.max_difference.values()) == {0.0}
+
+
+def test_agreement_against_loops() -> None:
+    random = np.random.default_rng(0)
+    pairs, kept, neighbours, shared, largest = [], 0, 0, [], 0.0
+    for count in (1, 3, 12, 30):
+        scores = [random.integers(0, 15, count) / 3, random.normal(size=count)]
+        scores[1] = scores[0] + scores[1] / 4
+        values = random.random((2, count))
+        pairs.append(tuple(Answers({"x": x}, s) for x, s in zip(values, scores, strict=True)))
+        orders = [sorted(range(count), key=lambda place, each=each: (-each[place], place)) for each in scores]
+        for a, b in zip(orders[0], orders[0][1:], strict=False):
+            if scores[0][a] != scores[0][b]:
+                neighbours += 1
+                kept += scores[1][a] >= scores[1][b]
+        best = [order[:10] for order in orders]
+        shared.append(sum(place in best[1] for place in best[0]) / len(best[0]))
+        largest = max(largest, *(abs(a - b) for a, b in zip(*values, strict=True)))
+    found = agreement(pairs)
+    assert (found.requests, found.candidates) == (4, 30)
+    assert found.max_difference == {"x": pytest.approx(largest)}
+    assert found.neighbours_in_order == pytest.approx(kept / neighbours)
+    assert 0 < kept < neighbours
+    assert found.top_10_shared == pytest.approx(np.mean(shared))

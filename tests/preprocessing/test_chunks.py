@@ -1,0 +1,226 @@
+"""Partitions that are larger than memory: divided by time once, read a few times, and answered as in one piece."""
+
+from collections.abc import Callable
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time import memory
+from mmoe_rec.point_in_time.join import known_at
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing import chunks as chunks_module
+from mmoe_rec.preprocessing.chunks import Received, batches, chunks
+from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import prepare
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
+
+WINDOWS = {
+    "train": (START, START + 5 * DAY),
+    "validation": (START + 5 * DAY, START + 7 * DAY),
+    "test": (START + 7 * DAY, None),
+}
+COUNTER = {"kind": "counter", "outputs": ["positives", "rows", "rate", "recency"], "window_days": [None, 1, 5]}
+# All ask by the same columns: labels known at once and late, a log of events, and histories, which send events.
+GROUP = {
+    "item": {"kind": "id", "column": "item", "min_count": 1},
+    "click": {**COUNTER, "task": "click", "by": ["user"]},
+    "liked": {**COUNTER, "task": "liked", "by": ["user"]},
+    "bought": {"kind": "counter", "events": "purchases", "by": ["user"], "outputs": ["rows"], "window_days": [1]},
+    "clicked": {"kind": "history", "task": "click", "of": "item", "length": 3},
+}
+SCHEMA = schema_of(GROUP, events={"purchases": {"path": "purchases", "time": "bought_at"}})
+
+
+def times_spread(kind: str, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Request times of a log: even, of hours and of a day, or most of them in one instant."""
+    match kind:
+        case "even":
+            return rng.integers(0, 10 * DAY, rows)
+        case "uneven":
+            return np.minimum(np.exp(rng.uniform(0, np.log(9.9 * DAY), rows)), 9.9 * DAY).astype(np.int64)
+        case "in days":
+            return rng.integers(0, 10, rows) * DAY
+        case "one instant":
+            return np.where(rng.random(rows) < 0.8, 6 * DAY, rng.integers(0, 10 * DAY, rows))
+    raise AssertionError(kind)
+
+
+SPREADS = ["even", "uneven", "in days", "one instant"]
+
+
+def skewed_log(seed: int, rows: int, spread: str) -> pa.Table:
+    """A random log of one user at other times, each row with a candidate of its own."""
+    rng = np.random.default_rng(seed)
+    table = random_log(seed, rows)
+    columns = {
+        "user": pa.array(np.where(rng.random(rows) < 0.95, 7, rng.integers(0, 99, rows))),
+        "item": pa.array(rng.permutation(rows)),
+        "time": pa.array(START + np.sort(times_spread(spread, rows, rng))).cast(table["time"].type),
+    }
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table.take(pa.array(rng.permutation(rows)))
+
+
+def rows_read(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int:
+    """Rows that are received from any exchange meanwhile."""
+    read: list[int] = []
+    receive = Exchange.receive
+
+    def counted(self, channel, receiver):
+        for table in receive(self, channel, receiver):
+            read.append(table.num_rows)
+            yield table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Exchange, "receive", counted)
+        run()
+    return sum(read)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spread):
+    schema = schema_of({"item": ALL_KINDS["item"], "n": {**COUNTER, "task": "click", "by": ["user"]}})
+
+    def read(rows: int) -> int:
+        source = str(write_log(tmp_path / f"{rows}", skewed_log(0, rows, spread)))
+        options = BuildOptions(rows_in_memory=50)
+        return rows_read(monkeypatch, lambda: prepare(source, schema, WINDOWS, tmp_path / f"work {rows}", options))
+
+    few, many = read(300), read(2400)
+    # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 chunks.
+    assert few < 10 * 300
+    assert many < 10 * 2400
+
+
+def test_what_is_gone_through_of_one_key_with_windows_grows_with_its_rows(tmp_path, monkeypatch):
+    """Half of the events stay in memory, within the window."""
+    counter = {**COUNTER, "task": "liked", "by": ["user"], "window_days": [5]}
+    schema = schema_of({"item": ALL_KINDS["item"], "n": counter})
+    sizes: list[int] = []
+    sort = memory.sorted_order
+    monkeypatch.setattr(memory, "sorted_order", lambda key, *others: sizes.append(len(key)) or sort(key, *others))
+
+    def gone_through(rows: int) -> int:
+        sizes.clear()
+        source = str(write_log(tmp_path / f"{rows}", skewed_log(0, rows, "even")))
+        prepare(source, schema, WINDOWS, tmp_path / f"work {rows}", BuildOptions(rows_in_memory=50))
+        return sum(sizes)
+
+    assert gone_through(300) < 6 * 300
+    assert gone_through(2400) < 6 * 2400
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("rows_in_memory", [40, 200])
+def test_no_division_changes_a_byte(tmp_path, spread, rows_in_memory):
+    table = skewed_log(1, 400, spread)
+    schema = schema_of({**ALL_KINDS, **{name: each for name, each in GROUP.items() if "events" not in each}})
+    source = str(write_log(tmp_path / "log", table.slice(0, 150), table.slice(150)))
+    one = prepare(source, schema, WINDOWS, tmp_path / "one")
+    other = prepare(source, schema, WINDOWS, tmp_path / "other", BuildOptions(rows_in_memory=rows_in_memory))
+    assert one.layout == other.layout
+    for split in WINDOWS:
+        assert pq.read_table(one.split(split)).equals(pq.read_table(other.split(split)))
+    for folder in one.serving.glob("*.memory"):
+        kept, divided = (pq.read_table(each.serving / folder.name) for each in (one, other))
+        assert kept.sort_by([(name, "ascending") for name in kept.column_names]).equals(
+            divided.sort_by([(name, "ascending") for name in divided.column_names])
+        )
+
+
+def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generator) -> Received:
+    """The rows as look-ups and events of one partition."""
+    group = FeaturePipeline(SCHEMA).key_groups["click"]
+    times = times_of(table)
+    rows = len(times)
+    key = rng.integers(0, 3, rows).astype(np.uint64)
+    look_ups = pa.table({"key": key, "time": times, "row": np.arange(rows), "label.click": np.ones(rows, np.int8)})
+    look_ups = look_ups.append_column("label.liked", pa.array(np.ones(rows, np.int8)))
+    events = {"bought": pa.table({"key": key, "known": times + 1})}
+    events["clicked"] = pa.table({"key": key, "known": times + 1, "id": np.arange(rows)}).slice(rows // 2)
+    exchange = Exchange(folder, 1)
+    channels = {look_ups_of("click"): look_ups} | {events_of(name): each for name, each in events.items()}
+    for channel, sent in channels.items():
+        edges = [0, *np.sort(rng.integers(0, len(sent) + 1, senders - 1)), len(sent)]
+        for number, (start, end) in enumerate(pairwise(edges)):
+            exchange.send(channel, (number, 0), sent.slice(start, end - start), np.zeros(end - start, np.int64))
+    return Received(exchange, 0, group, (None, None), 2 * rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 200),
+    spread=st.sampled_from(SPREADS),
+    at_most=st.integers(5, 60),
+    pieces_at_most=st.sampled_from([2, 5, 128]),
+)
+def test_each_row_is_in_the_pieces_that_need_it(tmp_path_factory, seed, rows, spread, at_most, pieces_at_most):
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("exchange")
+    whole = received(folder / "events", skewed_log(seed, rows, spread), int(rng.integers(1, 4)), rng)
+    look_ups = pa.concat_tables(whole.look_ups())
+    clicked = {encoder.name: encoder for encoder in whole.group}["clicked"]
+    ends: list[int | None] = [None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks_module, "_PIECES_AT_MOST", pieces_at_most)
+        for piece in whole.divided(at_most, folder / "scratch"):
+            start, end = piece.window
+            assert start == ends[-1]
+            ends.append(end)
+            assert piece.rows <= at_most or piece.is_a_moment
+            time = look_ups["time"].to_numpy()
+            moments = [time, *(known_at(time, encoder.matures_after) for encoder in whole.group if encoder.label)]
+            needed = np.logical_or.reduce([in_window(each, piece.window) for each in moments])
+            found = [table for table in piece.look_ups() if len(table)]
+            numbers = np.concatenate([table["row"].to_numpy() for table in found]) if found else np.empty(0)
+            assert sorted(numbers) == np.flatnonzero(needed).tolist()
+            asking = [table["row"].to_numpy()[in_window(table["time"].to_numpy(), piece.window)] for table in found]
+            assert (np.diff(np.concatenate([*asking, [rows]])) > 0).all()
+            events = [table["id"].to_pylist() for table in piece.events(clicked)]
+            all_events = pa.concat_tables(whole.events(clicked))
+            inside = in_window(all_events["known"].to_numpy(), piece.window)
+            assert list(chain(*events)) == all_events["id"].filter(pa.array(inside)).to_pylist()
+    assert ends[-1] is None
+    assert not list((folder / "scratch").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
+    whole = received(tmp_path / "events", skewed_log(3, 900, spread), 3, np.random.default_rng(0))
+    asked = []
+    held: list[int] = []
+    for encoder in whole.group:
+        extended = encoder.extended
+        encoder.extended = lambda before, events, in_order=False, of=extended: (  # type: ignore[method-assign]
+            held.append(len(events)) or of(before, events, in_order)
+        )
+    for encoder in whole.group:
+        if encoder.name == "clicked":
+            encoder.owner.finish()  # type: ignore[attr-defined]
+    memories = {encoder.name: encoder.memory for encoder in whole.group}
+    for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
+        for encoder in whole.group:
+            memories[encoder.name] = chunk.extended(encoder, memories[encoder.name])
+        held.append(len(chunk.rows))
+        asked.append(chunk.rows)
+    assert max(held) <= 100
+    assert sorted(np.concatenate(asked)) == list(range(900))
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), max_size=8), rows=st.integers(1, 20))
+def test_batches_hold_all_rows_in_order(sizes, rows):
+    edges = np.cumsum([0, *sizes])
+    tables = [pa.table({"row": np.arange(a, b)}) for a, b in pairwise(edges)]
+    found = list(batches(tables, rows))
+    assert [row for table in found for row in table["row"].to_pylist()] == list(range(edges[-1]))
+    assert all(0 < len(table) <= rows for table in found)

@@ -1,0 +1,247 @@
+"""Features that are extended day by day: the state of all days before and a new day give the state of all days."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inspection.collect import collect
+from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing.prepare import Prepared, existing
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    log_rows,
+    times_of,
+)
+from tests.preprocessing.growing_log import LATER_DAYS, WINDOWS, Growing, training_items, windows_of
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Growing:
+    """Eight days, prepared."""
+    return Growing.of_eight_days(tmp_path)
+
+
+def _memories(prepared: Prepared) -> dict[str, pa.Table]:
+    found = {path.name: pq.read_table(path) for path in sorted(prepared.serving.glob("*.memory"))}
+    assert found
+    return found
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    days=LATER_DAYS,
+    rows_in_memory=st.sampled_from([40, 10**6]),
+    strings=st.booleans(),
+    as_of_days=st.sampled_from([0, 0.5, 3, 20]),
+)
+def test_day_by_day_gives_the_memories_and_attributes_of_all_days(
+    tmp_path_factory, seed, days, rows_in_memory, strings, as_of_days
+):
+    """No new rows lie in training, so that the vocabularies are equal too."""
+    log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
+    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep", "as_of_days": as_of_days}
+    log.prepare_first_days(**options)
+    for start, end in days:
+        rows = int(in_window(times_of(log.table), (START + int(start * DAY), START + int(end * DAY))).sum())
+        if rows:
+            log.add(start, end)
+            extended = log.extend(**options)
+            assert extended is not None
+            assert extended.rows == rows
+            assert not any(extended.new_ids.values())
+        else:
+            log.written[log.written >= START + int(start * DAY)] += 99 * DAY
+    whole = log.prepare("whole", **options)
+    mine, theirs = _memories(Prepared(log.work / "features")), _memories(whole)
+    assert mine.keys() == theirs.keys()
+    for name, table in theirs.items():
+        assert mine[name].schema.equals(table.schema, check_metadata=True), name
+        assert mine[name].equals(table), name
+    for name in ("latest.user.parquet", "latest.candidate.parquet"):
+        assert pq.read_table(log.work / "features" / "serving" / name).equals(pq.read_table(whole.serving / name))
+
+
+def _rows(log: Growing, prepared_files: set[str], new: bool) -> tuple[list, dict[str, list]]:
+    """Rows of the old or the new files of the log, and of its events."""
+    opened = Log(log.source, log.schema)
+    events = EventRows("purchases", opened)
+    for each in (opened, events):
+        each.files = [file for file in each.files if (file.address in prepared_files) != new]
+    return list(opened.stream()), {"purchases": list(events.stream())}
+
+
+def _remember(pipeline: FeaturePipeline, rows: list, events: dict[str, list]) -> None:
+    for encoder in pipeline.memory_encoders.values():
+        found = [encoder.events(each) for each in ({None: rows} | events)[encoder.source]]
+        together = pa.concat_tables(found, promote_options="permissive")
+        encoder.memory = encoder.extended(encoder.memory, together)
+
+
+def _known(prepared: Prepared, feature: str = "item") -> list:
+    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.ids.to_pylist()
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("rows_in_memory", [60, 10**6])
+def test_new_rows_are_encoded_with_old_statistics_grown_vocabularies_and_all_that_was_known(
+    tmp_path, strings, rows_in_memory
+):
+    log = Growing(tmp_path, 5, 800, days=15.0, strings=strings)
+    log.add(0, 8)
+    before = log.prepare(rows_in_memory=rows_in_memory)
+    reference = FeaturePipeline.load(before.serving, memories=False)
+    done = {file.as_posix() for file in log.folder.glob("*/*.parquet")}
+    _remember(reference, *_rows(log, done, new=False))
+    # In the second extension some late labels mature within training, and some only by the end.
+    for start, end, train_end in ((8, 10, 9), (10, 15, 13)):
+        log.add(start, end)
+        windows = windows_of(train_end, train_end + 0.5)
+        extended = log.extend(windows, rows_in_memory=rows_in_memory)
+        assert extended is not None
+        assert extended.new_ids["item"] > 0 or start > 8
+        # The vocabularies are checked by themselves; all else of the reference is the old pipeline's.
+        grown = FeaturePipeline.load(extended.prepared.serving, memories=False)
+        for name, owner in reference.owners.items():
+            owner.vocabulary = grown.owners[name].vocabulary
+        reference.__dict__.pop("layout", None)
+        _remember(reference, *_rows(log, done, new=True))
+        done = {file.as_posix() for file in log.folder.glob("*/*.parquet")}
+        table = log.table.filter(pa.array(in_window(times_of(log.table), (START + start * DAY, START + end * DAY))))
+        last = int(times_of(table).max())
+        assert extended.prepared.layout == reference.layout
+        assert reference.layout.dense == before.layout.dense
+        for split, window in windows.items():
+            written = pq.read_table(extended.prepared.split(split))
+            inside = log_rows(table, log.schema).filter(in_window(times_of(table), window))
+            assert written["time"].cast(pa.int64()).to_pylist() == inside.times().tolist()
+            assert_same(Encoded.from_arrow(written, reference.layout), reference.encode(inside))
+            known_by = windows["train"][1] if split == "train" else last
+            for name, task in log.schema.tasks.items():
+                expected = inside.labels(task, known_by).astype(np.float32)
+                labels = written[f"label.{name}"].to_numpy(zero_copy_only=False)
+                np.testing.assert_array_equal(labels.astype(np.float32), expected)
+            if start == 10:
+                assert extended.prepared.manifest["splits"]["train"]["observed"]["liked"] > 0
+            assert extended.prepared.manifest["splits"][split]["rows"] == len(inside)
+
+
+def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
+    log = Growing(tmp_path, 2, 600)
+    log.add(0, 8)
+    known = _known(log.prepare())
+    counted = Counter(training_items(log, WINDOWS, 0, 8))
+    assert known == [item for item, n in sorted(counted.items(), key=lambda each: (-each[1], each[0])) if n >= 3]
+    for start, end in ((8, 8.3), (8.3, 9), (9, 12.1)):
+        log.add(start, end)
+        windows = windows_of(end - 0.1, end)
+        extended = log.extend(windows)
+        assert extended is not None
+        counted.update(training_items(log, windows, start, end))
+        new = [item for item, n in counted.items() if n >= 3 and item not in known]
+        known += sorted(new, key=lambda item: (-counted[item], item))
+        assert extended.new_ids["item"] == len(new)
+        assert _known(extended.prepared) == known
+        assert extended.prepared.layout.table("item").rows == 1 + 4 + len(known)
+        counts = pq.read_table(extended.prepared.folder / "counts" / "feature.item.parquet").to_pydict()
+        assert dict(zip(counts["id"], counts["count"], strict=True)) == counted
+        assert extended.prepared.manifest["vocabularies"]["item"] == {"distinct": len(counted), "known": len(known)}
+    assert len(known) > 12
+
+
+def test_a_vocabulary_grows_up_to_its_largest_size(tmp_path):
+    log = Growing(tmp_path, 2, 600)
+    item = {**ALL_KINDS["item"], "max_size": 14}
+    log.schema = kinds.schema_of(
+        {**log.schema.model_dump(), "features": {**log.schema.model_dump()["features"], "item": item}}
+    )
+    log.add(0, 7)
+    assert len(_known(log.prepare())) == 12
+    log.add(7, 12.1)
+    extended = log.extend(windows_of(11, 11.5))
+    assert extended is not None
+    assert extended.new_ids["item"] == 2
+    assert len(_known(extended.prepared)) == 14
+
+
+def test_the_manifest_and_what_is_at_hand(growing):
+    before = growing.prepare().manifest
+    growing.add(8, 12.1)
+    windows = windows_of(10, 11)
+    extended = growing.extend(windows)
+    after = extended.prepared.manifest
+    assert after["extends"]["fingerprint"] == before["fingerprint"]
+    assert after["extends"]["rows_before"] == before["rows"]
+    assert after["rows"] == before["rows"] + extended.rows == growing.table.num_rows
+    assert after["files"] == 2
+    assert after["first_request"] == before["first_request"]
+    assert after["request_microseconds"] == [times_of(growing.table).min(), times_of(growing.table).max()]
+    taken = existing(growing.source, growing.schema, windows, growing.work)
+    assert taken is not None
+    assert taken.manifest == after
+    whole = growing.prepare("whole", windows).manifest
+    assert whole["fingerprint"] == after["extends"]["stands_for"]
+    # A model of the one must not be scored on rows of the other: their ids have other rows.
+    assert whole["fingerprint"] != after["fingerprint"] != before["fingerprint"]
+    assert whole["digest"] == after["digest"]
+    assert whole["events"] == after["events"]
+
+
+def test_without_new_files_all_stays(growing):
+    before = files_of(growing.work)
+    assert growing.extend() is None
+    assert growing.extend(windows_of(3, 4)) is None
+    assert files_of(growing.work) == before
+
+
+def test_a_split_without_new_rows_has_no_folder(growing):
+    growing.add(8, 12.1)
+    extended = growing.extend()
+    assert sorted(path.name for path in (extended.prepared.folder / "encoded").iterdir()) == ["layout.json", "test"]
+    assert extended.prepared.manifest["splits"]["train"]["rows"] == 0
+
+
+def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
+    growing.add(8, 10)
+    prepared = growing.extend().prepared
+    message = (
+        r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data.work`"
+    )
+    for needs_rows in (lambda: prepared.require_rows("train", "validation"), lambda: collect(prepared, growing.schema)):
+        with pytest.raises(UserError, match=message):
+            needs_rows()
+    prepared.require_rows("test")
+    collect(growing.prepare("another"), growing.schema)
+    growing.add(10, 12.1)
+    collect(growing.extend(windows_of(11, 11.5)).prepared, growing.schema)
+
+
+def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
+    growing.add(8, 9)
+    wrong = growing.table.slice(0, 50)
+    wrong = wrong.set_column(wrong.column_names.index("click"), "click", pa.array([7.0] * 50))
+    pq.write_table(wrong, growing.folder / "log" / "bad.parquet")
+    before = files_of(growing.work)
+    with pytest.raises(UserError, match=r"bad.parquet': label column 'click' of binary task 'click' holds 7"):
+        growing.extend()
+    assert files_of(growing.work) == before
+    extended = growing.extend(skip_bad_files=True)
+    assert extended.rows == len(training_items(growing, {"train": (None, None)}, 8, 9))
+    assert [Path(each["file"]).name for each in extended.prepared.manifest["left_out"]] == ["bad.parquet"]
+    assert extended.prepared.manifest["files"] == 2
+    assert growing.extend(skip_bad_files=True) is None

@@ -1,0 +1,197 @@
+"""What keeps features from being extended leaves them as they were, and is named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.preprocessing.added import extend as extend_module
+from mmoe_rec.preprocessing.steps import Steps
+from tests.log.small_logs import (
+    DAY,
+    START,
+    files_of,
+    times_of,
+)
+from tests.preprocessing.growing_log import WINDOWS, Growing
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Growing:
+    """Eight days, prepared."""
+    return Growing.of_eight_days(tmp_path)
+
+
+# Refusals
+
+
+def _rewrite(log: Growing) -> None:
+    path = log.folder / "log" / "100.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+def _rename(log: Growing) -> None:
+    path = log.folder / "events" / "100.parquet"
+    path.rename(path.with_name("renamed.parquet"))
+    log.add(8, 9)
+
+
+def _write_early(log: Growing) -> None:
+    early = log.table.filter(pa.array(times_of(log.table) < START + 8 * DAY)).slice(0, 20)
+    late = log.table.filter(pa.array(times_of(log.table) > START + 9 * DAY)).slice(0, 20)
+    pq.write_table(pa.concat_tables([late, early]), log.folder / "log" / "early.parquet")
+
+
+def _write_last_again(log: Growing) -> None:
+    last = times_of(log.table)[times_of(log.table) < START + 8 * DAY].max()
+    row = log.table.filter(pa.array(times_of(log.table) == last)).slice(0, 1)
+    pq.write_table(row, log.folder / "log" / "last.parquet")
+
+
+def _change_schema(log: Growing) -> None:
+    tree = log.schema.model_dump()
+    tree["features"]["item"]["oov_buckets"] = 3
+    log.schema = kinds.schema_of(tree)
+
+
+def _drop_feature(log: Growing) -> None:
+    tree = log.schema.model_dump()
+    del tree["features"]["price"]
+    log.schema = kinds.schema_of(tree)
+
+
+def _swap_features(log: Growing) -> None:
+    tree = log.schema.model_dump()
+    tree["features"] = dict(reversed(tree["features"].items()))
+    log.schema = kinds.schema_of(tree)
+
+
+def _change_type(log: Growing) -> None:
+    items = pa.array([str(each) for each in log.table["item"].to_pylist()])
+    pq.write_table(log.table.set_column(1, "item", items), log.folder / "log" / "strings.parquet")
+
+
+def _only_events(log: Growing) -> None:
+    pq.write_table(log.events, log.folder / "events" / "more.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rewrite, r"log/100.parquet' has changed since the features were built from it; put it back, or build .*anew"),
+        (_rename, r"events/renamed.parquet' holds events .* of the time of '.*events/100.parquet', which is gone"),
+        (_write_early, r"row 20 of '.*early.parquet' was requested .* 20 of 40 new rows.* anew, without --extend"),
+        (_write_last_again, r"row 0 of '.*last.parquet' was requested .* 1 of 1 new rows"),
+        (
+            _change_schema,
+            r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the features anew",
+        ),
+        (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
+        (
+            _swap_features,
+            r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, bought",
+        ),
+        (_change_type, r"column 'item' changes its type"),
+        (_only_events, r"the new files of the log '.*' have no rows"),
+        (lambda log: (log.work / "features" / "files.json").unlink(), r"no record of the log's files \(files.json\)"),
+        (lambda log: shutil.rmtree(log.work / "features"), r"holds no features that could be extended; build them"),
+        (lambda log: (log.work / "features/counts/feature.item.parquet").unlink() or log.add(8, 9), r"are damaged: "),
+    ],
+)
+def test_refusals_leave_all_as_it_was(growing, change, message):
+    change(growing)
+    before = files_of(growing.work)
+    with pytest.raises(UserError, match=message):
+        growing.extend()
+    assert files_of(growing.work) == before
+
+
+def test_new_rows_outside_of_all_splits(growing):
+    growing.add(8, 9)
+    windows = {**WINDOWS, "test": (START + 6 * DAY, START + 7 * DAY)}
+    with pytest.raises(
+        UserError, match=r"none of the \d+ new rows lies in a split: they were requested from 2023-11-2"
+    ):
+        growing.extend(windows)
+
+
+# Failures
+
+
+@pytest.mark.parametrize("step", ["look_up", "encode"])
+def test_a_failed_extension_leaves_the_old_folder(growing, monkeypatch, step):
+    growing.add(8, 12.1)
+    before = files_of(growing.work)
+
+    def fail(*_args: object, **_named: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, step, fail)
+        with pytest.raises(OSError, match="no space"):
+            growing.extend()
+    assert files_of(growing.work) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(extend_module, "describe", fail)
+        with pytest.raises(OSError, match="no space"):
+            growing.extend()
+    assert files_of(growing.work) == before
+    assert growing.extend() is not None
+
+
+_EXTEND = """
+import sys
+from pathlib import Path
+from tests.preprocessing.growing_log import Growing
+log = Growing(Path(sys.argv[1]))
+log.work = Path(sys.argv[2])
+print("begin", flush=True)
+log.extend()
+"""
+
+
+def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growing, tmp_path):
+    script = tmp_path / "extend.py"
+    script.write_text(_EXTEND)
+    growing.add(8, 12.1)
+    shutil.copytree(growing.work, tmp_path / "old")
+    old = files_of(tmp_path / "old")
+
+    def begin() -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), str(tmp_path), str(growing.work)]
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
+        assert job.stdout is not None
+        job.stdout.readline()
+        return job
+
+    whole = begin()
+    started = time.monotonic()
+    assert whole.wait() == 0
+    took = time.monotonic() - started
+    new = files_of(growing.work)
+    assert json.loads(new["features/manifest.json"])["extends"]
+    kills = 0
+    for share in np.random.default_rng(0).uniform(0, 1, 100):
+        shutil.rmtree(growing.work)
+        shutil.copytree(tmp_path / "old", growing.work)
+        job = begin()
+        time.sleep(share * took)
+        job.send_signal(signal.SIGKILL)
+        kills += job.wait() == -signal.SIGKILL
+        found = {name: each for name, each in files_of(growing.work).items() if not name.startswith(".")}
+        assert found in (old, new)
+        if kills == 5:
+            return
+    raise AssertionError("all but a few came to their end before they were killed")

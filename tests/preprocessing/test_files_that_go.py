@@ -1,0 +1,316 @@
+"""A log of which old files are removed and bad ones mended, day by day: what was counted stays, once, and is found."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from tests.log.small_logs import DAY, START, files_of, times_of
+from tests.preprocessing.growing_log import WINDOWS, Growing, windows_of
+
+FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
+LATER = windows_of(10, 11)
+SKIP = {"skip_bad_files": True}
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Growing:
+    """Eight days in three files, prepared."""
+    log = Growing(tmp_path)
+    for start, end in FIRST_DAYS:
+        log.add(start, end)
+    log.prepare()
+    return log
+
+
+def _remove(log: Growing, number: int) -> None:
+    for name in ("log", "events"):
+        (log.folder / name / f"{number}.parquet").unlink()
+
+
+def _existing(log: Growing, windows: dict, **options: object) -> Prepared | None:
+    return existing(log.source, log.schema, windows, log.work, BuildOptions(**options))
+
+
+def _memories(prepared: Prepared) -> dict[str, bytes]:
+    return {name: each for name, each in files_of(prepared.serving).items() if name != "pipeline.json"}
+
+
+def test_days_go_on_as_if_old_files_were_still_there(growing, tmp_path):
+    """Retention: with each new day an old file goes, up to where no file of the first build is left."""
+    whole = Growing(tmp_path / "whole")
+    for start, end in FIRST_DAYS:
+        whole.add(start, end)
+    whole.prepare()
+    for number, (start, end) in enumerate(pairwise([8, 9, 10, 12.1])):
+        windows = windows_of(end - 0.7, end - 0.4)
+        _remove(growing, 100 - number)
+        for log in (growing, whole):
+            log.add(start, end)
+            extended = log.extend(windows)
+            assert extended is not None
+            assert len(extended.gone) == (2 * (number + 1) if log is growing else 0)
+        prepared, reference = (Prepared(log.work / "features") for log in (growing, whole))
+        assert files_of(prepared.folder / "encoded") == files_of(reference.folder / "encoded")
+        assert _memories(prepared) == _memories(reference)
+        for name in ("rows", "files", "digest", "events", "splits", "first_request", "last_request", "vocabularies"):
+            assert prepared.manifest[name] == reference.manifest[name], name
+        # What training, evaluation and inspection ask for, also after further files have gone.
+        _check_at_hand(growing, windows)
+    assert not (growing.folder / "log" / "100.parquet").exists()
+
+
+def _check_at_hand(log: Growing, windows: dict) -> None:
+    before = files_of(log.work)
+    oldest = max((log.folder / "log").iterdir(), key=lambda path: int(path.stem))
+    content = oldest.read_bytes(), os.stat(oldest)
+    oldest.unlink()
+    found = _existing(log, windows)
+    assert found is not None
+    assert prepare(log.source, log.schema, windows, log.work).manifest == found.manifest
+    assert log.extend(windows) is None
+    oldest.write_bytes(content[0])  # put back as it was
+    os.utime(oldest, ns=(content[1].st_atime_ns, content[1].st_mtime_ns))
+    assert _existing(log, windows) is not None
+    assert files_of(log.work) == before
+
+
+def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_from_them(growing):
+    before = growing.prepare().manifest
+    _remove(growing, 100)
+    found = _existing(growing, WINDOWS)
+    assert found is not None
+    assert found.manifest == before
+    assert prepare(growing.source, growing.schema, WINDOWS, growing.work, going_on=True).manifest == before
+    shorter = growing.prepare().manifest
+    assert shorter["rows"] < before["rows"]
+    assert shorter["files"] == 2
+
+
+@pytest.mark.parametrize("what", ["new file", "other split", "other log"])
+def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, what):
+    growing.add(8, 10)
+    growing.extend(LATER)
+    _remove(growing, 100)
+    windows, source = LATER, growing.source
+    if what == "new file":
+        growing.add(10, 12.1)
+    if what == "other split":
+        windows = windows_of(9, 9.5)
+    if what == "other log":
+        source = str(growing.folder / "log" / "9*.parquet")
+    assert existing(source, growing.schema, windows, growing.work) is None
+    before = files_of(growing.work)
+    with pytest.raises(
+        UserError, match=r"hold rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"
+    ):
+        prepare(source, growing.schema, windows, growing.work)
+    assert files_of(growing.work) == before
+    (growing.work / "features").rename(growing.work / "aside")
+    if what == "new file":
+        assert prepare(source, growing.schema, windows, growing.work).manifest["files"] == 4
+
+
+def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(growing):
+    growing.add(8, 10)
+    _remove(growing, 100)
+    path = growing.folder / "log" / "99.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    before = files_of(growing.work)
+    with pytest.raises(UserError, match=r"99.parquet' has changed since the features were built from it"):
+        growing.extend(LATER)
+    path.write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"99.parquet' can't be used any more \('.*' is not a readable Parquet file"):
+        growing.extend(LATER, **SKIP)
+    assert files_of(growing.work) == before
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_events_of_a_file_that_is_gone_do_not_count_twice_under_another_name(growing, merged):
+    growing.add(8, 10)
+    old, new = (growing.folder / "events" / f"{number}.parquet" for number in (98, 97))
+    if merged:
+        pq.write_table(pa.concat_tables(map(pq.read_table, (old, new))), new)
+        old.unlink()
+    else:
+        old.rename(old.with_name("renamed.parquet"))
+    name = "97" if merged else "renamed"
+    with pytest.raises(
+        UserError, match=rf"{name}.parquet' holds events 'purchases' of the time of '.*98.parquet', which is gone"
+    ):
+        growing.extend(LATER)
+
+
+def test_requests_of_a_file_that_is_gone_do_not_count_twice_under_another_name(growing):
+    growing.add(8, 10)
+    (growing.folder / "log" / "98.parquet").rename(growing.folder / "log" / "renamed.parquet")
+    with pytest.raises(UserError, match=r"row \d+ of '.*renamed.parquet' was requested .* hold requests up to"):
+        growing.extend(LATER)
+
+
+def test_new_files_have_the_types_of_those_that_are_gone(growing):
+    growing.add(8, 10)
+    _remove(growing, 100)
+    _remove(growing, 99)
+    _remove(growing, 98)
+    path = growing.folder / "log" / "97.parquet"
+    table = pq.read_table(path)
+    items = pa.array([str(each) for each in table["item"].to_pylist()])
+    pq.write_table(table.set_column(table.column_names.index("item"), "item", items), path)
+    message = r"column 'item' changes its type: int64 in the fitted features, string in '.*97.parquet'; write all"
+    with pytest.raises(UserError, match=message):
+        growing.extend(LATER)
+    growing.add(10, 12.1)
+    extended = growing.extend(LATER, **SKIP)
+    assert [Path(each["file"]).name for each in extended.prepared.manifest["left_out"]] == ["97.parquet"]
+
+
+# Files that were left out
+
+
+def _spoil(path: Path, how: str) -> bytes:
+    """Makes a file one that can't be opened, or read; returns the whole one."""
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        table = pq.read_table(path)
+        wrong = pa.array([7.0] * table.num_rows)
+        pq.write_table(table.set_column(table.column_names.index("click"), "click", wrong), path)
+    return whole
+
+
+def _left_out(prepared: Prepared) -> list[str]:
+    return [Path(each["file"]).name for each in prepared.manifest["left_out"]]
+
+
+@pytest.mark.parametrize("how", ["cut", "label"])
+def test_a_file_that_was_left_out_is_removed(tmp_path, how):
+    log = Growing(tmp_path)
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        log.add(start, end)
+    _spoil(log.folder / "log" / "99.parquet", how)
+    assert _left_out(log.prepare(**SKIP)) == ["99.parquet"]
+    log.add(8, 9)
+    assert _left_out(log.extend(LATER, **SKIP).prepared) == ["99.parquet"]
+    (log.folder / "log" / "99.parquet").unlink()
+    assert _existing(log, LATER) is not None
+    assert log.extend(LATER) is None
+    log.add(9, 12.1)
+    extended = log.extend(LATER)
+    assert _left_out(extended.prepared) == []
+    assert extended.gone == []
+    assert extended.prepared.manifest["files"] == 4
+
+
+@pytest.mark.parametrize("how", ["cut", "label"])
+def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(tmp_path, how):
+    """As if it had come with the next day."""
+    log, other = Growing(tmp_path / "mended"), Growing(tmp_path / "other")
+    for each in (log, other):
+        each.add(0, 8)
+    log.add(8, 9)
+    path = log.folder / "log" / "99.parquet"
+    whole = _spoil(path, how)
+    log.prepare(**SKIP)
+    other.prepare()
+    path.write_bytes(whole)
+    assert _existing(log, WINDOWS) is not None  # until it is taken in
+    other.add(8, 9)
+    for each in (log, other):
+        each.add(9, 10.5)
+    # The events of that day were good, and are counted already.
+    (other.folder / "events" / "99.parquet").rename(tmp_path / "events.parquet")
+    mine, theirs = log.extend(LATER), other.extend(LATER)
+    assert mine.rows == theirs.rows
+    assert mine.files == 3
+    assert _left_out(mine.prepared) == []
+    for split in ("train", "validation"):
+        columns = ["user", "candidate", "time", "label.click"]
+        one, two = (pq.read_table(each.prepared.split(split), columns=columns) for each in (mine, theirs))
+        assert one.equals(two)
+    counted = [
+        FeaturePipeline.load(each.prepared.serving).memory_encoders["item_click"].memory for each in (mine, theirs)
+    ]
+    one, two = (pa.table(each.to_columns()) for each in counted)
+    assert one.equals(two)
+
+
+@pytest.mark.parametrize("how", ["cut", "label"])
+def test_an_older_file_that_is_mended_stays_left_out_as_a_whole(tmp_path, how):
+    log = Growing(tmp_path)
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        log.add(start, end)
+    path = log.folder / "log" / "99.parquet"
+    whole = _spoil(path, how)
+    log.prepare(**SKIP)
+    path.write_bytes(whole)
+    with pytest.raises(
+        UserError, match=r"none of the \d files .*'.*99.parquet' was left out before and holds requests"
+    ):
+        log.extend(LATER)
+    log.add(8, 9)
+    extended = log.extend(LATER)
+    assert extended.rows == in_window(times_of(log.table), (START + 8 * DAY, START + 9 * DAY)).sum()
+    (left,) = extended.prepared.manifest["left_out"]
+    assert left["file"] == str(path)
+    assert "was left out before and holds requests from 2023-11-1" in left["reason"]
+    assert _existing(log, LATER) is not None, "building these features again would not take it in"
+    assert "to take it in, set another `data.work`" in left["reason"]
+    assert log.extend(LATER) is None
+    log.add(9, 12.1)
+    assert _left_out(log.extend(LATER).prepared) == ["99.parquet"]
+    assert log.extend(LATER) is None
+
+
+def test_a_file_of_two_logs_is_listed_once(tmp_path):
+    """And one that is bad is told of once, however many logs there are."""
+    log = Growing(tmp_path)
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        log.add(start, end)
+    tree = log.schema.model_dump()
+    tree["events"] = {name: {"path": str(log.folder / "events"), "time": "bought_at"} for name in ("purchases", "more")}
+    log.schema = kinds.schema_of(tree)
+    _spoil(log.folder / "log" / "99.parquet", "label")
+    (log.folder / "events" / "98.parquet").write_bytes(b"cut off")
+    prepared = log.prepare(**SKIP)
+    assert _left_out(prepared) == ["98.parquet", "99.parquet"]
+    log.add(8, 9)
+    assert _left_out(log.extend(LATER, **SKIP).prepared) == ["98.parquet", "99.parquet"]
+
+
+def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
+    growing.add(8, 9)
+    path = growing.folder / "log" / "97.parquet"
+    (growing.folder / "events" / "97.parquet").unlink()
+    before = files_of(growing.work)
+    whole = _spoil(path, "cut")
+    with pytest.raises(
+        UserError, match=r"none of the new files of the log '.*' can be used; the first: '.*97.parquet'"
+    ):
+        growing.extend(LATER, **SKIP)
+    path.write_bytes(whole)
+    _spoil(path, "label")
+    with pytest.raises(UserError, match=r"none of the 1 files .* can be used; the first: '.*97.parquet': label column"):
+        growing.extend(LATER, **SKIP)
+    assert files_of(growing.work) == before
+    path.write_bytes(whole)
+    assert growing.extend(LATER, **SKIP) is not None
+
+
+def test_a_record_of_an_earlier_version_is_refused(growing):
+    growing.add(8, 9)
+    path = growing.work / "features" / "files.json"
+    path.write_text(json.dumps([[["a", 1, "2", []]]]))
+    with pytest.raises(UserError, match=r"no record of the log's files \(files.json\) that this version reads; build"):
+        growing.extend(LATER)

@@ -1,0 +1,367 @@
+"""A build in steps: whatever it is divided into and wherever it runs, it gives what one process in memory would."""
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.log import reader as log
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing import engines, splits, steps
+from mmoe_rec.preprocessing import results as answers
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.checks import check_apart
+from mmoe_rec.preprocessing.engines import open_engine
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.settings.sections import EngineName
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    fit_in_memory,
+    log_rows,
+    random_log,
+    save_memories,
+    schema_of,
+    times_of,
+    with_requests,
+    write_log,
+)
+from tests.preprocessing.killed_builds import killed_builds
+
+SCHEMA = schema_of(ALL_KINDS)
+WINDOWS = {
+    "train": (START + DAY, START + 6 * DAY),
+    "validation": (START + 6 * DAY, START + 8 * DAY),
+    "test": (START + 8 * DAY, None),
+}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Parts, blocks and row groups of some dozen rows."""
+    monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
+    monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
+    monkeypatch.setattr(log.Log.parts, "__defaults__", (70,))
+
+
+def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
+    rows = [0, *edges, table.num_rows]
+    return [table.slice(start, end - start) for start, end in pairwise(rows)]
+
+
+def _encoded(prepared: Prepared, split: str) -> tuple[Encoded, pa.Table]:
+    table = pq.read_table(prepared.split(split))
+    return Encoded.from_arrow(table, prepared.layout), table
+
+
+def test_every_encoded_file_is_flushed_while_others_are_encoded(tmp_path, small_pieces, monkeypatch):
+    flushed: list[str] = []
+    monkeypatch.setattr(steps, "flush_files", lambda paths: flushed.extend(f"{p.parent.name}/{p.name}" for p in paths))
+    log_folder = write_log(tmp_path / "log", *_cut(random_log(5, rows=500), 200, 400))
+    prepared = prepare(str(log_folder), SCHEMA, WINDOWS, tmp_path / "work")
+    written = (prepared.folder / "encoded").glob("*/*.parquet")
+    assert sorted(flushed) == sorted(f"{path.parent.name}/{path.name}" for path in written)
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("rows_in_memory", [25, 200, 10**6])
+def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, strings, rows_in_memory):
+    table = random_log(5, rows=500, strings=strings)
+    source = str(write_log(tmp_path / "log", *_cut(table, 13, 240, 240, 400)))
+    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=rows_in_memory))
+    pipeline = fit_in_memory(SCHEMA, [log_rows(table, SCHEMA)], WINDOWS["train"])
+    assert prepared.layout == pipeline.layout
+    for split, window in WINDOWS.items():
+        encoded, written = _encoded(prepared, split)
+        rows: LogRows = log_rows(table, SCHEMA).filter(in_window(times_of(table), window))
+        assert_same(encoded, pipeline.encode(rows))
+        assert written["time"].cast(pa.int64()).to_pylist() == rows.times().tolist()
+    (tmp_path / "memories").mkdir()
+    save_memories(pipeline, tmp_path / "memories", int(times_of(table).max()) + 1)
+    for file in (tmp_path / "memories").iterdir():
+        kept, mine = pq.read_table(prepared.serving / file.name), pq.read_table(file)
+        assert kept.schema.metadata == mine.schema.metadata
+        for name in mine.column_names:
+            np.testing.assert_array_equal(kept[name].to_numpy(), mine[name].to_numpy(), err_msg=name)
+
+
+def test_stretches_beyond_the_last_row_forget_nothing(tmp_path):
+    """Where labels mature long after the log's end, requests right after it ask for what was known by then."""
+    late = {"label": "liked", "objective": "satisfaction", "matures_after_days": 9}
+    features = {
+        "item": ALL_KINDS["item"],
+        "n": {"kind": "counter", "task": "liked", "by": ["brand"], "window_days": [None, 0.5]},
+        "last": {"kind": "history", "task": "liked", "of": "item", "length": 2, "at_least": 0},
+    }
+    schema = schema_of(features, tasks=SCHEMA.model_dump()["tasks"] | {"liked": late})
+    source = str(write_log(tmp_path / "log", random_log(0)))
+    windows = {"train": (None, START + 9 * DAY + DAY // 2), "validation": (START + 9 * DAY + DAY // 2, None)}
+    windows = {**windows, "test": windows["validation"]}
+    few, all_at_once = (
+        prepare(source, schema, windows, tmp_path / str(rows), BuildOptions(rows_in_memory=rows))
+        for rows in (15, 10**6)
+    )
+    after = START + 10 * DAY
+    asking = log_rows(random_log(0).set_column(2, "time", pa.array([after] * 300, pa.timestamp("us", "UTC"))), schema)
+    assert_same(*(FeaturePipeline.load(each.serving).encode(asking) for each in (few, all_at_once)))
+
+
+def test_no_order_of_files_changes_state_or_encoding(tmp_path, small_pieces):
+    table = random_log(6, rows=400)
+    parts = _cut(table, 50, 120, 300)
+    one = prepare(str(write_log(tmp_path / "a", *parts)), SCHEMA, WINDOWS, tmp_path / "one")
+    other = prepare(str(write_log(tmp_path / "b", *parts[::-1])), SCHEMA, WINDOWS, tmp_path / "other")
+    assert files_of(one.serving) == files_of(other.serving)
+    for split in WINDOWS:
+        keys = [("user", "ascending"), ("time", "ascending"), ("candidate", "ascending")]
+        mine, theirs = (pq.read_table(each.split(split)).sort_by(keys) for each in (one, other))
+        assert mine.equals(theirs)
+
+
+@pytest.fixture(scope="module")
+def ray_is_running():
+    """Ray, started once as the engine starts it: it takes its time."""
+    with open_engine("ray", 2):
+        yield
+
+
+def _alike_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
+    source = str(write_log(tmp_path / "log", *_cut(with_requests(random_log(7, rows=400)), 100, 150)))
+    columns = SCHEMA.columns.model_copy(update={"request": "request"})
+    schema = SCHEMA.model_copy(update={"columns": columns})
+    alone = prepare(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
+    assert alone.manifest["requests"]["several_times"] > 10
+    options = BuildOptions(engine=engine, workers=2, rows_in_memory=300)
+    assert files_of(prepare(source, schema, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
+
+
+def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
+    table = random_log(8)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([2.0] * table.num_rows))
+    source = str(write_log(tmp_path / "log", table, wrong))
+    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(engine=engine, workers=2))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.fixture(params=["threads", "processes"])
+def two_workers(request, monkeypatch):
+    """Two workers are threads, or processes as many are."""
+    if request.param == "processes":
+        monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+        monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+
+
+def test_two_workers_change_no_byte(tmp_path, two_workers):
+    _alike_on_two_workers(tmp_path, "local")
+
+
+def test_ray_changes_no_byte(tmp_path, ray_is_running):
+    _alike_on_two_workers(tmp_path, "ray")
+
+
+def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
+    _wrong_on_two_workers(tmp_path, "local")
+
+
+def test_ray_says_what_is_wrong_with_the_log(tmp_path, ray_is_running):
+    _wrong_on_two_workers(tmp_path, "ray")
+
+
+def test_rows_that_occur_twice(tmp_path, small_pieces):
+    table = random_log(9, rows=200)
+    source = str(write_log(tmp_path / "log", table, table.slice(150, 2)))
+    with pytest.raises(
+        UserError,
+        match=r"row 0 of '.*1\.parquet' repeats request and candidate \(columns 'user', 'time' and 'item'\) "
+        r"of row 150 of '.*0\.parquet'; 2 rows of the log do so: .* data\.duplicates",
+    ):
+        prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50))
+    prepared = prepare(source, SCHEMA, WINDOWS, tmp_path, BuildOptions(rows_in_memory=50, duplicates="keep"))
+    assert prepared.manifest["rows"] == 202
+
+
+def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
+    table = random_log(9, rows=200)
+    twice = str(write_log(tmp_path / "twice", table, table.slice(150, 2)))
+    times = pa.array(times_of(table) + 40_000 * DAY).cast(table.schema.field("time").type)
+    future = str(write_log(tmp_path / "future", table.set_column(table.column_names.index("time"), "time", times)))
+    late = {name: tuple(t if t is None else t + 40_000 * DAY for t in each) for name, each in WINDOWS.items()}
+    cases = {
+        "duplicates": (twice, WINDOWS, "repeats request and candidate"),
+        "future_times": (future, late, "requests in the future"),
+    }
+    for setting, (source, windows, message) in cases.items():
+        place, keep = (source, SCHEMA, windows, tmp_path / setting), BuildOptions(**{setting: "keep"})
+        prepared = prepare(*place, keep)
+        assert existing(*place, keep) == prepared
+        assert existing(*place) is None
+        with pytest.raises(UserError, match=message):
+            prepare(*place)
+        assert existing(*place, keep) == prepared
+
+
+def test_what_was_checked_needs_no_second_look(tmp_path):
+    place = str(write_log(tmp_path / "log", random_log(9, rows=200))), SCHEMA, WINDOWS, tmp_path
+    prepared = prepare(*place)
+    assert existing(*place, BuildOptions(duplicates="keep", future_times="keep")) == prepared
+
+
+def test_times_of_two_units(tmp_path):
+    table = random_log(10, rows=200)
+    seconds = pa.array(times_of(table) // 1_000_000).cast(pa.timestamp("us", tz="UTC"))
+    wrong = table.set_column(table.column_names.index("time"), "time", seconds)
+    source = str(write_log(tmp_path / "log", table, wrong))
+    with pytest.raises(UserError, match=r"column 'time' goes from 1970-01-.*1\.parquet'\) to 20.*in one unit"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path)
+
+
+def test_files_that_turn_out_to_be_bad_are_left_out_and_recorded(tmp_path):
+    table = random_log(11, rows=300)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([7.0] * table.num_rows))
+    folder = write_log(tmp_path / "log", table.slice(0, 150), wrong, table.slice(150))
+    (folder / "9.parquet").write_bytes(b"not Parquet")
+    prepared = prepare(str(folder), SCHEMA, WINDOWS, tmp_path / "some", BuildOptions(skip_bad_files=True))
+    left_out = prepared.manifest["left_out"]
+    assert [Path(each["file"]).name for each in left_out] == ["1.parquet", "9.parquet"]
+    assert "holds 7" in left_out[0]["reason"]
+    good = write_log(tmp_path / "good", table.slice(0, 150), table.slice(150))
+    whole = prepare(str(good), SCHEMA, WINDOWS, tmp_path / "whole")
+    assert files_of(prepared.folder / "encoded") == files_of(whole.folder / "encoded")
+    assert files_of(prepared.serving) == files_of(whole.serving)
+    again = prepare(str(folder), SCHEMA, WINDOWS, tmp_path / "some", BuildOptions(skip_bad_files=True))
+    assert again.manifest == prepared.manifest
+
+
+def test_features_that_leave_out_a_bad_file_do_not_stand_where_none_may_be_skipped(tmp_path):
+    table = random_log(11, rows=300)
+    wrong = table.set_column(table.column_names.index("click"), "click", pa.array([7.0] * table.num_rows))
+    folder = write_log(tmp_path / "log", table.slice(0, 150), wrong, table.slice(150))
+    place = str(folder), SCHEMA, WINDOWS, tmp_path / "work"
+    skipping = BuildOptions(skip_bad_files=True)
+    prepared = prepare(*place, skipping)
+    assert existing(*place) is None
+    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' .* holds 7"):
+        prepare(*place)
+    # What was built stays, and stands where bad files may be skipped.
+    assert existing(*place, skipping) == prepared
+    (folder / "1.parquet").unlink()
+    rest = prepare(*place)
+    assert rest.manifest["left_out"] == []
+    assert existing(*place) == rest
+
+
+def test_builds_killed_at_random_moments_leave_nothing_that_is_read(tmp_path):
+    assert killed_builds(tmp_path, kills=3) >= 3
+
+
+def test_a_log_that_takes_in_what_is_built_is_refused_before_anything_is(tmp_path):
+    source = write_log(tmp_path / "log", random_log(0, 300))
+    events = {"purchases": {"path": str(tmp_path), "time": "time"}}
+    inside, apart = source / "work", tmp_path / "apart"
+    own = r"`data.log` '.*/log' takes in what is written to `data.work` '.*/log/work'.*set `data.work` to a folder that"
+    theirs = r"`data.events.purchases.path` '.*' takes in what is written to `data.work` '.*/apart'"
+    for schema, work, message in ((SCHEMA, inside, own), (schema_of(ALL_KINDS, events=events), apart, theirs)):
+        for built in (prepare, existing, extend):
+            with pytest.raises(UserError, match=message):
+                built(str(source), schema, WINDOWS, work)
+        assert not work.exists()
+
+
+def test_no_pattern_takes_in_any_file_of_what_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
+    schema = schema_of(ALL_KINDS, columns=columns)
+    table = with_requests(random_log(0, 300), spread=1)
+    built = prepare(str(write_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work")
+    files = [file.relative_to(tmp_path / "work") for file in built.folder.rglob("*.parquet")]
+    assert {file.parts[1] for file in files} == {"counts", "encoded", "requests", "serving"}
+    shutil.rmtree(tmp_path / "work")
+    for file in files:
+        name = "part-*.parquet" if file.name.startswith("part-") else "*.parquet"
+        pattern = "/".join(["work", *("*" for _ in file.parents[1:]), name])
+        with pytest.raises(UserError, match=r"takes in what is written to `data\.work` 'work'"):
+            check_apart(pattern, schema, Path("work"))
+    # Logs may lie beside what is written.
+    check_apart("work/*/*.parquet", schema, Path("work"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"user": "(time)", "item": "(event)", "brand": "a.b", "price": "a", "tags": "a.b.c", "time": "row"},
+        {"user": "key", "item": "known", "brand": "time", "price": "label", "tags": "value", "time": "0"},
+        {"user": "der\nNutzer", "item": "'item'", "brand": 'a "b"', "price": " ", "tags": "ключ/🙂", "time": "\\t"},
+        {"user": "element", "item": "list", "brand": "{brand}", "price": "%s", "tags": "*", "age": "id.item"},
+    ],
+)
+def test_names_of_columns_change_nothing(tmp_path, names):
+    events = random_log(1, 200).rename_columns({"time": "at"})
+    features = ALL_KINDS | {
+        "bought": {"kind": "history", "events": "bought", "of": "item"},
+        "brand_bought": {
+            "kind": "counter",
+            "events": "bought",
+            "by": ["user", "brand"],
+            "outputs": ["rows", "recency"],
+        },
+    }
+    prepared = []
+    for renamed in ({}, names):
+        folder = tmp_path / str(len(prepared))
+        source = write_log(folder / "log", _renamed(random_log(0, 300), renamed))
+        bought = write_log(folder / "bought", _renamed(events, renamed))
+        tree = schema_of(features, events={"bought": {"path": str(bought), "time": "at"}}).model_dump(mode="json")
+        schema = kinds.schema_of(_with_columns(tree, renamed))
+        prepared.append(prepare(str(source), schema, WINDOWS, folder / "work"))
+    plain, odd = prepared
+    for split in WINDOWS:
+        assert_same(_encoded(plain, split)[0], _encoded(odd, split)[0])
+        assert _encoded(plain, split)[1].equals(_encoded(odd, split)[1])
+    for role in ("user", "candidate"):
+        plain_latest, odd_latest = (pq.read_table(each.serving / f"latest.{role}.parquet") for each in prepared)
+        assert odd_latest.equals(_renamed(plain_latest, names))
+
+
+def _renamed(table: pa.Table, names: dict[str, str]) -> pa.Table:
+    return table.rename_columns([names.get(name, name) for name in table.column_names])
+
+
+def _with_columns(tree: Any, names: dict[str, str]) -> Any:
+    """A schema's tree with other names of columns, wherever one is named."""
+    naming = {"column", "columns", "by", "user", "candidate", "context", "placement", "time", "label"}
+
+    def change(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: change(name, each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [change(key, each) for each in value]
+        return names.get(value, value) if key in naming and isinstance(value, str) else value
+
+    return change("", tree)
+
+
+def test_an_error_beside_the_steps_ends_the_build_and_leaves_nothing(tmp_path, monkeypatch):
+    def disk_full(counted: object, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = str(write_log(tmp_path / "log", random_log(5, rows=500)))
+    monkeypatch.setattr("mmoe_rec.preprocessing.prepare.save_latest", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work")
+    assert not list((tmp_path / "work").iterdir())

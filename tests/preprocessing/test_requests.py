@@ -1,0 +1,330 @@
+"""One request has one time, its first, wherever its rows lie; a request of several users is refused."""
+
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.log import reader as log
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.preprocessing import count, request_summaries, requests, splits, steps
+from mmoe_rec.preprocessing import results as answers
+from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
+from mmoe_rec.report.formatting import requests_told
+from mmoe_rec.settings.schema import Schema
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    at_times,
+    files_of,
+    random_log,
+    schema_of,
+    times_of,
+    with_requests,
+    write_log,
+)
+
+COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
+SCHEMA = schema_of(ALL_KINDS, columns=COLUMNS)
+WINDOWS = {
+    "train": (START + DAY, START + 6 * DAY),
+    "validation": (START + 6 * DAY, START + 8 * DAY),
+    "test": (START + 8 * DAY, None),
+}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, blocks and row groups of some dozen rows."""
+    for module in (steps, count, requests, request_summaries):
+        monkeypatch.setattr(module, "ROWS_PER_PART", 60)
+    monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
+    monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
+
+
+def _with_first_times(table: pa.Table) -> pa.Table:
+    """The same with each request's first time in all its rows, by pandas."""
+    frame = pd.DataFrame({"request": table["request"].to_pylist(), "time": times_of(table)})
+    return at_times(table, frame.groupby("request")["time"].transform("min").to_numpy())
+
+
+def _cut(table: pa.Table, rows: int) -> list[pa.Table]:
+    return [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
+
+
+def _build(folder: Path, *tables: pa.Table, schema: Schema = SCHEMA, **options: Any) -> Prepared:
+    source = str(write_log(folder / "log", *tables))
+    return prepare(source, schema, WINDOWS, folder / "work", BuildOptions(**options))
+
+
+def _encoded_and_state(prepared: Prepared) -> dict[str, bytes]:
+    return files_of(prepared.folder / "encoded") | files_of(prepared.serving)
+
+
+def test_recency_alone_says_nothing_of_random_clicks(tmp_path: Path) -> None:
+    """With one click a request, a row that sees its own request's clicks knows that it has none."""
+    rng, count, size = np.random.default_rng(0), 1500, 4
+    request = np.repeat(np.arange(count), size)
+    clicked = np.zeros((count, size))
+    clicked[np.arange(count), rng.integers(0, size, count)] = 1
+    start = START + np.repeat(rng.integers(0, 10 * DAY, count), size)
+    table = pa.table(
+        {
+            "user": rng.integers(0, 40, count)[request],
+            "item": rng.permuted(np.tile(np.arange(20), (count, 1)), axis=1)[:, :size].ravel(),
+            "request": request,
+            "time": pa.array(start + np.tile(np.arange(size), count) * 1_000_000).cast(UTC_MICROSECONDS),
+            "click": clicked.ravel(),
+        }
+    )
+    features = {"recency": {"kind": "counter", "task": "click", "by": ["user"], "outputs": ["recency"]}}
+    tasks = {"click": {"label": "click", "objective": "engagement"}}
+    prepared = _build(tmp_path, table, schema=schema_of(features, columns=COLUMNS, tasks=tasks, roles={}))
+    rows = pq.read_table(prepared.split("test"), columns=["dense.recency_recency", "label.click"])
+    recency, label = (column.to_numpy() for column in rows.columns)
+    assert abs(roc_auc_score(label, recency) - 0.5) < 0.05
+    assert prepared.manifest["requests"] | {"several_times": count} == prepared.manifest["requests"]
+
+
+@pytest.mark.parametrize(("workers", "rows_in_memory", "rows"), [(1, 20, 37), (2, 150, 11), (1, 10**6, 400)])
+def test_all_is_that_of_a_log_with_the_first_times(
+    tmp_path: Path, small_pieces: None, workers: int, rows_in_memory: int, rows: int
+) -> None:
+    """Features, splits, labels, statistics, latest attributes and memories, to the last byte."""
+    table = with_requests(random_log(3))
+    options = {"workers": workers, "rows_in_memory": rows_in_memory}
+    found = _build(tmp_path / "found", *_cut(table, rows), **options)
+    expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), rows), **options)
+    assert _encoded_and_state(found) == _encoded_and_state(expected)
+    told, plain = found.manifest["requests"], expected.manifest["requests"]
+    frame = pd.DataFrame({"request": table["request"].to_pylist(), "time": times_of(table)}).groupby("request")["time"]
+    assert told["count"] == plain["count"] == frame.ngroups
+    assert (told["several_times"], plain["several_times"]) == ((frame.nunique() > 1).sum(), 0)
+    assert told["longest_microseconds"] == (frame.max() - frame.min()).max()
+    assert requests_told(plain) is None
+    assert requests_told(told) == (
+        f"{told['several_times']} of {told['count']} requests have rows of several times, up to 48.0 hours apart: all "
+        "rows of a request take its first time; are ids used again?"
+    )
+
+
+def test_a_request_may_have_most_of_the_rows(tmp_path: Path, small_pieces: None) -> None:
+    table = random_log(4)
+    request = np.where(np.arange(table.num_rows) % 7 < 6, -1, np.arange(table.num_rows))
+    table = table.append_column("request", pa.array(request)).set_column(0, "user", pa.array(np.full(len(request), 5)))
+    options = {"rows_in_memory": 20, "duplicates": "keep"}
+    found = _build(tmp_path / "found", *_cut(table, 90), **options)
+    expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), 90), **options)
+    assert _encoded_and_state(found) == _encoded_and_state(expected)
+
+
+def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_path: Path) -> None:
+    table = with_requests(random_log(3))
+    state = _build(tmp_path / "other", _with_first_times(with_requests(random_log(5)))).serving
+    encoded = []
+    for name, rows in (("found", table), ("expected", _with_first_times(table))):
+        logs = Logs(str(write_log(tmp_path / name, *_cut(rows, 100))), SCHEMA, BuildOptions())
+        encode_with(state, logs, {"test": WINDOWS["test"]}, tmp_path / f"{name}.encoded")
+        encoded.append(files_of(tmp_path / f"{name}.encoded"))
+    assert encoded[0] == encoded[1]
+
+
+@pytest.mark.parametrize(
+    ("split", "between"),
+    [("validation", "split.train_end and split.validation_end"), ("test", "split.validation_end and split.test_end")],
+)
+def test_a_split_without_rows_is_told_by_its_own_bounds(tmp_path: Path, split: str, between: str) -> None:
+    table = with_requests(random_log(3))
+    state = _build(tmp_path / "other", table).serving
+    logs = Logs(str(write_log(tmp_path / "log", table)), SCHEMA, BuildOptions())
+    with pytest.raises(UserError, match=f"the {split} split is empty: .* has no request between {between}$"):
+        encode_with(state, logs, {split: (0, 1)}, tmp_path / "encoded")
+    assert not (tmp_path / "encoded").exists()
+
+
+def test_the_first_time_is_not_that_of_a_file_left_out(tmp_path: Path) -> None:
+    table = with_requests(random_log(3))
+    bad = table.slice(0, 120)
+    bad = bad.set_column(bad.column_names.index("click"), "click", pa.array(np.full(120, 7.0)))
+    rest = table.slice(120)
+    found = _build(tmp_path / "found", bad, *_cut(rest, 90), skip_bad_files=True)
+    assert len(found.manifest["left_out"]) == 1
+    expected = _build(tmp_path / "expected", *_cut(_with_first_times(rest), 90))
+    assert _encoded_and_state(found) == _encoded_and_state(expected)
+
+
+def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -> None:
+    table = random_log(3).slice(0, 40).append_column("request", pa.array(np.repeat(np.arange(10), 4)))
+    table = table.set_column(0, "user", pa.array(np.repeat(np.arange(10), 4)))
+    times = START + np.repeat(np.arange(10), 4) * DAY + np.where(np.arange(40) == 6, 5_000_000, 0)
+    log_folder = write_log(tmp_path / "log", at_times(table, times).slice(0, 5), at_times(table, times).slice(5))
+    place = str(log_folder), SCHEMA, WINDOWS, tmp_path / "work"
+    keep = BuildOptions(duplicates="keep")
+    refused = BuildOptions(duplicates="keep", several_times="error")
+    prepare(*place, keep)
+    assert existing(*place, keep) is not None
+    assert existing(*place, refused) is None
+    with pytest.raises(UserError) as caught:
+        prepare(*place, refused)
+    assert str(caught.value) == (
+        f"request 1 (column 'request') has time 2023-11-15T22:13:20+00:00 in row 4 of '{log_folder}/0.parquet' and "
+        f"time 2023-11-15T22:13:25+00:00 in row 1 of '{log_folder}/1.parquet'; 1 request has rows of several times: "
+        "write the request's time into all its rows, or set data.several_times to first, which takes the first for all"
+    )
+    assert existing(*place, keep) is not None
+
+
+def _of_several_users() -> pa.Table:
+    """Users number their requests themselves."""
+    table = with_requests(random_log(3))
+    frame = pd.DataFrame({"user": table["user"].to_pylist(), "request": table["request"].to_pylist()})
+    own = frame.groupby("user")["request"].transform(lambda each: pd.factorize(each, sort=True)[0])
+    return table.set_column(table.column_names.index("request"), "request", pa.array(own.to_numpy()))
+
+
+def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: None) -> None:
+    table = _of_several_users()
+    frame = pd.DataFrame({"user": table["user"].to_pylist(), "request": table["request"].to_pylist()})
+    mixed = frame.groupby("request")["user"].nunique() > 1
+    with pytest.raises(UserError) as caught:
+        _build(tmp_path, *_cut(table, 100))
+    place = r"user (-?\d+) in row (\d+) of '([^']+)'"
+    found = re.fullmatch(
+        rf"request (\d+) \(column 'request'\) has {place} and {place}; (\d+) requests have rows of several users, but "
+        r"a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
+        r"are a user's own",
+        str(caught.value),
+    )
+    assert found is not None
+    request, *rows, count = found.groups()
+    assert int(count) == mixed.sum()
+    for user, row, file in (rows[:3], rows[3:]):
+        told = pq.read_table(file).slice(int(row), 1).to_pylist()[0]
+        assert (told["user"], told["request"]) == (int(user), int(request))
+    assert rows[0] != rows[3]
+
+
+def test_ids_of_a_user_make_requests_with_the_user(tmp_path: Path, small_pieces: None) -> None:
+    own = SCHEMA.model_copy(update={"columns": SCHEMA.columns.model_copy(update={"request_scope": "user"})})
+    found = _build(tmp_path / "found", *_cut(_of_several_users(), 100), schema=own)
+    expected = _build(tmp_path / "expected", *_cut(with_requests(random_log(3)), 100))
+    for split in WINDOWS:
+        one, other = (pq.read_table(each.split(split)) for each in (found, expected))
+        assert one.drop_columns(["request"]) == other.drop_columns(["request"])
+        pairs = set(zip(one["request"].to_pylist(), other["request"].to_pylist(), strict=True))
+        assert len(pairs) == len(set(one["request"].to_pylist())) == len(set(other["request"].to_pylist()))
+    assert found.manifest["requests"] == expected.manifest["requests"]
+
+
+def test_without_a_request_column_there_is_nothing_to_find(tmp_path: Path) -> None:
+    prepared = _build(tmp_path, random_log(3), schema=schema_of(ALL_KINDS))
+    assert prepared.manifest["requests"] is None
+    assert not (prepared.folder / "requests").exists()
+
+
+def test_the_reader_is_small_and_goes_to_other_processes(tmp_path: Path) -> None:
+    table = with_requests(random_log(3))
+    logs = Logs(str(write_log(tmp_path / "log", *_cut(table, 100))), SCHEMA, BuildOptions())
+    with steps.Steps(logs, WINDOWS, tmp_path / "scratch") as build:
+        build.count(statistics=False)
+        sent = pickle.dumps(build._reader)
+        assert len(sent) < 5_000
+        reader = pickle.loads(sent)
+        times = np.concatenate([rows.times() for part in logs.log.parts(80) for rows in reader.read(part)])
+    np.testing.assert_array_equal(times, times_of(_with_first_times(table)))
+
+
+class _Days:
+    """Nine days, to which files are added."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.table = with_requests(random_log(6, rows=400, days=12), spread=DAY // 24)
+        self.first = times_of(_with_first_times(self.table))
+        self.old = self.table.filter(pa.array(self.first < START + 9 * DAY))
+        self.new = self.table.filter(pa.array(self.first >= START + 9 * DAY))
+        self.last = int(self.first[self.first < START + 9 * DAY].max())
+
+    def extend(self, new: pa.Table, old: pa.Table | None = None, options: BuildOptions = DEFAULTS) -> Prepared:
+        self.before = _build(self.folder, self.old if old is None else old)
+        pq.write_table(new, self.folder / "log" / "new.parquet")
+        extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options)
+        assert extended is not None
+        return extended.prepared
+
+
+def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    late = np.flatnonzero((times_of(days.old) > times_of(_with_first_times(days.old))) & (times_of(days.old) > START))
+    late = late[-7:]
+    rest = np.setdiff1d(np.arange(days.old.num_rows), late)
+    moved = days.old.take(pa.array(late))
+    prepared = days.extend(pa.concat_tables([moved, days.new]), days.old.take(pa.array(rest)))
+    told = prepared.manifest["requests"]
+    assert (told["continued"], told["continued_rows"]) == (len(set(moved["request"].to_pylist())), 7)
+    whole = pd.DataFrame({"request": days.table["request"].to_pylist(), "time": times_of(days.table)})
+    assert told["count"] == whole["request"].nunique()
+    assert told["several_times"] == (whole.groupby("request")["time"].nunique() > 1).sum()
+    assert prepared.manifest["splits"]["test"]["rows"] == days.new.num_rows
+    encoded = pq.read_table(prepared.split("test"))["request"].to_pylist()
+    assert set(encoded) == set(days.new["request"].to_pylist())
+
+
+def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    again = days.new.slice(0, 20)
+    for column in ("user", "request"):
+        values = days.old[column].slice(0, 20).combine_chunks()
+        again = again.set_column(again.column_names.index(column), column, values)
+    again = at_times(again, times_of(again) + np.arange(20))
+    with pytest.raises(UserError) as caught:
+        days.extend(again, options=BuildOptions(duplicates="keep"))
+    assert str(caught.value) == (
+        "all 20 new rows belong to requests of the files before, by column 'request', so none of them would be "
+        "encoded: give each request an id of its own if ids were used again, or add these rows together with those of "
+        "new requests"
+    )
+
+
+def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    early = at_times(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
+    with pytest.raises(UserError, match=r"^row 0 of '.*new.parquet' was requested .* is no longer remembered; build"):
+        days.extend(pa.concat_tables([early, days.new]))
+
+
+def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> None:
+    """Ids that begin anew each day are no requests of days before."""
+    days = _Days(tmp_path)
+    again = days.new.set_column(
+        days.new.column_names.index("request"), "request", pa.array(np.zeros(days.new.num_rows, int))
+    )
+    user = days.old["user"].to_pylist()[days.old["request"].to_pylist().index(0)]
+    other = pa.array([each for each in set(days.new["user"].to_pylist()) if each != user][:1] * 2)
+    again = again.slice(0, 2).set_column(0, "user", other)
+    with pytest.raises(UserError) as caught:
+        days.extend(pa.concat_tables([again, days.new]))
+    assert "request 0 (column 'request') has another user in the files before and user" in str(caught.value)
+    assert days.before.manifest["rows"] == days.old.num_rows  # all stays
+
+
+def test_a_lost_record_of_requests_is_named(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    days.before = _build(tmp_path, days.old)
+    shutil.rmtree(days.before.folder / "requests")
+    pq.write_table(days.new, tmp_path / "log" / "new.parquet")
+    with pytest.raises(UserError, match=r"features/requests' is damaged: .*; build the features anew$"):
+        extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work")

@@ -1,0 +1,285 @@
+"""Tables that go on with new files, and tables made anew of all files, are the same to the last byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.jobs.features import build_features
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing.added.tables import Tables, advanced, made_anew, taken_by
+from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.settings.load import load_settings
+from pipelines.make_synthetic_log import Plan, make_log
+from tests.log.small_logs import DAY, START, times_of
+from tests.point_in_time.compared_logs import _LACKS, _small_pieces
+from tests.point_in_time.drawn_logs import DrawnLog, draw
+from tests.preprocessing.growing_log import LATER_DAYS, Growing, windows_of
+
+
+def features_of(prepared: Prepared, folder: Path) -> Path:
+    """What an artifact holds of features."""
+    shutil.copytree(prepared.serving, folder)
+    shutil.copyfile(prepared.folder / "files.json", folder / "files.json")
+    if (prepared.folder / "requests").is_dir():
+        shutil.copytree(prepared.folder / "requests", folder / "requests")
+    return folder
+
+
+class Served:
+    """The features of a model, whose tables move on in a folder of their own at each step."""
+
+    def __init__(self, prepared: Prepared, folder: Path, source: str, options: BuildOptions) -> None:
+        self.folder, self.source, self.options, self.number = folder, source, options, 0
+        folder.mkdir()
+        self.features = features_of(prepared, folder / "0")
+        self.last = prepared.manifest["request_microseconds"][1]
+        self.schema = kinds.schema_of(schema_in(prepared))
+
+    def logs(self, taken: Taken | None = None) -> Logs:
+        return Logs(
+            self.source, self.schema, self.options, None if taken is None else [log.types for log in taken.logs]
+        )
+
+    def go_on(self) -> Tables | None:
+        taken = taken_by(self.features)
+        assert taken is not None
+        self.number += 1
+        out = self.folder / f"{self.number}"
+        out.mkdir()
+        made = advanced(self.features, self.last, self.logs(taken), taken, out)
+        if made is not None:
+            self.features, self.last = out, made.as_of
+        return made
+
+    def anew(self, until: int | None = None) -> tuple[Path, Tables]:
+        out = self.folder / f"anew {until}"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return out, made_anew(self.folder / "0", self.logs(), out, until)
+
+
+def schema_in(prepared: Prepared) -> dict:
+    return json.loads((prepared.serving / "pipeline.json").read_text())["schema"]
+
+
+def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int:
+    """All that lies in both folders is the same; gives the rows of memories that were compared.
+
+    How a memory or the requests are divided into files does not matter.
+    """
+    names = {path.name for path in one.iterdir()} | {path.name for path in other.iterdir()}
+    compared = 0
+    for name in sorted(names - set(but)):
+        mine, its = one / name, other / name
+        if mine.suffix == ".json":
+            assert mine.read_bytes() == its.read_bytes() or name == "files.json", name
+            continue
+        tables = [pq.read_table(each) for each in (mine, its)]
+        if name == "requests":
+            tables = [each.drop_columns(["rows"]).sort_by("request") for each in tables]  # rows of the last step
+        assert tables[0].schema.equals(tables[1].schema, check_metadata=True), name
+        assert tables[0].equals(tables[1]), name
+        compared += len(tables[0]) * name.endswith(".memory")
+    if "files.json" in names - set(but):
+        mine, its = (
+            [{each.address: each for each in log.files.values()} for log in Taken.read(each).logs]
+            for each in (one, other)
+        )
+        assert mine == its
+        assert Taken.read(one).digest == Taken.read(other).digest
+    return compared
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    days=LATER_DAYS,
+    rows_in_memory=st.sampled_from([40, 10**6]),
+    workers=st.sampled_from([1, 2]),
+    strings=st.booleans(),
+    as_of_days=st.sampled_from([0, 0, 1.5]),
+)
+def test_going_on_day_by_day_gives_what_all_days_give(
+    tmp_path_factory, seed, days, rows_in_memory, workers, strings, as_of_days
+):
+    """Items that have become frequent later than training stay in their buckets, and events may be days late."""
+    log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
+    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep", "workers": workers, "as_of_days": as_of_days}
+    prepared = log.prepare_first_days(**options)
+    served = Served(prepared, log.folder / "served", log.source, BuildOptions(**options))
+    for start, end in days:
+        window = (START + int(start * DAY), START + int(end * DAY))
+        rows, events = (int(in_window(each, window).sum()) for each in (times_of(log.table), log.written))
+        log.add(start, end)
+        made = served.go_on()
+        assert (made is None) == (rows + events == 0)
+        if made is not None:
+            assert (made.rows, made.events) == (rows, events)
+    anew, all_of_it = served.anew()
+    assert assert_same_tables(served.features, anew) > 0 or all_of_it.rows == 0
+    assert served.last == all_of_it.as_of == int(times_of(log.table).max())
+    # A fresh build has other vocabularies, and the same memories but for those of table rows.
+    whole = log.prepare("whole", **options)
+    same_ids = ids_of(whole.serving) == ids_of(anew)
+    for name in sorted(path.name for path in whole.serving.glob("*.memory")):
+        mine, its = (pq.read_table(each / name) for each in (served.features, whole.serving))
+        if same_ids or "item" not in mine.column_names:
+            assert mine.equals(its), name
+    for name in ("latest.user.parquet", "latest.candidate.parquet", "latest.candidate.times.parquet"):
+        assert pq.read_table(served.features / name).equals(pq.read_table(whole.serving / name))
+
+
+def ids_of(features: Path) -> list:
+    pipeline = FeaturePipeline.load(features, memories=False)
+    return [owner.vocabulary.ids.to_pylist() for owner in pipeline.owners.values()]
+
+
+def _drawn(seeds: range) -> list[int]:
+    return [seed for seed in seeds if draw(seed).stages > 1]
+
+
+@pytest.mark.parametrize("seed", _drawn(range(4000, 4120)))
+def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> None:
+    """Among them rows of a request that come with a later stage, regressions, late labels, events of any time."""
+    drawn = draw(seed)
+    drawn.settings["events"]["bought"]["path"] = str(tmp_path / "events")
+    schema, options = kinds.schema_of(drawn.settings), BuildOptions(**drawn.options)
+    with _small_pieces(drawn):
+        served = _steps(drawn, tmp_path, schema, options)
+        if served is None:
+            return
+        anew, _ = served.anew()
+        assert_same_tables(served.features, anew)
+
+
+def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> Served | None:
+    served = None
+    for stage in range(drawn.stages):
+        drawn.write(folder, stage)
+        try:
+            if served is None:
+                prepared = prepare(str(folder / "log"), schema, drawn.windows, folder / "work", options)
+                served = Served(prepared, folder / "served", str(folder / "log"), options)
+            else:
+                served.go_on()
+        except UserError as error:
+            if served is None and any(lack in str(error) for lack in _LACKS):
+                return None
+            raise
+    return served
+
+
+def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -> None:
+    """Items that have become frequent stay in their buckets; an extension of the features gives them rows."""
+    log = Growing.of_eight_days(tmp_path)
+    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    known = ids_of(served.features)
+    log.add(8, 12)
+    served.go_on()
+    log.extend(windows_of(10, 11))
+    assert ids_of(log.work / "features" / "serving") != known == ids_of(served.features)
+    mine, its = (pq.read_table(each / "bought.memory") for each in (served.features, log.work / "features" / "serving"))
+    assert mine.select(["key", "known"]).equals(its.select(["key", "known"]))
+    assert not mine.equals(its)
+    assert_same_tables(served.features, served.anew()[0])
+
+
+def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
+    log = Growing.of_eight_days(tmp_path)
+    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    log.add(8, 12)
+    late = log.folder / "log" / "99.parquet"
+    rows = pq.read_table(late)
+    late.unlink()
+    before, last = served.features, served.last
+    made = served.go_on()
+    assert made is not None
+    assert (made.rows, served.last) == (0, last)
+    assert made.events > 0
+    assert not pq.read_table(before / "n.memory").equals(pq.read_table(served.features / "n.memory"))
+    anew = served.anew()[0]
+    assert_same_tables(served.features, anew)
+    pq.write_table(rows, late)
+    served.go_on()
+    assert_same_tables(served.features, served.anew()[0])
+    assert served.go_on() is None
+
+
+def test_the_order_of_days_that_come_at_once_does_not_matter(tmp_path: Path) -> None:
+    log = Growing.of_eight_days(tmp_path)
+    options = BuildOptions()
+    slowly = Served(Prepared(log.work / "features"), tmp_path / "slowly", log.source, options)
+    at_once = Served(Prepared(log.work / "features"), tmp_path / "at once", log.source, options)
+    for day in (8, 9, 10, 11):
+        log.add(day, day + 1)
+        slowly.go_on()
+    at_once.go_on()
+    assert_same_tables(slowly.features, at_once.features)
+
+
+@pytest.mark.parametrize("until", [6.1, 8.0, 9.7, 99])
+def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: float) -> None:
+    """As if the log had ended then; requests of a moment that is the edge itself don't count."""
+    log = Growing.of_eight_days(tmp_path)
+    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    log.add(8, 12)
+    moment = START + int(until * DAY)
+    frozen, made = served.anew(moment)
+    assert not (frozen / "files.json").exists()
+    for folder, column in (("log", "time"), ("events", "bought_at")):
+        for path in (log.folder / folder).glob("*.parquet"):
+            table = pq.read_table(path)
+            pq.write_table(table.filter(pa.array(table[column].cast(pa.int64()).to_numpy() < moment)), path)
+    whole, its = served.anew()
+    assert (made.rows, made.events, made.as_of) == (its.rows, its.events, its.as_of)
+    assert assert_same_tables(frozen, whole, but=("files.json", "requests")) > 50
+
+
+def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
+    log = Growing.of_eight_days(tmp_path)
+    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    log.add(8, 9)
+    made = served.go_on()
+    assert made is not None
+    assert made.journal is None
+    for number, day in ((7, 9), (12, 10)):
+        log.add(day, day + 1)
+        newest = log.folder / "log" / f"{100 - log.count + 1}.parquet"
+        newest.rename(newest.with_name(f"journal-{'ab' * 16}-{number:08d}.parquet"))
+    made = served.go_on()
+    assert made is not None
+    assert made.journal == {"id": "ab" * 16, "through": 12}
+
+
+def test_the_synthetic_log(tmp_path: Path) -> None:
+    """Requests with ids, late labels, and users and items that the model has not seen."""
+    plan = Plan(rows=20_000, users=400, candidates=900, days=60, seed=3)
+    make_log(plan, tmp_path / "all")
+    files, log = sorted((tmp_path / "all").glob("**/*.parquet")), tmp_path / "log"
+    assert len(files) == plan.days
+    log.mkdir()
+    place = ["--data.log", str(log), "--data.work", str(tmp_path / "work")]
+    settings = load_settings("configs/synthetic.yaml", place)
+    served: Served | None = None
+    for first, last in ((0, 54), (54, 55), (55, 59), (59, 60)):
+        for path in files[first:last]:
+            shutil.copyfile(path, log / path.name)
+        if served is None:
+            served = Served(build_features(settings), tmp_path / "served", str(log), BuildOptions())
+        else:
+            assert served.go_on() is not None
+    assert served is not None
+    assert assert_same_tables(served.features, served.anew()[0]) > 10_000

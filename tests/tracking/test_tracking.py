@@ -1,0 +1,343 @@
+"""Runs, the registry, and what is said of addresses that lead nowhere."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.tracking import registry, runs
+from tests.inference.small_model import SmallModel
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    return SmallModel(Path(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'deep' / 'mlflow.db'}"
+
+
+def folder_of(uri: str) -> Path:
+    store = runs.sqlite_file(uri)
+    assert store is not None
+    return store.parent
+
+
+def test_records_a_run_beside_the_database(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    import matplotlib.pyplot as plt
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.txt").write_text("x")
+    with runs.open_run(uri, "first", run_name="one") as run:
+        run.log_params({"model": {"experts": {"count": 4}}, **{f"p{i}": i for i in range(250)}})
+        run.log_metrics({"auc": 0.5}, step=1)
+        run.log_metrics({"auc": 0.75}, step=2)
+        run.log_text("hello", "notes/hello.txt")
+        run.log_dict({"a": 1}, "a.json")
+        run.log_figure(plt.figure(), "plots/empty.png")
+        run.log_artifact(tmp_path / "plan.txt")
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.txt"]
+    assert {path.name for path in folder_of(uri).iterdir()} >= {"mlflow.db", "mlartifacts"}
+    recorded = mlflow.get_run(run.run_id)
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.params["model.experts.count"] == "4"
+    assert len(recorded.data.params) == 251
+    assert recorded.data.metrics["auc"] == 0.75
+    names = {path.name for path in folder_of(uri).rglob("*") if path.is_file()}
+    assert names >= {"hello.txt", "a.json", "empty.png", "plan.txt"}
+
+
+def test_goes_on_with_a_run(uri: str) -> None:
+    import mlflow
+
+    with runs.open_run(uri, "second") as run:
+        run.log_params({"epochs": 1})
+    with runs.open_run(uri, "second", run_id=run.run_id) as again:
+        again.log_params({"epochs": 2, "seed": 3})
+    assert again.run_id == run.run_id
+    data = mlflow.get_run(run.run_id).data
+    assert data.params == {"epochs": "1", "seed": "3"}
+    assert data.tags["resumed.epochs"] == "2"
+
+
+def test_a_failed_run_says_so(uri: str) -> None:
+    import mlflow
+
+    with pytest.raises(RuntimeError, match="boom"), runs.open_run(uri, "third") as run:
+        raise RuntimeError("boom")
+    assert mlflow.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_other_ranks_record_nothing(tmp_path: Path) -> None:
+    with runs.open_run(f"sqlite:///{tmp_path / 'none.db'}", "x", active=False) as run:
+        run.log_params({"a": 1})
+        run.log_metrics({"a": 1.0}, 1)
+        run.log_text("a", "a.txt")
+        run.log_dict({}, "a.json")
+        run.log_figure(None, "a.png")
+        run.log_artifact(tmp_path / "no file")
+        with pytest.raises(UserError, match="recorded run"):
+            runs.register(run, tmp_path, "x", "champion")
+    assert not list(tmp_path.iterdir())
+
+
+def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
+    threads = torch.get_num_threads()
+    with runs.open_run(uri, "models") as run:
+        versions = [runs.register(run, small.folder, "small", "champion") for _ in range(2)]
+    assert capfd.readouterr() == ("", "")
+    assert torch.get_num_threads() == threads
+    assert versions == ["1", "2"]
+    assert registry.run_of("models:/small@champion", uri) == registry.run_of("models:/small/2", uri) == run.run_id
+    assert registry.run_of(str(small.folder), uri) is None
+    folder = registry.local_model("models:/small@champion", uri)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in small.folder.iterdir()}
+    assert registry.local_model("models:/small/1", uri) != folder
+    model = folder.parents[1]
+    endings = {path.suffix for path in model.rglob("*") if path.is_file()}
+    assert not endings & {".pkl", ".pt", ".pth", ".pyc"}
+    needed = (model / "requirements.txt").read_text()
+    assert "torch==" in needed
+    assert "safetensors==" in needed
+    assert "torchrec" not in needed
+    assert "fbgemm" not in needed
+    assert not (model / "code" / "mmoe_rec" / "training").exists()
+
+
+def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, tmp_path: Path) -> None:
+    """After a kill or an outage, by its files: not those of another calibration, and not by another run."""
+    folder = tmp_path / "model"
+    small.write(folder)
+    with runs.open_run(uri, "found again") as run:
+        assert runs.registered_before(run, folder, "found") is None
+        version = runs.register(run, folder, "found")
+        small.write(folder)
+        assert runs.registered_before(run, folder, "found") == version
+        assert runs.registered_before(run, folder, "another") is None
+        (folder / "calibration.json").write_text("{}")
+        assert runs.registered_before(run, folder, "found") is None
+    small.write(folder)
+    with runs.open_run(uri, "found again") as other:
+        assert runs.registered_before(other, folder, "found") is None
+
+
+def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
+    with runs.open_run(uri, "models") as run, pytest.raises(UserError, match="holds no model"):
+        runs.register(run, tmp_path, "broken", "champion")
+    with pytest.raises(UserError, match="broken"):
+        registry.local_model("models:/broken@champion", uri)
+
+
+def test_local_model_takes_a_folder(small: SmallModel) -> None:
+    assert registry.local_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded .*name=nobody not found"),
+        ("models:/nobody/3", "can't be loaded"),
+        ("runs:/0123/model", "id=0123 not found"),
+        ("models:/", "can't be loaded"),
+        (".", "holds no model"),
+        ("no/such/folder", "holds no model"),
+    ],
+)
+def test_unknown_addresses(uri: str, address: str, message: str) -> None:
+    with runs.open_run(uri, "exists"):
+        pass
+    with pytest.raises(UserError, match=message):
+        registry.local_model(address, uri)
+    if address.startswith("models:/"):
+        with pytest.raises(UserError, match="can't be loaded"):
+            registry.run_of(address, uri)
+
+
+def test_looking_up_makes_no_store(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no MLflow store"):
+        registry.local_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with monkeypatch.context() as patches:
+        patches.setattr("mlflow.store.db.utils._upgrade_db", stopped)
+        patches.setattr("mlflow.store.db.utils._initialize_tables", stopped)
+        with pytest.raises(KeyboardInterrupt), runs.open_run(uri, "x"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with runs.open_run(uri, "x"):
+        pass
+    assert [path.name for path in tmp_path.glob("*.db*")] == ["mlflow.db"]
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but long enough to look like one " * 10)
+    with (
+        pytest.raises(UserError, match=r"MLflow at 'sqlite:.*mlflow\.db'"),
+        runs.open_run(f"sqlite:///{tmp_path / 'mlflow.db'}", "x"),
+    ):
+        pass
+
+
+def test_a_deleted_experiment(uri: str) -> None:
+    import mlflow
+
+    with runs.open_run(uri, "gone"):
+        pass
+    mlflow.delete_experiment(mlflow.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(UserError, match="'gone' was deleted"), runs.open_run(uri, "gone"):
+        pass
+
+
+def test_sqlite_addresses() -> None:
+    assert runs.sqlite_file("sqlite:///mlflow.db") == Path("mlflow.db")
+    assert runs.sqlite_file("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
+    assert runs.sqlite_file("http://localhost:5000") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "team/shop", "champion"), "'tracking.registered_model' .*can't be 'team/shop' .*'/' or ':'"),
+        (("a", "shop:v2", "champion"), "'tracking.registered_model' .*can't be 'shop:v2'"),
+        (("a", "..", "champion"), "'tracking.registered_model' .*can't be '..'"),
+        (("a", " ", "champion"), "'tracking.registered_model' .*can't be ' '"),
+        (("a", "shop?", "champion"), r"look for another model at 'models:/shop\?@champion'"),
+        (("a", "shop", "latest"), "'tracking.alias' can't be 'latest' in MLflow: .*reserved"),
+        (("a", "shop", "v1"), "'tracking.alias' can't be 'v1' in MLflow: .*reserved"),
+        (("a", "shop", "the best"), "'tracking.alias' can't be 'the best'"),
+        (("a", "shop", ""), "'tracking.alias' can't be ''"),
+        (("x" * 501, "shop", "champion"), "'tracking.experiment' .*can't be 'xxx.*500"),
+    ],
+)
+def test_names_that_mlflow_refuses_are_told_first(
+    uri: str, tmp_path: Path, names: tuple[str, str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        runs.check(uri, *names, unsent=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shop", "Shop 2", "shop.eu-1", "läden", "a@b"])
+def test_names_that_pass_can_be_registered(uri: str, tmp_path: Path, small: SmallModel, name: str) -> None:
+    """The rules are the registry's own: what passes is taken."""
+    import mlflow
+
+    runs.check(uri, "models", name, "champion-2", unsent=tmp_path)
+    client = mlflow.MlflowClient(uri)
+    client.create_registered_model(name)
+    client.create_model_version(name, str(small.folder))
+    client.set_registered_model_alias(name, "champion-2", "1")
+    assert str(client.get_model_version_by_alias(name, "champion-2").version) == "1"
+
+
+def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from pipelines import train
+    from tests.pipelines.learnable_log import write_files
+
+    config = write_files(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(config), "--tracking.registered_model", "team/shop"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) can't be 'team/shop'")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine")
+    before = dict(os.environ)
+    with runs.open_run(f"sqlite:///{tmp_path / 'mlflow.db'}", "x"):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77", "the user's own counts"
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    after = dict(os.environ)
+    assert {name: value for name, value in after.items() if "MLFLOW" in name} == {
+        name: value for name, value in before.items() if "MLFLOW" in name
+    }
+
+
+def test_a_run_that_is_deleted_while_it_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri, unsent = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "unsent"
+    with runs.open_run(uri, "x", unsent=unsent) as run:
+        run.log_metrics({"a": 1.0}, 1)
+        mlflow.MlflowClient(uri).delete_run(run.run_id)
+        for step in range(2, 5):
+            run.log_metrics({"a": 1.0}, step)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "refuses: The run" in said
+    assert f"are kept in '{unsent / str(run.run_id)}'" in said
+    with (
+        pytest.raises(UserError, match=f"'{run.run_id}' was deleted: restore it with `mlflow runs restore"),
+        runs.open_run(uri, "x", run_id=run.run_id, unsent=unsent),
+    ):
+        pass
+    mlflow.MlflowClient(uri).restore_run(run.run_id)
+    with runs.open_run(uri, "x", run_id=run.run_id, unsent=unsent) as again:
+        again.log_metrics({"a": 5.0}, 4)  # it took that step before
+        again.log_metrics({"a": 5.0}, 5)
+    history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
+    assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 5.0)]
+    assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own words, without its waiting for the lock."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    def locked(*_: object, **__: object) -> None:
+        raise MlflowException(
+            "(sqlite3.OperationalError) database is locked\n[SQL: SELECT ...]", TEMPORARILY_UNAVAILABLE
+        )
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with runs.open_run(uri, "x", unsent=tmp_path / "unsent") as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlAlchemyStore, "log_batch", locked)
+            run.log_metrics({"a": 1.0}, 1)
+            assert str(run.outbox.trouble) == f"MLflow at '{uri}' does not answer (database is locked)"
+            run.log_text("x", "x.txt")
+        run.log_metrics({"a": 1.0}, 2)
+        run.flush(10)
+    history = mlflow.MlflowClient(uri).get_metric_history(run.run_id, "a")
+    assert [each.step for each in history] == [1, 2]
+    assert not list((tmp_path / "unsent").iterdir())
+
+
+def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file that a user looks into holds it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9 ")
+    with pytest.raises(UserError) as refused:
+        runs.check("http://127.0.0.1:9", "x", unsent=tmp_path)
+    assert str(refused.value) == (
+        "MLflow at 'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI) does not answer "
+        "(Connection refused)"
+    )
+
+
+def test_passwords_are_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        runs.check("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)
+    assert "secret" not in str(refused.value)
+    assert str(refused.value) == "MLflow at 'http://me:***@127.0.0.1:9' does not answer (Connection refused)"

@@ -1,0 +1,375 @@
+"""What is chosen from which times, what a training keeps of it, and that measuring leaves a model as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from mmoe_rec.batches.batch import KeyedIds, make_batch
+from mmoe_rec.batches.prefetch import OnDemand
+from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.model import multiply
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.multiply import Multiplying, onednn_offered
+from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import Training
+from mmoe_rec.training import measure, timing, using
+from mmoe_rec.training.checkpoint import latest_checkpoint
+from mmoe_rec.training.choices import Choices, faster
+from mmoe_rec.training.loop import Trainer
+from mmoe_rec.training.measure import Chooser
+from mmoe_rec.training.timing import GIVE_UP, milliseconds
+from mmoe_rec.training.using import kept
+from tests.model.examples import LAYOUT, random_rows
+from tests.pipelines.learnable_log import write_files
+from tests.training.choices_ranks import choose_on_a_rank
+from tests.training.learnable import CPU, MODEL, write_prepared
+from tests.training.ranks import spawn
+from tests.training.resuming import CrashError, crash, train
+
+CHOICES = Choices("bf16", "torch", "grouped", 3, "blas", {"precision": {"fp32": 9.0, "bf16": 3.0}})
+TOP_K = MODEL.model_dump() | {"gates": {"routing": "top_k", "top_k": 2}}
+
+
+def built(settings: Model = MODEL) -> RankingModel:
+    return build_model(LAYOUT, settings, plain_tables(LAYOUT))
+
+
+def ids(rows: int = 50) -> KeyedIds:
+    encoded, _ = random_rows(rows, seed=1)
+    return make_batch(encoded, LAYOUT, torchrec=False).ids
+
+
+def chooser(model: RankingModel, rows: int = 64) -> Chooser:
+    return Chooser(model.mixture, LAYOUT, CPU, rows, ids())
+
+
+@pytest.fixture(autouse=True)
+def _onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where torch does not multiply by oneDNN, its own product stands in, as options are run."""
+    if onednn_offered():
+        yield
+        return
+    monkeypatch.setattr(multiply, "by_onednn", lambda left, right, bias=None: linear(left, right.t(), bias))
+    onednn_offered.cache_clear()
+    yield
+    onednn_offered.cache_clear()
+
+
+def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> list[list[str]]:
+    """Options take the given milliseconds; gives the list of what was compared."""
+    compared: list[list[str]] = []
+
+    def told(options: Mapping[str, Callable[[], object]], *_: object) -> dict[str, float]:
+        for option in options.values():
+            option()
+        compared.append(list(options))
+        return {name: times[name] for name in options}
+
+    monkeypatch.setattr(measure, "milliseconds", told)
+    return compared
+
+
+TIMES = {"fp32": 10.0, "blas": 10.0, "onednn": 9.9, "bf16": 5.0}
+TIMES |= {"fbgemm": 4.0, "fbgemm_reference": 9.0, "torch": 2.0, "auto": 1.0, "dense": 2.0}
+TIMES |= {"grouped": 0.5} | {str(threads): 1.0 / threads for threads in range(1, 65)}
+
+
+def test_the_default_stays_unless_another_is_clearly_faster() -> None:
+    assert faster({"fp32": 11.9, "bf16": 10.0}, "fp32", 1.2) == "fp32"
+    assert faster({"fp32": 12.1, "bf16": 10.0}, "fp32", 1.2) == "bf16"
+    assert faster({"a": 3.0, "b": 1.0, "c": 2.0}, "c", 1.2) == "b"
+    assert faster({"a": 3.0, "b": 1.0}, "not there", 1.2) == "b"
+
+
+def test_what_is_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(monkeypatch, TIMES)
+    choices = chooser(built(Model.model_validate(TOP_K))).choose(Training())
+    assert (choices.precision, choices.tables, choices.experts) == ("bf16", "torch", "grouped")
+    assert choices.measured["precision"] == {"fp32": 10.0, "bf16": 5.0}
+    assert str(choices).startswith(
+        "bf16 (5.0 ms, fp32 10.0), tables by torch (2.0 ms, fbgemm 4.0), experts grouped (0.5"
+    )
+
+
+def test_what_is_set_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training(precision="bf16", tables="torch", threads=7))
+    assert choices == Choices("bf16", "torch", "auto", 7, "blas", {})
+    assert compared == []
+
+
+def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES | {"onednn": 5.5})
+    choices = chooser(built()).choose(Training(tables="torch", threads=1))
+    assert (choices.precision, choices.products) == ("fp32", "onednn")
+    assert choices.measured == {
+        "products": {"blas": 10.0, "onednn": 5.5},
+        "precision": {"fp32": 5.5, "bf16": 5.0},
+    }
+    assert compared == [["fp32", "bf16"], ["blas", "onednn", "bf16"]]
+    assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
+
+
+def test_bf16_trains_with_the_library_that_it_was_timed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_times(monkeypatch, TIMES | {"onednn": 6.0, "bf16": 2.0})
+    choices = chooser(built()).choose(Training(tables="torch", threads=1))
+    assert (choices.precision, choices.products) == ("bf16", "blas")
+    assert choices.measured["precision"] == {"fp32": 6.0, "bf16": 2.0}
+
+
+def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "onednn_offered", lambda: False)
+    compared = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training(precision="fp32", tables="torch", threads=1))
+    assert compared == [["blas"]]
+    assert (choices.products, choices.measured) == ("blas", {})
+    assert str(choices) == "fp32, tables by torch, 1 thread"
+
+
+def test_a_library_that_was_set_is_said() -> None:
+    assert str(Choices("fp32", "torch", "auto", 1, "onednn")) == "fp32, products by onednn, tables by torch, 1 thread"
+
+
+def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path) -> None:
+    spawn(choose_on_a_rank, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert found == [["blas", ["blas"], "blas"]] * 2
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_library_of_products_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch, offered: bool) -> None:
+    monkeypatch.setattr(using, "onednn_offered", lambda: offered)
+    before = replace(CHOICES, products="onednn")
+    assert kept(before, Training(), CPU).products == ("onednn" if offered else "blas")
+    assert kept(before, Training(products="blas"), CPU).products == "blas"
+
+
+def test_what_is_not_on_offer_is_told_before_features_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiply, "onednn_offered", lambda: False)
+    settings = load_settings(write_files(tmp_path), ["--training.products", "onednn"])
+    with pytest.raises(
+        UserError, match=r"^training\.products is onednn, but torch does not multiply by it in fp32 here"
+    ):
+        train_model(settings)
+    assert not Path(settings.data.work, "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "compared"),
+    [
+        ({"precision": "bf16"}, []),
+        ({"precision": "fp32"}, [["blas", "onednn"]]),
+        ({"precision": "fp32", "products": "onednn"}, []),
+        ({"products": "onednn"}, [["fp32", "bf16"], ["onednn", "bf16"]]),
+    ],
+)
+def test_only_what_matters_is_measured(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], compared: list[list[str]]
+) -> None:
+    found = with_times(monkeypatch, TIMES)
+    choices = chooser(built()).choose(Training.model_validate(settings | {"tables": "torch", "threads": 1}))
+    assert found == compared
+    assert choices.products == settings.get("products", "blas")
+
+
+def test_experts_that_all_run_or_have_a_setting_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES)
+    settings = Training(precision="fp32", products="blas", tables="torch", threads=1)
+    dense = Model.model_validate(TOP_K | {"experts": MODEL.experts.model_dump() | {"compute": "dense"}})
+    for model in (built(), built(dense)):
+        assert chooser(model).choose(settings).experts == "auto"
+    assert compared == []
+
+
+def test_bf16_that_is_emulated_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = with_times(monkeypatch, TIMES | {"bf16": 50.0})
+    assert chooser(built()).choose(Training(tables="torch", threads=1)).precision == "fp32"
+    assert compared == [["fp32", "bf16"], ["blas", "onednn"]]
+
+
+@pytest.mark.parametrize("structure", [MODEL, Model.model_validate(TOP_K)])
+def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> None:
+    model, before, state = built(structure), built(structure).state_dict(), torch.get_rng_state()
+    threads, way = torch.get_num_threads(), [each.compute for each in model.modules() if isinstance(each, Experts)]
+    choices = chooser(model).choose(Training())
+    assert set(choices.measured["products"]) == {"blas", "onednn"}
+    assert choices.precision in ("fp32", "bf16")
+    assert set(choices.measured["tables"]) >= {"fbgemm", "torch"}
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
+    assert {each.products for each in model.modules() if isinstance(each, Multiplying)} == {"blas"}
+
+
+def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def noted(way: str, layout: ModelLayout, ids: KeyedIds, most: int) -> Callable[[], None]:
+        rows.append(most)
+        return lambda: None
+
+    monkeypatch.setattr(measure, "trial", noted)
+    wide = replace(LAYOUT, tables=tuple(replace(each, rows=10**9, dim=1024) for each in LAYOUT.tables))
+    for layout in (LAYOUT, wide):
+        Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", products="blas", threads=1))
+    assert max(rows) == 20_000
+    assert min(rows) * 1024 * len(wide.tables) * 4 <= 64e6
+
+
+class Clock:
+    """Time that passes only where an option lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def option(self, name: str, *seconds: float) -> Callable[[], None]:
+        """What takes so long at its first call, its second, and so on; then what the last took."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_options_run_in_turns_and_the_fastest_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    options = {"a": clock.option("a", 0.001, 0.02, 0.01, 0.03), "b": clock.option("b", 0.5, 0.008, 0.012, 0.009)}
+    assert milliseconds(options, 0) == pytest.approx({"a": 10, "b": 8})  # first runs are not counted
+    assert clock.calls == ["a", "b"] * 4
+
+
+def test_turns_begin_until_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    milliseconds({"a": clock.option("a", 0.01)}, 0.055)
+    assert len(clock.calls) == 1 + 6
+
+
+def test_a_hopeless_option_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times = milliseconds({"fast": clock.option("fast", 1), "slow": clock.option("slow", 1.01 * GIVE_UP)}, 100)
+    assert clock.calls.count("slow") == 2  # once to prepare, once to be timed
+    assert times["slow"] == pytest.approx(1010 * GIVE_UP)
+
+
+def test_choices_as_json() -> None:
+    assert Choices.from_dict(json.loads(json.dumps(CHOICES.to_dict()))) == CHOICES
+
+
+def test_a_training_that_goes_on_keeps_them() -> None:
+    now = kept(CHOICES, Training(threads=2), CPU)
+    assert (now.precision, now.tables, now.experts, now.threads) == ("bf16", "torch", "grouped", 2)
+    assert kept(CHOICES, Training(), CPU).threads == min(3, torch.get_num_threads())
+    assert kept(CHOICES, Training(tables="fbgemm"), CPU).tables == "fbgemm"
+
+
+def test_a_way_of_tables_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(using, "ways_on_offer", lambda: ("fbgemm",))
+    assert kept(CHOICES, Training(), CPU).tables == "fbgemm"
+    with pytest.raises(UserError, match=r"^training\.tables is fbgemm_reference, a way of CPUs"):
+        kept(CHOICES, Training(tables="fbgemm_reference"), torch.device("cuda", 0))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+
+
+def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = {"precision": "auto", "products": "auto", "tables": "auto"}
+    with_times(monkeypatch, TIMES | {"onednn": 3.0})
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, crash(60), MODEL, **auto)
+    before = latest_checkpoint(tmp_path)
+    assert before is not None
+    assert before.state.choices is not None
+    choices = before.state.choices
+    assert (choices.precision, choices.products, choices.tables) == ("fp32", "onednn", "torch")
+    compared = with_times(monkeypatch, {name: 1 / time for name, time in TIMES.items()})
+    train(prepared, tmp_path, None, MODEL, **auto)
+    after = latest_checkpoint(tmp_path)
+    assert after is not None
+    assert after.state.step > before.state.step
+    assert after.state.choices == before.state.choices
+    assert compared == []
+
+
+@pytest.mark.parametrize(("set_by_hand", "expected"), [("auto", "grouped"), ("dense", "dense")])
+def test_experts_are_computed_as_chosen_or_as_set(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_hand: str, expected: str
+) -> None:
+    with_times(monkeypatch, TIMES)
+    experts = MODEL.experts.model_dump() | {"compute": set_by_hand}
+    found: list[str] = []
+
+    def look(trainer: Trainer) -> None:
+        modules = trainer.sharded.model.modules()
+        found.extend(each.compute for each in modules if isinstance(each, Experts))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, Model.model_validate(TOP_K | {"experts": experts}), precision="fp32")
+    assert set(found) == {expected}
+
+
+@pytest.mark.parametrize("chosen", ["blas", "onednn"])
+def test_all_layers_multiply_as_chosen(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    with_times(monkeypatch, TIMES | {chosen: 1.0})
+    found: list[str] = []
+
+    def look(trainer: Trainer) -> None:
+        found.extend(each.products for each in trainer.sharded.model.modules() if isinstance(each, Multiplying))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, MODEL, products="auto")
+    assert set(found) == {chosen}
+
+
+def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, crash(60), MODEL)
+    before = latest_checkpoint(tmp_path)
+    assert before is not None
+    file = before.folder / "training.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    assert tree.pop("choices")["precision"] == "fp32"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    assert train(prepared, tmp_path, None, MODEL).steps > before.state.step
+
+
+def test_batches_of_a_cpu_are_made_on_demand(prepared: Prepared, tmp_path: Path) -> None:
+    found: list[object] = []
+
+    def look(trainer: Trainer) -> None:
+        found.append(trainer._batches(trainer.reader, trainer.position, 1))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        train(prepared, tmp_path, look, MODEL)
+    assert [type(each) for each in found] == [OnDemand]

@@ -1,0 +1,108 @@
+"""fbgemm's CPU kernels know the processor, and give the same as its reference loops."""
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmoe_rec.training import cpuinfo
+
+CODE = """
+import sys
+import torch
+from mmoe_rec.training import cpuinfo
+if sys.argv[1] == "share":
+    print(cpuinfo.share_cpuinfo(), cpuinfo.share_cpuinfo())
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+def has_avx2():
+    # What fbgemm's kernels ask before they choose.
+    import ctypes, pathlib, fbgemm_gpu
+    ask = ctypes.CDLL(str(pathlib.Path(fbgemm_gpu.__file__).with_name("fbgemm.so")))._ZN6fbgemm20fbgemmHasAvx2SupportEv
+    ask.restype = ctypes.c_bool
+    return ask()
+tables = SplitTableBatchedEmbeddingBagsCodegen(
+    [(1000, 16, EmbeddingLocation.HOST, ComputeDevice.CPU)] * 20,
+    optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.05, eps=1e-8,
+)
+torch.manual_seed(0)
+for weights in tables.split_embedding_weights():
+    weights.normal_()
+for _ in range(5):
+    ids = torch.randint(0, 1000, (20 * 4096,))
+    pooled = tables(ids, torch.arange(20 * 4096 + 1))
+    gradient = torch.randn_like(pooled)
+    pooled.backward(gradient)
+torch.save(tables.split_embedding_weights(), sys.argv[2])
+print(has_avx2())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries are others elsewhere")
+def test_the_kernels_know_the_processor(tmp_path) -> None:
+    import torch
+
+    found = {}
+    for way in ("share", "leave"):
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, way, str(tmp_path / way)], capture_output=True, text=True, check=True
+        )
+        found[way] = done.stdout.split()
+    shared, again, known = found["share"]
+    assert again == "False", "there is nothing left to share"
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert known == str("avx2" in flags)
+    if shared == "True":  # this build of torch has two copies
+        assert found["leave"] == ["False"]
+    for ours, reference in zip(torch.load(tmp_path / "share"), torch.load(tmp_path / "leave"), strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("torch", "of_fbgemm", "tried"),
+    [("2.14.1+cu130", "1.9.0", True), ("2.15.0", "1.9.0", False), ("2.14.1", "2.0", False)],
+)
+def test_versions_that_were_not_tried_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, torch: str, of_fbgemm: str, tried: bool
+) -> None:
+    empty, known = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"AVX2", 8)
+    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
+    monkeypatch.setattr(cpuinfo, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
+    monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
+    if tried:
+        assert cpuinfo.can_be_withheld()
+        for _ in range(2):
+            assert cpuinfo.share_cpuinfo()
+            assert not cpuinfo.share_cpuinfo()
+            assert empty.raw == known.raw
+            cpuinfo.withhold_cpuinfo()
+            assert not any(empty.raw)
+        assert cpuinfo.can_be_withheld()
+    else:
+        warned = f"with torch {re.escape(torch)} and fbgemm {of_fbgemm}, .*: install torch 2.14.\\* and fbgemm 1.9.\\*$"
+        with pytest.warns(UserWarning, match=warned):
+            assert not cpuinfo.share_cpuinfo()
+        assert not any(empty.raw)
+        assert not cpuinfo.can_be_withheld()
+
+
+def test_no_warning_where_nothing_is_amiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
+    monkeypatch.setattr(cpuinfo, "_to_copy", lambda: None)
+    monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": "9.0", "fbgemm": "9.0"})
+    assert not cpuinfo.share_cpuinfo()
+    cpuinfo.withhold_cpuinfo()
+    assert not cpuinfo.can_be_withheld()
+
+
+def test_the_installed_versions_are_known() -> None:
+    code = f"from {cpuinfo.__name__} import _to_copy; print(_to_copy() is None)"  # here another test may have copied it
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "True":
+        pytest.skip("there is one answer, and nothing to copy")
+    for name, found in cpuinfo._versions().items():
+        assert found.startswith(cpuinfo.TRIED[name]), "try the copy with these versions, then add them"

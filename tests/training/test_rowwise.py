@@ -1,0 +1,172 @@
+"""Plain PyTorch's look-up and update of tables, against a loop in float64 and against fbgemm's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.training import rowwise
+from mmoe_rec.training.rowwise import Place, RowWise, Storage
+from mmoe_rec.training.ways import set_way, tell_fbgemm, ways_on_offer
+from tests.training.reference import ReferenceTables, flat, random_bags
+
+ROWS = [7, 90, 30, 1]
+TABLE_OF = [0, 1, 2, 1, 3]  # one table is shared by two inputs
+WIDTHS = {"equal": [8, 8, 8, 8], "mixed": [4, 12, 16, 12], "all different": [4, 8, 16, 20]}
+RATES = [0.05, 0.5, 0.01]
+
+
+class Tables:
+    """A storage with random weights, and the same as a reference. Its order of momentum is another one."""
+
+    def __init__(self, widths: list[int], seed: int) -> None:
+        random = np.random.default_rng(seed)
+        first = np.cumsum([0, *(rows * width for rows, width in zip(ROWS, widths, strict=True))])
+        row = len(ROWS) - 1 - np.arange(len(ROWS))
+        ends = np.cumsum([0, *(ROWS[table] for table in row)])
+        self.momentum_of = {int(table): int(ends[place]) for place, table in enumerate(row)}
+        weights = torch.from_numpy(random.normal(size=first[-1]).astype(np.float32))
+        self.storage = Storage(weights, torch.zeros(sum(ROWS)), torch.tensor(0.0), 1e-8)
+        self.first, self.widths = first, widths
+        self.reference = ReferenceTables(
+            [each.double().numpy().copy() for each in self.weights()], [np.zeros(rows) for rows in ROWS], TABLE_OF
+        )
+        self.row_wise = RowWise(
+            [Place(f"t{t}", ROWS[t], widths[t], int(first[t]), self.momentum_of[t]) for t in TABLE_OF]
+        )
+
+    def weights(self) -> list[torch.Tensor]:
+        """Of each table."""
+        parts = zip(self.first, ROWS, self.widths, strict=False)
+        return [self.storage.weights[a : a + rows * width].view(rows, width) for a, rows, width in parts]
+
+    def momentum(self) -> list[torch.Tensor]:
+        """Of each table."""
+        return [self.storage.momentum[self.momentum_of[t] : self.momentum_of[t] + ROWS[t]] for t in range(len(ROWS))]
+
+    def look_up(self, bags: Any) -> torch.Tensor:
+        """By the code that is tested."""
+        ids, offsets = (torch.tensor(each, dtype=torch.int64) for each in flat(bags))
+        return self.row_wise.look_up(self.storage, ids, offsets, torch.zeros(0, requires_grad=True))
+
+
+@pytest.mark.parametrize("longest", [0, 1, 6])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_many_steps_equal_a_loop_over_rows(
+    longest: int, widths: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids repeated within a row and between rows and inputs, rows without ids, and rates that change."""
+    monkeypatch.setattr(rowwise, "_MOST_INT32", 2**31 - 1 if kind == torch.int32 else 0)
+    tables = Tables(WIDTHS[widths], seed=longest)
+    random = np.random.default_rng(longest)
+    for step in range(12):
+        bags = random_bags(random, [ROWS[table] for table in TABLE_OF], batch=1 + 5 * step, longest=longest)
+        pooled = tables.look_up(bags)
+        torch.testing.assert_close(
+            pooled.double(), torch.from_numpy(tables.reference.look_up(bags)), atol=1e-4, rtol=1e-4
+        )
+        gradient = torch.randn(pooled.shape)
+        tables.storage.rate.fill_(RATES[step % 3])
+        pooled.backward(gradient)
+        tables.reference.update(bags, gradient.numpy(), tables.storage.rate.item())
+    for ours, theirs in ((tables.weights(), tables.reference.weights), (tables.momentum(), tables.reference.momentum)):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.double(), torch.from_numpy(other), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
+    tables = Tables([8, 8, 8, 8], seed=0)
+    before = [each.clone() for each in tables.weights()]
+    tables.storage.rate.fill_(0.1)
+    tables.look_up([[[1, 1]], [[3]], [[]], [[3, 5]], [[]]]).sum().backward()
+    changed = [
+        (one != other).any(1).nonzero().view(-1).tolist() for one, other in zip(tables.weights(), before, strict=True)
+    ]
+    assert changed == [[1], [3, 5], [], []]
+
+
+@pytest.mark.parametrize("bags", [[[], [], [], [], []], [[[], []]] * 5], ids=["no rows", "no ids"])
+def test_nothing_to_look_up(bags: Any) -> None:
+    tables = Tables([4, 12, 16, 12], seed=0)
+    before = tables.storage.weights.clone()
+    pooled = tables.look_up(bags)
+    assert pooled.shape == (len(bags[0]), 4 + 12 + 16 + 12 + 12)
+    assert not pooled.any()
+    pooled.sum().backward()
+    assert torch.equal(tables.storage.weights, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_is_the_same_to_the_last_bit_whatever_the_threads(threads: int) -> None:
+    def trained(used: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(used)
+        try:
+            tables = Tables([8, 8, 8, 8], seed=1)
+            random = np.random.default_rng(1)
+            generator = torch.Generator().manual_seed(1)
+            tables.storage.rate.fill_(0.1)
+            for _ in range(3):
+                pooled = tables.look_up(random_bags(random, [ROWS[table] for table in TABLE_OF], 3000, 3))
+                pooled.backward(torch.randn(pooled.shape, generator=generator))
+            return tables.storage.weights
+        finally:
+            torch.set_num_threads(before)
+
+    assert torch.equal(trained(threads), trained(1))
+
+
+@pytest.mark.parametrize("wrong", [-1, 30])
+@pytest.mark.parametrize("longest", [0, 4])
+def test_a_row_that_a_table_does_not_have_is_named(wrong: int, longest: int) -> None:
+    tables = Tables([4, 4, 4, 4], seed=0)
+    bags = random_bags(np.random.default_rng(0), [ROWS[table] for table in TABLE_OF], 9, longest)
+    bags[2][4] = [wrong]
+    with pytest.raises(UserError, match=rf"table 't2' has 30 rows, and row {wrong} was looked up"):
+        tables.look_up(bags)
+
+
+def fbgemm_module(widths: list[int]) -> Any:
+    module: Any = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, width, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, width in zip(ROWS, widths, strict=True)],
+        feature_table_map=[0, 1, 1, 2, 3],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.05,
+        eps=1e-8,
+        pooling_mode=PoolingMode.SUM,
+        table_names=[f"t{number}" for number in range(len(ROWS))],
+    )
+    generator = torch.Generator().manual_seed(0)
+    module.weights_host.detach().normal_(generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("way", ways_on_offer())
+@pytest.mark.parametrize("longest", [0, 6])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_all_ways_take_the_same_steps_in_the_same_storage(way: Any, longest: int, widths: str) -> None:
+    modules = [fbgemm_module(WIDTHS[widths]) for _ in range(2)]
+    set_way(modules[0], way)
+    random = np.random.default_rng(longest)
+    for step in range(12):
+        bags = random_bags(random, [ROWS[table] for table in (0, 1, 1, 2, 3)], batch=40, longest=longest)
+        ids, offsets = (torch.tensor(each, dtype=torch.int64) for each in flat(bags))
+        gradient = torch.randn(40, sum(WIDTHS[widths][table] for table in (0, 1, 1, 2, 3)))
+        found = []
+        for taken, module in zip((way, "fbgemm"), modules, strict=True):
+            tell_fbgemm(taken)
+            found.append(module(indices=ids, offsets=offsets))
+            found[-1].backward(gradient)
+            module.set_learning_rate(RATES[step % 3])
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(modules[0].weights_host, modules[1].weights_host, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(modules[0].momentum1_host, modules[1].momentum1_host, atol=1e-4, rtol=1e-4)
+    assert modules[0].momentum1_host.any()

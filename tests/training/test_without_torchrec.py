@@ -1,0 +1,108 @@
+"""Where neither torchrec nor fbgemm is installed, the same commands work, in one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.pipelines.learnable_log import learnable_log, settings_tree
+
+ROOT = Path(__file__).parents[2]
+RANK = """
+import json, sys
+from tests.training.blocked import Blocked
+sys.meta_path.insert(0, Blocked())
+import mmoe_rec
+ranked = mmoe_rec.Ranker.load(sys.argv[1]).rank({"user": 3}, {}, {"item": [1, 2, 3, 4], "price": [0.0] * 4})
+print(json.dumps(ranked.candidates))
+print({"torchrec", "fbgemm_gpu"} & set(sys.modules))
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """A log, its settings, and what the command that trains has said."""
+
+    folder: Path
+    said: str
+
+    @property
+    def config(self) -> str:
+        return str(self.folder / "settings.yaml")
+
+
+def command(*words: str, ends_with: int = 0) -> subprocess.CompletedProcess[str]:
+    """A command in a process that finds neither package."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.blocked", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ends_with, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "log").mkdir()
+    pq.write_table(learnable_log(rows=6_000), folder / "log" / "all.parquet")
+    tree = settings_tree(folder)
+    tree["training"]["tables"] = "auto"
+    (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    config = str(folder / "settings.yaml")
+    command("pipelines.features", "--config", config)
+    return World(folder, command("pipelines.train", "--config", config).stderr)
+
+
+def test_a_training_says_so_once(world: World) -> None:
+    (line,) = (line for line in world.said.splitlines() if "plain PyTorch" in line)
+    assert line.startswith(
+        "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed"
+    )
+    assert "Traceback" not in world.said
+
+
+def test_the_model_has_learnt_and_is_evaluated(world: World) -> None:
+    command("pipelines.evaluate", "--config", world.config, "--model", "models:/learnable@champion")
+    found = json.loads((world.folder / "work/evaluation/metrics.json").read_text(encoding="utf-8"))
+    assert found["tasks"]["click"]["auc"]["value"] > 0.6
+
+
+def test_candidates_are_ranked(world: World) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RANK, str(world.folder / "work" / "model")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    candidates, modules = done.stdout.splitlines()
+    assert sorted(json.loads(candidates)) == [1, 2, 3, 4]
+    assert modules == "set()"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("pipelines.plan", "--world-size", "2", "--local-world-size", "2"), "a plan needs torchrec and fbgemm, which"),
+        (("pipelines.train", "--training.tables", "fbgemm"), "training.tables is fbgemm, but torchrec and fbgemm are"),
+    ],
+)
+def test_what_needs_torchrec_says_so_in_one_sentence(world: World, words: tuple[str, ...], sentence: str) -> None:
+    said = command(words[0], "--config", world.config, *words[1:], ends_with=2).stderr
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+def test_several_ranks_say_so_too(world: World) -> None:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--standalone"]
+    words = ["-m", "tests.training.blocked", "pipelines.train", "--config", world.config]
+    done = subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "training on several processes needs torchrec and fbgemm, which are not installed" in done.stderr
