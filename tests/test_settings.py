@@ -588,7 +588,8 @@ def test_the_templates_defaults_are_the_defaults():
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys; from mmoe_rec.settings import help, load; help.describe(); load.load_settings('configs/template.yaml');"
+        "import sys; from mmoe_rec.settings import help, load; help.describe();"
+        "load.load_settings('configs/template.yaml');"
         "print(*(n for n in ('torch','torchrec','mlflow','pandas','ray','sklearn','matplotlib')"
         " if n in sys.modules))"
     )
