@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mmoe_rec
+from tests.fork_server import run_command
 
 ROOT = Path(mmoe_rec.__file__).parents[1]
 
@@ -36,13 +34,8 @@ class AddedPackage:
 
     def run(self, script: str) -> str:
         """What a script prints that imports this package."""
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        file = self.folder / "script.py"
+        file.write_text(script, encoding="utf-8")
+        done = run_command(str(file), env={"PYTHONPATH": str(self.folder), "COLUMNS": "200"}, cwd=self.folder)
         assert done.returncode == 0, done.stderr
         return done.stdout

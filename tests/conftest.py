@@ -3,8 +3,11 @@ many times slower than one."""
 
 import os
 import sys
+import tempfile
 
 import pytest
+
+from tests import fork_server, mlflow_stores
 
 # Set in these processes alone, not in the one that starts them.
 _WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
@@ -37,9 +40,12 @@ _LONG = [
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores, as tests also wait: for servers, and for processes that they start."""
-    return len(os.sched_getaffinity(0)) + 1
+def pytest_configure(config: pytest.Config) -> None:
+    """The folder that all processes of this run share; it goes with the first of them."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory()
+        os.environ[fork_server.FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,3 +58,5 @@ def pytest_runtest_setup() -> None:
     """Seeds torch's global generator, so that no test depends on what ran before it in the same process."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+    if "mlflow" in sys.modules:
+        mlflow_stores.copy_new_stores()

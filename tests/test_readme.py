@@ -22,6 +22,7 @@ import pytest
 from mmoe_rec.jobs.commands import doctor
 from mmoe_rec.jobs.machine import Installer
 from mmoe_rec.settings.load import load_settings
+from tests.fork_server import run_command
 from tests.inference.running_server import free_port, running_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,26 +183,11 @@ columns = {"user": np.arange(200) // 20, "request": np.arange(200) // 10}
 frame = pd.DataFrame({**columns, "label_bought": labels, "predicted_bought": predicted})
 """
 
-# Runs `python -m MODULE ARGUMENTS` for each line of stdin in one process, which imports torch and MLflow once.
-DRIVER = """
-import contextlib, importlib, io, json, shlex, sys, traceback
+QUICKSTART = f"""
+import sys
 from pipelines import quickstart
-quickstart.FAST_HOUSEHOLDS = int(sys.argv[2])
-results = []
-for line in sys.stdin:
-    _, _, module, *arguments = shlex.split(line)
-    said, code = io.StringIO(), 0
-    try:
-        with contextlib.redirect_stdout(said):
-            importlib.import_module(module).main(arguments)
-    except SystemExit as end:
-        code = end.code or 0
-    except Exception:
-        code = 1
-        said.write(traceback.format_exc())
-    results.append([code, said.getvalue()])
-with open(sys.argv[1], "w") as file:
-    json.dump(results, file)
+quickstart.FAST_HOUSEHOLDS = {HOUSEHOLDS}
+quickstart.main(sys.argv[1:])
 """
 
 
@@ -238,21 +224,15 @@ def shell(command: str, folder: Path) -> str:
 
 def run_pipelines(lines: list[str], folder: Path) -> dict[str, str]:
     """What each `python -m pipelines...` prints; an exit code other than 0 fails the test."""
-    results = folder / "results.json"
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(results), HOUSEHOLDS],
-        input="\n".join(lines),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
     outputs = {}
-    for line, (code, said) in zip(lines, json.loads(results.read_text()), strict=True):
-        assert code == 0, f"{line}\n{said}\n{done.stderr}"
-        outputs[line] = said
+    for line in lines:
+        _, _, module, *arguments = shlex.split(line)
+        if module == "pipelines.quickstart":
+            (folder / "few.py").write_text(QUICKSTART)
+            module = str(folder / "few.py")
+        done = run_command(module, *arguments, env=environment(), cwd=folder)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        outputs[line] = done.stdout
     return outputs
 
 

@@ -1,12 +1,10 @@
 """Ranks killed at any moment and resumed in other numbers read every row exactly once an epoch."""
 
 import json
-import multiprocessing
 import random
 import signal
 import time
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,18 @@ import pytest
 
 from tests.batches.consumer import consume
 from tests.batches.encoded_files import write
-from tests.forked import start_server
+from tests.fork_server import Command, call
 from tests.processes import until
 
 EPOCHS = 2
 FILES = [[90, 41, 7], [66, 0, 120], [35], [80, 80, 80, 1]]
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    start_server()
-    return multiprocessing.get_context("forkserver")
-
-
-def start(
-    processes: ForkServerContext, folder: Path, stage: int, world_size: int, options: dict[str, Any]
-) -> list[BaseProcess]:
-    ranks: list[BaseProcess] = []
+def start(folder: Path, stage: int, world_size: int, options: dict[str, Any]) -> list[Command]:
+    ranks = []
     for rank in range(world_size):
-        given = options | {"rank": rank, "world_size": world_size}
-        ranks.append(
-            processes.Process(target=consume, args=(folder / "rows", folder / f"{stage}.{rank}"), kwargs=given)
-        )
-        ranks[-1].start()
+        work = partial(consume, **options, rank=rank, world_size=world_size)
+        ranks.append(call(work, folder / "rows", folder / f"{stage}.{rank}"))
     return ranks
 
 
@@ -47,7 +34,7 @@ def batches(folder: Path, stage: int, rank: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kill(folder: Path, stage: int, ranks: list[BaseProcess], chance: random.Random) -> None:
+def kill(folder: Path, stage: int, ranks: list[Command], chance: random.Random) -> None:
     """Kills all ranks, in any order, some time after each has written some batches."""
     least = chance.randint(1, 25)
     until(lambda: min(len(batches(folder, stage, rank)) for rank in range(len(ranks))) >= least, pause=0.002)
@@ -55,12 +42,12 @@ def kill(folder: Path, stage: int, ranks: list[BaseProcess], chance: random.Rand
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
     for process in ranks:
-        process.join(60)
-    assert -signal.SIGKILL in [process.exitcode for process in ranks]
+        process.wait(60)
+    assert -signal.SIGKILL in [process.returncode for process in ranks]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_and_resumed_with_other_world_sizes(processes: ForkServerContext, tmp_path: Path, seed: int) -> None:
+def test_killed_and_resumed_with_other_world_sizes(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     total = write(tmp_path / "rows", FILES)
     options = {"seed": seed, "shuffle_window": 200, "epochs": EPOCHS, "position": None}
@@ -68,11 +55,9 @@ def test_killed_and_resumed_with_other_world_sizes(processes: ForkServerContext,
     for stage, world_size in enumerate((2, 1, 3)):
         last = stage == 2
         pace = {"batch_size": chance.choice([12, 13, 16]), "pause": 0 if last else 0.005}
-        running = start(processes, tmp_path, stage, world_size, options | pace)
+        running = start(tmp_path, stage, world_size, options | pace)
         if last:
-            for process in running:
-                process.join(60)
-            assert [process.exitcode for process in running] == [0] * world_size
+            assert [process.wait(60) for process in running] == [0] * world_size
         else:
             kill(tmp_path, stage, running, chance)
         # A checkpoint holds what all ranks have done: what one has read beyond that is read again.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.jobs.score import ScoredLog, score_log
 from mmoe_rec.preprocessing import steps
+from tests.fork_server import run_command
 
 
 def cut_finely(setattr: Callable[[Any, str, Any], None]) -> None:
@@ -74,7 +72,5 @@ def killed_run(scratch: Path, model: Path, log: Path, output: Path, place: str, 
     """A run that is killed by SIGKILL at a place in the program, when it has come by there so many times."""
     script = scratch / "killed.py"
     script.write_text(_KILLED, encoding="utf-8")
-    command = [sys.executable, script, model, log, output, place, str(calls)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stderr=subprocess.PIPE, env=environment, check=False, text=True)
+    done = run_command(str(script), *map(str, (model, log, output, place, calls)))
     assert done.returncode == -signal.SIGKILL, done.stderr

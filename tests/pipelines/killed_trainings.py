@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tests.fork_server import Command, run_command
 
 CONFIG = "configs/synthetic.yaml"
 
@@ -27,7 +27,7 @@ class Training:
     @property
     def command(self) -> list[str]:
         """The same before and after a kill."""
-        command = [sys.executable, "-m", "pipelines.train", "--config", CONFIG, "--resume"]
+        command = ["pipelines.train", "--config", CONFIG, "--resume"]
         command += ["--data.log", str(self.log), "--data.work", str(self.work)]
         command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db", "--training.batch_size", "64"]
         return [
@@ -47,29 +47,32 @@ class Training:
         self.work.mkdir()
         shutil.copytree(features, self.work / "features")
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> Command:
         """The command, which is not waited for."""
-        return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return Command(self.command)
 
     def finish(self) -> float:
         """Runs to the end; the seconds that this took."""
         started = time.monotonic()
         process = self.start()
-        said, _ = process.communicate()
-        assert process.returncode == 0, said
+        assert process.wait() == 0, process.stderr
         return time.monotonic() - started
 
     def run_and_kill(self, seconds: float) -> bool:
         """Kills after so many seconds; False where the training came to its end before."""
         process = self.start()
         try:
-            said, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            assert process.wait(seconds) == 0, process.stderr
+        except TimeoutError:
+            process.kill()
             return True
-        assert process.returncode == 0, said
         return False
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint, 0 before there is one."""
+        file = self.work / "checkpoints" / "latest.json"
+        return int(json.loads(file.read_text())["step"]) if file.is_file() else 0
 
     @property
     def weights(self) -> bytes:
@@ -91,13 +94,12 @@ class Training:
 def whole_training(folder: Path, rows: int = 20_000) -> tuple[Training, float]:
     """A training that is not killed, on a synthetic log, and the seconds that it took."""
     log = folder / "log"
-    subprocess.run(
-        [sys.executable, "-m", "pipelines.make_synthetic_log", "--out", str(log), "--rows", str(rows)],
-        check=True,
-        capture_output=True,
-    )
-    features = [sys.executable, "-m", "pipelines.features", "--config", CONFIG, "--data.log", str(log)]
-    subprocess.run([*features, "--data.work", str(folder / "built")], check=True, capture_output=True)
+    built = ["--data.log", str(log), "--data.work", str(folder / "built")]
+    for words in (
+        ["pipelines.make_synthetic_log", "--out", str(log), "--rows", str(rows)],
+        ["pipelines.features", "--config", CONFIG, *built],
+    ):
+        assert (made := run_command(*words)).returncode == 0, made.stderr
     whole = Training(log, folder / "whole")
     whole.prepare(folder / "built" / "features")
     return whole, whole.finish()

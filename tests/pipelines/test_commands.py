@@ -31,6 +31,7 @@ from mmoe_rec.log.reader import Log
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
 from pipelines import evaluate, features, train
+from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
@@ -80,15 +81,10 @@ def two_ranks(world: World) -> World:
     folder.mkdir()
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--standalone"]
-    done = command([*torchrun, "-m", "pipelines.train", "--config", str(config)])
+    ranks = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = run_command(*ranks, "-m", "pipelines.train", "--config", str(config))
     assert done.returncode == 0, done.stderr
     return World(folder, config, done.stdout)
-
-
-def command(words: list[str]) -> subprocess.CompletedProcess:
-    """Runs a command from the project's folder."""
-    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=800)
 
 
 def refused(main: Main, capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -504,4 +500,5 @@ def test_training_that_dies_keeps_the_old_model(
 def test_steps_load_without_torch_and_mlflow() -> None:
     heavy = ("torch", "mlflow", "torchrec")
     code = f"import sys, mmoe_rec.jobs.train; print([name for name in {heavy} if name in sys.modules])"
-    assert command([sys.executable, "-c", code]).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

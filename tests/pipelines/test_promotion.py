@@ -46,7 +46,7 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
         source = f"{versions[0].source}"
         return str(client(template).create_model_version(name, source, run_id=run.run_id).version)
 
-    monkeypatch.setattr(promotion.tracking, "register", register)
+    monkeypatch.setattr(promotion.runs, "register", register)
     aliases.point(NAME, "champion", "2", template.uri)
     return template
 

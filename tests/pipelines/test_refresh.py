@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
 from mmoe_rec.tracking import runs
+from tests.fork_server import Command
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import ITEMS, USER
 from tests.log.small_logs import DAY, START, files_of, times_of
@@ -209,7 +209,7 @@ def test_an_alias_that_a_person_moved_meanwhile_stays(
         register(run, model.folder_of("1"), NAME)
     model.add(9, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(job.tracking, "register", and_meanwhile)
+        patch.setattr(job.runs, "register", and_meanwhile)
         model.refresh()
     said = " ".join(capsys.readouterr().out.split())
     assert "has moved to version 2 meanwhile, so it stays there: version 3 is registered without it" in said
@@ -259,11 +259,9 @@ def test_a_refresh_that_was_killed_is_ended_by_the_next(
 
 def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     model.add(9, 10)
-    words = [sys.executable, "-m", "pipelines.refresh", "--config", str(model.config)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(each.communicate()[0] for each in both)
-    assert [each.returncode for each in both] == [0, 0]
+    both = [Command(["pipelines.refresh", "--config", str(model.config)]) for _ in range(2)]
+    assert [each.wait() for each in both] == [0, 0]
+    said = sorted(each.stdout for each in both)
     assert len(model.versions()) == 2
     assert "no new files" in said[1] or "no new files" in said[0]
     assert model.holder().number == "2"
@@ -272,15 +270,12 @@ def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
 def test_a_kill_at_any_moment_leaves_nothing_half(model: RefreshedModel) -> None:
     """SIGKILL after pauses that rise until a refresh gets to its end."""
     added = model.add(9, 12)
-    words = [sys.executable, "-m", "pipelines.refresh", "--config", str(model.config)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    seconds, killed = 1.0, 0
+    seconds, killed = 0.3, 0
     while True:
-        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        timer = threading.Timer(seconds, process.send_signal, [signal.SIGKILL])
-        timer.start()
-        process.communicate()
-        timer.cancel()
+        process = Command(["pipelines.refresh", "--config", str(model.config)])
+        with suppress(TimeoutError):
+            process.wait(seconds)
+        process.kill()
         for each in model.versions():
             assert model.about(each.version).files is not None
         if process.returncode == 0:

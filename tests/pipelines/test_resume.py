@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.pipelines.killed_trainings import Training, kill_and_compare, whole_training
+from tests.fork_server import Command
+from tests.pipelines.killed_trainings import Training, whole_training
+from tests.processes import until
 
 
 @pytest.fixture(scope="module")
@@ -20,32 +22,53 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Training:
     return whole_training(tmp_path_factory.mktemp("trainings"))[0]
 
 
-def started(training: Training, whole: Training) -> subprocess.Popen[str]:
-    """A training that has written a checkpoint."""
-    training.prepare(whole.work / "features")
+def start_until(training: Training, moment: Callable[[Training], bool]) -> Command:
+    """A training that has come to a moment, seen by the files that it writes."""
     process = training.start()
-    end = time.monotonic() + 600
-    while time.monotonic() < end:
-        if (training.work / "checkpoints" / "latest.json").is_file():
-            return process
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError("no checkpoint in ten minutes")
+    until(lambda: moment(training) or process.poll() is not None, pause=0.01)
+    assert process.poll() is None, f"it ended before\n{process.stderr}"
+    return process
+
+
+def has_begun(training: Training) -> bool:
+    return (training.work / "checkpoints").is_dir()
+
+
+def has_saved(training: Training) -> bool:
+    return training.saved_step > 0
+
+
+def has_written_the_model(training: Training) -> bool:
+    return (training.work / "model").is_dir()
 
 
 def test_kills_change_nothing(whole: Training) -> None:
-    found = kill_and_compare(whole, kills=3, seconds=12, seed=3)
-    ends = found["ends"]
-    assert found == {"kills": 3, "ends": ends, "same_weights": ends, "same_metrics": ends, "one_run": ends}
+    """Killed before the first checkpoint, twice within training, and while the model is written or registered."""
+    chance = random.Random(3)
+    training = replace(whole, work=whole.work.with_name("killed"))
+    training.prepare(whole.work / "features")
+    steps = []
+    for moment in (has_begun, has_saved, has_saved, has_written_the_model):
+        process = start_until(training, moment)
+        with suppress(TimeoutError):
+            process.wait(chance.uniform(0, 0.3))
+        process.kill()
+        steps.append(training.saved_step)
+    assert steps[0] == 0, "the first kill came before a checkpoint"
+    assert 0 < steps[1] <= steps[2] < steps[3], "training was hit"
+    training.finish()
+    assert training.weights == whole.weights
+    assert training.validation() == whole.validation()
+    assert training.query("select status from runs") == [("FINISHED",)]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     training = replace(whole, work=whole.work.with_name("terminated"))
-    process = started(training, whole)
+    training.prepare(whole.work / "features")
+    process = start_until(training, has_saved)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
-    assert process.returncode == 75, said
-    assert said.splitlines()[-1].startswith("stopped: SIGTERM came; step ")
+    assert process.wait() == 75, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("stopped: SIGTERM came; step ")
     assert training.query("select status from runs") == [("KILLED",)]
     training.finish()
     assert training.weights == whole.weights
@@ -53,7 +76,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     assert training.query("select status from runs") == [("FINISHED",)]
 
 
-def _ranks(process: subprocess.Popen[str]) -> dict[int, int]:
+def _ranks(process: Command) -> dict[int, int]:
     """Rank -> process id of torchrun's workers."""
     found = {}
     for each in Path("/proc").glob("[0-9]*"):
@@ -68,20 +91,20 @@ def _ranks(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     class OnTwoRanks(Training):
         @property
         def command(self) -> list[str]:
-            return [*torchrun, "--max-restarts", "1", *super().command[1:]]
+            return [*torchrun, "--max-restarts", "1", "-m", *super().command]
 
     training = OnTwoRanks(whole.log, tmp_path / "work")
-    process = started(training, whole)
+    training.prepare(whole.work / "features")
+    process = start_until(training, has_saved)
     os.kill(_ranks(process)[1], signal.SIGKILL)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    assert "local_rank: 1" in said, "torchrun names it"
-    assert "model: " in said
+    assert process.wait() == 0, process.stderr
+    assert "local_rank: 1" in process.stderr, "torchrun names it"
+    assert "model: " in process.stdout
     assert training.query("select status from runs") == [("FINISHED",)]
     steps = training.query("select max(step) from metrics where key = 'train/learning_rate'")
     assert steps == whole.query("select max(step) from metrics where key = 'train/learning_rate'")

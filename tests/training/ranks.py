@@ -17,8 +17,9 @@ from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import shard
 from mmoe_rec.training.ways import Way
-from tests.forked import start_server
+from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
+from tests.processes import until
 from tests.training.saving import save_weights
 
 ROWS = 64
@@ -46,8 +47,14 @@ def spawn(work: Callable[..., None], *arguments: object, ranks: int = 2) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_server()
-    torch.multiprocessing.start_processes(work, args=(ranks, port, *arguments), nprocs=ranks, start_method="forkserver")
+    processes = [call(work, rank, ranks, port, *arguments) for rank in range(ranks)]
+    try:
+        until(lambda: any(each.poll() for each in processes) or all(each.poll() == 0 for each in processes), pause=0.05)
+        failed = next((each for each in processes if each.returncode), None)
+        assert failed is None, failed and failed.stderr
+    finally:
+        for each in processes:
+            each.kill()
 
 
 def join_and_train(rank: int, world: int, port: int, folder: Path, way: Way = "fbgemm") -> None:
