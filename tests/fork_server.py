@@ -58,6 +58,7 @@ class Command:
             "env": {**os.environ, **(env or {})},
             "cwd": str(cwd),
             "files": [str(self._out), str(self._err)],
+            "path": sys.path,
         }
         self._answers = self._socket.makefile("rw", encoding="utf-8")
         self._answers.write(json.dumps(request) + "\n")
@@ -178,7 +179,7 @@ def _keep(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def _become(words: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
+def _become(words: list[str], env: dict[str, str], cwd: str, files: list[str], path: list[str]) -> None:
     """The process goes on as the command."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -188,7 +189,7 @@ def _become(words: list[str], env: dict[str, str], cwd: str, files: list[str]) -
     os.environ.update(env)
     time.tzset()
     os.chdir(cwd)
-    sys.argv, sys.path[0] = words, cwd
+    sys.argv, sys.path[:] = words, [cwd, *path]
     sys.modules["torch"].set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))
     if words[1:2] == ["--call"]:
         function, arguments = pickle.loads(base64.b64decode(words[2]))
