@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.program import is_installed_command
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking.client import first_line, machine_monitors, shown
-from mmoe_rec.tracking.recording import DataSet, Run
+from mmoe_rec.tracking.client import hide_password, open_monitors, summarise
+from mmoe_rec.tracking.runs import DataSet, Run
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
@@ -33,7 +33,7 @@ def command() -> str:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         name = None if spec is None else spec.name.removesuffix(".__main__")
         start = f"python -m {name}" if name else f"python {shlex.quote(Path(first).name)}"
-    return shown(" ".join([start, *(shlex.quote(word) for word in words)]))
+    return hide_password(" ".join([start, *(shlex.quote(word) for word in words)]))
 
 
 def name_of_training(settings: Settings, start: str | None = None) -> str:
@@ -55,7 +55,7 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
         text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = int(manifest["splits"][split]["rows"])
-        found.append(DataSet(settings.name, digest, shown(str(manifest["log"])), rows, _CONTEXTS[split], split))
+        found.append(DataSet(settings.name, digest, hide_password(str(manifest["log"])), rows, _CONTEXTS[split], split))
     return found
 
 
@@ -77,7 +77,7 @@ class WithMachine:
 
     def __init__(self, run: Run, asked: bool) -> None:
         self.run, self._next = run, 0.0
-        self._monitors = machine_monitors() if asked and run.outbox is not None else []
+        self._monitors = open_monitors() if asked and run.outbox is not None else []
 
     def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.run.log_metrics(metrics, step)
@@ -93,7 +93,7 @@ class WithMachine:
                 monitor.clear_metrics()
             except Exception as error:  # no training ends for want of a chart
                 self._monitors.remove(monitor)
-                say(f"the machine's load is watched no more by {type(monitor).__name__}: {first_line(error)}")
+                say(f"the machine's load is watched no more by {type(monitor).__name__}: {summarise(error)}")
                 continue
             yield from found.items()
 

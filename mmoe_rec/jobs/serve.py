@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import MANIFEST
-from mmoe_rec.tracking.registry import find_model, local_model, permanent_address
+from mmoe_rec.tracking.registry import fetch_model, find_model, pin_address
 
 if TYPE_CHECKING:
     from mmoe_rec.journal.journal import Journal
@@ -38,8 +38,8 @@ class AtAddress:
 
         Of all, as a copy that is under way may be looked at: its last file changes the state once more.
         """
-        permanent = permanent_address(self.address, self.uri)
-        return f"{permanent} {_state_of(local_model(permanent, self.uri))}" if Path(permanent).exists() else permanent
+        permanent = pin_address(self.address, self.uri)
+        return f"{permanent} {_state_of(fetch_model(permanent, self.uri))}" if Path(permanent).exists() else permanent
 
     def find(self) -> Source:
         """The model with its files on this machine."""

@@ -18,11 +18,11 @@ from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, dra
 from mmoe_rec.preprocessing.prepare import Prepared, existing
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.client import shown
-from mmoe_rec.tracking.outbox import runs_waiting
-from mmoe_rec.tracking.recording import Run
-from mmoe_rec.tracking.registry import check_address, local_model
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.client import hide_password
+from mmoe_rec.tracking.outbox import list_waiting_runs
+from mmoe_rec.tracking.registry import check_address, fetch_model
+from mmoe_rec.tracking.runs import Run
 from mmoe_rec.training.origin import checksum, result_settings
 
 if TYPE_CHECKING:
@@ -88,10 +88,11 @@ def _ask_mlflow(settings: Settings, resume: bool) -> None:
     """Raises UserError, before any work, where MLflow is away or would refuse a name. Sends what waits for it."""
     work = Path(settings.data.work)
     ended = resume and (work / "checkpoints" / "finished.json").is_file()
-    if int(os.environ.get("RANK", "0")) or (ended and not runs_waiting(work / "unsent")):
+    if int(os.environ.get("RANK", "0")) or (ended and not list_waiting_runs(work / "unsent")):
         return
-    names = (settings.experiment, settings.registered_model, settings.tracking.alias)
-    runs.check(settings.tracking.address, *names, unsent=work / "unsent")
+    address = settings.tracking.address
+    runs.check_server(address, settings.experiment, unsent=work / "unsent")
+    registry.check_names(address, settings.registered_model, settings.tracking.alias)
 
 
 def _train(
@@ -123,7 +124,7 @@ def _train(
         checkpoint.state.origin.check(origin, checkpoint.folder)
         run_id = checkpoint.state.origin.run_id
     elif start is not None:
-        warm_start = _warm_start(settings, prepared, local_model(start.exact, settings.tracking.address))
+        warm_start = _warm_start(settings, prepared, fetch_model(start.exact, settings.tracking.address))
     if first and checkpoint is None:
         key = training_key(checkpoints, origin, new=not resume)
     with runs.open_run(
@@ -243,7 +244,7 @@ def _finish(
     chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{_table_of(best)}"
     if register:
         about = f"{as_code(command())}\n\n{_rows_told(prepared.manifest)}\n\n{chosen}"
-        with runs.or_later(run, work / "model"):
+        with registry.wait_to_register(run, work / "model"):
             promotion = promote(run, settings, prepared, model, work / "model", about)
     run.describe("Result", f"{quoted(promotion.compared)}\n\n{chosen}\n\nModel: `{promotion.address}`")
     before = dict(result.history).get(0)
@@ -265,7 +266,7 @@ def _finish(
 def _rows_told(manifest: Mapping[str, Any]) -> str:
     rows = {split: counts["rows"] for split, counts in manifest["splits"].items()}
     return (
-        f"{rows['train']:,} rows of `{shown(manifest['log'])}` (digest `{manifest['digest']}`), validated on "
+        f"{rows['train']:,} rows of `{hide_password(manifest['log'])}` (digest `{manifest['digest']}`), validated on "
         f"{rows['validation']:,}."
     )
 

@@ -20,7 +20,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.tuning import Search
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
-from mmoe_rec.tracking.recording import Run
+from mmoe_rec.tracking.runs import Run
 
 Values = dict[str, Any]
 FAILURES_IN_A_ROW = 3

@@ -44,7 +44,7 @@ FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RET
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
-def sqlite_file(uri: str) -> Path | None:
+def read_sqlite_path(uri: str) -> Path | None:
     """The database file of a SQLite address; None for any other address."""
     parsed = urlparse(uri)
     # As in SQLAlchemy: three slashes are followed by a relative path, four by an absolute one.
@@ -53,7 +53,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def connect(uri: str) -> Any:
     """The mlflow module, set to an address."""
-    store = sqlite_file(uri)
+    store = read_sqlite_path(uri)
     if store is not None:
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
@@ -74,13 +74,13 @@ def connect(uri: str) -> Any:
 
 def make_store(mlflow: Any, uri: str) -> None:
     """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
-    store = sqlite_file(uri)
+    store = read_sqlite_path(uri)
     if store is not None and not store.exists():
         with atomic_file(store, replace=False) as temporary:
             mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
-def machine_monitors() -> list[Any]:
+def open_monitors() -> list[Any]:
     """MLflow's own monitors of processors, memory, disk and network, and of GPUs: those that this machine has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -99,12 +99,12 @@ def machine_monitors() -> list[Any]:
 
 
 @contextmanager
-def calling(uri: str, address: str | None = None, anything: bool = False) -> Iterator[None]:
+def translate_errors(uri: str, address: str | None = None, anything: bool = False) -> Iterator[None]:
     """Quiet MLflow; what it raises becomes a UserError. anything: also what MLflow itself does not expect."""
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    place = f"MLflow at '{shown(uri)}'"
+    place = f"MLflow at '{hide_password(uri)}'"
     if uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         place += " (the address in the variable MLFLOW_TRACKING_URI)"
     try:
@@ -116,18 +116,18 @@ def calling(uri: str, address: str | None = None, anything: bool = False) -> Ite
         status = error.get_http_status_code()
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
-            raise UnreachableError(f"{place} does not answer ({first_line(error)})") from None
+            raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
         what = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
-        raise UserError(f"{what}: {first_line(error)}") from None
+        raise UserError(f"{what}: {summarise(error)}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
-        raise UnreachableError(f"{place} can't be used: {first_line(error)}") from None
+        raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise UserError(f"{place} can't be used: {first_line(error)}") from None
+        raise UserError(f"{place} can't be used: {summarise(error)}") from None
     except Exception as error:  # of a vendor's library that stores files
         if not anything:
             raise
         kind = UnreachableError if re.search("Connect|Timeout", type(error).__name__) else UserError
-        raise kind(f"{place} can't be used: {type(error).__name__}: {first_line(error)}") from None
+        raise kind(f"{place} can't be used: {type(error).__name__}: {summarise(error)}") from None
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.
@@ -140,22 +140,30 @@ _CAUSES = (
 )
 
 
-def first_line(error: Exception) -> str:
+def summarise(error: Exception) -> str:
     """What is wrong, in a few words."""
     text = str(error)
     for pattern, cause in _CAUSES:
         if found := re.search(pattern, text):
-            return shown(found.expand(cause).strip())
-    return shown(text.splitlines()[0][:300] if text.strip() else type(error).__name__)
+            return hide_password(found.expand(cause).strip())
+    return hide_password(text.splitlines()[0][:300] if text.strip() else type(error).__name__)
 
 
-def shown(text: str) -> str:
+def hide_password(text: str) -> str:
     """Without the password of an address."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
+def shorten(markdown: str, most: int) -> str:
+    """A text of at most so many characters; a block of code that is cut is closed."""
+    if len(markdown) <= most:
+        return markdown
+    cut = markdown[: most - 10].rstrip()
+    return f"{cut} …" + ("\n```" if cut.count("```") % 2 else "")
+
+
 @contextmanager
-def limits(limits: dict[str, str]) -> Iterator[None]:
+def limit_waiting(limits: dict[str, str]) -> Iterator[None]:
     """How long MLflow's client waits and how often it tries, where the environment does not say so itself."""
     wanted = limits | _ALWAYS
     before = {name: os.environ.get(name) for name in wanted}

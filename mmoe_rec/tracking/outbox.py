@@ -154,6 +154,6 @@ class Outbox:
         return self.folder / f"{number:08d}.json"
 
 
-def runs_waiting(folder: Path) -> list[str]:
+def list_waiting_runs(folder: Path) -> list[str]:
     """The runs whose messages wait in a folder."""
     return [each.name for each in sorted(folder.glob("*")) if any(each.glob("*.json"))]

@@ -1,18 +1,42 @@
-"""Models by their address: which folder holds the artifact, which run made it, and a ranker from there."""
+"""The model registry: models by their address, versions and aliases, and how a model gets there."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.tracking.client import FOR_MODELS, calling, connect, limits, sqlite_file
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.progress import say
+from mmoe_rec.tracking.client import (
+    BRIEF,
+    FOR_MODELS,
+    connect,
+    limit_waiting,
+    make_store,
+    read_sqlite_path,
+    shorten,
+    summarise,
+    translate_errors,
+)
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
+from mmoe_rec.tracking.runs import Run
+from mmoe_rec.training.origin import checksum
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
+
+_FILES_TAG = "files"  # of a version
+_REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
+_LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
+_NO_VERSION = "2147483647"
 
 
 class Ranker:
@@ -23,7 +47,7 @@ class Ranker:
 
     @staticmethod
     def load(address: str | Path, uri: str | None = None) -> LoadedRanker:
-        """The model at an address: a folder's path, or an address that MLflow accepts (see `local_model`).
+        """The model at an address: a folder's path, or an address that MLflow accepts (see `fetch_model`).
 
         uri: where MLflow looks the address up; None is what `mlflow.set_tracking_uri` was told, or else what settings
         without `tracking.uri` have. Raises UserError for an address without a model, or one that is damaged or of
@@ -31,11 +55,11 @@ class Ranker:
         """
         from mmoe_rec.inference.ranker import Ranker as OfFolder
 
-        if Path(address).exists() or _scheme(str(address)) is None:
-            return OfFolder.load(_artifact_in(Path(address)) or address)
+        if Path(address).exists() or _read_scheme(str(address)) is None:
+            return OfFolder.load(_find_artifact(Path(address)) or address)
         from mmoe_rec.settings.sections import Tracking
 
-        return OfFolder.load(local_model(str(address), uri or _told() or Tracking().address))
+        return OfFolder.load(fetch_model(str(address), uri or _read_own_address() or Tracking().address))
 
 
 @dataclass(frozen=True)
@@ -51,22 +75,22 @@ class FoundModel:
 
 
 def find_model(address: str, uri: str) -> FoundModel:
-    """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `local_model`).
+    """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `fetch_model`).
 
     What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
     """
-    pinned = permanent_address(address, uri)
-    return FoundModel(pinned, local_model(pinned, uri), run_of(pinned, uri))
+    pinned = pin_address(address, uri)
+    return FoundModel(pinned, fetch_model(pinned, uri), find_run(pinned, uri))
 
 
 def check_address(address: str, uri: str) -> None:
     """Raises UserError for an address of the registry or a folder without a model, at little cost: fetches nothing."""
-    if Path(address).exists() or _scheme(address) is None:
-        local_model(address, uri)
-    permanent_address(address, uri)
+    if Path(address).exists() or _read_scheme(address) is None:
+        fetch_model(address, uri)
+    pin_address(address, uri)
 
 
-def local_model(address: str, uri: str) -> Path:
+def fetch_model(address: str, uri: str) -> Path:
     """The artifact folder at an address.
 
     address: a folder's path, of the artifact or of the MLflow model that holds it; `models:/NAME@ALIAS`,
@@ -75,70 +99,86 @@ def local_model(address: str, uri: str) -> Path:
 
     Raises UserError for a folder without a model, or an address that MLflow at `uri` does not know or can't read.
     """
-    if Path(address).exists() or _scheme(address) is None:
-        found = _artifact_in(Path(address))
-        if found is None:
+    if Path(address).exists() or _read_scheme(address) is None:
+        folder = _find_artifact(Path(address))
+        if folder is None:
             raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
-        return found
-    mlflow = _registry(address, uri)
+        return folder
+    mlflow = _connect(address, uri)
     try:
-        with limits(FOR_MODELS), calling(uri, address):
-            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+        with limit_waiting(FOR_MODELS), translate_errors(uri, address):
+            downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     except UserError:
         raise
     except Exception as error:  # from a storage's client, or because that is not installed
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"'{address}' can't be loaded ({reason})") from None
-    found = _artifact_in(folder)
-    if found is None:
+    artifact = _find_artifact(downloaded)
+    if artifact is None:
         raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
-    return found
+    return artifact
 
 
-def run_of(address: str, uri: str) -> str | None:
+def find_run(address: str, uri: str) -> str | None:
     """The run that made a model of the registry, None for any other address and where it was deleted.
 
     Raises UserError for an unknown name or alias.
     """
-    if _scheme(address) != "models":
+    if _read_scheme(address) != "models":
         return None
-    mlflow = _registry(address, uri)
-    with limits(FOR_MODELS), calling(uri, address):
-        name, version, _ = _resolved(mlflow, address)
+    mlflow = _connect(address, uri)
+    with limit_waiting(FOR_MODELS), translate_errors(uri, address):
+        name, version, _ = _resolve(mlflow, address)
         client = mlflow.MlflowClient()
         run_id: str | None = (
             client.get_logged_model(name).source_run_id
             if version is None
             else client.get_model_version(name, version).run_id
         )
-    return run_id if run_id and _is_there(mlflow, uri, run_id) else None
+    return run_id if run_id and _has_run(mlflow, uri, run_id) else None
 
 
-def permanent_address(address: str, uri: str) -> str:
+def pin_address(address: str, uri: str) -> str:
     """An address of the registry that does not move, any other one as it is: fetches nothing.
 
     Raises UserError for an unknown name or alias.
     """
-    if _scheme(address) != "models" or Path(address).exists():
+    if _read_scheme(address) != "models" or Path(address).exists():
         return address
-    mlflow = _registry(address, uri)
-    with limits(FOR_MODELS), calling(uri, address):
-        return "/".join(["models:", *filter(None, _resolved(mlflow, address))])
+    mlflow = _connect(address, uri)
+    with limit_waiting(FOR_MODELS), translate_errors(uri, address):
+        return "/".join(["models:", *filter(None, _resolve(mlflow, address))])
 
 
-def _resolved(mlflow: Any, address: str) -> tuple[str, str | None, str]:
+def _resolve(mlflow: Any, address: str) -> tuple[str, str | None, str]:
     """Name and version of a registered model, or the id of a model and None; and a path in it, which may be empty."""
-    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
+    name, alias, version, path = _parse(address)
+    client = mlflow.MlflowClient()
+    if alias is not None:
+        return name, str(client.get_model_version_by_alias(name, alias).version), path
+    if version == "latest":
+        versions = client.search_model_versions(f"name = '{name}'")
+        if not versions:
+            raise UserError(f"'{address}' can't be loaded: there is no registered model '{name}' with a version")
+        return name, str(max(int(each.version) for each in versions)), path
+    return name, version, path
 
-    model, path = ModelsArtifactRepository.split_models_uri(address)
-    name, *version = get_model_name_and_version(mlflow.MlflowClient(), model)
-    return name, str(version[0]) if version else None, path
+
+def _parse(address: str) -> tuple[str, str | None, str | None, str]:
+    """Name, alias, version (or `latest`) and path of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`."""
+    form = r"models:/+(?P<name>[^/?#]+?)(?:@(?P<alias>[^/@?#]+)|/(?P<version>\d+|latest))?(?:/(?P<path>[^?#]*))?"
+    if (parts := re.fullmatch(form, address, re.IGNORECASE)) is None:
+        raise UserError(f"'{address}' can't be loaded: it is no address of a model, such as models:/NAME@ALIAS")
+    name, alias, version, path = parts["name"], parts["alias"], parts["version"], parts["path"]
+    if alias is None and version is None and not name.startswith("m-"):
+        way = f"give models:/{name}@ALIAS or models:/{name}/VERSION"
+        raise UserError(f"'{address}' can't be loaded: it names no version of model '{name}'; {way}")
+    return name, alias, None if version is None else version.lower(), path or ""
 
 
-def _registry(address: str, uri: str) -> Any:
-    store = sqlite_file(uri)
-    if _scheme(address) in ("models", "runs") and store is not None and not store.is_file():
+def _connect(address: str, uri: str) -> Any:
+    store = read_sqlite_path(uri)
+    if _read_scheme(address) in ("models", "runs") and store is not None and not store.is_file():
         raise UserError(
             f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
         )
@@ -152,16 +192,16 @@ def _registry(address: str, uri: str) -> Any:
         ) from None
 
 
-def _told() -> str | None:
+def _read_own_address() -> str | None:
     """The address that this process has set MLflow to."""
     mlflow = sys.modules.get("mlflow")
     return mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
 
 
-def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:
+def _has_run(mlflow: Any, uri: str, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
-    with limits(FOR_MODELS), calling(uri):
+    with limit_waiting(FOR_MODELS), translate_errors(uri):
         try:
             return bool(mlflow.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:
@@ -170,13 +210,229 @@ def _is_there(mlflow: Any, uri: str, run_id: str) -> bool:
             raise
 
 
-def _artifact_in(folder: Path) -> Path | None:
+def _find_artifact(folder: Path) -> Path | None:
     """The folder itself if it is an artifact, or the one in the MLflow model that it holds."""
-    found = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
-    return found[0].parent if found else None
+    files = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
+    return files[0].parent if files else None
 
 
-def _scheme(address: str) -> str | None:
+def _read_scheme(address: str) -> str | None:
     """What stands before the colon of an address, None for a path."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", address)
-    return found[1].lower() if found else None
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", address)
+    return scheme[1].lower() if scheme else None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model. run_id: of the run that made it."""
+
+    name: str
+    number: str
+    run_id: str | None
+
+    @property
+    def address(self) -> str:
+        """Its permanent address, unlike one with an alias."""
+        return f"models:/{self.name}/{self.number}"
+
+
+def list_aliases(name: str, uri: str) -> dict[str, str]:
+    """Alias -> number of the version that holds it, of a registered model; none where there is no such model.
+
+    Raises UserError where MLflow does not answer.
+    """
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri):
+        try:
+            found = mlflow.MlflowClient().get_registered_model(name).aliases
+        except Exception as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+    return {str(alias): str(number) for alias, number in found.items()}
+
+
+def find_holder(name: str, alias: str, uri: str) -> Version | None:
+    """The version that holds an alias, None where none does. Raises UserError where MLflow does not answer."""
+    number = list_aliases(name, uri).get(alias)
+    return None if number is None else get_version(name, number, uri)
+
+
+def get_version(name: str, number: str, uri: str) -> Version:
+    """A version by its number. Raises UserError where there is none, or MLflow does not answer."""
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri, f"models:/{name}/{number}"):
+        found = mlflow.MlflowClient().get_model_version(name, number)
+    return Version(name, str(found.version), found.run_id)
+
+
+def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
+    """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
+
+    replaced: the one that held it, which is kept with the version, see `get_replaced`.
+    """
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri):
+        client = mlflow.MlflowClient()
+        if replaced is not None and replaced.number != number:
+            client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
+        client.set_registered_model_alias(name, alias, number)
+
+
+def get_replaced(version: Version, alias: str, uri: str) -> str | None:
+    """The number of the version that held an alias before this one took it; None where that is unknown."""
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri):
+        tags = mlflow.MlflowClient().get_model_version(version.name, version.number).tags
+    found = tags.get(f"{_REPLACED_TAG}.{alias}")
+    return None if found is None else str(found)
+
+
+def forget_replaced(version: Version, alias: str, uri: str) -> None:
+    """Of a version that an alias has left for the one before: if it comes back, it comes in another way."""
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri):
+        mlflow.MlflowClient().delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
+
+
+def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
+    """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
+    mlflow = connect(uri)
+    try:
+        with limit_waiting(BRIEF), translate_errors(uri):
+            client = mlflow.MlflowClient()
+            for name, value in tags.items():
+                client.set_model_version_tag(version.name, version.number, name, value[:_LONGEST_TAG])
+            if text:
+                client.update_model_version(version.name, version.number, shorten(text, _LONGEST_DESCRIPTION))
+    except UserError as error:
+        say(f"{error}: {version.address} is not described in the registry")
+
+
+def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
+    """Writes tags of a version. Raises UserError where the registry refuses."""
+    mlflow = connect(uri)
+    with limit_waiting(BRIEF), translate_errors(uri):
+        for name, value in tags.items():
+            mlflow.MlflowClient().set_model_version_tag(version.name, version.number, name, value)
+
+
+def check_names(uri: str, model: str, alias: str) -> None:
+    """Raises UserError where the registry would refuse to register a model under a name and an alias, by asking it."""
+    given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
+    if not re.fullmatch(r"[^/:?#]+", model) or not alias or _parse(f"models:/{model}@{alias}")[:2] != (model, alias):
+        raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
+    with limit_waiting(BRIEF):
+        mlflow = connect(uri)
+        with translate_errors(uri):
+            make_store(mlflow, uri)
+            try:  # a version that nobody has: names are looked at first
+                mlflow.MlflowClient().set_registered_model_alias(model, alias, _NO_VERSION)
+            except Exception as error:
+                code = getattr(error, "error_code", None)
+                if code == "INVALID_PARAMETER_VALUE":
+                    raise UserError(f"MLflow refuses {given}: {summarise(error)}") from None
+                if code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+
+
+def register_model(
+    run: Run,
+    artifact_folder: Path,
+    name: str,
+    alias: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
+
+    tags: of the version, besides ours.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+        UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
+    """
+    if run.outbox is None:
+        raise UserError("a model can be registered from a recorded run only")
+    import mlflow
+    import torch
+    from mlflow.models import set_signature
+
+    from mmoe_rec.inference import mlflow_package
+    from mmoe_rec.inference.ranker import Ranker
+
+    # MLflow runs the example too, but registers even a model that fails it.
+    Ranker.load(artifact_folder)
+    threads = torch.get_num_threads()
+
+    # Progress bars of local copies and "Successfully registered" come from no logger.
+    uri, unread = mlflow.get_tracking_uri(), io.StringIO()
+    with (
+        limit_waiting(FOR_MODELS),
+        translate_errors(uri, anything=True),
+        redirect_stderr(unread),
+        _no_bytecode(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
+        logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
+        torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
+        set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
+        registered = mlflow.register_model(
+            logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
+        )
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
+    return str(registered.version)
+
+
+def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:
+    """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    with limit_waiting(BRIEF), translate_errors(uri):
+        versions = mlflow.MlflowClient().search_model_versions(f"run_id = '{run.run_id}'")
+    files = _sum_files(artifact_folder)
+    mine = (each for each in versions if each.name == name and each.tags.get(_FILES_TAG) == files)
+    return next((str(each.version) for each in mine), None)
+
+
+def _sum_files(artifact_folder: Path) -> str:
+    """A checksum of an artifact's files except the features, whose fingerprint is in one of them.
+
+    Nor does it count what another machine rounds otherwise: the scores of the example, and the manifest with theirs.
+    """
+    left = ("example_scores.json", "manifest.json")
+    files = sorted(file for file in artifact_folder.iterdir() if file.is_file() and file.name not in left)
+    return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def wait_to_register(run: Run, artifact_folder: Path) -> Iterator[None]:
+    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
+
+    Raises:
+        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
+    """
+    run.flush(PATIENCE_SECONDS)
+    what = (
+        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
+    )
+    try:
+        yield
+    except UnreachableError as error:
+        raise StoppedError(f"{error}; {what} once MLflow answers") from None
+    except UserError as error:
+        raise UserError(f"{error}; {what} once that is put right") from None
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow tries a model out where it lies, which would leave compiled files of this Python in it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before

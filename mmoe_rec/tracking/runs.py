@@ -1,80 +1,150 @@
-"""Runs, metrics and the model registry: the only place of training and evaluation that talks to MLflow."""
+"""A run: what it logs becomes messages, which MLflow gets now or once it answers again."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import sys
+import json
+import math
+import re
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     BRIEF,
-    FOR_MODELS,
-    calling,
     connect,
-    first_line,
-    limits,
+    hide_password,
+    limit_waiting,
     make_store,
-    shown,
-    sqlite_file,
+    read_sqlite_path,
+    shorten,
+    translate_errors,
 )
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, Outbox, UnreachableError, runs_waiting
-from mmoe_rec.tracking.recording import NOTE, Run, sender
-from mmoe_rec.training.origin import checksum
+from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, list_waiting_runs
 
-KEY_TAG = "training_key"
-_FILES_TAG = "files"  # of a version in the registry
+_KEY_TAG = "training_key"
+_NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description, in Markdown."""
+_LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 # By this tag MLflow knows an experiment as one of model trainings, and not of applications of LLMs.
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
-def check(uri: str, experiment: str, model: str | None = None, alias: str = "champion", *, unsent: Path) -> None:
-    """Raises UserError where nobody answers at an address, or MLflow would refuse a name: before any work is done.
+@dataclass(frozen=True)
+class DataSet:
+    """Rows that a run reads. source: the log's address; context: what they are for; split: which of its rows."""
 
-    unsent: as in `open_run`.
+    name: str
+    digest: str
+    source: str
+    rows: int
+    context: str
+    split: str
+
+
+class Run:
+    """A run that is being recorded; without an outbox every call does nothing.
+
+    address: where to look at it; params, steps, note: settings, last step of each metric, and description that a
+    resumed run knew already, so that these may be logged again.
     """
-    check_names(experiment, model, alias)
-    with limits(BRIEF):
-        mlflow = connect(uri)
-        with calling(uri):
-            make_store(mlflow, uri)
-            _existing(mlflow, experiment)
-        _send_left(mlflow, uri, unsent)
 
+    def __init__(
+        self,
+        run_id: str | None,
+        outbox: Outbox | None = None,
+        address: str = "",
+        params: Mapping[str, str] | None = None,
+        steps: Mapping[str, int] | None = None,
+        note: str = "",
+    ) -> None:
+        self.run_id, self.outbox, self.address = run_id, outbox, address
+        self._params, self._steps, self._note = params or {}, steps or {}, note
 
-def check_names(experiment: str, model: str | None = None, alias: str = "champion") -> None:
-    """Raises UserError for a name that MLflow would refuse, by MLflow's own rules."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own imports
-        from mlflow.exceptions import MlflowException
-        from mlflow.store.artifact.utils.models import _parse_model_uri
-        from mlflow.utils import validation
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings, nested ones under names such as `model.experts.count`.
 
-    def addressed(name: str) -> None:
-        if _parse_model_uri(address := f"models:/{name}@{alias}").name != name:
-            raise MlflowException(f"MLflow would look for another model at '{address}'")
+        In a resumed run, values that have changed go to the tag `resumed.NAME`: MLflow keeps the first ones.
+        """
+        given = {name: str(value) for name, value in _flatten(params)}
+        self._put("params", {name: value for name, value in given.items() if name not in self._params})
+        changed = {name: value for name, value in given.items() if self._params.get(name, value) != value}
+        self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
-    of_alias = (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved)
-    rules: list[tuple[str, str, tuple[Callable[[str], object], ...]]] = [
-        ("tracking.experiment", experiment, (validation._validate_experiment_name,))
-    ]
-    if model is not None:
-        rules.append(("tracking.alias", alias, of_alias))
-        rules.append(("tracking.registered_model", model, (validation._validate_model_name, addressed)))
-    for setting, name, each_rule in rules:
-        try:
-            for rule in each_rule:
-                rule(name)
-        except MlflowException as error:
-            default = "" if setting == "tracking.alias" else " (by default the settings' `name`)"
-            raise UserError(f"'{setting}'{default} can't be '{name}' in MLflow: {first_line(error)}") from None
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step. In a resumed run, those of steps that it has already are left out."""
+        new = {name: float(each) for name, each in metrics.items() if step is None or step > self._steps.get(name, -1)}
+        if new:
+            # A number that is sent twice with one time and step counts once.
+            self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
+
+    def forget_metrics(self, prefix: str, kept: Collection[str]) -> None:
+        """Metrics of a resumed run with names that begin so, but for some, become NaN: they are undefined by now."""
+        gone = [name for name in self._steps if name.startswith(prefix) and name not in kept]
+        self._put("metrics", {"time": _now(), "step": 0, "metrics": dict.fromkeys(gone, math.nan)} if gone else {})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Names and values that describe the run."""
+        self._put("tags", {name: str(value) for name, value in tags.items()})
+
+    def describe(self, heading: str, text: str) -> None:
+        """A section of the run's description, in Markdown, in the place of one with that heading; what people wrote
+        above the sections stays."""
+        above, sections = _read_sections(self._note)
+        sections[heading] = shorten(text.strip(), _LONGEST_SECTION)
+        self._note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
+        self.set_tags({_NOTE: self._note})
+
+    def is_described(self, heading: str) -> bool:
+        """Whether the description has a section of that heading."""
+        return heading in _read_sections(self._note)[1]
+
+    def log_inputs(self, sets: Sequence[DataSet]) -> None:
+        """The rows that the run reads."""
+        self._put("inputs", {"sets": [asdict(each) for each in sets]} if sets else {})
+
+    def log_text(self, text: str, name: str) -> None:
+        """A text file."""
+        self._put_file(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
+        """A JSON file."""
+        self.log_text(json.dumps(values, indent=2), name)
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """A matplotlib figure."""
+        if self.outbox is not None:
+            self._put_file(name, figure.savefig)
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """A file."""
+        self._put("file", {"folder": folder}, Path(path))
+
+    def end(self, status: str) -> None:
+        """The run has ended as FINISHED, KILLED or FAILED."""
+        self._put("end", {"status": status, "time": _now()})
+
+    def flush(self, seconds: float = 0.0) -> None:
+        """Sends what waits, for so long while MLflow does not answer."""
+        if self.outbox is not None:
+            self.outbox.flush(seconds)
+
+    def _put_file(self, name: str, write: Callable[[Path], object]) -> None:
+        if self.outbox is None:
+            return
+        folder, _, name = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch, name))
+            self.log_artifact(Path(scratch, name), folder or None)
+
+    def _put(self, kind: Any, values: dict[str, Any], file: Path | None = None) -> None:
+        if self.outbox is not None and values:
+            self.outbox.put(Message(kind, values, file))
 
 
 @contextmanager
@@ -103,239 +173,196 @@ def open_run(
     if not active:
         yield Run(run_id)
         return
-    with limits(BRIEF):
-        run = _started(uri, experiment, run_name, run_id, key, parent, unsent, patience)
+    with limit_waiting(BRIEF):
+        mlflow = connect(uri)
+        experiment_id = _wait_for_experiment(mlflow, uri, experiment, patience)
+        if unsent is not None:
+            _send_waiting(mlflow, uri, unsent)
+        run = _start(mlflow, uri, experiment_id, experiment, run_name, run_id, key, parent, unsent)
+        status = "FAILED"
         try:
             yield run
-        except BaseException as error:
-            with suppress(UserError):  # it would hide the original error
-                run.end("KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED")
+            status = "FINISHED"
+        except (StoppedError, KeyboardInterrupt):
+            status = "KILLED"
             raise
-        else:
-            run.end("FINISHED")
         finally:
-            _leave(str(run.run_id))
+            if status == "FINISHED":
+                run.end(status)
+            else:
+                with suppress(UserError):  # it would hide the original error
+                    run.end(status)
+            with suppress(Exception), translate_errors(uri, anything=True):
+                mlflow.end_run(status)  # the process has no open run any more
 
 
-def _started(
+def _wait_for_experiment(mlflow: Any, uri: str, name: str, patience: float) -> str:
+    """The id of an experiment, which is made if it is not there; waits so many seconds for MLflow to answer."""
+    until, pause = time.monotonic() + patience, 1.0
+    while True:
+        try:
+            with translate_errors(uri):
+                make_store(mlflow, uri)
+                return _open_experiment(mlflow, uri, name)
+        except UnreachableError:
+            if time.monotonic() + pause > until:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+
+def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
+    experiment = mlflow.get_experiment_by_name(name)
+    if experiment is None:
+        store = read_sqlite_path(uri)
+        place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
+        created: str = mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
+        return created
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
+        )
+    if _KIND[0] not in experiment.tags:  # of before there were kinds, or made by hand
+        mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
+    number: str = experiment.experiment_id
+    return number
+
+
+def _start(
+    mlflow: Any,
     uri: str,
+    experiment_id: str,
     experiment: str,
     run_name: str | None,
     run_id: str | None,
     key: str | None,
     parent: str | None,
     unsent: Path | None,
-    patience: float,
 ) -> Run:
-    mlflow = connect(uri)
-    until, pause = time.monotonic() + patience, 1.0
-    while True:
-        try:
-            with calling(uri):
-                make_store(mlflow, uri)
-                experiment_id = _experiment(mlflow, uri, experiment)
-            break
-        except UnreachableError:
-            if time.monotonic() + pause > until:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
-    if unsent is not None:
-        _send_left(mlflow, uri, unsent)
     params: dict[str, str] = {}
     steps: dict[str, int] = {}
     note = ""
-    with calling(uri):
+    with translate_errors(uri):
         if run_id is None and key is not None:
-            run_id = _run_with(mlflow, experiment_id, key)
+            run_id = _find_run_with(mlflow, experiment_id, key)
         if run_id is not None:
-            params, steps, note = _known(mlflow, run_id)
-        started = (
-            mlflow.start_run(run_id=run_id, nested=parent is not None)
-            if run_id is not None
-            else mlflow.start_run(
-                experiment_id=experiment_id,
-                run_name=run_name,
-                tags=None if key is None else {KEY_TAG: key},
-                parent_run_id=parent,
-                nested=parent is not None,
-            )
-        )
-    run_id = started.info.run_id
+            params, steps, note = _read_run(mlflow, run_id)
+        new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
+        new["tags"] = None if key is None else {_KEY_TAG: key}
+        asked = new if run_id is None else {"run_id": run_id}
+        info = mlflow.start_run(**asked, nested=parent is not None, log_system_metrics=False).info
     # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
-    page = f"#/experiments/{started.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
-    place = f"{uri.rstrip('/')}/{page}"
-    served = uri.startswith(("http://", "https://"))
-    address = shown(place) if served else f"{run_id} of experiment '{experiment}' in {shown(uri)}"
-    return Run(run_id, _outbox(mlflow, uri, run_id, unsent), address, params, steps, note)
+    page = f"{uri.rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
+    is_served = uri.startswith(("http://", "https://"))
+    address = hide_password(page if is_served else f"{info.run_id} of experiment '{experiment}' in {uri}")
+    return Run(info.run_id, _open_outbox(mlflow, uri, info.run_id, unsent), address, params, steps, note)
 
 
-def _known(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int], str]:
+def _find_run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
+    runs = mlflow.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{key}'", max_results=1, output_format="list")
+    return runs[0].info.run_id if runs else None
+
+
+def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int], str]:
     """The settings that a run knows, the last step of each metric, and its description."""
-    found = mlflow.get_run(run_id)
-    if found.info.lifecycle_stage != "active":
+    run = mlflow.get_run(run_id)
+    if run.info.lifecycle_stage != "active":
         raise UserError(
             f"MLflow run '{run_id}' was deleted: restore it with `mlflow runs restore --run-id {run_id}`, or "
             "train from the start, without --resume"
         )
     client = mlflow.MlflowClient()
-    history = {name: client.get_metric_history(run_id, name) for name in found.data.metrics}
+    history = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     last = {name: max(each.step for each in steps) for name, steps in history.items() if steps}
-    return found.data.params, last, found.data.tags.get(NOTE, "")
+    return run.data.params, last, run.data.tags.get(_NOTE, "")
 
 
-def _send_left(mlflow: Any, uri: str, unsent: Path) -> None:
-    for run_id in runs_waiting(unsent):
-        box = _outbox(mlflow, uri, run_id, unsent)
+def check_server(uri: str, experiment: str, *, unsent: Path) -> None:
+    """Raises UserError where nobody answers at an address, or MLflow refuses the experiment, which is made if need be.
+
+    unsent: as in `open_run`.
+    """
+    with limit_waiting(BRIEF):
+        mlflow = connect(uri)
+        _wait_for_experiment(mlflow, uri, experiment, 0.0)
+        _send_waiting(mlflow, uri, unsent)
+
+
+def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
+    for run_id in list_waiting_runs(unsent):
+        box = _open_outbox(mlflow, uri, run_id, unsent)
         box.flush()
         if isinstance(box.trouble, UnreachableError):
             raise box.trouble
 
 
-def _outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
-    folder = None if unsent is None else unsent / run_id
-    return Outbox(folder, sender(mlflow, run_id, lambda: calling(uri, anything=True)))
-
-
-def _leave(run_id: str) -> None:
-    """Ends MLflow's own notion of an open run, without the call to the server that its `end_run` makes."""
-    from mlflow.tracking import fluent
-
-    open_runs = fluent._active_run_stack.get()
-    open_runs[:] = [each for each in open_runs if each.info.run_id != run_id]
-    monitor = fluent.run_id_to_system_metrics_monitor.pop(run_id, None)
-    if monitor is not None:
-        monitor.finish()
-
-
 def mark_killed(uri: str, run_id: str) -> None:
     """Marks a run that was left open as killed."""
     mlflow = connect(uri)
-    with limits(BRIEF), calling(uri):
+    with limit_waiting(BRIEF), translate_errors(uri):
         mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
 
-def _run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
-    found = mlflow.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'", max_results=1, output_format="list")
-    return found[0].info.run_id if found else None
+def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:
+    def send(message: Message) -> None:
+        try:
+            with translate_errors(uri, anything=True):
+                _deliver(mlflow, run_id, message)
+        except UnreachableError:
+            raise
+        except UserError as error:
+            if message.kind != "inputs":
+                raise
+            say(f"{error}: the run goes on without data sets")  # an old server does not know them
+
+    return Outbox(None if unsent is None else unsent / run_id, send)
 
 
-def register(
-    run: Run,
-    artifact_folder: Path,
-    name: str,
-    alias: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> str:
-    """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
-
-    tags: of the version, besides ours.
-
-    Raises:
-        UnreachableError: MLflow does not answer.
-        UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
-    """
-    if run.outbox is None:
-        raise UserError("a model can be registered from a recorded run only")
-    import mlflow
-    import torch
-    from mlflow.models import set_signature
-
-    from mmoe_rec.inference import mlflow_package
-    from mmoe_rec.inference.ranker import Ranker
-
-    # MLflow runs the example too, but registers even a model that fails it.
-    Ranker.load(artifact_folder)
-    threads = torch.get_num_threads()
-
-    # Progress bars of local copies and "Successfully registered" come from no logger.
-    uri, unread = mlflow.get_tracking_uri(), io.StringIO()
-    with (
-        limits(FOR_MODELS),
-        calling(uri, anything=True),
-        redirect_stderr(unread),
-        _no_bytecode(),
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
-        logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
-        torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
-        set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
-        registered = mlflow.register_model(
-            logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _files(artifact_folder)}
-        )
-        if alias is not None:
-            mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
-    return str(registered.version)
+def _deliver(mlflow: Any, run_id: str, message: Message) -> None:
+    client, entities, values = mlflow.MlflowClient(), mlflow.entities, message.values
+    match message.kind:
+        case "params":
+            client.log_batch(run_id, params=[entities.Param(*each) for each in values.items()])
+        case "metrics":
+            at, step = values["time"], values["step"]
+            numbers = [entities.Metric(name, value, at, step) for name, value in values["metrics"].items()]
+            client.log_batch(run_id, metrics=numbers)
+        case "tags":
+            client.log_batch(run_id, tags=[entities.RunTag(*each) for each in values.items()])
+        case "inputs":
+            client.log_inputs(run_id, datasets=[_make_input(entities, each) for each in values["sets"]])
+        case "file":
+            client.log_artifact(run_id, str(message.file), values["folder"])
+        case "end":
+            client.set_terminated(run_id, values["status"], values["time"])
 
 
-def registered_before(run: Run, artifact_folder: Path, name: str) -> str | None:
-    """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
-    import mlflow
-
-    uri = mlflow.get_tracking_uri()
-    with limits(BRIEF), calling(uri):
-        found = mlflow.MlflowClient().search_model_versions(f"run_id = '{run.run_id}'")
-    files = _files(artifact_folder)
-    return next((str(each.version) for each in found if each.name == name and each.tags.get(_FILES_TAG) == files), None)
-
-
-def _files(artifact_folder: Path) -> str:
-    """A checksum of an artifact's files except the features, whose fingerprint is in one of them.
-
-    Nor does it count what another machine rounds otherwise: the scores of the example, and the manifest with theirs.
-    """
-    left = ("example_scores.json", "manifest.json")
-    files = sorted(file for file in artifact_folder.iterdir() if file.is_file() and file.name not in left)
-    return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def or_later(run: Run, artifact_folder: Path) -> Iterator[None]:
-    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
-
-    Raises:
-        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
-    """
-    run.flush(PATIENCE_SECONDS)
-    what = (
-        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
+def _make_input(entities: Any, values: Mapping[str, Any]) -> Any:
+    remote = "://" in values["source"]
+    data_set = entities.Dataset(
+        name=values["name"],
+        digest=values["digest"],
+        source_type=values["source"].partition("://")[0] if remote else "local",
+        source=json.dumps({"uri": values["source"]}),
+        profile=json.dumps({"num_rows": values["rows"]}),
     )
-    try:
-        yield
-    except UnreachableError as error:
-        raise StoppedError(f"{error}; {what} once MLflow answers") from None
-    except UserError as error:
-        raise UserError(f"{error}; {what} once that is put right") from None
+    tags = {"mlflow.data.context": values["context"], "split": values["split"]}
+    return entities.DatasetInput(data_set, [entities.InputTag(*each) for each in tags.items()])
 
 
-def _experiment(mlflow: Any, uri: str, name: str) -> str:
-    found = _existing(mlflow, name)
-    if found is None:
-        store = sqlite_file(uri)
-        place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
-        created: str = mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
-        return created
-    existing: str = found.experiment_id
-    if _KIND[0] not in found.tags:  # of before there were kinds, or made by hand
-        mlflow.MlflowClient().set_experiment_tag(existing, *_KIND)
-    return existing
+def _read_sections(note: str) -> tuple[str, dict[str, str]]:
+    """What stands above the sections of a description, and these by heading."""
+    above, *parts = re.split(r"^### (.+)$", note, flags=re.MULTILINE)
+    return above.strip(), {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def _existing(mlflow: Any, name: str) -> Any:
-    found = mlflow.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
-        )
-    return found
+def _now() -> int:
+    return time.time_ns() // 1_000_000
 
 
-@contextmanager
-def _no_bytecode() -> Iterator[None]:
-    """MLflow tries a model out where it lies, which would leave compiled files of this Python in it."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

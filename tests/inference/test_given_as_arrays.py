@@ -15,7 +15,7 @@ from mmoe_rec.inference.errors import RequestError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.requests import envelope
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 PRICES = [1.5, 2.0, 0.25, 8.0, 3.0]
@@ -174,7 +174,7 @@ def test_the_mlflow_model_takes_them_and_one_request_alone(
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with runs.open_run(uri, "small") as run:
-        runs.register(run, small.folder, "small", "champion")
+        registry.register_model(run, small.folder, "small", "champion")
     model = mlflow.pyfunc.load_model("models:/small@champion")
     table, _ = small.later_rows()
     plain = as_request(table)

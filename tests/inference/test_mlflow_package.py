@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.inference.mlflow_package import SERVED_CODE, SERVED_PACKAGES, arguments
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import SmallModel
 
 # Loads and ranks with the served code alone; prints whose code imported what, and which of its modules were loaded.
@@ -98,7 +98,7 @@ def test_a_project_in_the_working_folder_is_not_taken_for_the_models(
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with runs.open_run(uri, "small") as run:
-        version = runs.register(run, small.folder, "small")
+        version = registry.register_model(run, small.folder, "small")
     assert not [name for name in os.environ if name.startswith("MLFLOW") and "UV" in name]
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/small/{version}", dst_path=str(tmp_path / "model")))
     names = {path.name for path in folder.iterdir()}
@@ -109,7 +109,7 @@ def test_a_project_in_the_working_folder_is_not_taken_for_the_models(
     # The same call without our argument takes them: once that changes, so may this.
     monkeypatch.setattr("mmoe_rec.inference.mlflow_package.arguments", _without("uv_project_path"))
     with runs.open_run(uri, "small") as run:
-        version = runs.register(run, small.folder, "small")
+        version = registry.register_model(run, small.folder, "small")
     other = Path(mlflow.artifacts.download_artifacts(f"models:/small/{version}", dst_path=str(tmp_path / "other")))
     assert (other / "uv.lock").exists()
 

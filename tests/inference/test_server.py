@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry, runs
 from tests.inference.running_server import Server, answers, running_server
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
@@ -21,7 +21,7 @@ def server(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = Path(tmp_path_factory.mktemp("server"))
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     with runs.open_run(uri, "small") as run:
-        runs.register(run, small.folder, "small", "champion")
+        registry.register_model(run, small.folder, "small", "champion")
     with running_server("models:/small@champion", uri, folder) as running:
         yield running
 

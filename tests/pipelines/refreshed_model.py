@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.aliases import Version, holder_of, point
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import Version, fetch_model, find_holder, move_alias
 from pipelines import refresh
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of, with_requests
@@ -39,7 +38,7 @@ class RefreshedModel:
         self.config = folder / "settings.yaml"
         self.config.write_text(self.settings.to_yaml(), encoding="utf-8")
         with runs.open_run(self.uri, NAME, run_name="training") as run:
-            runs.register(run, small.folder, NAME, "champion")
+            registry.register_model(run, small.folder, NAME, "champion")
             self.run_id = run.run_id
 
     def _days(self, start: float, end: float) -> pa.Table:
@@ -58,13 +57,13 @@ class RefreshedModel:
 
     def holder(self, alias: str = "champion") -> Version:
         """The version that holds an alias."""
-        found = holder_of(NAME, alias, self.uri)
+        found = find_holder(NAME, alias, self.uri)
         assert found is not None
         return found
 
-    def point(self, number: str, alias: str = "champion") -> None:
+    def move_alias(self, number: str, alias: str = "champion") -> None:
         """A person moves the alias."""
-        point(NAME, alias, number, self.uri)
+        move_alias(NAME, alias, number, self.uri)
 
     def versions(self) -> list[Any]:
         """All versions, the first one first."""
@@ -73,7 +72,7 @@ class RefreshedModel:
 
     def folder_of(self, number: str) -> Path:
         """The artifact folder of a version."""
-        return local_model(f"models:/{NAME}/{number}", self.uri)
+        return fetch_model(f"models:/{NAME}/{number}", self.uri)
 
     def about(self, number: str) -> Artifact:
         """What the artifact of a version says, once its files are checked."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmoe_rec.tracking.aliases import Version, holder_of
+from mmoe_rec.tracking.registry import Version, find_holder
 from mmoe_rec.training.loop import Trainer
 from pipelines import features, train
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
@@ -71,7 +71,7 @@ class World:
 
     def champion(self, alias: str = "champion") -> Version | None:
         """The version that holds an alias."""
-        return holder_of("learnable", alias, self.uri)
+        return find_holder("learnable", alias, self.uri)
 
     @property
     def checkpoints(self) -> Path:

@@ -47,7 +47,7 @@ def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
 
     train.main([*options, "--training.epochs", "1", "--training.batch_size", "2048"])
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
-    run = mlflow.get_run(registry.run_of("models:/learnable@champion", uri))
+    run = mlflow.get_run(registry.find_run("models:/learnable@champion", uri))
     assert run.data.tags["data.files_left_out"] == "2"
     manifest = json.loads(Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/data.json")).read_text())
     assert manifest["left_out"] == listed
@@ -65,7 +65,7 @@ def test_an_evaluation_says_what_it_leaves_out(config: Path, capsys: pytest.Capt
     words = ["--model", "models:/learnable@champion"]
     evaluate.main([*options, *words])
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
-    run_id = registry.run_of("models:/learnable@champion", uri)
+    run_id = registry.find_run("models:/learnable@champion", uri)
     before = mlflow.get_run(run_id).data.metrics
     second.with_name("c.parquet").write_bytes(second.read_bytes()[:-40])
     capsys.readouterr()

@@ -59,7 +59,7 @@ def test_validation_rows_are_predicted_right_on_average(world: World) -> None:
 
 def test_the_registered_model_is_calibrated(world: World) -> None:
     uri = f"sqlite:///{world.folder / 'mlflow.db'}"
-    registered = Ranker.load(registry.local_model("models:/learnable@champion", uri))
+    registered = Ranker.load(registry.fetch_model("models:/learnable@champion", uri))
     assert registered.calibration == world.ranker.calibration
 
 

@@ -57,7 +57,7 @@ class World:
 
     def run(self) -> Any:
         """The MLflow run that trained the model."""
-        run_id = registry.run_of("models:/learnable@champion", self.uri)
+        run_id = registry.find_run("models:/learnable@champion", self.uri)
         assert run_id is not None
         return mlflow.get_run(run_id)
 
@@ -149,7 +149,7 @@ def test_weights_of_one_and_two_processes_agree(world: World, two_ranks: World) 
 
 def test_models_of_one_and_two_processes_give_the_same_outputs(world: World, two_ranks: World) -> None:
     one, two = (
-        Ranker.load(registry.local_model("models:/learnable@champion", each.uri)) for each in (world, two_ranks)
+        Ranker.load(registry.fetch_model("models:/learnable@champion", each.uri)) for each in (world, two_ranks)
     )
     rows = next(Log(str(world.folder / "log"), load_settings(world.config).schema_).stream())
     for first, second in zip(one.score(rows), two.score(rows), strict=True):
@@ -203,7 +203,7 @@ def test_the_model_is_registered_under_the_alias(world: World) -> None:
     mlflow.set_registry_uri(world.uri)
     version = mlflow.MlflowClient(world.uri).get_model_version_by_alias("learnable", "champion")
     assert version.run_id == world.run().info.run_id
-    registered = load_file(registry.local_model("models:/learnable@champion", world.uri) / "weights.safetensors")
+    registered = load_file(registry.fetch_model("models:/learnable@champion", world.uri) / "weights.safetensors")
     for name, weight in load_file(world.artifact / "weights.safetensors").items():
         assert torch.equal(registered[name], weight)
 
@@ -342,7 +342,7 @@ def test_runs_go_where_mlflows_variable_says(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mine)
     monkeypatch.chdir(tmp_path)
     train.main(["--config", "settings.yaml", "--training.epochs", "1"])
-    assert registry.run_of("models:/learnable@champion", mine) is not None
+    assert registry.find_run("models:/learnable@champion", mine) is not None
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "MLflow run: " in line]
     assert told.endswith(mine)
     assert not (tmp_path / "mlflow.db").exists()

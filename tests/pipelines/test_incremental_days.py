@@ -101,8 +101,8 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     version = mlflow.MlflowClient(days.uri).get_model_version("learnable", "2")
     run = mlflow.get_run(version.run_id)
     assert run.data.tags["warm_start"] == "models:/learnable@champion"
-    assert run.data.tags["warm_start.run"] == registry.run_of("models:/learnable/1", days.uri)
-    one, two = (Ranker.load(registry.local_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
+    assert run.data.tags["warm_start.run"] == registry.find_run("models:/learnable/1", days.uri)
+    one, two = (Ranker.load(registry.fetch_model(f"models:/learnable/{number}", days.uri)) for number in (1, 2))
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
     first = json.loads(days.first["manifest.json"])
     assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint

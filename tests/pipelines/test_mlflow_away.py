@@ -11,7 +11,7 @@ import yaml
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import evaluate as evaluation
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry
 from mmoe_rec.training.loop import Trainer
 from pipelines import evaluate, train
 from tests.pipelines.learnable_log import settings_tree, write_files
@@ -120,7 +120,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runs, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(registry, "PATIENCE_SECONDS", 1.5)
     training = Training(tmp_path, log, server, "afterwards")
     assert training.run(at_validation={0: server.door.shut}) == 75
     said = capsys.readouterr().err

@@ -20,14 +20,17 @@ from mmoe_rec.jobs.commands.evaluation.promote import main
 from mmoe_rec.jobs.judging import promote
 from mmoe_rec.jobs.judging.shadow import _agreement
 from mmoe_rec.request_log import names
-from mmoe_rec.tracking import aliases
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking import registry
+from mmoe_rec.tracking.registry import fetch_model
 from pipelines import evaluate
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
 SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
 NAME = "learnable"
+
+
+SLOWER = promote._slower
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def world(template: World) -> World:
-    """The first version holds the alias."""
-    aliases.point(NAME, "champion", "1", template.uri)
+def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The first version holds the alias; how fast versions answer depends on nothing else that the machine does."""
+    monkeypatch.setattr(promote, "_slower", lambda *_: 1.0)
+    registry.move_alias(NAME, "champion", "1", template.uri)
     return template
 
 
@@ -88,24 +92,24 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         # Another process promotes while the version is loaded.
-        patch.setattr(promote, "_loaded", lambda version, uri: aliases.point(NAME, "champion", "1", uri))
+        patch.setattr(promote, "_loaded", lambda version, uri: registry.move_alias(NAME, "champion", "1", uri))
         assert run(world, "--rollback") == 2
     assert holder(world) == "1"
     assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
-    aliases.point(NAME, "champion", "2", world.uri)
+    registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--rollback") == 0
     assert holder(world) == "1"
     assert "'champion' is version 1 again, which held it before version 2" in capsys.readouterr().out
     assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
     assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
-    aliases.point(NAME, "champion", "2", world.uri)  # by hand
+    registry.move_alias(NAME, "champion", "2", world.uri)  # by hand
     assert run(world, "--rollback") == 2, "what was before is not taken from a holding that has ended"
     assert "it is not known which version" in capsys.readouterr().err
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
 
 
 def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
-    aliases.point(NAME, "champion", "2", world.uri)
+    registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--challenger", "1") == 1
     assert holder(world) == "2"
     assert "'version 1' is worse than 'version 2'" in capsys.readouterr().out
@@ -132,7 +136,7 @@ def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = local_model(f"models:/{NAME}/1", world.uri)
+    folder = fetch_model(f"models:/{NAME}/1", world.uri)
     now = [0.0]
     monkeypatch.setattr(promote.time, "perf_counter", lambda: now[0])
 
@@ -144,24 +148,24 @@ def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.Mon
             self.calls += 1
             now[0] += self.seconds * (100 if self.calls < 50 else 1)  # a machine that is busy at first
 
-    assert promote._slower(Answers(3.0), Answers(2.0), folder) == pytest.approx(1.5)  # type: ignore[arg-type]
+    assert SLOWER(Answers(3.0), Answers(2.0), folder) == pytest.approx(1.5)  # type: ignore[arg-type]
 
 
 def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_gives_way(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "model"
-    shutil.copytree(local_model(f"models:/{NAME}/2", world.uri), broken)
+    shutil.copytree(fetch_model(f"models:/{NAME}/2", world.uri), broken)
     (broken / "weights.safetensors").write_bytes(b"short")
 
     def taken(address: str, uri: str) -> Path:
-        return broken if address.endswith("/2") else local_model(address, uri)
+        return broken if address.endswith("/2") else fetch_model(address, uri)
 
-    monkeypatch.setattr(promote, "local_model", taken)
+    monkeypatch.setattr(promote, "fetch_model", taken)
     assert run(world, "--challenger", "2") == 1
     assert holder(world) == "1"
     assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
-    aliases.point(NAME, "champion", "2", world.uri)
+    registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--challenger", "1") == 0
     assert holder(world) == "1"
 
@@ -188,7 +192,7 @@ def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: 
     def meanwhile(*_: Any) -> float:
         client(world).create_model_version(NAME, client(world).get_model_version(NAME, "1").source)
         newest = max(int(each.version) for each in client(world).search_model_versions(f"name='{NAME}'"))
-        aliases.point(NAME, "champion", str(newest), world.uri)
+        registry.move_alias(NAME, "champion", str(newest), world.uri)
         return 1.0
 
     monkeypatch.setattr(promote, "_slower", meanwhile)
@@ -207,7 +211,7 @@ def test_logged_requests_are_ranked_by_both(world: World, tmp_path: Path, capsys
     assert "of 100 logged requests, " in printed
     assert "click: " in printed
     pq.write_table(log, tmp_path / "requests" / "requests-1.parquet")
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
     assert run(world, "--challenger", "2", "--shadow", str(tmp_path / "requests")) == 2
     assert "has no column 'served_request': expected requests that a server logged" in capsys.readouterr().err
 
@@ -226,7 +230,7 @@ def test_agreement_by_hand() -> None:
 
 def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """An outage, or a machine that computes something else, says nothing about the holder."""
-    fetch = promote.local_model
+    fetch = promote.fetch_model
 
     def away(address: str, uri: str) -> Path:
         if address.endswith("/1"):
@@ -234,7 +238,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
         return fetch(address, uri)
 
     with monkeypatch.context() as patch:
-        patch.setattr(promote, "local_model", away)
+        patch.setattr(promote, "fetch_model", away)
         assert run(world, "--challenger", "2") == 2
     load = Ranker.load
 

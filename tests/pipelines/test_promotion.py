@@ -19,8 +19,8 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.judging import after_training as promotion
-from mmoe_rec.tracking import aliases, runs
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import World
 
 # Which learn next to nothing.
@@ -46,8 +46,8 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
         source = f"{versions[0].source}"
         return str(client(template).create_model_version(name, source, run_id=run.run_id).version)
 
-    monkeypatch.setattr(promotion.runs, "register", register)
-    aliases.point(NAME, "champion", "2", template.uri)
+    monkeypatch.setattr(promotion.registry, "register_model", register)
+    registry.move_alias(NAME, "champion", "2", template.uri)
     return template
 
 
@@ -83,7 +83,7 @@ def area(artifact: Path, work: Path) -> float:
 
 def area_of(world: World, version: str) -> float:
     """That of a version in the registry."""
-    return area(local_model(f"models:/{NAME}/{version}", world.uri), world.folder / "work")
+    return area(fetch_model(f"models:/{NAME}/{version}", world.uri), world.folder / "work")
 
 
 def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) -> None:
@@ -100,7 +100,7 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
 
 def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
     """Twice the clicks are ranked right, but few rows tell about likes."""
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
     world.train("--evaluation.margin", "0.005")
     assert holder(world) == "1"
     assert said(world)[0].startswith("'this model' is held back, although mean auc of click, liked is higher than that")
@@ -176,7 +176,7 @@ def test_a_holder_that_cannot_be_served_gives_way(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
 ) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(local_model("models:/learnable/2", world.uri), folder)
+    shutil.copytree(fetch_model("models:/learnable/2", world.uri), folder)
     weights = folder / "weights.safetensors"
     if what == "damaged":
         weights.write_bytes(b"short")
@@ -190,9 +190,9 @@ def test_a_holder_that_cannot_be_served_gives_way(
         write_manifest(folder)
 
     def taken(address: str, uri: str) -> Path:
-        return folder if address == "models:/learnable/2" else local_model(address, uri)
+        return folder if address == "models:/learnable/2" else fetch_model(address, uri)
 
-    monkeypatch.setattr(promotion, "local_model", taken)
+    monkeypatch.setattr(promotion, "fetch_model", taken)
     world.train(*SLOW)
     assert holder(world) == newest(world)
     assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
@@ -201,14 +201,14 @@ def test_a_holder_that_cannot_be_served_gives_way(
 def test_a_holder_that_computes_something_else_here_keeps_the_alias(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    aliases.point(NAME, "champion", "2", world.uri)
+    registry.move_alias(NAME, "champion", "2", world.uri)
     folder = tmp_path / "model"
-    shutil.copytree(local_model("models:/learnable/2", world.uri), folder)
+    shutil.copytree(fetch_model("models:/learnable/2", world.uri), folder)
     scores = json.loads((folder / "example_scores.json").read_text())
     scores["predictions"]["click"][0] *= 1.01
     (folder / "example_scores.json").write_text(json.dumps(scores))
     write_manifest(folder)
-    monkeypatch.setattr(promotion, "local_model", lambda *_: folder)
+    monkeypatch.setattr(promotion, "fetch_model", lambda *_: folder)
     world.train(*SLOW, "--training.seed", "9")
     assert holder(world) == "2"
     assert "version 2, which holds 'champion', can't be compared: the model in " in said(world)[0]
@@ -216,7 +216,7 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
 
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
     finite = promotion.Comparison._scored
 
     def scored(self: promotion.Comparison, model: Any, *rest: Any) -> Any:
@@ -234,7 +234,7 @@ def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkey
     def away(address: str, uri: str) -> Path:
         raise promotion.UserError(f"'{address}' can't be loaded")
 
-    monkeypatch.setattr(promotion, "local_model", away)
+    monkeypatch.setattr(promotion, "fetch_model", away)
     world.train()
     assert holder(world) == "2"
     assert "can't be compared: 'models:/learnable/2' can't be loaded" in said(world)[0]
@@ -243,13 +243,13 @@ def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkey
 def test_an_outage_during_the_comparison_decides_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
 
     def away(address: str, uri: str) -> Path:
         raise runs.UnreachableError("MLflow does not answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(promotion, "local_model", away)
+        patch.setattr(promotion, "fetch_model", away)
         with pytest.raises(SystemExit) as ended:
             world.train()
     assert ended.value.code == 75
@@ -261,13 +261,13 @@ def test_an_outage_during_the_comparison_decides_nothing(
 
 
 def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    aliases.point(NAME, "champion", "1", world.uri)
+    registry.move_alias(NAME, "champion", "1", world.uri)
     compare, asked = promotion.Comparison.with_holder, []
 
-    def meanwhile(self: promotion.Comparison, found: aliases.Version | None) -> promotion.Verdict:
+    def meanwhile(self: promotion.Comparison, found: registry.Version | None) -> promotion.Verdict:
         assert found is not None
         asked.append(found.number)
-        aliases.point(NAME, "champion", "2", world.uri)
+        registry.move_alias(NAME, "champion", "2", world.uri)
         return compare(self, found)
 
     monkeypatch.setattr(promotion.Comparison, "with_holder", meanwhile)

@@ -23,7 +23,7 @@ from mmoe_rec.inference.export.small import write_small
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry, runs
 from tests.fork_server import Command
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import ITEMS, USER
@@ -198,18 +198,18 @@ def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.Captur
 def test_an_alias_that_a_person_moved_meanwhile_stays(
     model: RefreshedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register = runs.register
+    register = registry.register_model
 
     def and_meanwhile(*arguments: Any, **more: Any) -> str:
         number = register(*arguments, **more)
-        model.point("2")
+        model.move_alias("2")
         return number
 
     with runs.open_run(model.uri, NAME) as run:
         register(run, model.folder_of("1"), NAME)
     model.add(9, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(job.runs, "register", and_meanwhile)
+        patch.setattr(job.registry, "register_model", and_meanwhile)
         model.refresh()
     said = " ".join(capsys.readouterr().out.split())
     assert "has moved to version 2 meanwhile, so it stays there: version 3 is registered without it" in said
@@ -235,10 +235,10 @@ def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
     ("place", "name", "after", "versions"),
     [
         (job, "advanced_tables", True, 2),
-        (runs, "registered_before", True, 2),
-        (runs, "register", True, 2),
-        (job, "point", False, 2),
-        (job, "point", True, 2),
+        (registry, "find_registered", True, 2),
+        (registry, "register_model", True, 2),
+        (job, "move_alias", False, 2),
+        (job, "move_alias", True, 2),
     ],
 )
 def test_a_refresh_that_was_killed_is_ended_by_the_next(
@@ -302,7 +302,7 @@ def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsy
     (folder / "model.json").write_text(json.dumps(tree))
     seal(folder)
     with runs.open_run(model.uri, NAME) as run:
-        runs.register(run, folder, NAME, "champion")
+        registry.register_model(run, folder, NAME, "champion")
     model.add(9, 10)
     assert "does not say which files its tables hold" in refused(capsys, model)
     model.refresh("--anew")
@@ -365,7 +365,7 @@ def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
     small.mkdir()
     write_small(model.folder_of("1"), small, "bfloat16")
     with runs.open_run(model.uri, NAME) as run:
-        runs.register(run, small, NAME, "champion")
+        registry.register_model(run, small, NAME, "champion")
     model.add(9, 10)
     model.refresh()
     three = model.folder_of(model.holder().number)

@@ -13,7 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.provisional import Provisional
-from mmoe_rec.tracking import runs
+from mmoe_rec.tracking import registry
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _served
 from tests.pipelines.test_refresh_of_held_rows import REPEATED, _of_journal, _refreshed_once
@@ -122,7 +122,7 @@ def test_a_refresh_that_failed_at_mlflow_goes_on_with_the_same_files(
         raise UserError("MLflow is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "register", fail)
+        patched.setattr(registry, "register_model", fail)
         with pytest.raises(SystemExit):
             model.refresh("--journal", str(journal))
     (written,) = set(model.log.glob("journal-*-00000002.parquet"))

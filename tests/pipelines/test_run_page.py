@@ -14,8 +14,8 @@ import pytest
 from mmoe_rec.jobs import run_page
 from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.tracking.outbox import runs_waiting
-from mmoe_rec.tracking.recording import DataSet, Run
+from mmoe_rec.tracking.outbox import list_waiting_runs
+from mmoe_rec.tracking.runs import DataSet, Run
 from pipelines import evaluate
 from tests.pipelines.short_trainings import World
 
@@ -185,7 +185,7 @@ def test_a_server_that_refuses_data_sets_gets_all_else(
         run.log_inputs([DataSet("log", "digest", "folder", 3, "training", "train")])
         run.log_metrics({"train/a.loss": 1.0}, 1)
     assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err
-    assert not runs_waiting(tmp_path / "unsent")
+    assert not list_waiting_runs(tmp_path / "unsent")
     found = mlflow.MlflowClient(uri, uri).get_run(run.run_id)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/a.loss": 1.0})
 

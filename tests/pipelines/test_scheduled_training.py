@@ -20,8 +20,7 @@ from mmoe_rec.jobs.refreshing import training as job
 from mmoe_rec.preprocessing.added.tables import taken_by
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.tracking.aliases import Version, holder_of
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from pipelines import features, refresh, train
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
@@ -72,7 +71,7 @@ class Days:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
     def holder(self, alias: str = "champion") -> Version:
-        found = holder_of(NAME, alias, self.uri)
+        found = find_holder(NAME, alias, self.uri)
         assert found is not None
         return found
 
@@ -81,7 +80,7 @@ class Days:
         return len(mlflow.MlflowClient(self.uri, self.uri).search_model_versions(f"name='{NAME}'"))
 
     def about(self, number: str) -> Artifact:
-        return read_artifact(local_model(f"models:/{NAME}/{number}", self.uri))
+        return read_artifact(fetch_model(f"models:/{NAME}/{number}", self.uri))
 
     @property
     def prepared(self) -> Prepared:
@@ -213,7 +212,7 @@ def test_a_part_that_fails_leaves_the_alias(
     days.add(6, 7)
     assert "has changed since the model's tables were built from it" in days.refused(capsys)
     # As it was, to the time of its writing.
-    taken = taken_by(local_model(f"models:/{NAME}/2", days.uri) / "features")
+    taken = taken_by(fetch_model(f"models:/{NAME}/2", days.uri) / "features")
     assert taken is not None
     (file,) = [each for address, each in taken.logs[0].files.items() if "from 6" in address]
     os.utime(file.address, ns=(int(file.version), int(file.version)))

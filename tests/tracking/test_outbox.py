@@ -10,7 +10,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.tracking import outbox
-from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, runs_waiting
+from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, list_waiting_runs
 
 
 class Post:
@@ -97,14 +97,14 @@ def test_what_waits_outlives_the_process(tmp_path: Path, post: Post) -> None:
     for number in range(3):
         box.put(text(number))
     (tmp_path / "run" / "00000004.file").mkdir()  # a kill between a file and its message
-    assert runs_waiting(tmp_path) == ["run"]
+    assert list_waiting_runs(tmp_path) == ["run"]
     post.away = False
     again = Outbox(tmp_path / "run", post.send)
     assert len(again) == 3
     again.put(text(3))
     again.flush()
     assert post.got == ["0", "1", "2", "3"]
-    assert runs_waiting(tmp_path) == []
+    assert list_waiting_runs(tmp_path) == []
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_flush_waits_for_an_answer_but_not_for_ever(tmp_path: Path, post: Post) 
     box.flush(120)
     assert 110 < post.slept <= 120
     assert isinstance(box.trouble, UnreachableError)
-    assert runs_waiting(tmp_path) == ["run"]
+    assert list_waiting_runs(tmp_path) == ["run"]
     post.away, post.slept = False, 0.0
     box.flush(120)
     assert box.trouble is None

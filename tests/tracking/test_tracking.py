@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking import client, registry, runs
 from tests.inference.small_model import SmallModel
 
 
@@ -22,7 +22,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def folder_of(uri: str) -> Path:
-    store = runs.sqlite_file(uri)
+    store = client.read_sqlite_path(uri)
     assert store is not None
     return store.parent
 
@@ -85,22 +85,22 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
         run.log_figure(None, "a.png")
         run.log_artifact(tmp_path / "no file")
         with pytest.raises(UserError, match="recorded run"):
-            runs.register(run, tmp_path, "x", "champion")
+            registry.register_model(run, tmp_path, "x", "champion")
     assert not list(tmp_path.iterdir())
 
 
 def test_registers_a_model_without_pickle(uri: str, small: SmallModel, capfd: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
     with runs.open_run(uri, "models") as run:
-        versions = [runs.register(run, small.folder, "small", "champion") for _ in range(2)]
+        versions = [registry.register_model(run, small.folder, "small", "champion") for _ in range(2)]
     assert capfd.readouterr() == ("", "")
     assert torch.get_num_threads() == threads
     assert versions == ["1", "2"]
-    assert registry.run_of("models:/small@champion", uri) == registry.run_of("models:/small/2", uri) == run.run_id
-    assert registry.run_of(str(small.folder), uri) is None
-    folder = registry.local_model("models:/small@champion", uri)
+    assert registry.find_run("models:/small@champion", uri) == registry.find_run("models:/small/2", uri) == run.run_id
+    assert registry.find_run(str(small.folder), uri) is None
+    folder = registry.fetch_model("models:/small@champion", uri)
     assert {path.name for path in folder.iterdir()} == {path.name for path in small.folder.iterdir()}
-    assert registry.local_model("models:/small/1", uri) != folder
+    assert registry.fetch_model("models:/small/1", uri) != folder
     model = folder.parents[1]
     endings = {path.suffix for path in model.rglob("*") if path.is_file()}
     assert not endings & {".pkl", ".pt", ".pth", ".pyc"}
@@ -117,27 +117,27 @@ def test_what_a_run_has_registered_is_found_again(uri: str, small: SmallModel, t
     folder = tmp_path / "model"
     small.write(folder)
     with runs.open_run(uri, "found again") as run:
-        assert runs.registered_before(run, folder, "found") is None
-        version = runs.register(run, folder, "found")
+        assert registry.find_registered(run, folder, "found") is None
+        version = registry.register_model(run, folder, "found")
         small.write(folder)
-        assert runs.registered_before(run, folder, "found") == version
-        assert runs.registered_before(run, folder, "another") is None
+        assert registry.find_registered(run, folder, "found") == version
+        assert registry.find_registered(run, folder, "another") is None
         (folder / "calibration.json").write_text("{}")
-        assert runs.registered_before(run, folder, "found") is None
+        assert registry.find_registered(run, folder, "found") is None
     small.write(folder)
     with runs.open_run(uri, "found again") as other:
-        assert runs.registered_before(other, folder, "found") is None
+        assert registry.find_registered(other, folder, "found") is None
 
 
 def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Path) -> None:
     with runs.open_run(uri, "models") as run, pytest.raises(UserError, match="holds no model"):
-        runs.register(run, tmp_path, "broken", "champion")
+        registry.register_model(run, tmp_path, "broken", "champion")
     with pytest.raises(UserError, match="broken"):
-        registry.local_model("models:/broken@champion", uri)
+        registry.fetch_model("models:/broken@champion", uri)
 
 
 def test_local_model_takes_a_folder(small: SmallModel) -> None:
-    assert registry.local_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
+    assert registry.fetch_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
 
 
 @pytest.mark.parametrize(
@@ -155,15 +155,15 @@ def test_unknown_addresses(uri: str, address: str, message: str) -> None:
     with runs.open_run(uri, "exists"):
         pass
     with pytest.raises(UserError, match=message):
-        registry.local_model(address, uri)
+        registry.fetch_model(address, uri)
     if address.startswith("models:/"):
         with pytest.raises(UserError, match="can't be loaded"):
-            registry.run_of(address, uri)
+            registry.find_run(address, uri)
 
 
 def test_looking_up_makes_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no MLflow store"):
-        registry.local_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        registry.fetch_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert not list(tmp_path.iterdir())
 
 
@@ -203,44 +203,49 @@ def test_a_deleted_experiment(uri: str) -> None:
 
 
 def test_sqlite_addresses() -> None:
-    assert runs.sqlite_file("sqlite:///mlflow.db") == Path("mlflow.db")
-    assert runs.sqlite_file("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
-    assert runs.sqlite_file("http://localhost:5000") is None
+    assert client.read_sqlite_path("sqlite:///mlflow.db") == Path("mlflow.db")
+    assert client.read_sqlite_path("sqlite:////data/mlflow.db") == Path("/data/mlflow.db")
+    assert client.read_sqlite_path("http://localhost:5000") is None
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("model", "alias", "message"),
     [
-        (("a", "team/shop", "champion"), "'tracking.registered_model' .*can't be 'team/shop' .*'/' or ':'"),
-        (("a", "shop:v2", "champion"), "'tracking.registered_model' .*can't be 'shop:v2'"),
-        (("a", "..", "champion"), "'tracking.registered_model' .*can't be '..'"),
-        (("a", " ", "champion"), "'tracking.registered_model' .*can't be ' '"),
-        (("a", "shop?", "champion"), r"look for another model at 'models:/shop\?@champion'"),
-        (("a", "shop", "latest"), "'tracking.alias' can't be 'latest' in MLflow: .*reserved"),
-        (("a", "shop", "v1"), "'tracking.alias' can't be 'v1' in MLflow: .*reserved"),
-        (("a", "shop", "the best"), "'tracking.alias' can't be 'the best'"),
-        (("a", "shop", ""), "'tracking.alias' can't be ''"),
-        (("x" * 501, "shop", "champion"), "'tracking.experiment' .*can't be 'xxx.*500"),
+        ("team/shop", "champion", "would not be the address"),
+        ("shop:v2", "champion", "would not be the address"),
+        ("..", "champion", "MLflow refuses"),
+        (" ", "champion", "MLflow refuses"),
+        ("shop?", "champion", "would not be the address"),
+        ("shop", "latest", "keeps this alias for itself"),
+        ("shop", "v1", "keeps this alias for itself"),
+        ("shop", "the best", "MLflow refuses"),
+        ("shop", "", "would not be the address"),
     ],
 )
-def test_names_that_mlflow_refuses_are_told_first(
-    uri: str, tmp_path: Path, names: tuple[str, str, str], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        runs.check(uri, *names, unsent=tmp_path)
+def test_names_that_the_registry_refuses_are_told_first(uri: str, model: str, alias: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        registry.check_names(uri, model, alias)
+    assert f"'tracking.registered_model' (by default the settings' `name`) '{model}'" in str(refused.value)
+    assert f"'tracking.alias' '{alias}'" in str(refused.value)
+
+
+def test_an_experiment_that_mlflow_refuses(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"refuses: .*500"):
+        runs.check_server(uri, "x" * 501, unsent=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["shop", "Shop 2", "shop.eu-1", "läden", "a@b"])
-def test_names_that_pass_can_be_registered(uri: str, tmp_path: Path, small: SmallModel, name: str) -> None:
+def test_names_that_pass_can_be_registered(uri: str, small: SmallModel, name: str) -> None:
     """The rules are the registry's own: what passes is taken."""
     import mlflow
 
-    runs.check(uri, "models", name, "champion-2", unsent=tmp_path)
+    registry.check_names(uri, name, "champion-2")
     client = mlflow.MlflowClient(uri)
     client.create_registered_model(name)
     client.create_model_version(name, str(small.folder))
+    registry.check_names(uri, name, "champion-2")
     client.set_registered_model_alias(name, "champion-2", "1")
-    assert str(client.get_model_version_by_alias(name, "champion-2").version) == "1"
+    assert registry.pin_address(f"models:/{name}@champion-2", uri) == f"models:/{name}/1"
 
 
 def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -251,7 +256,7 @@ def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         train.main(["--config", str(config), "--tracking.registered_model", "team/shop"])
     said = capsys.readouterr().err
-    assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) can't be 'team/shop'")
+    assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) 'team/shop'")
     assert said.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
@@ -329,7 +334,7 @@ def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeyp
     """No file that a user looks into holds it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9 ")
     with pytest.raises(UserError) as refused:
-        runs.check("http://127.0.0.1:9", "x", unsent=tmp_path)
+        runs.check_server("http://127.0.0.1:9", "x", unsent=tmp_path)
     assert str(refused.value) == (
         "MLflow at 'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI) does not answer "
         "(Connection refused)"
@@ -338,6 +343,6 @@ def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeyp
 
 def test_passwords_are_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        runs.check("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)
+        runs.check_server("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)
     assert "secret" not in str(refused.value)
     assert str(refused.value) == "MLflow at 'http://me:***@127.0.0.1:9' does not answer (Connection refused)"

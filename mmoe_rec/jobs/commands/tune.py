@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
     from mmoe_rec.jobs.tune import Study
 
-    runs.check(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
     with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
         prepared.require_rows("train", "validation")

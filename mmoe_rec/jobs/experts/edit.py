@@ -11,9 +11,8 @@ from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.aliases import Version, describe
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import Version, describe_version, find_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def edit_model(
     """
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
-    runs.check_names(settings.experiment, settings.registered_model)
+    registry.check_names(settings.tracking.address, settings.registered_model, CHALLENGER)
     found = find_model(address, settings.tracking.address)
     folder = found.folder
     from mmoe_rec.inference.artifact import read_artifact, read_weights
@@ -65,11 +64,11 @@ def edit_model(
     rewrite_artifact(folder, out, model, state)
     with runs.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
         run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
-        version = runs.register(run, out, settings.registered_model, CHALLENGER)
+        version = registry.register_model(run, out, settings.registered_model, CHALLENGER)
         made = Version(settings.registered_model, version, run.run_id)
         told = f"{address}: {done}, by\n\n{as_code(command())}"
         run.describe("Experts", told)
-        describe(made, told, {}, settings.tracking.address)
+        describe_version(made, told, {}, settings.tracking.address)
     own = model.experts.task_count * len(about.tasks)
     registered = f"models:/{settings.registered_model}/{version}"
     return Edited(done, model.experts.count + own, model.experts.count, registered)

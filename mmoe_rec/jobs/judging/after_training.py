@@ -30,11 +30,10 @@ from mmoe_rec.preprocessing.prepare import Prepared, encode_with
 from mmoe_rec.progress import say
 from mmoe_rec.settings.differences import differences
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.aliases import Version, describe, holder_of, point
+from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.recording import Run
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
+from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
@@ -74,16 +73,16 @@ def promote(
     is registered twice.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    holder = holder_of(name, alias, uri)
+    holder = find_holder(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Promotion(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
-    number = runs.registered_before(run, artifact, name) or runs.register(run, artifact, name, tags=tags)
+    number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
     comparison = Comparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
-        now = holder_of(name, alias, uri)
+        now = find_holder(name, alias, uri)
         if now == holder:
             break
         say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
@@ -92,8 +91,8 @@ def promote(
     run.set_tags(decision)
     mine = Version(name, number, run.run_id)
     if verdict.better:
-        point(name, alias, number, uri, holder)
-    describe(mine, f"{verdict.reason}\n\n{about}", decision, uri)
+        move_alias(name, alias, number, uri, holder)
+    describe_version(mine, f"{verdict.reason}\n\n{about}", decision, uri)
     if verdict.better:
         said = f"'{alias}' is version {number} now, this model"
         return Promotion(f"models:/{name}@{alias}", True, (verdict.reason, said))
@@ -101,7 +100,7 @@ def promote(
     stays = f"'{alias}' stays version {holder.number}"
     if alias == CHALLENGER:
         return Promotion(Version(name, number, run.run_id).address, False, (verdict.reason, stays))
-    point(name, CHALLENGER, number, uri)
+    move_alias(name, CHALLENGER, number, uri)
     said = f"{stays}; this model, version {number}, is '{CHALLENGER}'"
     return Promotion(f"models:/{name}@{CHALLENGER}", False, (verdict.reason, said))
 
@@ -127,7 +126,7 @@ class Comparison:
         who = f"version {holder.number}, which holds '{alias}',"
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
-            folder = local_model(holder.address, self.settings.tracking.address)
+            folder = fetch_model(holder.address, self.settings.tracking.address)
         except UnreachableError:
             raise  # an outage decides nothing
         except UserError as error:

@@ -14,9 +14,8 @@ from mmoe_rec.jobs.truth import are_its_own
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.aliases import describe, version_of
-from mmoe_rec.tracking.client import shown
-from mmoe_rec.tracking.registry import FoundModel
+from mmoe_rec.tracking.client import hide_password
+from mmoe_rec.tracking.registry import FoundModel, describe_version, get_version
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
@@ -72,11 +71,11 @@ def log_evaluation(
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
-        rows = f"{summary['rows']:,} rows of {shown(settings.data.log)}"
+        rows = f"{summary['rows']:,} rows of {hide_password(settings.data.log)}"
         told = f"{'; '.join(results.verdicts)} ({rows})"
         report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": told}
-        version = version_of(registered[1], registered[2], uri)
-        describe(version, "", report, uri)
+        version = get_version(registered[1], registered[2], uri)
+        describe_version(version, "", report, uri)
 
 
 def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float]]:

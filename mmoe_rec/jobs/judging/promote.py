@@ -20,17 +20,18 @@ from mmoe_rec.jobs.evaluate import evaluate_found
 from mmoe_rec.jobs.judging.logged import PROMOTION
 from mmoe_rec.jobs.judging.results import Results
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking.aliases import (
+from mmoe_rec.tracking.registry import (
+    FoundModel,
     Version,
-    aliases_of,
+    fetch_model,
+    find_holder,
     forget_replaced,
-    holder_of,
-    point,
-    replaced_by,
-    tag,
-    version_of,
+    get_replaced,
+    get_version,
+    list_aliases,
+    move_alias,
+    tag_version,
 )
-from mmoe_rec.tracking.registry import FoundModel, local_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
@@ -65,7 +66,7 @@ def promote_version(settings: Settings, asked: Asked, out: Path) -> Decision:
     Raises UserError for a version that there is not, or where the two can't be compared.
     """
     uri = settings.tracking.address
-    challenger, holder = _version(asked.name, asked.challenger, uri), holder_of(asked.name, asked.alias, uri)
+    challenger, holder = _version(asked.name, asked.challenger, uri), find_holder(asked.name, asked.alias, uri)
     if holder == challenger:
         return Decision(challenger, True, (f"version {challenger.number} holds '{asked.alias}' already",))
     mine = _loaded(challenger, uri)
@@ -113,24 +114,24 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
 
     Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
     """
-    holder = holder_of(name, alias, uri)
+    holder = find_holder(name, alias, uri)
     if holder is None:
         raise UserError(f"no version of '{name}' holds '{alias}'")
-    before = replaced_by(holder, alias, uri)
+    before = get_replaced(holder, alias, uri)
     if before is None:
         raise UserError(
             f"it is not known which version of '{name}' held '{alias}' before version {holder.number}; point the alias "
             "at it by hand"
         )
-    version = version_of(name, before, uri)
+    version = get_version(name, before, uri)
     if isinstance(trouble := _loaded(version, uri), Trouble):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {trouble.why}")
-    if holder_of(name, alias, uri) != holder:
+    if find_holder(name, alias, uri) != holder:
         raise UserError(f"'{alias}' has moved meanwhile: run the command again")
-    point(name, alias, before, uri)
+    move_alias(name, alias, before, uri)
     forget_replaced(holder, alias, uri)
-    tag(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
-    tag(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
+    tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
     return Decision(
         version, True, (f"'{alias}' is version {before} again, which held it before version {holder.number}",)
     )
@@ -143,7 +144,7 @@ def shadowed(asked: Asked, source: str, uri: str) -> list[str]:
     """
     from mmoe_rec.jobs.judging.shadow import shadow, told
 
-    challenger, holder = _version(asked.name, asked.challenger, uri), holder_of(asked.name, asked.alias, uri)
+    challenger, holder = _version(asked.name, asked.challenger, uri), find_holder(asked.name, asked.alias, uri)
     if holder is None:
         raise UserError(f"no version of '{asked.name}' holds '{asked.alias}', so there is none to compare answers with")
     sides = []
@@ -157,10 +158,10 @@ def shadowed(asked: Asked, source: str, uri: str) -> list[str]:
 def _version(name: str, asked: str, uri: str) -> Version:
     asked = asked.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
     if asked.isdigit():
-        return version_of(name, asked, uri)
-    found = holder_of(name, asked, uri)
+        return get_version(name, asked, uri)
+    found = find_holder(name, asked, uri)
     if found is None:
-        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(aliases_of(name, uri).items()))
+        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(list_aliases(name, uri).items()))
         others = f"those that are held are {held}" if held else "none is held"
         raise UserError(f"no version of '{name}' holds the alias '{asked}': {others}; or give the number of a version")
     return found
@@ -171,7 +172,7 @@ def _named(version: Version) -> str:
 
 
 def _found(version: Version, uri: str) -> FoundModel:
-    return FoundModel(version.address, local_model(version.address, uri), version.run_id)
+    return FoundModel(version.address, fetch_model(version.address, uri), version.run_id)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _loaded(version: Version, uri: str) -> LoadedRanker | Trouble:
     from mmoe_rec.inference.errors import OtherScoresError
     from mmoe_rec.inference.ranker import Ranker
 
-    folder = local_model(version.address, uri)
+    folder = fetch_model(version.address, uri)
     try:
         return Ranker.load(folder)
     except (UserError, RuntimeError) as error:  # or it fails at its own example, or for want of memory
@@ -240,16 +241,18 @@ def _moved(
     results: Results | None = None,
 ) -> Decision:
     """The alias moves, unless it has moved since it was looked up."""
-    if holder_of(asked.name, asked.alias, uri) != holder:
+    if find_holder(asked.name, asked.alias, uri) != holder:
         reasons = (f"'{asked.alias}' has moved meanwhile: run the command again",)
         return _refused(version, asked, reasons, uri, results)
-    point(asked.name, asked.alias, version.number, uri, holder)
-    tag(version, {"promoted": f"'{asked.alias}' since this comparison", "compared": "; ".join(reasons)[:4000]}, uri)
+    move_alias(asked.name, asked.alias, version.number, uri, holder)
+    tag_version(
+        version, {"promoted": f"'{asked.alias}' since this comparison", "compared": "; ".join(reasons)[:4000]}, uri
+    )
     return Decision(version, True, (*reasons, f"'{asked.alias}' is version {version.number} now"), results)
 
 
 def _refused(
     version: Version, asked: Asked, reasons: tuple[str, ...], uri: str, results: Results | None = None
 ) -> Decision:
-    tag(version, {"promoted": "no", "compared": "; ".join(reasons)[:4000]}, uri)
+    tag_version(version, {"promoted": "no", "compared": "; ".join(reasons)[:4000]}, uri)
     return Decision(version, False, (*reasons, f"'{asked.alias}' stays as it was"), results)

@@ -25,10 +25,9 @@ from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.added.tables import Tables, taken_by
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.aliases import Version, describe, holder_of, point
+from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.registry import local_model
+from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Served:
     def at(address: str, uri: str) -> Served:
         """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
         name, alias = _name_and_alias(address)
-        version = holder_of(name, alias, uri)
+        version = find_holder(name, alias, uri)
         if version is None:
             raise UserError(f"no version of the model '{name}' holds the alias '{alias}': train one first")
-        folder = local_model(version.address, uri)
+        folder = fetch_model(version.address, uri)
         return Served(alias, version, folder, read_artifact(folder))
 
 
@@ -77,7 +76,7 @@ def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Jo
     """
     uri, work = settings.tracking.address, Path(settings.data.work)
     check_apart(settings.data.log, settings.schema_, work)
-    runs.check_names(settings.experiment)
+    runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
@@ -131,14 +130,14 @@ def _registered(settings: Settings, served: Served, made: Tables, artifact: Path
         with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
             run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
-            number = runs.registered_before(run, artifact, version.name)
+            number = registry.find_registered(run, artifact, version.name)
             if number is None:
-                number = runs.register(run, artifact, version.name, tags=tags)
+                number = registry.register_model(run, artifact, version.name, tags=tags)
             told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
-            describe(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
-            now = holder_of(version.name, served.alias, uri)
+            describe_version(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
+            now = find_holder(version.name, served.alias, uri)
             if now == version:
-                point(version.name, served.alias, number, uri)
+                move_alias(version.name, served.alias, number, uri)
                 now = Version(version.name, number, run.run_id)
             run.set_tags({"refreshed.holds": f"{served.alias}: {now is not None and now.number == number}"})
     except UnreachableError as error:

@@ -37,7 +37,7 @@ from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.split import Split
-from mmoe_rec.tracking.outbox import runs_waiting
+from mmoe_rec.tracking.outbox import list_waiting_runs
 
 _KEPT, _SPLIT = "before_training", "split.json"
 
@@ -108,7 +108,7 @@ def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> 
     assert trained is not None, "one process has the first rank"
     yield from trained.compared
     yield f"model: {trained.artifact}, registered as {trained.address}"
-    if runs_waiting(work / "unsent"):
+    if list_waiting_runs(work / "unsent"):
         raise UserError("the training has ended, but MLflow has not got all of it: start the same command again")
 
 
