@@ -8,6 +8,7 @@ target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the 
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
@@ -192,3 +193,9 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(file: Path) -> str:
+    """The first 32 digits of the SHA-256 of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:32]

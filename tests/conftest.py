@@ -4,6 +4,7 @@ many times slower than one."""
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -60,3 +61,11 @@ def pytest_runtest_setup() -> None:
         torch.manual_seed(0)
     if "mlflow" in sys.modules:
         mlflow_stores.copy_new_stores()
+
+
+@pytest.fixture(autouse=True)
+def _own_path() -> Iterator[None]:
+    """MLflow puts the code of a model that it loads, a part of this package, before all else that can be imported."""
+    path = sys.path[:]
+    yield
+    sys.path[:] = path

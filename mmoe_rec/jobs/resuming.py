@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.finished import Finished
 from mmoe_rec.jobs.places import features_in_use, log_and_place
@@ -17,7 +18,7 @@ from mmoe_rec.preprocessing.prepare import Prepared, existing, fingerprint_of, p
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
-from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
+from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmoe_rec.atomic import checksum
 from mmoe_rec.evaluation.judging.objective import check_objective
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.judging.after_training import Promotion, promote
@@ -23,7 +24,7 @@ from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.outbox import list_waiting_runs
 from mmoe_rec.tracking.registry import check_address, fetch_model
 from mmoe_rec.tracking.runs import Run
-from mmoe_rec.training.origin import checksum, result_settings
+from mmoe_rec.training.origin import result_settings
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
@@ -28,7 +29,6 @@ from mmoe_rec.tracking.client import (
 )
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 from mmoe_rec.tracking.runs import Run
-from mmoe_rec.training.origin import checksum
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker

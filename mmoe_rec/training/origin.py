@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -119,9 +118,3 @@ def result_settings(settings: Settings) -> dict[str, Any]:
     tree |= settings.model_dump(mode="json", include={"name", "serving", "tracking"})
     del tree["tracking"]["system_metrics"]  # no result
     return tree
-
-
-def checksum(file: Path) -> str:
-    """Of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:32]

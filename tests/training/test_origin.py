@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.origin import Origin, Start, checksum, fixed_settings, result_settings
+from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 from tests.pipelines.learnable_log import settings_tree
 
 ALIAS = Start("models:/shop@champion", "models:/shop/3", "weights", "run")
