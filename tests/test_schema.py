@@ -199,7 +199,7 @@ def test_names_differ_in_more_than_case():
             "forgets after 60 days, before its window of 91 days is over: set forget_after_days to 91 or more",
         ),
         (_feature("counter", task="click", by=["u"], forget_after_days=0), "greater than 0"),
-        (_feature("counter", task="click", by=["u"], max_keys=0), "greater than or equal to 1"),
+        (_feature("counter", task="click", by=["u"], max_keys=9), "max_keys"),
     ],
 )
 def test_feature_values_that_make_no_sense(feature, message):

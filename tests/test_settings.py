@@ -440,18 +440,6 @@ def test_a_table_has_no_more_rows_than_32_bit_ids_can_tell_apart(tmp_path, featu
         assert message in _message(tmp_path, features__x=feature)
 
 
-@pytest.mark.parametrize("name", ["user_brand", "last"])
-def test_keys_are_not_dropped_beside_days_that_are_kept_as_they_were(tmp_path, name):
-    """They are dropped by what was known at the log's end, so some would be unknown to a request before it."""
-    limited = {f"features__{name}__max_keys": 5}
-    assert _load(tmp_path, **limited).features[name].max_keys == 5
-    assert _load(tmp_path, data__as_of_days=7, **{f"features__{name}__forget_after_days": 30}).data.as_of_days == 7
-    assert _message(tmp_path, data__as_of_days=0.5, **limited) == (
-        f"data.as_of_days keeps what was known before the log's end, but feature '{name}' drops keys by what was known "
-        "at the end (max_keys): set data.as_of_days to 0, or bound the feature by forget_after_days"
-    )
-
-
 def test_work_is_a_folder_of_this_machine(tmp_path):
     message = _message(tmp_path, "--data.work", "s3://bucket/work")
     assert (

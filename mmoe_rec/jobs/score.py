@@ -225,7 +225,7 @@ class _Scoring:
         if not counted.rows["scored"]:
             raise self._no_rows()
         memories.mkdir(parents=True)
-        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None, lasting=False)
+        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
         return {"moved": steps.requests.moved, "first": counted.first[0], "last": counted.last[0]}
 
     def _no_rows(self) -> UserError:

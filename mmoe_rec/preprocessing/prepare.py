@@ -243,7 +243,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
         last = counted.last[0]
-        steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None, lasting=False)
+        steps.look_up(FeaturePipeline.load(state, memories=False), memories, last + 1, None)
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for each in (left for log in steps.logs.all for left in log.left_out):
             say(f"left out: {each.reason}")
@@ -295,7 +295,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         steps.beside(save_counts, pipeline, counts)
         steps.beside(save_latest, counted, serving)
         asked_from = logs.options.asked_from(counted.last[0])
-        dropped = steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
+        steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
         pipeline.finish_results()
         pipeline.save(serving)
         steps.beside(flush_tree, serving)
@@ -310,6 +310,5 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: st
         "settings": settings_of(logs.schema, windows),
         **describe(logs, taken, counted, steps.requests, splits),
         "vocabularies": vocabularies(pipeline),
-        "dropped_keys": dropped,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

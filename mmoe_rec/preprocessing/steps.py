@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from mmoe_rec.atomic import flush_files
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.memory_limits import drop_keys
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.parts import LogPart
@@ -38,7 +37,7 @@ from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up
 from mmoe_rec.preprocessing.requests import OneTimeReader, Requests, RequestsJob, find_requests
 from mmoe_rec.preprocessing.results import Blocks, ResultExchange
 from mmoe_rec.preprocessing.splits import EncodeJob, SplitCounts, encode_part
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import bar
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
@@ -201,13 +200,11 @@ class Steps:
         end: int,
         training: Window | None,
         before: Path | None = None,
-        lasting: bool = True,
-    ) -> dict[str, int]:
-        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder; gives the number of keys
-        that were dropped of each feature with `max_keys`.
+    ) -> None:
+        """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
 
         pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
-        before: folder with memories to go on from; lasting: whether anything will be asked of the memories.
+        before: folder with memories to go on from.
         """
         pipeline.note_units(self._counted.label_units)
         state = self.scratch / "state"
@@ -241,7 +238,6 @@ class Steps:
                 for result, mine in encoders[name].result_counts.items():
                     mine.merge(counts[result])
         self.beside(self._events.remove)
-        return _drop_keys(pipeline, folder) if lasting else {}
 
     @property
     def _events(self) -> Exchange:
@@ -294,13 +290,3 @@ class Steps:
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
                 progress.advance(task, size)
                 yield result
-
-
-def _drop_keys(pipeline: FeaturePipeline, folder: Path) -> dict[str, int]:
-    dropped = {}
-    for name, encoder in pipeline.memory_encoders.items():
-        if (most := encoder.feature.max_keys) is not None:
-            dropped[name] = drop_keys(folder, name, most)
-            if dropped[name]:
-                say(f"feature '{name}' has more than {most:,} keys: the {dropped[name]:,} with the oldest events go")
-    return dropped

@@ -26,7 +26,6 @@ from mmoe_rec.settings.columns import (
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
 _RESERVED = frozenset({"score", "ranking"})
-_LIMITS = ("forget_after_days", "max_keys")
 Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
@@ -111,17 +110,12 @@ class Remembering(Feature):
         description="what is known of a key is forgotten once nothing new has become known of it for so many days, in "
         "training as in serving: memory no longer grows with all keys there ever were; null: never",
     )
-    max_keys: int | None = Field(
-        None,
-        ge=1,
-        description="at the end of a build or an extension only so many keys stay, those with the latest events, which "
-        "bounds files and the server's memory; null: all",
-    )
 
     @model_serializer(mode="wrap")
-    def _without_unset_limits(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Features without limits are identified as before there were any."""
-        return {name: each for name, each in values_of(self).items() if each is not None or name not in _LIMITS}
+    def _without_unset_limit(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Features that forget nothing are identified as before any could forget."""
+        values: dict[str, Any] = values_of(self)
+        return {name: each for name, each in values.items() if each is not None or name != "forget_after_days"}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

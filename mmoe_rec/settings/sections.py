@@ -227,20 +227,9 @@ class Settings(Section):
     tracking: Tracking = Tracking()
     outcomes: Outcomes = Outcomes()
 
-    def _check_limits(self) -> None:
-        """Keys are dropped by what was known at the log's end, so earlier moments could not be answered as of then."""
-        limited = [name for name, feature in self.features.items() if getattr(feature, "max_keys", None) is not None]
-        if limited and self.data.as_of_days:
-            raise ValueError(
-                f"data.as_of_days keeps what was known before the log's end, but feature '{limited[0]}' drops keys by "
-                "what was known at the end (max_keys): set data.as_of_days to 0, or bound the feature by "
-                "forget_after_days"
-            )
-
     @model_validator(mode="after")
     def _check_schema(self) -> Settings:
         self.outcomes.check(self.schema_)
-        self._check_limits()
         self.split.check(self.columns)
         for name in self.tuning.search:
             section, _, rest = name.partition(".")

@@ -1,8 +1,8 @@
 """python -m tests.benchmarks.year
 python -m tests.benchmarks.year --days 120
 
-A year of daily extensions of a log whose users and candidates come and go: do `forget_after_days` and `max_keys` bound
-memory, and what do they cost in AUC? Three folders of features, of which two have such a limit, are built of the first
+A year of daily extensions of a log whose users and candidates come and go: does `forget_after_days` bound memory,
+and what does it cost in AUC? Two folders of features, one with such a limit, are built of the first
 60 days and extended by each further one. Told are, by day, what counters and histories remember, in memory (without
 indexes) and on disk; the other files but encoded rows; and what a process holds that answers requests by it, with
 indexes and latest attributes, beyond one that remembers nothing. And the AUC, on the last 60 days' clicks, of a
@@ -40,10 +40,8 @@ REQUESTS, SHOWN, FAVOURITES = 500, 8, 8  # a day, in each, of each user
 USERS, CANDIDATES = 1_500, 300  # at any time
 USER_DAYS, CANDIDATE_DAYS = 40.0, 60.0  # of a life
 FEATURES = ("pair", "of_user", "of_candidate", "clicked")
-CAPS = {"pair": 120_000, "of_user": 3_000, "of_candidate": 600, "clicked": 3_000}  # at most twice as many as are there
 LIMITS: dict[str, dict[str, dict[str, int]]] = {
     "forgetting": {name: {"forget_after_days": 45} for name in FEATURES},
-    "capped": {name: {"max_keys": CAPS[name]} for name in FEATURES},
     "all": {name: {} for name in FEATURES},
 }
 COUNTERS: dict[str, list[str]] = {"pair": ["user", "candidate"], "of_user": ["user"], "of_candidate": ["candidate"]}
@@ -137,7 +135,7 @@ class Grown:
         self._click: list[np.ndarray] = []
         self._said: list[np.ndarray] = []
         self.sizes: dict[int, dict[str, float]] = {}
-        self.seconds, self.dropped = 0.0, 0
+        self.seconds = 0.0
         self._model: Any = None
 
     def take(self, day: int, measured: bool) -> None:
@@ -160,7 +158,6 @@ class Grown:
             assert extended is not None
             self.prepared = extended.prepared
         self.seconds += time.perf_counter() - started
-        self.dropped += sum(self.prepared.manifest["dropped_keys"].values())
         if self._model is None:
             from sklearn.linear_model import LogisticRegression
 
@@ -182,7 +179,7 @@ class Grown:
 
     def _measure(self) -> dict[str, float]:
         """MB."""
-        from mmoe_rec.features.memory_limits import remembered_bytes
+        from mmoe_rec.features.memories.files import remembered_bytes
 
         folder = self.prepared.folder
         files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -263,33 +260,32 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="year-") as folder:
         log = Path(folder) / "log"
-        all_three = [Grown(name, log, Path(folder) / name, limits) for name, limits in LIMITS.items()]
+        both = [Grown(name, log, Path(folder) / name, limits) for name, limits in LIMITS.items()]
         with patch.object(steps, "bar", lambda: Progress(disable=True)), bar() as progress:
             task = progress.add_task("days", total=arguments.days - FIRST + 1)
             for day in _days(arguments.days, log):
-                for each in all_three:
+                for each in both:
                     each.take(day, measured=day > arguments.days - FIRST)
                 progress.advance(task)
-    for each in all_three:
+    for each in both:
         print(f"{'day':>5} {each.name}: MB by day")
         for day, sizes in each.sizes.items():
             print(f"{day:5} " + "  ".join(f"{name} {size:8.2f}" for name, size in sizes.items()))
-    last = max(all_three[0].sizes)
-    auc = {each.name: each.auc() for each in all_three}
+    last = max(both[0].sizes)
+    auc = {each.name: each.auc() for each in both}
     ratio = {
         each.name: {name: round(size / each.sizes[FIRST][name], 3) for name, size in each.sizes[last].items()}
-        for each in all_three
+        for each in both
     }
     result = {
         "benchmark": "year",
         "days": arguments.days,
         "limits": LIMITS,
-        "mb": {each.name: {FIRST: each.sizes[FIRST], last: each.sizes[last]} for each in all_three},
+        "mb": {each.name: {FIRST: each.sizes[FIRST], last: each.sizes[last]} for each in both},
         "ratio_to_day_60": ratio,
-        "dropped_keys": {each.name: each.dropped for each in all_three},
         "auc": {name: round(each, 5) for name, each in auc.items()},
         "auc_lost": {name: round(auc["all"] - each, 5) for name, each in auc.items()},
-        "seconds": {each.name: round(each.seconds, 1) for each in all_three},
+        "seconds": {each.name: round(each.seconds, 1) for each in both},
     }
     print(json.dumps(result))
 

@@ -55,7 +55,7 @@ def found(work: Path, settings: Settings) -> Prepared | None:
         changed("tasks", "liked", score_weight=3.0),
         changed("tasks", "spent", objective="satisfaction"),
         *(changed("features", name, dim=6) for name in ("item", "tags", "price_bucket", "when", "user_brand", "slot")),
-        changed("features", "item_click", forget_after_days=None, max_keys=None),
+        changed("features", "item_click", forget_after_days=None),
         {"path": "log/*.parquet"},
     ],
     ids=str,
@@ -76,7 +76,6 @@ def test_another_choice_of_the_model_leaves_features_as_they_are(work: Path, sec
         changed("features", "item", oov_buckets=5),
         changed("features", "item_click", forget_after_days=60),
         changed("features", "clicked", forget_after_days=60),
-        changed("features", "clicked", max_keys=1000),
         changed("features", "when", timezone="UTC"),
         {"roles": {**BASE["roles"], "placement": [], "context": ["born", "slot"]}},
     ],
@@ -105,12 +104,11 @@ def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
     assert len(set(rules.values())) == len(zones) - 1
 
 
-def test_features_without_limits_are_identified_as_before_there_were_any(work: Path) -> None:
+def test_features_that_forget_nothing_are_identified_as_before_any_could(work: Path) -> None:
     for name, feature in settings_of(work).schema_.identity()["features"].items():
-        assert not {"forget_after_days", "max_keys"} & feature.keys(), name
-    limited = settings_of(work, **changed("features", "clicked", forget_after_days=60, max_keys=9))
-    feature = limited.schema_.identity()["features"]["clicked"]
-    assert (feature["forget_after_days"], feature["max_keys"]) == (60, 9)
+        assert "forget_after_days" not in feature, name
+    limited = settings_of(work, **changed("features", "clicked", forget_after_days=60))
+    assert limited.schema_.identity()["features"]["clicked"]["forget_after_days"] == 60
 
 
 def test_settings_of_limits_are_told_of(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""Features that forget, or whose keys were dropped, and that learn live: against extended memories and loops."""
+"""Features that forget and learn live: against extended memories and loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.memories.files import read_memory, write_memory
 from mmoe_rec.features.memories.live import Live
-from mmoe_rec.features.memory_limits import drop_keys
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import event_rows
@@ -43,8 +42,6 @@ LIMITS: dict[str, dict[str, dict[str, Any]]] = {
     "all": {name: {"forget_after_days": 3.5 if name == "item_click" else 3} for name in REMEMBERING},
     # A few, beside others that answer together with them.
     "some": {name: {"forget_after_days": 4} for name in ("item_click", "n", "liked_items")},
-    "capped": {name: {"max_keys": 2} for name in REMEMBERING},
-    "both": {name: {"forget_after_days": 3.5, "max_keys": 2} for name in REMEMBERING},
 }
 DAYS, UNTIL = 60.0, 30.0  # few enough rows a day for pauses
 
@@ -80,11 +77,8 @@ class Learning:
 
     def _compact(self, folder: Path) -> None:
         """What a build writes, and a server reads."""
-        self.dropped = 0
         for name, encoder in self.pipeline.memory_encoders.items():
             write_memory(encoder.compacted(encoder.memory, self.until), folder, name)
-            if (most := encoder.feature.max_keys) is not None:
-                self.dropped += drop_keys(folder, name, most)
             encoder.memory = read_memory(encoder, folder)
 
     def asking(self, time: int, rows: int = 40) -> tuple[LogRows, RequestRows]:
@@ -139,9 +133,7 @@ def small_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("limits", sorted(LIMITS))
 @pytest.mark.parametrize("seed", range(2))
 def test_served_is_what_an_extension_of_the_same_memory_gives(seed, limits, tmp_path):
-    """Of keys that were dropped, too: they begin anew with their next event, in either."""
     learning = Learning(seed, limits, tmp_path)
-    assert (learning.dropped > 5) == (limits in ("capped", "both"))
     pipeline, expected, live = learning.pipeline, learning.pipeline, Live.none(learning.pipeline.memory_encoders)
     random = np.random.default_rng(seed)
     last = int(times_of(learning.table).max()) + 2 * DAY
@@ -160,7 +152,7 @@ def test_served_is_what_an_extension_of_the_same_memory_gives(seed, limits, tmp_
     assert (live.rows, live.rows > 100) == (learnt, True)
 
 
-@pytest.mark.parametrize("limits", ["all", "some"])
+@pytest.mark.parametrize("limits", sorted(LIMITS))
 @pytest.mark.parametrize("seed", range(2))
 def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
     learning = Learning(seed, limits, tmp_path)

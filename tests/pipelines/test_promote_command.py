@@ -9,7 +9,6 @@ from typing import Any
 
 import mlflow
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
@@ -18,8 +17,6 @@ from mmoe_rec.inference.errors import OtherScoresError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.evaluation.promote import main
 from mmoe_rec.jobs.judging import promote
-from mmoe_rec.jobs.judging.shadow import _agreement
-from mmoe_rec.request_log import names
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
 from pipelines import evaluate
@@ -201,34 +198,7 @@ def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: 
     assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
 
 
-def test_logged_requests_are_ranked_by_both(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    log = pq.read_table(world.folder / "log").slice(0, 400)
-    logged = log.append_column(names.REQUEST, log["request"]).drop_columns(["click", "liked", "request", "slot"])
-    (tmp_path / "requests").mkdir()
-    pq.write_table(logged, tmp_path / "requests" / "requests-1.parquet")
-    assert run(world, "--challenger", "2", "--shadow", str(tmp_path / "requests")) == 0
-    printed = capsys.readouterr().out
-    assert "of 100 logged requests, " in printed
-    assert "click: " in printed
-    pq.write_table(log, tmp_path / "requests" / "requests-1.parquet")
-    registry.move_alias(NAME, "champion", "1", world.uri)
-    assert run(world, "--challenger", "2", "--shadow", str(tmp_path / "requests")) == 2
-    assert "has no column 'served_request': expected requests that a server logged" in capsys.readouterr().err
-
-
-def test_agreement_by_hand() -> None:
-    request = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 2])
-    mine = np.array([3.0, 2, 1, 9, 8, 7, 6, 5, 4, 1])
-    its = np.array([1.0, 2, 3, 9, 4, 5, 6, 7, 8, 1])
-    assert _agreement(request, mine, its) == (2, 0.5, pytest.approx(4 / 5))
-    assert _agreement(np.array([0, 1]), np.ones(2), np.ones(2)) == (0, None, None)
-    ties = np.repeat(np.arange(4000), 4)
-    compared, same, shared = _agreement(ties, np.tile([4.0, 3, 2, 1], 4000), np.ones(16_000))
-    assert (compared, shared) == (4000, None)
-    assert same == pytest.approx(1 / 4, abs=0.03), "nothing is gained by equal scores"
-
-
-def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage, or a machine that computes something else, says nothing about the holder."""
     fetch = promote.fetch_model
 
@@ -255,8 +225,6 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
             assert run(world, "--challenger", "2") == 1
         assert "so the two can't be compared here" in tags(world, "2")["compared"]
     assert holder(world) == "1"
-    assert run(world, "--rollback", "--shadow", "x") == 2
-    assert "--shadow compares a challenger's answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("which", "promoted"), [("2", False), ("1", True)])

@@ -23,11 +23,7 @@ def write_memory(memory: Memory, folder: Path, feature: str, part: int = 0) -> N
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     parts = _memory_folder(folder, feature)
     parts.mkdir(exist_ok=True)
-    write_part(pa.table(list(columns.values()), schema=schema), parts / f"part-{part:05d}.parquet")
-
-
-def write_part(table: pa.Table, path: Path) -> None:
-    """Writes the file of a part of a memory."""
+    table, path = pa.table(list(columns.values()), schema=schema), parts / f"part-{part:05d}.parquet"
     pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=["key"])
 
 
@@ -65,6 +61,17 @@ def read_memory(encoder: MemoryEncoder[Any], folder: Path, keys: pc.Expression |
         found = pa.concat_tables(tables)
         columns = {name: found[name].to_numpy() for name in found.column_names}
     return encoder.memory_from(columns, _floor(schema))
+
+
+def remembered_bytes(folder: Path) -> dict[str, int]:
+    """Bytes that the events of each counter and history in a folder of state take in memory, without indexes."""
+    sizes = {}
+    for memory in sorted(folder.glob("*.memory")):
+        feature = memory.name.removesuffix(".memory")
+        parts = [pq.ParquetFile(part) for part in memory_parts(folder, feature)]
+        widths = [field.type.bit_width // 8 for field in parts[0].schema_arrow]
+        sizes[feature] = sum(widths) * sum(part.metadata.num_rows for part in parts)
+    return sizes
 
 
 def _filled(schema: pa.Schema, rows: int, tables: Iterable[pa.Table]) -> dict[str, np.ndarray]:

@@ -4,8 +4,7 @@
 answered with the one before, and then takes its place at once (`FeaturePipeline.with_live`). What is found in memories
 and levels is, to the bit, what the memories would give if they had been extended by all of these events, for all times
 that are no earlier than what the memories were compacted for. `forget_after_days` counts over both: an event may go on
-with a life that a memory knows, or join two. `max_keys` bounds what was written, and not the levels: a key that was
-dropped begins anew with its next event, and others stay until the next build or extension drops them.
+with a life that a memory knows, or join two.
 """
 
 from __future__ import annotations

@@ -137,24 +137,6 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
     )
 
 
-def shadowed(asked: Asked, source: str, uri: str) -> list[str]:
-    """What the challenger and the holder of the alias answer to logged requests, in sentences.
-
-    Raises UserError where either can't be served, or there are no requests.
-    """
-    from mmoe_rec.jobs.judging.shadow import shadow, told
-
-    challenger, holder = _version(asked.name, asked.challenger, uri), find_holder(asked.name, asked.alias, uri)
-    if holder is None:
-        raise UserError(f"no version of '{asked.name}' holds '{asked.alias}', so there is none to compare answers with")
-    sides = []
-    for version in (challenger, holder):
-        if isinstance(loaded := _loaded(version, uri), Trouble):
-            raise UserError(f"{_named(version)} can't be served: {loaded.why}")
-        sides.append(loaded)
-    return told(shadow(sides[0], sides[1], source))
-
-
 def _version(name: str, asked: str, uri: str) -> Version:
     asked = asked.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
     if asked.isdigit():

@@ -143,7 +143,7 @@ class _Extension:
             new_ids = pipeline.grow()
             save_counts(pipeline, counts)
             end, before = self.logs.options.asked_from(counted.last[0]), self.before.serving.resolve()
-            dropped = steps.look_up(pipeline, serving, end=end, training=None, before=before)
+            steps.look_up(pipeline, serving, end=end, training=None, before=before)
             pipeline.save(serving)
             add_latest(counted, self.logs.schema, self.before.serving, self.last)
             save_latest(counted, serving)
@@ -152,7 +152,7 @@ class _Extension:
             known_by = {"train": train_end, "validation": counted.last[0], "test": counted.last[0]}
             splits = steps.encode(serving, self.folder / "encoded", known_by)
         self.taken.write(self.folder)
-        self._write_manifest(pipeline, counted, requests, splits, new_ids, dropped)
+        self._write_manifest(pipeline, counted, requests, splits, new_ids)
         return new_ids
 
     @property
@@ -195,7 +195,6 @@ class _Extension:
         requests: Requests,
         splits: dict[str, SplitCounts],
         new_ids: dict[str, int],
-        dropped_keys: dict[str, int],
     ) -> None:
         counted.first = (self.first, 0)
         stands_for, before = fingerprint_of(self.logs, self.windows), self.manifest["fingerprint"]
@@ -207,7 +206,6 @@ class _Extension:
             **describe(self.logs, self.taken, counted, requests, splits),
             "unchecked": sorted({*self.manifest["unchecked"], *self.logs.options.unchecked}),
             "vocabularies": vocabularies(pipeline),
-            "dropped_keys": dropped_keys,
             "extends": {
                 "fingerprint": before,
                 "stands_for": stands_for,

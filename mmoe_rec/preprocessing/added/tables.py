@@ -4,11 +4,9 @@ A model's features as they are served (`<artifact>/features`) are what it was tr
 tables: memories, latest attributes, and which files of the log these hold. `advanced` makes the tables go on with new
 files; `made_anew` makes them of all files, or of all rows before a moment. Both encode by the model's own features: an
 id that has become frequent meanwhile stays in its hashed bucket. From the same rows both give the same files, to the
-last byte of what they hold, with two exceptions. Where a model's features were extended, a history that went on keeps
+last byte of what they hold, with one exception. Where a model's features were extended, a history that went on keeps
 an item in the bucket that it was in before its id got a row of its own, as training saw it, and one that is made anew
-has that row. And with `max_keys`, a key that was dropped and came back has begun anew in tables that went on, as in a
-server that learns live, while those made anew know all of it, as a build does; which keys stay is the same, unless
-events of dropped ones come late. Nothing else changes, so weights and calibration stay right.
+has that row. Nothing else changes, so weights and calibration stay right.
 
     <features>/
         pipeline.json, NAME.KEY.parquet    what encoders have learnt

@@ -23,7 +23,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--challenger", metavar="V", help="number of the version, or an alias that it holds")
     parser.add_argument("--name", metavar="N", help="registered model (default: that of the settings)")
     parser.add_argument("--rollback", action="store_true", help="give the alias back to the version before")
-    parser.add_argument("--shadow", metavar="DIR", help="also rank requests that a server logged there, with both")
     parser.add_argument(
         "--slower-at-most",
         type=number_between(0.1, 1000),
@@ -40,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     if (arguments.challenger is None) != arguments.rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
-    if arguments.rollback and arguments.shadow is not None:
-        raise UserError("--shadow compares a challenger's answers, and --rollback has none: leave one of them out")
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.promote import Asked, promote_version, roll_back, shadowed
+    from mmoe_rec.jobs.judging.promote import Asked, promote_version, roll_back
 
     name, uri = arguments.name or settings.registered_model, settings.tracking.address
     if arguments.rollback:
@@ -52,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     out = Path(arguments.out or Path(settings.data.work) / "promotion")
     asked = Asked(name, arguments.challenger, settings.tracking.alias, arguments.slower_at_most)
-    if arguments.shadow is not None:
-        show(shadowed(asked, arguments.shadow, uri))
     decision = promote_version(settings, asked, out)
     if decision.results is not None:
         show(decision.results.told())
