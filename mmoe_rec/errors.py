@@ -18,18 +18,6 @@ class RequestError(UserError):
     """One sentence for the caller: which column, option or row, what was expected, what was found."""
 
 
-class NotAcknowledgedError(UserError):
-    """One sentence where it is not known whether what was sent was kept: it may be sent again."""
-
-
-class KeptError(NotAcknowledgedError):
-    """One sentence where what was sent is kept for good, but is not taken in here yet: it must not be sent again."""
-
-
-class BehindError(UserError):
-    """One sentence where nothing was sent, as it would wait for too long behind what came before: it may be later."""
-
-
 class StoppedError(Exception):
     """One sentence when the user, or a cluster, has asked the command to stop: what was kept, how to go on."""
 

@@ -37,14 +37,6 @@ HOUSEHOLDS = "30"
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
-    "python -m pipelines.serve --model models:/complete_journey@champion --journal data/journal "
-    "--kafka kafka.properties --kafka-topic events": (
-        "server/test_kafka_servers.py::test_what_one_machine_accepts_is_known_to_the_other"
-    ),
-    "python -m pipelines.refresh --config configs/complete_journey.yaml --journal data/journal "
-    "--kafka kafka.properties --kafka-topic events": (
-        "pipelines/test_refresh_from_topic.py::test_a_version_that_one_machine_refreshed_is_served_by_all"
-    ),
     "python -m pipelines.refresh --config configs/complete_journey.yaml": (
         "pipelines/test_refresh.py::test_days_come_one_after_the_other"
     ),

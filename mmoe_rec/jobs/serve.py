@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,6 @@ from mmoe_rec.inference.artifact import MANIFEST
 from mmoe_rec.tracking.registry import fetch_model, find_model, pin_address
 
 if TYPE_CHECKING:
-    from mmoe_rec.journal.journal import Journal
-    from mmoe_rec.journal.kafka.replica import Replica
-    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.request_log.folder import LogOptions
     from mmoe_rec.server.limits import Limits
     from mmoe_rec.server.reloading import Source
@@ -75,7 +72,6 @@ def serve_model(
     grace: float = 10.0,
     token: str | None = None,
     journal: Path | None = None,
-    topic: KafkaTopic | None = None,
     log: LogOptions | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
@@ -88,7 +84,6 @@ def serve_model(
         grace: seconds from SIGTERM to the end at the latest.
         token: which callers have to show; None lets everybody in.
         journal: folder of the journal that takes events and that the model learns from; None takes none.
-        topic: of which the journal's folder is this machine's replica; None for a journal of this machine alone.
         log: how requests are logged; None does not.
         overrides: settings of section `serving`, such as `--serving.max_elements 10`, before those of the model.
 
@@ -104,12 +99,12 @@ def serve_model(
     bound = listening_socket(host, port)
     log_to_stderr()
     if journal is not None:
-        topic = _open_journal(journal, topic)
+        _open_journal(journal)
     if log is not None:
         check_folder(log.folder)
     known = finder.state()
     source = finder.find()
-    options = Options(limits_of(source.folder, overrides), grace, token, journal, log, topic)
+    options = Options(limits_of(source.folder, overrides), grace, token, journal, log)
     if workers == 1:
         from mmoe_rec.server.running import serve
 
@@ -120,48 +115,19 @@ def serve_model(
     return serve_by_workers(source, known, finder, bound, options, poll, workers)
 
 
-def _open_journal(folder: Path, topic: KafkaTopic | None) -> KafkaTopic | None:
-    """Makes the journal unless it is there, and takes in what its topic holds; gives the topic as workers join it.
-
-    Raises UserError where events can't be written to it; but where no broker answers for a replica that is there, the
-    model can be served with what it holds.
-    """
+def _open_journal(folder: Path) -> None:
+    """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
     if sys.platform == "win32":
         raise UserError("a journal needs locks on files as Linux and macOS have them: serve without --journal")
-    from mmoe_rec.journal.opening import open_journal
+    from mmoe_rec.journal.journal import Journal
 
     is_new = not (folder / "journal.json").exists()
-    if topic is None:
-        journal = open_journal(folder)
-        _say_which(folder, journal, is_new)
-        journal.close()
-        return None
-    from mmoe_rec.journal.kafka.replica import Replica
-    from mmoe_rec.journal.kafka.topic import AwayError
-
-    try:
-        replica = Replica(folder, topic)
-    except AwayError as error:
-        if not (folder / "journal.json").exists():
-            raise
-        _log.error("serving without the newest events, and taking none so far: %s", error)
-        return topic
-    try:
-        if lag := replica.status().lag:
-            _log.info("taking in %s messages of the topic '%s'", f"{lag:,}", topic.name)
-        replica.catch_up()
-        _say_which(folder, replica, is_new)
-    finally:
-        replica.close()
-    return replace(topic, says=False)  # it has been said here
-
-
-def _say_which(folder: Path, journal: Journal | Replica, is_new: bool) -> None:
-    """As a mistyped folder would become another journal, without what the model has learnt so far."""
-    if is_new:
+    journal = Journal(folder)
+    if is_new:  # a mistyped folder would become another journal, without what the model has learnt so far
         _log.info("'%s' held no journal: a new one begins there, %s", folder, journal.id)
     else:
         _log.info("going on with the journal '%s', %s, at position %s", folder, journal.id, journal.end())
+    journal.close()
 
 
 def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:

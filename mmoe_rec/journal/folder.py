@@ -11,13 +11,12 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.atomic import atomic_file, flush_files, flush_tree
+from mmoe_rec.atomic import flush_files, flush_tree
 from mmoe_rec.errors import UserError
 from mmoe_rec.journal.segments import FORMAT, segment_begin, segment_path
 
@@ -27,108 +26,20 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
 _ELSEWHERE = ("nfs", "cifs", "smb", "9p", "fuse.sshfs")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a journal is a replica of. id: 16 bytes, of all its replicas; name: as a sentence calls it; made: what
-    tells it from another one of the same id that was there before, empty where that is not known; files: name ->
-    content of further files that a new replica begins with."""
-
-    id: bytes
-    name: str
-    made: str = ""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-def open_folder(folder: Path, create: bool, origin: Origin | None = None) -> bytes:
+def open_folder(folder: Path, create: bool) -> bytes:
     """The id of the journal in a folder, 16 bytes; with `create`, a folder that is not there, or is empty, becomes one.
-
-    origin: what a new journal is to be a replica of.
 
     Raises UserError where there is none, the folder holds something else, or a journal of another format.
     """
     try:
         if create and not (folder / "journal.json").exists():
-            _create(folder, origin)
+            _create(folder)
         text = (folder / "journal.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"'{folder}' holds no journal (journal.json)") from None
     except OSError as error:
         raise UserError(f"there can be no journal in '{folder}': {error.strerror}") from None
     return _id_in(text, folder / "journal.json")
-
-
-def origin_of(folder: Path) -> str | None:
-    """What the journal in a folder is a replica of, None for one of its own. Raises UserError where that is damaged."""
-    return _about(folder).get("replica_of")
-
-
-def _about(folder: Path) -> dict[str, str]:
-    try:
-        found: dict[str, str] = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"'{folder / 'journal.json'}' can't be read; restore it from a copy") from None
-    return found
-
-
-def check_replica(folder: Path, name: str) -> None:
-    """Raises UserError for a folder that can't be a replica of a topic, as far as its files alone say so.
-
-    name: the topic's, which `Origin.name` begins with.
-    """
-    try:
-        if not (folder / "journal.json").exists():
-            _check_empty(folder)
-            return
-    except OSError as error:
-        raise UserError(f"there can be no journal in '{folder}': {error.strerror}") from None
-    open_folder(folder, create=False)
-    if (found := origin_of(folder)) is None:
-        raise _own(folder, name)
-    if not found.startswith(f"{name} of "):
-        raise UserError(
-            f"the journal '{folder}' is a replica of {found}, not of {name}: name a new folder, or that topic"
-        )
-
-
-def _own(folder: Path, name: str) -> UserError:
-    return UserError(
-        f"'{folder}' holds a journal of its own, which can't become a replica of {name}: name a new folder"
-    )
-
-
-def check_origin(folder: Path, origin: Origin | None) -> None:
-    """Raises UserError where a journal is appended to otherwise than by what it is a replica of."""
-    found = origin_of(folder)
-    if origin is None and found is not None:
-        raise UserError(
-            f"the journal '{folder}' is a replica of {found}, and nothing else may be appended to it: "
-            "name the topic (--kafka FILE --kafka-topic NAME)"
-        )
-    if origin is not None and found is None:
-        raise _own(folder, origin.name)
-    if origin is not None and open_folder(folder, create=False) != origin.id:
-        raise UserError(
-            f"the journal '{folder}' is a replica of {found}, not of {origin.name}: name a new folder, or that topic"
-        )
-    if origin is not None and origin.made and (before := _about(folder).get("made")) not in (None, "", origin.made):
-        raise UserError(
-            f"the journal '{folder}' is a replica of {found} that was there before ('{before}', now '{origin.made}'): "
-            "it was made anew; name a new folder, or a topic of another name"
-        )
-
-
-def made_of(folder: Path) -> str:
-    """What tells the origin of a replica from another one of the same id; empty where that was never known."""
-    return _about(folder).get("made", "")
-
-
-def note_made(folder: Path, made: str) -> None:
-    """Writes down what was not known when the replica was made; within its lock. Raises UserError."""
-    try:
-        with atomic_file(folder / "journal.json") as temporary:
-            temporary.write_text(json.dumps(_about(folder) | {"made": made}), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"'{folder / 'journal.json'}' can't be written: {error.strerror}") from None
 
 
 def _id_in(text: str, path: Path) -> bytes:
@@ -144,20 +55,16 @@ def _id_in(text: str, path: Path) -> bytes:
     return journal_id
 
 
-def _create(folder: Path, origin: Origin | None) -> None:
+def _create(folder: Path) -> None:
     _check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (kind := _file_system(folder.parent)).startswith(_ELSEWHERE):
         raise UserError(f"'{folder}' lies on a file system of another machine ({kind}); a journal needs a local disk")
-    journal_id = uuid.uuid4().bytes if origin is None else origin.id
+    journal_id = uuid.uuid4().bytes
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.mkdir()
     try:
         about = {"format": FORMAT, "id": journal_id.hex()}
-        if origin is not None:
-            about |= {"replica_of": origin.name, "made": origin.made}
-            for name, content in origin.files.items():
-                (temporary / name).write_bytes(content)
         (temporary / "journal.json").write_text(json.dumps(about), encoding="utf-8")
         segment_path(temporary, 1).write_bytes(segment_begin(journal_id, 1))
         flush_tree(temporary)

@@ -5,21 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from mmoe_rec.errors import NotAcknowledgedError
+from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.records import Batch
 
 _MOST_ROWS = 65_536
 """Rows of a record that several threads make together; a batch is never divided."""
-
-
-class Appending(Protocol):
-    """A `Journal`, or what is appended to as one."""
-
-    def append(self, *batches: Batch) -> Position:
-        """As `Journal.append`."""
 
 
 @dataclass(eq=False)
@@ -35,7 +27,7 @@ class _Waiting:
 class GroupCommit:
     """Appends the batches of many threads with as few flushes to disk as their number at a time allows."""
 
-    def __init__(self, journal: Appending) -> None:
+    def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self._start()
 
@@ -75,9 +67,8 @@ class GroupCommit:
             for each in together:
                 each.position = position
         except BaseException as error:
-            if len(together) == 1 or isinstance(error, NotAcknowledgedError):  # which each alone would wait for, too
-                for each in together:
-                    each.error = error
+            if len(together) == 1:
+                together[0].error = error
             else:
                 for each in together:
                     self._alone(each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.atomic import atomic_file, flush_files
 from mmoe_rec.errors import RequestError, UserError
-from mmoe_rec.journal.folder import FolderLock, Origin, check_origin, open_folder
+from mmoe_rec.journal.folder import FolderLock, open_folder
 from mmoe_rec.journal.position import HEADER_BYTES, Position
 from mmoe_rec.journal.records import Batch, encode
 from mmoe_rec.journal.segments import (
@@ -38,25 +38,15 @@ _sync = getattr(os, "fdatasync", os.fsync)
 class Journal:
     """A journal that is appended to. Threads may share it, and a process that is forked may go on with it.
 
-    folder: made if it is not there; segment_bytes: a segment of this size is closed before the next record; origin:
-    what the journal is a replica of, None for one of its own.
+    folder: made if it is not there; segment_bytes: a segment of this size is closed before the next record.
 
     Raises UserError where the folder holds something else, or can't be written to.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        segment_bytes: int = SEGMENT_BYTES,
-        create: bool = True,
-        origin: Origin | None = None,
-    ) -> None:
+    def __init__(self, folder: str | Path, segment_bytes: int = SEGMENT_BYTES, create: bool = True) -> None:
         self.folder = Path(os.path.realpath(folder))
         self.segment_bytes = segment_bytes
-        self._id = open_folder(self.folder, create, origin)
-        check_origin(self.folder, origin)
-        self.before_segment: Callable[[Position], None] | None = None
-        """Is called, under the lock, before a further segment is opened, with its begin."""
+        self._id = open_folder(self.folder, create)
         self._lock = FolderLock(self.folder)
         self._file: int | None = None
         self._end = Position(0, 0)
@@ -230,8 +220,6 @@ class Journal:
         temporary = self.folder / ".segment.tmp"
         try:
             _sync(self._file)
-            if self.before_segment is not None:
-                self.before_segment(Position.begin(number))
             temporary.write_bytes(segment_begin(self._id, number))
             flush_files([temporary])
             os.rename(temporary, segment_path(self.folder, number))

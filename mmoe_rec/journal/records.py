@@ -3,8 +3,7 @@
 A payload is one batch after the other, each as
 
     length of its metadata, length of its rows   two unsigned 32-bit integers, little endian
-    metadata                                     JSON: source, accepted_at, rows; filled with blanks to a multiple of 8;
-                                                 in a replica of a topic the first one holds the offset, too
+    metadata                                     JSON: source, accepted_at, rows; filled with blanks to a multiple of 8
     rows                                         an Arrow IPC stream of one record batch, filled up likewise
 """
 
@@ -14,7 +13,6 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -52,25 +50,6 @@ def encode(batches: Sequence[Batch]) -> bytes:
         rows += b"\0" * (-len(rows) % _ALIGNED)
         parts += [_LENGTHS.pack(len(metadata), len(rows)), metadata, rows]
     return b"".join(parts)
-
-
-def with_about(payload: bytes, **more: int) -> bytes:
-    """A payload whose first batch says more in its metadata; the bytes of all rows stay as they are.
-
-    Raises ValueError, or struct.error, for what is no payload.
-    """
-    metadata_bytes, rows_bytes = _LENGTHS.unpack_from(payload)
-    begin = _LENGTHS.size
-    metadata = json.dumps(json.loads(payload[begin : begin + metadata_bytes]) | more).encode()
-    metadata += b" " * (-len(metadata) % _ALIGNED)
-    return _LENGTHS.pack(len(metadata), rows_bytes) + metadata + payload[begin + metadata_bytes :]
-
-
-def about_in(payload: bytes) -> dict[str, Any]:
-    """The metadata of a payload's first batch. Raises ValueError, or struct.error, for what is no payload."""
-    metadata_bytes, _ = _LENGTHS.unpack_from(payload)
-    found: dict[str, Any] = json.loads(payload[_LENGTHS.size : _LENGTHS.size + metadata_bytes])
-    return found
 
 
 def decode(payload: pa.Buffer) -> list[Batch] | None:

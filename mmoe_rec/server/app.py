@@ -27,7 +27,6 @@ from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 from mmoe_rec.server.sharing.passes import Mark, Passes
 
 if TYPE_CHECKING:
-    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.accepting import Accepting
 
 Reload = Callable[[], Awaitable[None]]
@@ -47,7 +46,6 @@ class Application:
         reload: Reload | None = None,
         token: str | None = None,
         log: LogOptions | None = None,
-        topic: KafkaTopic | None = None,
         mark: Mark | None = None,
     ) -> None:
         """mark: by which other workers see whether this one ranks, None where it is the only one."""
@@ -61,7 +59,7 @@ class Application:
 
             assert self.calls.following is not None
             following, passes = self.calls.following, self.calls.passes
-            self.events = Accepting(models, models.journal, limits, self.metrics, following, passes, topic)
+            self.events = Accepting(models, models.journal, limits, self.metrics, following, passes)
         # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
         self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
 
@@ -109,8 +107,6 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
         if calls.following is not None:
             told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
-            if calls.following.topic is not None:
-                told["topic"] = calls.following.topic.about()
         return _json({**about, **told})
 
     @app.get("/model", response_model=None)

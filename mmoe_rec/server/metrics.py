@@ -93,23 +93,6 @@ class Metrics:
         self._shown = tuple(about[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
         self._model.labels(*self._shown).set(1)
 
-    def show_topic(self, lag: int | None, heard: float) -> None:
-        """Says how far this worker's machine is behind a topic, as `Joined.numbers` does.
-
-        There is no number for a lag as long as none is known.
-        """
-        if self._heard is None:
-            self._heard = self._gauge(
-                "topic_heard_timestamp_seconds", "When a broker has last told where the topic ends", of_all="livemin"
-            )
-        self._heard.set(heard)
-        if lag is not None:  # a gauge that is made says 0 already
-            if self._lag is None:
-                self._lag = self._gauge(
-                    "topic_lag", "Messages of the topic of events that a worker lacked then", of_all="livemax"
-                )
-            self._lag.set(lag)
-
     def text(self) -> bytes:
         """The numbers of all workers in Prometheus' text format."""
         if FOLDER_VARIABLE not in os.environ:

@@ -74,10 +74,7 @@ class Accepted(BaseModel):
     ignored: int = Field(
         0, description="rows that the model's tables may hold, and that are not learnt; left out for 0"
     )
-    position: str | None = Field(
-        description="of the journal: /invocations?after=POSITION knows these rows; null with status 202"
-    )
-    warning: str | None = Field(None, description="why there is no position; left out where there is one")
+    position: str = Field(description="of the journal: /invocations?after=POSITION knows these rows")
 
 
 _STATUSES = {
@@ -143,10 +140,6 @@ def events() -> dict[str, Any]:
         "requestBody": {"required": True, "content": {**_content("Events"), **arrow}},
         "responses": {
             "200": {"description": "they are on disk", "content": _content("Accepted")},
-            "202": {
-                "description": "a topic keeps them, and they will be known here: they must not be sent again",
-                "content": _content("Accepted"),
-            },
             **_wrong(),
         },
     }

@@ -10,14 +10,11 @@ import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.request_log.folder import LogOptions
 from mmoe_rec.server.limits import Limits
-
-if TYPE_CHECKING:
-    from mmoe_rec.journal.kafka.settings import KafkaTopic
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,7 @@ class Options:
     """How to serve.
 
     grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in; journal: folder
-    of the journal of events, None takes none; topic: of which that folder is a replica, None for a journal of this
-    machine alone; log: how requests are logged, None does not log them.
+    of the journal of events, None takes none; log: how requests are logged, None does not log them.
     """
 
     limits: Limits
@@ -34,7 +30,6 @@ class Options:
     token: str | None = None
     journal: Path | None = None
     log: LogOptions | None = None
-    topic: KafkaTopic | None = None
 
 
 BACKLOG = 1_024

@@ -38,11 +38,6 @@ class NotFoundError(UserError):
     """No model was found at the address, or it could not be fetched: the next attempt may find one."""
 
 
-class ReplicaBehindError(UserError):
-    """The model's tables know more of the journal than this machine's replica of it holds yet: a later attempt may
-    succeed."""
-
-
 class Reloads:
     """Finds the model at the address and takes it up, again and again, one attempt after the other.
 
@@ -106,8 +101,7 @@ def sentence_of(error: BaseException) -> str:
 class Watch:
     """Looks every few seconds whether another model lies at the address, and has it taken up.
 
-    One that can't be loaded is not tried again until the address's state changes, unless this machine's replica of the
-    journal was behind (`ReplicaBehindError`). seconds: between looks, 0 for none.
+    One that can't be loaded is not tried again until the address's state changes. seconds: between looks, 0 for none.
     """
 
     def __init__(self, finder: Finder, reloads: Reloads, seconds: float) -> None:
@@ -141,6 +135,4 @@ class Watch:
                 _log.warning("can't look for another model: %s", found)
             self._told = str(found)
             return
-        if isinstance(found, ReplicaBehindError):
-            return  # it has been told
         self._known, self._told = state, None  # an attempt that failed has been told of

@@ -130,7 +130,7 @@ def serve(source: Source, known: str, finder: Finder, bound: socket.socket, opti
     async def reload() -> None:
         await asyncio.wrap_future(reloads.ask())
 
-    app = Application(models, options.limits, metrics, reload, options.token, options.log, options.topic)
+    app = Application(models, options.limits, metrics, reload, options.token, options.log)
     server = Server(app, options)
     watch = Watch(finder, reloads, poll)
 

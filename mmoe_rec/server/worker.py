@@ -46,7 +46,7 @@ def run_worker(bound: socket.socket, options: Options, pipe: Connection, mark: M
         _end_with(error, pipe)
     talk = _Talk(pipe, Reloading(models, metrics))
     try:
-        app = Application(models, options.limits, metrics, talk.reload, options.token, options.log, options.topic, mark)
+        app = Application(models, options.limits, metrics, talk.reload, options.token, options.log, mark=mark)
     except UserError as error:
         _end_with(error, pipe)
     server = Server(app, options, ignored=(signal.SIGINT,))

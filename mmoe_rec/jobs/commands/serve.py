@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"'--{'.'.join(keys)}' is no argument of serve, nor a setting of section serving; see --help"
             )
     from mmoe_rec.jobs.serve import serve_model
-    from mmoe_rec.journal.opening import topic_of
     from mmoe_rec.server.options import end_process
     from mmoe_rec.server.security import read_token
     from mmoe_rec.settings.sections import Tracking
@@ -54,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         grace=arguments.grace,
         token=read_token(arguments.token_file),
         journal=None if arguments.journal is None else Path(arguments.journal),
-        topic=topic_of(arguments.kafka, arguments.kafka_topic, arguments.journal),
         log=_log_options(arguments),
         overrides=overrides,
     )
@@ -102,13 +100,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="folder of a journal, made if it is not there: take events (POST /events), which the model learns live",
     )
-    add(
-        "--kafka",
-        metavar="FILE",
-        help="properties of a Kafka client (bootstrap.servers=...): the journal is a replica of a topic, which the "
-        "servers of other machines share",
-    )
-    add("--kafka-topic", metavar="T", help="that topic, which has one partition")
     add("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
     add("--log-requests", metavar="DIR", help="log requests and replies there (default: they are not)")
     add("--log-share", type=number_between(0, 1), metavar="S", help="share of requests that are logged (default: 0.1)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import build_options
@@ -17,33 +17,24 @@ from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
-if TYPE_CHECKING:
-    from mmoe_rec.journal.kafka.settings import KafkaTopic
 
-
-def from_journal(
-    folder: Path, settings: Settings, remove: bool = False, topic: KafkaTopic | None = None, other: bool = False
-) -> Journal:
+def from_journal(folder: Path, settings: Settings, remove: bool = False, other: bool = False) -> Journal:
     """Closes the journal's segment, and writes the files of closed ones that the served tables do not hold.
 
-    remove: segments that the tables hold already are removed; topic: of which the folder is a replica, whose segment is
-    then closed on all machines, once this one holds what the topic does; other: the model may know another journal, of
-    which nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows
-    another one, or the logs' places take no files.
+    remove: segments that the tables hold already are removed; other: the model may know another journal, of which
+    nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows another one,
+    or the logs' places take no files.
     """
 
     def write(served: Served, provisional: Provisional, anew: bool) -> Mapping[str, Any]:
         from mmoe_rec.journal.checkpoints import checkpoints, remove_through
-        from mmoe_rec.journal.kafka.replica import Replica
-        from mmoe_rec.journal.opening import open_journal
+        from mmoe_rec.journal.journal import Journal as Opened
         from mmoe_rec.journal.parquet_files import check_columns, write_files
 
         schema, features = settings.schema_, served.folder / "features"
         taken = taken_by(features)
-        journal = open_journal(folder, topic, create=False)
+        journal = Opened(folder, create=False)
         try:
-            if isinstance(journal, Replica):
-                journal.catch_up()  # else the close would wait for a backlog, and give up
             known = served.about.journal
             if known is not None and known["id"] != journal.id and not other:
                 raise UserError(

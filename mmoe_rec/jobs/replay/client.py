@@ -109,11 +109,6 @@ class Client:
                 self._has_answered = True
                 if status == 200:
                     return found
-                if status == 202:
-                    raise UserError(
-                        f"the server at {self.url} has yet to take in what a topic keeps of what was sent, so it can't "
-                        "be asked what it knows; replay once its machine is no longer behind"
-                    )
                 told = f"it answers {status}: {_sentence(found)}"
                 if status not in _COME_AGAIN:
                     raise UserError(f"the server at {self.url} does not take what is sent to {page}; {told}")

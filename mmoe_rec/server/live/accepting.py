@@ -19,12 +19,11 @@ import pyarrow.types as pt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mmoe_rec.errors import BehindError, KeptError, NotAcknowledgedError, RequestError, UserError, quoted
+from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.journal.checked import RowChecks, known_types
 from mmoe_rec.journal.duplicates import Counts, Taken
-from mmoe_rec.journal.group_commit import Appending, GroupCommit
+from mmoe_rec.journal.group_commit import GroupCommit
 from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.position import Position
 from mmoe_rec.journal.records import Batch
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
@@ -32,7 +31,7 @@ from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
 from mmoe_rec.server.live.background import step_back
-from mmoe_rec.server.live.following import PART_OF_ANSWER, Following
+from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
@@ -41,27 +40,11 @@ from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.journal.kafka.settings import KafkaTopic
     from mmoe_rec.server.live.learning import Learning
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4
 """Batches that wait for the disk at a time; they share a flush."""
-
-_MAY_BE_KEPT = (
-    "the topic of events has not said in time that it keeps the rows, and it may keep them: send them again (rows of "
-    "requests, and those with an event_id, count once)"
-)
-
-_KEPT = (
-    "the topic of events keeps the rows, and they will count here as well, once this machine has read so far: do not "
-    "send them again"
-)
-_LATE = "no row was taken: calls before this one have waited for the topic of events for too long; send them again"
-_BEHIND = (
-    "no row was taken: this machine is behind the topic of events, so it could not acknowledge them in time; send them "
-    "later, or to another machine"
-)
 
 _log = logging.getLogger(__name__)
 
@@ -87,12 +70,10 @@ class Accepting:
         metrics: Metrics,
         following: Following,
         passes: Passes,
-        topic: KafkaTopic | None = None,
     ) -> None:
-        """topic: of which the journal's folder is a replica, None for a journal of this machine."""
         self._models, self._limits, self._metrics = models, limits, metrics
         self._following, self._passes = following, passes
-        self._commit, self._topic = GroupCommit(_opened(journal, limits, following, topic)), topic
+        self._commit = GroupCommit(Journal(journal))
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
@@ -105,8 +86,7 @@ class Accepting:
             with self._metrics.timed("events"), self.places.take():
                 await self._passes.let_end()  # before more is done for the call
                 told = await self._accepted(request)
-            status = 200 if told["position"] is not None else 202
-            response = Response(orjson.dumps(told), status, media_type="application/json")
+            response = Response(orjson.dumps(told), media_type="application/json")
         except Refused as refused:
             self._metrics.events_refused.labels(refused.reason).inc()
             response = refusal(refused)
@@ -122,20 +102,17 @@ class Accepting:
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits)
-        until = time.monotonic() + self._limits.answer_seconds * PART_OF_ANSWER
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log, until)
+        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log)
         if not isinstance(found, _Sent):
             return found
         await self._following.reached_end()  # what was acknowledged before may say what it lacks
-        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found, until)
+        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found)
 
-    def _at_once(
-        self, served: Served, body: bytes, is_arrow: bool, log: str | None, until: float
-    ) -> _Sent | dict[str, Any]:
+    def _at_once(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent | dict[str, Any]:
         """What the reply says; what was sent, if it lacks something."""
         sent = self._checked(served, body, is_arrow, log)
-        return sent if sent.lacking else self._taken(served, sent, until)
+        return sent if sent.lacking else self._taken(served, sent)
 
     def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
         """What was sent, checked."""
@@ -150,42 +127,23 @@ class Accepting:
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
 
-    def _taken(self, served: Served, sent: _Sent, until: float) -> dict[str, Any]:
-        """Appends; what the reply says, without a position where a topic keeps the rows, but they are not here yet.
-
-        until: when it is too late to send something to a topic, monotonic.
-        """
-        if self._topic is not None and time.monotonic() > until:
-            raise Refused(503, _LATE, "topic", "TEMPORARILY_UNAVAILABLE", 5)
+    def _taken(self, served: Served, sent: _Sent) -> dict[str, Any]:
+        """Appends; what the reply says."""
         assert served.learning is not None
         table = sent.table
         try:
             if sent.lacking:
                 table = _completed(served.ranker, table, sent.lacking)
             order = self._order(served.learning, sent.source, table)
-            position: Position | None = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
+            position = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
-        except KeptError as error:
-            _log.error("%s", error)
-            position = None
-        except BehindError as error:
-            _log.info("%s", error)
-            raise Refused(503, _BEHIND, "behind", "TEMPORARILY_UNAVAILABLE", 5) from None
-        except NotAcknowledgedError as error:
-            _log.error("%s", error)
-            raise Refused(503, _MAY_BE_KEPT, "topic", "TEMPORARILY_UNAVAILABLE", 5) from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
-            if self._topic is not None:
-                raise Refused(503, "the topic of events takes none; the log says why", "topic", INTERNAL, 5) from None
             raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
         self._metrics.events.labels(sent.source or "").inc(len(table))
-        told = {"accepted": len(table), **order}
-        if position is None:
-            return {**told, "position": None, "warning": _KEPT}
         self._following.accepted(position)
-        return {**told, "position": str(position)}
+        return {"accepted": len(table), **order, "position": str(position)}
 
     def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
@@ -207,15 +165,6 @@ class Accepting:
             checks = RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
             known = self._checks = served, checks
         return known[1]
-
-
-def _opened(folder: Path, limits: Limits, following: Following, topic: KafkaTopic | None) -> Appending:
-    if topic is None:
-        return Journal(folder)
-    from mmoe_rec.server.live.joined import Joined
-
-    following.topic = joined = Joined(folder, topic, limits.answer_seconds * PART_OF_ANSWER)
-    return joined
 
 
 def _log_in(query: Mapping[str, str]) -> str | None:

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ from mmoe_rec.server.reloading import sentence_of
 from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
-    from mmoe_rec.server.live.joined import Joined
     from mmoe_rec.server.live.learning import Learning
 
 PAUSE_SECONDS = 0.02
@@ -34,12 +32,7 @@ PAUSE_SECONDS = 0.02
 _REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.3, 0.4
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
-PART_OF_ANSWER = 1 / 3
-"""Of the time for an answer, for each of what a call of /events waits for where there is a topic: for what came before
-it, for calls that are being appended, and for itself."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
-_ASKING = 4
-"""Calls that ask a broker at a time up to where the topic goes."""
 MOST_ENDS = 4_096
 """Positions that are known to be of the journal, so that it is not looked at for each of them again."""
 
@@ -53,12 +46,8 @@ class Following:
         self._models, self._batcher, self._passes = models, batcher, passes
         self._limits, self._metrics = limits, metrics
         self.failure: str | None = None
-        self.topic: Joined | None = None
-        """What the journal's folder is a replica of, None for a journal of this machine."""
-        self._shown: object = None
         self._ends = _Ends()
         self._look, self._asked = threading.Event(), threading.Event()
-        self._brokers = ThreadPoolExecutor(_ASKING, "asking")
         self._lock = threading.Lock()
         self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -74,27 +63,15 @@ class Following:
 
     @property
     def lacking(self) -> str | None:
-        """What the current model does not know of the journal, or may not know, and why, as a sentence; None where it
-        knows all."""
-        found = self._lacking()
-        return None if found is None else found[1]
+        """Why the current model does not know all of the journal, as a sentence; None where it does."""
+        learning = self._learning()
+        reasons = [each for each in (self.failure, None if learning is None else learning.gap) if each is not None]
+        return "; ".join(reasons) or None
 
     @property
     def warning(self) -> str | None:
         """The same for replies."""
-        if (found := self._lacking()) is None:
-            return None
-        is_certain, why = found
-        return f"some events {'are' if is_certain else 'may'} not {'' if is_certain else 'be '}counted: {why}"
-
-    def _lacking(self) -> tuple[bool, str] | None:
-        """Whether it is certain that it lacks something, and why."""
-        learning = self._learning()
-        missed = None if self.topic is None else self.topic.lacking
-        gap = None if learning is None else learning.gap
-        found = [(True, self.failure), missed or (True, None), (True, gap)]
-        told = [(is_certain, why) for is_certain, why in found if why is not None]
-        return (any(each for each, _ in told), "; ".join(why for _, why in told)) if told else None
+        return None if (why := self.lacking) is None else f"some events are not counted: {why}"
 
     @property
     def position(self) -> str | None:
@@ -112,7 +89,6 @@ class Following:
         learning = self._learning()
         if learning is not None and position not in self._ends:
             try:
-                await self._arrived(learning, position, until)
                 await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
             except RequestError:
                 raise
@@ -124,40 +100,10 @@ class Following:
         await self.reached(position, until)
 
     async def reached_end(self) -> None:
-        """Ends once the current model knows all that the journal holds now; of a topic, all that other machines have
-        acknowledged, too. Raises Refused where that takes too long."""
-        part = 1.0 if self.topic is None else PART_OF_ANSWER
-        until = time.monotonic() + self._limits.answer_seconds * part
-        if self.topic is not None:
-            await self._has_all(until)
+        """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
+        until = time.monotonic() + self._limits.answer_seconds
         if (learning := self._learning()) is not None:
             await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.end), until)
-
-    async def _arrived(self, learning: Learning, position: Position, until: float) -> None:
-        """Ends once a position is in the journal, or in no message of the topic, where another machine may have given
-        it. Raises Refused where that takes too long."""
-        if self.topic is None or self._has_reached(position):
-            return
-        if position > await asyncio.get_running_loop().run_in_executor(None, learning.end):
-            await self._has_all(until, position)
-
-    async def _has_all(self, until: float, position: Position | None = None) -> None:
-        """Ends once this machine has all that the topic holds now, or the model knows the journal up to a position.
-
-        Raises Refused where that is not so until then, monotonic.
-        """
-        assert self.topic is not None
-        what = "the topic of events does not say in time up to where it goes"
-        try:
-            async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
-                end = await asyncio.get_running_loop().run_in_executor(self._brokers, self.topic.end)
-                what = "this machine has not taken in in time what the topic of events holds"
-                while not self.topic.has_taken(end) and (position is None or not self._has_reached(position)):
-                    await asyncio.sleep(PAUSE_SECONDS)
-        except (UserError, TimeoutError) as error:
-            if isinstance(error, UserError):
-                _log.error("%s", error)
-            raise Refused(503, f"{what}; come again", "behind", "TEMPORARILY_UNAVAILABLE", 1) from None
 
     async def reached(self, position: Position, until: float) -> None:
         """Ends once the current model knows all up to a position. Raises Refused where that takes too long.
@@ -243,9 +189,6 @@ class Following:
     def _show(self) -> None:
         if (learning := self._learning()) is not None:  # also of a model that has learnt before it served
             self._metrics.live_rows.set(learning.live_rows)
-        if self.topic is not None and (numbers := self.topic.numbers()) != self._shown:
-            self._metrics.show_topic(*numbers)
-            self._shown = numbers
 
     def _tell(self) -> None:
         with self._lock:

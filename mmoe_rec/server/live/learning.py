@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import last_segments
 from mmoe_rec.journal.checkpoints import duplicates_after, removed_files
 from mmoe_rec.journal.duplicates import Duplicates, Taken
-from mmoe_rec.journal.folder import origin_of
 from mmoe_rec.journal.follower import ROWS_AT_A_TIME, Follower
 from mmoe_rec.journal.journal import column_types
 from mmoe_rec.journal.position import Position
@@ -32,14 +30,10 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.live.held import HeldRequests
-from mmoe_rec.server.reloading import ReplicaBehindError
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
-
-_BEHIND_SECONDS = 30.0
-_PAUSE_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -69,9 +63,7 @@ class Learnt:
 class Learning:
     """Of one model. `read` and `take` alternate, in whatever thread. position: up to where the model knows the journal.
 
-    Of a replica it waits for the segments that the model's tables know, as another machine may have closed them.
-
-    Raises ReplicaBehindError where they do not come, or another UserError for a folder that holds no journal.
+    Raises UserError for a folder that holds no journal.
     """
 
     def __init__(self, ranker: LoadedRanker, folder: Path, features: Path) -> None:
@@ -94,8 +86,6 @@ class Learning:
         self._is_known = about is not None and about["id"] == follower.id
         if about is not None and self._is_known:
             follower.close()
-            if origin_of(folder) is not None:
-                _wait_for_segment(folder, int(about["through"]))
             self._duplicates, follower = self._after(int(about["through"]), follower.id, features)
         else:
             self._duplicates = Duplicates(self.schema)
@@ -281,20 +271,6 @@ class Learning:
             if not self._has_ended:
                 self.ranker.take(learnt.prepared)
                 self.position, self._waiting = learnt.position, None
-
-
-def _wait_for_segment(folder: Path, through: int) -> None:
-    """Ends once a replica holds a closed segment. Raises ReplicaBehindError where it does not for `_BEHIND_SECONDS`."""
-    give_up = time.monotonic() + _BEHIND_SECONDS
-    while (last := segment_numbers(folder)[-1]) <= through:
-        if time.monotonic() > give_up:
-            raise ReplicaBehindError(
-                f"the model's tables know the journal through segment {through}, which another machine closed, and the "
-                f"replica '{folder}' has come to segment {last} only: it can be loaded once that was taken in from the "
-                "topic, for which a broker must answer; until then serve an earlier version (--model "
-                "models:/NAME/VERSION)"
-            )
-        time.sleep(_PAUSE_SECONDS)
 
 
 def _check_same_log(folder: Path, schema: Schema) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.server.options import Options, end_process, ignore_interrupts, log_to_stderr
-from mmoe_rec.server.reloading import ReplicaBehindError, Source
+from mmoe_rec.server.reloading import Source
 from mmoe_rec.server.sharing.starting import started
 
 
@@ -80,8 +80,6 @@ class Preparing:
         if told == ("prepared",):
             return self._prepared
         self._prepared.file.close()
-        if told and told[0] == "behind":
-            raise ReplicaBehindError(told[1])
         raise UserError(told[1] if told else self._how_it_ended())
 
     def stop(self) -> None:
@@ -115,7 +113,7 @@ def prepare(source: Source, options: Options, pipe: Connection, folder: str) -> 
     try:
         _write(source, options, file, folder)
     except UserError as error:
-        pipe.send(("behind" if isinstance(error, ReplicaBehindError) else "failed", str(error)))
+        pipe.send(("failed", str(error)))
     else:
         pipe.send(("prepared",))
     end_process(0)  # without closing a file that could not be written

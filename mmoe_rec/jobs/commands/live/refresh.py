@@ -56,16 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mmoe_rec.jobs.refreshing.training import days_of_validation, train_when_due
 
         days = days_of_validation(settings, address, every, arguments.validation_days)
-    from mmoe_rec.journal.opening import topic_of
-
-    topic = topic_of(arguments.kafka, arguments.kafka_topic, arguments.journal)
     journal = None
     if arguments.journal is not None:
         from mmoe_rec.jobs.refreshing.from_journal import from_journal
 
-        journal = from_journal(
-            Path(arguments.journal), settings, arguments.remove_segments, topic, arguments.other_journal
-        )
+        journal = from_journal(Path(arguments.journal), settings, arguments.remove_segments, arguments.other_journal)
     refreshed = refresh(settings, address, anew=arguments.anew, journal=journal)
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:
@@ -119,8 +114,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="folder of a server's journal: first write what it has accepted into files of the logs",
     )
-    parser.add_argument("--kafka", metavar="FILE", help="of a journal that is a replica of a topic: as for serve")
-    parser.add_argument("--kafka-topic", metavar="T", help="that topic")
     parser.add_argument(
         "--remove-segments",
         action="store_true",

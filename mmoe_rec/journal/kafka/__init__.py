@@ -1,1 +1,0 @@
-"""A journal on several machines: each has a replica of one Kafka topic. See README.md."""
