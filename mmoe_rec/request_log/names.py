@@ -12,7 +12,7 @@ server adds has names that begin with `served_` (files of earlier versions lack 
 | `served_score` | float64 | the score |
 | `served_predicted_NAME` | float32 | the prediction of each task and outcome |
 | `served_weights` | string | the caller's `task_weights` as JSON, null where none were given |
-| `served_digest` | int64 | a hash of what the model read of the row, see `mmoe_rec.request_log.digest` |
+| `served_digest_NAME` | int32 | a hash of what the model read of each feature, see `mmoe_rec.request_log.digest` |
 | `served_model`, `served_version` | string | the model's name, and its version in the registry, null without one |
 | `served_artifact` | string | the artifact's version, as in replies |
 | `served_tables_as_of` | string | the time of the last logged request that the model's tables know, ISO 8601 |
@@ -30,7 +30,7 @@ CANDIDATES = "served_candidates"
 SCORE = "served_score"
 PREDICTED = "served_predicted_"
 WEIGHTS = "served_weights"
-DIGEST = "served_digest"
+DIGEST = "served_digest_"
 MODEL = "served_model"
 VERSION = "served_version"
 ARTIFACT = "served_artifact"

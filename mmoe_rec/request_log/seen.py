@@ -50,17 +50,17 @@ class Seen:
             return None
         return self.rows.shared.column(name)[self.number].as_py()
 
-    def digests(self, places: np.ndarray) -> np.ndarray:
-        """(M,) int64 hashes of what the model read of the candidates at these (M,) rows of the pass."""
+    def digests(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
         shared, own = self.inputs
         request = np.full(len(places), self.number)
 
-        def values(asked: list[str], mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
-            found = [(name, mine[name], places) if name in mine else (name, spread[name], request) for name in asked]
+        def values(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
+            found = [*((name, each, places) for name, each in mine.items())]
+            found += [(name, each, request) for name, each in spread.items()]
             return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in found}
 
-        ids, numbers = self.layout.id_names(False), self.layout.dense_names(False)
-        return digests(values(ids, own.ids, shared.ids), values(numbers, own.dense, shared.dense), (ids, numbers))
+        return digests(values(own.ids, shared.ids), values(own.dense, shared.dense), self.layout)
 
 
 class Reply(Protocol):
@@ -114,7 +114,8 @@ class Record:
         for name, values in reply.predictions.items():
             added[f"{names.PREDICTED}{name}"] = pa.array(np.array(values, np.float32))
         added[names.WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
-        added[names.DIGEST] = pa.array(seen.digests(places))
+        for name, hashes in seen.digests(places).items():
+            added[f"{names.DIGEST}{name}"] = pa.array(hashes)
         for name, value in self.about.items():
             kind = pa.float64() if isinstance(value, float) else pa.string()
             added[name] = pa.repeat(pa.scalar(value, kind), count)

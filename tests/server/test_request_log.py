@@ -20,6 +20,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.journal.position import Position
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.request_log import folder as log_folder
 from mmoe_rec.request_log import writer
 from mmoe_rec.request_log.digest import digests
@@ -112,20 +113,44 @@ def test_a_row_says_up_to_where_the_model_knew_the_journal(
     assert (column.type, column.null_count) == (pa.string(), len(column))
 
 
-def test_the_digest_is_that_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
+def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
     table, _ = small.later_rows()
     with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
         ask(app, {"inputs": [element(), as_request(table)]})
-    found = logged(tmp_path)
+    rows = logged(tmp_path)
     pipeline = FeaturePipeline.load(small.folder / "features")
-    names = pipeline.layout.id_names(False), pipeline.layout.dense_names(False)
-    encoded = pipeline.encode(LogRows(found, pipeline.schema))
-    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(pipeline.layout.dense)}
-    expected = digests(encoded.ids, dense, names)
-    assert found["served_digest"].to_pylist() == expected.tolist()
-    assert len(set(expected.tolist())) > 20
-    dense[names[1][0]][3] = np.nextafter(dense[names[1][0]][3], np.float32(9))  # one bit of one number
-    assert np.flatnonzero(digests(encoded.ids, dense, names) != expected).tolist() == [3]
+    encoded, layout = pipeline.encode(LogRows(rows, pipeline.schema)), pipeline.layout
+    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
+    expected = digests(encoded.ids, dense, layout)
+    inputs = {each.name: each.feature for each in (*layout.ids, *layout.dense) if not each.placement}
+    assert expected.keys() == set(inputs.values())
+    for name, hashes in expected.items():
+        assert rows[f"served_digest_{name}"].to_pylist() == hashes.tolist(), name
+    assert len(set(expected["item_click"].tolist())) > 5
+
+    def changes(ids: dict[str, Any], numbers: dict[str, Any]) -> dict[str, list[int]]:
+        different = {
+            name: np.flatnonzero(each != expected[name]) for name, each in digests(ids, numbers, layout).items()
+        }
+        return {name: each.tolist() for name, each in different.items() if len(each)}
+
+    for name, values in dense.items():  # one bit of one number
+        other = values.copy()
+        other[3] = np.nextafter(values[3], np.float32(9))
+        assert changes(encoded.ids, dense | {name: other}) == ({inputs[name]: [3]} if name in inputs else {}), name
+    for name, ids in encoded.ids.items():
+        if isinstance(ids, Ragged):
+            row = int(np.flatnonzero(ids.lengths > 1)[0])
+            places = np.arange(len(ids.values))
+            first = int(ids.lengths[:row].sum())
+            places[[first, first + 1]] = places[[first + 1, first]]
+            changed: Any = Ragged(ids.values[places], ids.lengths)
+            if ids.values[first] == ids.values[first + 1]:
+                continue
+        else:
+            row, changed = 5, ids.copy()
+            changed[row] += 1
+        assert changes({**encoded.ids, name: changed}, dense) == ({inputs[name]: [row]} if name in inputs else {}), name
 
 
 def test_the_callers_own_id_is_kept_and_checked(with_ids: SmallModel, tmp_path: Path) -> None:
