@@ -8,6 +8,7 @@ value times a fixed odd number, modulo 2^64, then mixed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import numpy as np
 
@@ -23,9 +24,9 @@ def digests(
 
     ids: name of an input -> (N,) integers, or `Ragged`; dense: name -> (N,) float32.
     """
-    inputs = sorted(
-        (each for each in (*layout.ids, *layout.dense) if not each.placement), key=lambda each: each.feature
-    )
+    of_ids = [each for each in layout.ids if not each.placement]
+    inputs = [*of_ids, *(each for each in layout.dense if not each.placement)]
+    inputs.sort(key=attrgetter("feature"))
     columns = [_numbers(ids[each.name] if isinstance(each, IdInput) else dense[each.name]) for each in inputs]
     names, starts = np.unique([each.feature for each in inputs], return_index=True)
     factors = mix(np.arange(len(inputs), dtype=np.uint64)) | np.uint64(1)
