@@ -2,7 +2,7 @@
 python -m tests.benchmarks.point_in_time --logs 1 --first 17
 
 Draws small logs at random and compares counters, histories and labels with a naive reference in pandas that shares no
-code with the package (`tests/point_in_time/naive_features.py`). The test suite does so for the first 200. Prints one
+code with the package (`tests/reference`). The test suite does so for the first 200. Prints one
 line of JSON, also where Ctrl-C ends it sooner; a log that differs is named, and the second command runs it again.
 """
 

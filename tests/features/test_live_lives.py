@@ -33,8 +33,9 @@ from tests.log.small_logs import (
     random_log,
     times_of,
 )
-from tests.point_in_time.naive_features import NaiveFeatures
 from tests.preprocessing.growing_log import FEATURES, schema_with_purchases
+from tests.reference import features as reference
+from tests.reference.log import Log
 
 REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
 LIMITS: dict[str, dict[str, dict[str, Any]]] = {
@@ -169,12 +170,12 @@ def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
         for table, name in ((learning.table, "time"), (learning.bought, "bought_at"))
     ]
     columns = [name for name in learning.table.column_names if name not in ("tags", "born")]
-    naive = NaiveFeatures(sections, tables[0].select(columns).to_pandas(), {"purchases": tables[1].to_pandas()})
+    naive = Log(sections, tables[0].select(columns).to_pandas(), {"purchases": tables[1].to_pandas()})
     items = pa.array(list({row["item"] for row in naive.rows}))
     forgotten = 0
     for days in (UNTIL, UNTIL + 2.5, UNTIL + 11, DAYS, DAYS + 1.5, DAYS + 3, DAYS + 3.7):
         time = START + int(days * DAY)
-        asking, (rows, of_requests) = naive.later(40, [time]), learning.asking(time)
+        asking, (rows, of_requests) = naive.at_moments(40, [time]), learning.asking(time)
         numbers, _ = pipeline.found(of_requests)
         for name, encoder in pipeline.memory_encoders.items():
             if isinstance(encoder, HistoryEncoder):
@@ -182,10 +183,10 @@ def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
                 found = encoder.distinct_results(live.memory(name), look_ups)[name].take(look_ups.number)
                 lists = [found.values[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]
                 table_row = dict(zip(items.to_pylist(), encoder.owner.encode(items).tolist(), strict=True))
-                assert lists == naive.history(name, table_row, asking), name
+                assert lists == reference.history(naive, name, table_row, asking), name
                 forgotten += sum(not each for each in lists)
                 continue
-            expected = naive.counter(name, encoder.prior, asking)
+            expected = reference.counter(naive, name, encoder.prior, asking)
             for output, day in expected[0]:
                 result = f"{name}_{output}" + ("" if day is None else f"_{day:g}d".replace(".", "p"))
                 if result in numbers:

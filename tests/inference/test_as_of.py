@@ -34,7 +34,8 @@ from tests.log.small_logs import (
     raw_results,
     times_of,
 )
-from tests.point_in_time.naive_features import NaiveFeatures
+from tests.reference import features as reference
+from tests.reference.log import Log
 
 SPLIT = {
     "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),
@@ -111,8 +112,8 @@ def test_what_is_served_as_of_a_moment_is_what_a_build_until_then_serves(
 
 def test_counters_and_histories_as_of_any_moment_equal_loops_over_the_log(dated: SmallModel) -> None:
     frame = LOG.drop_columns(["time", "born", "tags"]).to_pandas().assign(time=times_of(LOG))
-    naive = NaiveFeatures({**BASE, "features": ALL_KINDS}, frame, {})
-    asking = naive.later(25, moments(1, 12))
+    naive = Log({**BASE, "features": ALL_KINDS}, frame, {})
+    asking = naive.at_moments(25, moments(1, 12))
     table = pa.concat_tables([LOG.slice(0, 25)] * len(moments(1, 12)))
     rows: LogRows = log_rows(at_times(table, np.array([row["time"] for row in asking])), dated.settings.schema_)
     compared = 0
@@ -124,12 +125,12 @@ def test_counters_and_histories_as_of_any_moment_equal_loops_over_the_log(dated:
             places = dict(zip(items, encoder.owner.encode(pa.array(items)).tolist(), strict=True))  # type: ignore[attr-defined]
             lists = found[name]
             assert isinstance(lists, Ragged)
-            expected = naive.history(name, places, asking)
+            expected = reference.history(naive, name, places, asking)
             ends = np.cumsum(lists.lengths)
             assert [lists.values[a:b].tolist() for a, b in zip(ends - lists.lengths, ends, strict=True)] == expected
             compared += len(expected)
             continue
-        counted = naive.counter(name, encoder.prior, asking)  # type: ignore[attr-defined]
+        counted = reference.counter(naive, name, encoder.prior, asking)  # type: ignore[attr-defined]
         for days in feature.get("window_days", [None]):
             suffix = "" if days is None else f"_{days:g}d".replace(".", "p")
             for output in feature["outputs"]:

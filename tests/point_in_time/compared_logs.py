@@ -33,7 +33,8 @@ from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
-from tests.point_in_time.naive_features import DAY, NaiveFeatures
+from tests.reference import features
+from tests.reference.log import DAY, Log, inside
 
 _NO_NEW_REQUEST = "belong to requests of the files before"
 TOLERANCE = 1e-5  # of the largest value, if that is above 1: answers are exchanged as float32
@@ -98,7 +99,7 @@ class _Rows:
 
     def __init__(self, drawn: DrawnLog, stage: int) -> None:
         log, events = (each[each["stage"] <= stage] for each in (drawn.log, drawn.events))
-        self.naive = NaiveFeatures(drawn.settings, log, {"bought": events})
+        self.naive = Log(drawn.settings, log, {"bought": events})
         seen = {self.naive.request(row) for row in self.naive.rows if row["stage"] < stage}
         self.new = [row for row in self.naive.rows if row["stage"] == stage and self.naive.request(row) not in seen]
 
@@ -116,12 +117,11 @@ class _Comparison(_Rows):
 
     def overall_means(self) -> dict[str, float]:
         """Of each counter's task."""
-        start, end = self.drawn.windows["train"]
         means = {}
         for name, encoder in self.pipeline.memory_encoders.items():
             if isinstance(encoder, CounterEncoder):
                 task = encoder.feature.task
-                mean = 0.0 if task is None else self.naive.overall_mean(task, start, end)
+                mean = 0.0 if task is None else self.naive.overall_mean(task, self.drawn.windows["train"])
                 # Where labels are fractions, each is rounded to 2^-13 of itself.
                 largest = 0.0 if task != "spent" else max(abs(row["spent"] or 0) for row in self.naive.rows)
                 self._close(encoder.prior, mean, f"overall mean of {name}", 2**-13 * largest)
@@ -130,18 +130,14 @@ class _Comparison(_Rows):
 
     def compare(self, means: dict[str, float], floor: int) -> int:
         """Compares all splits, and what memories say from `floor` on; gives the number of values."""
-        counters = {name: self.naive.counter(name, mean) for name, mean in means.items()}
+        counters = {name: features.counter(self.naive, name, mean) for name, mean in means.items()}
         histories = {
-            name: self.naive.history(name, self._table_rows(encoder))
+            name: features.history(self.naive, name, self._table_rows(encoder))
             for name, encoder in self.pipeline.memory_encoders.items()
             if isinstance(encoder, HistoryEncoder)
         }
-        for split, (start, end) in self.drawn.windows.items():
-            expected = [
-                row
-                for row in self.new
-                if (start is None or start <= row["time"]) and (end is None or row["time"] < end)
-            ]
+        for split, window in self.drawn.windows.items():
+            expected = [row for row in self.new if inside(row["time"], window)]
             table = self._encoded(split)
             rows = table["sampling_rate"].to_pylist() if table.num_rows else []
             assert rows == [row["row"] for row in expected], self._says(f"rows of {split}")
@@ -165,17 +161,17 @@ class _Comparison(_Rows):
             times = [row["time"] for row in self.naive.rows if row["time"] >= floor]
             between = np.random.default_rng(self.drawn.seed).integers(floor, self.last, 2, endpoint=True).tolist()
             past = [floor, floor + 1, *between, *times[:2], self.last]
-        asking = self.naive.later(6, [*past, *to_come])
+        asking = self.naive.at_moments(6, [*past, *to_come])
         columns = {name: [row[name] for row in asking] for name in ("user", "item", "brand", "time")}
         table = pa.table({name: pa.array(each, self.drawn.types[name]) for name, each in columns.items()})
         rows = LogRows(table, self.pipeline.schema)
         for name, encoder in FeaturePipeline.load(self.prepared.serving).memory_encoders.items():
             found = raw_results(encoder, rows)
             if isinstance(encoder, HistoryEncoder):
-                lists = self.naive.history(name, self._table_rows(encoder), asking)
+                lists = features.history(self.naive, name, self._table_rows(encoder), asking)
                 self._same_lists(name, found[name], lists)
                 continue
-            for place, expected in enumerate(self.naive.counter(name, means[name], asking)):
+            for place, expected in enumerate(features.counter(self.naive, name, means[name], asking)):
                 for answer, values in found.items():
                     output, days = self._meant(encoder, answer)
                     value = np.nan if expected[output, days] is None else expected[output, days]
@@ -194,10 +190,7 @@ class _Comparison(_Rows):
     def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
         known_by = self.drawn.windows["train"][1] if split == "train" else self.last
         for task in self.drawn.settings["tasks"]:
-            expected = [
-                self.naive.label(row, task) if row["time"] + self.naive.matures_after(task) <= known_by else None
-                for row in rows
-            ]
+            expected = [self.naive.label_known_by(row, task, known_by) for row in rows]
             assert table[f"label.{task}"].to_pylist() == expected, self._says(f"labels {task} of {split}")
             self.compared += len(rows)
 

@@ -2,32 +2,24 @@
 
 import math
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.exact import ExactSums, units_of
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.preprocessing.added.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     DAY,
     START,
-    log_rows,
     random_log,
-    raw_results,
-    remember,
     schema_of,
-    stream_of,
     times_of,
     write_log,
 )
@@ -46,7 +38,6 @@ def any_labels(rng: np.random.Generator, size: int) -> np.ndarray:
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
 
-@settings(max_examples=300, deadline=None)
 @given(values=st.lists(numbers, min_size=1, max_size=12), opposites=st.integers(0, 12))
 def test_a_sum_is_the_float_nearest_to_the_true_one(values, opposites):
     array = np.array(values + [-value for value in values[:opposites]])
@@ -73,49 +64,10 @@ def test_a_sum_of_many_is_as_exact(seed):
     assert difference.rounded().tolist() == [math.fsum(values[order][n + 1 : n + 901]) for n in range(100)]
 
 
-def test_halves_are_rounded_to_even():
-    half = 2.0**-53
-    for values in ([1.0, half], [1.0 + 2 * half, half], [1.0, half, 5e-324], [-1.0, -half], [1.0, half, -5e-324]):
-        total = ExactSums.of(np.array(values)).each(lambda limb: limb.sum(keepdims=True))
-        assert total.rounded()[0] == math.fsum(values)
-
-
 def test_numbers_alike_need_few_units():
     assert units_of(np.array([5.0, 2.0**31, 0.0, np.nan])) == {0}
     assert units_of(np.array([12.5, 99.75])) == {-1, 0}
     assert units_of(np.round(np.random.default_rng(0).lognormal(3, 1, 1000), 2)) == {-2, -1, 0}
-
-
-def _told(memory: CounterMemory, keys: np.ndarray, times: np.ndarray) -> list[np.ndarray]:
-    asked = LookUps.sort(keys, times)
-    join = memory.joined(asked)
-    last = join.last()
-    return [each[asked.number] for each in (*memory.totals(last), *memory.totals(last, join.last(WINDOW)))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), size=st.integers(1, 80), cuts=st.lists(st.integers(-3, 30), max_size=4).map(sorted))
-def test_a_memory_sums_windows_as_a_loop_does_however_it_is_extended(seed, size, cuts):
-    rng = np.random.default_rng(seed)
-    key, known, label = rng.integers(0, 3, size).astype(np.uint64), rng.integers(0, 25, size), any_labels(rng, size)
-    keys, times = np.repeat(np.arange(4, dtype=np.uint64), 30), np.tile(np.arange(30), 4)
-    expected: list[list[float]] = [[], [], [], []]
-    for asked, now in zip(keys, times, strict=True):
-        for place, since in enumerate((-1, now - WINDOW)):
-            inside = (key == asked) & (known <= now) & (known > since)
-            expected[2 * place].append(int(inside.sum()))
-            expected[2 * place + 1].append(math.fsum(label[inside]))
-    whole = CounterMemory.empty(fractions=True).extended(key, known, label)
-    np.testing.assert_array_equal(_told(whole, keys, times), expected)
-    memory, order = CounterMemory.empty(fractions=True), rng.permutation(size)
-    edges = [-(10**6), *cuts, 10**6]
-    for start, end in pairwise(edges):
-        inside = order[(known[order] >= start) & (known[order] < end)]
-        memory = memory.extended(key[inside], known[inside], label[inside])
-        wanted = (times >= start) & (times < end)
-        told = _told(memory, keys[wanted], times[wanted])
-        np.testing.assert_array_equal(told, np.array(expected)[:, wanted])
-        memory = CounterMemory.from_columns(memory.compacted(end, WINDOW).to_columns(), end, fractions=True)
 
 
 FEATURES = {
@@ -143,21 +95,6 @@ def log_with_outliers(seed: int, rows: int = 400) -> pa.Table:
     spent = np.where(rng.random(rows) < 0.02, rng.choice([1e17, -1e17, 1e30], rows), small)
     column = pa.array(spent, mask=rng.random(rows) < 0.1)
     return table.set_column(table.column_names.index("spent"), "spent", column)
-
-
-def test_counters_of_outliers_equal_a_loop():
-    table = log_with_outliers(0)
-    pipeline = FeaturePipeline(SCHEMA)
-    remember(pipeline, stream_of([table], SCHEMA))
-    found = raw_results(pipeline.encoders["spent_of_brand"], log_rows(table, SCHEMA))
-    times, brand = times_of(table), np.array(table["brand"].to_pylist())
-    spent = table["spent"].to_numpy()
-    for suffix, window in (("", 10**18), ("_1d", DAY), ("_2p5d", 5 * DAY // 2)):
-        for row, now in enumerate(times):
-            known = times + 1
-            inside = (brand == brand[row]) & (known <= now) & (known > now - window) & ~np.isnan(spent)
-            total = math.fsum(spent[inside])
-            assert found[f"spent_of_brand_positives{suffix}"][row] == np.log1p(max(total, 0.0))
 
 
 def _folders(prepared: Path) -> dict[str, pa.Table]:

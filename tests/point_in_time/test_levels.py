@@ -1,189 +1,191 @@
-"""Memories with levels of later events against one memory that was extended by them, and against plain loops."""
+"""Memories with levels of later events against memories that were extended by them, which are the reference's."""
 
-from fractions import Fraction
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mmoe_rec.point_in_time import lives
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.live import levels as module
-from mmoe_rec.point_in_time.live.layers import LayeredCounter, LayeredHistory
+from mmoe_rec.point_in_time.live.layers import ForgetfulCounter, LayeredCounter, LayeredHistory
 from mmoe_rec.point_in_time.live.layers_together import add_levels
 from mmoe_rec.point_in_time.live.levels import LEVELS, CounterLevel, CounterLevels, grown
-from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
+from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.point_in_time.search import UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, salt_of
+from tests.point_in_time.test_memories import (
+    KEYS,
+    WINDOW,
+    Event,
+    columns_of,
+    counter_of,
+    drawn,
+    extended,
+    history_of,
+    lists_of,
+)
 
-KEYS = np.random.default_rng(0).integers(0, 2**64, 15, np.uint64)
-WINDOWS = (None, 0, 5, 40)
-MOMENTS = 100
+WINDOWS = (None, 0, 1, WINDOW)
+ASKING = (LookUps.sort, UnsortedLookUps)
+UNTIL = 60
+LATE = 6  # the most that an event may come late, and count as if it had come on time
 
 
-@pytest.fixture(autouse=True)
-def small_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small_levels() -> Any:
     """So that a few dozen events fill several levels."""
-    monkeypatch.setattr(module, "SMALLEST", 8)
-    monkeypatch.setattr(module, "_GROWTH", 3)
-    monkeypatch.setattr(module, "_MANY", 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lives, "_LATE", LATE)
+        for name, value in {"SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
+            patch.setattr(module, name, value)
+        yield
 
 
-def drawn_events(random: np.random.Generator, fractions: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, moments, many of them equal, and labels."""
-    count = int(random.choice([0, 1, 2, 7, 30]))
-    labels = random.integers(0, 2, count).astype(np.int8)
-    if fractions:
-        drawn = random.choice([0.0, -0.0, 0.1, -0.3, 1e16, -1e16, 1e-300, 7.25], count)
-        return random.choice(KEYS[:-3], count), random.integers(0, MOMENTS, count), drawn
-    return random.choice(KEYS[:-3], count), random.integers(0, MOMENTS, count), labels
-
-
-def read_only(memory: CounterMemory | HistoryMemory) -> None:
+def read_only(memory: Any) -> None:
     """As memories are that processes share."""
     for column in memory.to_columns().values():
         column.flags.writeable = False
 
 
-def asked(random: np.random.Generator, rows: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    return random.choice(KEYS, rows), random.integers(-5, MOMENTS + 50, rows)
+def all_at(floor: int) -> tuple[np.ndarray, np.ndarray]:
+    """All keys, at all moments that are interesting, some before the floor."""
+    moments = np.arange(floor - 2, UNTIL)
+    return np.repeat(KEYS, len(moments)), np.tile(moments, len(KEYS))
 
 
-@pytest.mark.parametrize("fractions", [False, True])
-@pytest.mark.parametrize("seed", range(25))
-def test_a_counter_with_levels_is_one_that_was_extended(seed: int, fractions: bool) -> None:
-    random = np.random.default_rng(seed)
-    counts = not fractions and random.random() < 0.3  # as a log of events, each of which counts 1
-    recency = bool(random.random() < 0.7)
-    memory = CounterMemory.empty(not counts, recency, fractions)
-    first = drawn_events(random, fractions)
-    memory = memory.extended(first[0], first[1], None if counts else first[2])
-    if random.random() < 0.7:
-        memory = memory.compacted(int(random.integers(20, MOMENTS)), 40)
+def assert_agree(one: Any, two: Any, windows: Sequence[int | None] = WINDOWS, recency: bool = True) -> None:
+    assert one.time.tolist() == two.time.tolist()
+    for window in windows:
+        for a, b in zip(one.totals(window), two.totals(window), strict=True):
+            assert a.dtype == b.dtype
+            assert a.tolist() == b.tolist()
+            assert np.signbit(a).tolist() == np.signbit(b).tolist()
+    if recency:
+        assert one.last_positive().tolist() == two.last_positive().tolist()
+
+
+def in_parts(random: np.random.Generator, events: list[Event], late: int, cuts: list[int]) -> list[list[Event]]:
+    """The events before the first cut, then those between cuts, by the moments at which they arrive."""
+    arrives = np.array([known for _, known, _ in events], int) + random.integers(0, late + 1, len(events))
+    part = np.searchsorted(cuts, arrives, side="right")
+    return [[e for e, at in zip(events, part, strict=True) if at == place] for place in range(len(cuts) + 1)]
+
+
+LEVELLED = {
+    "seed": st.integers(0, 10**6),
+    "size": st.integers(0, 60),
+    "forget_after": st.none() | st.integers(WINDOW, 9),
+    "cuts": st.lists(st.integers(0, 45), min_size=1, max_size=6).map(sorted),
+    "late": st.sampled_from([0, 1, LATE, 40]),
+    "compacted": st.booleans(),
+}
+
+
+@given(**LEVELLED, labels=st.sampled_from(["none", "whole", "fractions"]), salt=st.integers(0, 3))
+def test_a_counter_with_levels_is_one_that_was_extended(seed, size, forget_after, cuts, late, compacted, labels, salt):
+    random, events, _ = drawn(seed, size, labels)
+    own, *further = in_parts(random, events, late, cuts)
+    memory, floor, mixed = counter_of(own, labels, forget_after), 0, salt_of(salt)
+    if compacted:
+        floor = cuts[0]
+        columns = memory.compacted(floor, WINDOW).to_columns()
+        memory = CounterMemory.from_columns(columns, floor, labels == "fractions", forget_after)
     read_only(memory)
     before = {name: column.copy() for name, column in memory.to_columns().items()}
-    salt, several, expected = salt_of(int(random.integers(5))), tuple[CounterLevel, ...](), memory
-    for _ in range(int(random.integers(1, 12))):
-        key, known, label = drawn_events(random, fractions)
-        expected = expected.extended(key, known, None if counts else label)
-        several = grown(
-            several, CounterLevel.of(key ^ salt, known, np.ones_like(label) if counts else label), CounterLevel.merged
-        )
-        assert 0 < len(several) <= LEVELS
-        keys, times = asked(random)
-        for look_ups in (LookUps.sort(keys, times), UnsortedLookUps(keys, times)):
-            one, two = expected.found(look_ups), LayeredCounter(memory, several, salt).found(look_ups)
-            assert one.time.tolist() == two.time.tolist()
-            for window in WINDOWS:
-                for a, b in zip(one.totals(window), two.totals(window), strict=True):
-                    assert a.tolist() == b.tolist()
-                    assert np.signbit(a).tolist() == np.signbit(b).tolist()
-            if counts or recency:
-                assert one.last_positive().tolist() == two.last_positive().tolist()
+    expected, several = memory, tuple[Any, ...]()
+    for some in further:
+        expected = extended(expected, some)
+        if forget_after is None:
+            key, known, label = columns_of(some)
+            level = CounterLevel.of(key ^ mixed, known, label if labels == "fractions" else label.astype(np.int8))
+            several = grown(several, level, CounterLevel.merged)
+            layered: Any = LayeredCounter(memory, several, mixed)
+        else:
+            if some:
+                new = counter_of(some, labels, forget_after)
+                several = grown(several, new, CounterMemory.merged, size=lambda each: len(each.events))
+            layered = ForgetfulCounter(memory, several)
+        assert len(several) <= LEVELS
+        for asking in ASKING:
+            look_ups = asking(*all_at(floor))
+            assert_agree(expected.found(look_ups), layered.found(look_ups))
     for name, column in memory.to_columns().items():
         assert column.tolist() == before[name].tolist()
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_totals_are_those_of_a_loop_over_all_events(seed: int) -> None:
-    random = np.random.default_rng(100 + seed)
-    memory, several, events = CounterMemory.empty(fractions=True), tuple[CounterLevel, ...](), []
-    for number in range(8):
-        key, known, label = drawn_events(random, fractions=True)
-        events += list(zip(key.tolist(), known.tolist(), label.tolist(), strict=True))
-        if number == 0:
-            memory = memory.extended(key, known, label)
-        else:
-            several = grown(several, CounterLevel.of(key, known, label), CounterLevel.merged)
-    keys, times = asked(random)
-    found = LayeredCounter(memory, several, np.uint64(0)).found(UnsortedLookUps(keys, times))
-    for window in WINDOWS:
-        rows, labels = found.totals(window)
-        for place, (asks, time) in enumerate(zip(keys.tolist(), times.tolist(), strict=True)):
-            inside = [
-                Fraction(label)
-                for key, known, label in events
-                if key == asks and known <= time and (window is None or known > time - window)
-            ]
-            assert (rows[place], labels[place]) == (len(inside), float(sum(inside)))
-    positive = [
-        max([known for key, known, label in events if key == asks and known <= time and label > 0], default=NEVER)
-        for asks, time in zip(keys.tolist(), times.tolist(), strict=True)
-    ]
-    assert found.last_positive().tolist() == positive
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_a_history_with_levels_is_one_that_was_extended(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    length = int(random.integers(1, 6))
-    key, known, _ = drawn_events(random)
-    memory = HistoryMemory.empty().extended(key, known, random.integers(0, 4, len(key)))
-    if random.random() < 0.7:
-        memory = memory.compacted(int(random.integers(20, MOMENTS)), length)
+@given(**LEVELLED, length=st.integers(1, 5))
+def test_a_history_with_levels_is_one_that_was_extended(seed, size, forget_after, cuts, late, compacted, length):
+    random, events, _ = drawn(seed, size)
+    own, *further = in_parts(random, events, late, cuts)
+    memory, floor = history_of(own, forget_after), 0
+    if compacted:
+        floor = cuts[0]
+        memory = HistoryMemory.from_columns(memory.compacted(floor, length).to_columns(), floor, forget_after)
     read_only(memory)
-    several, expected = tuple[HistoryMemory, ...](), memory
-    for _ in range(int(random.integers(1, 12))):
-        key, known, _ = drawn_events(random)
-        items = random.integers(0, 4, len(key))
-        expected = expected.extended(key, known, items)
-        several = grown(
-            several,
-            HistoryMemory.empty().extended(key, known, items),
-            lambda one, two: one.extended(two.events.key, two.events.known, two.items),
-            size=lambda each: len(each.events),
-        )
-        keys, times = asked(random)
-        for look_ups in (LookUps.sort(keys, times), UnsortedLookUps(keys, times)):
-            one, two = expected.last(look_ups, length), LayeredHistory(memory, several).last(look_ups, length)
-            assert one.lengths.tolist() == two.lengths.tolist()
-            assert one.values.tolist() == two.values.tolist()
-            assert (two.values.dtype, two.lengths.dtype) == (one.values.dtype, one.lengths.dtype)
+    expected, several = memory, tuple[HistoryMemory, ...]()
+    for some in further:
+        if some:
+            key, known, item = columns_of(some)
+            expected = expected.extended(key, known, item.astype(np.int64))
+            several = grown(
+                several,
+                history_of(some, forget_after),
+                lambda one, two: one.extended(two.events.key, two.events.known, two.items),
+                size=lambda each: len(each.events),
+            )
+        for asking in ASKING:
+            look_ups = asking(*all_at(floor))
+            assert lists_of(LayeredHistory(memory, several), look_ups, length) == lists_of(expected, look_ups, length)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(15))
 def test_levels_of_many_counters_add_to_what_their_memories_answer(seed: int) -> None:
     """One table holds the events of all counters; the memories' own arrays stay as they are."""
     random = np.random.default_rng(seed)
+    kinds = ["none" if random.random() < 0.3 else "whole" for _ in range(4)]
     memories, salts = [], [salt_of(place) for place in range(4)]
-    for _ in salts:
-        labels = bool(random.random() < 0.7)
-        key, known, label = drawn_events(random)
-        memory = CounterMemory.empty(labels, recency=True).extended(key, known, label if labels else None)
-        memories.append(memory.compacted(int(random.integers(20, 60)), 40) if random.random() < 0.5 else memory)
-    extended, several = list(memories), CounterLevels()
-    together = CountersTogether(memories)
+    for labels in kinds:
+        memory = counter_of(drawn(int(random.integers(10**6)), 20, labels)[1], labels)
+        memories.append(memory.compacted(int(random.integers(20, 40)), 40) if random.random() < 0.5 else memory)
+    expected, several, together = list(memories), CounterLevels(), CountersTogether(memories)
     for memory in memories:
         read_only(memory)
     for _ in range(int(random.integers(1, 8))):
-        events = []
-        for place, memory in enumerate(memories):
-            key, known, label = drawn_events(random)
-            label = label if memory.label_sum is not None else np.ones_like(label)
-            extended[place] = extended[place].extended(key, known, None if memory.label_sum is None else label)
-            events.append((key ^ salts[place], known, label))
-        several = several.extended(CounterLevel.of(*map(np.concatenate, zip(*events, strict=True))))
+        added = []
+        for place, labels in enumerate(kinds):
+            some = drawn(int(random.integers(10**6)), int(random.choice([0, 1, 2, 7, 30])), labels)[1]
+            expected[place] = extended(expected[place], some)
+            key, known, label = columns_of(some)
+            added.append((key ^ salts[place], known, label.astype(np.int8)))
+        several = several.extended(CounterLevel.of(*map(np.concatenate, zip(*added, strict=True))))
     questions, places = [], [place for place in range(4) if random.random() < 0.8]
     for place in places:
         rows = int(random.choice([0, 1, 30]))
-        windows = [each for each in WINDOWS if random.random() < 0.6]
-        look_ups = UnsortedLookUps(*asked(random, rows))
+        look_ups = UnsortedLookUps(random.choice(KEYS, rows), random.integers(-5, 90, rows))
+        windows = [each for each in (None, 0, 5, 40) if random.random() < 0.6]
         questions.append(CounterQuestion(memories[place], look_ups, windows, bool(random.random() < 0.6)))
     answers = together.answer(questions)
     add_levels(several, questions, [salts[place] for place in places], answers)
     for place, question, answer in zip(places, questions, answers, strict=True):
-        expected = extended[place].found(question.asked)
-        assert answer.time.tolist() == expected.time.tolist()
+        one = expected[place].found(question.asked)
+        assert answer.time.tolist() == one.time.tolist()
         for window in question.windows:
-            for a, b in zip(answer.totals(window), expected.totals(window), strict=True):
+            for a, b in zip(answer.totals(window), one.totals(window), strict=True):
                 assert a.tolist() == b.tolist()
         if question.recency:
-            assert answer.last_positive().tolist() == expected.last_positive().tolist()
+            assert answer.last_positive().tolist() == one.last_positive().tolist()
 
 
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SMALLEST", 64)
-    monkeypatch.setattr(module, "_GROWTH", 8)
-    monkeypatch.setattr(module, "_MANY", 2048)
+    for name, value in {"SMALLEST": 64, "_GROWTH": 8, "_MANY": 2048}.items():
+        monkeypatch.setattr(module, name, value)
     copied, several, most = 0, tuple[int, ...](), 0
 
     def merged(one: int, other: int) -> int:
@@ -198,3 +200,37 @@ def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pyte
     assert most == LEVELS
     assert list(several) == sorted(several, reverse=True)
     assert copied < 60 * 4 * 4096  # of one level it would be 2,048 times
+
+
+SECOND = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("own", "further", "asked", "seen"),
+    [
+        # One goes on with a life exactly `forget_after` later, and not a microsecond after that.
+        ([0], [10 * SECOND], 10 * SECOND, 2),
+        ([0], [10 * SECOND + 1], 10 * SECOND + 1, 1),
+        # A late one joins two lives, or just fails to.
+        ([0, 20 * SECOND], [10 * SECOND], 20 * SECOND, 3),
+        ([0, 20 * SECOND], [10 * SECOND - 1], 20 * SECOND, 1),
+        # Lives go back and forth between the parts.
+        ([0, 16 * SECOND, 32 * SECOND], [8 * SECOND, 24 * SECOND], 42 * SECOND, 5),
+        ([0, 16 * SECOND, 32 * SECOND], [5 * SECOND, 24 * SECOND], 42 * SECOND, 3),
+        # Of one moment; and what is not known yet.
+        ([5, 5], [5, 5], 5, 4),
+        ([0], [5], 4, 1),
+        ([], [5], 5, 1),
+    ],
+)
+def test_lives_of_several_parts_by_hand(own, further, asked, seen):
+    def both(times: list[int]) -> tuple[CounterMemory, HistoryMemory]:
+        events = [(int(KEYS[1]), time, float(time)) for time in times]
+        return counter_of(events, forget_after=10 * SECOND), history_of(events, 10 * SECOND)
+
+    every = sorted(each for each in own + further if each <= asked)
+    for one, other in ((own, further), (further, own)):
+        (counter, history), (later, items) = both(one), both(other)
+        look_ups = UnsortedLookUps(KEYS[1:2], np.array([asked]))
+        assert ForgetfulCounter(counter, [later]).found(look_ups).totals(None)[0].tolist() == [seen]
+        assert LayeredHistory(history, [items]).last(look_ups, 20).values.tolist() == every[len(every) - seen :]

@@ -1,0 +1,159 @@
+"""Features of rows: what was known of a key when a request was made, vocabularies, and standardised numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tests.reference.log import DAY, Log, Row, Window
+
+Event = tuple[Any, int, float]
+"""What it is counted for, the moment from which it is known, and its label, or the item of a history."""
+Statistic = tuple[str, float | None]
+"""An output of a counter and the days of its window; a recency has no window."""
+
+
+# Point in time
+
+
+def known_events(events: Iterable[Event], key: Any, now: int, forget_after: int | None = None) -> list[Event]:
+    """The events of a key that are known at `now`, the oldest first, and of those the ones after the last long gap."""
+    known = sorted((event for event in events if event[0] == key and event[1] <= now), key=lambda event: event[1:])
+    if forget_after is None:
+        return known
+    later = now
+    for place in reversed(range(len(known))):
+        if later - known[place][1] > forget_after:
+            return known[place + 1 :]
+        later = known[place][1]
+    return known
+
+
+def totals(events: Iterable[Event], now: int, window: int | None = None) -> tuple[int, float]:
+    """The number and the sum of labels of events that became known within the window, which ends `now`."""
+    labels = [label for _, known, label in events if window is None or known > now - window]
+    return len(labels), math.fsum(labels)
+
+
+def last_positive(events: Iterable[Event], never: Any = None) -> Any:
+    """The last moment at which a positive label became known."""
+    return max((known for _, known, label in events if label > 0), default=never)
+
+
+def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = None) -> list[dict[Statistic, Any]]:
+    """For each row of the log, or of `rows`, the statistics of a feature of the kind `counter`."""
+    feature, result = log.features[name], []
+    events = [(_key(row, feature["by"]), known, label) for row, known, label in _remembered(log, feature)]
+    forget_after = _microseconds(feature.get("forget_after_days"))
+    smoothing = feature.get("smoothing", 20.0)
+    for row in log.rows if rows is None else rows:
+        now = log.time(row)
+        seen = known_events(events, _key(row, feature["by"]), now, forget_after)
+        found: dict[Statistic, Any] = {}
+        for days in feature.get("window_days", [None]):
+            count, labels = totals(seen, now, _microseconds(days))
+            found["rows", days] = math.log1p(count)
+            found["positives", days] = math.log1p(max(labels, 0.0))
+            found["rate", days] = (labels + smoothing * overall_mean) / (count + smoothing)
+        last = last_positive(seen)
+        found["recency", None] = None if last is None else math.log1p((now - last) / DAY)
+        result.append(found)
+    return result
+
+
+def history(log: Log, name: str, table_row: dict[Any, int], rows: list[Row] | None = None) -> list[list[int]]:
+    """For each row, the table rows of the user's last candidates, the oldest first; of one moment, by table row."""
+    feature, result = log.features[name], []
+    user, item = log.columns["user"], log.features[feature["of"]]["column"]
+    least = feature.get("at_least", 1.0)
+    events = [
+        (row[user], known, table_row[row[item]]) for row, known, label in _remembered(log, feature) if label >= least
+    ]
+    for row in log.rows if rows is None else rows:
+        seen = known_events(events, row[user], log.time(row), _microseconds(feature.get("forget_after_days")))
+        result.append([item for _, _, item in seen][-feature.get("length", 20) :])
+    return result
+
+
+def _remembered(log: Log, feature: Row) -> list[tuple[Row, int, float]]:
+    """Rows, the moments from which they are known, and labels. Nothing is known at the moment of its own request."""
+    if feature.get("events") is not None:
+        time = log.event_times[feature["events"]]
+        return [(row, row[time] + 1, 1.0) for row in log.events[feature["events"]]]
+    after = max(1, log.matures_after(feature["task"]))
+    labels = [(row, log.label(row, feature["task"])) for row in log.rows]
+    return [(row, log.time(row) + after, label) for row, label in labels if label is not None]
+
+
+def _key(row: Row, columns: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row[column] for column in columns)
+
+
+def _microseconds(days: float | None) -> int | None:
+    return None if days is None else round(days * DAY)
+
+
+# Inputs of the model
+
+
+def vocabulary(values: Iterable[Any], min_count: int, oov_buckets: int) -> dict[Any, int]:
+    """The table row of each frequent id, the most frequent first: row 0 is a missing id, then come the buckets."""
+    counts = Counter(value for value in values if value is not None)
+    frequent = sorted((value for value in counts if counts[value] >= min_count), key=lambda each: (-counts[each], each))
+    return {value: 1 + oov_buckets + place for place, value in enumerate(frequent)}
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float]:
+    """Of the values that are there; the deviation of equal values is 1."""
+    there = [value for value in values if value is not None]
+    mean = math.fsum(there) / len(there) if there else 0.0
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in there) / max(len(there), 1))
+    return mean, deviation if deviation > 1e-15 * max(map(abs, there), default=0.0) else 1.0
+
+
+def standardised(value: float | None, mean: float, deviation: float) -> float:
+    """(value - mean) / deviation within +-10; 0, the mean, for a missing value."""
+    return 0.0 if value is None else min(10.0, max(-10.0, (value - mean) / deviation))
+
+
+def encode_number(name: str, values: list[float | None], training: list[bool]) -> dict[str, list[float]]:
+    """The dense inputs of a number: standardised by training rows, and an indicator if one of those was missing."""
+    seen = [value for value, used in zip(values, training, strict=True) if used]
+    mean, deviation = mean_and_deviation(seen)
+    inputs = {name: [standardised(value, mean, deviation) for value in values]}
+    return inputs | ({f"{name}_missing": [float(value is None) for value in values]} if None in seen else {})
+
+
+def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
+    """Table rows (a list for each row) and dense inputs of the kinds id, numeric, counter and history.
+
+    Every id of a column has to be frequent or missing: rows of unknown ids follow from hashes.
+    """
+    is_training = [
+        (training[0] is None or training[0] <= log.time(row)) and log.time(row) < training[1] for row in log.rows
+    ]
+    ids: dict[str, list[list[int]]] = {}
+    dense: dict[str, list[float]] = {}
+    rows_of: dict[str, dict[Any, int]] = {}
+    for name, feature in log.features.items():
+        column = [row[feature["column"]] for row in log.rows] if "column" in feature else []
+        if feature["kind"] == "id":
+            seen = [value for value, used in zip(column, is_training, strict=True) if used]
+            rows_of[name] = {None: 0} | vocabulary(seen, feature.get("min_count", 2), feature.get("oov_buckets", 16))
+            ids[name] = [[rows_of[name][value]] for value in column]
+        elif feature["kind"] == "numeric":
+            if feature.get("transform") == "log":
+                column = [None if x is None else math.copysign(math.log1p(abs(x)), x) for x in column]
+            dense |= encode_number(name, column, is_training)
+        elif feature["kind"] == "counter":
+            mean = 0.0 if "task" not in feature else log.overall_mean(feature["task"], training)
+            found = counter(log, name, mean)
+            for output, days in found[0]:
+                if output in feature["outputs"]:
+                    title = f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
+                    dense |= encode_number(title, [each[output, days] for each in found], is_training)
+        elif feature["kind"] == "history":
+            ids[name] = history(log, name, rows_of[feature["of"]])
+    return ids, dense

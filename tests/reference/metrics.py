@@ -1,0 +1,95 @@
+"""Metrics of predictions and rankings, and their intervals by a bootstrap over users.
+
+A metric of a ranking is its mean over all orders of rows with equal scores, here by trying every one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Row = tuple[object, object, float, float]
+"""user, request, prediction or score, label or gain"""
+Ranked = Callable[[list[float], int], float | None]
+
+
+def log_loss(rows: Sequence[Row]) -> float:
+    """The mean of -log of the probability that was given to what happened."""
+    return float(np.mean([-math.log(p if label == 1 else 1 - p) for _, _, p, label in rows]))
+
+
+def auc(rows: Sequence[Row]) -> float | None:
+    """The share of pairs of a positive and a negative row that the prediction orders rightly; equal ones count half."""
+    positive, negative = ([p for _, _, p, label in rows if (label > 0) == wanted] for wanted in (True, False))
+    pairs = [(one > other) + 0.5 * (one == other) for one in positive for other in negative]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def ndcg(gains: list[float], cutoff: int) -> float | None:
+    """Discounted gain of the first rows, divided by that of the best order."""
+    best = _discounted(sorted(gains, reverse=True), cutoff)
+    return _discounted(gains, cutoff) / best if best > 0 else None
+
+
+def reciprocal_rank(gains: list[float], cutoff: int) -> float | None:
+    """1 / the rank of the first relevant row."""
+    return next((1 / rank for rank, gain in enumerate(gains, 1) if gain > 0), None)
+
+
+def average_precision(gains: list[float], cutoff: int) -> float | None:
+    """The mean over relevant rows of the share of relevant rows down to them."""
+    ranks = [rank for rank, gain in enumerate(gains, 1) if gain > 0]
+    return float(np.mean([nth / rank for nth, rank in enumerate(ranks, 1)])) if ranks else None
+
+
+def recall(gains: list[float], cutoff: int) -> float | None:
+    """The share of relevant rows that are among the first."""
+    relevant = sum(gain > 0 for gain in gains)
+    return sum(gain > 0 for gain in gains[:cutoff]) / relevant if relevant else None
+
+
+def hit_rate(gains: list[float], cutoff: int) -> float | None:
+    """Whether a relevant row is among the first."""
+    return float(any(gain > 0 for gain in gains[:cutoff])) if any(gain > 0 for gain in gains) else None
+
+
+def over_requests(rows: Sequence[Row], metric: Ranked, cutoff: int = 0) -> float | None:
+    """The mean of a metric over the requests whose rows differ in relevance."""
+    requests: dict[object, list[Row]] = {}
+    for row in rows:
+        requests.setdefault(row[1], []).append(row)
+    values = [_expected(each, metric, cutoff) for each in requests.values() if len({gain for *_, gain in each}) > 1]
+    return float(np.mean(values)) if values else None
+
+
+def bootstrap(
+    rows: Sequence[Row], metric: Callable[[list[Row]], float], resamples: int, seed: int
+) -> tuple[float, float]:
+    """The 95% interval of a metric: percentiles over resamples of users, drawn with replacement."""
+    users: dict[object, list[Row]] = {}
+    for row in rows:
+        users.setdefault(row[0], []).append(row)
+    random, values = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = random.integers(len(users), size=len(users))
+        # A user who is drawn twice has made each request twice.
+        sample = [
+            (u, (copy, q), p, y) for copy, place in enumerate(drawn) for u, q, p, y in list(users.values())[place]
+        ]
+        values.append(metric(sample))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _expected(request: list[Row], metric: Ranked, cutoff: int) -> float:
+    scores = sorted({score for _, _, score, _ in request}, reverse=True)
+    runs = [itertools.permutations([gain for _, _, score, gain in request if score == each]) for each in scores]
+    orders = itertools.product(*(list(run) for run in runs))
+    return float(np.mean([metric([gain for run in order for gain in run], cutoff) for order in orders]))
+
+
+def _discounted(gains: list[float], cutoff: int) -> float:
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:cutoff], 1))
