@@ -32,7 +32,6 @@ _LONG = [
     "preprocessing/test_prepare",
     "training/test_loop",
     "training/test_checkpoint",
-    "point_in_time/test_drawn_logs",
     "training/test_task_weights",
     "training/test_ranks",
     "inference/test_server",
