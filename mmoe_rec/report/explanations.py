@@ -1,8 +1,8 @@
 """What the columns and findings of the page mean, and what to do about them."""
 
 from mmoe_rec.inspection.findings import LEAK_AUC, LEAST_COVERAGE, NEVER_SEEN, RATE_CHANGE, STRONG_DRIFT, UNKNOWN
-from mmoe_rec.inspection.formulas import RATE_SMOOTHING
-from mmoe_rec.inspection.ids import FREQUENT
+from mmoe_rec.inspection.inputs import FREQUENT
+from mmoe_rec.inspection.statistics import RATE_SMOOTHING
 
 CHECKS = {
     "leak": (

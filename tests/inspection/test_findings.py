@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.inspection.costs import LEAST, importance, of_drift, of_unknown
-from mmoe_rec.inspection.findings import shown_and_folded
+from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, importance, shown_and_folded
 from tests.inspection.encoded_data import changed, drifting, found, health_of_frames, part, random_frames
 
 
@@ -95,12 +94,12 @@ def test_problems_are_never_folded_nor_is_one_warning_alone():
 def test_costs_are_those_of_rows_and_importance():
     feature = {"auc": {"click": 0.75, "like": None}, "unknown": {"train": 0.0, "test": 0.4}, "is_key": False}
     assert importance(feature) == 0.5
-    assert of_unknown(feature) == pytest.approx(0.4 * 0.5)
-    assert of_unknown({**feature, "is_key": True}) == pytest.approx(0.4)
-    assert of_unknown({**feature, "auc": {"click": None}}) == pytest.approx(0.4 * LEAST)
+    assert cost_of_unknown(feature) == pytest.approx(0.4 * 0.5)
+    assert cost_of_unknown({**feature, "is_key": True}) == pytest.approx(0.4)
+    assert cost_of_unknown({**feature, "auc": {"click": None}}) == pytest.approx(0.4 * LEAST)
     # Only the last bin has more than twice the share that it had in training.
     bins = [{"train": 0.6, "test": 0.3}, {"train": 0.3, "test": 0.35}, {"train": 0.1, "test": 0.35}]
-    assert of_drift(feature, {"bins": bins}) == pytest.approx(0.25 * 0.5)
+    assert cost_of_drift(feature, {"bins": bins}) == pytest.approx(0.25 * 0.5)
 
 
 def test_constants_rare_values_and_empty_tables_are_found(tmp_path):

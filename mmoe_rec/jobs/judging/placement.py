@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inspection.names import row_names
+from mmoe_rec.inspection.health import row_names
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
