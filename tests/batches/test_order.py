@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.order import EpochOrder
@@ -38,7 +38,6 @@ def read(order: EpochOrder, share: Share) -> list[tuple[Row, bool]]:
     return [(joined[i], copy) for i, copy in zip(index, copies, strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9),
     shuffle_window=st.integers(1, 120),
@@ -71,7 +70,6 @@ def test_shares_are_those_of_a_naive_loop(
     assert after == len(whole)
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 200), min_size=1, max_size=40),
     shuffle_window=st.integers(1, 3000),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
@@ -86,7 +86,6 @@ def test_values_follow_their_rows_and_copies_follow_their_originals(rows: Encode
         np.testing.assert_array_equal(numbers(together)[copies], before[copies])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 50),

@@ -12,6 +12,7 @@ import pytest
 from tests.added_package import AddedPackage
 from tests.pipelines.learnable_log import START, settings_tree, write_files
 
+pytestmark = pytest.mark.thorough
 KIND = '''
 """The kind `remainder`: an integer's remainder, looked up in an embedding table."""
 
@@ -62,6 +63,7 @@ class RemainderEncoder(Unfitted):
         return 1
 
 
+pytestmark = pytest.mark.thorough
 KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
 '''
 

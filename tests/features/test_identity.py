@@ -104,19 +104,6 @@ def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
     assert len(set(rules.values())) == len(zones) - 1
 
 
-def test_features_that_forget_nothing_are_identified_as_before_any_could(work: Path) -> None:
-    for name, feature in settings_of(work).schema_.identity()["features"].items():
-        assert "forget_after_days" not in feature, name
-    limited = settings_of(work, **changed("features", "clicked", forget_after_days=60))
-    assert limited.schema_.identity()["features"]["clicked"]["forget_after_days"] == 60
-
-
-def test_settings_of_limits_are_told_of(work: Path) -> None:
-    settings = settings_of(work, **changed("features", "clicked", forget_after_days=60))
-    with pytest.raises(UserError, match=r"'features.clicked.forget_after_days' is missing in the features .* and 60"):
-        extend(settings.data.log, settings.schema_, settings.split.windows(), work)
-
-
 def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:
     files = [path for path in (work / "features").rglob("*.json") if path.name != "files.json"]
     assert {"layout.json", "pipeline.json", "manifest.json"} <= {path.name for path in files}

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.memories.files import read_memory, write_memory
 from mmoe_rec.features.memories.live import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -34,8 +33,6 @@ from tests.log.small_logs import (
     times_of,
 )
 from tests.preprocessing.growing_log import FEATURES, schema_with_purchases
-from tests.reference import features as reference
-from tests.reference.log import Log
 
 REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
 LIMITS: dict[str, dict[str, dict[str, Any]]] = {
@@ -151,45 +148,3 @@ def test_served_is_what_an_extension_of_the_same_memory_gives(seed, limits, tmp_
     assert (pipeline.encode(learning.asking(last)[0]).dense != before).any()
     learnt = sum(len(rows) for _, rows in learning.batches)
     assert (live.rows, live.rows > 100) == (learnt, True)
-
-
-@pytest.mark.parametrize("limits", sorted(LIMITS))
-@pytest.mark.parametrize("seed", range(2))
-def test_served_is_what_loops_over_all_events_say(seed, limits, tmp_path):
-    learning = Learning(seed, limits, tmp_path)
-    pipeline, schema = learning.pipeline, learning.schema
-    live = Live.none(pipeline.memory_encoders)
-    for source, rows in learning.batches:
-        live = live.extended(pipeline.live_events(source, rows), len(rows))
-    pipeline = pipeline.with_live(live)
-    sections = schema.model_dump(mode="json", exclude_none=True)
-    for name, feature in schema.features.items():  # of which None is a window
-        sections["features"][name] = feature.model_dump(mode="json")
-    tables = [
-        table.set_column(table.column_names.index(name), name, table[name].cast(pa.int64()))
-        for table, name in ((learning.table, "time"), (learning.bought, "bought_at"))
-    ]
-    columns = [name for name in learning.table.column_names if name not in ("tags", "born")]
-    naive = Log(sections, tables[0].select(columns).to_pandas(), {"purchases": tables[1].to_pandas()})
-    items = pa.array(list({row["item"] for row in naive.rows}))
-    forgotten = 0
-    for days in (UNTIL, UNTIL + 2.5, UNTIL + 11, DAYS, DAYS + 1.5, DAYS + 3, DAYS + 3.7):
-        time = START + int(days * DAY)
-        asking, (rows, of_requests) = naive.at_moments(40, [time]), learning.asking(time)
-        numbers, _ = pipeline.found(of_requests)
-        for name, encoder in pipeline.memory_encoders.items():
-            if isinstance(encoder, HistoryEncoder):
-                look_ups = rows.look_ups(encoder.by)
-                found = encoder.distinct_results(live.memory(name), look_ups)[name].take(look_ups.number)
-                lists = [found.values[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]
-                table_row = dict(zip(items.to_pylist(), encoder.owner.encode(items).tolist(), strict=True))
-                assert lists == reference.history(naive, name, table_row, asking), name
-                forgotten += sum(not each for each in lists)
-                continue
-            expected = reference.counter(naive, name, encoder.prior, asking)
-            for output, day in expected[0]:
-                result = f"{name}_{output}" + ("" if day is None else f"_{day:g}d".replace(".", "p"))
-                if result in numbers:
-                    values = [np.nan if each[output, day] is None else each[output, day] for each in expected]
-                    np.testing.assert_allclose(numbers[result], values, rtol=1e-9, atol=1e-9, err_msg=result)
-    assert forgotten

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.moments import Moments
@@ -22,7 +22,6 @@ def moments_of(*parts: np.ndarray) -> Moments:
     return whole
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9).map(float), min_size=1),
     cuts=st.lists(st.integers(0, 60), max_size=3).map(sorted),
@@ -48,11 +47,6 @@ def test_an_offset_costs_no_digit(offset):
     assert found.count == 2000
     assert found.mean == pytest.approx(values.mean(), rel=1e-14)
     assert found.deviation == pytest.approx(values.std(), rel=1e-9)
-
-
-def test_no_numbers_and_equal_ones():
-    assert (moments_of().mean, moments_of().deviation) == (0, 1)
-    assert (moments_of(np.full(9, 0.1)).mean, moments_of(np.full(9, 0.1)).deviation) == (0.1, 1)
 
 
 def test_labels_far_from_zero_are_scaled_by_their_spread():

@@ -15,7 +15,6 @@ def _histogram(*parts: np.ndarray) -> NumberHistogram:
     return histogram
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60),
     cuts=st.lists(st.integers(0, 60), max_size=4).map(sorted),
@@ -28,17 +27,6 @@ def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     assert one.standardiser() == other.standardiser()
     assert one.bucket_edges(7).tolist() == other.bucket_edges(7).tolist()
     assert np.isfinite([one.standardiser().mean, one.standardiser().deviation]).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(values=st.lists(st.floats(-1e9, 1e9).map(lambda value: round(value, 6)), min_size=1, max_size=200))
-def test_mean_and_deviation_equal_numpys(values):
-    exact = np.array(values)
-    found = _histogram(exact).standardiser()
-    slack = np.abs(exact).max() * 1e-13
-    assert found.mean == pytest.approx(exact.mean(), abs=slack)
-    if len(set(values)) > 1 and exact.std() > 100 * slack:
-        assert found.deviation == pytest.approx(exact.std(), rel=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.7e9, -1.7e9, 1.7e15, 1.7e18])
@@ -135,7 +123,6 @@ def test_a_value_and_what_float32_makes_of_it_are_in_one_bucket():
         assert np.searchsorted(edges, prices).tolist() == np.searchsorted(edges, prices.astype(np.float32)).tolist()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.sampled_from([*map(float, range(-6, 7)), 0.1, 0.2, 0.3]), min_size=1, max_size=200),
     buckets=st.integers(2, 12),
@@ -144,25 +131,6 @@ def test_there_are_as_many_buckets_as_asked_for_and_none_is_empty(values, bucket
     exact = np.array(values)
     found = np.searchsorted(_histogram(exact).bucket_edges(buckets), exact)
     assert np.unique(found).tolist() == list(range(min(buckets, len(set(values)))))
-
-
-def test_buckets_of_more_values_than_are_kept_have_equal_shares():
-    values = np.random.default_rng(0).lognormal(sigma=3, size=200_000)
-    edges = _histogram(*np.split(values, 4)).bucket_edges(100)
-    shares = np.bincount(np.searchsorted(edges, values), minlength=100)
-    assert shares.tolist() == pytest.approx([2000] * 100, abs=100)
-
-
-@settings(max_examples=40, deadline=None)
-@given(values=st.lists(st.floats(-1e9, 1e9).map(lambda value: round(value, 6)), min_size=2, max_size=200))
-def test_edges_rise_from_the_least_to_the_largest_standardised_value(values):
-    found = _histogram(np.array(values)).standardiser()
-    edges = np.array(found.edges)
-    assert (np.diff(edges) > 0).all()
-    if len(set(values)) > 1 and len(edges):
-        scaled = np.clip((np.array(values) - found.mean) / found.deviation, -10, 10)
-        slack = np.abs(values).max() / found.deviation * 1e-13 + 1e-5
-        assert edges[[0, -1]] == pytest.approx([scaled.min(), scaled.max()], abs=slack)
 
 
 def test_values_beyond_reach_do_not_break_the_statistics():

@@ -92,17 +92,6 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
     assert key_column.unknown.tolist() == [key not in want for key in asked.to_pylist()]
 
 
-def test_a_column_that_is_given_wins() -> None:
-    table = random_log(1, rows=50)
-    parts = LatestParts(SCHEMA, "candidate")
-    parts.add(log_rows(table.slice(0, 20), SCHEMA))
-    base = parts.finish()
-    recent = RecentValues(base.key, base.table)
-    recent = recent.with_changes(recent.changes(log_rows(table.slice(20), SCHEMA), SCHEMA, START))
-    given = {"item": table["item"].combine_chunks(), "brand": pa.array(["z"] * 50)}
-    assert recent.completed(given)["brand"] is given["brand"]
-
-
 def test_what_functions_make_of_values_moves_on(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = log_rows(random_log(2, rows=80), SCHEMA)
     parts = LatestParts(SCHEMA, "candidate")

@@ -21,11 +21,8 @@ from tests.log.small_logs import (
     fit,
     log_rows,
     random_log,
-    raw_results,
-    remember,
     save_memories,
     schema_of,
-    stream_of,
     times_of,
 )
 
@@ -110,34 +107,6 @@ def test_an_earlier_request_is_answered_as_of_the_compaction(tmp_path):
     np.testing.assert_array_equal(loaded.encode(early).dense[:, counters], loaded.encode(then).dense[:, counters])
 
 
-def test_compacting_a_compacted_state_never_moves_it_back(tmp_path):
-    table = random_log(0, rows=100)
-    _saved(fit(table, SCHEMA, UNTIL), tmp_path / "one", START + 11 * DAY)
-    first = FeaturePipeline.load(tmp_path / "one")
-    _saved(first, tmp_path / "two", START)
-    second = FeaturePipeline.load(tmp_path / "two")
-    for now in (START, START + 20 * DAY):
-        rows = log_rows(_at(table, now), SCHEMA)
-        assert_same(second.encode(rows), first.encode(rows))
-
-
-def test_remembering_a_log_without_events_forgets_the_old_one():
-    table = random_log(0)
-    pipeline = fit(table, SCHEMA, UNTIL)
-    remember(pipeline, stream_of([table.slice(0, 0)], SCHEMA))
-    encoded = pipeline.encode(log_rows(table, SCHEMA))
-    assert encoded.ids["clicked"].lengths.sum() == 0
-    assert (raw_results(pipeline.encoders["item_click"], log_rows(table, SCHEMA))["item_click_rows"] == 0).all()
-
-
-def test_remembering_the_same_log_changes_nothing(tmp_path):
-    table = random_log(0)
-    pipeline = fit(table, SCHEMA, UNTIL)
-    before = _saved(pipeline, tmp_path / "a")
-    remember(pipeline, stream_of([table.slice(0, 100), table.slice(100)], SCHEMA))
-    assert _saved(pipeline, tmp_path / "b") == before
-
-
 def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
     with pytest.raises(UserError, match=r"holds no feature state \(pipeline.json\)"):
         FeaturePipeline.load(tmp_path)
@@ -203,17 +172,3 @@ def test_labels_and_rates_that_differ_by_little_stay_apart():
     for one, other in zip(*found, strict=True):
         assert np.ptp(one) > 1
         np.testing.assert_allclose(other, one, atol=2e-3)
-
-
-def test_the_scale_of_a_regressions_labels_comes_from_training_rows(tmp_path):
-    table = random_log(3)
-    pipeline = fit(table, SCHEMA, UNTIL)
-    times, spent = table["time"].cast(pa.int64()).to_numpy(), table["spent"].to_numpy()
-    training = spent[(times < UNTIL) & ~np.isnan(spent)]
-    task = next(each for each in pipeline.layout.tasks if each.name == "spent")
-    np.testing.assert_allclose([task.mean, task.deviation], [training.mean(), training.std()], rtol=2e-3)
-    later = np.where(times < UNTIL, spent, spent + 100.0)
-    changed = table.set_column(table.column_names.index("spent"), "spent", pa.array(later, mask=np.isnan(later)))
-    assert fit(changed, SCHEMA, UNTIL).layout.tasks == pipeline.layout.tasks
-    pipeline.save(tmp_path)
-    assert FeaturePipeline.load(tmp_path, memories=False).layout == pipeline.layout

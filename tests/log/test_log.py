@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
@@ -58,7 +58,6 @@ def _write_groups(path: Path, table: pa.Table, sizes: Iterable[int], start: int 
 # Parts
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.integers(1, 25), st.integers(1, 12)
 )

@@ -70,11 +70,15 @@ def answers(memory: CounterMemory, asked: AnyLookUps, how: str) -> list[tuple[An
             [(key, place, 1.0) for place, key in enumerate(KEYS.tolist())], forget_after=memory.forget_after
         )
         questions = [CounterQuestion(each, asked, [None, WINDOW], True) for each in (other, memory, other)]
-        found: Any = CountersTogether([other, memory]).answer(questions)[1]
+        orders = [CountersTogether(each).answer(questions)[1] for each in ([other, memory], [memory, other])]
     else:
-        found = memory.found(asked)
-    columns = (*found.totals(None), *found.totals(WINDOW), found.last_positive())
-    return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
+        orders = [memory.found(asked)]
+    one, *others = (
+        [each[asked.number].tolist() for each in (*found.totals(None), *found.totals(WINDOW), found.last_positive())]
+        for found in orders
+    )
+    assert others in ([], [one])
+    return list(zip(*one, strict=True))
 
 
 def lists_of(memory: Any, asked: AnyLookUps, length: int) -> list[list[int]]:

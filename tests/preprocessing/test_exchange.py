@@ -4,13 +4,12 @@ import os
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.preprocessing.exchange import Exchange, key_range, partition_of
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
     receivers=st.integers(1, 5),

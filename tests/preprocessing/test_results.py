@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.features.vocabulary import Vocabulary
@@ -15,7 +15,6 @@ from mmoe_rec.preprocessing import results as module
 from mmoe_rec.preprocessing.results import Blocks, ResultExchange, ResultReader
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     senders=st.integers(1, 3),
