@@ -1,6 +1,6 @@
 """python -m tests.benchmarks.placement
 
-Does the placement tower find true relevance under position bias? `tests/model/simulated_clicks.py` simulates clicks and
+Does the placement tower find true relevance under position bias? `simulated_clicks.py` simulates clicks and
 tells what its worlds are and why. A model is trained on the log in each of five ways, and then sorts the candidates of
 fresh requests:
 
@@ -50,7 +50,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.steps import learning_rate_share
 from tests.benchmarks.paired_ratio import ratio_of_means
-from tests.model.simulated_clicks import ITEMS, LIST, NUMBERS, Requests, World, simulate
+from tests.benchmarks.simulated_clicks import ITEMS, LIST, NUMBERS, Requests, World, simulate
 
 WAYS = ("none", "input", "tower", "shown", "oracle")
 TREATMENTS = ("input", "tower", "shown")

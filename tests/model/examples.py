@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput
@@ -13,6 +15,7 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings.model import Model
+from tests.reference import model as reference
 
 LAYOUT = ModelLayout(
     # Widths and sizes differ so that a sharding plan moves the tables out of layout order.
@@ -84,3 +87,44 @@ def small_settings(**changes: Any) -> Model:
         "placement": {"units": (4,), "dropout": 0.0},
     }
     return Model.model_validate({name: sizes.get(name, {}) | changes.get(name, {}) for name in {**sizes, **changes}})
+
+
+def reference_weights(model: RankingModel) -> dict[str, Tensor]:
+    """The model's weights in float64, for `reference_logits` and its gradients."""
+    return {name: each.detach().double().requires_grad_() for name, each in model.named_parameters()}
+
+
+def reference_logits(
+    weights: dict[str, Tensor], encoded: Encoded, layout: ModelLayout, settings: Model, placement: bool = True
+) -> Tensor:
+    """(B, T) float64 logits by the reference; a regression's is in its own unit."""
+
+    def inputs(of_placement: bool) -> Tensor:
+        parts = []
+        for each in layout.ids:
+            if each.placement == of_placement:
+                ids, table = encoded.ids[each.name], weights[f"tables.embedding_bags.{each.table}.weight"]
+                rows = [
+                    ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
+                    for row in range(len(encoded))
+                ]
+                parts.append(torch.stack([reference.embed(table, row) for row in rows]))
+        columns = [place for place, each in enumerate(layout.dense) if each.placement == of_placement]
+        return torch.cat([*parts, torch.from_numpy(encoded.dense[:, columns]).double()], dim=1)
+
+    placement = placement and layout.width(placement=True) > 0
+    mixture = reference.Mixture(
+        {name.removeprefix("mixture."): each for name, each in weights.items() if name.startswith("mixture.")},
+        tasks=len(layout.tasks),
+        shared=settings.experts.count,
+        own=settings.experts.task_count,
+        edges=[each.edges if settings.bottom.piecewise else () for each in layout.dense if not each.placement],
+        rule=settings.gates.routing,
+        k=settings.gates.top_k,
+        activation=getattr(functional, settings.experts.activation),
+        normalise=settings.experts.normalise,
+        raw_inputs=settings.experts.raw_inputs,
+    )
+    logits = mixture.forward(inputs(False), inputs(True) if placement else None)
+    scales, means = (torch.tensor([getattr(task, name) for task in layout.tasks]) for name in ("deviation", "mean"))
+    return logits * scales + means

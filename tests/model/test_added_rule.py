@@ -12,6 +12,7 @@ import pytest
 from tests.added_package import AddedPackage
 from tests.pipelines.learnable_log import settings_tree, write_files
 
+pytestmark = pytest.mark.thorough
 EXPERTS = 4
 RULES = "RULES: list[RoutingRule] = ["
 

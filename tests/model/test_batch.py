@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
+from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.point_in_time.lists import Ragged
 from tests.model.examples import LAYOUT, random_rows
@@ -50,39 +50,6 @@ def test_labels_are_zero_where_unobserved() -> None:
     assert batch.labels.dtype == batch.dense.dtype == torch.float32
     assert batch.position == 40
     assert len(batch) == 11
-
-
-def test_without_labels_nothing_is_observed() -> None:
-    batch = make_batch(random_rows(4)[0], LAYOUT, torchrec=False)
-    assert batch.labels.shape == batch.observed.shape == (4, 3)
-    assert not batch.observed.any()
-
-
-@pytest.mark.parametrize("torchrec", [False, True])
-def test_to_keeps_every_part(torchrec: bool) -> None:
-    encoded, labels = random_rows(6)
-    batch = make_batch(encoded, LAYOUT, labels, position=6, torchrec=torchrec)
-    moved = batch.to("cpu", non_blocking=True)
-    assert moved.position == 6
-    assert torch.equal(moved.dense, batch.dense)
-    assert torch.equal(moved.labels, batch.labels)
-    assert torch.equal(moved.observed, batch.observed)
-    assert torch.equal(moved.ids.lengths() if torchrec else moved.ids.lengths, lengths_of(encoded))
-
-
-def lengths_of(encoded: Encoded) -> torch.Tensor:
-    parts = [
-        each.lengths if isinstance(each, Ragged) else np.ones(len(each), np.int32) for each in encoded.ids.values()
-    ]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def test_no_rows_and_no_inputs() -> None:
-    empty = make_batch(random_rows(0)[0], LAYOUT, torchrec=False)
-    values, offsets = empty.ids.column("tags")
-    assert len(values) == 0
-    assert offsets.tolist() == [0]
-    assert KeyedIds((), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)).rows == 0
 
 
 def test_read_only_arrays_are_accepted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:

@@ -11,13 +11,6 @@ from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibratio
 CURVE = TaskCalibration((-2.0, 0.5, 3.0), (-1.0, -0.5, 4.0), 0.25)
 
 
-def test_by_hand() -> None:
-    logits = torch.tensor([-6.0, -2.0, -0.75, 0.5, 1.75, 3.0, 7.0], dtype=torch.float64)
-    expected = torch.tensor([-2.0, -1.0, -0.75, -0.5, 1.75, 4.0, 5.0], dtype=torch.float64)
-    torch.testing.assert_close(CURVE.apply(logits), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(TaskCalibration.line(2.0, -1.0).apply(logits), 2 * logits - 1)
-
-
 @pytest.mark.parametrize("knots", [1, 2, 3, 40])
 def test_equals_interpolation_and_lines_beyond(knots: int) -> None:
     random = np.random.default_rng(knots)
@@ -37,10 +30,6 @@ def test_tasks_are_found_by_name_and_others_stay() -> None:
     torch.testing.assert_close(calibrated[:, 2], CURVE.apply(logits[:, 2]))
     assert UNCALIBRATED.apply(logits, ["a", "b", "c"]) is logits
     assert Calibration({"a": CURVE}).apply(logits[:0], ["a", "b", "c"]).shape == (0, 3)
-
-
-def test_what_is_no_number_stays_so() -> None:
-    assert CURVE.apply(torch.tensor([float("nan")])).isnan().all()
 
 
 def test_json_loses_nothing() -> None:

@@ -1,13 +1,11 @@
-"""The ranking model against a naive reference in NumPy: one row, one expert and one task at a time."""
+"""The ranking model against the reference: one row, one expert and one task at a time."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,81 +17,15 @@ from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings.model import Model
-from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
-
-Weights = dict[str, np.ndarray]
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def reference_inputs(weights: Weights, encoded: Encoded, layout: ModelLayout, row: int, placement: bool) -> np.ndarray:
-    parts = []
-    for each in layout.ids:
-        if each.placement == placement:
-            table = weights[f"tables.embedding_bags.{each.table}.weight"]
-            ids = encoded.ids[each.name]
-            found = ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
-            parts.append(sum((table[index] for index in found), np.zeros(table.shape[1])) / max(len(found), 1))
-    parts += [encoded.dense[row, [index]] for index, each in enumerate(layout.dense) if each.placement == placement]
-    return np.concatenate(parts)
-
-
-def reference_layers(weights: Weights, prefix: str, x: np.ndarray, group: int) -> np.ndarray:
-    """Stacked layers of one group, each followed by SiLU."""
-    layer = 0
-    while f"{prefix}.{layer}.weight" in weights:
-        x = weights[f"{prefix}.{layer}.weight"][group] @ x + weights[f"{prefix}.{layer}.bias"][group]
-        last_of_tower = prefix.endswith("towers.layers") and f"{prefix}.{layer + 1}.weight" not in weights
-        x = x if last_of_tower else silu(x)
-        layer += 1
-    return x
-
-
-def reference_bottom(weights: Weights, x: np.ndarray, layout: ModelLayout, piecewise: bool) -> np.ndarray:
-    """Crosses, then each number's reach into the intervals between its edges, then one hidden layer."""
-    crossed, layer = x, 0
-    while f"mixture.bottom.crosses.up.{layer}.weight" in weights:
-        up, down = (weights[f"mixture.bottom.crosses.{each}.{layer}.weight"] for each in ("up", "down"))
-        crossed = x * (up @ down @ crossed + weights[f"mixture.bottom.crosses.up.{layer}.bias"]) + crossed
-        layer += 1
-    dense = [each for each in layout.dense if not each.placement]
-    parts = [
-        np.clip((value - low) / (high - low), 0, 1)
-        for value, each in zip(x[len(x) - len(dense) :], dense, strict=True)
-        for low, high in pairwise(each.edges if piecewise else ())
-    ]
-    hidden = np.concatenate([crossed, parts])
-    return silu(weights["mixture.bottom.layers.0.weight"] @ hidden + weights["mixture.bottom.layers.0.bias"])
-
-
-def reference_logits(
-    model: RankingModel, encoded: Encoded, layout: ModelLayout, placement: bool, piecewise: bool = False
-) -> np.ndarray:
-    """Logits, and a regression's prediction in its own unit."""
-    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    logits = np.zeros((len(encoded), len(layout.tasks)))
-    for row in range(len(encoded)):
-        hidden = reference_inputs(weights, encoded, layout, row, placement=False)
-        hidden = reference_bottom(weights, hidden, layout, piecewise)
-        count = len(weights["mixture.levels.0.experts.0.layers.0.weight"])
-        experts = [
-            reference_layers(weights, "mixture.levels.0.experts.0.layers", hidden, expert) for expert in range(count)
-        ]
-        all_gates = (
-            weights["mixture.levels.0.gates.linear.weight"] @ hidden + weights["mixture.levels.0.gates.linear.bias"]
-        )
-        for task in range(len(layout.tasks)):
-            gate = np.exp(all_gates[task])
-            gate /= gate.sum()
-            mixed = sum(gate[expert] * experts[expert] for expert in range(count))
-            logits[row, task] = reference_layers(weights, "mixture.towers.layers", mixed, task)[0]
-        if placement:
-            x = reference_inputs(weights, encoded, layout, row, placement=True)
-            x = silu(weights["mixture.placement.layers.0.weight"] @ x + weights["mixture.placement.layers.0.bias"])
-            logits[row] += weights["mixture.placement.logits.weight"] @ x + weights["mixture.placement.logits.bias"]
-    return logits * [task.deviation for task in layout.tasks] + [task.mean for task in layout.tasks]
+from tests.model.examples import (
+    LAYOUT,
+    is_weight,
+    random_rows,
+    reference_logits,
+    reference_weights,
+    small_model,
+    small_settings,
+)
 
 
 def plain_batch(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple[Encoded, Batch]:
@@ -101,27 +33,54 @@ def plain_batch(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple
     return encoded, make_batch(encoded, layout, labels, torchrec=False)
 
 
+PLE = {"count": 2, "task_count": 1, "levels": 2, "units": (8, 6)}
+GROUPED = {"compute": "grouped"}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "MMoE": {},
+    "no hidden layer in towers": {"experts": {"units": (7,)}, "towers": {"units": ()}},
+    "deep": {"experts": {"units": (8, 7, 6)}, "towers": {"units": (5, 4)}},
+    "bends and crosses": {"bottom": {"piecewise": True, "cross_layers": 2, "cross_rank": 3}},
+    "no hidden layer in the bottom": {"bottom": {"units": (), "piecewise": True, "cross_layers": 1, "cross_rank": 2}},
+    "shared bottom": {"experts": {"count": 1}},
+    "one gate": {"gates": {"per_task": False}},
+    "raw inputs, normalised relu": {"experts": {"raw_inputs": True, "normalise": True, "activation": "relu"}},
+    "CGC": {"experts": {"count": 2, "task_count": 2}},
+    "PLE": {"experts": PLE},
+    "no shared experts": {"experts": {**PLE, "count": 0, "task_count": 2}},
+    "top-k": {"experts": {"count": 5}, "gates": {"routing": "top_k", "top_k": 2}},
+    "top-k, grouped": {"experts": {"count": 5, **GROUPED}, "gates": {"routing": "top_k", "top_k": 3}},
+    "one of them, grouped": {
+        "experts": {"count": 5, "normalise": True, **GROUPED},
+        "gates": {"routing": "top_k", "top_k": 1},
+    },
+    "PLE, top-k, grouped": {"experts": {**PLE, "count": 3, **GROUPED}, "gates": {"routing": "top_k", "top_k": 2}},
+    "shared route": {"experts": {"count": 5, **GROUPED}, "gates": {"routing": "shared_route", "top_k": 2}},
+    "shared route to one": {"experts": {"count": 5}, "gates": {"routing": "shared_route", "top_k": 1}},
+}
+
+
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"experts": {"units": (7,)}, "towers": {"units": ()}},
-        {"experts": {"units": (8, 7, 6)}, "towers": {"units": (5, 4)}},
-        {"bottom": {"piecewise": True, "cross_layers": 2, "cross_rank": 3}},
-    ],
-)
-def test_equals_the_naive_reference(training: bool, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_logits_and_gradients_are_the_references(training: bool, structure: str) -> None:
+    changes = STRUCTURES[structure]
     model = small_model(plain_tables(LAYOUT), **changes).train(training)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # far from the small first weights, where every mistake shows
+            parameter.mul_(2)  # far from the small first weights, where every mistake shows
     encoded, batch = plain_batch(9)
     logits = model(batch).logits
     assert logits.dtype == torch.float64  # a rating is a regression
-    piecewise = changes.get("bottom", {}).get("piecewise", False)
-    expected = reference_logits(model, encoded, LAYOUT, placement=training, piecewise=piecewise)
-    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=2e-5, rtol=2e-5)
+    weights = reference_weights(model)
+    expected = reference_logits(weights, encoded, LAYOUT, small_settings(**changes), placement=training)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    upstream = torch.linspace(-1, 2, logits.numel(), dtype=torch.float64).view(logits.shape)
+    for each in (logits, expected):
+        (each * upstream).sum().backward()
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        wanted = torch.zeros_like(weights[name]) if weights[name].grad is None else weights[name].grad
+        scale = max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(gradient.double(), wanted, atol=5e-5 * scale, rtol=1e-4, msg=name)
 
 
 def test_placement_counts_in_training_alone_unless_asked_for() -> None:
@@ -155,9 +114,8 @@ def test_parts_may_be_missing(layout: ModelLayout) -> None:
     assert (model.mixture.placement is None) == (layout.width(placement=True) == 0)
     encoded, batch = plain_batch(6, 1, layout)
     logits = model.eval()(batch).logits
-    np.testing.assert_allclose(
-        logits.detach().numpy(), reference_logits(model, encoded, layout, placement=False), atol=1e-5
-    )
+    expected = reference_logits(reference_weights(model), encoded, layout, small_settings(), placement=False)
+    torch.testing.assert_close(logits, expected.to(logits.dtype), atol=1e-5, rtol=1e-5)
     torchrec = small_model(torchrec_tables(layout, "cpu"), layout).eval()
     torchrec.load_state_dict(model.state_dict())
     torch.testing.assert_close(torchrec(make_batch(encoded, layout, torchrec=True)).logits, logits, atol=1e-6, rtol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ from mmoe_rec.model.multiply import (
 )
 from mmoe_rec.model.products import StackedLinear, grouped_linear
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Training
 
 pytestmark = pytest.mark.skipif(not onednn_offered(), reason="this build of torch has no oneDNN")
 
@@ -221,16 +220,6 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         onednn_offered.cache_clear()
 
 
-def test_what_rounds_to_less_than_fp32_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some settings of torch's and oneDNN's have it, on processors that can."""
-    monkeypatch.setattr(multiply, "by_onednn", lambda left, right: (left.bfloat16() @ right.bfloat16()).float())
-    onednn_offered.cache_clear()
-    try:
-        assert not onednn_offered()
-    finally:
-        onednn_offered.cache_clear()
-
-
 def test_rows_of_another_type_than_the_weights_are_refused() -> None:
     layer = Linear(4, 3)
     set_products(layer, "onednn")
@@ -251,8 +240,3 @@ def test_blocks_of_rows_keep_what_onednn_prepares_few(monkeypatch: pytest.Monkey
     of_experts = [shape[0] for shape in shapes if shape[2] == 8]
     assert of_experts
     assert all(count % 16 == 0 for count in of_experts)
-
-
-def test_settings_name_the_libraries() -> None:
-    assert get_args(Training.model_fields["products"].annotation) == ("auto", *get_args(Products))
-    assert Training().products == "auto"

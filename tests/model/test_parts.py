@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mmoe_rec.model.bottom import PiecewiseLinear
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import PlacementTower
 from mmoe_rec.model.products import StackedLinear
@@ -43,12 +44,6 @@ def test_stacked_layers_equal_separate_ones(precision: torch.dtype) -> None:
             torch.testing.assert_close(one, other, **tolerance)
 
 
-def test_stacked_layers_of_one_input() -> None:
-    layer = StackedLinear(4, 6, 5)
-    x = torch.randn(7, 6)
-    torch.testing.assert_close(layer.shared(x), layer(x.expand(4, 7, 6).transpose(0, 1)).flatten(1))
-
-
 def test_each_expert_starts_on_its_own_like_a_linear_layer() -> None:
     torch.manual_seed(0)
     experts = Experts(4, 200, section.Experts(units=(150, 100)))
@@ -70,18 +65,6 @@ def test_placement_dropout_hides_whole_rows() -> None:
     assert hidden[:, 0].float().mean().item() == pytest.approx(0.25, abs=0.03)
     full = tower.eval()(placement)
     torch.testing.assert_close(logits, torch.where(hidden, 0.0, full))
-
-
-def test_score_is_the_weighted_product_of_predictions() -> None:
-    logits = torch.randn(30, 3, dtype=torch.float64)
-    kinds, weights = ["binary", "regression", "binary"], [1.0, 0.5, 2.0]
-    given = predictions(logits, kinds).numpy()
-    score = np.ones(30)
-    for task, kind in enumerate(kinds):
-        value = 1 / (1 + np.exp(-logits[:, task].numpy())) if kind == "binary" else logits[:, task].numpy()
-        np.testing.assert_allclose(given[:, task], value)
-        score *= np.maximum(value, SMALLEST_VALUE) ** weights[task]
-    np.testing.assert_allclose(fuse(logits, kinds, weights).exp().numpy(), score)
 
 
 def test_log_score_is_finite_for_extreme_logits() -> None:
@@ -120,3 +103,11 @@ def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
 def test_a_wrong_number_of_tasks_is_refused() -> None:
     with pytest.raises(ValueError, match="each of 2 tasks, found 3"):
         predictions(torch.zeros(4, 3), ["binary", "binary"])
+
+
+def test_edges_may_lie_near_to_each_other_far_from_zero() -> None:
+    edges = np.float32([3.0, 3.000002, 3.000006, 9.9999, 10.0])
+    x = np.float32([[2.9], [3.000001], [3.000004], [3.000006], [9.99995], [10.0]])
+    parts = PiecewiseLinear([edges.tolist()])(torch.from_numpy(x)).numpy()
+    low, high, exact = edges[:-1].astype(float), edges[1:].astype(float), x.astype(float)
+    np.testing.assert_allclose(parts, np.clip((exact - low) / (high - low), 0, 1), atol=1e-6)

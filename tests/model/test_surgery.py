@@ -66,6 +66,7 @@ def test_adding_changes_no_output(kind: str) -> None:
     assert weights[:, :, model.experts.count :][:, :, :3].any().item() == (kind in SOFT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_added_expert_becomes_one_of_its_own(kind: str) -> None:
     """After 100 further steps a copy differs from its original by far more than the noise that it began with."""
