@@ -21,7 +21,7 @@ ORDER = [
     {"model"},
     {"journal", "request_log"},
     {"training", "evaluation", "inspection", "inference"},
-    {"report", "outcomes"},
+    {"report", "live"},
     {"server"},
     {"tracking"},
     {"jobs"},

@@ -156,7 +156,7 @@ EXERCISED_BY = {
     ),
     "python -m pipelines.join_outcomes --config configs/shop.yaml --requests data/shop/requests "
     "--events data/shop/events --out data/shop/log/served": (
-        "outcomes/test_closed_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
+        "live/test_outcomes_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
     "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--split validation --predictions data/complete_journey/predictions": (

@@ -231,7 +231,7 @@ def test_a_bad_override(tmp_path, arguments, message):
         (
             {"data__lgo": "x"},
             "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, workers, "
-            "rows_in_memory, as_of_days, skip_bad_files, duplicates, future_times, several_times)",
+            "rows_in_memory, memory_gib, as_of_days, skip_bad_files, duplicates, future_times, several_times)",
         ),
         (
             {"model__experts__cuont": 3},

@@ -40,6 +40,11 @@ class Data(Section):
     rows_in_memory: int = Field(
         1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
     )
+    memory_gib: float = Field(
+        4,
+        ge=0.25,
+        description="memory in which whole logs are joined and grouped, GiB; what is more goes through files",
+    )
     as_of_days: float = Field(
         0,
         ge=0,

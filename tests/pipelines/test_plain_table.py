@@ -20,11 +20,11 @@ from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.features import build_features
 from mmoe_rec.jobs.finished import Finished
 from mmoe_rec.jobs.replay.run import Asked, replay
+from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.outcomes.join import join_outcomes
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.validation import BINS_PER_UNIT

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from mmoe_rec.jobs.score import microseconds
-    from mmoe_rec.outcomes.join import about, join_outcomes
+    from mmoe_rec.live.outcomes import about, join_outcomes
 
     until = None if arguments.until is None else microseconds(arguments.until)
     joined = join_outcomes(settings, arguments.requests, arguments.events, arguments.out, until=until)

@@ -13,11 +13,11 @@ import pytest
 from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.outcomes.join import about as lines_about
-from mmoe_rec.outcomes.join import join_outcomes
-from mmoe_rec.outcomes.runs import Runs
-from tests.outcomes.test_joined_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
-from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
+from mmoe_rec.live.outcome_files import Runs
+from mmoe_rec.live.outcomes import about as lines_about
+from mmoe_rec.live.outcomes import join_outcomes
+from tests.live.test_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
+from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 
 
 @pytest.fixture
@@ -148,15 +148,15 @@ def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, 
         world.events["clicks"][-1]["at"] = world.events["clicks"][-1]["at"] and START + 201 * HOUR
     world.event("clicks", 0, 20_000, 1, page=1, slot=0, amount=1.0, event_id=10_001)
     shutil.rmtree(tmp_path / "events")
-    from tests.outcomes.worlds import _EVENTS, write_rows
+    from tests.live.worlds import _EVENTS, write_rows
 
     for name, rows in world.events.items():
         (tmp_path / "events" / name).mkdir(parents=True)
         write_rows(tmp_path / "events" / name / "all.parquet", rows, _EVENTS)
     about = settings(BY_REQUEST)
     found = joined(tmp_path, about)
-    assert found.told["events 'clicks' without user or item or page, or a time"] == 4
-    assert found.told["events 'clicks' in the future"] == 1
+    assert found.counts["events 'clicks' without user or item or page, or a time"] == 4
+    assert found.counts["events 'clicks' in the future"] == 1
     assert found.until < NOW  # by the last event that is not in the future
     world.events["clicks"] = world.events["clicks"][:-5]
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
@@ -174,7 +174,7 @@ def test_a_log_of_events_that_stands_still_keeps_requests_waiting(tmp_path: Path
     about, last = settings(BY_REQUEST), max(each["at"] for each in world.events["clicks"])
     found = joined(tmp_path, about)
     assert found.until == last - 3 * HOUR
-    assert found.told["requests that wait"] > 0
+    assert found.counts["requests that wait"] > 0
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, found.until))
     joined(tmp_path, about, until=START + 500 * HOUR)  # whoever knows that all events are there says so
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
@@ -195,8 +195,8 @@ def test_what_comes_too_late_is_told_and_left_out(tmp_path: Path) -> None:
         late.event("impressions", 1, 400, 0, page=8_000, slot=0, amount=1.0, event_id=30_001)
     late.write(tmp_path)
     found = joined(tmp_path, about)
-    assert found.told["rows of requests that came too late"] == 3
-    assert found.told["new events 'clicks' of requests that were written before"] == 1
+    assert found.counts["rows of requests that came too late"] == 3
+    assert found.counts["new events 'clicks' of requests that were written before"] == 1
     rows = read_rows(tmp_path / "out")
     assert rows[: len(before)] == before
     assert [row["page"] for row in rows[len(before) :]] == [8_000]

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.outcomes import join as joining
-from mmoe_rec.outcomes.join import Joined, join_outcomes
+from mmoe_rec.live import outcomes as joining
+from mmoe_rec.live.outcomes import Joined, join_outcomes
 from mmoe_rec.request_log import names
-from tests.outcomes.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
+from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 
 BY_REQUEST = {
     "events": {
@@ -91,7 +91,7 @@ def joined(folder: Path, about: Any, **options: Any) -> Joined:
 def test_rows_are_those_of_plain_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Any], seed: int
 ) -> None:
-    monkeypatch.setattr(joining, "ROWS_TOGETHER", 40)  # several partitions and files
+    monkeypatch.setattr(joining, "ROWS_PER_FILE", 40)  # several partitions and files
     world = drawn_world(seed)
     world.write(tmp_path, seed=seed)
     about = settings(outcomes)

@@ -192,10 +192,12 @@ KILLED = """
 import sys
 from pathlib import Path
 from mmoe_rec import atomic
-from mmoe_rec.outcomes import join, partition, runs
-module, name = {"events": (join, "each_once"), "writing": (join.pq, "write_table"), "rename": (atomic, "_put_folder")}[
-    sys.argv[1]
-]
+from mmoe_rec.live import outcomes
+module, name = {
+    "joining": (outcomes._Run, "_find_candidates"),
+    "writing": (outcomes.pq, "write_table"),
+    "rename": (atomic, "_put_folder"),
+}[sys.argv[1]]
 def stop(*arguments, **options):
     Path(sys.argv[2]).touch()
     while True:
@@ -206,7 +208,7 @@ main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("moment", ["events", "writing", "rename"])
+@pytest.mark.parametrize("moment", ["joining", "writing", "rename"])
 def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     loop: Loop, tmp_path: Path, moment: str
 ) -> None:

@@ -1,0 +1,1 @@
+"""What happened since training: journal, learning, request log, outcomes, refresh, replay."""

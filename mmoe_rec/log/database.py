@@ -1,0 +1,96 @@
+"""DuckDB, for what is joined or grouped over a whole log: in bounded memory, the rest in files.
+
+Names of a user's columns never go into SQL: tables have names of columns of their own, and the user's columns are
+numbered, so that neither quotes nor two names that differ by case only can be mistaken.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from mmoe_rec.devices import usable_cores
+from mmoe_rec.errors import UserError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+MEMORY_GIB = 4.0
+"""Memory of a database, by default."""
+
+
+class Database:
+    """A database that `open_database` gives."""
+
+    def __init__(self, connection: DuckDBPyConnection) -> None:
+        self._connection = connection
+
+    def fill(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
+        """Makes a table of Arrow tables whose columns have the names and types of `schema`; gives its rows."""
+        rows = 0
+        self._connection.register("batch", schema.empty_table())
+        self.run(f"CREATE TABLE {table} AS SELECT * FROM batch")
+        for batch in batches:
+            self._connection.register("batch", batch.select(schema.names).cast(schema))
+            self.run(f"INSERT INTO {table} SELECT * FROM batch")
+            rows += len(batch)
+        self._connection.unregister("batch")
+        return rows
+
+    def run(self, *statements: str) -> None:
+        """Runs statements one after the other."""
+        for each in statements:
+            self._connection.execute(each).fetchall()  # a result that is left keeps the connection
+
+    def row(self, query: str) -> Sequence[Any]:
+        """The first row of a result that has one."""
+        return self._connection.execute(query).fetchall()[0]
+
+    def read(self, query: str, rows: int) -> Iterator[pa.Table]:
+        """The result of a query, as tables of so many rows, the last of fewer."""
+        waiting: list[pa.Table] = []
+        for batch in pa.RecordBatchReader.from_stream(self._connection.sql(query)):
+            waiting.append(pa.Table.from_batches([batch]))
+            if sum(map(len, waiting)) >= rows:
+                table = pa.concat_tables(waiting)
+                full = len(table) - len(table) % rows
+                yield from (table.slice(start, rows) for start in range(0, full, rows))
+                waiting = [table.slice(full)]
+        if any(map(len, waiting)):
+            yield pa.concat_tables(waiting)
+
+
+@contextmanager
+def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | None = None) -> Iterator[Database]:
+    """A new database that is gone afterwards. It holds `memory_gib` in memory and the rest in `folder`, which it makes
+    and removes.
+
+    workers: threads; None is one a core. Raises UserError where it needs more memory, or the disk is full.
+    """
+    import duckdb
+
+    folder.mkdir(parents=True)
+    config: dict[str, Any] = {
+        "memory_limit": f"{memory_gib}GiB",
+        "temp_directory": str(folder),
+        "threads": workers or usable_cores(),
+        "preserve_insertion_order": False,  # what needs an order asks for it
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    try:
+        with duckdb.connect(":memory:", config=config) as connection:
+            yield Database(connection)
+    except duckdb.OutOfMemoryException as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"data.memory_gib is {memory_gib:g}, which does not suffice here ({why}): set it higher, or data.workers "
+            f"lower, and see that the disk of '{folder.parent}' has room"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
