@@ -29,7 +29,7 @@ ORDER = [
 ]
 """Rooms, and files that belong to none: each may import those of earlier lines; files of the first, each other."""
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-OWN_SECTIONS = {"mmoe_rec.features.kinds", "mmoe_rec.model.routing_rule", "mmoe_rec.model.routing_rules"}
+OWN_SECTIONS = {"mmoe_rec.features.kinds", "mmoe_rec.model.routing"}
 """They hold the sections of their own settings, which `settings` puts together, and import nothing heavy."""
 ONLY_IN = {
     "mlflow": {"mmoe_rec/tracking", "mmoe_rec/inference", "mmoe_rec/evaluation/mlflow_metrics.py"},

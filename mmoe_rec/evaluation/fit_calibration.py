@@ -1,4 +1,4 @@
-"""Fits `mmoe_rec.model.calibration` on rows that the model was not trained on.
+"""Fits `mmoe_rec.model.score` on rows that the model was not trained on.
 
 temperature: slope x logit + offset by logistic regression of the label on the logit (Platt, 1999; temperature scaling
 (Guo et al., ICML 2017) with an offset, as a model may also be too high everywhere). Two numbers: it needs few rows.
@@ -25,8 +25,8 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, TaskOutput
-from mmoe_rec.model.calibration import Calibration, TaskCalibration
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.progress import bar
 
 Method = Literal["temperature", "isotonic"]

@@ -17,10 +17,9 @@ from mmoe_rec.devices import device_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.placement import PlacementEffects, PlacementSums
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.score import fuse, predictions, with_outcomes
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, fuse, predictions, with_outcomes
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 

@@ -35,8 +35,8 @@ from mmoe_rec.model.layout import ModelLayout, ModelTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.score import Calibration
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ def read_calibration(folder: Path) -> Calibration:
 
     Raises UserError for a damaged file.
     """
-    from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+    from mmoe_rec.model.score import UNCALIBRATED, Calibration
 
     path = folder / "calibration.json"
     try:

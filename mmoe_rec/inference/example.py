@@ -20,9 +20,8 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.log.columns import column_uses
-from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelTask
-from mmoe_rec.model.score import SMALLEST_VALUE
+from mmoe_rec.model.score import SMALLEST_VALUE, Calibration
 from mmoe_rec.settings.columns import Role
 
 EXAMPLE = "example_request.json"

@@ -35,10 +35,10 @@ from mmoe_rec.inference.requests.weights import fused_weights
 from mmoe_rec.inference.rows import as_logged, read_rows
 from mmoe_rec.inference.scorer import Scored, Scorer
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.multiply import Products
+from mmoe_rec.model.products import Products
+from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from torch.nn import functional
 
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.inference.experts import MODELS_OWN, ExpertChoice, GuardedModel, LostExpert
-from mmoe_rec.model.calibration import Calibration
-from mmoe_rec.model.multiply import Products, onednn_offered, set_products
-from mmoe_rec.model.score import log_predictions, predictions
+from mmoe_rec.model.products import Products, onednn_offered, set_products
+from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
 PIECE = 1_024

@@ -22,7 +22,7 @@ from mmoe_rec.model.layout import ModelLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmoe_rec.model.calibration import Calibration
+    from mmoe_rec.model.score import Calibration
     from mmoe_rec.preprocessing.prepare import Prepared
     from mmoe_rec.settings.model import Model
     from mmoe_rec.settings.sections import Settings

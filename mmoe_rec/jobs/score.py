@@ -171,7 +171,7 @@ class _Scoring:
     def _scored(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
         from mmoe_rec.jobs.scoring.parts import forget_ranker
-        from mmoe_rec.training.using import threads
+        from mmoe_rec.training.choices import threads
 
         parts, known = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
@@ -210,7 +210,7 @@ class _Scoring:
     def _products(self) -> str:
         """What multiplies; for the setting `auto` it is measured."""
         from mmoe_rec.jobs.scoring.parts import ranker_of
-        from mmoe_rec.training.using import threads
+        from mmoe_rec.training.choices import threads
 
         if self.settings.serving.products != "auto":
             return self.settings.serving.products

@@ -29,9 +29,9 @@ from mmoe_rec.training.origin import result_settings
 if TYPE_CHECKING:
     import torch
 
-    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import TrainingResult
     from mmoe_rec.training.origin import Origin
@@ -70,7 +70,7 @@ def train_model(
     device = pick_device(settings.training.device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 or {settings.training.tables, settings.training.products} != {"auto"}:
-        from mmoe_rec.training.using import check_offered
+        from mmoe_rec.training.choices import check_offered
 
         check_offered(settings.training, device.type, ranks)
     with (
@@ -109,7 +109,7 @@ def _train(
 
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.checkpoint import latest_checkpoint
-    from mmoe_rec.training.installed import note, torchrec_installed
+    from mmoe_rec.training.fbgemm import note, torchrec_installed
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.origin import Origin, fixed_settings
 
@@ -219,7 +219,7 @@ def _finish(
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.training.loading import load_plain
+    from mmoe_rec.training.checkpoint import load_plain
 
     work, best = Path(settings.data.work), result.best
     assert best is not None, "every training validates at least once"
@@ -284,7 +284,7 @@ def _table_of(best: Validation) -> str:
 
 def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:
     """The calibration of a trained model on the validation rows; reports the tasks that it leaves as they are."""
-    from mmoe_rec.model.calibration import UNCALIBRATED
+    from mmoe_rec.model.score import UNCALIBRATED
 
     method = settings.training.calibration
     if method == "none":

@@ -21,9 +21,9 @@ from mmoe_rec.settings.sections import Settings
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.score import Calibration
 
 
 @contextmanager

@@ -217,9 +217,9 @@ class Study:
         """What the training reached; None where it was cut short."""
         from mmoe_rec.devices import pick_device
         from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.training.choices import check_offered
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import process_group
-        from mmoe_rec.training.using import check_offered
         from mmoe_rec.training.validation import Validation
 
         device = pick_device(settings.training.device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmoe_rec.model.multiply import Linear
+from mmoe_rec.model.products import Linear
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import model as section

@@ -5,7 +5,7 @@ task sees the shared ones and its own. In all levels but the last there is one m
 experts; its mix is the input of the next level's shared experts, and the mix of a task's gate that of the task's own
 experts and gate.
 
-A level reads from top to bottom: gates compute logits from their input, a rule of `routing_rules` turns these
+A level reads from top to bottom: gates compute logits from their input, a rule of `routing` turns these
 into weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
 
 Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (G, or one), H width of an input, U width
@@ -23,11 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.devices import fp32_products
-from mmoe_rec.model.grouped_mm import Sent, in_one_product
-from mmoe_rec.model.multiply import for_products, taken
-from mmoe_rec.model.products import ONEDNN_BLOCK, Dispatch, StackedLinear, combine, grouped_linear
-from mmoe_rec.model.routing_rule import Gated, Routing, largest, masked_softmax
-from mmoe_rec.model.routing_rules import rule_named
+from mmoe_rec.model.products import (
+    ONEDNN_BLOCK,
+    Dispatch,
+    Sent,
+    StackedLinear,
+    combine,
+    for_products,
+    grouped_linear,
+    in_one_product,
+    taken,
+)
+from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
 
 if TYPE_CHECKING:
     from mmoe_rec.settings import model as section

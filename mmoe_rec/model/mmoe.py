@@ -3,7 +3,7 @@
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
 2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code with other
 settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
-levels. The forward pass reads from top to bottom here, in `levels` and in `routing_rules`.
+levels. The forward pass reads from top to bottom here, in `levels` and in `routing`.
 
 Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
 tasks.
@@ -27,9 +27,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.bottom import Bottom, mlp
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
-from mmoe_rec.model.multiply import Linear, for_products
-from mmoe_rec.model.products import StackedLinear
-from mmoe_rec.model.routing_rule import Routing
+from mmoe_rec.model.products import Linear, StackedLinear, for_products
+from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.routing_rule import RoutingRule
+from mmoe_rec.model.routing import RoutingRule
 
 # A gate that gives one expert more than this share of its weight is polarised (Zhao et al., RecSys 2019, section 4).
 POLARISED = 0.8

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmoe_rec.model.routing_rule import RoutingRule
-from mmoe_rec.model.routing_rules import RULES, rule_named
+from mmoe_rec.model.routing import RULES, RoutingRule, rule_named
 from mmoe_rec.settings.columns import Section
 
 if TYPE_CHECKING:

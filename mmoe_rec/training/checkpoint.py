@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.batches.position import Position
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.tables import from_stored, stored_width
 from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
@@ -233,3 +235,32 @@ def restore(folder: Path, model: Any, optimizer: Any, device: torch.device, seed
             torch.cuda.set_rng_state(states[name]["cuda"], device)
     else:
         torch.manual_seed(seed)
+
+
+def load_plain(model: nn.Module, folder: Path) -> None:
+    """Fills an unsharded model, on one process and without a process group, from a checkpoint's "model" state.
+
+    model: a `RankingModel` over `PlainTables`. Raises UserError when the folder holds no checkpoint.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"'{folder}' holds no complete checkpoint")
+    state = {"model": {name: _as_stored(name, weight) for name, weight in model.state_dict().items()}}
+    with warnings.catch_warnings():
+        # That is intended here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    expected = model.state_dict()
+    model.load_state_dict(
+        {
+            name: from_stored(weight, expected[name].shape[1]) if name.startswith("tables.") else weight
+            for name, weight in state["model"].items()
+        }
+    )
+
+
+def _as_stored(name: str, weight: Tensor) -> Tensor:
+    """Where a weight of a plain model is read to, before it has its own width."""
+    padded = name.startswith("tables.") and stored_width(weight.shape[1]) != weight.shape[1]
+    return torch.empty(len(weight), stored_width(weight.shape[1])) if padded else weight

@@ -24,15 +24,15 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.position import Position
 from mmoe_rec.batches.prefetch import OnDemand, Prefetch
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.errors import StoppedError
+from mmoe_rec.errors import StoppedError, StopRequest
+from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.multiply import set_products
+from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -41,17 +41,13 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.choices import Choices
-from mmoe_rec.training.installed import torchrec_installed
+from mmoe_rec.training.choices import Choices, kept, set_compute, threads
+from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.measure import SOME_ROWS, Chooser
-from mmoe_rec.training.meter import Meter
-from mmoe_rec.training.optimizers import Optimizers
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharding import Sharded, shard, training_tables
-from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
-from mmoe_rec.training.stop import StopRequest
-from mmoe_rec.training.using import kept, set_compute, threads
+from mmoe_rec.training.sharding import Optimizers, Sharded, shard, training_tables
+from mmoe_rec.training.steps import BadBatches, Balancing, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, start_at
 
@@ -341,3 +337,67 @@ class Trainer:
         asked = self.stop.asked or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
         raise StoppedError(f"{asked} came; {steps} is saved, go on with --resume")
+
+
+class Meter:
+    """Rows a second, the share of time spent waiting for data (on a CPU, making batches too), and the mean loss per
+    task since the last reading.
+
+    note: the same for a progress bar.
+    """
+
+    def __init__(self, layout: Layout, world_size: int) -> None:
+        self.names = [task.learnt_from for task in layout.tasks]
+        self.world_size = world_size
+        self.note = ""
+        self.start = time.perf_counter()
+        self.rows = 0
+        self.waited, self.left_out = 0.0, 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
+        self.losses: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+
+    def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
+        """A step of this rank: its rows, and per task the sum of its losses and the observed labels."""
+        self.rows += rows * self.world_size
+        self.losses = losses if self.losses is None else self.losses + losses
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was spent on something other than training."""
+        self.left_out += seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training so far."""
+        return max(1e-9, time.perf_counter() - self.start - self.left_out)
+
+    @property
+    def rows_per_s(self) -> float:
+        """Of all ranks."""
+        return self.rows / self.seconds
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time."""
+        return self.waited / self.seconds
+
+    def read(self) -> dict[str, float]:
+        """Metrics since the last reading; losses are those of this rank's rows."""
+        means = self._means()
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
+        self._clear()
+        return {f"train/{name}.loss": mean for name, mean in means.items()} | {
+            "train/rows_per_s": self.rows_per_s,
+            "train/waiting_share": self.waiting,
+        }
+
+    def _means(self) -> dict[str, float]:
+        if self.losses is None or self.counts is None:
+            return {}
+        pairs = zip(self.names, self.losses.tolist(), self.counts.tolist(), strict=True)
+        return {name: total / count for name, total, count in pairs if count > 0}

@@ -12,26 +12,29 @@ import contextlib
 import copy
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.model.multiply import Products, onednn_offered, products_of
+from mmoe_rec.model.mmoe import Mixture, build_mixture
+from mmoe_rec.model.products import Products, onednn_offered, products_of
 from mmoe_rec.model.tables import stored_width, used_tables
+from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.choices import Choices, Compute, Precision, faster
-from mmoe_rec.training.timing import milliseconds
-from mmoe_rec.training.trial import trial
-from mmoe_rec.training.using import computed, multiplied, ranks
-from mmoe_rec.training.ways import Way, way_of, ways_on_offer
+from mmoe_rec.training.choices import Choices, Compute, Precision, computed, faster, multiplied, ranks
+from mmoe_rec.training.fbgemm import torchrec_installed
+from mmoe_rec.training.tables import EPS, OneProcessTables, Way, set_way, tell_fbgemm, way_of, ways_on_offer
 
 SECONDS = 0.025
 """For each choice, besides the runs that are not counted."""
@@ -222,3 +225,141 @@ class Chooser:
 def _random_states_kept(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+RUNS_AT_LEAST = 3
+GIVE_UP = 3.0
+"""An option that takes so many times as long as the fastest is not run again."""
+
+
+def milliseconds(
+    options: Mapping[str, Callable[[], object]], seconds: float, synchronise: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """What each option takes: the fastest of its runs, which come in turns, so that all meet the same machine.
+
+    Each runs once before that, which is not counted: libraries prepare themselves at their first call. Turns begin
+    until `seconds` have passed, but at least `RUNS_AT_LEAST` times.
+    """
+
+    def run(name: str) -> float:
+        started = time.perf_counter()
+        options[name]()
+        synchronise()
+        return time.perf_counter() - started
+
+    found = dict.fromkeys(options, math.inf)
+    for name in options:
+        run(name)
+    begun, turns = time.perf_counter(), 0
+    while turns < RUNS_AT_LEAST or time.perf_counter() - begun < seconds:
+        best = min(found.values(), default=0.0)
+        for name in options:
+            if turns == 0 or found[name] <= GIVE_UP * best:
+                found[name] = min(found[name], run(name))
+        turns += 1
+    return {name: 1000 * shortest for name, shortest in found.items()}
+
+
+# A look-up and an update of small tables like those of a training, which are timed before it begins.
+
+
+ROWS_AT_MOST = 50_000
+_RATE = 0.05
+_WEIGHT = 0.01
+
+
+def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
+    """What does one look-up and one update in this way, in some milliseconds for a batch of thousands of rows.
+
+    Call it once or twice unmeasured, within `mmoe_rec.allocation.freed_memory_kept`, as training does.
+
+    Args:
+        way: one of `ways_on_offer`. Another one raises UserError.
+        layout: of the training; tables have its widths, and no more than `rows_at_most` rows.
+        ids: of a batch as it is trained on, `KeyedIds` or a KeyedJaggedTensor; ids beyond a table's last row begin
+            again at its first. Without inputs, nothing is done.
+
+    The tables are about as large as the training's own on one rank, or on several together. Which of fbgemm's two ways
+    was tried last holds for the process until `use_way` (or `shard`) chooses one.
+    """
+    way_of(way, "cpu")
+    if not layout.ids:
+        return lambda: None
+    tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in layout.tables)
+    # fbgemm wants inputs that share a table next to each other.
+    names = [table.name for table in tables]
+    inputs = tuple(sorted(layout.ids, key=lambda each: names.index(each.table)))
+    small = replace(layout, tables=tables, ids=inputs)
+    values, offsets = _ids(small, ids, [layout.ids.index(each) for each in inputs])
+    look_up = _by_fbgemm(way, small) if torchrec_installed() else _alone(small)
+    width = sum(stored_width(small.table(each.table).dim) for each in small.ids)
+    gradient = torch.randn((len(offsets) - 1) // len(small.ids), width)
+
+    def once() -> None:
+        tell_fbgemm(way)
+        look_up(values, offsets).backward(gradient)
+
+    return once
+
+
+def _ids(layout: ModelLayout, ids: Any, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids and offsets in the layout's order of inputs; order: the number in `ids` of each of them."""
+    values, offsets = (ids.values, ids.offsets) if isinstance(ids, KeyedIds) else (ids.values(), ids.offsets())
+    batch = (len(offsets) - 1) // len(order)
+    ends = offsets[::batch].tolist()
+    rows = [layout.table(each.table).rows for each in layout.ids]
+    parts = [values[ends[number] : ends[number + 1]] % most for number, most in zip(order, rows, strict=True)]
+    lengths = offsets.long().diff().view(len(order), batch)[list(order)].flatten()
+    return torch.cat(parts), functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    tables: Sequence[EmbeddingTable] = used_tables(layout)
+    names = [table.name for table in tables]
+    module: Any = SplitTableBatchedEmbeddingBagsCodegen(
+        [(table.rows, stored_width(table.dim), EmbeddingLocation.HOST, ComputeDevice.CPU) for table in tables],
+        feature_table_map=[names.index(each.table) for each in layout.ids],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=_RATE,
+        eps=EPS,
+        pooling_mode=PoolingMode.SUM,
+        table_names=names,
+    )
+    module.weights_host.detach().fill_(_WEIGHT)
+    set_way(module, way)
+    return lambda values, offsets: module(indices=values, offsets=offsets)
+
+
+def _alone(layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
+    tables = OneProcessTables(layout)
+    tables.storage.weights.fill_(_WEIGHT)
+    tables.storage.rate.fill_(_RATE)
+    return tables.look_up
+
+
+_IDS, _ROWS, _DIM, _NUMBERS, _TASKS = 20, 20_000, 16, 5, 2
+
+
+def sample_choices(device: torch.device) -> Choices:
+    """Of a model with default settings on 20 ids and 5 numbers, in default batches."""
+    names = [f"id{index}" for index in range(_IDS)]
+    layout = ModelLayout(
+        tuple(EmbeddingTable(name, _ROWS, _DIM) for name in names),
+        tuple(IdInput(name, name) for name in names),
+        tuple(DenseInput(f"number{index}") for index in range(_NUMBERS)),
+        tuple(ModelTask(f"task{index}", "binary", "engagement") for index in range(_TASKS)),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixture = build_mixture(layout.width(placement=False), [()] * _NUMBERS, 0, _TASKS, Model())
+        values = torch.randint(_ROWS, (_IDS * SOME_ROWS,))
+    ids = KeyedIds(tuple(names), values, torch.ones(_IDS * SOME_ROWS, dtype=torch.int32))
+    settings = Training()
+    return Chooser(mixture, layout, device, settings.batch_size, ids).choose(settings)

@@ -12,7 +12,7 @@ next. So the host waits for the device in these places only:
 - a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
 - a checkpoint is copied to main memory, and a bad batch is saved;
 - an `Experts.mix` that is told to run experts on their own rows only, and can't in one product: see
-  `mmoe_rec.model.grouped_mm`;
+  `mmoe_rec.model.products`;
 - the first use of each number that a device keeps from then on (`mmoe_rec.devices.constant`).
 
 `tests/training/test_host_waits.py` counts them on a device that need not be there.
@@ -21,27 +21,26 @@ next. So the host waits for the device in these places only:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.devices import fp32_products
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import Outputs
+from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
+from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.balance import Balancing, loads_of, split_loads
 from mmoe_rec.training.losses import log_variances, masked_loss
 from mmoe_rec.training.sharding import Sharded
-from mmoe_rec.training.stop import StopRequest
-from mmoe_rec.training.tables_last import TablesLast, nothing
 
 
 @dataclass
@@ -289,3 +288,135 @@ def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
     }
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
     return on_cpu | {"position": None if batch.position is None else batch.position.to_dict()}
+
+
+# Terms of the loss and biases that keep experts in use.
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """weight: of the balance loss; bias_rate: by how much a selection bias changes in a step at the peak learning rate;
+    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is fully in.
+    """
+
+    weight: float = 0.0
+    bias_rate: float = 0.0
+    z_weight: float = 0.0
+    ramp_steps: int = 1000
+
+    @staticmethod
+    def of(model: Model) -> Balancing:
+        """As the `model` section of the settings says."""
+        gates = model.gates
+        return Balancing(
+            gates.balance_weight if gates.balance == "loss" else 0.0,
+            gates.bias_rate if gates.balance == "bias" else 0.0,
+            gates.z_loss,
+            gates.ramp_steps,
+        )
+
+    @property
+    def needs_loads(self) -> bool:
+        """Whether the loads of all ranks are asked for."""
+        return self.weight > 0 or self.bias_rate > 0
+
+    def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor], shares: Tensor) -> Tensor | float:
+        """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
+
+        loads: (E,) of each level, over all ranks; shares: (B,) float32, how much each row counts; their mean over ranks
+        sums to 1.
+        """
+        total: Tensor | float = 0.0
+        if self.weight > 0:
+            pairs = zip(routings, loads, strict=True)
+            total = total + self.weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
+        if self.z_weight > 0:
+            total = total + self.z_weight * sum(z_loss(routing, shares) for routing in routings) / len(routings)
+        return total
+
+    def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
+        """Advances the state of the gates; loads as in `loss`, or empty where they are not needed.
+
+        share: of the peak learning rate. The bias comes to rest with the weights: the loads of one step are noisy, and
+        what they last did to it stays in the model.
+        """
+        for index, each in enumerate(model.mixture.gates):
+            each.let_in(self.ramp_steps)
+            if self.bias_rate > 0:
+                each.even_out(loads[index], self.bias_rate * share)
+
+
+def loads_of(routings: Sequence[Routing], counted: Tensor) -> Tensor:
+    """(sum of E,) float32: the loads of all levels, one after the other, times the number of rows that they are of.
+
+    counted: (B,) float32, 1 for a row that counts and 0 for another.
+    """
+    return counted.sum() * torch.cat([expert_loads(routing, counted) for routing in routings])
+
+
+def split_loads(loads: Tensor, routings: Sequence[Routing]) -> list[Tensor]:
+    """The inverse: (E,) of each level."""
+    return list(loads.split([routing.probabilities.shape[-1] for routing in routings]))
+
+
+# The backward pass in two parts: that of the dense part first, then that of the tables.
+#
+# Tables are updated by their optimizer within their backward pass, so whether the gradient is finite must be known by
+# then. The graph is cut where the tables' outputs enter the dense part; the gradient that arrives there is handed on
+# later, unchanged. The price is that the ranks' exchange of dense gradients does not overlap with that of the tables.
+
+
+class TablesLast:
+    """Cuts the graph in front of a model's `mixture` in each training step."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        self._cuts: list[tuple[Tensor, Tensor]] = []
+        mixture.register_forward_pre_hook(self._cut)
+
+    def _cut(self, mixture: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # torchrec's pipeline traces the model by symbols, which are not tensors.
+        if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
+            return None
+        self._cuts = []
+        return tuple(self._leaf(each) if _has_graph(each) else each for each in arguments)
+
+    def _leaf(self, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        self._cuts.append((output, leaf))
+        return leaf
+
+    @property
+    def finite(self) -> Tensor:
+        """() bool: whether the gradients that have arrived at the cut, and their sum, are finite, on this rank."""
+        # One pass: an infinity or NaN never leaves a sum.
+        found = [leaf.grad.sum() for _, leaf in self._cuts if leaf.grad is not None]
+        return torch.stack(found).isfinite().all() if found else torch.tensor(True)
+
+    def rest(self) -> Tensor:
+        """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut."""
+        parts = [_HandedOn.apply(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
+        self._cuts = []
+        return torch.stack(parts).sum() if parts else nothing()
+
+
+class _HandedOn(torch.autograd.Function):
+    """A zero whose gradient, which has to be 1, becomes a given gradient of what went in."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
+
+
+def nothing() -> Tensor:
+    """What has no backward pass, on any rank."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _has_graph(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad

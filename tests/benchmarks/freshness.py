@@ -147,7 +147,7 @@ class Benchmark:
     def _by_live(self, ranker: Any, period: Any, logs: Any) -> dict[str, np.ndarray]:
         """Predictions by tables as of the start together with what was learnt since, day by day."""
         from mmoe_rec.features.memories.live import Live
-        from mmoe_rec.training.using import threads
+        from mmoe_rec.training.choices import threads
 
         pipeline = ranker.pipeline
         nothing = daily = live = Live.none(pipeline.memory_encoders)

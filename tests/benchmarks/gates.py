@@ -53,7 +53,7 @@ def train_and_score(overrides: Sequence[str], ks: Sequence[int], masks: bool) ->
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
     from mmoe_rec.settings.load import load_settings
-    from mmoe_rec.training.loading import load_plain
+    from mmoe_rec.training.checkpoint import load_plain
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
 

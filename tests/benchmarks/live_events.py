@@ -127,7 +127,7 @@ def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.inference.requests.envelope import ranked_calls
     from mmoe_rec.log.rows import LogRows
-    from mmoe_rec.training.using import threads
+    from mmoe_rec.training.choices import threads
 
     rankers = plain, learnt = LoadedRanker.read(model), LoadedRanker.read(model)
     elements = Bodies(model).elements(CANDIDATES, 1)

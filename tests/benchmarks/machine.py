@@ -52,7 +52,7 @@ def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
     """
     import torch
 
-    from mmoe_rec.model.multiply import by_onednn, onednn_offered
+    from mmoe_rec.model.products import by_onednn, onednn_offered
 
     ways = {"fp32": (torch.float32, torch.mm), "bf16": (torch.bfloat16, torch.mm)}
     if onednn_offered():

@@ -40,7 +40,7 @@ def train_and_score(prepared: Any, settings: Settings) -> dict[str, float]:
     from mmoe_rec.evaluation.summary import summarise
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.training.loading import load_plain
+    from mmoe_rec.training.checkpoint import load_plain
     from mmoe_rec.training.loop import Trainer
     from mmoe_rec.training.ranks import process_group
 

@@ -136,7 +136,7 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
 def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     """Every combination of settings that a training could have chosen here, by name."""
     from mmoe_rec.devices import usable_cores
-    from mmoe_rec.training.ways import ways_on_offer
+    from mmoe_rec.training.tables import ways_on_offer
 
     products = {"fp32": ["precision=fp32", "products=blas"]}
     if "fp32_onednn" in rates:

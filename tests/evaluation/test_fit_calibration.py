@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import fit_calibration as module
 from mmoe_rec.evaluation.fit_calibration import FLATTEST, fit_calibration, isotonic, temperature
 from mmoe_rec.features.layout import TaskOutput
-from mmoe_rec.model.calibration import TaskCalibration
+from mmoe_rec.model.score import TaskCalibration
 
 TASK = TaskOutput("click", "binary")
 

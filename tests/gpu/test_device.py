@@ -19,9 +19,9 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.evaluation.fit_calibration import calibration_rows
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.model.grouped_mm import in_one_product
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.products import in_one_product
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import model as section
 from mmoe_rec.training.losses import masked_loss

@@ -13,9 +13,9 @@ from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.calibration import Calibration
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.sections import Settings

@@ -12,7 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import read_artifact, write_manifest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
-from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import random_log, times_of

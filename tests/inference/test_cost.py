@@ -10,7 +10,7 @@ import torch
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.scorer import Scorer
-from mmoe_rec.model.multiply import Products, onednn_offered
+from mmoe_rec.model.products import Products, onednn_offered
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.memory import CounterMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel

@@ -19,7 +19,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Explanation, Ranking
 from mmoe_rec.inference.requests.request import Request
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.inference.test_passes import assert_same, drawn
 from tests.log.small_logs import DAY, START

@@ -20,8 +20,8 @@ from mmoe_rec.inference.example import TOLERANCE, ExampleScores
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import rewrite_artifact, seal
-from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.model.layout import ModelTask
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from tests.inference.small_model import SmallModel
 
 CALIBRATION = Calibration({"liked": TaskCalibration((-0.1, 0.7), (-1 / 3, 0.4), 0.9)})

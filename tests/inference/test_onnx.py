@@ -20,7 +20,7 @@ from mmoe_rec.inference.export.small import write_small
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact, seal
-from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
 from tests.inference.small_model import SmallModel
 

@@ -21,8 +21,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.requests.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.calibration import Calibration, TaskCalibration
-from mmoe_rec.model.score import fuse, predictions
+from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 KINDS = ["binary", "binary", "regression"]

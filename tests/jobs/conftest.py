@@ -1,6 +1,6 @@
 import pytest
 
-from mmoe_rec.model.calibration import Calibration, TaskCalibration
+from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import cut_finely
 from tests.log.small_logs import BASE, random_log, with_requests

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.jobs.seeds.side_by_side import side_by_side
-from mmoe_rec.training.stop import StopRequest
 
 
 def saving(folder: str) -> str:

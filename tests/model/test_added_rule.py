@@ -71,8 +71,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a package that has a rule more."""
     folder = tmp_path_factory.mktemp("added")
     package = AddedPackage(folder)
-    package.replace("model/routing_rules.py", RULES, f"{RULE}\n\n{RULES}")
-    package.replace("model/routing_rules.py", "    SharedRoute(),", "    SharedRoute(),\n    AboveAverage(),")
+    package.replace("model/routing.py", RULES, f"{RULE}\n\n{RULES}")
+    package.replace("model/routing.py", "    SharedRoute(),", "    SharedRoute(),\n    AboveAverage(),")
     model = {
         "bottom": {"units": [16], "cross_layers": 1, "cross_rank": 8},
         "experts": {"count": EXPERTS, "units": [8], "compute": "grouped"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe_rec.model.calibration import UNCALIBRATED, Calibration, TaskCalibration
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 
 CURVE = TaskCalibration((-2.0, 0.5, 3.0), (-1.0, -0.5, 4.0), 0.25)
 

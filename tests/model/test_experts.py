@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mmoe_rec.model import levels as levels_module
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.multiply import Products
-from mmoe_rec.model.products import Dispatch, combine, grouped_linear
+from mmoe_rec.model.products import Dispatch, Products, combine, grouped_linear
 from mmoe_rec.settings import model as section
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.levels import RAMP, Gates, keep_some
-from mmoe_rec.model.routing_rule import Routing, balance_loss, expert_loads, z_loss
+from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.settings import model as section
 from tests.reference import model as reference
 

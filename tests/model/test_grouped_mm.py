@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mmoe_rec.model import grouped_mm, levels
-from mmoe_rec.model.grouped_mm import BLOCK, Sent, gradients, in_one_product
+from mmoe_rec.model import levels, products
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import build_mixture
+from mmoe_rec.model.products import BLOCK, Sent, gradients, in_one_product
 from mmoe_rec.settings import model as section
 from tests.model.examples import small_settings
 
@@ -93,7 +93,7 @@ def test_it_is_for_bf16_and_whole_blocks_on_gpus_that_have_the_product(monkeypat
     with FakeTensorMode():
         rows = {kind: torch.empty(4, 8, dtype=torch.bfloat16, device=kind) for kind in ("cpu", "cuda")}
         for capability, has_it in (((9, 0), True), ((10, 0), True), ((8, 0), False), ((12, 0), False)):
-            monkeypatch.setattr(grouped_mm, "_capability", lambda device, found=capability: found)
+            monkeypatch.setattr(products, "_capability", lambda device, found=capability: found)
             assert in_one_product(rows["cuda"], (8, 16, 64)) == has_it
             assert not in_one_product(rows["cuda"], (8, 12))
             assert not in_one_product(rows["cuda"].float(), (8, 16))

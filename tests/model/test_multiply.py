@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.model import multiply
+from mmoe_rec.model import products as products_module
 from mmoe_rec.model.mmoe import build_mixture
-from mmoe_rec.model.multiply import (
+from mmoe_rec.model.products import (
     Linear,
     Multiplying,
     Products,
+    StackedLinear,
     by_onednn,
+    grouped_linear,
     onednn_offered,
     products_of,
     set_products,
 )
-from mmoe_rec.model.products import StackedLinear, grouped_linear
 from mmoe_rec.settings.model import Model
 
 pytestmark = pytest.mark.skipif(not onednn_offered(), reason="this build of torch has no oneDNN")
@@ -53,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append((*left.shape, right.shape[1]))
         return by_onednn(left, right, bias)
 
-    monkeypatch.setattr(multiply, "by_onednn", noted)
+    monkeypatch.setattr(products_module, "by_onednn", noted)
     return shapes
 
 
@@ -211,7 +212,7 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> Tensor:
         raise AttributeError
 
-    monkeypatch.setattr(multiply, "by_onednn", missing)
+    monkeypatch.setattr(products_module, "by_onednn", missing)
     onednn_offered.cache_clear()
     try:
         with pytest.raises(UserError, match=r"^training\.products is onednn, but torch does not multiply by it"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmoe_rec.model.routing_rule import Gated, RoutingRule
-from mmoe_rec.model.routing_rules import RULES, rule_named
+from mmoe_rec.model.routing import RULES, Gated, RoutingRule, rule_named
 from mmoe_rec.settings.help import describe
 
 

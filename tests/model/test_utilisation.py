@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.routing_rule import Routing
-from mmoe_rec.model.routing_rules import rule_named
+from mmoe_rec.model.routing import Routing, rule_named
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 
 

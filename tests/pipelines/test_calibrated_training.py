@@ -11,7 +11,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import Scored, score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import train as steps
-from mmoe_rec.model.calibration import UNCALIBRATED, Calibration
+from mmoe_rec.model.score import UNCALIBRATED, Calibration
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry

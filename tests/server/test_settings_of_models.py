@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.jobs.serve import limits_of
-from mmoe_rec.model.multiply import onednn_offered
+from mmoe_rec.model.products import onednn_offered
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models

@@ -23,7 +23,7 @@ from mmoe_rec.inference.export.compare import drawn_requests
 from mmoe_rec.inference.export.small import write_small
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.log.request_rows import StoredColumn
-from mmoe_rec.model.multiply import Products
+from mmoe_rec.model.products import Products
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.options import Options

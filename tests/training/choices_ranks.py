@@ -8,17 +8,17 @@ from pathlib import Path
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training import measure, using
-from mmoe_rec.training.choices import Choices
+from mmoe_rec.training import choices as choices_module
+from mmoe_rec.training import measure
+from mmoe_rec.training.choices import Choices, kept
 from mmoe_rec.training.measure import Chooser
-from mmoe_rec.training.using import kept
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.ranks import CPU, join
 
 
 def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     """Chooses the library of products, and keeps an earlier choice, where ranks after the first have no oneDNN."""
-    for module in (measure, using):
+    for module in (measure, choices_module):
         module.onednn_offered = lambda: rank == 0  # type: ignore[attr-defined]
     ids = make_batch(random_rows(50)[0], LAYOUT, torchrec=False).ids
     settings = Training(precision="fp32", tables="torch", threads=1)

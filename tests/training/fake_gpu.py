@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoe_rec import devices
-from mmoe_rec.model import grouped_mm
+from mmoe_rec.model import products
 
 CUDA = torch.device("cuda", 0)
 PACKAGE = Path(devices.__file__).parent
@@ -114,7 +114,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Within the block, new tensors are fake, and a GPU of compute capability 9 seems to be there."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(grouped_mm, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(products, "_capability", lambda device: (9, 0))
     monkeypatch.delattr(FakeTensor, "tolist")  # which reads one number after the other
     devices.constant.cache_clear()
     try:

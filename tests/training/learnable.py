@@ -23,7 +23,7 @@ from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.loading import load_plain
+from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, random_rows

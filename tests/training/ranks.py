@@ -16,7 +16,7 @@ from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.ways import Way
+from mmoe_rec.training.tables import Way
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.processes import until

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training import loop
 from mmoe_rec.training.checkpoint import Checkpoint, latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.stop import StopRequest
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, TRAINING, plain_model, write_prepared
 from tests.training.resuming import DROPS, STEPS, CrashError, crash, train

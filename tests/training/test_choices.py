@@ -16,23 +16,22 @@ from mmoe_rec.batches.batch import KeyedIds, make_batch
 from mmoe_rec.batches.prefetch import OnDemand
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.train import train_model
-from mmoe_rec.model import multiply
+from mmoe_rec.model import products as products_module
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.multiply import Multiplying, onednn_offered
+from mmoe_rec.model.products import Multiplying, onednn_offered
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training import measure, timing, using
+from mmoe_rec.training import choices as choices_module
+from mmoe_rec.training import measure
 from mmoe_rec.training.checkpoint import latest_checkpoint
-from mmoe_rec.training.choices import Choices, faster
+from mmoe_rec.training.choices import Choices, faster, kept
 from mmoe_rec.training.loop import Trainer
-from mmoe_rec.training.measure import Chooser
-from mmoe_rec.training.timing import GIVE_UP, milliseconds
-from mmoe_rec.training.using import kept
+from mmoe_rec.training.measure import GIVE_UP, Chooser, milliseconds
 from tests.model.examples import LAYOUT, random_rows
 from tests.pipelines.learnable_log import write_files
 from tests.training.choices_ranks import choose_on_a_rank
@@ -63,7 +62,7 @@ def _onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if onednn_offered():
         yield
         return
-    monkeypatch.setattr(multiply, "by_onednn", lambda left, right, bias=None: linear(left, right.t(), bias))
+    monkeypatch.setattr(products_module, "by_onednn", lambda left, right, bias=None: linear(left, right.t(), bias))
     onednn_offered.cache_clear()
     yield
     onednn_offered.cache_clear()
@@ -152,7 +151,7 @@ def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path
 
 @pytest.mark.parametrize("offered", [True, False])
 def test_a_library_of_products_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch, offered: bool) -> None:
-    monkeypatch.setattr(using, "onednn_offered", lambda: offered)
+    monkeypatch.setattr(choices_module, "onednn_offered", lambda: offered)
     before = replace(CHOICES, products="onednn")
     assert kept(before, Training(), CPU).products == ("onednn" if offered else "blas")
     assert kept(before, Training(products="blas"), CPU).products == "blas"
@@ -161,7 +160,7 @@ def test_a_library_of_products_that_is_not_here_gives_way(monkeypatch: pytest.Mo
 def test_what_is_not_on_offer_is_told_before_features_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multiply, "onednn_offered", lambda: False)
+    monkeypatch.setattr(products_module, "onednn_offered", lambda: False)
     settings = load_settings(write_files(tmp_path), ["--training.products", "onednn"])
     with pytest.raises(
         UserError, match=r"^training\.products is onednn, but torch does not multiply by it in fp32 here"
@@ -240,7 +239,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def option(self, name: str, *seconds: float) -> Callable[[], None]:
         """What takes so long at its first call, its second, and so on; then what the last took."""
@@ -285,7 +284,7 @@ def test_a_training_that_goes_on_keeps_them() -> None:
 
 
 def test_a_way_of_tables_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(using, "ways_on_offer", lambda: ("fbgemm",))
+    monkeypatch.setattr(choices_module, "ways_on_offer", lambda: ("fbgemm",))
     assert kept(CHOICES, Training(), CPU).tables == "fbgemm"
     with pytest.raises(UserError, match=r"^training\.tables is fbgemm_reference, a way of CPUs"):
         kept(CHOICES, Training(tables="fbgemm_reference"), torch.device("cuda", 0))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.training import cpuinfo
+from mmoe_rec.training import fbgemm
 
 CODE = """
 import sys
 import torch
-from mmoe_rec.training import cpuinfo
+from mmoe_rec.training import fbgemm
 if sys.argv[1] == "share":
-    print(cpuinfo.share_cpuinfo(), cpuinfo.share_cpuinfo())
+    print(fbgemm.share_cpuinfo(), fbgemm.share_cpuinfo())
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
@@ -70,39 +70,39 @@ def test_versions_that_were_not_tried_are_left_alone(
     monkeypatch: pytest.MonkeyPatch, torch: str, of_fbgemm: str, tried: bool
 ) -> None:
     empty, known = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"AVX2", 8)
-    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
-    monkeypatch.setattr(cpuinfo, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
-    monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
+    monkeypatch.setattr(fbgemm, "_shared", fbgemm._Shared())
+    monkeypatch.setattr(fbgemm, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
+    monkeypatch.setattr(fbgemm, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
     if tried:
-        assert cpuinfo.can_be_withheld()
+        assert fbgemm.can_be_withheld()
         for _ in range(2):
-            assert cpuinfo.share_cpuinfo()
-            assert not cpuinfo.share_cpuinfo()
+            assert fbgemm.share_cpuinfo()
+            assert not fbgemm.share_cpuinfo()
             assert empty.raw == known.raw
-            cpuinfo.withhold_cpuinfo()
+            fbgemm.withhold_cpuinfo()
             assert not any(empty.raw)
-        assert cpuinfo.can_be_withheld()
+        assert fbgemm.can_be_withheld()
     else:
         warned = f"with torch {re.escape(torch)} and fbgemm {of_fbgemm}, .*: install torch 2.14.\\* and fbgemm 1.9.\\*$"
         with pytest.warns(UserWarning, match=warned):
-            assert not cpuinfo.share_cpuinfo()
+            assert not fbgemm.share_cpuinfo()
         assert not any(empty.raw)
-        assert not cpuinfo.can_be_withheld()
+        assert not fbgemm.can_be_withheld()
 
 
 def test_no_warning_where_nothing_is_amiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpuinfo, "_shared", cpuinfo._Shared())
-    monkeypatch.setattr(cpuinfo, "_to_copy", lambda: None)
-    monkeypatch.setattr(cpuinfo, "_versions", lambda: {"torch": "9.0", "fbgemm": "9.0"})
-    assert not cpuinfo.share_cpuinfo()
-    cpuinfo.withhold_cpuinfo()
-    assert not cpuinfo.can_be_withheld()
+    monkeypatch.setattr(fbgemm, "_shared", fbgemm._Shared())
+    monkeypatch.setattr(fbgemm, "_to_copy", lambda: None)
+    monkeypatch.setattr(fbgemm, "_versions", lambda: {"torch": "9.0", "fbgemm": "9.0"})
+    assert not fbgemm.share_cpuinfo()
+    fbgemm.withhold_cpuinfo()
+    assert not fbgemm.can_be_withheld()
 
 
 def test_the_installed_versions_are_known() -> None:
-    code = f"from {cpuinfo.__name__} import _to_copy; print(_to_copy() is None)"  # here another test may have copied it
+    code = f"from {fbgemm.__name__} import _to_copy; print(_to_copy() is None)"  # here another test may have copied it
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if done.stdout.strip() == "True":
         pytest.skip("there is one answer, and nothing to copy")
-    for name, found in cpuinfo._versions().items():
-        assert found.startswith(cpuinfo.TRIED[name]), "try the copy with these versions, then add them"
+    for name, found in fbgemm._versions().items():
+        assert found.startswith(fbgemm.TRIED[name]), "try the copy with these versions, then add them"

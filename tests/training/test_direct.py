@@ -12,11 +12,9 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import by_name, torchrec_tables
-from mmoe_rec.training.direct import look_up_directly
-from mmoe_rec.training.one_process import Pooled
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.ways import table_batches, use_way, ways_on_offer
+from mmoe_rec.training.tables import Pooled, look_up_directly, table_batches, use_way, ways_on_offer
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.ranks import CPU
 

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
+from mmoe_rec.errors import StopRequest
 from mmoe_rec.evaluation.scoring import predictions
 from mmoe_rec.model import levels
-from mmoe_rec.model.grouped_mm import Sent
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, Towers
-from mmoe_rec.model.routing_rules import RULES
+from mmoe_rec.model.products import Sent
+from mmoe_rec.model.routing import RULES
 from mmoe_rec.model.score import fuse
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.training.balance import Balancing
 from mmoe_rec.training.losses import add_log_variances
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.steps import Steps
-from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.training.steps import Balancing, Steps
 from mmoe_rec.training.validation import ValidationSums
 from tests.model.examples import random_rows, small_model
 from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.training import loop, sharding, ways
+from mmoe_rec.training import loop, sharding
+from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
@@ -29,7 +30,7 @@ Place = Callable[[], Any]
 def without_torchrec() -> Iterator[None]:
     """As on a machine that has neither torchrec nor fbgemm."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, sharding, ways):
+        for module in (loop, sharding, tables_module):
             patch.setattr(module, "torchrec_installed", lambda: False)
         yield
 
@@ -37,7 +38,7 @@ def without_torchrec() -> Iterator[None]:
 @contextmanager
 def with_way(way: str) -> Iterator[None]:
     """With torchrec, in one of the ways that this machine offers."""
-    if way not in ways.ways_on_offer():
+    if way not in tables_module.ways_on_offer():
         pytest.skip(f"{way} is not on offer here")
     yield
 

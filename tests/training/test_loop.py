@@ -20,8 +20,7 @@ from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training import loop
-from mmoe_rec.training.loop import Trainer
-from mmoe_rec.training.meter import Meter
+from mmoe_rec.training.loop import Meter, Trainer
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.steps import learning_rate_share
 from mmoe_rec.training.validation import Validation

@@ -19,7 +19,7 @@ from mmoe_rec.model.tables import (
     to_stored,
     torchrec_tables,
 )
-from mmoe_rec.training.loading import load_plain
+from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard

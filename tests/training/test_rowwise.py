@@ -12,9 +12,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.training import rowwise
-from mmoe_rec.training.rowwise import Place, RowWise, Storage
-from mmoe_rec.training.ways import set_way, tell_fbgemm, ways_on_offer
+from mmoe_rec.training import tables as tables_module
+from mmoe_rec.training.tables import Place, RowWise, Storage, set_way, tell_fbgemm, ways_on_offer
 from tests.training.reference import ReferenceTables, flat, random_bags
 
 ROWS = [7, 90, 30, 1]
@@ -64,7 +63,7 @@ def test_many_steps_equal_a_loop_over_rows(
     longest: int, widths: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids repeated within a row and between rows and inputs, rows without ids, and rates that change."""
-    monkeypatch.setattr(rowwise, "_MOST_INT32", 2**31 - 1 if kind == torch.int32 else 0)
+    monkeypatch.setattr(tables_module, "_MOST_INT32", 2**31 - 1 if kind == torch.int32 else 0)
     tables = Tables(WIDTHS[widths], seed=longest)
     random = np.random.default_rng(longest)
     for step in range(12):

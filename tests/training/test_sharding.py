@@ -14,7 +14,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
-from mmoe_rec.training.loading import load_plain
+from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.routing_rule import Routing, balance_loss, expert_loads, z_loss
+from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.training.balance import Balancing, loads_of
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
+from mmoe_rec.training.steps import Balancing, loads_of
 from tests.model.examples import LAYOUT
 from tests.training.learnable import TRAINING, learnable_rows, plain_model, write_prepared
 from tests.training.saving import save_weights

@@ -14,9 +14,9 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.log.hashing import mix
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
-from mmoe_rec.model.routing_rule import Routing
+from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.training import own_labels
+from mmoe_rec.training import validation
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, validate
 from tests.model.examples import LAYOUT
@@ -209,7 +209,7 @@ def test_gauc_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> No
 
 
 def test_gauc_of_a_share_of_the_users_is_that_of_these_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_labels, "ROWS_KEPT", 700)  # of 2,000: a quarter of the users
+    monkeypatch.setattr(validation, "ROWS_KEPT", 700)  # of 2,000: a quarter of the users
     logits, labels, gates = example(2_000)
     users = mix(np.random.default_rng(3).integers(0, 90, 2_000).astype(np.uint64)).view(np.int64)
     kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(4) == 0

@@ -25,7 +25,7 @@ from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.preprocessing.added.extend import extend
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.model import Model
-from mmoe_rec.training.loading import load_plain
+from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
 from mmoe_rec.training.warm_start import WarmStart

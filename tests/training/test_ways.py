@@ -13,10 +13,11 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import torchrec_tables
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training import installed, trial, ways
+from mmoe_rec.training import fbgemm, measure
+from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.ways import Way, table_batches, use_way, way_of, ways_on_offer
+from mmoe_rec.training.tables import Way, table_batches, use_way, way_of, ways_on_offer
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.ranks import CPU
 
@@ -30,7 +31,7 @@ def test_the_setting_takes_what_there_is() -> None:
 
 def test_fbgemm_that_cannot_be_kept_from_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the CPU build of torch."""
-    monkeypatch.setattr(ways, "can_be_withheld", lambda: False)
+    monkeypatch.setattr(tables_module, "can_be_withheld", lambda: False)
     assert ways_on_offer() == ("fbgemm", "torch")
     with pytest.raises(
         UserError, match=r"^training\.tables is fbgemm_reference, but .*: set it to auto, or .*\(fbgemm, t"
@@ -45,7 +46,7 @@ def test_on_gpus_there_is_one_way() -> None:
 
 
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (installed, ways):
+    for module in (fbgemm, tables_module):
         monkeypatch.setattr(module, "torchrec_installed", lambda: False)
     assert ways_on_offer() == ("torch",)
     assert way_of("auto", "cpu") == "torch"
@@ -74,8 +75,8 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
     def failing(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(installed.importlib, "import_module", failing)
-    asked = installed.torchrec_installed.__wrapped__
+    monkeypatch.setattr(fbgemm.importlib, "import_module", failing)
+    asked = fbgemm.torchrec_installed.__wrapped__
     if found is None:
         with pytest.raises(UserError, match="are installed, but do not load"):
             asked()
@@ -110,7 +111,7 @@ def test_a_sharded_model_changes_its_way_between_steps() -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torchrec: bool, there: bool) -> None:
     if not there:
-        for module in (trial, ways):
+        for module in (measure, tables_module):
             monkeypatch.setattr(module, "torchrec_installed", lambda: False)
     encoded, _ = random_rows(50)
     ids = make_batch(encoded, LAYOUT, torchrec=torchrec).ids
@@ -122,7 +123,7 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         backward(pooled, gradient)
 
     for way in ways_on_offer():
-        once = trial.trial(way, LAYOUT, ids, rows_at_most=20)
+        once = measure.trial(way, LAYOUT, ids, rows_at_most=20)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "backward", counted)
             once()
@@ -131,7 +132,7 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.ids))
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(ways_on_offer())
-    trial.trial(ways_on_offer()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
+    measure.trial(ways_on_offer()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
 
 
 @pytest.mark.parametrize("way", get_args(Way))
@@ -141,6 +142,6 @@ def test_a_trial_takes_inputs_in_any_order(way: Way) -> None:
     assert [each.table for each in ids].count("t2") == 2
     layout = replace(LAYOUT, ids=ids)
     encoded, _ = random_rows(300, seed=5, layout=layout)
-    once = trial.trial(way, layout, make_batch(encoded, layout, torchrec=False).ids)
+    once = measure.trial(way, layout, make_batch(encoded, layout, torchrec=False).ids)
     for _ in range(3):
         once()

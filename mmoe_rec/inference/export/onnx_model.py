@@ -37,7 +37,7 @@ from mmoe_rec.inference.writing import write_tensors
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.multiply import set_products
+from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import PlainTables
 

@@ -150,7 +150,7 @@ def _choices() -> dict[str, str]:
     """Device -> what a training of common size would compute in there."""
     import torch
 
-    from mmoe_rec.training.sample import sample_choices
+    from mmoe_rec.training.measure import sample_choices
 
     devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
     return {device.type: str(sample_choices(device)) for device in devices}
@@ -159,7 +159,7 @@ def _choices() -> dict[str, str]:
 def _plain_sums() -> Any:
     import torch
 
-    from mmoe_rec.training.rowwise import Place, RowWise, Storage
+    from mmoe_rec.training.tables import Place, RowWise, Storage
 
     storage = Storage(torch.ones(12), torch.zeros(3), torch.zeros(()), 1.0)
     ids, offsets = torch.tensor([0, 2, 1]), torch.tensor([0, 2, 3])

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if arguments.world_size > MOST_RANKS:
         raise UserError(f"--world-size {arguments.world_size} is more than a plan is made for, {MOST_RANKS:,}")
-    from mmoe_rec.training.installed import require_torchrec
+    from mmoe_rec.training.fbgemm import require_torchrec
 
     require_torchrec("a plan")
     import torch

@@ -38,9 +38,9 @@ from mmoe_rec.tracking.runs import Run
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.model.calibration import Calibration
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.score import Calibration
 
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 

@@ -184,7 +184,7 @@ def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
 def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (N, T) and scores (N,) float64 of rows that come with what counters and histories say of them."""
     from mmoe_rec.model.score import from_logs
-    from mmoe_rec.training.using import threads
+    from mmoe_rec.training.choices import threads
 
     values, logs = [], []
     with threads(1), bar() as progress:

@@ -18,8 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
-from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.training.stop import StopRequest
+from mmoe_rec.errors import StoppedError, StopRequest, UserError
 
 Asked = TypeVar("Asked")
 _SECONDS_BETWEEN_LOOKS = 0.5

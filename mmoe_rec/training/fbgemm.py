@@ -1,23 +1,74 @@
-"""Lets fbgemm's CPU kernels use the processor's vector instructions.
+"""torchrec and fbgemm: whether they are installed, and whether fbgemm's kernels may use the processor's vector units.
 
-fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the
-answer from a variable of libc10. In the CUDA build of torch, which is the one on PyPI, libtorch has a second copy of
-this variable, into which that code writes instead. So fbgemm finds an empty one and falls back to its reference loops:
-updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11, 2.12
-and 2.13 with fbgemm 1.6, 1.7 and 1.8 have one copy, and nothing to do.
-
-As this writes into another library's memory, it is done only with the versions that it was tried with. The file can go
-when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
+Without them, one process trains on plain PyTorch tables.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.program import spelled
+
+_PARTS = ("torchrec", "fbgemm_gpu")
+
+
+@functools.cache
+def torchrec_installed() -> bool:
+    """Whether torchrec can be imported. Raises UserError where it is installed, but does not load."""
+    try:
+        for name in _PARTS:
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _PARTS:
+            return False
+        raise _does_not_load(error) from error
+    except (ImportError, OSError, AttributeError) as error:
+        raise _does_not_load(error) from error
+    return True
+
+
+def require_torchrec(what: str, instead: str = "") -> None:
+    """Raises UserError where torchrec is not installed. what: what needs it, such as "a plan"; instead: of it."""
+    if not torchrec_installed():
+        raise UserError(
+            f"{what} needs torchrec and fbgemm, which are not installed; they come with the extra cpu or cuda, and "
+            f"`{spelled('python -m pipelines.doctor')}` says what to type{instead and f'; or {instead}'}"
+        )
+
+
+def note() -> str:
+    """What a training without torchrec says of its tables."""
+    return (
+        "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
+        f"`{spelled('python -m pipelines.doctor')}` says what to type for sharded tables"
+    )
+
+
+def _does_not_load(error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return UserError(
+        f"torchrec and fbgemm are installed, but do not load ({reason}): "
+        f"{spelled('python -m pipelines.doctor')} says what to type"
+    )
+
+
+# fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the
+# answer from a variable of libc10. In the CUDA build of torch, which is the one on PyPI, libtorch has a second copy of
+# this variable, and that code writes into the copy. So fbgemm finds an empty variable and falls back to its reference
+# loops: updating tables then takes ten times as long (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11,
+# 2.12 and 2.13 with fbgemm 1.6, 1.7 and 1.8 have one copy, and nothing to do.
+#
+# As the code below writes into another library's memory, it does so only with the versions that it was tried with. It
+# can go when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
+
 
 TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
 """How the versions that the copy was tried with begin."""

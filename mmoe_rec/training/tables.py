@@ -1,0 +1,505 @@
+"""Embedding tables on a CPU: look-up, and update by row-wise Adagrad, in plain PyTorch or by fbgemm.
+
+`RowWise` is the plain way. All tables lie in one flat storage, rows one after the other, and so does Adagrad's one
+number a row. Inputs whose tables are equally wide are looked up and updated together, as rows of one matrix: an update
+sorts the rows that were looked up, adds up the gradients of equal ones (in the order of the batch, so that a result
+never depends on threads), and then touches each row once. For F inputs, B rows of a batch, D columns of a table.
+
+Row-wise Adagrad (as in fbgemm; Duchi et al. 2011, with one sum of squares for a row of D columns):
+    momentum += mean(g^2);  w -= rate * g / (sqrt(momentum) + eps)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.errors import UserError
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.tables import stored_width, used_tables
+from mmoe_rec.training.fbgemm import (
+    can_be_withheld,
+    require_torchrec,
+    share_cpuinfo,
+    torchrec_installed,
+    withhold_cpuinfo,
+)
+
+_MOST_INT32 = 2**31 - 1  # sorting numbers of 32 bits takes two thirds of the time
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the table of an input lies: number of its first weight, and of its first row's momentum."""
+
+    table: str
+    rows: int
+    width: int
+    weight: int
+    momentum: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Weights and momentum of all tables, flat float32; rate: () float32, the learning rate of the next update."""
+
+    weights: Tensor
+    momentum: Tensor
+    rate: Tensor
+    eps: float
+
+
+class RowWise:
+    """Looks up inputs in tables, and updates these in the backward pass. places: of each input's table."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self._widths = [place.width for place in places]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, place in enumerate(places):
+            alike.setdefault((place.width, place.weight % place.width), []).append(number)
+        self._groups = [_Group.of(places, numbers) for numbers in alike.values()]
+
+    def look_up(self, storage: Storage, ids: Tensor, offsets: Tensor, graph: Tensor) -> Tensor:
+        """(B, sum of widths) float32: the sums of each input's rows.
+
+        Args:
+            storage: is updated in the backward pass of what is returned.
+            ids: (n,) integers, key-major.
+            offsets: (F * B + 1,) where each row's ids of each input begin.
+            graph: a tensor that takes a gradient, but will not get one.
+
+        Raises:
+            UserError: a table has no such row.
+        """
+        pooled: Tensor = _LookUp.apply(graph, self, storage, ids, offsets)
+        return pooled
+
+    def forward(self, storage: Storage, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[_Found]]:
+        """What `look_up` returns, and what `update` needs to know of it."""
+        batch = (len(offsets) - 1) // len(self.places)
+        single = len(ids) == len(offsets) - 1 and bool((offsets.diff() == 1).all())
+        ends = offsets[::batch].tolist() if batch else [0] * (len(self.places) + 1)
+        self._check(ids, ends)
+        sums, found = [], []
+        for group in self._groups:
+            matrix = group.matrix(storage.weights)
+            if single:
+                rows = group.single(ids.view(len(self.places), batch))
+                found.append(_Found(rows, None))
+                sums.append(matrix.index_select(0, rows).view(batch, len(group.inputs) * group.width))
+            else:
+                rows, lengths = group.ragged(ids, offsets, ends, batch)
+                starts = functional.pad(lengths.cumsum(0, dtype=rows.dtype), (1, 0))
+                pooled = functional.embedding_bag(rows, matrix, starts, mode="sum", include_last_offset=True)
+                inputs = len(group.inputs)
+                parts = pooled.view(inputs, batch, group.width)
+                sums.append(parts.transpose(0, 1).reshape(batch, inputs * group.width))
+                bags = torch.arange(inputs * batch).view(batch, inputs).t().reshape(-1)
+                found.append(_Found(rows, bags.repeat_interleave(lengths)))
+        return self._in_order(sums), found
+
+    def update(self, storage: Storage, found: Sequence[_Found], gradient: Tensor) -> None:
+        """One step of the tables. gradient: (B, sum of widths), of what was looked up."""
+        for group, each, part in zip(self._groups, found, self._by_group(gradient), strict=True):
+            group.update(storage, each, part.reshape(-1, group.width))
+
+    def _check(self, ids: Tensor, ends: list[int]) -> None:
+        for place, (first, last) in zip(self.places, pairwise(ends), strict=True):
+            if first == last:
+                continue
+            low, high = ids[first:last].aminmax()
+            if low < 0 or high >= place.rows:
+                raise UserError(
+                    f"table '{place.table}' has {place.rows:,} rows, and row {int(low if low < 0 else high)} was "
+                    "looked up: the encoded rows are not of the features that the model was made for; build them again"
+                )
+
+    def _in_order(self, sums: list[Tensor]) -> Tensor:
+        """Columns of all groups, in the order of inputs."""
+        if len(sums) == 1:
+            return sums[0]
+        parts: dict[int, Tensor] = {}
+        for group, each in zip(self._groups, sums, strict=True):
+            parts |= dict(zip(group.inputs, each.split(group.width, dim=1), strict=True))
+        return torch.cat([parts[number] for number in range(len(parts))], dim=1)
+
+    def _by_group(self, gradient: Tensor) -> list[Tensor]:
+        """The columns of each group."""
+        if len(self._groups) == 1:
+            return [gradient]
+        parts = gradient.split(self._widths, dim=1)
+        return [torch.cat([parts[number] for number in group.inputs], dim=1) for group in self._groups]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows of a group's matrix that were looked up, and the row of the gradient that each gets.
+
+    bags: None where rows and gradient have the same order.
+    """
+
+    rows: Tensor
+    bags: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Inputs whose tables are rows of one matrix.
+
+    first: number of the matrix' first weight; starts: (F,) first row of each input's table; bounds: first rows of the
+    tables, ascending; shifts: what leads from a row of each table to the number of its momentum; every: whether all
+    inputs are in this group.
+    """
+
+    inputs: list[int]
+    width: int
+    first: int
+    starts: Tensor
+    bounds: Tensor
+    shifts: Tensor
+    every: bool
+
+    @staticmethod
+    def of(places: Sequence[Place], inputs: list[int]) -> _Group:
+        width, first = places[inputs[0]].width, places[inputs[0]].weight % places[inputs[0]].width
+        own = [places[number] for number in inputs]
+        starts = [(place.weight - first) // width for place in own]
+        last = max(start + place.rows for start, place in zip(starts, own, strict=True))
+        kind = torch.int32 if last <= _MOST_INT32 else torch.int64
+        tables = sorted({start: place.momentum - start for start, place in zip(starts, own, strict=True)}.items())
+        bounds, shifts = (torch.tensor(each) for each in zip(*tables, strict=True))
+        every = len(inputs) == len(places)
+        return _Group(inputs, width, first, torch.tensor(starts, dtype=kind), bounds.to(kind), shifts, every)
+
+    def matrix(self, weights: Tensor) -> Tensor:
+        """(rows, width) of the weights themselves."""
+        rows = (len(weights) - self.first) // self.width
+        return weights.detach().as_strided((rows, self.width), (self.width, 1), weights.storage_offset() + self.first)
+
+    def single(self, ids: Tensor) -> Tensor:
+        """(B * F,) rows, batch by batch, of ids (F, B) of all inputs."""
+        own = ids if self.every else ids[self.inputs]
+        return (own.to(self.starts.dtype) + self.starts[:, None]).t().reshape(-1)
+
+    def ragged(self, ids: Tensor, offsets: Tensor, ends: list[int], batch: int) -> tuple[Tensor, Tensor]:
+        """(n,) rows of the group's inputs, key-major, and (F * B,) how many of them each bag has."""
+        lengths = offsets.diff()
+        if not self.every:
+            ids = torch.cat([ids[ends[number] : ends[number + 1]] for number in self.inputs])
+            lengths = lengths.view(len(ends) - 1, batch)[self.inputs].view(-1)
+        counts = torch.tensor([ends[number + 1] - ends[number] for number in self.inputs])
+        return ids.to(self.starts.dtype) + self.starts.repeat_interleave(counts), lengths
+
+    def update(self, storage: Storage, found: _Found, gradient: Tensor) -> None:
+        """gradient: (B * F, D)."""
+        if len(found.rows) == 0:
+            return
+        ordered, order = found.rows.sort(stable=True)
+        new = torch.ones(len(ordered), dtype=torch.bool)
+        torch.ne(ordered[1:], ordered[:-1], out=new[1:])
+        runs = new.nonzero().view(-1)
+        rows = ordered.index_select(0, runs)
+        bags = order if found.bags is None else found.bags.index_select(0, order)
+        sums = functional.embedding_bag(bags, gradient, runs, mode="sum")
+        places = rows + self._shifts_of(rows)
+        storage.momentum.index_add_(0, places, sums.square().mean(1))
+        scale = -storage.rate / storage.momentum.index_select(0, places).sqrt_().add_(storage.eps)
+        matrix = self.matrix(storage.weights)
+        matrix.index_copy_(0, rows.long(), matrix.index_select(0, rows).add_(sums.mul_(scale[:, None])))
+
+    def _shifts_of(self, rows: Tensor) -> Tensor:
+        if (self.shifts == self.shifts[0]).all():
+            return self.shifts[0]
+        return self.shifts[torch.bucketize(rows, self.bounds, right=True) - 1]
+
+
+class _LookUp(torch.autograd.Function):
+    """Has the backward pass update the tables, which take no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, tables: RowWise, storage: Storage, ids: Tensor, offsets: Tensor) -> Tensor:
+        pooled, ctx.found = tables.forward(storage, ids, offsets)
+        ctx.tables, ctx.storage = tables, storage
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.tables.update(ctx.storage, ctx.found, gradient.contiguous())
+        return None, None, None, None, None
+
+
+# One process on a CPU in plain PyTorch, for machines without torchrec.
+#
+# A checkpoint holds the same state under the same names as with torchrec's collection and its fused optimizer, so a
+# training may go on with or without torchrec.
+
+
+EPS = 1e-8  # as fbgemm has it where nothing else is said
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Sums of the embeddings of each input, with the methods of torchrec's KeyedTensor that are read."""
+
+    names: list[str]
+    widths: list[int]
+    sums: Tensor
+
+    def keys(self) -> list[str]:
+        """Names of the inputs."""
+        return self.names
+
+    def values(self) -> Tensor:
+        """(B, sum of widths) float32."""
+        return self.sums
+
+    def length_per_key(self) -> list[int]:
+        """Width of each input."""
+        return self.widths
+
+
+class OneProcessTables(nn.Module):
+    """The tables of a layout, as wide as they are stored; zeros until they are filled.
+
+    State: `embedding_bags.<table>.weight`, no parameters, as the backward pass itself updates the tables.
+    """
+
+    def __init__(self, layout: ModelLayout) -> None:
+        super().__init__()
+        # Equally wide tables stand side by side, so that they are rows of one matrix.
+        tables = sorted(used_tables(layout), key=lambda table: stored_width(table.dim))
+        weights = torch.zeros(sum(table.rows * stored_width(table.dim) for table in tables))
+        momentum = torch.zeros(sum(table.rows for table in tables))
+        self.storage = Storage(weights, momentum, torch.zeros(()), EPS)
+        self.embedding_bags = nn.ModuleDict()
+        self.momentum: dict[str, Tensor] = {}
+        places = {}
+        first = row = 0
+        for table in tables:
+            width = stored_width(table.dim)
+            places[table.name] = Place(table.name, table.rows, width, first, row)
+            weight = weights[first : first + table.rows * width].view(table.rows, width)
+            bag = nn.Module()
+            bag.register_buffer("weight", weight)
+            self.embedding_bags[table.name] = bag
+            self.momentum[table.name] = momentum[row : row + table.rows]
+            first, row = first + weight.numel(), row + table.rows
+        self._names = [each.name for each in layout.ids]
+        self._tables = RowWise([places[each.table] for each in layout.ids])
+        self._graph = torch.zeros(0, requires_grad=True)
+
+    def forward(self, ids: KeyedIds) -> Pooled | dict[str, Tensor]:
+        """Sums of each input's embeddings, to be read by `by_name`; tables are updated in the backward pass."""
+        assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
+        if not self._names:
+            return {}
+        sums = self.look_up(ids.values, ids.offsets)
+        return Pooled(self._names, [place.width for place in self._tables.places], sums)
+
+    def look_up(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """(B, sum of widths) float32, by the parts of a `KeyedIds`."""
+        return self._tables.look_up(self.storage, values, offsets, self._graph)
+
+
+class RowWiseAdagrad:
+    """The part of an optimizer that is left to do: it holds the learning rate, and the state by name.
+
+    param_groups: one, whose `lr` counts from the next `zero_grad()` or `step()` on, as in torchrec.
+    """
+
+    def __init__(self, tables: OneProcessTables, rate: float) -> None:
+        self._tables = tables
+        tables.storage.rate.fill_(rate)
+        self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": tables.storage.rate.item()}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Takes the learning rate over; tables have no gradient."""
+        self.step()
+
+    def step(self) -> None:
+        """Takes the learning rate over; tables have been updated in the backward pass."""
+        self._tables.storage.rate.fill_(self.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torchrec's fused optimizer names it; the tensors are the storage itself."""
+        momentum = self._tables.momentum.items()
+        return {
+            "state": {f"tables.embedding_bags.{name}.weight": {f"{name}.momentum1": each} for name, each in momentum}
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies what `state_dict` gave."""
+        for table, parts in self.state_dict()["state"].items():
+            for name, part in parts.items():
+                part.copy_(state["state"][table][name])
+
+
+class OneProcess(nn.Module):
+    """A model as it is, where several processes would have torchrec's DistributedModelParallel around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """The model's."""
+        return self.module(*arguments, **options)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """The model's, under the same names."""
+        return self.module.state_dict(*arguments, **options)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The model's."""
+        return self.module.load_state_dict(state, strict, assign)
+
+
+# One process on a CPU with fbgemm: its module is called directly.
+#
+# torchrec's own way there goes through the code that sends ids and embeddings between ranks, which takes longer than
+# looking up the ids of a thousand rows.
+
+
+def look_up_directly(model: Any) -> None:
+    """Changes the forward pass of a sharded model's tables, which gives the same sums; weights stay where they are.
+
+    model: torchrec's DistributedModelParallel on one process. Left as it is where fbgemm holds its tables apart.
+    """
+    modules, inputs = list(table_batches(model)), list(_inputs(model))
+    if len(modules) == len(inputs) == 1:
+        module, names = modules[0], inputs[0]
+        widths = [module.embedding_specs[table][1] for table in module.feature_table_map]
+        model.module.tables.forward = partial(_look_up_directly, module, names, widths)
+
+
+def _inputs(model: Any) -> Iterator[list[str]]:
+    """Names of the inputs of each of fbgemm's modules, in their order there, or none where torchrec hides them."""
+    for lookup in getattr(model.module.tables, "_lookups", ()):
+        yield from (config.feature_names() for config in getattr(lookup, "grouped_configs", ()))
+
+
+def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any) -> Pooled:
+    """Sums of the embeddings of each input of a KeyedJaggedTensor, to be read by `by_name`."""
+    keys = ids.keys()
+    if keys != names:
+        ids = ids.permute([keys.index(name) for name in names])
+    return Pooled(names, widths, module(ids.values(), ids.offsets().long()))
+
+
+# The ways in which tables on a CPU are looked up and updated: fbgemm's kernels, its reference loops, plain PyTorch.
+#
+# All work on the same storage, that of fbgemm's module where there is one, so a checkpoint does not depend on the way,
+# and a model may change it between two steps. The fastest one depends on the processor, by factors of ten; results are
+# equal but for rounding.
+
+
+Way = Literal["fbgemm", "fbgemm_reference", "torch"]
+"""fbgemm: its kernels, which know the processor; fbgemm_reference: its plain loops; torch: `RowWise`."""
+
+
+def ways_on_offer() -> tuple[Way, ...]:
+    """What this machine and its packages allow, on a CPU; the first is the default."""
+    return tuple(way for way in get_args(Way) if _missing(way) is None)
+
+
+def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
+    """The way that a setting asks for, for `auto` the default. device: "cpu" or "cuda"; ranks: that train together.
+
+    Raises UserError where it is not on offer here.
+    """
+    if ranks > 1:
+        require_torchrec("training on several processes", "start it without torchrun")
+    if device == "cuda":
+        require_torchrec("training on a GPU", "set training.device to cpu")
+        if choice in ("auto", "fbgemm"):
+            return "fbgemm"
+        raise UserError(f"training.tables is {choice}, a way of CPUs; on GPUs there is fbgemm alone: set it to auto")
+    if choice == "auto":
+        return ways_on_offer()[0]
+    if (reason := _missing(choice)) is not None:
+        others = ", ".join(ways_on_offer())
+        raise UserError(f"training.tables is {choice}, but {reason}: set it to auto, or to what is here ({others})")
+    return choice
+
+
+def use_way(model: nn.Module, way: Way) -> None:
+    """Has the tables of a sharded model on CPUs looked up and updated in this way from its next forward pass on.
+
+    Which of fbgemm's two ways is taken holds for all tables of the process. Raises UserError where the way is not on
+    offer here.
+    """
+    way_of(way, "cpu")
+    tell_fbgemm(way)
+    if torchrec_installed():
+        for module in table_batches(model):
+            set_way(module, way)
+
+
+def set_way(module: Any, way: Way) -> None:
+    """The same for one of fbgemm's modules, which must have row-wise Adagrad and add ids up."""
+    tell_fbgemm(way)
+    if way == "torch":
+        module.forward = functools.partial(_look_up_row_wise, module, RowWise(_places(module)))
+    else:
+        module.__dict__.pop("forward", None)
+
+
+def tell_fbgemm(way: Way) -> None:
+    """Has all of fbgemm's modules of this process take their kernels or their plain loops."""
+    if way == "fbgemm":
+        share_cpuinfo()
+    elif way == "fbgemm_reference":
+        withhold_cpuinfo()
+
+
+def table_batches(model: nn.Module) -> Iterator[Any]:
+    """fbgemm's modules in a sharded model, each of which holds the tables that it looks up together."""
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    for part in model.modules():
+        for lookup in getattr(part, "_lookups", ()):  # torchrec keeps them in a plain list
+            yield from (each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def _missing(way: Way) -> str | None:
+    """Why a way is not on offer; None if it is."""
+    if way == "torch":
+        return None
+    if not torchrec_installed():
+        return "torchrec and fbgemm are not installed"
+    if way == "fbgemm_reference" and not can_be_withheld():
+        return "fbgemm here asks for the processor itself, so it can't be kept from its kernels"
+    return None
+
+
+def _places(module: Any) -> list[Place]:
+    """Of each input of one of fbgemm's modules."""
+    weights, momentum = module.weights_offsets.tolist(), module.momentum1_offsets.tolist()
+    places = []
+    for number, table in enumerate(module.feature_table_map):
+        rows, width = module.embedding_specs[table][:2]
+        name = module.table_names[table] if module.table_names else str(table)
+        places.append(Place(name, rows, width, weights[number], momentum[number]))
+    return places
+
+
+def _look_up_row_wise(
+    module: Any, tables: RowWise, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None
+) -> Tensor:
+    """Instead of the module's own."""
+    assert per_sample_weights is None, "ids have no weights of their own here"
+    storage = Storage(
+        module.weights_host, module.momentum1_host, module.learning_rate_tensor, module.optimizer_args.eps
+    )
+    return tables.look_up(storage, indices, offsets, module.placeholder_autograd_tensor)
