@@ -23,14 +23,14 @@ from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused,
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.page.response import page
+from mmoe_rec.server.passes import Mark, Passes
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
-from mmoe_rec.server.sharing.passes import Mark, Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.server.live.accepting import Accepting
 
-Reload = Callable[[], Awaitable[None]]
-"""Takes up the model that the server's address names now. Raises UserError where that can't be."""
+Reload = Callable[[], Awaitable[dict[str, str | None]]]
+"""Takes up the model that the server's address names now, and gives what it is. Raises UserError for one that can't."""
 
 _log = logging.getLogger(__name__)
 
@@ -103,8 +103,10 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/version", response_model=None)
     async def version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
-        about: dict[str, Any] = calls.models.current.about() if calls.models.current else {}
-        told = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
+        return versions(calls.models.current.about() if calls.models.current else {})
+
+    def versions(about: dict[str, str | None]) -> Response:
+        told: dict[str, Any] = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
         if calls.following is not None:
             told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
         return _json({**about, **told})
@@ -145,10 +147,9 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         async def take_up() -> Response:
             """Loads the model that the server's address names now, and serves it once it answers its own example."""
             try:
-                await reload()
+                return versions(await reload())
             except UserError as error:
                 return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
-            return await version()
 
     app.exception_handler(HTTPException)(_no_page)
     app.exception_handler(Exception)(_failed)

@@ -27,7 +27,7 @@ from mmoe_rec.inference.requests.envelope import ranked_calls
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.sharing.passes import Passes
+from mmoe_rec.server.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker

@@ -24,7 +24,7 @@ from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
-from mmoe_rec.server.sharing.passes import Passes
+from mmoe_rec.server.passes import Passes
 
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""

@@ -1,8 +1,7 @@
 """The model that is served, and how another one takes its place.
 
 A new model is loaded and answers its own example beside the old one, which goes on serving until then, and from then on
-only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`. Of several workers
-none loads it: they map what one process has loaded (`mmoe_rec.server.sharing`).
+only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.inference.example import ExampleScores
@@ -76,19 +74,9 @@ class Models:
 
     def load(self, source: Source) -> Served:
         """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
-        return self._taken_up(lambda: self._loaded(source))
-
-    def map(self, file: BinaryIO) -> Served:
-        """Maps a model that another process has loaded and written into a file, and makes it the current one.
-
-        Raises UserError for one that can't be mapped, or that answers its example otherwise than there.
-        """
-        return self._taken_up(lambda: _mapped(file))
-
-    def _taken_up(self, load: Callable[[], Served]) -> Served:
         with self._loading:
             try:
-                served = load()
+                served = self._loaded(source)
                 if self.keeps_seen:
                     served.ranker.keep_seen()
                 self._replace(served)
@@ -134,23 +122,6 @@ class Models:
         except Exception as error:  # whatever it is, the model before goes on
             raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
         return Served(ranker, source, example, scores, learning)
-
-
-def _mapped(file: BinaryIO) -> Served:
-    from mmoe_rec.server.sharing.arrays import read
-
-    try:
-        served: Served = read(file.fileno())
-        ranker = served.ranker
-        found = _answered(ranker, served.source, served.example)
-        told = served.scores.difference(found, ranker.about.tasks, ranker.calibration)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the model that workers share can't be mapped ({one_line(error)})") from error
-    if told:
-        raise UserError(f"the model that workers share computes something else here than where it was loaded: {told}")
-    return served
 
 
 def _answered(ranker: LoadedRanker, source: Source, example: dict[str, Any]) -> ExampleScores:

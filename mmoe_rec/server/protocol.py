@@ -54,12 +54,15 @@ class _Transport:
         self._transport.close()
 
 
-def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> type[asyncio.Protocol]:
+def protocol(
+    seconds: float, dropped: int, is_ending: Callable[[], bool], taker: Callable[[], socket.socket | None]
+) -> type[asyncio.Protocol]:
     """The class for uvicorn's `http`.
 
     seconds: for the headers of a request to arrive, for the rest of a body that was refused, and for the caller to take
     the reply; dropped: bytes that are read and dropped of such a rest, as many callers read no reply before they have
-    sent everything; is_ending: whether the server answers what was accepted, and ends.
+    sent everything; is_ending: whether the server answers what was accepted, and ends; taker: the pipe to processes
+    that go on with connections of this one, None unless it retires.
     """
     base: Any
     if importlib.util.find_spec("httptools"):
@@ -78,6 +81,15 @@ def protocol(seconds: float, dropped: int, is_ending: Callable[[], bool]) -> typ
         def connection_made(self, transport: Any) -> None:
             super().connection_made(_Transport(transport, self._close))
             self._arm()
+            if taker() is not None:
+                self.shutdown()
+
+        def shutdown(self) -> None:
+            if (give := taker()) is None or self._is_answering or self.transport.get_write_buffer_size():
+                super().shutdown()
+            elif not self._unfinished and not self.transport.is_closing():  # else the rest of a request comes
+                socket.send_fds(give, [b"\n"], [self.transport.get_extra_info("socket").fileno()])
+                self.transport.abort()
 
         def data_received(self, data: bytes) -> None:
             if self.transport.has_ended:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import BinaryIO
+from typing import Any
 
 import uvicorn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import BACKLOG, Options, address_of, end_process, listen
 from mmoe_rec.server.protocol import protocol
 from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch
@@ -28,16 +29,22 @@ _log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """uvicorn's server, which ends within a time whatever a call does, and with exit code 0 if all were answered.
 
-    ignored: signals that end other processes of the group, and that this one is told of otherwise.
+    give, take: ends of a pipe between workers, on which those that retire hand over their connections; None for a
+    server of one process. A worker is told of Ctrl-C, which reaches all processes of a terminal, by its parent.
     """
 
-    def __init__(self, app: Application, options: Options, ignored: tuple[int, ...] = ()) -> None:
-        self._app, self._options, self._ignored = app, options, ignored
+    def __init__(
+        self, app: Application, options: Options, give: socket.socket | None = None, take: socket.socket | None = None
+    ) -> None:
+        self._app, self._options, self._give, self._take = app, options, give, take
         self._last: threading.Timer | None = None
+        self._is_retiring = False
+        self._arriving: set[asyncio.Task[Any]] = set()
+        limits = options.limits
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol(options.limits.read_seconds, 2 * options.limits.max_body_bytes, lambda: self.should_exit),
+                http=protocol(limits.read_seconds, 2 * limits.max_body_bytes, lambda: self.should_exit, self._taker),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -50,7 +57,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Answers what was accepted, takes no more, and ends."""
-        if sig not in self._ignored:
+        if self._take is None or sig != signal.SIGINT:
             self.stop()
 
     def stop(self) -> None:
@@ -60,6 +67,53 @@ class Server(uvicorn.Server):
             self._last = threading.Timer(self._options.grace, self._end_now)
             self._last.daemon = True
             self._last.start()
+
+    def retire(self, told: Callable[[], None]) -> None:
+        """Leaves all new requests to workers of another model, calls `told`, answers what it has, and ends.
+
+        Called in the event loop.
+        """
+        if self._is_retiring or self.should_exit:
+            return
+        self._is_retiring = True
+        for each in self.servers:
+            each.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        told()
+        self.config.timeout_graceful_shutdown = None  # each call has its own time
+        self.should_exit = True
+
+    def _taker(self) -> socket.socket | None:
+        """Where connections are handed over, if they are."""
+        return self._give if self._is_retiring else None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; besides, takes connections that are handed over."""
+        await super().startup(sockets)
+        if self._take is not None:
+            asyncio.get_running_loop().add_reader(self._take, self._accept_handed, self._take)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        if self._take is not None:
+            asyncio.get_running_loop().remove_reader(self._take)
+        await super().shutdown(sockets)
+
+    def _accept_handed(self, take: socket.socket) -> None:
+        try:
+            _, handles, _, _ = socket.recv_fds(take, 1, 1)
+        except BlockingIOError:  # another worker was faster
+            return
+        loop = asyncio.get_running_loop()
+        for handle in handles:
+            task = loop.create_task(loop.connect_accepted_socket(self._connection, socket.socket(fileno=handle)))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    def _connection(self) -> asyncio.Protocol:
+        of_class: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return of_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def serve_on(self, bound: socket.socket, started: Callable[[asyncio.AbstractEventLoop], None]) -> None:
         """Serves until a signal. started: is called in the event loop before the first request.
@@ -96,26 +150,19 @@ class Reloading:
 
     def take_up(self, source: Source) -> None:
         """Serves another model. Raises UserError for one that can't be loaded."""
-        self._take_up(lambda: self.models.load(source))
-
-    def map(self, file: BinaryIO) -> None:
-        """Serves another model that is mapped. Raises UserError for one that can't be."""
-        self._take_up(lambda: self.models.map(file))
-
-    def fail(self, sentence: str) -> None:
-        """Goes on with the model before, as another one could not be loaded for the reason in a sentence."""
-        self.models.failure = sentence
-        self.metrics.reloads.labels("failed").inc()
-
-    def _take_up(self, load: Callable[[], Served]) -> None:
         try:
-            served = load()
+            served = self.models.load(source)
         except UserError as error:
             self.fail(str(error))
             raise
         self.metrics.reloads.labels("done").inc()
         self.metrics.show_model(served.about())
         _log.info("serving %s", served.source.address)
+
+    def fail(self, sentence: str) -> None:
+        """Goes on with the model before, as another one could not be loaded for the reason in a sentence."""
+        self.models.failure = sentence
+        self.metrics.reloads.labels("failed").inc()
 
 
 def serve(source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
@@ -127,8 +174,10 @@ def serve(source: Source, known: str, finder: Finder, bound: socket.socket, opti
     metrics.show_model(models.load(source).about())
     reloads = Reloads(finder, Reloading(models, metrics).take_up)
 
-    async def reload() -> None:
+    async def reload() -> dict[str, str | None]:
         await asyncio.wrap_future(reloads.ask())
+        assert models.current is not None
+        return models.current.about()
 
     app = Application(models, options.limits, metrics, reload, options.token, options.log)
     server = Server(app, options)

@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 
+from tests.fork_server import run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import SmallModel
 from tests.pipelines.imports import ROOT
-from tests.processes import PATIENCE, children, fork_server, is_running, until
+from tests.processes import PATIENCE, children, is_running, until
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
 
@@ -68,9 +69,13 @@ class Running:
             return False
         return False
 
+    def generations(self) -> set[int]:
+        """The process ids of those that have loaded a model, or do."""
+        return children(self.process.pid, "spawn_main")
+
     def workers(self) -> set[int]:
-        """The process ids of the workers, and of what loads a model for them."""
-        return children(fork_server(self.process.pid), "forkserver")
+        """The process ids of all workers."""
+        return {worker for each in self.generations() for worker in children(each, "spawn_main")}
 
 
 @contextmanager
@@ -102,6 +107,7 @@ class Sending(threading.Thread):
             self.found = error
 
 
+@pytest.mark.thorough
 def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallModel, tmp_path: Path) -> None:
     with served(small.folder, tmp_path, "--grace", "200") as running:
         expected = running.send(GOOD)
@@ -122,6 +128,7 @@ def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallMo
         assert behind.found == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Path, workers: str) -> None:
     if workers == "2":
@@ -140,26 +147,37 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
         assert not any(map(is_running, started))
 
 
-def test_connections_that_stay_unfinished_are_closed(small: SmallModel, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def impatient(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that waits for nobody, and takes small bodies; a test leaves it as it was."""
+    folder = tmp_path_factory.mktemp("impatient")
+    with served(small.folder, folder, "--serving.read_seconds", "3", "--serving.max_body_mib", "1") as running:
+        yield running
+
+
+@pytest.fixture
+def sender(impatient: Running) -> Iterator[socket.socket]:
+    """A connection to it, after which it answers others."""
+    with impatient.connect() as connection:
+        yield connection
+    assert impatient.send(GOOD)[0] == 200
+
+
+def test_connections_that_stay_unfinished_are_closed(impatient: Running, sender: socket.socket) -> None:
     health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     starts = [b"", b"POST /invo", health[:-2] + b"X-Name: ", health + health[:-2]]
-    with (
-        served(small.folder, tmp_path, "--serving.read_seconds", "2", "--serving.max_body_mib", "1") as running,
-        ExitStack() as connections,
-    ):
-        halves = [connections.enter_context(running.connect()) for _ in starts]
-        body = connections.enter_context(running.connect())
+    with ExitStack() as connections:
+        halves = [connections.enter_context(impatient.connect()) for _ in starts]
         for half, start in zip(halves, starts, strict=True):
             half.sendall(start)
-        body.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
-        assert running.send(None, "/health", "GET")[0] == 200
+        sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
+        assert impatient.send(None, "/health", "GET")[0] == 200
         replies = [everything(half) for half in halves]
         assert replies[:3] == [b""] * 3
         assert replies[3].count(b"HTTP/1.1 200 OK") == 1
-        told = everything(body)
+        told = everything(sender)
         assert told.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 2 seconds" in told
-        assert running.send(GOOD)[0] == 200
+        assert b"did not arrive within 3 seconds" in told
 
 
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
@@ -174,79 +192,54 @@ def everything(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
-def test_a_caller_who_takes_no_reply_is_cut_off(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path, "--serving.read_seconds", "2") as running, running.connect() as sender:
-        sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
-        with pytest.raises(ConnectionError):
-            send_for_ever(sender, asked * 20, pause=0.005)
-        assert running.send(GOOD)[0] == 200
+ENDLESS = b"POST /invocations HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
 
 
-def test_requests_far_ahead_of_their_replies_are_cut_off(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path) as running, running.connect() as sender:
-        with pytest.raises(ConnectionError):
-            send_for_ever(sender, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
-        assert running.send(GOOD)[0] == 200
+@pytest.mark.parametrize(
+    ("start", "data", "pause"),
+    [
+        (b"", b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20, 0.005),
+        (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000, 0.0),
+        (b"GET /health HTTP/1.1\r\nX: ", b"x" * 2**16, 0.0),
+        (ENDLESS, b" " * 2**16, 0.0),
+    ],
+    ids=["takes no reply", "far ahead of its replies", "large headers", "goes on after the refusal"],
+)
+def test_a_caller_is_cut_off(sender: socket.socket, start: bytes, data: bytes, pause: float) -> None:
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sender.sendall(start)
+    with pytest.raises(ConnectionError):
+        send_for_ever(sender, data, pause)
 
 
-def test_large_headers_are_cut_off(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path) as running, running.connect() as sender:
-        sender.sendall(b"GET /health HTTP/1.1\r\nX: ")
-        with pytest.raises(ConnectionError):
-            send_for_ever(sender, b"x" * 2**16)
-        assert running.send(GOOD)[0] == 200
+def test_a_caller_who_slowly_goes_on_after_the_refusal_is_cut_off(sender: socket.socket) -> None:
+    sender.sendall(ENDLESS)
+    assert everything(sender).startswith(b"HTTP/1.1 413 ")
+    with pytest.raises(ConnectionError):
+        send_for_ever(sender, b" ", pause=0.05)
 
 
-def test_large_bodies_are_refused_before_they_are_sent(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
-        with running.connect() as sender:
-            sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 300000000\r\n\r\n")
-            assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
-        with running.connect() as sender:
-            sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-            piece = b"10000\r\n" + b" " * 2**16 + b"\r\n"
-            for _ in range(18):
-                sender.sendall(piece)
-            assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
-        assert running.send(GOOD)[0] == 200
+@pytest.mark.parametrize("is_told", [True, False])
+def test_large_bodies_are_refused_before_they_are_sent(sender: socket.socket, is_told: bool) -> None:
+    how = b"Content-Length: 300000000" if is_told else b"Transfer-Encoding: chunked"
+    sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\n" + how + b"\r\n\r\n")
+    if not is_told:
+        for _ in range(18):
+            sender.sendall(b"10000\r\n" + b" " * 2**16 + b"\r\n")
+    assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("how", ["HTTP/1.1\r\nConnection: close", "HTTP/1.0"])
 @pytest.mark.parametrize("page", ["invocations", "elsewhere"])
-def test_a_caller_who_sends_all_before_it_reads_gets_the_refusal(
-    small: SmallModel, tmp_path: Path, how: str, page: str
-) -> None:
+def test_a_caller_who_sends_all_before_it_reads_gets_the_refusal(sender: socket.socket, how: str, page: str) -> None:
     size = 2 * 2**20 - 2**10
-    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
-        for _ in range(5):
-            with running.connect() as sender:
-                sender.sendall(f"POST /{page} {how}\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
-                for _ in range(size // 2**10):
-                    sender.sendall(b" " * 2**10)
-                told = everything(sender)
-            assert told.startswith(b"HTTP/1.1 413 " if page == "invocations" else b"HTTP/1.1 404 ")
-        assert running.send(GOOD)[0] == 200
+    sender.sendall(f"POST /{page} {how}\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+    for _ in range(size // 2**10):
+        sender.sendall(b" " * 2**10)
+    assert everything(sender).startswith(b"HTTP/1.1 413 " if page == "invocations" else b"HTTP/1.1 404 ")
 
 
-def test_a_caller_who_goes_on_sending_after_the_refusal_is_cut_off(small: SmallModel, tmp_path: Path) -> None:
-    start = b"POST /invocations HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
-    with served(small.folder, tmp_path, "--serving.max_body_mib", "1") as running:
-        with running.connect() as sender:
-            sender.sendall(start)
-            with pytest.raises(ConnectionError):
-                send_for_ever(sender, b" " * 2**16)
-        assert running.send(GOOD)[0] == 200
-    with (
-        served(small.folder, tmp_path, "--serving.max_body_mib", "1", "--serving.read_seconds", "2") as running,
-        running.connect() as sender,
-    ):
-        sender.sendall(start)
-        assert everything(sender).startswith(b"HTTP/1.1 413 ")
-        with pytest.raises(ConnectionError):
-            send_for_ever(sender, b" ", pause=0.05)
-
-
+@pytest.mark.thorough
 def test_a_server_that_ends_waits_for_no_rest_of_a_refused_body(small: SmallModel, tmp_path: Path) -> None:
     with (
         served(small.folder, tmp_path, "--serving.read_seconds", "200", "--grace", "200") as running,
@@ -258,6 +251,7 @@ def test_a_server_that_ends_waits_for_no_rest_of_a_refused_body(small: SmallMode
         assert running.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.thorough
 def test_a_token_from_a_file(small: SmallModel, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("  of its own\n", encoding="utf-8")
     with served(small.folder, tmp_path, "--token-file", str(tmp_path / "token")) as running:
@@ -288,6 +282,7 @@ def replaced(made: Path, target: Path) -> None:
     shutil.rmtree(target.with_name("old"))
 
 
+@pytest.mark.thorough
 def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
@@ -328,41 +323,6 @@ def test_a_new_model_takes_over_without_a_lost_call(small: SmallModel, tmp_path:
         assert "the previous model goes on serving" in running.log.read_text()
 
 
-def test_workers_are_replaced_reloaded_and_counted_together(small: SmallModel, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(small.folder, folder)
-    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
-        until(lambda: model_count(running) == 2)
-        before = running.send(GOOD)
-        first = running.workers()
-        assert len(first) == 2
-        os.kill(min(first), signal.SIGKILL)
-        until(lambda: len(running.workers() - first) == 1)
-        until(lambda: model_count(running) == 2)
-        assert [running.send(GOOD) for _ in range(9)] == [before] * 9
-        text = running.send(None, "/metrics", "GET")[1]
-        assert 'mmoe_rec_replies_total{status="200"} 10.0' in text, "of all workers, ended ones among them"
-
-        changed(small.folder, folder)
-        assert running.send(None, "/reload")[0] == 200
-        until(lambda: all(running.send(GOOD) != before for _ in range(10)))
-        second = running.workers()
-        os.kill(max(second), signal.SIGKILL)
-        until(lambda: len(running.workers() - second) == 1)
-        until(lambda: model_count(running) == 2)
-        assert all(running.send(GOOD) != before for _ in range(10)), "a replacement has the new model as well"
-        shutil.rmtree(folder / "features")
-        status, body = running.send(None, "/reload")
-        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
-        assert running.send(GOOD)[0] == 200
-
-        last = running.workers()
-        assert len(last) == 2
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-        assert not any(map(is_running, last))
-
-
 def model_count(running: Running) -> float:
     """How many workers serve a model, as the metrics have it."""
     try:
@@ -390,8 +350,7 @@ def model_count(running: Running) -> float:
 )
 def test_mistakes_are_told_in_one_sentence(small: SmallModel, arguments: list[str], sentence: str) -> None:
     words = [each.replace("{model}", str(small.folder)) for each in arguments]
-    command = [sys.executable, "-m", "pipelines.serve", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE)
+    done = run_command("pipelines.serve", *words)
     assert done.returncode == 2, done.stderr
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,10 +11,8 @@ import pytest
 from mmoe_rec.jobs.serve import limits_of
 from mmoe_rec.model.products import onednn_offered
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
-from mmoe_rec.server.sharing import arrays
 from tests.inference.small_model import SmallModel
 from tests.server.asking import ask, element
 
@@ -45,13 +42,6 @@ class Serving:
         """Loads the model again."""
         self.models.load(self.source)
 
-    def share(self) -> None:
-        """Serves as a worker does, which maps the model and gets no settings for it."""
-        with tempfile.TemporaryFile() as file:
-            arrays.write(self.models.current, file)
-            self.models = Models(Limits())
-            self.models.map(file)
-
 
 @pytest.mark.parametrize(
     ("overrides", "stale"),
@@ -66,7 +56,7 @@ class Serving:
 )
 def test_when_replies_say_that_counters_are_stale(small: SmallModel, overrides: list[str], stale: list[bool]) -> None:
     serving = Serving(small, overrides)
-    for further in (lambda: None, serving.reload, serving.share):
+    for further in (lambda: None, serving.reload):
         further()
         assert [serving.is_stale(days) for days in (0.4, 0.6, 8, 200)] == stale
 
@@ -83,7 +73,7 @@ def test_when_replies_say_that_counters_are_stale(small: SmallModel, overrides: 
 def test_what_multiplies(small: SmallModel, overrides: list[str], products: str) -> None:
     assert small.settings.serving.products == "blas"
     serving = Serving(small, overrides)
-    for further in (lambda: None, serving.reload, serving.share):
+    for further in (lambda: None, serving.reload):
         further()
         assert serving.models.current is not None
         ranker = serving.models.current.ranker
@@ -95,7 +85,7 @@ def test_how_many_candidates_a_request_may_have(small: SmallModel) -> None:
     assert small.settings.serving.max_candidates == 50
     for overrides, most in (([], 50), (["--serving.max_candidates", "9"], 9)):
         serving = Serving(small, overrides)
-        for further in (lambda: None, serving.reload, serving.share):
+        for further in (lambda: None, serving.reload):
             further()
             moment = timedelta(days=1)
             assert [serving.ask(moment, most + more).status for more in (0, 1)] == [200, 400]

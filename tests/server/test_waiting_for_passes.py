@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import multiprocessing
 import threading
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.server import app, worker, workers
-from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options
-from mmoe_rec.server.reloading import Source
-from mmoe_rec.server.sharing import passes
-from mmoe_rec.server.sharing.passes import Mark, Passes, marks
-from mmoe_rec.server.worker import run_worker
-from mmoe_rec.server.workers import _Parent
+from mmoe_rec.server import passes
+from mmoe_rec.server.passes import Passes, marks
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply
-from tests.server.ranking_process import rank
 from tests.server.test_after import server
 from tests.server.test_batching import Watched
 
@@ -174,25 +160,6 @@ def test_a_call_that_is_cancelled_takes_no_other_along() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_processes_see_each_other(method: str) -> None:
-    one, two = marks(2)
-    context = multiprocessing.get_context(method)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=rank, args=(two, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    assert ours.recv() == "ranks"
-    assert list(one.all) == [0, 1]
-    begun, done = in_thread(Passes(one))
-    assert begun.wait(PATIENCE)
-    assert not done.wait(0.05)
-    ours.send("end")
-    assert done.wait(PATIENCE)
-    process.join(PATIENCE)
-
-
 def test_without_shared_memory_workers_look_at_themselves(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     def missing(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/dev/shm")
@@ -204,59 +171,6 @@ def test_without_shared_memory_workers_look_at_themselves(monkeypatch: pytest.Mo
     assert one._have_ended()
     assert not two._have_ended()
     assert "workers can't see of each other whether they rank: No such file or directory" in caplog.text
-
-
-def parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> tuple[_Parent, list[Mark]]:
-    """A server's parent that has started so many workers, which are none; the marks that it gave to each of all."""
-    given: list[Mark] = []
-
-    def started(target: object, arguments: tuple[Any, ...], is_stopping: object) -> SimpleNamespace:
-        assert target is run_worker
-        given.append(arguments[-1])
-        return SimpleNamespace(pid=len(given), exitcode=-9)
-
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(workers, "started", started)
-    own = _Parent(Source(tmp_path, "no model"), None, None, Options(Limits()), 0.0)  # type: ignore[arg-type]
-    own._free = marks(count)
-    own._start_missing(count)
-    return own, given
-
-
-def test_each_worker_has_a_mark_and_its_successor_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, given = parent(monkeypatch, tmp_path, 3)
-    assert sorted(each.number for each in given) == [0, 1, 2]
-    assert given[0].all is given[1].all is given[2].all
-    killed = own._workers[1]
-    killed.is_ready = True
-    Passes(killed.mark).begin()
-    own._ended(killed)
-    assert list(killed.mark.all) == [0, 0, 0], "nobody waits for it"
-    own._start_missing(3)
-    assert given[3] == killed.mark
-
-
-def test_a_worker_takes_the_mark_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Mark] = []
-
-    class Stub:
-        def __init__(self, *arguments: Any) -> None:
-            Application.__init__(self, *arguments)  # type: ignore[arg-type]
-            found.append(self.calls.passes._mark)  # type: ignore[attr-defined]
-            raise UserError("that is all")
-
-    monkeypatch.setattr(app, "Application", Stub)
-    monkeypatch.setattr(worker, "received", lambda pipe: BytesIO())
-    monkeypatch.setattr(worker, "ignore_interrupts", lambda: None)
-    monkeypatch.setattr(Models, "map", lambda models, file: SimpleNamespace(about=dict))
-    monkeypatch.setattr(Metrics, "show_model", lambda metrics, about: None)
-    ours, theirs = multiprocessing.Pipe()
-    ours.send(("load",))
-    mark = marks(2)[1]
-    with pytest.raises(SystemExit):
-        run_worker(None, Options(Limits()), theirs, mark)  # type: ignore[arg-type]
-    assert ours.recv() == ("failed", "that is all")
-    assert found == [mark]
 
 
 @pytest.mark.usefixtures("patient")

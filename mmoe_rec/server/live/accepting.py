@@ -36,7 +36,7 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.parsing import parse_json
-from mmoe_rec.server.sharing.passes import Passes
+from mmoe_rec.server.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker

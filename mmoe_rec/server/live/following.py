@@ -21,8 +21,8 @@ from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.live.background import step_back
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
+from mmoe_rec.server.passes import Passes
 from mmoe_rec.server.reloading import sentence_of
-from mmoe_rec.server.sharing.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.server.live.learning import Learning

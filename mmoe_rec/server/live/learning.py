@@ -138,14 +138,11 @@ class Learning:
             _log.warning("%s", self.gap)
         return found
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a process: another one goes on from the same position."""
-        return {name: each for name, each in vars(self).items() if name not in ("_follower", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In the other process."""
-        vars(self).update(state)
-        self._lock, self._follower = threading.Lock(), None
+    def let_go(self) -> None:
+        """Closes what it reads the journal by, before the process is forked; the next look opens it again."""
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
 
     def _tell_of(self, logs: Iterable[str]) -> None:
         """Says once which logs of events the journal has that the model does not read; other models may."""

@@ -1,1 +1,0 @@
-"""One model in memory for all workers of a server: a process loads it into a file that each of them maps."""

@@ -1,0 +1,252 @@
+"""Workers that share the memory of one model, and the processes around them, each ended at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from mmoe_rec.inference import artifact
+from mmoe_rec.inference.artifact import MANIFEST, StoredFile, read_manifest
+from mmoe_rec.inference.example import EXAMPLE
+from tests.fork_server import Command, run_command
+from tests.inference.running_server import free_port
+from tests.inference.small_model import SmallModel
+from tests.processes import PATIENCE, children, is_running, until
+from tests.server.test_processes import GOOD, Running, Sending, changed, model_count, served
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+
+
+@pytest.fixture
+def folder(small: SmallModel, tmp_path: Path) -> Path:
+    """A model that a test may change."""
+    shutil.copytree(small.folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def hang_at_loading(folder: Path) -> None:
+    """Makes whoever loads the model wait for ever, as one of its files, an empty one by the manifest, is a pipe."""
+    files = read_manifest(folder)
+    files[EXAMPLE] = StoredFile(0, "")
+    tree = {"sha256": artifact._sum(files), "files": {name: asdict(file) for name, file in files.items()}}
+    (folder / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
+    (folder / EXAMPLE).unlink()
+    os.mkfifo(folder / EXAMPLE)
+
+
+class Calling(threading.Thread):
+    """A caller who sends calls one after the other, on connections of their own or on one that it keeps."""
+
+    def __init__(self, running: Running, keeps: bool, pause: float) -> None:
+        super().__init__(daemon=True)
+        self._running, self._keeps, self._pause = running, keeps, pause
+        self.has_ended = False
+        self.answers: list[str] = []
+        self.failures: list[object] = []
+        self.start()
+
+    def run(self) -> None:
+        connection = HTTPConnection("127.0.0.1", self._running.port, timeout=PATIENCE)
+        while not self.has_ended and not self.failures:
+            try:
+                connection.request("POST", "/invocations", json.dumps(GOOD), {"Content-Type": "application/json"})
+                reply = connection.getresponse()
+                if reply.status != 200:
+                    self.failures.append(reply.status)
+                self.answers.append(json.loads(reply.read())["predictions"][0]["model"]["version"])
+            except (OSError, ValueError) as error:
+                self.failures.append(error)
+            if not self._keeps:
+                connection.close()
+            time.sleep(self._pause)
+
+
+def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
+        until(lambda: model_count(running) == 2)
+        before = version(running)
+        first, generation = running.workers(), running.generations()
+        assert len(first) == 2
+        os.kill(min(first), signal.SIGKILL)
+        until(lambda: len(running.workers() - first) == 1)
+        until(lambda: model_count(running) == 2)
+        assert {version(running) for _ in range(9)} == {before}
+        text = running.send(None, "/metrics", "GET")[1]
+        assert 'mmoe_rec_replies_total{status="200"} 10.0' in text, "of all workers, ended ones among them"
+
+        callers = [Calling(running, keeps, pause) for keeps in (False, True) for pause in (0.005, 0.4)]
+        changed(folder, folder)
+        status, told = running.send(None, "/reload")
+        assert (status, told["reload_failure"]) == (200, None)
+        after = told["artifact"]
+        assert {version(running) for _ in range(9)} == {after} != {before}, "all workers have it before the answer"
+        seen = [len(each.answers) for each in callers]
+        until(lambda: all(len(each.answers) > many + 2 for each, many in zip(callers, seen, strict=True)))
+        for each in callers:
+            each.has_ended = True
+            each.join(PATIENCE)
+            assert not each.failures
+            assert set(each.answers[-2:]) == {after}
+            assert each.answers == sorted(each.answers, key=lambda found: found == after), "and none goes back"
+        until(lambda: not any(map(is_running, first | generation)))
+        text = running.send(None, "/metrics", "GET")[1]
+        assert 'mmoe_rec_reloads_total{outcome="done"} 2.0' in text, "of each worker"
+
+        second = running.workers()
+        os.kill(max(second), signal.SIGKILL)
+        until(lambda: len(running.workers() - second) == 1)
+        until(lambda: model_count(running) == 2)
+        assert {version(running) for _ in range(9)} == {after}, "a replacement has the new model as well"
+        shutil.rmtree(folder / "features")
+        status, body = running.send(None, "/reload")
+        assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
+        assert version(running) == after
+        assert "features" in until(lambda: running.send(None, "/version", "GET")[1]["reload_failure"])
+
+        last = running.workers() | running.generations()
+        assert len(last) == 3
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+        assert not any(map(is_running, last))
+
+
+def version(running: Running) -> str:
+    """The model that answers a call."""
+    status, body = running.send(GOOD)
+    assert status == 200
+    return str(body["predictions"][0]["model"]["version"])
+
+
+@pytest.mark.thorough
+def test_workers_share_the_memory_of_the_model(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "3") as running:
+        until(lambda: model_count(running) == 3)
+        for _ in range(30):
+            running.send(GOOD)
+        (generation,) = running.generations()
+        for worker in running.workers():
+            own, whole = (memory(each)["Private_Dirty"] for each in (worker, generation))
+            shared = memory(worker)["Shared_Dirty"]
+            assert own < shared, f"{own} of {own + shared} kB are the worker's own, and {whole} its parent's"
+
+
+def memory(process: int) -> Counter[str]:
+    """kB of a process by kind."""
+    found = Counter[str]()
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
+        name, kilobytes, _ = line.split()
+        found[name.removesuffix(":")] = int(kilobytes)
+    return found
+
+
+@pytest.mark.thorough
+def test_a_loading_that_is_killed_is_told_and_the_model_before_goes_on(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2") as running:
+        until(lambda: model_count(running) == 2)
+        workers, generations, expected = running.workers(), running.generations(), version(running)
+        hang_at_loading(folder)
+        reload = Reloading(running)
+        (loading,) = until(lambda: running.generations() - generations)
+
+        os.kill(min(workers), signal.SIGKILL)
+        until(lambda: running.workers() - workers)
+        until(lambda: model_count(running) == 2)
+        assert version(running) == expected
+        os.kill(loading, signal.SIGKILL)
+        until(lambda: "was ended by SIGKILL" in str(running.send(None, "/version", "GET")[1]["reload_failure"]))
+        reload.join(PATIENCE)
+        if not isinstance(reload.found, Exception):  # else its worker was the one that was killed
+            status, body = reload.found
+            assert status == 503
+            assert "the process that loads the model at '" in body["message"]
+        assert {version(running) for _ in range(9)} == {expected}
+
+
+class Reloading(Sending):
+    """A reload that is asked for now."""
+
+    def __init__(self, running: Running) -> None:
+        super().__init__(running, None)
+
+    def run(self) -> None:
+        try:
+            self.found = self.running.send(None, "/reload")
+        except (OSError, ValueError) as error:
+            self.found = error
+
+
+@pytest.mark.thorough
+def test_who_holds_the_model_is_replaced_with_all_workers(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200") as running:
+        until(lambda: model_count(running) == 2)
+        expected, first = version(running), running.workers()
+        (generation,) = running.generations()
+        os.kill(generation, signal.SIGTERM)
+        assert is_running(generation), "what ends a whole service leaves it until the workers have ended"
+        os.kill(generation, signal.SIGKILL)
+        until(lambda: not any(map(is_running, first)))
+        until(lambda: len(running.workers()) == 2)
+        assert version(running) == expected
+        assert "the process that holds the model ended by SIGKILL" in running.log.read_text()
+
+
+@pytest.mark.thorough
+def test_all_ends_with_the_parent(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2") as running:
+        until(lambda: model_count(running) == 2)
+        rest = running.workers() | running.generations()
+        running.process.kill()
+        running.process.wait(PATIENCE)
+        until(lambda: not any(map(is_running, rest)))
+
+
+@pytest.mark.thorough
+def test_sigterm_while_another_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2") as running:
+        until(lambda: model_count(running) == 2)
+        workers, generations = running.workers(), running.generations()
+        hang_at_loading(folder)
+        Reloading(running)
+        (loading,) = until(lambda: running.generations() - generations)
+        running.process.send_signal(signal.SIGTERM)
+        running.process.wait(PATIENCE)
+        until(lambda: not any(map(is_running, {*workers, *generations, loading})))
+
+
+def test_sigterm_before_the_first_model_is_there(folder: Path, tmp_path: Path) -> None:
+    hang_at_loading(folder)
+    words = ["pipelines.serve", "--model", str(folder), "--workers", "2", "--port", str(free_port())]
+    (tmp_path / "temporary").mkdir()
+    process = Command(words, {"TMPDIR": str(tmp_path / "temporary")})
+    try:
+        started = until(lambda: children(process.pid, "spawn_main"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        until(lambda: not any(map(is_running, started)))
+        assert not list((tmp_path / "temporary").iterdir())
+        assert process.stderr == ""
+    finally:
+        process.kill()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_in_one_sentence(folder: Path) -> None:
+    (folder / "weights.safetensors").write_bytes(b"short")
+    told = []
+    for workers in ("1", "2"):
+        words = ["pipelines.serve", "--model", str(folder), "--workers", workers, "--port", str(free_port())]
+        done = run_command(*words)
+        told.append((done.returncode, done.stdout, done.stderr))
+    assert told[0] == told[1], "the same words as from one process"
+    assert told[1][2].count("\n") == 1
+    assert "weights.safetensors" in told[1][2]
