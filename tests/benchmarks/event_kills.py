@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.jobs.replay.client import Client, place
-from mmoe_rec.jobs.replay.own_server import OwnServer
+from mmoe_rec.jobs.replay_server import OwnServer
 from mmoe_rec.journal.follower import Follower
+from tests.benchmarks.event_client import Client, place
 from tests.inference.small_model import SmallModel
 from tests.processes import children, fork_server, until
 from tests.server.test_events import later_log

@@ -108,7 +108,7 @@ class Benchmark:
         from mmoe_rec.features.pipeline import FeaturePipeline
         from mmoe_rec.jobs.places import logs_for
         from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
-        from mmoe_rec.jobs.replay.offline import read_period
+        from mmoe_rec.jobs.replay import read_period
         from tests.benchmarks.live_events import learnt_ms, live_events
 
         pipeline = FeaturePipeline.load(self.model / "features", memories=False)
@@ -123,21 +123,21 @@ class Benchmark:
         return found | self._replayed()
 
     def _replayed(self) -> dict[str, int]:
-        from mmoe_rec.jobs.replay.run import Asked, replay
+        from mmoe_rec.jobs.replay import ReplayOptions, replay
 
         data = self.settings.data.model_copy(update={"work": str(self.scratch / "work")})
         settings = self.settings.model_copy(update={"data": data})
-        found = replay(settings, Asked(self.start, self.start + REPLAYED_WEEKS * WEEK, str(self.model)))
+        found = replay(settings, ReplayOptions(self.start, self.start + REPLAYED_WEEKS * WEEK, str(self.model)))
         _say(f"replayed {found['rows']:,} rows of {found['requests']:,} requests in {found['seconds']:,.0f} s")
         return {name: found[name] for name in ("mismatches", "compared")}
 
     def _accuracy(self, period: Any, logs: Any) -> dict[str, Any]:
         """AUC and calibration of all ways."""
         from mmoe_rec.inference.loaded import LoadedRanker
-        from mmoe_rec.jobs.replay.offline import score_period
+        from mmoe_rec.jobs.replay import score_period
 
         ranker = LoadedRanker.read(self.frozen)
-        predicted = {"fresh": score_period(ranker, period.rows)[0], **self._by_live(ranker, period, logs)}
+        predicted = {"fresh": score_period(ranker, period.rows)[1], **self._by_live(ranker, period, logs)}
         schema, rows = ranker.pipeline.schema, period.rows
         known_by = np.iinfo(np.int64).max
         labels = np.stack([rows.labels(schema.tasks[name], known_by) for name in ranker.names], axis=1)

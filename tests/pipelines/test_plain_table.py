@@ -19,7 +19,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.features import build_features
 from mmoe_rec.jobs.finished import Finished
-from mmoe_rec.jobs.replay.run import Asked, replay
+from mmoe_rec.jobs.replay import ReplayOptions, replay
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.model.layout import ModelLayout
@@ -282,7 +282,7 @@ def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture)
 def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     needs = "needs columns.user and columns.candidate and columns.time, which the settings leave out"
     with pytest.raises(UserError, match=f"a replay {needs}"):
-        replay(world.settings, Asked(0, 1, str(world.model)))
+        replay(world.settings, ReplayOptions(0, 1, str(world.model)))
     with pytest.raises(UserError, match=f"joining outcomes {needs}"):
         join_outcomes(world.settings, str(tmp_path), None, tmp_path / "out")
     with pytest.raises(SystemExit):

@@ -1,12 +1,11 @@
 """python -m pipelines.replay --config configs/complete_journey.yaml --from 2017-09-11 --to 2017-09-18
 
-Feeds a period of the log through a running server, events and requests in the order of their times, and compares each
-served counter, history and score with what the log says: the values that training and evaluation see. Prints a table of
-what differs, with examples; the exit code is 1 where anything does, 0 where nothing does.
+Compares what a server read of each feature for its requests, which it has logged, with what the log says of these
+requests: the features that training and evaluation see. Says which features, requests and rows differ; the exit code is
+1 where any does, 0 where none does.
 
-The period begins with --from, and --to is no part of it. The server is one of its own, with tables as of --from, unless
---url names one, which must serve the same weights with tables as of --from, or the live events since then.
-mmoe_rec/jobs/replay/README.md is its guide.
+The period begins with --from, and --to is no part of it. Without --requests, the log's own requests and events of the
+period are fed to a server of the replay's own, with tables as of --from. mmoe_rec/server/README.md is its guide.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmoe_rec.errors import UserError, exit_with_message
-from mmoe_rec.jobs.commands.command import count, read_command
+from mmoe_rec.jobs.commands.command import count, read_command, show
 
 DIFFERS = 1
 """Exit code where something that was served differs."""
@@ -27,51 +26,33 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="start", required=True, metavar="DAY", help="first request time, such as 2017-09-11")
     add("--to", dest="end", required=True, metavar="DAY", help="end of the request times, which is no part of them")
     add("--model", metavar="M", help="models:/NAME@ALIAS, runs:/..., or a folder (default: the settings' alias)")
-    add(
-        "--workers",
-        type=count,
-        default=2,
-        metavar="N",
-        help="calls at a time, and processes of an own server (default: %(default)s)",
-    )
-    add("--url", metavar="URL", help="a running server instead of an own one, such as http://127.0.0.1:8000")
-    add("--token-file", metavar="F", help="file with that server's token (default: MMOE_REC_TOKEN)")
+    add("--requests", metavar="DIR", help="requests that `serve --log-requests DIR` logged, which the log holds by now")
+    add("--workers", type=count, default=2, metavar="N", help="processes of an own server (default: %(default)s)")
     add("--ids-only", action="store_true", help="send ids and context alone, so that the server completes attributes")
-    add("--keep", metavar="FOLDER", help="where replay.json and mismatches.parquet go")
+    add("--values", action="store_true", help="show the values on both sides where a feature differs")
+    add("--keep", metavar="FOLDER", help="where replay.json goes")
 
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    if arguments.token_file is not None and arguments.url is None:
-        raise UserError("--token-file belongs to --url URL, which is missing")
-    from rich.console import Console
-
-    from mmoe_rec.jobs.replay.run import Asked, replay
-    from mmoe_rec.jobs.replay.showing import show
+    if arguments.requests is not None and arguments.ids_only:
+        raise UserError("--ids-only says what an own server is sent, and --requests needs none: leave one of them out")
+    from mmoe_rec.jobs.replay import ReplayOptions, describe, replay
     from mmoe_rec.jobs.score import microseconds
 
-    asked = Asked(
+    options = ReplayOptions(
         start=microseconds(arguments.start),
         end=microseconds(arguments.end),
         model=arguments.model or f"models:/{settings.registered_model}@{settings.tracking.alias}",
+        requests=None if arguments.requests is None else Path(arguments.requests),
         workers=arguments.workers,
-        url=arguments.url,
-        keep=None if arguments.keep is None else Path(arguments.keep),
         ids_only=arguments.ids_only,
-        token_file=arguments.token_file,
+        values=arguments.values,
+        keep=None if arguments.keep is None else Path(arguments.keep),
     )
-    found = replay(settings, asked)
-    console = Console()
-    for each in show(found):
-        console.print(each)
-    events = "".join(f", {number:,} events '{name}'" for name, number in found["events"].items())
-    print(
-        f"{found['requests']:,} requests with {found['rows']:,} rows{events} in {found['seconds']:,.0f} s: "
-        f"{found['compared']:,} values compared, {found['mismatches']:,} mismatches"
-    )
-    if asked.keep is not None:
-        print(f"report: {asked.keep}")
-    if found["mismatches"]:
+    report = replay(settings, options)
+    show(describe(report))
+    if report["mismatches"]:
         raise SystemExit(DIFFERS)

@@ -24,23 +24,6 @@ _COME_AGAIN = {502, 503, 504}
 
 
 @dataclass
-class Accepted:
-    """What a server said of the events that it was sent: numbers of them, and the last position in its journal."""
-
-    accepted: int = 0
-    late: int = 0
-    out_of_order: int = 0
-    position: str | None = None
-
-    def add(self, reply: Mapping[str, Any]) -> None:
-        """Takes the reply to a batch."""
-        self.accepted += reply["accepted"]
-        self.late += reply.get("late", 0)
-        self.out_of_order += reply.get("out_of_order", 0)
-        self.position = max(filter(None, (self.position, reply["position"])), key=place)
-
-
-@dataclass
 class Client:
     """Talks to the server at an address such as http://127.0.0.1:8000, over several connections in turn.
 

@@ -1,0 +1,520 @@
+"""A replay: what a server read of each feature for a request, compared with what the log says of that request.
+
+A server that logs requests keeps a digest for each feature of what the model read of each row. The same digests are
+computed here from the log and its events, by the steps of a feature build: counters and histories are what was known
+before the request, point in time, as training and evaluation see them. Nothing of a server or of a model's memories
+takes part. Predictions and scores are compared too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.features.encoder import Results
+from mmoe_rec.features.kinds.counter import CounterFeature
+from mmoe_rec.features.kinds.history import HistoryEncoder
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
+from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.scoring.known import ROWS_AT_A_TIME, known_rows
+from mmoe_rec.locks import writing
+from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.files import find_files, open_file
+from mmoe_rec.log.reader import EventRows
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.model.score import from_logs, with_outcomes
+from mmoe_rec.point_in_time.lists import SharedRagged
+from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.results import ResultReader
+from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
+from mmoe_rec.progress import bar, say
+from mmoe_rec.request_log import names
+from mmoe_rec.request_log.digest import digests
+from mmoe_rec.settings.columns import EVENT
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.registry import find_model
+
+if TYPE_CHECKING:
+    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.jobs.replay_server import OwnServer
+
+REPORT = "replay.json"
+EVENT_ID = "event_id"
+"""The column by which a server knows an event of a named log that is sent again."""
+TOLERANCE = 1e-5
+"""Of predictions and scores, times their size where that is above 1: how products are summed depends on the library."""
+RELATIVE_TOLERANCE = 1e-3
+"""Of probabilities and scores made of these besides: small ones would be nearly the same number whatever they are."""
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What to replay.
+
+    start, end: request times of the period, microseconds, the end exclusive; model: an address, or a folder; requests:
+    a folder in which a server has logged them, None to feed the period to a server of the replay's own, of so many
+    `workers`; ids_only: whether that one is sent ids and context alone; values: whether to show the values on both
+    sides; keep: a folder for the report.
+    """
+
+    start: int
+    end: int
+    model: str
+    requests: Path | None = None
+    workers: int = 2
+    ids_only: bool = False
+    values: bool = False
+    keep: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One thing that is compared in all rows.
+
+    kind: feature, prediction or score; source: what it is computed from; largest: greatest difference of numbers;
+    examples: the first mismatches.
+    """
+
+    name: str
+    kind: str
+    source: str
+    compared: int
+    mismatches: int
+    largest: float | None
+    examples: list[dict[str, Any]]
+
+
+def replay(
+    settings: Settings, options: ReplayOptions, between: Callable[[int, OwnServer], None] = lambda request, server: None
+) -> dict[str, Any]:
+    """Replays a period; gives what `replay.json` says.
+
+    between: called before each request that is sent, with its number.
+
+    Raises UserError for a log, a model, a period or logged requests that can't be used, and for a server that ends.
+    """
+    if options.start >= options.end:
+        raise UserError(f"--from {format_time(options.start)} is not before --to {format_time(options.end)}")
+    require_all(settings.schema_, "a replay")
+    model = find_model(options.model, settings.tracking.address).folder
+    read_artifact(model)  # which says what is wrong with a damaged one
+    folder, began = Path(settings.data.work) / "replay", time.monotonic()
+    with writing(folder, "a replay", "set `data.work` to another folder"), _stopped_by_sigterm():
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed one has left
+        try:
+            (folder / "offline").mkdir(parents=True)
+            from mmoe_rec.inference.loaded import LoadedRanker
+
+            pipeline = FeaturePipeline.load(model / "features", memories=False)
+            window = options.start, options.end
+            period = read_period(logs_for(settings, pipeline), pipeline, window, folder / "offline")
+            if options.requests is None:
+                explanations = _feed_own_server(settings, options, model, period, folder, between)
+                logged = read_logged(folder / "requests", period)
+            else:
+                explanations, logged = {}, read_logged(options.requests, period, version_of(model))
+            values = compare(period, logged, LoadedRanker.read(model), explanations if options.values else None)
+        except KeyboardInterrupt:
+            raise StoppedError("nothing of this replay is kept") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    report = {
+        "model": options.model,
+        "model_version": version_of(model),
+        "from": format_time(options.start),
+        "to": format_time(options.end),
+        "ids_only": options.ids_only,
+        "requests": len(period.times),
+        "rows": len(period.rows),
+        "logged_rows": len(logged),
+        "events": {log.name: len(log.times) for log in period.events},
+        "seconds": round(time.monotonic() - began, 3),
+        "compared": sum(each.compared for each in values),
+        "mismatches": sum(each.mismatches for each in values),
+        "values": [asdict(each) for each in values],
+    }
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        with atomic_file(options.keep / REPORT) as path:
+            path.write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    return report
+
+
+def _feed_own_server(
+    settings: Settings,
+    options: ReplayOptions,
+    model: Path,
+    period: Period,
+    folder: Path,
+    between: Callable[[int, OwnServer], None],
+) -> dict[int, Any]:
+    from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
+    from mmoe_rec.jobs.replay_server import CANDIDATES_AT_A_TIME, OwnServer, feed
+
+    tables_from_log(model, settings, options.start, folder / "model")
+    most = min(CANDIDATES_AT_A_TIME, read_artifact(model).max_candidates)
+    words = ("--log-requests", str(folder / "requests"), "--log-share", "1", "--log-seconds", "1")
+    with OwnServer(folder / "model", folder / "journal", folder / "server.log", options.workers, words) as server:
+
+        def before(request: int) -> None:
+            between(request, server)
+            server.check()
+
+        return feed(period, server, most, options.ids_only, options.values, before)
+
+
+def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.Table:
+    """Requests of a period that a server has logged in a folder, with a column `row`: the number of the log's row.
+
+    version: of the artifact that answered them, None for any. Notes say how many rows are left out, and why.
+
+    Raises UserError where nothing is left.
+    """
+    schema, tables = period.rows.schema, []
+    for file in find_files(str(folder), "--requests"):
+        with open_file(file.address) as opened:
+            tables.append(pq.read_table(opened))
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    if names.REQUEST not in table.column_names:
+        raise UserError(f"'{folder}' holds no requests that a server logged: column '{names.REQUEST}' is missing")
+    time, request = table[schema.columns.time].cast(pa.int64()).to_numpy(), schema.columns.request
+    table = table.filter(pa.array((time >= period.times[0]) & (time <= period.times[-1])))
+    if version is not None:
+        mine = pc.equal(table[names.ARTIFACT], version)
+        if others := len(table) - (pc.sum(mine).as_py() or 0):
+            say(f"note: {others:,} logged rows were answered by other versions of the model, and are left out")
+        table = table.filter(mine)
+    if request is not None:
+        table = table.append_column(request, table[names.REQUEST])
+    row = _places(period.rows, LogRows(table, schema))
+    if unknown := int((row < 0).sum()):
+        say(f"note: the log does not have {unknown:,} of {len(row):,} logged rows of the period, which are left out")
+    if not (row >= 0).any():
+        raise UserError(f"the log has none of the requests of the period that are logged in '{folder}'")
+    return table.append_column("row", pa.array(row)).filter(pa.array(row >= 0))
+
+
+def _places(log: LogRows, rows: LogRows) -> np.ndarray:
+    """(N,) int64 where in the log each row's request and candidate stand first, -1 where they don't."""
+    import pandas as pd
+
+    candidate = log.schema.columns.candidate
+    index, wanted = (
+        pd.MultiIndex.from_arrays([each.request_hashes(), each.hashes([candidate])]) for each in (log, rows)
+    )
+    first = np.flatnonzero(~index.duplicated())
+    found = index[first].get_indexer(wanted)
+    return np.where(found < 0, -1, first[found])
+
+
+def compare(
+    period: Period, logged: pa.Table, ranker: LoadedRanker, explanations: Mapping[int, Any] | None = None
+) -> list[Compared]:
+    """What differs between logged requests and a period of the log, for each feature, prediction and the score.
+
+    logged: as `read_logged` gives it; explanations: by row, as `feed` gives them, where examples are to show values.
+
+    Raises UserError where another version of the server has logged them.
+    """
+    row, pipeline = logged["row"].to_numpy(), ranker.pipeline
+    hashes, predictions, scores = score_period(ranker, period.rows)
+    columns = [*(f"{names.DIGEST}{name}" for name in hashes), names.SCORE, names.WEIGHTS]
+    if lacking := [each for each in columns if each not in logged.column_names]:
+        raise UserError(f"the logged requests have no column '{lacking[0]}': another version of the server logged them")
+    compared = []
+    for name, mine in hashes.items():
+        wrong = np.flatnonzero(logged[f"{names.DIGEST}{name}"].to_numpy() != mine[row])
+        examples = []
+        for place in wrong[:EXAMPLES].tolist():
+            example, number = _named(period, int(row[place])), int(row[place])
+            if explanations is not None:
+                example["served"] = _served_values(pipeline, name, logged, place, explanations.get(number))
+                example["offline"] = _offline_values(pipeline, name, period, number)
+            examples.append(example)
+        source = source_of(pipeline, name)
+        compared.append(Compared(name, "feature", source, len(row), len(wrong), None, examples))
+    regressions = {task.name for task in ranker.layout.tasks if task.kind != "binary"}
+    own_weights = logged[names.WEIGHTS].is_valid().to_numpy()
+    for name, values in {**with_outcomes(predictions, ranker.layout), "score": scores}.items():
+        kind, column = ("score", names.SCORE) if name == "score" else ("prediction", f"{names.PREDICTED}{name}")
+        served, offline = logged[column].to_numpy().astype(np.float64), values[row].astype(np.float64)
+        difference, allowed = np.abs(served - offline), TOLERANCE * np.maximum(1.0, np.abs(offline))
+        if not (regressions if name == "score" else regressions & {name}):
+            allowed = np.minimum(allowed, RELATIVE_TOLERANCE * offline)
+        wrong = np.flatnonzero(~(difference <= allowed) & ~(own_weights & (name == "score")))
+        examples = [
+            _named(period, int(row[place])) | {"served": float(served[place]), "offline": float(offline[place])}
+            for place in wrong[:EXAMPLES].tolist()
+        ]
+        largest = float(difference.max()) if np.isfinite(difference).all() else None
+        compared.append(Compared(name, kind, "the model", len(row), len(wrong), largest, examples))
+    return compared
+
+
+def _named(period: Period, number: int) -> dict[str, Any]:
+    """Which request and candidate a row of the period is."""
+    table, columns = period.rows.table, period.rows.schema.columns
+    user, candidate = (table[name][number].as_py() for name in (columns.user, columns.candidate))
+    moment = iso_time(table[columns.time][number].value)
+    request = f"{user} at {moment}" if columns.request is None else table[columns.request][number].as_py()
+    return {"request": request, "user": user, "candidate": candidate, "time": moment}
+
+
+def _served_values(
+    pipeline: FeaturePipeline, feature: str, logged: pa.Table, place: int, explanation: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """What a server read of a feature; None for a counter or history that it has not explained."""
+    encoder = pipeline.memory_encoders.get(feature)
+    if encoder is None:
+        return {name: logged[name][place].as_py() for name in pipeline.schema.features[feature].reads()}
+    if explanation is None:
+        return None
+    if isinstance(encoder, HistoryEncoder):
+        return {feature: explanation["histories"][feature]}
+    numbers = {name: explanation["counters"][name] for name in encoder.result_names}
+    return {name: float(encoder.exchanged(name, np.array([each], float))[0]) for name, each in numbers.items()}
+
+
+def _offline_values(pipeline: FeaturePipeline, feature: str, period: Period, number: int) -> dict[str, Any]:
+    encoder, values = pipeline.memory_encoders.get(feature), dict[str, Any]()
+    if encoder is None:
+        return {name: period.rows.table[name][number].as_py() for name in pipeline.schema.features[feature].reads()}
+    for name in encoder.result_names:
+        result = period.results[name]
+        if isinstance(result, SharedRagged):
+            assert isinstance(encoder, HistoryEncoder)
+            values[name] = encoder.owner.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
+        else:
+            values[name] = float(result[number])
+    return values
+
+
+def source_of(pipeline: FeaturePipeline, name: str) -> str:
+    """What a feature is computed from: columns, or a task or log of events, key columns and windows."""
+    encoder, feature = pipeline.memory_encoders.get(name), pipeline.schema.features[name]
+    if encoder is None:
+        return f"of {', '.join(feature.reads())}"
+    source = f"task '{encoder.feature.task}'" if encoder.source is None else f"events '{encoder.source}'"
+    by = f"{source} by {', '.join(encoder.by)}"
+    if isinstance(feature, CounterFeature):
+        windows = ("all of the past" if each is None else f"{each:g} days" for each in feature.window_days)
+        return f"{by}, over {', '.join(windows)}"
+    return f"{by}, the last {encoder.feature.length} of '{encoder.feature.of}'"
+
+
+def describe(report: Mapping[str, Any]) -> Iterator[str]:
+    """A report as lines of text: what differs, where first, and by how much."""
+    for each in sorted(report["values"], key=lambda each: -each["mismatches"]):
+        if not each["mismatches"]:
+            continue
+        far = "" if each["largest"] is None else f", by {each['largest']:.3g} at most"
+        yield (
+            f"{each['kind']} '{each['name']}' ({each['source']}) differs in {each['mismatches']:,} of "
+            f"{each['compared']:,} rows{far}"
+        )
+        for example in each["examples"]:
+            sides = f": served {example['served']}, offline {example['offline']}" if "served" in example else ""
+            yield f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}{sides}"
+    if not report["mismatches"]:
+        yield f"features are equal to the last bit, predictions and scores within {TOLERANCE:g}"
+    yield (
+        f"{report['requests']:,} requests with {report['rows']:,} rows, {report['logged_rows']:,} of them logged, in "
+        f"{report['seconds']:,.0f} s: {report['compared']:,} values compared, {report['mismatches']:,} mismatches"
+    )
+
+
+@dataclass(frozen=True)
+class Happened:
+    """Events of one log in the order of their times: (N,) int64 microseconds, and a table with the log's columns.
+
+    name: of the log of events, None for the interaction log.
+    """
+
+    name: str | None
+    times: np.ndarray
+    table: pa.Table
+
+
+@dataclass(frozen=True)
+class Period:
+    """The rows of a period's requests, and the events of all logs.
+
+    rows: with `results`, in the order of request time, request and place in the log; starts: (R + 1,) where each
+    request's rows begin; times: (R,) microseconds; interactions: the same rows as events; events: of each named log.
+    """
+
+    rows: LogRows
+    starts: np.ndarray
+    times: np.ndarray
+    interactions: Happened
+    events: tuple[Happened, ...]
+
+    @property
+    def results(self) -> Results:
+        """What counters and histories say of the rows, as exchanged."""
+        return self.rows.results
+
+
+def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], scratch: Path) -> Period:
+    """The requests and events of a period, start <= time < end in microseconds.
+
+    logs: as the model's features read them; pipeline: the model's, without memories; scratch: an empty folder.
+
+    Raises UserError for a log that can't be read, and where no row was requested in the period, or none before it.
+    """
+    known, steps = scratch / "known", Steps(logs, {"replayed": window}, scratch / "steps")
+    known.mkdir()
+    with steps:
+        counted = steps.count(statistics=False)
+        _check(counted.rows["replayed"], counted.first[0], counted.last[0], window)
+        memories = scratch / "steps" / "memories"
+        memories.mkdir()
+        steps.look_up(pipeline, memories, end=counted.last[0] + 1, training=None)
+        steps.keep(known)
+    logs = steps.logs  # without bad files, where those are skipped
+    reader = kept_reader(known, logs.log, steps.parts, steps.requests.moved)
+    results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
+    found = [
+        (numbers, LogRows(rows.table, pipeline.schema, rows.results))
+        for part in steps.parts
+        for numbers, rows in known_rows(reader, results, window, part)
+    ]
+    for log in logs.all:
+        log.check_unchanged()
+    rows, starts = _in_order(found)
+    times = rows.times()
+    interactions = Happened(None, times, _decoded(rows.table.select(list(column_uses(pipeline.schema))), finite=True))
+    events = tuple(_happened(log, window) for log in logs.events)
+    return Period(rows, starts, times[starts[:-1]], interactions, events)
+
+
+def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
+    start, end = map(format_time, window)
+    span = f"its requests lie from {format_time(first)} to {format_time(last)}"
+    if not rows:
+        raise UserError(f"no row of the log was requested from {start} to {end}: {span}; change --from and --to")
+    if window[0] <= first:
+        raise UserError(
+            f"no row of the log was requested before {start}, so a server would begin with nothing: {span}; give a "
+            "later day with --from"
+        )
+
+
+def _in_order(found: Sequence[tuple[np.ndarray, LogRows]]) -> tuple[LogRows, np.ndarray]:
+    """All rows in the order of time, request and place in the log, and where each request begins."""
+    number = np.concatenate([numbers for numbers, _ in found])
+    parts = [rows for _, rows in found]
+    table = _decoded(pa.concat_tables([_decoded(rows.table) for rows in parts], promote_options="permissive"))
+    results: dict[str, np.ndarray | SharedRagged] = {}
+    for name in parts[0].results:
+        each = [rows.results[name] for rows in parts]
+        results[name] = SharedRagged.join(each) if isinstance(each[0], SharedRagged) else np.concatenate(each)
+    rows = LogRows(table, parts[0].schema)
+    times, request = rows.times(), rows.request_hashes()
+    order = np.lexsort((number, request, times))
+    times, request = times[order], request[order]
+    first = np.append(True, (times[1:] != times[:-1]) | (request[1:] != request[:-1]))
+    sorted_results = {
+        name: each.take(order) if isinstance(each, SharedRagged) else each[order] for name, each in results.items()
+    }
+    taken = LogRows(table.take(pa.array(order)).combine_chunks(), rows.schema, sorted_results)
+    return taken, np.append(np.flatnonzero(first), len(order))
+
+
+def _decoded(table: pa.Table, finite: bool = False) -> pa.Table:
+    """Without dictionaries, which differ from part to part; finite: with null for each number that is none, as features
+    read it and callers have to write it."""
+    for place, each in enumerate(table.schema):
+        values = table.column(place)
+        if pa.types.is_dictionary(each.type):
+            table = table.set_column(place, each.name, values.cast(each.type.value_type))
+        elif finite and pa.types.is_floating(each.type):
+            table = table.set_column(place, each.name, pc.if_else(pc.is_finite(values), values, None))
+    return table
+
+
+def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
+    """The events of a named log in a period, under the names that they have in that log.
+
+    They get an id by their place in the log, unless it has one, so that a batch may be sent again.
+    """
+    tables, first = list[pa.Table](), 0
+    for part in log.parts():
+        for rows in log.reader.read(part):
+            number, first = np.arange(first, first + len(rows)), first + len(rows)
+            inside = in_window(rows.times(), window)
+            table = rows.table.drop_columns([EVENT.label])
+            time = log.schema.columns.time
+            table = table.rename_columns([log.time if name == time else name for name in table.column_names])
+            if EVENT_ID not in table.column_names:
+                ids = [f"{log.name}:{each}" for each in number.tolist()]
+                table = table.append_column(EVENT_ID, pa.array(ids, pa.string()))
+            tables.append(_decoded(table.filter(pa.array(inside)), finite=True))
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    times = table[log.time].cast(pa.int64()).to_numpy()
+    order = np.argsort(times, kind="stable")
+    return Happened(log.name, times[order], table.take(pa.array(order)))
+
+
+def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Of rows that come with what counters and histories say of them: feature -> digests (N,) int32, predictions (N, T)
+    and scores (N,) float64."""
+    from mmoe_rec.training.choices import threads
+
+    hashes, predictions, log_scores = list[dict[str, np.ndarray]](), [], []
+    with threads(1), bar() as progress:
+        task = progress.add_task("offline scores", total=len(rows))
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            some = slice(start, min(start + ROWS_AT_A_TIME, len(rows)))
+            results = {
+                name: each.take(some) if isinstance(each, SharedRagged) else each[some]
+                for name, each in rows.results.items()
+            }
+            piece = LogRows(rows.table.slice(start, some.stop - start), rows.schema, results)
+            completed = ranker.reader.completed(piece)
+            encoded, layout = ranker.pipeline.encode(completed), ranker.pipeline.layout
+            dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
+            hashes.append(digests(encoded.ids, dense, layout))
+            found, logs = ranker.score(completed)
+            predictions.append(found)
+            log_scores.append(logs)
+            progress.advance(task, len(piece))
+    together = {name: np.concatenate([each[name] for each in hashes]) for name in hashes[0]}
+    return together, np.concatenate(predictions), from_logs(np.concatenate(log_scores))
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is within as Ctrl-C does, so that the server is ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,1 +1,0 @@
-"""A period of the log fed through a running server, and what it serves compared with what training would have seen."""
