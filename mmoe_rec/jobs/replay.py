@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,30 +26,21 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.scoring.known import ROWS_AT_A_TIME, known_rows
+from mmoe_rec.jobs.replay_period import Period, read_period, score_period
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.files import find_files, open_file
-from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.model.score import from_logs, with_outcomes
+from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.point_in_time.lists import SharedRagged
-from mmoe_rec.point_in_time.windows import in_window
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.results import ResultReader
-from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
-from mmoe_rec.progress import bar, say
+from mmoe_rec.progress import say
 from mmoe_rec.request_log import names
-from mmoe_rec.request_log.digest import digests
-from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
 
@@ -58,8 +49,6 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.replay_server import OwnServer
 
 REPORT = "replay.json"
-EVENT_ID = "event_id"
-"""The column by which a server knows an event of a named log that is sent again."""
 TOLERANCE = 1e-5
 """Of predictions and scores, times their size where that is above 1: how products are summed depends on the library."""
 RELATIVE_TOLERANCE = 1e-3
@@ -341,166 +330,6 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         f"{report['requests']:,} requests with {report['rows']:,} rows, {report['logged_rows']:,} of them logged, in "
         f"{report['seconds']:,.0f} s: {report['compared']:,} values compared, {report['mismatches']:,} mismatches"
     )
-
-
-@dataclass(frozen=True)
-class Happened:
-    """Events of one log in the order of their times: (N,) int64 microseconds, and a table with the log's columns.
-
-    name: of the log of events, None for the interaction log.
-    """
-
-    name: str | None
-    times: np.ndarray
-    table: pa.Table
-
-
-@dataclass(frozen=True)
-class Period:
-    """The rows of a period's requests, and the events of all logs.
-
-    rows: with `results`, in the order of request time, request and place in the log; starts: (R + 1,) where each
-    request's rows begin; times: (R,) microseconds; interactions: the same rows as events; events: of each named log.
-    """
-
-    rows: LogRows
-    starts: np.ndarray
-    times: np.ndarray
-    interactions: Happened
-    events: tuple[Happened, ...]
-
-    @property
-    def results(self) -> Results:
-        """What counters and histories say of the rows, as exchanged."""
-        return self.rows.results
-
-
-def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], scratch: Path) -> Period:
-    """The requests and events of a period, start <= time < end in microseconds.
-
-    logs: as the model's features read them; pipeline: the model's, without memories; scratch: an empty folder.
-
-    Raises UserError for a log that can't be read, and where no row was requested in the period, or none before it.
-    """
-    known, steps = scratch / "known", Steps(logs, {"replayed": window}, scratch / "steps")
-    known.mkdir()
-    with steps:
-        counted = steps.count(statistics=False)
-        _check(counted.rows["replayed"], counted.first[0], counted.last[0], window)
-        memories = scratch / "steps" / "memories"
-        memories.mkdir()
-        steps.look_up(pipeline, memories, end=counted.last[0] + 1, training=None)
-        steps.keep(known)
-    logs = steps.logs  # without bad files, where those are skipped
-    reader = kept_reader(known, logs.log, steps.parts, steps.requests.moved)
-    results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
-    found = [
-        (numbers, LogRows(rows.table, pipeline.schema, rows.results))
-        for part in steps.parts
-        for numbers, rows in known_rows(reader, results, window, part)
-    ]
-    for log in logs.all:
-        log.check_unchanged()
-    rows, starts = _in_order(found)
-    times = rows.times()
-    interactions = Happened(None, times, _decoded(rows.table.select(list(column_uses(pipeline.schema))), finite=True))
-    events = tuple(_happened(log, window) for log in logs.events)
-    return Period(rows, starts, times[starts[:-1]], interactions, events)
-
-
-def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
-    start, end = map(format_time, window)
-    span = f"its requests lie from {format_time(first)} to {format_time(last)}"
-    if not rows:
-        raise UserError(f"no row of the log was requested from {start} to {end}: {span}; change --from and --to")
-    if window[0] <= first:
-        raise UserError(
-            f"no row of the log was requested before {start}, so a server would begin with nothing: {span}; give a "
-            "later day with --from"
-        )
-
-
-def _in_order(found: Sequence[tuple[np.ndarray, LogRows]]) -> tuple[LogRows, np.ndarray]:
-    """All rows in the order of time, request and place in the log, and where each request begins."""
-    number = np.concatenate([numbers for numbers, _ in found])
-    parts = [rows for _, rows in found]
-    table = _decoded(pa.concat_tables([_decoded(rows.table) for rows in parts], promote_options="permissive"))
-    results: dict[str, np.ndarray | SharedRagged] = {}
-    for name in parts[0].results:
-        each = [rows.results[name] for rows in parts]
-        results[name] = SharedRagged.join(each) if isinstance(each[0], SharedRagged) else np.concatenate(each)
-    rows = LogRows(table, parts[0].schema)
-    times, request = rows.times(), rows.request_hashes()
-    order = np.lexsort((number, request, times))
-    times, request = times[order], request[order]
-    first = np.append(True, (times[1:] != times[:-1]) | (request[1:] != request[:-1]))
-    sorted_results = {
-        name: each.take(order) if isinstance(each, SharedRagged) else each[order] for name, each in results.items()
-    }
-    taken = LogRows(table.take(pa.array(order)).combine_chunks(), rows.schema, sorted_results)
-    return taken, np.append(np.flatnonzero(first), len(order))
-
-
-def _decoded(table: pa.Table, finite: bool = False) -> pa.Table:
-    """Without dictionaries, which differ from part to part; finite: with null for each number that is none, as features
-    read it and callers have to write it."""
-    for place, each in enumerate(table.schema):
-        values = table.column(place)
-        if pa.types.is_dictionary(each.type):
-            table = table.set_column(place, each.name, values.cast(each.type.value_type))
-        elif finite and pa.types.is_floating(each.type):
-            table = table.set_column(place, each.name, pc.if_else(pc.is_finite(values), values, None))
-    return table
-
-
-def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
-    """The events of a named log in a period, under the names that they have in that log.
-
-    They get an id by their place in the log, unless it has one, so that a batch may be sent again.
-    """
-    tables, first = list[pa.Table](), 0
-    for part in log.parts():
-        for rows in log.reader.read(part):
-            number, first = np.arange(first, first + len(rows)), first + len(rows)
-            inside = in_window(rows.times(), window)
-            table = rows.table.drop_columns([EVENT.label])
-            time = log.schema.columns.time
-            table = table.rename_columns([log.time if name == time else name for name in table.column_names])
-            if EVENT_ID not in table.column_names:
-                ids = [f"{log.name}:{each}" for each in number.tolist()]
-                table = table.append_column(EVENT_ID, pa.array(ids, pa.string()))
-            tables.append(_decoded(table.filter(pa.array(inside)), finite=True))
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    times = table[log.time].cast(pa.int64()).to_numpy()
-    order = np.argsort(times, kind="stable")
-    return Happened(log.name, times[order], table.take(pa.array(order)))
-
-
-def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Of rows that come with what counters and histories say of them: feature -> digests (N,) int32, predictions (N, T)
-    and scores (N,) float64."""
-    from mmoe_rec.training.choices import threads
-
-    hashes, predictions, log_scores = list[dict[str, np.ndarray]](), [], []
-    with threads(1), bar() as progress:
-        task = progress.add_task("offline scores", total=len(rows))
-        for start in range(0, len(rows), ROWS_AT_A_TIME):
-            some = slice(start, min(start + ROWS_AT_A_TIME, len(rows)))
-            results = {
-                name: each.take(some) if isinstance(each, SharedRagged) else each[some]
-                for name, each in rows.results.items()
-            }
-            piece = LogRows(rows.table.slice(start, some.stop - start), rows.schema, results)
-            completed = ranker.reader.completed(piece)
-            encoded, layout = ranker.pipeline.encode(completed), ranker.pipeline.layout
-            dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
-            hashes.append(digests(encoded.ids, dense, layout))
-            found, logs = ranker.score(completed)
-            predictions.append(found)
-            log_scores.append(logs)
-            progress.advance(task, len(piece))
-    together = {name: np.concatenate([each[name] for each in hashes]) for name in hashes[0]}
-    return together, np.concatenate(predictions), from_logs(np.concatenate(log_scores))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.jobs import replay_server
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
-from mmoe_rec.jobs.replay import Compared, Period, ReplayOptions, compare, describe, read_logged, read_period, replay
+from mmoe_rec.jobs.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
+from mmoe_rec.jobs.replay_period import Period, read_period
 from mmoe_rec.jobs.replay_server import feed
 from mmoe_rec.journal.journal import Journal
 from mmoe_rec.log.reader import EventRows, Log
