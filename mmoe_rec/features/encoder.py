@@ -10,8 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.dense_number import DenseNumber, encode_together
 from mmoe_rec.features.layout import DenseInput, Table
+from mmoe_rec.features.numbers import DenseNumber, encode_together
 from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
@@ -234,7 +234,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     def distinct_results(self, memory: Any, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
         """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`.
 
-        memory: the encoder's own, another one of its kind, or one with levels (`mmoe_rec.point_in_time.live.layers`).
+        memory: the encoder's own, another one of its kind, or one with levels (`mmoe_rec.point_in_time.layers`).
         """
 
     @abstractmethod

@@ -1,11 +1,93 @@
-"""Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values."""
+"""Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values.
+
+`DenseNumber` is a standardised number, which several kinds share.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
+
+from mmoe_rec.features.layout import DenseInput
+from mmoe_rec.point_in_time.exact import BITS, ExactSums, whole_numbers
+
+_LOW_BITS = 27  # of 53, so that products of the parts of two numbers fit into 54
+_SCALE = 1088  # 2^-1088 divides every float64 number, and is a unit of `ExactSums`
+_SMALL = 2.0**20  # squares of the rows read at a time add up within int64
+
+
+class Moments:
+    """Count, sum and sum of squares of numbers without rounding; a mergeable partial fit.
+
+    total: in units of 2^-1088; squares: in units of 2^-2176.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, 0, 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Takes (N,) float64 numbers; those that are not finite are left out."""
+        finite = np.isfinite(values)
+        if not finite.all():
+            values = values[finite]
+        self.count += len(values)
+        if (np.abs(values) < _SMALL).all() and (values == np.rint(values)).all():
+            whole = values.astype(np.int64)
+            self.total += int(whole.sum()) << _SCALE
+            self.squares += int(np.square(whole).sum()) << 2 * _SCALE
+            return
+        whole, exponent = whole_numbers(values)
+        self.total += _sum(whole, exponent) >> _SCALE
+        size = np.abs(whole)
+        high, low = size >> _LOW_BITS, size & (2**_LOW_BITS - 1)
+        for product, place in ((high * high, 2 * _LOW_BITS), (2 * high * low, _LOW_BITS), (low * low, 0)):
+            self.squares += _sum(product, 2 * exponent + place)
+
+    def merge(self, other: Moments) -> None:
+        """Adds what another one took."""
+        self.count, self.total, self.squares = (
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+        )
+
+    def to_table(self) -> pa.Table:
+        """One row: count, total, squares, the latter as decimal digits."""
+        return pa.table({"count": [self.count], "total": [str(self.total)], "squares": [str(self.squares)]})
+
+    @staticmethod
+    def from_table(table: pa.Table) -> Moments:
+        """The moments that `to_table` gave."""
+        moments = Moments()
+        (row,) = table.to_pylist()
+        moments.count, moments.total, moments.squares = row["count"], int(row["total"]), int(row["squares"])
+        return moments
+
+    @property
+    def mean(self) -> float:
+        """The mean; 0 where there are no numbers."""
+        return float(Fraction(self.total, self.count << _SCALE)) if self.count else 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, 1 where numbers are equal but for the last bits of a float64."""
+        spread = self.count * self.squares - self.total**2  # count^2 times the variance
+        if spread * 2**98 <= self.total**2:
+            return 1.0
+        more = max(0, 128 - spread.bit_length())
+        return float(Fraction(math.isqrt(spread << 2 * more), self.count << _SCALE + more))
+
+
+def _sum(whole: np.ndarray, exponent: np.ndarray) -> int:
+    """The sum of `whole` times 2^`exponent`, in units of 2^-2176."""
+    sums = ExactSums.of_scaled(whole, exponent).each(lambda limb: limb.sum(keepdims=True))
+    return sum(int(limb[0]) << BITS * unit + 2 * _SCALE for unit, limb in zip(sums.units, sums.limbs, strict=True))
+
 
 _VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
@@ -236,3 +318,41 @@ def standardised(
     if not finite.all():
         scaled[~finite] = 0.0
     return scaled.astype(np.float32)
+
+
+class DenseNumber:
+    """A standardised number, with an indicator input where training rows had missing values."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.histogram = NumberHistogram()
+        self.standardiser = Standardiser(0.0, 1.0, False)
+
+    def finish(self) -> None:
+        """Turns the histogram into mean and deviation."""
+        self.standardiser = self.histogram.standardiser()
+
+    def inputs(self) -> tuple[DenseInput, ...]:
+        """The dense inputs."""
+        number = DenseInput(self.name, edges=tuple(self.standardiser.edges))
+        return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
+
+    def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Dense inputs of (N,) float64 values."""
+        inputs = {self.name: self.standardiser.apply(values)}
+        if self.standardiser.has_missing:
+            inputs[f"{self.name}_missing"] = (~np.isfinite(values)).astype(np.float32)
+        return inputs
+
+
+def encode_together(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
+    """What `encode` of each number gives for its (N,) values (at least one number), all in one matrix."""
+    matrix = np.array([values for values, _ in numbers], np.float64)
+    scales = np.array([(each.standardiser.mean, each.standardiser.deviation) for _, each in numbers])
+    finite = np.isfinite(matrix)
+    scaled = standardised(matrix, scales[:, :1], scales[:, 1:], finite)
+    inputs = dict(zip((each.name for _, each in numbers), scaled, strict=True))
+    for (_, each), known in zip(numbers, finite, strict=True):
+        if each.standardiser.has_missing:
+            inputs[f"{each.name}_missing"] = (~known).astype(np.float32)
+    return inputs

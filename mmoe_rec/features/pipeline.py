@@ -23,10 +23,8 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.features.memories.files import read_memory
-from mmoe_rec.features.memories.live import Live
-from mmoe_rec.features.memories.together import MemoriesTogether
-from mmoe_rec.features.moments import Moments
+from mmoe_rec.features.memories import Live, MemoriesTogether, read_memory
+from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
@@ -319,6 +317,21 @@ class FeaturePipeline:
             reason = str(error).splitlines()[0]
             raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
         return pipeline
+
+
+def largest_layout(schema: Schema) -> Layout:
+    """The layout with every vocabulary at its `max_size`.
+
+    Raises UserError naming the features whose vocabulary has no such bound.
+    """
+    pipeline = FeaturePipeline(schema)
+    largest = {name: encoder.largest_tables() for name, encoder in pipeline.encoders.items()}
+    if unbounded := [name for name, tables in largest.items() if tables is None]:
+        raise UserError(
+            f"features are not built yet, and nothing bounds the number of ids of {', '.join(unbounded)}: give each a "
+            "`max_size`, or run python -m pipelines.features first"
+        )
+    return replace(pipeline.layout, tables=tuple(table for tables in largest.values() for table in tables or ()))
 
 
 def _absent(encoder: Encoder, rows: int) -> Inputs:

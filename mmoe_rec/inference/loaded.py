@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.features.memories.live import Live
+from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.errors import OtherScoresError, RequestError

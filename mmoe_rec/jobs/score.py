@@ -15,7 +15,7 @@ import numpy as np
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.inference.freshness import Freshness
@@ -28,7 +28,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.parts import LogPart
-from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import Exchange
 from mmoe_rec.preprocessing.logs import Logs

@@ -7,11 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.point_in_time.join import KnownEvents
+from mmoe_rec.point_in_time.join import KnownEvents, sorted_order
 from mmoe_rec.point_in_time.lists import Ragged, consecutive
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.point_in_time.search import AnyLookUps
-from mmoe_rec.point_in_time.sorting import sorted_order
 
 
 class HistoryMemory(Memory):

@@ -11,13 +11,132 @@ for each window that is asked for. A request's few look-ups are searched instead
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.point_in_time.index import KeyIndex
-from mmoe_rec.point_in_time.sorting import sorted_order
+Window = tuple[int | None, int | None]
+"""start <= time < end, microseconds since 1970 UTC; either may be open."""
+
+
+def in_window(times: np.ndarray, window: Window) -> np.ndarray:
+    """(N,) bool: start <= time < end, either open."""
+    start, end = window
+    inside = np.ones(len(times), bool)
+    if start is not None:
+        inside &= times >= start
+    if end is not None:
+        inside &= times < end
+    return inside
+
+
+def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
+    """(N,) bool: whether a time lies in one of several windows."""
+    inside = np.zeros(len(times), bool)
+    for window in windows:
+        inside |= in_window(times, window)
+    return inside
+
+
+def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
+    """(N,) int64 order by key, then time, then value where one is given; of equals, the first comes first.
+
+    Keys are (N,) uint64, times and values int64. Rows from a log are mostly in the order of time already, or nearly,
+    which NumPy's stable sort recognises.
+    """
+    if value is not None:
+        order = _stable_order(value)
+        order = order[_stable_order(time[order])]
+    elif (time[1:] >= time[:-1]).all():
+        return _stable_order(key)
+    else:
+        order = np.argsort(time, kind="stable")
+    return order[_stable_order(key[order])]
+
+
+def _stable_order(key: np.ndarray) -> np.ndarray:
+    """(N,) int64 order by key, (N,) 64-bit integers; of equals, the first comes first.
+
+    Keys are sorted as numbers that end in each one's place, since NumPy sorts numbers several times as fast as it finds
+    their order. These have room for the first bits of the keys, which are hashes, so seldom do other bits matter.
+    """
+    if not len(key):
+        return np.empty(0, np.int64)
+    key = (key - key.min()).view(np.uint64)
+    room = 64 - len(key).bit_length()
+    low = max(0, int(key.max()).bit_length() - room)
+    order = _order_by_bits(key >> np.uint64(low), room)
+    found = key[order]
+    if low and (found[1:] < found[:-1]).any():
+        order = _order_by_bits(key & np.uint64(2**low - 1), room)
+        order = order[_order_by_bits(key[order] >> np.uint64(low), room)]
+    return order
+
+
+def _order_by_bits(bits: np.ndarray, room: int) -> np.ndarray:
+    """(N,) int64 stable order of (N,) uint64 numbers of at most `room` bits, which leave enough for their places."""
+    shift = np.uint64(64 - room)
+    numbers = (bits << shift) | np.arange(len(bits), dtype=np.uint64)
+    numbers.sort()
+    return (numbers & np.uint64(2 ** (64 - room) - 1)).view(np.int64)
+
+
+_STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
+
+
+class KeyIndex:
+    """Finds keys among (G,) distinct rising uint64 ones.
+
+    These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
+    spread: so many times twice as many buckets, of 4 bytes each, where few steps matter more than memory.
+    """
+
+    def __init__(self, keys: np.ndarray, spread: int = 0) -> None:
+        self.keys = keys
+        bits = max(1, (len(keys) - 1).bit_length() + spread)
+        self._shift = np.uint64(64 - bits)
+        counts = np.bincount((keys >> self._shift).view(np.int64), minlength=2**bits)
+        # (2^bits + 1,) where each bucket begins, and the last one ends.
+        self._starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
+        np.cumsum(counts, out=self._starts[1:])
+
+    def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of (N,) uint64 asked keys are there, (K,) int64 rising places, and the number of each of these keys."""
+        if not len(self.keys):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        number: np.ndarray = self._starts.take((asked >> self._shift).view(np.int64))
+        there = self.keys.take(number, mode="clip")
+        less = np.flatnonzero(there < asked)  # keys that come before in the bucket; of few, one step takes the next one
+        for _ in range(_STEPS):
+            if not len(less):
+                break
+            number[less] += 1
+            there[less] = self.keys.take(number[less], mode="clip")
+            less = less[(there[less] < asked[less]) & (number[less] < len(self.keys))]
+        else:
+            number[less] = np.searchsorted(self.keys, asked[less])
+            there[less] = self.keys.take(number[less], mode="clip")
+        found = np.flatnonzero(there == asked)
+        return found, number[found].astype(np.int64, copy=False)
+
+
+def bisected(values: np.ndarray, asked: np.ndarray, low: np.ndarray, high: np.ndarray, before: np.ufunc) -> np.ndarray:
+    """(N,) int64 places of the first of the rising `values` from `low` to `high` (exclusive) that is not `before` what
+    is asked, `high` for none."""
+    found = low.copy()
+    open_ = np.flatnonzero(low < high)
+    low, high, asked = low[open_], high[open_], asked[open_]
+    while len(open_):
+        middle = (low + high) >> 1
+        is_before = before(values[middle], asked)
+        low, high = np.where(is_before, middle + 1, low), np.where(is_before, high, middle)
+        found[open_] = low
+        left = np.flatnonzero(low < high)
+        open_, low, high, asked = open_[left], low[left], high[left], asked[left]
+    return found
+
 
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 

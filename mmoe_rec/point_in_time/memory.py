@@ -3,22 +3,137 @@
 A memory is data: it goes to columns and back, is cut down to what requests from some moment on can ask for
 (`compacted`), and takes in further events (`extended`). So the state of one day and the next day's events give the
 next day's state, and events that do not fit into memory are taken in one chunk of time after the other.
+
+The lives of keys, where what is known of a key is forgotten once nothing new has become known of it for some time.
+
+A gap of more than `forget_after` between two events of a key, in the order in which they became known, ends a life. A
+look-up sees the life of the last event known at its time, and nothing once this event is more than `forget_after` past.
+So what it sees depends on the events and its time alone, and not on what was dropped, or when.
+
+Running totals go on through all lives of a key: a look-up subtracts those before the life that it sees. Lives that no
+later look-up sees are dropped (`Lives.ended`), but some days later, since an event that comes late may still go on with
+one of them, or join it to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
-from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents
-from mmoe_rec.point_in_time.lives import Lives
-from mmoe_rec.point_in_time.running import appended, at, running, running_labels, running_latest, taken
+from mmoe_rec.point_in_time.join import Join, KeyGroups, KnownEvents, sorted_order
 from mmoe_rec.point_in_time.search import AnyLookUps, Search, UnsortedLookUps
-from mmoe_rec.point_in_time.sorting import sorted_order
+
+
+def running(values: np.ndarray | None, first: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(K,) int64 sums of whole `values`, None where each is 1, from event `first` up to each of K `kept` ones."""
+    if values is None:
+        return kept + 1 - first
+    total = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, dtype=np.int64, out=total[1:])
+    return total[1:][kept] - total[first]
+
+
+def running_labels(
+    labels: np.ndarray | ExactSums | None, first: np.ndarray, kept: np.ndarray
+) -> np.ndarray | ExactSums | None:
+    """(K,) sums of labels as of `running`: float64 of whole numbers, or exact ones; None without labels."""
+    if isinstance(labels, ExactSums):
+        return labels.each(lambda limb: running(limb, first, kept))
+    return None if labels is None else running(labels, first, kept).astype(np.float64, copy=False)
+
+
+def at(values: np.ndarray, index: np.ndarray, nothing: int) -> np.ndarray:
+    """(N,) values by their index, `nothing` for index -1; without a copy of all, as a request asks for few of many."""
+    if not len(values):
+        return np.full(len(index), nothing, values.dtype)
+    found = values[np.maximum(index, 0)]
+    if nothing:
+        found[index < 0] = nothing
+    else:
+        found *= index >= 0  # no branches, which a processor would often guess wrongly
+    return found
+
+
+def appended(one: Any, other: Any) -> Any:
+    """Arrays or exact sums, one behind the other; None where the first is missing."""
+    if isinstance(one, ExactSums):
+        return one.append(other)
+    return None if one is None else np.append(one, other)
+
+
+def taken(values: Any, index: np.ndarray) -> Any:
+    """An array or exact sums by their index; None where they are missing."""
+    if isinstance(values, ExactSums):
+        return values.take(index)
+    return None if values is None else values[index]
+
+
+def running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far of each key: an event that came late may be earlier than what came before."""
+    import pandas as pd
+
+    return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
+
+
+LATE_DAYS = 7
+"""Events that come at most this late, or `forget_after` where that is shorter, count as if they had come on time."""
+_LATE = LATE_DAYS * 86_400_000_000
+
+
+class Lives:
+    """The lives of events. forget_after: microseconds."""
+
+    def __init__(self, events: KnownEvents, forget_after: int) -> None:
+        self.events, self.forget_after = events, forget_after
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """(E,) bool: the first events of lives."""
+        known = self.events.known
+        begins = np.append(True, known[1:] - known[:-1] > self.forget_after)[: len(known)]
+        begins[self.events.starts[:-1]] = True
+        return begins
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(E,) bool: the last events of lives."""
+        return np.append(self._begins[1:], True)[: len(self.events)]
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """(E,) int32, int64 of very many: of each event, the last one of its key in earlier lives, -1 for none."""
+        small = len(self.events) < 2**31
+        place: np.ndarray = np.arange(len(self.events), dtype=np.int32 if small else np.int64)
+        place *= self._begins
+        np.maximum.accumulate(place, out=place)  # the first event of each one's life
+        of_key = np.zeros(len(place), bool)
+        of_key[self.events.starts[:-1]] = True
+        none = of_key.take(place)
+        place -= 1
+        place[none] = -1
+        return place
+
+    def forgotten(self, last: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """(N,) int64 index of the last event that look-ups no longer see, -1 for none.
+
+        last: (N,) int64 the last events known at the look-ups' times, -1 for none; times: (N,) int64 microseconds.
+        """
+        if not len(self.events):
+            return np.full(len(last), -1, np.int64)
+        known = np.maximum(last, 0)
+        over = times - self.events.known.take(known) > self.forget_after
+        return np.where(over | (last < 0), last, self.before.take(known))
+
+    def ended(self, moment: int) -> np.ndarray:
+        """(E,) bool: events that no look-up at `moment` or later sees, even if others come late; of each key, all up to
+        one of them."""
+        over = self.events.known[self.ends] < moment - self.forget_after - min(self.forget_after, _LATE)
+        return over[np.cumsum(self._begins) - 1]
+
 
 # With this many times more events than look-ups, nothing is computed for all events.
 _EVENTS_OF_A_SEARCH = 16
@@ -31,7 +146,7 @@ class Memory:
 
     floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
     look-up at an earlier moment is answered as of `floor`. forget_after: microseconds after its last event that a key
-    is forgotten (see `mmoe_rec.point_in_time.lives`), None for never.
+    is forgotten (see `mmoe_rec.point_in_time.memory`), None for never.
     """
 
     def __init__(self, events: KnownEvents, floor: int | None, forget_after: int | None) -> None:

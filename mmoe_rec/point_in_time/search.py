@@ -10,8 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mmoe_rec.point_in_time.index import bisected
-from mmoe_rec.point_in_time.join import KnownEvents, LookUps
+from mmoe_rec.point_in_time.join import KnownEvents, LookUps, bisected
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mmoe_rec.log.local_files import would_find
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
-from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.count import Counted
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange
 from mmoe_rec.preprocessing.requests import Clash, Requests

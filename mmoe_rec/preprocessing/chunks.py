@@ -21,9 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.point_in_time.join import LookUps, known_at
-from mmoe_rec.point_in_time.sorting import sorted_order
-from mmoe_rec.point_in_time.windows import Window, in_any, in_window
+from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, label_of, look_ups_of
 
 Group = Sequence[MemoryEncoder[Any]]

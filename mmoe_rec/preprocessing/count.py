@@ -22,7 +22,7 @@ from mmoe_rec.log.parts import LogPart, Noticed
 from mmoe_rec.log.reader import ROWS_PER_PART, EventReader, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.exact import units_of
-from mmoe_rec.point_in_time.windows import Window, in_any, in_window
+from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.preprocessing.requests import OneTimeReader
 from mmoe_rec.settings.schema import Schema

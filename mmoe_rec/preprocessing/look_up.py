@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.memories.files import read_memory, write_memory
+from mmoe_rec.features.memories import read_memory, write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.point_in_time.windows import Window, in_window
 from mmoe_rec.preprocessing.chunks import Received, chunks
 from mmoe_rec.preprocessing.exchange import Exchange, key_range
 from mmoe_rec.preprocessing.results import ResultExchange, take

@@ -27,7 +27,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
-from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, place, repeats
 from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine

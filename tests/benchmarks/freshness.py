@@ -146,7 +146,7 @@ class Benchmark:
 
     def _by_live(self, ranker: Any, period: Any, logs: Any) -> dict[str, np.ndarray]:
         """Predictions by tables as of the start together with what was learnt since, day by day."""
-        from mmoe_rec.features.memories.live import Live
+        from mmoe_rec.features.memories import Live
         from mmoe_rec.training.choices import threads
 
         pipeline = ranker.pipeline
@@ -172,7 +172,7 @@ class Benchmark:
 def _plain(rows: Any, start: int, end: int) -> Any:
     """The rows of a period that were requested from `start` to `end`, without what was looked up for them."""
     from mmoe_rec.log.rows import LogRows
-    from mmoe_rec.point_in_time.windows import in_window
+    from mmoe_rec.point_in_time.join import in_window
 
     inside = in_window(rows.times(), (start, end))
     return LogRows(rows.table, rows.schema).filter(inside)

@@ -179,7 +179,7 @@ class Grown:
 
     def _measure(self) -> dict[str, float]:
         """MB."""
-        from mmoe_rec.features.memories.files import remembered_bytes
+        from mmoe_rec.features.memories import remembered_bytes
 
         folder = self.prepared.folder
         files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}

@@ -16,13 +16,12 @@ from mmoe_rec.features.kinds import KINDS, NAMES
 from mmoe_rec.features.kinds.counter import CounterEncoder, CounterFeature
 from mmoe_rec.features.kinds.cross import CrossEncoder, CrossFeature, EmbeddedCross
 from mmoe_rec.features.kinds.id import IdFeature
-from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.sizes import largest_layout
+from mmoe_rec.features.pipeline import FeaturePipeline, largest_layout
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.point_in_time.windows import in_window
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.schema import Remembering, Schema
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log, schema_of

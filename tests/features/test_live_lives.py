@@ -11,15 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.memories.files import read_memory, write_memory
-from mmoe_rec.features.memories.live import Live
+from mmoe_rec.features.memories import Live, read_memory, write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.live import levels
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time import levels
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     DAY,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.features.moments import Moments
+from mmoe_rec.features.numbers import Moments
 from tests.log.small_logs import DAY, START, fit, random_log, schema_of
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.features.latest import LatestParts
-from mmoe_rec.features.recent import RecentValues
+from mmoe_rec.features.latest import LatestParts, RecentValues
 from mmoe_rec.log.request_rows import Stored
 from mmoe_rec.log.rows import LogRows
 from tests.log.small_logs import DAY, START, log_rows, random_log, schema_of

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, iso_time
 from mmoe_rec.inference.freshness import Freshness

@@ -21,7 +21,7 @@ from mmoe_rec.journal.records import Batch
 from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.growing_log import Growing

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.inference.artifact import Artifact, read_artifact
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder, move_alias

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.features.sizes import largest_layout
+from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.settings.load import load_settings
 from pipelines import plan
 
@@ -126,7 +126,7 @@ def test_the_time_of_a_part_is_estimated_once_for_each_size(monkeypatch: pytest.
     import torch
     from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
-    from mmoe_rec.features.sizes import largest_layout
+    from mmoe_rec.features.pipeline import largest_layout
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables

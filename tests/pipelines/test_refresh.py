@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.inference.artifact import iso_time, version_of
 from mmoe_rec.inference.export.small import write_small
 from mmoe_rec.inference.ranker import Ranker

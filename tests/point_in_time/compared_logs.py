@@ -19,7 +19,7 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
-from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log

@@ -10,12 +10,12 @@ from hypothesis import settings
 
 from mmoe_rec.features import kinds
 from mmoe_rec.features.kinds.history import HistoryEncoder
-from mmoe_rec.features.memories.live import Live
+from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time import levels
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
-from mmoe_rec.point_in_time.live import levels
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
 from tests.point_in_time.compared_logs import compare

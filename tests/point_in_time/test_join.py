@@ -5,10 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.index import KeyIndex
-from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps
+from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, sorted_order
 from mmoe_rec.point_in_time.search import Search, UnsortedLookUps
-from mmoe_rec.point_in_time.sorting import sorted_order
 
 WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, UnsortedLookUps))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.

@@ -10,16 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time import lives
+from mmoe_rec.point_in_time import levels as module
+from mmoe_rec.point_in_time import memory as memories
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.live import levels as module
-from mmoe_rec.point_in_time.live.layers import ForgetfulCounter, LayeredCounter, LayeredHistory
-from mmoe_rec.point_in_time.live.layers_together import add_levels
-from mmoe_rec.point_in_time.live.levels import LEVELS, CounterLevel, CounterLevels, grown
+from mmoe_rec.point_in_time.layers import ForgetfulCounter, LayeredCounter, LayeredHistory
+from mmoe_rec.point_in_time.levels import LEVELS, CounterLevel, CounterLevels, grown
 from mmoe_rec.point_in_time.memory import CounterMemory
 from mmoe_rec.point_in_time.search import UnsortedLookUps
-from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, salt_of
+from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, add_levels, salt_of
 from tests.point_in_time.test_memories import (
     KEYS,
     WINDOW,
@@ -42,7 +41,7 @@ LATE = 6  # the most that an event may come late, and count as if it had come on
 def small_levels() -> Any:
     """So that a few dozen events fill several levels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lives, "_LATE", LATE)
+        patch.setattr(memories, "_LATE", LATE)
         for name, value in {"SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
             patch.setattr(module, name, value)
         yield

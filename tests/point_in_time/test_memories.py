@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time import lives
+from mmoe_rec.point_in_time import memory as memories
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
@@ -104,7 +104,7 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
     arrives = known + random.integers(0, late + 1, size)
     memory = counter_of([], labels, forget_after)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lives, "_LATE", late)
+        patch.setattr(memories, "_LATE", late)
         for start, end in pairwise([-1, *cuts, UNTIL]):
             memory = extended(memory, [e for e, at in zip(events, arrives, strict=True) if start <= at < end])
             here = [event for event, at in zip(events, arrives, strict=True) if at < end]
@@ -145,7 +145,7 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
 def test_a_key_without_news_goes_from_memory_some_days_after_it_is_forgotten():
     day, once = 86_400_000_000, [(0, 0, 1.0)]
     for memory in (counter_of(once, forget_after=30 * day), history_of(once, 30 * day)):
-        kept = 30 * day + lives.LATE_DAYS * day
+        kept = 30 * day + memories.LATE_DAYS * day
         assert len(memory.compacted(kept, 1).events) == 1
         assert len(memory.compacted(kept + 1, 1).events) == 0
     forever = counter_of(once).compacted(2**60, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.features.memories.files import exact_from
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare

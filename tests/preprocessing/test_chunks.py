@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time import memory
-from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window, known_at
 from mmoe_rec.preprocessing import chunks as chunks_module
 from mmoe_rec.preprocessing.chunks import Received, batches, chunks
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of

@@ -16,7 +16,7 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.prepare import Prepared, existing
 from tests.log.small_logs import (
     ALL_KINDS,

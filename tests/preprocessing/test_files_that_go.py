@@ -12,7 +12,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from tests.log.small_logs import DAY, START, files_of, times_of

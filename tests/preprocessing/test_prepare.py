@@ -16,7 +16,7 @@ from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing import engines, splits, steps
 from mmoe_rec.preprocessing import results as answers
 from mmoe_rec.preprocessing.added.extend import extend

@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.features import build_features
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.added.tables import Tables, advanced, made_anew, taken_by
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs

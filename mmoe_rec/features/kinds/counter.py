@@ -11,15 +11,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.dense_number import DenseNumber
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Results, Shared, State
 from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.moments import Moments
-from mmoe_rec.features.numbers import NumberHistogram, Standardiser
+from mmoe_rec.features.numbers import DenseNumber, Moments, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.point_in_time.live.layers import AnyCounter
+from mmoe_rec.point_in_time.layers import AnyCounter
 from mmoe_rec.point_in_time.memory import NEVER, CounterFound, CounterMemory
 from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion

@@ -18,8 +18,8 @@ from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import known_at
+from mmoe_rec.point_in_time.layers import LayeredHistory
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
-from mmoe_rec.point_in_time.live.layers import LayeredHistory
 from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Meaning, Remembering, Schema

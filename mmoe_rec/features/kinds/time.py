@@ -13,11 +13,10 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.dense_number import DenseNumber
 from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
 from mmoe_rec.features.kind import Kind
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.numbers import Standardiser
+from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Schema, each_once

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from mmoe_rec.features.latest import RecentValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.recent import RecentValues
 from mmoe_rec.inference.errors import RequestError, quoted
 from mmoe_rec.inference.requests.columns import PARTS, RequestColumn, RequestColumns
 from mmoe_rec.log.columns import UTC_MICROSECONDS

@@ -106,7 +106,7 @@ def _print(prepared: Prepared, settings: Settings) -> None:
 
 def _print_remembered(prepared: Prepared) -> None:
     """What the server will hold, by the largest."""
-    from mmoe_rec.features.memories.files import remembered_bytes
+    from mmoe_rec.features.memories import remembered_bytes
 
     sizes = remembered_bytes(prepared.serving)
     if sizes:

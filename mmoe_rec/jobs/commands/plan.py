@@ -93,7 +93,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _layout(settings: Settings) -> tuple[ModelLayout, str]:
     """The layout, and where its sizes come from."""
     from mmoe_rec.features.layout import Layout
-    from mmoe_rec.features.sizes import largest_layout
+    from mmoe_rec.features.pipeline import largest_layout
     from mmoe_rec.model.layout import ModelLayout
 
     built = Path(settings.data.work) / "features" / "encoded"

@@ -10,7 +10,7 @@ from mmoe_rec.features.encoder import Results
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.windows import Window, in_window
+from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.requests import OneTimeReader
 from mmoe_rec.preprocessing.results import ResultReader, take
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.windows import in_window
+from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.columns import Scalar
 from mmoe_rec.settings.split import Split
 

@@ -33,7 +33,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.point_in_time.windows import Window
+from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.added.new_files import Holder, NewFiles
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.checks import check_apart

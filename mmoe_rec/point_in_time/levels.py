@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmoe_rec.point_in_time.exact import ExactSums
-from mmoe_rec.point_in_time.index import KeyIndex, bisected
+from mmoe_rec.point_in_time.join import KeyIndex, bisected, sorted_order
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.point_in_time.search import last_known
-from mmoe_rec.point_in_time.sorting import sorted_order
 
 LEVELS = 3
 SMALLEST = 32_768
