@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmoe_rec.errors import StoppedError, StopRequest, UserError
+from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.training import loop
-from mmoe_rec.training.checkpoint import Checkpoint, latest_checkpoint
+from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT
@@ -77,24 +76,6 @@ def test_a_signal_saves_the_step_at_hand(
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
-def test_a_signal_ends_a_validation_that_is_made_up_for(
-    prepared: Prepared, tmp_path: Path, whole: TrainingResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    validate = loop.validate
-
-    def asked(*arguments: object) -> object:
-        stop = arguments[-1]
-        assert isinstance(stop, StopRequest)
-        stop.asked = "SIGTERM"
-        return validate(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "validate", asked)
-    with pytest.raises(StoppedError, match="step 40 of"):
-        train(prepared, tmp_path)
-    monkeypatch.undo()
-    assert_same(prepared, train(prepared, tmp_path), whole)
-
-
 def test_a_training_at_its_end_is_not_trained_on(prepared: Prepared, tmp_path: Path, whole: TrainingResult) -> None:
     train(prepared, tmp_path)
 
@@ -102,17 +83,6 @@ def test_a_training_at_its_end_is_not_trained_on(prepared: Prepared, tmp_path: P
         raise AssertionError("there is no step left")
 
     assert_same(prepared, train(prepared, tmp_path, at), whole)
-
-
-def test_patience_that_had_run_out_has_run_out(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop.Validation, "objective", lambda *_: 0.0)
-    stopped = train(prepared, tmp_path, patience=2)
-    assert stopped.stopped_early
-    again = train(prepared, tmp_path, patience=2)
-    assert again.stopped_early
-    assert again.steps == stopped.steps == 120
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(prepared: Prepared, tmp_path: Path) -> None:
@@ -206,11 +176,6 @@ def test_steps_that_are_not_finite_can_be_skipped(prepared: Prepared, tmp_path: 
     assert found.state.skipped == 3
 
 
-def test_too_many_skipped_steps_in_a_row_stop_training(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss of step 22 in 21 steps, one after the other, is not finite"):
-        train(prepared, tmp_path, _spoil, on_bad_loss="skip")
-
-
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -233,11 +198,3 @@ def test_a_new_training_forgets_where_another_one_stood(prepared: Prepared, tmp_
     with process_group(CPU):
         Trainer(prepared, LAYOUT, DROPS, TRAINING, CPU, tmp_path, lambda *_: None)
     assert latest_checkpoint(tmp_path) is None
-
-
-def test_what_is_read_is_what_was_written(prepared: Prepared, tmp_path: Path) -> None:
-    train(prepared, tmp_path)
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    again = Checkpoint.read(found.folder)
-    assert again.state.to_json() == found.state.to_json() == (found.folder / "training.json").read_text()

@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import linear
 
 from mmoe_rec.batches.batch import KeyedIds, make_batch
-from mmoe_rec.batches.prefetch import OnDemand
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model import products as products_module
@@ -104,13 +103,6 @@ def test_what_is_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-def test_what_is_set_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = with_times(monkeypatch, TIMES)
-    choices = chooser(built()).choose(Training(precision="bf16", tables="torch", threads=7))
-    assert choices == Choices("bf16", "torch", "auto", 7, "blas", {})
-    assert compared == []
-
-
 def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = with_times(monkeypatch, TIMES | {"onednn": 5.5})
     choices = chooser(built()).choose(Training(tables="torch", threads=1))
@@ -123,13 +115,6 @@ def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
 
 
-def test_bf16_trains_with_the_library_that_it_was_timed_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_times(monkeypatch, TIMES | {"onednn": 6.0, "bf16": 2.0})
-    choices = chooser(built()).choose(Training(tables="torch", threads=1))
-    assert (choices.precision, choices.products) == ("bf16", "blas")
-    assert choices.measured["precision"] == {"fp32": 6.0, "bf16": 2.0}
-
-
 def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "onednn_offered", lambda: False)
     compared = with_times(monkeypatch, TIMES)
@@ -137,10 +122,6 @@ def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch
     assert compared == [["blas"]]
     assert (choices.products, choices.measured) == ("blas", {})
     assert str(choices) == "fp32, tables by torch, 1 thread"
-
-
-def test_a_library_that_was_set_is_said() -> None:
-    assert str(Choices("fp32", "torch", "auto", 1, "onednn")) == "fp32, products by onednn, tables by torch, 1 thread"
 
 
 def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path) -> None:
@@ -185,15 +166,6 @@ def test_only_what_matters_is_measured(
     choices = chooser(built()).choose(Training.model_validate(settings | {"tables": "torch", "threads": 1}))
     assert found == compared
     assert choices.products == settings.get("products", "blas")
-
-
-def test_experts_that_all_run_or_have_a_setting_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = with_times(monkeypatch, TIMES)
-    settings = Training(precision="fp32", products="blas", tables="torch", threads=1)
-    dense = Model.model_validate(TOP_K | {"experts": MODEL.experts.model_dump() | {"compute": "dense"}})
-    for model in (built(), built(dense)):
-        assert chooser(model).choose(settings).experts == "auto"
-    assert compared == []
 
 
 def test_bf16_that_is_emulated_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,10 +244,6 @@ def test_a_hopeless_option_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert times["slow"] == pytest.approx(1010 * GIVE_UP)
 
 
-def test_choices_as_json() -> None:
-    assert Choices.from_dict(json.loads(json.dumps(CHOICES.to_dict()))) == CHOICES
-
-
 def test_a_training_that_goes_on_keeps_them() -> None:
     now = kept(CHOICES, Training(threads=2), CPU)
     assert (now.precision, now.tables, now.experts, now.threads) == ("bf16", "torch", "grouped", 2)
@@ -332,43 +300,3 @@ def test_experts_are_computed_as_chosen_or_as_set(
     with pytest.raises(CrashError):
         train(prepared, tmp_path, look, Model.model_validate(TOP_K | {"experts": experts}), precision="fp32")
     assert set(found) == {expected}
-
-
-@pytest.mark.parametrize("chosen", ["blas", "onednn"])
-def test_all_layers_multiply_as_chosen(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
-) -> None:
-    with_times(monkeypatch, TIMES | {chosen: 1.0})
-    found: list[str] = []
-
-    def look(trainer: Trainer) -> None:
-        found.extend(each.products for each in trainer.sharded.model.modules() if isinstance(each, Multiplying))
-        raise CrashError
-
-    with pytest.raises(CrashError):
-        train(prepared, tmp_path, look, MODEL, products="auto")
-    assert set(found) == {chosen}
-
-
-def test_a_checkpoint_of_before_there_were_choices(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(CrashError):
-        train(prepared, tmp_path, crash(60), MODEL)
-    before = latest_checkpoint(tmp_path)
-    assert before is not None
-    file = before.folder / "training.json"
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    assert tree.pop("choices")["precision"] == "fp32"
-    file.write_text(json.dumps(tree), encoding="utf-8")
-    assert train(prepared, tmp_path, None, MODEL).steps > before.state.step
-
-
-def test_batches_of_a_cpu_are_made_on_demand(prepared: Prepared, tmp_path: Path) -> None:
-    found: list[object] = []
-
-    def look(trainer: Trainer) -> None:
-        found.append(trainer._batches(trainer.reader, trainer.position, 1))
-        raise CrashError
-
-    with pytest.raises(CrashError):
-        train(prepared, tmp_path, look, MODEL)
-    assert [type(each) for each in found] == [OnDemand]

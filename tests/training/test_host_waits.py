@@ -17,18 +17,14 @@ from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.errors import StopRequest
-from mmoe_rec.evaluation.scoring import predictions
 from mmoe_rec.model import levels
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, Towers
-from mmoe_rec.model.products import Sent
 from mmoe_rec.model.routing import RULES
-from mmoe_rec.model.score import fuse
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.training.losses import add_log_variances
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.steps import Balancing, Steps
-from mmoe_rec.training.validation import ValidationSums
 from tests.model.examples import random_rows, small_model
 from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu
 from tests.training.learnable import CPU, GIVEN, LAYOUTS
@@ -188,27 +184,6 @@ def test_a_forward_pass_over_tables_waits_for_nothing(monkeypatch: pytest.Monkey
     assert waits.found == []
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.k_a_row])
-def test_sparse_experts_are_one_product_in_bf16(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    layout = LAYOUTS["no ids"]
-    model = small_model(plain_tables(layout), layout, **changes(rule)).train()
-    asked: list[int] = []
-
-    def of(used: Tensor, most: int) -> Sent:
-        asked.append(most)
-        return Sent.of(used, most)
-
-    monkeypatch.setattr(levels, "Sent", SimpleNamespace(of=of))
-    batch = batch_of(layout)
-    with fake_gpu(monkeypatch) as mode:
-        on_gpu(model)
-        batch = faked(batch, mode).to(CUDA)
-        with torch.autocast("cuda", torch.bfloat16):
-            model(batch)
-        model(batch)  # fp32
-    assert asked == [2 if rule == "shared_route" else 6], "k experts for each of three tasks, or for all of them"
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_backward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """On a CPU, of what a GPU would run: autograd can't be asked about a GPU that is not there."""
@@ -242,23 +217,3 @@ class _Names(torch.utils._python_dispatch.TorchDispatchMode):
         )
         self.names.append("index by bool" if masks else name)
         return func(*args, **(kwargs or {}))
-
-
-def test_a_validation_reads_the_logits_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = LAYOUTS["no ids"]
-    model = small_model(plain_tables(layout), layout, **changes("top_k")).eval()
-    batch = batch_of(layout, weighted=True)
-    with fake_gpu(monkeypatch) as mode:
-        on_gpu(model)
-        experts = model.experts_in_use
-        moved = faked(batch, mode).to(CUDA, non_blocking=True)
-        waits = Waits()
-        with waits.watching(), torch.no_grad():
-            outputs = model(moved)
-            sums = ValidationSums(layout, experts)
-            sums.utilisation.add(outputs, moved.observed.any(1))
-            assert sums.utilisation.sums.is_cuda
-            assert waits.found == []
-            predictions(outputs.logits.cpu(), [task.kind for task in layout.tasks])
-            fuse(outputs.logits.cpu(), [task.kind for task in layout.tasks], [1.0] * len(layout.tasks))
-        assert waits.found == [("elsewhere", "copy to the host")] * 2

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +85,6 @@ def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
     assert learning_rate_share(110, 110, 10 / 110) == pytest.approx(0.01)
 
 
-def test_without_warm_up_the_first_step_has_the_peak() -> None:
-    assert learning_rate_share(0, 50, 0.0) == 1.0
-    assert [learning_rate_share(0, 1, share) for share in (0.0, 0.5)] == [1.0, 0.5]
-
-
 def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp_path: Path) -> None:
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
     with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
@@ -110,23 +104,6 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp
             if step == 2:
                 break
         assert rate > 2 * TRAINING.table_learning_rate * learning_rate_share(0, STEPS, 0.5)
-
-
-def test_at_a_rate_of_zero_nothing_moves(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rate = [0.0]
-    monkeypatch.setattr(loop, "learning_rate_share", lambda *_: rate[0])
-    with trainer(prepared, tmp_path / "best") as one:
-        first = weights(one, tmp_path / "now")
-        batches = iter(one._batches(one.reader, one.position, 1))
-        for _ in range(3):
-            one._step(islice(batches, 1), meter(one))
-        still = weights(one, tmp_path / "now")
-        assert all(torch.equal(still[name], weight) for name, weight in first.items())
-        rate[0] = 1.0
-        one._step(islice(batches, 1), meter(one))
-        moved = weights(one, tmp_path / "now")
-        assert all(torch.equal(moved[name], weight) != is_weight(name) for name, weight in first.items())
-        batches.close()
 
 
 # What a step sees
@@ -218,17 +195,6 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
 
-@pytest.mark.parametrize(("mean", "deviation"), [(400.0, 700.0), (1.7e9, 100.0)])
-def test_the_unit_of_a_regression_does_not_matter(tmp_path: Path, mean: float, deviation: float) -> None:
-    quality = []
-    *others, rating = LAYOUT.tasks
-    for task in (rating, replace(rating, mean=mean, deviation=deviation)):
-        layout = replace(LAYOUT, tasks=(*others, task))
-        folder = tmp_path / f"{task.deviation:g}"
-        quality.append(judge(trained(write_prepared(folder / "data", layout), folder / "best")))
-    assert quality[1] == pytest.approx(quality[0], abs=0.01)
-
-
 def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None:
     precise = judge(trained(prepared, tmp_path / "fp32", DROPS, epochs=4))
     coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16", epochs=4))
@@ -304,16 +270,3 @@ def test_training_stops_when_patience_has_run_out(
     assert found.result.steps == 4 * STEPS // 2
     assert found.result.best_step == 2 * STEPS // 2
     assert len(found.result.history) == 4
-
-
-def test_patience_counts_from_the_best(prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]) -> None:
-    scripted += [(0.6, 0), (0.5, 0), (0.7, 0), (0.65, 0), (0.8, 0), (0.1, 0)]
-    found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)
-    assert not found.result.stopped_early
-    assert found.result.steps == 3 * STEPS
-    assert found.result.best_step == 5 * STEPS // 2
-
-
-def test_more_validations_than_batches_validate_after_each(prepared: Prepared, tmp_path: Path) -> None:
-    found = trained(prepared, tmp_path / "best", batch_size=5_000, validations_per_epoch=9, patience=99)
-    assert [step for step, _ in found.result.history] == [1, 2, 3]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
@@ -118,10 +117,3 @@ def test_what_is_made_of_the_result_is_known_too(name: str, value: Any) -> None:
     found = one.difference(other)
     assert found is not None
     assert f"begun with {name} " in found
-
-
-def test_a_checksum_is_of_the_content(tmp_path: Path) -> None:
-    for name, text in (("a", "weights"), ("b", "weights"), ("c", "other")):
-        (tmp_path / name).write_text(text)
-    one, same, other = (checksum(tmp_path / name) for name in "abc")
-    assert one == same != other

@@ -24,6 +24,7 @@ from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, random_rows, small_model
+from tests.reference.model import adagrad
 from tests.training.ranks import CPU
 from tests.training.saving import save_weights
 
@@ -50,20 +51,10 @@ def test_what_is_stored_is_what_was_meant(dim: int) -> None:
         assert from_stored(stored, dim) is stored is weights
 
 
-@torch.no_grad()
-def row_wise_adagrad(tables: PlainTables, sums: dict[str, torch.Tensor]) -> None:
-    """One step, by its definition: a row's rate is divided by the root of the mean squares of its gradients so far."""
-    for name, weight in tables.named_parameters():
-        assert weight.grad is not None
-        sums[name] = sums.get(name, torch.zeros(len(weight), 1)) + weight.grad.square().mean(1, keepdim=True)
-        weight.sub_(RATE * weight.grad / (sums[name].sqrt() + 1e-8))
-        weight.grad = None
-
-
 def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
     plain = small_model(plain_tables(layout, 3), layout)
     assert isinstance(plain.tables, PlainTables)
-    sums: dict[str, torch.Tensor] = {}
+    momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
     with process_group(CPU):
         sharded = shard(
             small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=32, table_learning_rate=RATE, seed=3
@@ -75,7 +66,10 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
             torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
             for logits in (one, other):
                 (logits - 1).square().sum().backward()
-            row_wise_adagrad(plain.tables, sums)
+            for name, weight in plain.tables.named_parameters():
+                assert weight.grad is not None
+                adagrad(weight.data, momentum[name], weight.grad, RATE)
+                weight.grad = None
             sharded.table_optimizer.step()
         save_weights(sharded.model, tmp_path / "trained")
     loaded = small_model(plain_tables(layout, 99), layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,28 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from mmoe_rec.errors import UserError
 from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.tables import Place, RowWise, Storage, set_way, tell_fbgemm, ways_on_offer
-from tests.training.reference import ReferenceTables, flat, random_bags
+from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]
 TABLE_OF = [0, 1, 2, 1, 3]  # one table is shared by two inputs
 WIDTHS = {"equal": [8, 8, 8, 8], "mixed": [4, 12, 16, 12], "all different": [4, 8, 16, 20]}
 RATES = [0.05, 0.5, 0.01]
+
+
+def random_bags(random: np.random.Generator, rows: Sequence[int], batch: int, longest: int) -> list[list[list[int]]]:
+    """Of each input, the ids of each row of a batch: 0 to `longest`, many of them the same; one each if it is 0."""
+    bags = []
+    for most in rows:
+        lengths = random.integers(0, longest + 1, batch) if longest else np.ones(batch, np.int64)
+        bags.append([np.minimum(random.geometric(0.1, length) - 1, most - 1).tolist() for length in lengths])
+    return bags
+
+
+def flat(bags: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids, key-major, and the offsets at which each row's begin."""
+    lengths = [len(row) for rows in bags for row in rows]
+    ids = torch.tensor([each for rows in bags for row in rows for each in row], dtype=torch.int64)
+    return ids, torch.tensor([0, *np.cumsum(lengths, dtype=int).tolist()])
 
 
 class Tables:
@@ -34,9 +51,8 @@ class Tables:
         weights = torch.from_numpy(random.normal(size=first[-1]).astype(np.float32))
         self.storage = Storage(weights, torch.zeros(sum(ROWS)), torch.tensor(0.0), 1e-8)
         self.first, self.widths = first, widths
-        self.reference = ReferenceTables(
-            [each.double().numpy().copy() for each in self.weights()], [np.zeros(rows) for rows in ROWS], TABLE_OF
-        )
+        self.reference = [each.double().clone().requires_grad_() for each in self.weights()]
+        self.reference_momentum = [torch.zeros(rows, dtype=torch.float64) for rows in ROWS]
         self.row_wise = RowWise(
             [Place(f"t{t}", ROWS[t], widths[t], int(first[t]), self.momentum_of[t]) for t in TABLE_OF]
         )
@@ -52,8 +68,19 @@ class Tables:
 
     def look_up(self, bags: Any) -> torch.Tensor:
         """By the code that is tested."""
-        ids, offsets = (torch.tensor(each, dtype=torch.int64) for each in flat(bags))
-        return self.row_wise.look_up(self.storage, ids, offsets, torch.zeros(0, requires_grad=True))
+        return self.row_wise.look_up(self.storage, *flat(bags), torch.zeros(0, requires_grad=True))
+
+    def expected(self, bags: Any) -> torch.Tensor:
+        """By the reference: sums of rows."""
+        inputs = zip(TABLE_OF, bags, strict=True)
+        return torch.cat([torch.stack([self.reference[t][ids].sum(0) for ids in rows]) for t, rows in inputs], 1)
+
+    def update_reference(self) -> None:
+        """A step of row-wise Adagrad."""
+        for table, momentum in zip(self.reference, self.reference_momentum, strict=True):
+            assert table.grad is not None
+            adagrad(table.data, momentum, table.grad, self.storage.rate.item())
+            table.grad = None
 
 
 @pytest.mark.parametrize("longest", [0, 1, 6])
@@ -69,16 +96,16 @@ def test_many_steps_equal_a_loop_over_rows(
     for step in range(12):
         bags = random_bags(random, [ROWS[table] for table in TABLE_OF], batch=1 + 5 * step, longest=longest)
         pooled = tables.look_up(bags)
-        torch.testing.assert_close(
-            pooled.double(), torch.from_numpy(tables.reference.look_up(bags)), atol=1e-4, rtol=1e-4
-        )
+        expected = tables.expected(bags)
+        torch.testing.assert_close(pooled.double(), expected, atol=1e-4, rtol=1e-4)
         gradient = torch.randn(pooled.shape)
         tables.storage.rate.fill_(RATES[step % 3])
         pooled.backward(gradient)
-        tables.reference.update(bags, gradient.numpy(), tables.storage.rate.item())
-    for ours, theirs in ((tables.weights(), tables.reference.weights), (tables.momentum(), tables.reference.momentum)):
+        expected.backward(gradient.double())
+        tables.update_reference()
+    for ours, theirs in ((tables.weights(), tables.reference), (tables.momentum(), tables.reference_momentum)):
         for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one.double(), torch.from_numpy(other), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(one.double(), other.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_rows_that_were_not_looked_up_keep_every_bit() -> None:
@@ -157,7 +184,7 @@ def test_all_ways_take_the_same_steps_in_the_same_storage(way: Any, longest: int
     random = np.random.default_rng(longest)
     for step in range(12):
         bags = random_bags(random, [ROWS[table] for table in (0, 1, 1, 2, 3)], batch=40, longest=longest)
-        ids, offsets = (torch.tensor(each, dtype=torch.int64) for each in flat(bags))
+        ids, offsets = flat(bags)
         gradient = torch.randn(40, sum(WIDTHS[widths][table] for table in (0, 1, 1, 2, 3)))
         found = []
         for taken, module in zip((way, "fbgemm"), modules, strict=True):

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import IdInput
-from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import plain_tables, torchrec_tables
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
@@ -74,26 +72,11 @@ def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> Non
         assert torch.equal(first.state_dict()[name], weights) != is_weight(name), f"{name} was not trained"
 
 
-def test_two_ranks_in_plain_pytorch_give_the_same_weights(one_rank: Path, tmp_path: Path) -> None:
-    spawn(join_and_train, tmp_path, "torch")
-    by_fbgemm, by_torch = (small_model(plain_tables(LAYOUT, seed)) for seed in (98, 99))
-    load_plain(by_fbgemm, one_rank / "after")
-    load_plain(by_torch, tmp_path / "after")
-    for name, weights in by_fbgemm.state_dict().items():
-        torch.testing.assert_close(by_torch.state_dict()[name], weights, atol=1e-6, rtol=0, msg=f"{name} differs")
-    both = torch.cat([read(tmp_path, rank)["logits"] for rank in (0, 1)])
-    torch.testing.assert_close(both, read(one_rank)["logits"], atol=1e-6, rtol=0)
-
-
 def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> None:
     first, loaded = (small_model(plain_tables(LAYOUT, seed)) for seed in (SEED, 99))
     load_plain(loaded, two_ranks / "before")
     for name, weights in first.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weights), name
-
-
-def test_the_process_group_ends(one_rank: Path) -> None:
-    assert not dist.is_initialized()
 
 
 def test_a_layout_without_tables(tmp_path: Path) -> None:
@@ -112,12 +95,6 @@ def test_a_layout_without_tables(tmp_path: Path) -> None:
     plain = small_model(plain_tables(layout), layout)
     load_plain(plain, tmp_path / "model")
     torch.testing.assert_close(plain(make_batch(encoded, layout, torchrec=False)).logits, logits)
-
-
-def test_tables_beyond_memory_are_named_as_such() -> None:
-    layout = ModelLayout((EmbeddingTable("t", 2**36, 64),), (IdInput("a", "t"),), (), LAYOUT.tasks)
-    with process_group(CPU), pytest.raises(UserError, match=r"16640\.0 GiB with.*do not fit.*`max_size`.* of .t. to"):
-        shard(small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=8, table_learning_rate=0.1)
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -39,10 +39,6 @@ def test_the_rule_that_chose_is_named() -> None:
     assert len(why_chosen(few, 7, "loss")) == 1
 
 
-def test_nothing_is_wrong_with_a_good_validation() -> None:
-    assert warnings_of(found()) == []
-
-
 def test_an_auc_below_chance_is_told_of() -> None:
     (good,) = warnings_of(found(auc={"click": 0.998, "like": 0.8}, rarer={"click": 500, "like": 500}))
     assert "the validation AUC of 'click' is 0.9980, too good to be true" in good

@@ -184,11 +184,6 @@ def test_other_structures_are_refused(grown: Grown, change: dict[str, Any], mess
         grown.warm_start(Model.model_validate(tree))
 
 
-def test_another_dropout_is_no_other_structure(grown: Grown) -> None:
-    tree = grown.small.settings.model.model_dump()
-    grown.warm_start(Model.model_validate({**tree, "gates": {"dropout": 0.5}}))
-
-
 def _with(changes: dict[str, Any]) -> dict[str, Any]:
     return {"features": {**ALL_KINDS, **changes}}
 
@@ -215,14 +210,6 @@ def test_other_features_are_refused(
         grown.warm_start(other=other)
 
 
-def test_other_tasks_are_refused(grown: Grown, tmp_path: Path) -> None:
-    tasks = grown.small.settings.model_dump(mode="json")["tasks"]
-    tasks["more"] = {"label": "click", "objective": "engagement"}
-    other = SmallModel(tmp_path, tasks=tasks)
-    with pytest.raises(UserError, match=r"its setting 'tasks.more' is missing, and there in the features"):
-        grown.warm_start(other=other)
-
-
 def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     """Without ids, that these differ is all that tells the features of one log from those of another."""
     sections = {"features": {name: ALL_KINDS[name] for name in ("price", "when")}}
@@ -232,16 +219,6 @@ def test_statistics_of_other_rows_are_refused(tmp_path: Path) -> None:
     prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), tmp_path / "other")
     with pytest.raises(UserError, match=r"its feature 'price' was fitted to other rows"):
         WarmStart(one.folder, settings.model, prepared, ModelLayout.of(prepared.layout, settings), settings.model)
-
-
-def test_a_model_of_more_ids_is_refused(grown: Grown, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(grown.small.folder, folder)
-    shutil.rmtree(folder / "features")
-    shutil.copytree(grown.prepared.serving, folder / "features")
-    settings = grown.small.settings.model
-    with pytest.raises(UserError, match=r"its feature 'item' knows \d+ ids, the features only \d+"):
-        WarmStart(folder, settings, grown.before, grown.layout, settings)
 
 
 def test_weights_that_cannot_be_read(grown: Grown, tmp_path: Path) -> None:

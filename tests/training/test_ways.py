@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -37,12 +36,6 @@ def test_fbgemm_that_cannot_be_kept_from_its_kernels(monkeypatch: pytest.MonkeyP
         UserError, match=r"^training\.tables is fbgemm_reference, but .*: set it to auto, or .*\(fbgemm, t"
     ):
         way_of("fbgemm_reference", "cpu")
-
-
-def test_on_gpus_there_is_one_way() -> None:
-    assert way_of("auto", "cuda") == way_of("fbgemm", "cuda") == "fbgemm"
-    with pytest.raises(UserError, match=r"^training\.tables is torch, a way of CPUs"):
-        way_of("torch", "cuda")
 
 
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,15 +126,3 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(ways_on_offer())
     measure.trial(ways_on_offer()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
-
-
-@pytest.mark.parametrize("way", get_args(Way))
-def test_a_trial_takes_inputs_in_any_order(way: Way) -> None:
-    """Also where inputs that share a table stand apart."""
-    ids = tuple(LAYOUT.ids[number] for number in (2, 0, 1, 4, 5, 3))
-    assert [each.table for each in ids].count("t2") == 2
-    layout = replace(LAYOUT, ids=ids)
-    encoded, _ = random_rows(300, seed=5, layout=layout)
-    once = measure.trial(way, layout, make_batch(encoded, layout, torchrec=False).ids)
-    for _ in range(3):
-        once()
