@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -331,57 +330,6 @@ def test_bad_files_of_events(tmp_path):
 
 WINDOWS = {"train": (START, START + 5 * DAY), "validation": (START + 5 * DAY, START + 7 * DAY)}
 WINDOWS |= {"test": (START + 7 * DAY, None)}
-
-
-def _many(folder: Path) -> tuple[Schema, Path, set[str]]:
-    """A log of 60 files and one of 20 of events, of which every fifth is bad in one of many ways, and those files."""
-    wrong = [
-        lambda table: _at(table, "click", {3: 7.0}),
-        lambda table: _at(table, "user", {0: None, 4: None}),
-        lambda table: _at(table, "time", {4: START + 10**6 * DAY}),
-    ]
-    schema, bad = _events(folder / "purchases"), set()
-    for name, count in (("log", 60), ("purchases", 20)):
-        size = 300 // count
-        for number in range(count):
-            path = folder / name / f"{number:02d}.parquet"
-            path.parent.mkdir(exist_ok=True)
-            table = _replace(TABLE, "born", TABLE["time"]).slice(number * size, size)
-            if number % 5 == 1:
-                table = wrong[number // 5 % 3](table) if name == "log" else _at(table, "born", {2: None})
-                bad.add(str(path))
-            pq.write_table(table, path, row_group_size=2)
-    return schema, folder / "log", bad
-
-
-@pytest.mark.parametrize("rows_per_part", [262_144, 70, 2])
-def test_one_pass_finds_all_bad_files_and_one_more_reads_the_good_ones(tmp_path, monkeypatch, rows_per_part):
-    """Each file is opened once by each step that reads one of its parts, and a bad one once more to say what is wrong
-    with the whole of it."""
-    schema, source, bad = _many(tmp_path)
-    opened, explained, open_parquet = Counter(), Counter(), log_module.open_parquet
-    monkeypatch.setattr(log_module.Log.parts, "__defaults__", (rows_per_part,))
-    monkeypatch.setattr(steps, "ROWS_PER_PART", rows_per_part)
-
-    def counting(address: str, coded: Any = None) -> Any:
-        (explained if coded is None else opened)[address] += 1
-        return open_parquet(address, coded or ())
-
-    monkeypatch.setattr(log_module, "open_parquet", counting)
-    prepared = prepare(str(source), schema, WINDOWS, tmp_path / "work", BuildOptions(skip_bad_files=True))
-    left_out = prepared.manifest["left_out"]
-    assert [each["file"] for each in left_out] == sorted(bad)
-    assert "holds 7 (1 rows are neither 0 nor 1); fix" in left_out[0]["reason"]
-    assert "is null in 2 rows" in left_out[1]["reason"]
-    assert explained == dict.fromkeys(bad, 1)
-    files = [Path(address) for address in opened]
-    assert len(files) == 80
-    for path in files:
-        pieces = {262_144: 1, 70: 1, 2: pq.read_metadata(path).num_row_groups}[rows_per_part]
-        passes = 1 if str(path) in bad else 3 if path.parent == source else 2
-        also = 1 if str(path) in bad else 0  # to say what is wrong
-        # A file may lie on the border of two parts of 70 rows.
-        assert 0 <= opened[str(path)] - pieces * passes - also <= (3 if rows_per_part == 70 else 0), path
 
 
 def _gone(path: Path) -> None:

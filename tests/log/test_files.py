@@ -124,12 +124,6 @@ def test_nothing_there(place):
             find_files(f"{place}/{missing}", "data.events.x.path")
 
 
-def test_a_folder_with_the_name_of_a_file(place):
-    _write(f"{place}/day.parquet/0.parquet")
-    assert _names(place, "/log") == ["day.parquet/0.parquet"]
-    assert _names(f"{place}/*.parquet", "/log") == ["day.parquet/0.parquet"]
-
-
 def test_file_addresses_are_local_paths(tmp_path):
     _write(str(tmp_path / "0.parquet"))
     assert find_files(f"file://{tmp_path}") == find_files(str(tmp_path))
@@ -198,13 +192,6 @@ def test_a_missing_package(monkeypatch, protocol, package, extra):
     message = f"'{protocol}://bucket/log' needs the package {package} ("
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith(f"`pip install {package}`, or install mmoe-rec with its extra `{extra}`")
-
-
-def test_addresses_that_nothing_reads():
-    with pytest.raises(UserError, match="'nothing://log' is not an address that can be read: Protocol not known"):
-        find_files("nothing://log")
-    with pytest.raises(UserError, match="'simplecache::memory://log' is a chain of addresses"):
-        find_files("simplecache::memory://log")
 
 
 def test_a_file_that_is_gone_and_a_server_that_is_gone_differ(bucket, aws):

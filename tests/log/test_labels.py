@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.prepare import prepare
@@ -21,10 +18,8 @@ from tests.log.small_logs import (
     DAY,
     LATE_DAYS,
     START,
-    fit,
     log_rows,
     random_log,
-    raw_results,
     schema_of,
     times_of,
     write_log,
@@ -62,24 +57,6 @@ def test_equals_a_loop(liked: dict[str, Any]) -> None:
     assert {0.0, 1.0} == set(found["click_and_liked"][~np.isnan(found["click_and_liked"])])
 
 
-def test_zeros_do_not_come_before_ones() -> None:
-    """Else the last days of training would have engagement without any satisfaction."""
-    rows = log_rows(random_log(3), schema_of(FEATURES, tasks=tasks()))
-    known_by = START + 6 * DAY
-    late = rows.times() + LATE_DAYS * DAY > known_by
-    assert late.any()
-    assert np.isnan(labels_of(rows, known_by)["click_and_liked"][late]).all()
-
-
-def test_tasks_without_given_have_their_labels_alone() -> None:
-    rows = log_rows(random_log(3), schema_of(FEATURES))
-    known_by = START + 6 * DAY
-    found = labels_of(rows, known_by)
-    assert list(found) == ["click", "liked", "spent"]
-    for name, task in rows.schema.tasks.items():
-        np.testing.assert_equal(found[name], rows.labels(task, known_by))
-
-
 def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
     schema = schema_of(FEATURES, tasks=tasks())
     write_log(tmp_path / "log", random_log(3, rows=600))
@@ -104,36 +81,6 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("click_days", [0.0, LATE_DAYS + 1.5])
-@pytest.mark.parametrize("at_least", [1.0, 0.0])
-def test_counters_and_histories_of_a_satisfaction_know_the_engaged_rows_alone(
-    click_days: float, at_least: float
-) -> None:
-    """Its label says nothing elsewhere, here mostly 0; and nobody knows it before it is known who engaged."""
-    table = random_log(3)
-    click = np.array([each == 1 for each in table["click"].to_pylist()])
-    liked = np.where(click, np.arange(len(click)) % 3 > 0, np.arange(len(click)) % 9 == 0).astype(float)
-    table = table.set_column(table.column_names.index("liked"), "liked", pa.array(liked))
-    given = tasks(observed_when=None)
-    given["click"] = given["click"] | {"matures_after_days": click_days}
-    features = COUNTED | {"last": COUNTED["last"] | {"at_least": at_least}}
-    pipeline = fit(table, schema_of(features, tasks=given), START + 8 * DAY)
-    rows = log_rows(table, pipeline.schema)
-    late = round(max(LATE_DAYS, click_days) * DAY)
-    records = list(zip(table.to_pylist(), rows.times().tolist(), click.tolist(), strict=True))
-    training = [row["liked"] for row, time, engaged in records if engaged and time + late <= START + 8 * DAY]
-    assert pipeline.encoders["rate"].prior == pytest.approx(np.mean(training), rel=1e-12)
-    found = {name: raw_results(pipeline.memory_encoders[name], rows) for name in ("rate", "last")}
-    for row, (asking, now, _) in enumerate(records):
-        known = [other for other, time, engaged in records if engaged and time + late <= now]
-        labels = [other["liked"] for other in known if other["brand"] == asking["brand"]]
-        rate = (sum(labels) + 2 * np.mean(training)) / (len(labels) + 2)
-        assert found["rate"]["rate_rows"][row] == pytest.approx(np.log1p(len(labels)))
-        assert found["rate"]["rate_rate"][row] == pytest.approx(rate, rel=1e-9)
-        liked_by_user = [other for other in known if other["user"] == asking["user"] and other["liked"] >= at_least]
-        assert found["last"]["last"].lengths[row] == len(liked_by_user)
-
-
 def test_labels_that_had_not_matured_are_counted(tmp_path: Path) -> None:
     """Of each split's rows, those whose label the log holds already."""
     table = random_log(3, rows=600)
@@ -152,12 +99,3 @@ def test_labels_that_had_not_matured_are_counted(tmp_path: Path) -> None:
         ]
         assert told["unmatured"] == {"click": 0, "liked": sum(late), "spent": 0}
         assert sum(late) > 0
-
-
-def test_a_layout_written_before_given_was_known_is_read() -> None:
-    layout = Layout((), (), (), (TaskOutput("click", "binary"), TaskOutput("liked", "binary")))
-    tree = asdict(layout)
-    for task in tree["tasks"]:
-        del task["given"]
-    assert Layout.from_json(json.dumps(tree)) == layout
-    assert layout.outcomes == {}

@@ -1,10 +1,7 @@
 """A log in any number of files, folders and row groups is the same rows, in parts that other processes can read."""
 
-import datetime
 import pickle
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import EventRows, Log, LogReader
+from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.logs import DEFAULTS, Logs
@@ -100,27 +96,6 @@ def _assert_equal(one: pa.Table, other: pa.Table) -> None:
         assert one[name].cast(kind).to_pylist() == other[name].to_pylist(), name
 
 
-def test_small_files_make_large_batches(tmp_path):
-    log = Log(str(write_log(tmp_path, *[TABLE.slice(row, 3) for row in range(0, 300, 3)])), SCHEMA)
-    (batch,) = log.stream()
-    assert len(batch) == 300
-    assert all(batch.table[name].num_chunks == 1 for name in batch.table.column_names)
-
-
-def _read(reader: LogReader, part: LogPart) -> list[pa.Table]:
-    return [rows.table for rows in reader.read(part)]
-
-
-def test_other_processes_read_parts(tmp_path):
-    log = Log(str(write_log(tmp_path, TABLE.slice(0, 170), TABLE.slice(170))), SCHEMA)
-    parts = log.parts(100)
-    assert len(parts) == 2
-    assert len(pickle.dumps((log.reader, parts[0]))) < 5_000
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        tables = [table for found in pool.map(_read, [log.reader] * 2, parts) for table in found]
-    _assert_equal(pa.concat_tables(tables), log_rows(TABLE, SCHEMA).table)
-
-
 def test_the_digest_changes_with_the_files(tmp_path):
     def digest(*tables: pa.Table) -> str:
         logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULTS)
@@ -167,18 +142,6 @@ def test_times_of_any_unit_and_zone_are_one(tmp_path):
     np.testing.assert_array_equal(times, np.tile(seconds, len(kinds) + 1))
 
 
-def test_never_as_the_year_9999_does_not_wrap_around(tmp_path):
-    never = datetime.datetime(9999, 12, 31)
-    table = pa.table({**_columns(TABLE.slice(0, 1)), "time": pa.array([never], pa.timestamp("us"))})
-    pq.write_table(table, tmp_path / "0.parquet", use_deprecated_int96_timestamps=True, compression="none")
-    (rows,) = Log(str(tmp_path), SCHEMA, now=2**62).stream()
-    assert rows.times().tolist() == [int(np.datetime64(never, "us").astype(np.int64))]
-
-
-def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    return dict(zip(table.column_names, table.columns, strict=True))
-
-
 # Hive partitions
 
 
@@ -216,23 +179,9 @@ def test_a_label_in_the_path(tmp_path):
     assert _table(log.stream())["click"].to_pylist() == [0.0] * 300 + [1.0] * 5
 
 
-def test_a_column_of_the_file_is_taken_before_the_paths(tmp_path):
-    log = Log(str(write_log(tmp_path / "brand=z", TABLE).parent), SCHEMA)
-    assert _table(log.stream())["brand"].to_pylist() == TABLE["brand"].to_pylist()
-
-
 def test_a_time_in_the_path(tmp_path):
     write_log(tmp_path / "time=2024-01-01", TABLE.drop_columns(["time"]))
     message = "has column 'time' in its path only; a time is not read from a path, write it as a column of the file"
-    with pytest.raises(BadFile, match=message):
-        Log(str(tmp_path), SCHEMA)
-
-
-def test_text_in_the_path_where_numbers_are_read(tmp_path):
-    write_log(tmp_path / "click=no", TABLE.drop_columns(["click"]))
-    message = (
-        r"column 'click' must hold numbers, found string \(a feature of kind id reads strings\), in the file's path"
-    )
     with pytest.raises(BadFile, match=message):
         Log(str(tmp_path), SCHEMA)
 

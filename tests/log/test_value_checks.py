@@ -80,23 +80,6 @@ def test_vectors_of_another_size_or_with_elements_that_are_no_numbers(tmp_path, 
         assert said.endswith(f" (the first is row {none[0]} of the file, counted from 0)")
 
 
-def test_files_with_bad_vectors_are_skipped(tmp_path):
-    good = [[1.0, 2.0]] * 300
-    folder = _log(tmp_path / "log", *[_with(good).slice(60 * number, 60) for number in range(5)])
-    for number, wrong in ((1, [1.0]), (3, [None, 1.0])):
-        lists = [*good[:59], wrong]
-        rows = TABLE.slice(60 * number, 60).append_column("x", pa.array(lists))
-        pq.write_table(rows, folder / f"{number}.parquet")
-    schema = _schema(look=VECTOR)
-    with pytest.raises(BadFile, match=r"1.parquet': column 'x' of feature 'look' holds a list of 1 .* row 59 "):
-        prepare(str(folder), schema, WINDOWS, tmp_path / "work")
-    prepared = prepare(str(folder), schema, WINDOWS, tmp_path / "work", BuildOptions(skip_bad_files=True))
-    left_out = prepared.manifest["left_out"]
-    assert [Path(each["file"]).name for each in left_out] == ["1.parquet", "3.parquet"]
-    assert "null, NaN or infinity within a list (1 rows" in left_out[1]["reason"]
-    assert prepared.manifest["rows"] == 180
-
-
 @pytest.mark.parametrize("feature", [VECTOR, {"kind": "ids", "column": "x"}])
 def test_null_among_lists_of_a_fixed_size(tmp_path, feature):
     folder = _log(tmp_path / "log", _with([[1, 2]] * 299 + [None], pa.list_(pa.int64(), 2)))
@@ -161,18 +144,6 @@ def test_columns_of_a_type_that_a_feature_or_task_cannot_read_are_told_of_before
     monkeypatch.setattr(LogReader, "read", lambda *_: pytest.fail("the log is read"))
     with pytest.raises(UserError, match=message):
         prepare(str(folder), schema, WINDOWS, tmp_path / "work")
-
-
-def test_any_kind_of_feature_can_be_tried_on_no_rows(tmp_path):
-    empty = pa.table(
-        {
-            name: pa.nulls(300) if name in ("brand", "tags", "price", "born") else TABLE[name]
-            for name in TABLE.column_names
-        }
-    )
-    for number, table in enumerate((TABLE, empty)):
-        folder = write_log(tmp_path / str(number), table)
-        prepare(str(folder), schema_of(ALL_KINDS), WINDOWS, tmp_path / f"work {number}")
 
 
 def test_a_log_of_other_types_than_a_model_was_fitted_to(tmp_path):
