@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe_rec.batches.position import Position
+from mmoe_rec.batches.order import Position
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.point_in_time.lists import Ragged

@@ -1,4 +1,5 @@
-"""The seeded order of all rows of an epoch, known without reading any.
+"""The seeded order of all rows of an epoch, known without reading any; what one rank takes of each global batch; and
+where training stands, as plain data for a checkpoint.
 
 The row groups of all files are permuted and cut into windows of about `shuffle_window` rows. Within a row group the
 rows are permuted; within a window the groups are mixed in proportion: row j of group g, of n rows, has the key
@@ -9,9 +10,12 @@ of each group of its window in proportion to the group's size, and any slice of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from mmoe_rec.errors import UserError
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -120,3 +124,128 @@ class EpochOrder:
 
     def _generator(self, draw: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, self.epoch, draw])
+
+
+class Piece(NamedTuple):
+    """Rows start to stop (exclusive) of a row group, permuted."""
+
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A rank's n rows of one global batch.
+
+    pieces: where they are; index: (n,) int64, each row's place in the joined pieces, None where they are in order;
+    copies: (n,) bool, whether a row is a copy of the one before it, which may be another rank's, None where none is.
+    """
+
+    pieces: list[Piece]
+    index: np.ndarray | None
+    copies: np.ndarray | None
+
+
+class Split:
+    """How a global batch is split over ranks, in slots of which each rank has `rank_rows`.
+
+    A batch with fewer rows than slots is stretched: some rows take several slots, spread evenly, so that the ranks'
+    numbers of real rows differ by one at most. `within`: (rank_rows,) int64, the rank's rows as places in the batch,
+    never falling; `copies` as in `Share`.
+    """
+
+    def __init__(self, size: int, *, rank: int, world_size: int, rank_rows: int) -> None:
+        slots = rank * rank_rows + np.arange(rank_rows)
+        all_slots = rank_rows * world_size
+        assert size <= all_slots
+        self.size = size
+        self.within = slots * size // all_slots
+        self.copies = None if size == all_slots else self.within == (slots - 1) * size // all_slots
+
+    def share(self, parts: list[Part]) -> Share:
+        """The rank's share of a batch of `size` rows, found without reading any."""
+        first, stop = int(self.within[0]), int(self.within[-1]) + 1
+        counts = np.concatenate([part.counts for part in parts])
+        if len(parts) == 1:
+            begins = np.cumsum(counts) - counts
+            low, high = np.clip(first - begins, 0, counts), np.clip(stop - begins, 0, counts)
+            index = self.within - first
+        else:
+            arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
+            chosen = arranged[first:stop]
+            # A segment is the rows of one group. Its rows are arranged in order, so those chosen follow each other.
+            segments = np.repeat(np.arange(len(counts)), counts)
+            low = np.bincount(segments[arranged[:first]], minlength=len(counts))
+            high = low + np.bincount(segments[chosen], minlength=len(counts))
+            index = np.argsort(np.argsort(chosen))[self.within - first]
+        groups = np.concatenate([part.window.groups for part in parts])
+        starts = np.concatenate([part.starts for part in parts])
+        pieces = [
+            Piece(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)
+        ]
+        in_order = np.array_equal(index, np.arange(stop - first))
+        return Share(pieces, None if in_order else index, self.copies)
+
+
+OTHERWISE = "or train from the start"
+
+
+@dataclass(frozen=True)
+class Position:
+    """The first `row` rows of an epoch's order are consumed, by all ranks together; the rest is to come.
+
+    seed, shuffle_window, rows and fingerprint (of the encoded rows, see `EncodedRows`) fix that order, with any number
+    of ranks and any batch size.
+    """
+
+    epoch: int
+    row: int
+    seed: int
+    shuffle_window: int
+    rows: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(tree: dict[str, Any]) -> Position:
+        """The position that `to_dict` gave. Raises UserError when a field is missing, unknown or of another type."""
+        types = {each.name: str if each.name == "fingerprint" else int for each in fields(Position)}
+        for name, kind in types.items():
+            if type(tree.get(name)) is not kind:
+                raise UserError(
+                    f"the checkpoint's position has {tree.get(name)!r} as '{name}', expected one {kind.__name__}: the "
+                    f"checkpoint is damaged or of another version; resume from another one {OTHERWISE}"
+                )
+        if unknown := sorted(set(tree) - set(types)):
+            raise UserError(
+                f"the checkpoint's position has the unknown field '{unknown[0]}': the checkpoint is of another "
+                f"version; resume from another one {OTHERWISE}"
+            )
+        return Position(**tree)
+
+    def check(self, own: Position) -> None:
+        """Raises UserError unless this position lies in the same order of rows as `own`, and inside its epoch."""
+        cannot = f"cannot resume at row {self.row} of epoch {self.epoch}"
+        if self.rows != own.rows:
+            raise UserError(
+                f"{cannot}: the checkpoint was made with {self.rows} encoded rows, now there are {own.rows}; bring "
+                f"those rows back {OTHERWISE}"
+            )
+        if self.fingerprint != own.fingerprint:
+            raise UserError(
+                f"{cannot}: the encoded rows are not those that the checkpoint was made with (fingerprint "
+                f"{own.fingerprint}, expected {self.fingerprint}); bring those back {OTHERWISE}"
+            )
+        for name in ("seed", "shuffle_window"):
+            before, now = getattr(self, name), getattr(own, name)
+            if before != now:
+                raise UserError(
+                    f"{cannot}: the checkpoint was made with training.{name} {before}, now it is {now}; set it to "
+                    f"{before} {OTHERWISE}"
+                )
+        if self.epoch < 0 or not 0 <= self.row <= self.rows:
+            raise UserError(f"{cannot}: an epoch has {self.rows} rows; resume from another checkpoint {OTHERWISE}")

@@ -14,9 +14,8 @@ from mmoe_rec.locks import reading, writing
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
-from mmoe_rec.settings.differences import differences
 from mmoe_rec.settings.schema import Schema
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

@@ -16,8 +16,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import say
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.tuning import Search
+from mmoe_rec.settings.sections import Search, Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 from mmoe_rec.tracking.runs import Run

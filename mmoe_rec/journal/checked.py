@@ -25,7 +25,7 @@ from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
+from mmoe_rec.log.values import ValueCheck, Wrong, event_value_checks, log_value_checks
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema

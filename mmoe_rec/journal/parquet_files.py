@@ -24,8 +24,7 @@ from mmoe_rec.journal.duplicates import FORGET_AFTER_DAYS, Counts, Taken
 from mmoe_rec.journal.folder import open_folder
 from mmoe_rec.journal.segments import segment_numbers
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
-from mmoe_rec.log.files import is_remote, local_path
-from mmoe_rec.log.local_files import MAGIC, find_local, would_find
+from mmoe_rec.log.files import MAGIC, find_local, is_remote, local_path, would_find
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 

@@ -37,9 +37,8 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import bar, say
 from mmoe_rec.request_log import names
-from mmoe_rec.settings.differences import differences
 from mmoe_rec.settings.outcomes import LabelSource
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 
 ROWS_PER_FILE = 262_144
 _LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that are logged apart

@@ -1,7 +1,7 @@
 """Whether a log's files are good, as far as their footers tell when the log is opened.
 
 Every problem of one file is a `BadFile` that names the file, the column and the rows. Values are checked while the log
-is read, in `mmoe_rec.log.value_checks`.
+is read, in `mmoe_rec.log.values`.
 """
 
 from __future__ import annotations

@@ -31,8 +31,15 @@ from mmoe_rec.log.files import FoundFile, find_files
 from mmoe_rec.log.parts import LogPart, Noticed, Piece, cut
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
-from mmoe_rec.log.value_checks import ValueCheck, Wrong, event_value_checks, log_value_checks
-from mmoe_rec.log.values import file_column, first_row, next_batch
+from mmoe_rec.log.values import (
+    ValueCheck,
+    Wrong,
+    event_value_checks,
+    file_column,
+    first_row,
+    log_value_checks,
+    next_batch,
+)
 from mmoe_rec.settings.columns import EVENT, Use
 from mmoe_rec.settings.schema import Schema
 

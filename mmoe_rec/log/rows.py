@@ -1,4 +1,9 @@
-"""Rows of a log, or of a request, in canonical types; what features ask for repeatedly is cached."""
+"""Rows of a log, or of a request, in canonical types; what features ask for repeatedly is cached.
+
+Labels are each task's own, and the outcome over all rows of a satisfaction that follows engagement. A task with
+`given` exists only where the given task's label is 1. Its own label is unobserved elsewhere; its outcome (engaged and
+satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.search import AnyLookUps
-from mmoe_rec.settings.columns import Task
+from mmoe_rec.settings.columns import Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000
@@ -193,3 +198,32 @@ def _as_number(value: float, kind: pa.DataType) -> int | float | None:
         return float(value) if float(value) == value else None
     except OverflowError:
         return None
+
+
+_FOREVER = np.iinfo(np.int64).max
+
+
+def labels_of(rows: LogRows, known_by: int) -> dict[str, np.ndarray]:
+    """Task or outcome -> (N,) float64 labels, NaN where unobserved at `known_by` (microseconds since 1970 UTC).
+
+    An outcome is unobserved, engagement or not, until the satisfaction's label could have matured: if the zeros of
+    recent rows were known before their ones, satisfaction would seem lower than it is.
+    """
+    tasks = rows.schema.tasks
+    labels = {name: rows.labels(task, known_by) for name, task in tasks.items()}
+    outcomes = {}
+    for name, task in tasks.items():
+        if task.given is not None:
+            matured = rows.times() + maturity(task, rows.schema) <= known_by
+            not_engaged = (labels[task.given] == 0) & matured
+            outcomes[outcome_name(task.given, name)] = np.where(not_engaged, 0.0, labels[name])
+    return labels | outcomes
+
+
+def unmatured(rows: LogRows, known_by: int) -> dict[str, int]:
+    """Task -> number of labels that the log holds but that had not matured at `known_by`."""
+    counts = {}
+    for name, task in rows.schema.tasks.items():
+        late = rows.times() + maturity(task, rows.schema) > known_by
+        counts[name] = int((~np.isnan(rows.labels(task, _FOREVER)[late])).sum()) if late.any() else 0
+    return counts

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings.messages import explain
+from mmoe_rec.settings.load import explain
 from mmoe_rec.settings.model import Model
 
 State = dict[str, Tensor]

@@ -14,8 +14,7 @@ import pyarrow as pa
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.files import is_remote, local_path
-from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.files import is_remote, local_path, would_find
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times

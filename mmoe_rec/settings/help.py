@@ -13,10 +13,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mmoe_rec.settings.columns import EventLog, Section, TaskSettings
-from mmoe_rec.settings.messages import feature_kinds, without_none
+from mmoe_rec.settings.load import feature_kinds, without_none
 from mmoe_rec.settings.outcomes import LabelSource, OutcomeEvents, Outcomes
-from mmoe_rec.settings.sections import Data, Settings
-from mmoe_rec.settings.tuning import Search, Tuning
+from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
 
 
 def describe(section: str | None = None) -> str:

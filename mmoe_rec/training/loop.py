@@ -21,9 +21,8 @@ import torch.distributed as dist
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.batches.position import Position
-from mmoe_rec.batches.prefetch import OnDemand, Prefetch
-from mmoe_rec.batches.reader import TrainingReader
+from mmoe_rec.batches.order import Position
+from mmoe_rec.batches.reader import OnDemand, Prefetch, TrainingReader
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout

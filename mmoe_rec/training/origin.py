@@ -10,8 +10,7 @@ from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.columns import SPLITS
-from mmoe_rec.settings.differences import differences
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {

@@ -29,8 +29,8 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.tables import used_tables
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.settings.differences import differences
 from mmoe_rec.settings.model import Model
+from mmoe_rec.settings.sections import differences
 
 # Settings without a weight of their own, by the last part of their name.
 _FREE = frozenset({"dropout", "given"})

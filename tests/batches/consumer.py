@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.batches.position import Position
+from mmoe_rec.batches.order import Position
 from mmoe_rec.batches.reader import TrainingReader
 from tests.batches.encoded_files import LAYOUT, real
 

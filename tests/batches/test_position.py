@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmoe_rec.batches.position import Position
+from mmoe_rec.batches.order import Position
 from mmoe_rec.errors import UserError
 
 POSITION = Position(epoch=2, row=40, seed=5, shuffle_window=30, rows=75, fingerprint="0af3")

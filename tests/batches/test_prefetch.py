@@ -3,8 +3,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mmoe_rec.batches import prefetch
-from mmoe_rec.batches.prefetch import OnDemand, Prefetch
+from mmoe_rec.batches import reader
+from mmoe_rec.batches.reader import OnDemand, Prefetch
 from tests.batches.threads import background_threads
 
 
@@ -112,7 +112,7 @@ class Clock:
 
 def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(prefetch, "time", clock)
+    monkeypatch.setattr(reader, "time", clock)
 
     def slow() -> Iterator[int]:
         for item in range(3):
@@ -161,7 +161,7 @@ def test_on_demand_raises_what_the_source_raises_after_the_items_before_it() -> 
 
 def test_on_demand_waits_while_an_item_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(prefetch, "time", clock)
+    monkeypatch.setattr(reader, "time", clock)
 
     def slow() -> Iterator[int]:
         for item in range(3):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.batches.position import Position
+from mmoe_rec.batches.order import Position
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.zones import zone_rules
+from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.added.extend import extend

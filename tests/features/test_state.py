@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
-from mmoe_rec.log.labels import labels_of
+from mmoe_rec.log.rows import labels_of
 from mmoe_rec.preprocessing.splits import encoded_table
 from tests.log.small_logs import (
     ALL_KINDS,

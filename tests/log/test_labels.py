@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.log.labels import labels_of
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     BASE,

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.files import find_files
-from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.files import find_files, would_find
 
 TABLE = pa.table({"x": [1, 2, 3]})
 

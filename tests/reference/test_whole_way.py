@@ -9,7 +9,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.features import kinds
-from mmoe_rec.log.labels import labels_of
+from mmoe_rec.log.rows import labels_of
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import from_logs, fuse, predictions
 from mmoe_rec.model.tables import plain_tables

@@ -22,8 +22,7 @@ from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.jobs.commands.command import count, read_command
 from mmoe_rec.program import spelled
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.tuning import Search
+from mmoe_rec.settings.sections import Search, Settings
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 

@@ -28,8 +28,7 @@ from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.truth import score_by
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with
 from mmoe_rec.progress import say
-from mmoe_rec.settings.differences import differences
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias

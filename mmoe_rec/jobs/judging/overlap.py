@@ -10,8 +10,7 @@ import yaml
 
 from mmoe_rec.jobs.judging.training_rows import TrainingRows
 from mmoe_rec.jobs.scoring.learnt import text_of
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.split import Split
+from mmoe_rec.settings.sections import Settings, Split
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored

@@ -16,8 +16,7 @@ from mmoe_rec.preprocessing.added.tables import ANEW, Tables, advanced, made_ane
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
-from mmoe_rec.settings.differences import differences
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, differences
 
 
 def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: Path) -> Tables:

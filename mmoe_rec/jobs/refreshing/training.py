@@ -35,8 +35,7 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.preprocessing.added.tables import taken_by
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.split import Split
+from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 
 _KEPT, _SPLIT = "before_training", "split.json"

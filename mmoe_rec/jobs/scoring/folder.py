@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.files import is_remote, local_path
-from mmoe_rec.log.local_files import would_find
-from mmoe_rec.log.zones import zone_rules
+from mmoe_rec.log.columns import zone_rules
+from mmoe_rec.log.files import is_remote, local_path, would_find
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
 

@@ -13,7 +13,7 @@ import pyarrow.types as pt
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.columns import Scalar
-from mmoe_rec.settings.split import Split
+from mmoe_rec.settings.sections import Split
 
 
 def text_of(value: Scalar) -> str:

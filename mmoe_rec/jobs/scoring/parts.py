@@ -26,10 +26,9 @@ from mmoe_rec.jobs.scoring.folder import SCORES, scored_file
 from mmoe_rec.jobs.scoring.inputs import label_column
 from mmoe_rec.jobs.scoring.known import known_rows
 from mmoe_rec.jobs.scoring.learnt import Learnt
-from mmoe_rec.log.labels import labels_of
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.model.products import Products
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.exchange import Exchange, partition_of

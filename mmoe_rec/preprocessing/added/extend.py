@@ -44,8 +44,8 @@ from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.saved import add_latest, describe, load_counts, save_counts, save_latest, vocabularies
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.preprocessing.steps import Steps
-from mmoe_rec.settings.differences import differences
 from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import differences
 
 ANEW = "build the features anew, without --extend"
 
