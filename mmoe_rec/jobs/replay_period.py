@@ -89,7 +89,7 @@ def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], 
         steps.look_up(pipeline, memories, end=counted.last[0] + 1, training=None)
         steps.keep(known)
     logs = steps.logs  # without bad files, where those are skipped
-    reader = kept_reader(known, logs.log, steps.parts, steps.requests.moved)
+    reader = kept_reader(known, logs.log, steps.requests.moved)
     results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
     found = [
         (numbers, LogRows(rows.table, pipeline.schema, rows.results))

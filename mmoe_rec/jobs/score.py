@@ -239,7 +239,7 @@ class _Scoring:
             model=self.found.folder,
             version=self.version,
             products=known["products"],
-            reader=kept_reader(self.out.known, self.logs.log, parts, known["moved"]),
+            reader=kept_reader(self.out.known, self.logs.log, known["moved"]),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
             known_until=self.freshness.known,

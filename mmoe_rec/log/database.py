@@ -42,6 +42,10 @@ class Database:
         self._connection.unregister("batch")
         return rows
 
+    def register(self, table: str, data: Any) -> None:
+        """Makes an Arrow table or data set readable as a table."""
+        self._connection.register(table, data)
+
     def run(self, *statements: str) -> None:
         """Runs statements one after the other."""
         for each in statements:

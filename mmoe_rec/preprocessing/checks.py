@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.database import Database
 from mmoe_rec.log.files import is_remote, local_path, would_find
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.count import Counted
-from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange
 from mmoe_rec.preprocessing.requests import Clash, Requests
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.columns import SplitColumn
@@ -200,17 +200,15 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             )
 
 
-def repeats(exchange: Exchange, partition: int) -> tuple[int, tuple[int, int] | None]:
-    """Number of rows of a partition that repeat an earlier one, and the first such pair of row numbers."""
-    table = exchange.receive_all(DUPLICATES, partition)
-    if table is None:
-        return 0, None
-    key = table["key"].to_numpy()
-    in_order = np.sort(key)
-    if not (in_order[1:] == in_order[:-1]).any():
-        return 0, None
-    order = np.argsort(key, kind="stable")
-    repeated = np.flatnonzero(in_order[1:] == in_order[:-1])
-    row = table["row"].to_numpy()[order]
-    first = repeated[np.argmin(row[repeated + 1])]
-    return len(repeated), (int(row[first]), int(row[first + 1]))
+def find_repeats(database: Database, sent: Path) -> tuple[int, int, int] | None:
+    """Number of rows that repeat an earlier one, and the first such pair of row numbers; None if there are none.
+
+    sent: folder of Arrow files with the `key` and the number of each `row`.
+    """
+    database.register("sent", ds.dataset(sent, format="ipc"))
+    database.run("CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1")
+    rows, pair = database.row(
+        "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
+        "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
+    )
+    return None if rows is None else (rows, pair[1], pair[0])

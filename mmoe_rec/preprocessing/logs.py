@@ -11,6 +11,7 @@ import numpy as np
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut
+from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.settings.columns import Use
@@ -28,6 +29,7 @@ class BuildOptions:
     engine: EngineName = "local"
     workers: int | None = None
     rows_in_memory: int = 1_048_576
+    memory_gib: float = MEMORY_GIB
     as_of_days: float = 0
     skip_bad_files: bool = False
     duplicates: ErrorOrKeep = "error"

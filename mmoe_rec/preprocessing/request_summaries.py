@@ -8,12 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.log.files import first_line
-from mmoe_rec.log.reader import ROWS_PER_PART
-from mmoe_rec.preprocessing.exchange import key_range
+from mmoe_rec.preprocessing import requests
 
 _COLUMNS = ("request", "first", "last", "least", "greatest", "rows")
 _HASHES = ("request", "least", "greatest")
@@ -64,11 +60,6 @@ class RequestSummaries:
     def __len__(self) -> int:
         return len(self.request)
 
-    @property
-    def several_times(self) -> np.ndarray:
-        """(R,) bool."""
-        return self.last > self.first
-
     def place(self, request: np.ndarray) -> np.ndarray:
         """(N,) int64 place of each request that is one of these; the place of another one otherwise."""
         return np.minimum(np.searchsorted(self.request, request), len(self) - 1)
@@ -77,67 +68,12 @@ class RequestSummaries:
         """Those at the places."""
         return RequestSummaries(*(getattr(self, name)[places] for name in _COLUMNS))
 
-    def to_table(self) -> pa.Table:
-        """As columns."""
-        return pa.table({name: getattr(self, name) for name in _COLUMNS})
-
 
 def read_requests(folder: Path | None, partition: int, partitions: int) -> Iterator[RequestSummaries]:
-    """The requests in a folder, None for none, that are a partition's; some at a time.
+    """The requests in a folder, None for none, some at a time; of the only partition.
 
     Raises UserError for a folder that can't be read.
     """
-    if folder is None:
-        return
-    least, end = key_range(partition, partitions)
-    try:
-        for path in sorted(folder.iterdir()):
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    within = file.metadata.row_group(group).column(0).statistics
-                    if within.max >= least and within.min < end:
-                        yield _inside(file.read_row_group(group), least, end)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None
-
-
-def _inside(table: pa.Table, least: int, end: int) -> RequestSummaries:
-    summaries = RequestSummaries(*(table[name].to_numpy() for name in _COLUMNS))
-    inside = summaries.request >= np.uint64(least)
-    if end < 2**64:
-        inside &= summaries.request < np.uint64(end)
-    return summaries.take(np.flatnonzero(inside))
-
-
-class RequestWriter:
-    """Writes a partition's requests into a folder, or nowhere; no requests, no file."""
-
-    def __init__(self, folder: Path | None, partition: int) -> None:
-        self._path = None if folder is None else folder / f"part-{partition:05d}.parquet"
-        self._writer: pq.ParquetWriter | None = None
-        self._waiting: list[pa.Table] = []
-
-    def __enter__(self) -> RequestWriter:
-        return self
-
-    def write(self, summaries: RequestSummaries) -> None:
-        """Takes requests, and writes many at a time."""
-        if self._path is not None and len(summaries):
-            self._waiting.append(summaries.to_table())
-            if sum(map(len, self._waiting)) >= ROWS_PER_PART:
-                self._append()
-
-    def _append(self) -> None:
-        if self._path is not None and self._waiting:
-            table = pa.concat_tables(self._waiting).combine_chunks()
-            if self._writer is None:
-                self._writer = pq.ParquetWriter(
-                    self._path, table.schema, compression="zstd", write_statistics=["request"]
-                )
-            self._writer.write_table(table)
-            self._waiting.clear()
-
-    def __exit__(self, *error: object) -> None:
-        self._append()
-        if self._writer is not None:
-            self._writer.close()
+    assert (partition, partitions) == (0, 1)
+    for table in requests.read_requests(folder):
+        yield RequestSummaries(*(table[name].to_numpy() for name in _COLUMNS))

@@ -25,10 +25,11 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.database import open_database
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, place, repeats
+from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, find_repeats, place
 from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, look_ups_of
@@ -41,14 +42,13 @@ from mmoe_rec.progress import bar
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
-_FIRST_TIMES, _RESULTS = "first_times", "results"  # folders
+_FIRST_TIMES, _RESULTS = "first_times.parquet", "results"
 Result = TypeVar("Result")
 
 
-def kept_reader(folder: Path, log: Log, parts: Sequence[LogPart], moved: int) -> LogReader | OneTimeReader:
+def kept_reader(folder: Path, log: Log, moved: int) -> LogReader | OneTimeReader:
     """Reads parts of a log after the steps that found its requests, see `Steps.keep`. moved: as in `Requests`."""
-    blocks = Blocks.of(parts)
-    return OneTimeReader(log.reader, Exchange(folder / _FIRST_TIMES, len(blocks)), blocks) if moved else log.reader
+    return OneTimeReader(log.reader, folder / _FIRST_TIMES) if moved else log.reader
 
 
 def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
@@ -128,7 +128,7 @@ class Steps:
         """Moves what `kept_reader` reads, and the results of look-ups, out of the scratch folder, to `folder`, which is
         of the same file system and is there."""
         for name in (_FIRST_TIMES, _RESULTS):
-            if (self.scratch / name).is_dir():
+            if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
 
     def leave_out(self, bad: Sequence[BadFile]) -> None:
@@ -145,16 +145,15 @@ class Steps:
         return Counted(bad=[*bad, *counted.bad]) if bad else counted
 
     def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
-        runs, blocks = Exchange(self.scratch / "requests", self._partitions), Blocks.of(self.parts)
-        first_times = Exchange(self.scratch / _FIRST_TIMES, len(blocks))
+        options = self.logs.options
         # Without times a request's rows of several splits have several.
-        one_time = self.logs.options.several_times == "error" or not self.logs.schema.columns.has_time
-        return RequestsJob(runs, first_times, blocks, before, kept, one_time)
+        one_time = options.several_times == "error" or not self.logs.schema.columns.has_time
+        scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
+        return RequestsJob(scratch, first_times, before, kept, one_time, options.memory_gib, options.workers)
 
     @property
     def _reader(self) -> LogReader | OneTimeReader:
-        job, reader = self._requests_job(None, None), self.logs.log.reader
-        return OneTimeReader(reader, job.first_times, job.blocks) if self.requests.moved else reader
+        return kept_reader(self.scratch, self.logs.log, self.requests.moved)
 
     def _count(self, statistics: bool) -> Counted:
         options = self.logs.options
@@ -179,12 +178,13 @@ class Steps:
         return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
 
     def _check_duplicates(self) -> None:
-        partitions = range(self._partitions)
-        sizes = self._counted.sent[DUPLICATES].tolist()
-        found = list(self._run(partial(repeats, self._events), partitions, sizes, "looking for duplicates"))
-        if repeated := sum(count for count, _ in found):
+        options = self.logs.options
+        with open_database(self.scratch / "database", options.memory_gib, options.workers) as database:
+            repeats = find_repeats(database, self._events.folder / DUPLICATES)
+        if repeats is not None:
             columns, log = self.logs.schema.columns, self.logs.log
-            first, second = (place(log, row) for row in min(pair for _, pair in found if pair is not None))
+            repeated, *rows = repeats
+            first, second = (place(log, row) for row in rows)
             names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
             if not columns.has_time and not columns.request:
                 names = f"'{columns.user}', within a split,"

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.preprocessing import count, request_summaries, requests, splits, steps
+from mmoe_rec.preprocessing import count, requests, splits, steps
 from mmoe_rec.preprocessing import results as answers
 from mmoe_rec.preprocessing.added.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
@@ -48,7 +48,7 @@ WINDOWS = {
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, blocks and row groups of some dozen rows."""
-    for module in (steps, count, requests, request_summaries):
+    for module in (steps, count, requests):
         monkeypatch.setattr(module, "ROWS_PER_PART", 60)
     monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
     monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
