@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mmoe_rec.evaluation.metrics.registered import metrics_of
+from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmoe_rec.evaluation.metrics.registered import metrics_of
+from mmoe_rec.evaluation.metrics import metrics_of
 
 NEEDS_TWO_USERS = "There is one user: intervals need at least two."
 EACH_ALONE = (

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.evaluation.closed import ClosedSums, as_closed
+from mmoe_rec.evaluation.intervals import Values, are_few, intervals
+from mmoe_rec.evaluation.metrics import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
-from mmoe_rec.evaluation.metrics.registered import CATALOGUE_METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.resampling import Values, are_few, intervals
 from mmoe_rec.evaluation.notes import EACH_ALONE, LEFT_OUT, NEEDS_TWO_USERS, score_note, task_note
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask
+from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, MeasuredTask, as_closed
 
 Sums = EvaluationSums | ClosedSums
 

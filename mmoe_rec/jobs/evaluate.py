@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.judging.objective import check_objective
+from mmoe_rec.evaluation.comparison import check_objective
 from mmoe_rec.jobs.judging.log_columns import LogColumns
 from mmoe_rec.jobs.judging.logged import PROMOTION, log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
@@ -163,8 +163,8 @@ def _measured(
     training: TrainingRows | None,
     slices: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Measured:
-    from mmoe_rec.evaluation.closed import closed
     from mmoe_rec.evaluation.summary import summarise
+    from mmoe_rec.evaluation.sums import closed
 
     sums = scored.measure()
     whole = closed(sums)
@@ -189,7 +189,7 @@ def _measured(
 
 def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     """What other weights of the tasks would give; none of one task, or where a weight is negative."""
-    from mmoe_rec.evaluation.judging.tradeoffs import Sweep, grid, lists_of, normalised, told_of_sweep
+    from mmoe_rec.evaluation.tradeoffs import Sweep, grid, lists_of, normalised, told_of_sweep
 
     given = [task.score_weight for task in scored.layout.tasks]
     if len(given) < 2 or min(given) < 0 or max(given) == 0 or not scored.ranks:

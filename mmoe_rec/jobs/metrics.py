@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import MOST_UNITS, ClosedSums, joined
-from mmoe_rec.evaluation.judging.objective import check_objective
+from mmoe_rec.evaluation.comparison import check_objective
+from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, joined
 from mmoe_rec.jobs.judging.results import Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part

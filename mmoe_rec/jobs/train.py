@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.evaluation.judging.objective import check_objective
+from mmoe_rec.evaluation.comparison import check_objective
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
@@ -290,7 +290,7 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     if method == "none":
         return UNCALIBRATED
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.fit_calibration import calibration_rows, fit_calibration
+    from mmoe_rec.evaluation.calibration import calibration_rows, fit_calibration
 
     layout = prepared.layout
     # Without the weights that training had, it would undo what they correct.

@@ -11,13 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.evaluation.judging.differences import LEVEL
-from mmoe_rec.evaluation.judging.numbers import numbers
-from mmoe_rec.evaluation.judging.slices import ALL, is_worse, worst_first
-from mmoe_rec.evaluation.judging.verdict import BETTER, WORSE
-from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation import metrics as registered
+from mmoe_rec.evaluation.comparison import BETTER, LEVEL, WORSE
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.notes import are_alone, told
+from mmoe_rec.evaluation.numbers import numbers
+from mmoe_rec.evaluation.slices import ALL, is_worse, worst_first
 from mmoe_rec.report.evaluation_figures import calibration_figure, placement_figure, tradeoff_figure
 from mmoe_rec.report.explanations import EVALUATION, EVALUATION_OF_ROWS
 from mmoe_rec.report.pages import render

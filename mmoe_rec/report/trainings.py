@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation import metrics as registered
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.report.evaluation import apart_cell
 from mmoe_rec.report.explanations import TRAININGS

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mmoe_rec.evaluation.judging.verdict import Rule
+from mmoe_rec.evaluation.comparison import Rule
 from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
 
 USERS, RESAMPLES = 250, 200

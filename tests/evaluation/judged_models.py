@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.closed import ClosedSums, closed
-from mmoe_rec.evaluation.judging.differences import differences
-from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.judging.verdict import Rule, verdict
+from mmoe_rec.evaluation.comparison import Objective, Rule, differences, verdict
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, closed, measure
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]

@@ -13,14 +13,13 @@ from simulated_log import Log, simulate
 from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import closed
-from mmoe_rec.evaluation.judging.differences import differences
-from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation import metrics as registered
+from mmoe_rec.evaluation.comparison import differences
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows, UserSums
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, merge_all
-from mmoe_rec.evaluation.table import results_table
+from mmoe_rec.evaluation.sums import EvaluationSums, closed, merge_all
+from mmoe_rec.report.tables import results_table
 from tests.added_package import AddedPackage
 
 
@@ -79,7 +78,7 @@ def test_a_class_and_a_line_are_all_that_is_added(log: Log, tmp_path: Path) -> N
     package.add(
         "evaluation/metrics/probability.py",
         BRIER,
-        listed_in="evaluation/metrics/registered.py",
+        listed_in="evaluation/metrics/__init__.py",
         after="    probability.Logloss(),",
         line="    probability.Brier(),",
     )

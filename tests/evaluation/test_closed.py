@@ -8,11 +8,10 @@ import pytest
 from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import ClosedSums, closed, group_of, joined
-from mmoe_rec.evaluation.judging.differences import differences
-from mmoe_rec.evaluation.metrics.bins import bin_edges
+from mmoe_rec.evaluation.comparison import differences
+from mmoe_rec.evaluation.metrics.auc import bin_edges
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, closed, group_of, joined
 from mmoe_rec.log.hashing import hash_column
 
 
@@ -33,7 +32,7 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
     log = replace(log, users=log.users.astype(str)) if text else log
     sums = log.measure()
     alone = intervals(summarise(sums, 400))
-    monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 512)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 512)
     grouped = closed(sums)
     assert 505 < len(grouped.tables["ranking"]) <= 512
     summary = summarise(grouped, 400)
@@ -52,8 +51,8 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
 
 
 def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
-    monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 64)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.bins.MOST_BINS", 100)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 100)
     log = simulate(seed=6, users=1000, requests=3000)
     whole = log.measure()
     edges = {}

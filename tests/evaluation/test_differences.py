@@ -8,13 +8,9 @@ from scipy.stats import ttest_rel
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import closed
-from mmoe_rec.evaluation.judging.compare import compare, told_of
-from mmoe_rec.evaluation.judging.differences import differences, holm
-from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.judging.verdict import Rule
+from mmoe_rec.evaluation.comparison import Objective, Rule, compare, differences, holm, told_of
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import MeasuredTask, closed, measure
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
 
 

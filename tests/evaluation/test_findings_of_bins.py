@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmoe_rec.evaluation.findings import findings
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.report.findings import findings
 
 
 def found(slope: float, rows: int, seed: int, shift: float = 0.0) -> list[str]:

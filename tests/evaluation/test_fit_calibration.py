@@ -9,8 +9,8 @@ from scipy.special import expit, logit
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation import fit_calibration as module
-from mmoe_rec.evaluation.fit_calibration import FLATTEST, fit_calibration, isotonic, temperature
+from mmoe_rec.evaluation import calibration as module
+from mmoe_rec.evaluation.calibration import FLATTEST, fit_calibration, isotonic, temperature
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.score import TaskCalibration
 

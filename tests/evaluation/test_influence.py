@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmoe_rec.evaluation.judging.influence import Resampling
+from mmoe_rec.evaluation.intervals import Resampling, user_counts, with_interval
 from mmoe_rec.evaluation.metrics.metric import alike
-from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
 
 KEY = ("it", "mean")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.evaluation.judging.numbers import number, numbers
-from mmoe_rec.evaluation.judging.verdict import Rule, verdict
+from mmoe_rec.evaluation.comparison import Rule, verdict
+from mmoe_rec.evaluation.numbers import number, numbers
 
 
 def apart(value: float | None, reach: float | None = None, p: float | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.evaluation.judging.off_policy import CAPS, Shown, estimate
+from mmoe_rec.evaluation.off_policy import CAPS, Shown, estimate
 
 ACTIONS = 6
 

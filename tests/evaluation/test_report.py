@@ -7,7 +7,7 @@ from rich.console import Console
 from simulated_log import Log
 
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.table import results_table
+from mmoe_rec.report.tables import results_table
 
 
 def test_table_shows_values_with_intervals_and_marks_the_best(log: Log) -> None:

@@ -9,8 +9,8 @@ import pytest
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.closed import closed
-from mmoe_rec.evaluation.judging.slices import ALL, SlicedModel, sliced, told_of_slices, worst_first
+from mmoe_rec.evaluation.slices import ALL, SlicedModel, sliced, told_of_slices, worst_first
+from mmoe_rec.evaluation.sums import closed
 
 
 def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
@@ -87,7 +87,7 @@ def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 64)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
     of_rows = log.users % 3
     slices = {
         ("kind", str(each)): closed(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)

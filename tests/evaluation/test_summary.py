@@ -15,11 +15,11 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
-from mmoe_rec.evaluation.findings import findings
-from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
+from mmoe_rec.evaluation.intervals import user_counts, with_interval
 from mmoe_rec.evaluation.notes import told
 from mmoe_rec.evaluation.summary import flatten, summarise, sums_by_user
 from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
+from mmoe_rec.report.findings import findings
 
 
 def warnings(summary: dict) -> list[str]:
@@ -81,7 +81,7 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     log = replace(log, labels=log.labels | {"bought": kept})
     _, label, prediction = log.observed("bought")
     exact = summarise(log.measure(), resamples=200)["tasks"]["bought"]
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.bins.MOST_BINS", 400)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 400)
     found = summarise(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.judging.tradeoffs import (
+from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.tradeoffs import (
     Lists,
     Sweep,
     apart_from_first,
@@ -16,8 +18,6 @@ from mmoe_rec.evaluation.judging.tradeoffs import (
     normalised,
     told_of_sweep,
 )
-from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 TASKS = ["bought", "liked"]
 
@@ -95,7 +95,7 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
 def test_many_users_are_redrawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = lists(1, users=600), [(0.5, 0.5), (1.0, 0.0)]
     alone = told_of_sweep(Sweep(TASKS, rows, weights), 400)
-    monkeypatch.setattr("mmoe_rec.evaluation.closed.MOST_UNITS", 128)
+    monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 128)
     together = told_of_sweep(Sweep(TASKS, rows, weights), 400)
     for one, other in zip(alone, together, strict=True):
         for task in TASKS:

@@ -8,10 +8,9 @@ from scipy.stats import ttest_1samp, ttest_ind
 from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import ClosedSums, closed
-from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.judging.trainings import apart_over_trainings, over_trainings, told_apart
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.comparison import Objective
+from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, closed, measure
+from mmoe_rec.evaluation.trainings import apart_over_trainings, over_trainings, told_apart
 
 SPENT = MeasuredTask("spent", "regression")
 

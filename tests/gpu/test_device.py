@@ -17,7 +17,7 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import fp32_products
-from mmoe_rec.evaluation.fit_calibration import calibration_rows
+from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel

@@ -121,9 +121,9 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
     source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
     expected = measure_predictions(asked_by_words(TASKS), source, tmp_path / "a", How(100))
-    for module in ("mmoe_rec.evaluation.closed", "mmoe_rec.jobs.metrics"):
+    for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.bins.MOST_BINS", 200)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
     found = measure_predictions(asked_by_words(TASKS), source, tmp_path / "b", How(100))
     assert found["users"] == expected["users"] == 97

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.slicing import MISSING, OTHERS, SliceBy
+from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceBy
 from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts

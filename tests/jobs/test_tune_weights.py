@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.judging.tradeoffs import lists_of
 from mmoe_rec.evaluation.scoring import score_rows
+from mmoe_rec.evaluation.tradeoffs import lists_of
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.evaluation.tune_weights import main
 from mmoe_rec.jobs.judging.tradeoffs import Choice, told

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mmoe_rec.evaluation.judging.verdict import number
+from mmoe_rec.evaluation.comparison import number
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.seeds import train as seeds
 from mmoe_rec.settings.load import load_settings

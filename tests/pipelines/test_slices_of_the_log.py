@@ -16,7 +16,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.slicing import MISSING
+from mmoe_rec.evaluation.slices import MISSING
 from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
 from mmoe_rec.jobs.judging.log_columns import LogColumns
 from mmoe_rec.settings.load import load_settings

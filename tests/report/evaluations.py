@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.evaluation.closed import closed
-from mmoe_rec.evaluation.findings import findings
-from mmoe_rec.evaluation.judging.compare import compare
-from mmoe_rec.evaluation.judging.slices import SlicedModel, sliced
-from mmoe_rec.evaluation.judging.tradeoffs import Lists, Sweep, grid, told_of_sweep
-from mmoe_rec.evaluation.judging.verdict import Rule
+from mmoe_rec.evaluation.comparison import Rule, compare
+from mmoe_rec.evaluation.slices import SlicedModel, sliced
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from mmoe_rec.evaluation.sums import MeasuredTask, closed, measure
+from mmoe_rec.evaluation.tradeoffs import Lists, Sweep, grid, told_of_sweep
+from mmoe_rec.report.findings import findings
 
 
 def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] = ("bought", "spent")) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from mmoe_rec.evaluation.metrics.auc import one_class
-from mmoe_rec.evaluation.metrics.bins import equal_mass
+from mmoe_rec.evaluation.intervals import Values, replicate, with_interval
+from mmoe_rec.evaluation.metrics.auc import equal_mass, one_class
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
-from mmoe_rec.evaluation.metrics.resampling import Values, replicate, with_interval
 
 FINE_BINS = 50
 

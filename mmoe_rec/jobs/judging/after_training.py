@@ -146,11 +146,10 @@ class Comparison:
             return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
 
     def _judge(self, its: Scored, holder: Version) -> Verdict:
-        from mmoe_rec.evaluation.closed import closed
-        from mmoe_rec.evaluation.judging.compare import compare
-        from mmoe_rec.evaluation.judging.verdict import BETTER, Rule
+        from mmoe_rec.evaluation.comparison import BETTER, Rule, compare
         from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.evaluation.summary import summarise
+        from mmoe_rec.evaluation.sums import closed
 
         try:
             own = self._own

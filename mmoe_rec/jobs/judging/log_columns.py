@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.slicing import MOST_VALUES, SliceBy
+from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options, read_by
 from mmoe_rec.log.checks import BadFile, word_of

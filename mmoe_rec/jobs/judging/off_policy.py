@@ -16,7 +16,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.judging.off_policy import Shown, estimate
+from mmoe_rec.evaluation.off_policy import Shown, estimate
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.values import columns_of, file_column, with_path_values

@@ -24,9 +24,9 @@ from mmoe_rec.settings.sections import Evaluation, Settings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.evaluation.closed import ClosedSums
-    from mmoe_rec.evaluation.judging.slices import SlicedModel
+    from mmoe_rec.evaluation.slices import SlicedModel
     from mmoe_rec.evaluation.summary import Sums
+    from mmoe_rec.evaluation.sums import ClosedSums
 
 RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 
@@ -54,7 +54,7 @@ class Measured:
     @cached_property
     def closed(self) -> ClosedSums:
         """The sums, ready to be compared."""
-        from mmoe_rec.evaluation.closed import as_closed
+        from mmoe_rec.evaluation.sums import as_closed
 
         return as_closed(self.sums)
 
@@ -83,8 +83,7 @@ class Results:
         """
         if len(self.models) == 1:
             return None
-        from mmoe_rec.evaluation.judging.compare import compare
-        from mmoe_rec.evaluation.judging.verdict import Rule
+        from mmoe_rec.evaluation.comparison import Rule, compare
 
         rule, (model, *_) = Rule.of(self.rules), self.models
         sums = {name: each.closed for name, each in self.models.items()}
@@ -94,21 +93,21 @@ class Results:
     @cached_property
     def slices(self) -> list[dict[str, Any]]:
         """Records of all slices, see `sliced`."""
-        from mmoe_rec.evaluation.judging.slices import sliced
+        from mmoe_rec.evaluation.slices import sliced
 
         (model, *_) = self.models
         return sliced(self._sliced, model, min(self.models[model].summary["resamples"], RESAMPLES_OF_SLICES))
 
     @property
     def _sliced(self) -> dict[str, SlicedModel]:
-        from mmoe_rec.evaluation.judging.slices import SlicedModel
+        from mmoe_rec.evaluation.slices import SlicedModel
 
         return {name: SlicedModel(each.closed, each.slices) for name, each in self.models.items()}
 
     @property
     def findings(self) -> list[dict[str, str]]:
         """What is suspicious: each with the `model`, the `check` that found it, and a `message`."""
-        from mmoe_rec.evaluation.findings import findings
+        from mmoe_rec.report.findings import findings
 
         found = []
         for name, each in self.models.items():
@@ -120,7 +119,7 @@ class Results:
     @property
     def verdicts(self) -> list[str]:
         """How the first model compares with each other one, or what it is worth where it is alone, as sentences."""
-        from mmoe_rec.evaluation.judging.compare import told_of
+        from mmoe_rec.evaluation.comparison import told_of
         from mmoe_rec.report.evaluation import told_alone
 
         return (
@@ -166,12 +165,10 @@ class Results:
 
     def told(self) -> Iterator[Table | str]:
         """For the terminal: tables, verdicts, notes and warnings."""
-        from mmoe_rec.evaluation.judging.compare import told_of
-        from mmoe_rec.evaluation.judging.differences import LEVEL
-        from mmoe_rec.evaluation.judging.slices import of_other_rows, told_of_slices
-        from mmoe_rec.evaluation.judging.table import differences_table
+        from mmoe_rec.evaluation.comparison import LEVEL, told_of
         from mmoe_rec.evaluation.notes import are_alone, told
-        from mmoe_rec.evaluation.table import results_table
+        from mmoe_rec.evaluation.slices import of_other_rows, told_of_slices
+        from mmoe_rec.report.tables import differences_table, results_table
 
         yield results_table(self.summaries)
         if self.comparison is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.judging.tradeoffs import (
+from mmoe_rec.evaluation.tradeoffs import (
     CUTOFF,
     Sweep,
     apart_from_first,
@@ -87,7 +87,7 @@ def tune_weights(settings: Settings, address: str, goal: str | None, margins: Ma
 
 def told(choice: Choice) -> list[str]:
     """For people."""
-    from mmoe_rec.evaluation.judging.numbers import with_interval
+    from mmoe_rec.evaluation.numbers import with_interval
 
     lines = []
     for task, each in choice.apart.items():

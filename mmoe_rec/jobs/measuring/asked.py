@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.checked_rows import MeasuredTask
-from mmoe_rec.evaluation.slicing import SliceBy
+from mmoe_rec.evaluation.rows import MeasuredTask
+from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.settings.columns import outcome_name
 from mmoe_rec.settings.sections import ErrorOrKeep, Settings

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import ClosedSums, closed
-from mmoe_rec.evaluation.metrics.bins import bin_edges, counts_by_value
-from mmoe_rec.evaluation.slicing import Counts, SliceBy, Slices
-from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.evaluation.metrics.auc import bin_edges, counts_by_value
+from mmoe_rec.evaluation.slices import Counts, SliceBy, Slices
+from mmoe_rec.evaluation.sums import ClosedSums, closed, measure
 from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.jobs.measuring.reading import rows_of
 from mmoe_rec.log.hashing import combine, hash_column

@@ -51,8 +51,8 @@ class Found:
     ) -> Found:
         """By what was measured of these trainings, and of those of other settings. Raises UserError where they were
         not measured on the same rows."""
-        from mmoe_rec.evaluation.judging.objective import Objective
-        from mmoe_rec.evaluation.judging.trainings import apart_over_trainings, over_trainings
+        from mmoe_rec.evaluation.comparison import Objective
+        from mmoe_rec.evaluation.trainings import apart_over_trainings, over_trainings
 
         rules, sums, first = settings.evaluation, [each.closed for each in mine], mine[0].summary
         units = "rows" if are_alone(first) else "users"
@@ -102,7 +102,7 @@ class Found:
     @property
     def sentences(self) -> list[str]:
         """Beside which settings these are better, and what one training is worth."""
-        from mmoe_rec.evaluation.judging.trainings import larger, told_apart
+        from mmoe_rec.evaluation.trainings import larger, told_apart
 
         return [*told_apart(self.against), *larger(self.summary, self.units)]
 

@@ -68,7 +68,7 @@ def measured(settings: Settings, trainings: Trainings) -> list[Measured]:
 
 def warnings_of(name: str, models: Sequence[Measured]) -> list[str]:
     """What is suspicious about the trainings of a setting, each but once. name: of the setting."""
-    from mmoe_rec.evaluation.findings import findings
+    from mmoe_rec.report.findings import findings
 
     told: dict[str, str] = {}
     counts: dict[str, int] = {}

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     from pathlib import Path
 
-    from mmoe_rec.evaluation.slicing import SliceBy
+    from mmoe_rec.evaluation.slices import SliceBy
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
     from mmoe_rec.jobs.metrics import How, measure_predictions
     from mmoe_rec.settings.load import load_settings

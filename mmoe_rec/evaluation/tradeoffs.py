@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.closed import units_of
-from mmoe_rec.evaluation.judging.differences import Difference, difference
-from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
+from mmoe_rec.evaluation.comparison import Difference, difference
+from mmoe_rec.evaluation.intervals import Resampled, Resampling, Values, user_counts, with_interval
 from mmoe_rec.evaluation.metrics.metric import alike
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
-from mmoe_rec.evaluation.metrics.resampling import Values, user_counts, with_interval
+from mmoe_rec.evaluation.sums import units_of
 from mmoe_rec.model.score import SMALLEST_VALUE
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import Scored
+
 
 CUTOFF = 10
 _DENOMINATORS = {1: 1, 2: 20, 3: 8, 4: 5}

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import chi2, norm
 
 from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
-from mmoe_rec.evaluation.judging.objective import SCORE
+from mmoe_rec.evaluation.comparison import SCORE
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off

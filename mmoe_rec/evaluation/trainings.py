@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.closed import ClosedSums
-from mmoe_rec.evaluation.judging.differences import (
+from mmoe_rec.evaluation.comparison import (
     LEVEL,
     OBJECTIVE,
     Difference,
+    Objective,
     by_student,
     check_same_rows,
     correct,
@@ -26,11 +26,10 @@ from mmoe_rec.evaluation.judging.differences import (
     told_as,
     with_objective,
 )
-from mmoe_rec.evaluation.judging.influence import Resampled, Resampling
-from mmoe_rec.evaluation.judging.numbers import number, once_corrected, with_interval
-from mmoe_rec.evaluation.judging.objective import Objective
-from mmoe_rec.evaluation.metrics.resampling import LEAST_FREEDOM, Values, user_counts
+from mmoe_rec.evaluation.intervals import LEAST_FREEDOM, Resampled, Resampling, Values, user_counts
+from mmoe_rec.evaluation.numbers import number, once_corrected, with_interval
 from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
+from mmoe_rec.evaluation.sums import ClosedSums
 
 
 def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:

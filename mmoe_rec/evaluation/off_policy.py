@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.evaluation.closed import units_of
+from mmoe_rec.evaluation.intervals import user_counts, with_interval
 from mmoe_rec.evaluation.metrics.metric import alike
-from mmoe_rec.evaluation.metrics.resampling import user_counts, with_interval
+from mmoe_rec.evaluation.sums import units_of
 
 CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
 """Largest weights that are tried; None is all as they are."""

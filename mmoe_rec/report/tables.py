@@ -1,13 +1,20 @@
-"""Summaries side by side on the terminal."""
+"""Summaries side by side on the terminal.
 
+Differences from other models on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from mmoe_rec.evaluation.metrics import registered
+from mmoe_rec.evaluation import metrics as registered
+from mmoe_rec.evaluation.comparison import LEVEL, SCORE
 from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.notes import are_alone
+from mmoe_rec.evaluation.numbers import number, numbers
 
 
 def results_table(columns: dict[str, dict[str, Any]]) -> Table:
@@ -76,3 +83,50 @@ def _cell(metric: Named, interval: dict[str, Any], is_best: bool) -> Text:
     if interval["low"] is not None:
         text.append(f" ±{metric.shown((interval['high'] - interval['low']) / 2)}", style="not bold dim")
     return text
+
+
+def differences_table(compared: Mapping[str, Any]) -> Table:
+    """One row a headline metric, one column another model. compared: of `differences`.
+
+    A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
+    """
+    table = Table(
+        title=Text(f"Differences: {compared['model']} minus"),
+        title_justify="left",
+        title_style="bold",
+        caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",
+    )
+    table.add_column("", no_wrap=True)
+    for other in compared["against"]:
+        table.add_column(Text(other), justify="right", no_wrap=True)
+    others = [each["groups"] for each in compared["against"].values()]
+    for group in dict.fromkeys(name for each in others for name in each):
+        rows = [
+            metric
+            for metric in registered.METRICS
+            if metric.is_shown(group == SCORE) and any(metric.name in each.get(group, {}) for each in others)
+            if not (metric.ranks_within and all(_is_undefined(each.get(group, {}).get(metric.name)) for each in others))
+        ]
+        if not rows:
+            continue
+        table.add_row(Text(group, style="bold"))
+        for metric in rows:
+            cells = [_apart_cell(each.get(group, {}).get(metric.name), metric.better) for each in others]
+            table.add_row(f"  {metric.label}", *cells, end_section=metric == rows[-1])
+    return table
+
+
+def _is_undefined(apart: Mapping[str, Any] | None) -> bool:
+    return apart is None or apart["value"] is None
+
+
+def _apart_cell(apart: Mapping[str, Any] | None, better: str) -> Text:
+    if apart is None or apart["value"] is None:
+        return Text("-", style="dim")
+    shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
+    is_gain = (apart["value"] > 0) == (better == "higher")
+    style = "" if not shown else "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
+    if apart["high"] is None:
+        return Text(number(apart["value"]), style=style)
+    value, half = numbers(apart["value"], apart["high"] - apart["value"])
+    return Text(value, style=style).append(f" ±{half.removeprefix('+')}", style="not bold dim")

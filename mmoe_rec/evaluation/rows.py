@@ -1,5 +1,7 @@
 """The rows a metric is computed on: checked once, at the edge, so that the arithmetic after it needs no checks."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,0 @@
-"""Which of several models is better, and how sure that is."""
